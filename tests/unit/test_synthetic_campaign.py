@@ -14,7 +14,7 @@ from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.orchestration.manifest import COMPLETED, FAILED, PENDING, RUNNING, ManifestManager
 from lem.record import decode_record, encode_record
 from lem.results.store import Repository, count_failed
-from tests.synthetic_campaign import Campaign, Configuration, Written, sweep
+from tests.synthetic_campaign import Campaign, Configuration, Written
 
 TWO = (
     Configuration("pytorch", backend="pytorch", energy_per_output_tok_j=0.5, output_tok_per_s=900, ttft_s=0.2),
@@ -94,12 +94,6 @@ def test_a_reused_engine_shares_its_load_over_the_cycles() -> None:
     assert [record.validity.engine_reused for record in records] == [False, True, True]
 
 
-def test_a_cell_keeps_its_noise_when_another_configuration_comes() -> None:
-    alone = dataclasses.replace(SMALL, configurations=TWO[:1]).records()
-    beside = [record for record in SMALL.records() if record.identity.config_name == "pytorch"]
-    assert [record.efficiency for record in alone] == [record.efficiency for record in beside]
-
-
 def test_the_counter_in_the_log_comes_to_the_energy_of_the_record(tmp_path: Path) -> None:
     written = SMALL.write(tmp_path)
     for item in repository_of(written).scan().results:
@@ -109,11 +103,6 @@ def test_the_counter_in_the_log_comes_to_the_energy_of_the_record(tmp_path: Path
         slope_w = (inside[-1].energy_mj - inside[0].energy_mj) / 1e3 / ((inside[-1].at_ns - inside[0].at_ns) / 1e9)
         energy_j = slope_w * item.record.window.window_s
         assert energy_j == pytest.approx(item.record.energy.gpu_energy_j, rel=1e-4)
-
-
-def test_a_sweep_has_as_many_experiments_as_asked_for(tmp_path: Path) -> None:
-    campaign = sweep(30, cycles=3)
-    assert len(repository_of(campaign.write(tmp_path)).scan().results) == 30
 
 
 def test_the_same_experiment_twice_is_refused() -> None:

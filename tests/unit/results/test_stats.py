@@ -24,7 +24,6 @@ from lem.results.stats import (
     judge,
     paired_effect,
     parse_gate,
-    regularized_incomplete_beta,
     student_t_cdf,
     student_t_quantile,
     trend_of,
@@ -124,22 +123,6 @@ def test_students_t_is_that_of_scipy(df: float) -> None:
     assert (student_t_cdf(-math.inf, df), student_t_cdf(math.inf, df)) == (0.0, 1.0)
     for probability in (1e-9, 0.001, 0.025, 0.3, 0.9, 0.975, 0.9999):
         assert student_t_quantile(probability, df) == pytest.approx(stats.t.ppf(probability, df), rel=1e-8)
-
-
-def test_the_incomplete_beta_function_is_that_of_scipy() -> None:
-    rng = random.Random(3)
-    for _ in range(200):
-        a, b, x = rng.uniform(0.1, 40), rng.uniform(0.1, 40), rng.random()
-        found = regularized_incomplete_beta(a, b, x, 1 - x)
-        assert found == pytest.approx(stats.beta.cdf(x, a, b), rel=1e-9, abs=1e-300)
-
-
-def test_holm_keeps_the_chance_of_one_false_finding_below_the_level() -> None:
-    """2,000 families of five true hypotheses, seeded: at most 5 %, within three standard errors."""
-    rng = random.Random(8)
-    found = sum(min(holm([rng.random() for _ in range(5)])) < 0.05 for _ in range(2000))
-    assert found / 2000 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
-    assert found / 2000 > 0.05 - 3 * math.sqrt(0.05 * 0.95 / 2000)
 
 
 ENERGY, THROUGHPUT = parse_gate("energy=3%"), parse_gate("throughput=3%")
