@@ -124,26 +124,31 @@ def test_an_invalid_attempt_counts_within_its_cycle() -> None:
     assert (every.mean, every.n_cycles, every.n_attempts) == ((100 + 80) / 2, 2, 3)
 
 
-def test_of_a_cycle_the_last_valid_attempt_counts() -> None:
-    attempts = [
-        make_record(attempt=2, output_tok_per_s=102),
-        make_record(attempt=1, output_tok_per_s=101),
-        make_record(attempt=3, output_tok_per_s=10, is_valid=False),
-        make_record(attempt=10, output_tok_per_s=5, is_valid=False),
-    ]
-    assert rates_of(configured(attempts)) == (102,)
-
-
-def test_experiments_repeated_in_one_cycle_are_one_value() -> None:
-    twice = make_record(cycle=0, config_hash="f" * 16, output_tok_per_s=110)
-    aggregate = configured([*cycles(100, 102), twice])
-    assert rates_of(aggregate) == (105, 102)
-    assert Reason.of("mixed_configurations", count=2) in aggregate.warnings
-
-
-def test_identical_duplicates_count_once() -> None:
-    records = cycles(100, 102, 98)
-    assert configured([*records, *records]) == configured(records)
+@pytest.mark.parametrize(
+    ("records", "rates"),
+    [
+        (
+            [  # the last valid attempt
+                make_record(attempt=2, output_tok_per_s=102),
+                make_record(attempt=1, output_tok_per_s=101),
+                make_record(attempt=3, output_tok_per_s=10, is_valid=False),
+                make_record(attempt=10, output_tok_per_s=5, is_valid=False),
+            ],
+            (102,),
+        ),
+        ([*cycles(100, 102), make_record(config_hash="f" * 16, output_tok_per_s=110)], (105, 102)),  # the mean of two
+        ([*cycles(100, 102, 98), *cycles(100, 102, 98)], (100, 102, 98)),  # identical duplicates once
+        (cycles(0.0, 0.0, 3.0), (0.0, 0.0, 3.0)),
+    ],
+)
+def test_a_cycle_is_one_value(records: list[Record], rates: tuple[float, ...]) -> None:
+    aggregate = configured(records)
+    assert rates_of(aggregate) == rates
+    is_mixed = len({record.identity.config_hash for record in records}) > 1
+    assert (Reason.of("mixed_configurations", count=2) in aggregate.warnings) == is_mixed
+    t_log = aggregate.estimate("output_tok_per_s").t_log
+    assert t_log is not None
+    assert ("zero or negative" in (t_log.warning or "")) == (t_log.geometric_mean is None) == (min(rates) == 0)
 
 
 def test_cycles_that_share_an_engine_load_have_no_interval() -> None:
@@ -174,14 +179,6 @@ def test_cycles_that_share_an_engine_load_have_no_interval() -> None:
 )
 def test_a_load_that_no_two_cycles_have_is_not_shared(records: list[Record]) -> None:
     assert not configured(records).is_load_shared
-
-
-def test_a_metric_observed_as_zero_is_zero_and_has_no_geometric_mean() -> None:
-    estimate = configured(cycles(0.0, 0.0, 3.0)).estimate("output_tok_per_s")
-    assert list(estimate.values) == [0.0, 0.0, 3.0]
-    assert estimate.t_log is not None
-    assert estimate.t_log.geometric_mean is None
-    assert "zero or negative" in (estimate.t_log.warning or "")
 
 
 def test_without_any_valid_result_everything_is_null_with_a_reason() -> None:
