@@ -32,6 +32,20 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_file_is_on_disk_before_its_name_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    synced: list[tuple[bool, bool]] = []  # whether it was the folder, and whether the file had its name
+
+    def note(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink() == tmp_path, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    durable.write_bytes(path, b"one")
+    assert synced == [(False, False), (True, True)]
+
+
 def test_a_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a"
     durable.write_text(path, "longer than the new one")

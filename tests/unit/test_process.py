@@ -136,6 +136,8 @@ def test_a_process_is_known_by_more_than_its_number():
     identity = process.identify(child.pid)
     assert identity is not None
     assert identity.is_running()
+    since_boot_s = float(Path("/proc/uptime").read_text().split()[0])
+    assert identity.started_ticks / os.sysconf("SC_CLK_TCK") == pytest.approx(since_boot_s, abs=60)
     assert not process.ProcessId(child.pid, identity.started_ticks + 1).is_running()
     child.kill()
     assert wait_until_ended(child.pid)

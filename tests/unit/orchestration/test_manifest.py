@@ -19,6 +19,7 @@ from lem.orchestration.manifest import (
     ManifestManager,
     encode_manifest,
 )
+from tests.faulty_disk import watching
 
 
 def entry(number: int = 0, **fields: Any) -> CampaignManifestEntry:
@@ -184,6 +185,13 @@ def test_a_folder_in_the_place_of_the_manifest_is_broken(manager: ManifestManage
     assert manager.load() is None
     with pytest.raises(UserError, match="cannot be read"):
         manager.load_strict()
+
+
+def test_a_saved_manifest_is_on_disk(manager: ManifestManager) -> None:
+    seen: list[str] = []
+    with watching(lambda event, _path: seen.append(event)):
+        manager.save(manifest_of("pending"))
+    assert {"lem.fsync", "lem.fsync_dir"} <= set(seen)
 
 
 def test_a_save_that_fails_keeps_the_manifest_of_before(manager: ManifestManager) -> None:
