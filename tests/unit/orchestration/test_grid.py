@@ -284,7 +284,9 @@ def test_a_long_name_is_cut_and_stays_its_own() -> None:
     found = name_configurations([{"dataset": {"name": "y" * 300 + str(number)}} for number in range(3)])
     assert len(set(found)) == 3
     assert max(map(len, found)) <= 110
-    alone = {names(config)[0] for config in ({"backend": "vllm", "model": "y" * 300 + end} for end in "ab")}
+    alone = {
+        name_configurations([config])[0] for config in ({"backend": "vllm", "model": "y" * 300 + end} for end in "ab")
+    }
     assert len(alone) == 2, "apart by their hashes, also in campaigns of their own"
 
 
