@@ -20,8 +20,8 @@ from lem.base.reasons import Reason
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig
 from lem.config.experiment import ExperimentConfig, SyntheticPrompts
-from lem.config.kinds import ConfigProblems, Expanded, Items, Problem, dotted
-from lem.config.option import Section, canonical, declared, find_option, put
+from lem.config.kinds import ConfigProblems, Expanded, Items, Option, Problem, dotted
+from lem.config.option import canonical, declared, find_option, put
 from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
 from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate, resolve_on_host
@@ -37,8 +37,6 @@ _DERIVED_RELOADS: Mapping[str, Mapping[str, str]] = {
 
 # Reasons that name the backend and are clear without the option.
 _NAMES_BACKEND = frozenset({"tensorrt_precision", "tensorrt_gpu", "pytorch_one_gpu"})
-
-Axis = tuple[str, Sequence[Any]]
 
 NO_MODEL = Reason.of("no_model")
 
@@ -110,7 +108,8 @@ def expand_campaign_grid(
     """
     configs = []
     for backend in grid.backends:
-        base = _base_of(backend, base_config or {})
+        own = {key: value for key, value in (base_config or {}).items() if key == backend or key not in BACKENDS}
+        base = canonical(ExperimentConfig, {**own, "backend": backend})
         layer = [base]
         for key, values in _axes_of(grid, backend, base):
             lay = _layer_of(key)
@@ -119,13 +118,7 @@ def expand_campaign_grid(
     return [_finished(config) for config in configs]
 
 
-def _base_of(backend: str, base_config: Mapping[str, Any]) -> dict[str, Any]:
-    others = set(BACKENDS) - {backend}
-    own = {key: value for key, value in base_config.items() if key not in others}
-    return canonical(ExperimentConfig, {**own, "backend": backend})
-
-
-def _axes_of(grid: CampaignGridConfig, backend: str, base: Mapping[str, Any]) -> list[Axis]:
+def _axes_of(grid: CampaignGridConfig, backend: str, base: Mapping[str, Any]) -> list[tuple[str, Sequence[Any]]]:
     axes: dict[str, Sequence[Any]] = {"model": grid.models} if grid.models else {}
     axes.update({key: _values_of(value) for key, value in grid.shared.items()})
     overrides = grid.backend_overrides.get(backend, {})
@@ -153,11 +146,11 @@ def _needs_reload(key: str, backend: str, given: set[str]) -> bool:
     while found is None and "." in key:  # what a free mapping holds is not declared, the mapping is
         key = key.rpartition(".")[0]
         found = find_option(ExperimentConfig, key)
-    return found is not None and (found.reload or any(map(_has_reload, found.sections)))
+    return found is not None and _reloads(found)
 
 
-def _has_reload(section: type[Section]) -> bool:
-    return any(item.reload or any(map(_has_reload, item.sections)) for item in declared(section).values())
+def _reloads(option: Option) -> bool:
+    return option.reload or any(_reloads(item) for one in option.sections for item in declared(one).values())
 
 
 def _layer_of(key: str) -> Callable[[Mapping[str, Any], Any], dict[str, Any]]:
@@ -212,7 +205,9 @@ def validate_named(
         try:
             config = ExperimentConfig.from_dict(config_dict)
         except ConfigProblems as error:
-            why = map(_coded, error.problems) if has_model(config_dict) else [NO_MODEL]
+            model = config_dict.get("model", config_dict.get("model_name"))  # in any of the ways to write it
+            has_model = bool(model.get("name") if isinstance(model, Mapping) else model)
+            why = map(_coded, error.problems) if has_model else [NO_MODEL]
             filtered.append(GridValidationIssue.of(name, *why))
             configs.append(None)
             continue
@@ -221,12 +216,6 @@ def validate_named(
             GridValidationIssue.of(name, _coded(item), severity="warning") for item in warnings_about(config, gpus)
         ]
     return configs, Items(filtered), Items(warnings)
-
-
-def has_model(config_dict: Mapping[str, Any]) -> bool:
-    """Whether a configuration names a model, in any of the ways to write it."""
-    model = config_dict.get("model", config_dict.get("model_name"))
-    return bool(model.get("name") if isinstance(model, Mapping) else model)
 
 
 def _coded(found: Problem) -> Reason:
