@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,52 +31,38 @@ LONG = tuple(
     for index, item in enumerate((VLLM, FLOAT16))
 )
 
+
+def based(**changes: Any) -> Campaign:
+    return dataclasses.replace(BASE, **changes)
+
+
+def each(*configurations: Configuration, **changes: Any) -> tuple[Configuration, ...]:
+    return tuple(dataclasses.replace(item, **changes) for item in configurations)
+
+
+BEFORE, AFTER = {"name": "before"}, {"name": "after", "run_id": "20260801T100000Z-0b0b"}
+TROUBLE = (
+    PYTORCH,
+    *each(VLLM, throttled_cycles=(1, 3)),
+    *each(FLOAT16, failed_cycles=(0, 1, 2, 3, 4)),
+    *each(LARGE, prompts="b" * 64, options={"max_output_tokens": 64}),
+)
+CHANGED = (PYTORCH, *each(VLLM, energy_per_output_tok_j=0.23), FLOAT16)
 # Each lies in a results folder of its own, so that one does not change what another finds.
 CAMPAIGNS: dict[str, tuple[Campaign, ...]] = {
     "demo": (BASE,),
-    "two": (dataclasses.replace(BASE, configurations=(PYTORCH, VLLM)),),
-    "long": (dataclasses.replace(BASE, configurations=LONG),),
-    "single": (dataclasses.replace(BASE, cycles=1),),
-    "reused": (dataclasses.replace(BASE, is_reused=True),),
-    "estimate": (
-        dataclasses.replace(
-            BASE,
-            configurations=tuple(dataclasses.replace(item, energy_source="tdp_estimate") for item in (PYTORCH, VLLM)),
-        ),
-    ),
-    "no-meter": (
-        dataclasses.replace(
-            BASE,
-            configurations=tuple(dataclasses.replace(item, energy_per_output_tok_j=None) for item in (PYTORCH, VLLM)),
-        ),
-    ),
-    "trouble": (
-        dataclasses.replace(
-            BASE,
-            configurations=(
-                PYTORCH,
-                dataclasses.replace(VLLM, throttled_cycles=(1, 3)),
-                dataclasses.replace(FLOAT16, failed_cycles=(0, 1, 2, 3, 4)),
-                dataclasses.replace(LARGE, prompts="b" * 64, options={"max_output_tokens": 64}),
-            ),
-        ),
-    ),
+    "two": (based(configurations=(PYTORCH, VLLM)),),
+    "long": (based(configurations=LONG),),
+    "single": (based(cycles=1),),
+    "reused": (based(is_reused=True),),
+    "estimate": (based(configurations=each(PYTORCH, VLLM, energy_source="tdp_estimate")),),
+    "no-meter": (based(configurations=each(PYTORCH, VLLM, energy_per_output_tok_j=None)),),
+    "trouble": (based(configurations=TROUBLE),),
     "days": (
-        dataclasses.replace(BASE, name="before", day_sd=0.01),
-        dataclasses.replace(
-            BASE,
-            name="after",
-            run_id="20260801T100000Z-0b0b",
-            day_sd=0.01,
-            driver="580.65",
-            gpu_serial=7,
-            configurations=(PYTORCH, dataclasses.replace(VLLM, energy_per_output_tok_j=0.23), FLOAT16),
-        ),
+        based(**BEFORE, day_sd=0.01),
+        based(**AFTER, day_sd=0.01, driver="580.65", gpu_serial=7, configurations=CHANGED),
     ),
-    "strangers": (
-        dataclasses.replace(BASE, name="before", configurations=(PYTORCH,)),
-        dataclasses.replace(BASE, name="after", run_id="20260801T100000Z-0b0b", configurations=(VLLM,)),
-    ),
+    "strangers": (based(**BEFORE, configurations=(PYTORCH,)), based(**AFTER, configurations=(VLLM,))),
 }
 
 # Where, the words after `lem compare`, the exit code, and parts of what is printed, its lines joined.
@@ -211,7 +198,7 @@ def test_the_document_of_two_runs_names_its_anchor(places: dict[str, Path]) -> N
 
 
 def test_damaged_results_are_named_and_left_out(tmp_path: Path) -> None:
-    written = dataclasses.replace(BASE, configurations=(PYTORCH, VLLM)).write(tmp_path)
+    written = based(configurations=(PYTORCH, VLLM)).write(tmp_path)
     results = sorted(written.results_dir.rglob("result.json"))
     results[0].write_text("{", encoding="utf-8")
     results[1].write_bytes(results[2].read_bytes())
@@ -231,7 +218,7 @@ def test_a_name_from_a_file_does_not_steer_the_terminal_or_markdown(tmp_path: Pa
 
 
 def test_a_campaign_of_one_configuration_says_that_there_is_nothing_to_compare(tmp_path: Path) -> None:
-    folder = dataclasses.replace(BASE, configurations=(VLLM,)).write(tmp_path).results_dir
+    folder = based(configurations=(VLLM,)).write(tmp_path).results_dir
     code, out, err = compare(folder, "demo")
     assert (code, out) == (2, "")
     assert "nothing to compare " in err
@@ -241,7 +228,7 @@ def test_a_campaign_of_one_configuration_says_that_there_is_nothing_to_compare(t
 
 
 def test_cycles_that_were_added_are_told_of(tmp_path: Path) -> None:
-    written = dataclasses.replace(BASE, configurations=(PYTORCH, VLLM)).write(tmp_path)
+    written = based(configurations=(PYTORCH, VLLM)).write(tmp_path)
     rule = StoppingRule(parse_target("ci=2%"), 5, 20)
     write_stopping_rule(written.results_dir / written.campaign / written.run_id, rule)
     out = " ".join(compare(written.results_dir, "demo")[1].split())
@@ -258,7 +245,7 @@ def test_colour_changes_nothing_but_colour() -> None:
 
 
 def test_a_value_of_zero_has_no_ratio(tmp_path: Path) -> None:
-    folder = dataclasses.replace(BASE, configurations=(PYTORCH, VLLM)).write(tmp_path).results_dir
+    folder = based(configurations=(PYTORCH, VLLM)).write(tmp_path).results_dir
     for path in folder.rglob("result.json"):
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["identity"]["config_name"] == VLLM.name and document["identity"]["cycle_index"] == 2:
