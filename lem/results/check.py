@@ -245,7 +245,7 @@ def _order(run: Run) -> Found:
     names = [item.identity.config_name for item in used]
     if len(set(names)) < 2:
         return
-    n_blocks = sum(1 for _ in itertools.groupby(names))
+    n_blocks = len(list(itertools.groupby(names)))
     if n_blocks == len(set(names)) < len(names):  # the cycles of each configuration follow one another
         yield _finding("grouped", Reason.of("blocks"))
         return

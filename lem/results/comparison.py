@@ -312,8 +312,8 @@ class _Content:
                     ratio = _ratio(row.all_attempts_ratio, decimals)
                     lines.append(("· over all attempts", "", "", ratio, "", "", ""))
         else:
-            ratio = "ratio over\nanchor" if self._anchor.name else "ratio"
-            heads = ["before", "after", ratio, interval, "p", "verdict"]
+            ratio_head = "ratio over\nanchor" if self._anchor.name else "ratio"
+            heads = ["before", "after", ratio_head, interval, "p", "verdict"]
             for pair, row in rows:
                 names = dict.fromkeys((pair.baseline.name, pair.other.name))
                 means = (_mean(metric, mean) for mean in row.means)

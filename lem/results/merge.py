@@ -138,23 +138,18 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
     """
     results_dirs = _results_dirs(folders)
     slug = campaign or _only_campaign(results_dirs)
+    scans = [Repository(folder, slug).scan() for folder in results_dirs]
+    stored = [(item.record.identity, item) for scan in scans for item in scan.results]
+    own = [(identity, item) for identity, item in stored if plan is None or identity.run_id == plan.run_id]
+    problems = [item for scan in scans for item in scan.problems if plan is None or item.run_id in ("", plan.run_id)]
     found: dict[ResultKey, StoredResult] = {}
     digests: dict[ResultKey, str] = {}
     conflicts: list[str] = []
-    problems: list[Problem] = []
-    foreign: set[str] = set()
-    for folder in results_dirs:
-        scan = Repository(folder, slug).scan()
-        problems += [item for item in scan.problems if plan is None or item.run_id in ("", plan.run_id)]
-        for item in scan.results:
-            identity = item.record.identity
-            if plan is not None and identity.run_id != plan.run_id:
-                foreign.add(identity.run_id)
-                continue
-            digest = sha256_of(item.path)
-            known = found.setdefault(identity.key, item)
-            if digests.setdefault(identity.key, digest) != digest:
-                conflicts.append(f"{known.path} and {item.path}")
+    for identity, item in own:
+        digest = sha256_of(item.path)
+        known = found.setdefault(identity.key, item)
+        if digests.setdefault(identity.key, digest) != digest:
+            conflicts.append(f"{known.path} and {item.path}")
     if conflicts:
         n_pairs = plural(len(conflicts), "pair")
         raise UserError(
@@ -162,6 +157,7 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
             "one of each pair was altered, or two hosts have the same name; nothing was merged",
         )
     ordered = sorted(found.items(), key=lambda entry: (entry[1].record.identity.order_index, entry[0]))
+    foreign = {identity.run_id for identity, _ in stored} - {identity.run_id for identity, _ in own}
     return Gathered(slug, tuple(item for _, item in ordered), tuple(problems), tuple(sorted(foreign)))
 
 

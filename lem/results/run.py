@@ -328,9 +328,7 @@ def read_run(results_dir: Path, campaign: str, run_id: str) -> Run:
 
 
 def _in_order(records: Iterable[Record]) -> list[Record]:
-    return sorted(
-        records, key=lambda item: (item.identity.order_index, item.identity.cycle_index, item.identity.attempt)
-    )
+    return sorted(records, key=lambda it: (it.identity.order_index, it.identity.cycle_index, it.identity.attempt))
 
 
 def _distinct(values: Iterable[str]) -> tuple[str, ...]:
