@@ -189,10 +189,8 @@ def _reasons(label: str, reasons: Sequence[tuple[str, int]]) -> Iterator[str]:
 def render_plan(job: Job, durations: ExpectedDurations, budget_s: float | None = None) -> str:
     """The plan: configurations, order, engine loads, expected time (from earlier runs), and where it runs."""
     campaign, plan, rule = job.campaign, job.plan, job.rule
-    cycles, configurations = (
-        plural(campaign.execution.cycles, "cycle"),
-        plural(len(plan.configurations), "configuration"),
-    )
+    cycles = plural(campaign.execution.cycles, "cycle")
+    configurations = plural(len(plan.configurations), "configuration")
     order = campaign.execution.structure
     reuse = "none, cold start" if plan.is_cold else campaign.execution.reuse
     facts = {

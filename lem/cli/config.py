@@ -61,9 +61,8 @@ def add_flags(parser: argparse._ActionsContainer, section: type[Section], flags:
         item = find_option(section, key)
         assert item is not None, key  # noqa: S101 - a typing error in a table
         kind = item.kind
-        how: dict[str, Any] = {
-            "metavar": "DIR" if key.endswith("_dir") else "FILE" if key.endswith("_file") else "NAME"
-        }
+        metavar = "DIR" if key.endswith("_dir") else "FILE" if key.endswith("_file") else "NAME"
+        how: dict[str, Any] = {"metavar": metavar}
         if isinstance(kind, NumberKind):
             how = {"type": kind.type, "metavar": "N" if kind.type is int else "S"}
         elif isinstance(kind, ChoiceKind):

@@ -79,16 +79,14 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     return ExitCode.EXPERIMENT_FAILED if outcome.error or outcome.manifest.failed_count else ExitCode.OK
 
 
-def _as_campaign(
-    loaded: Loaded[ExperimentConfig], args: argparse.Namespace, state_dir: str
-) -> tuple[CampaignConfig, Plan]:
+def _as_campaign(loaded: Loaded[ExperimentConfig], args: argparse.Namespace, state: str) -> tuple[CampaignConfig, Plan]:
     """The experiment as a campaign of one configuration, without gaps and with a temporary manifest."""
     config, file, mapping = loaded.config, Path(args.file), loaded.source.mapping
     campaign = CampaignConfig(
         campaign_name=config.config_name or file.stem,
         configs=(str(file),),
         execution=CampaignExecutionConfig(cycles=config.num_cycles, config_gap_seconds=0, cycle_gap_seconds=0),
-        io=CampaignIOConfig(results_dir=config.io.results_dir or "results", state_dir=state_dir),
+        io=CampaignIOConfig(results_dir=config.io.results_dir or "results", state_dir=state),
     )
     if args.sample_size is not None:
         chosen = CampaignConfig(campaign_name="experiment", configs=(str(file),), num_samples=args.sample_size)

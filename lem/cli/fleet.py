@@ -118,10 +118,8 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", "-o", type=Path, required=True, metavar="DIR", help="results folder to merge into")
     add("--campaign", metavar="NAME", help="the campaign, if the folders hold several")
     add("--plan", type=Path, metavar="PLAN", help="stored plan: merge only its run, and list what is missing")
-    kind, text = (
-        partial(checked, parse_percentage),
-        "largest difference between hosts in the plan's anchor (default: 5%%)",
-    )
+    kind = partial(checked, parse_percentage)
+    text = "largest difference between hosts in the plan's anchor (default: 5%%)"
     add("--anchor-tolerance", type=kind, default=0.05, metavar="PERCENT%", help=text)
     add_json(parser)
     parser.set_defaults(run=run)

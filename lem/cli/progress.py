@@ -219,10 +219,11 @@ def _ending(event: Event, paint: Callable[[str, str], str]) -> list[str]:
     name = f"{data['config_name']} · cycle {data['cycle']}/{data['cycles']}"
     if event.kind == "experiment_completed":
         mark = paint("ok", "green") if data.get("valid", True) else paint("invalid", "yellow")
-        figures = (
-            f"{units.format_rate(data.get('output_tok_per_s'))} · {units.format_duration(float(data['elapsed_s']))}"
-        )
-        return [f"{head} {mark} {name} · {figures}", *(f"    {why}" for why in data.get("invalid_reasons", ()))]
+        rate, elapsed = units.format_rate(data.get("output_tok_per_s")), units.format_duration(float(data["elapsed_s"]))
+        return [
+            f"{head} {mark} {name} · {rate} · {elapsed}",
+            *(f"    {why}" for why in data.get("invalid_reasons", ())),
+        ]
     if event.kind == "experiment_retried":
         return [f"{head} {paint('retrying', 'yellow')} {name}: {data['reason']}"]
     if event.kind == "experiment_interrupted":

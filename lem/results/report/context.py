@@ -16,7 +16,7 @@ from lem.record import Record
 from lem.results.metrics import Metric
 from lem.results.report import plot
 from lem.results.report.content import NOT_GIVEN, Entry, Phase, Report, Series, Trace
-from lem.results.report.plot import Cell, Markup, Plot, Row, Scale, join, marks, spot, table, tag, text
+from lem.results.report.plot import GROUPS_MAX, Cell, Markup, Plot, Row, Scale, join, marks, spot, table, tag, text
 from lem.results.run import ENERGY
 from lem.results.stats import DRIFT_FLAGGED, Drift, change_of, trend_of, without_means
 
@@ -150,9 +150,8 @@ def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[Entry
     across, up = _short(grid.across), _short(grid.up)
     left = 34 + 7.6 * max(min(len(value), 22) for value in (*grid.rows, up))
     width = max(left + _CELL_WIDTH * len(grid.columns) + 16, 280)
-    unit, what = (
-        ("J per output token" + report.estimate_note, "energy") if report.has_energy else ("output tok/s", "throughput")
-    )
+    unit = f"J per output token{report.estimate_note}" if report.has_energy else "output tok/s"
+    what = "energy" if report.has_energy else "throughput"
     caption = [f"Geometric means, {unit}; darker means more. Hatched: every attempt failed or was invalid."]
     crowd = max(map(len, by_place.values()))
     if crowd > 1:
@@ -376,7 +375,7 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
         ],
         [
             plot.legend(
-                ((marks(["M0 7h28"], f"line g{index % plot.GROUPS_MAX}"), name) for index, name in enumerate(lines)), 28
+                ((marks(["M0 7h28"], f"line g{index % GROUPS_MAX}"), name) for index, name in enumerate(lines)), 28
             ),
             *_trace_caption(record, trace),
         ],
@@ -403,10 +402,8 @@ def _panels(trace: Trace, time: Scale) -> tuple[list[Markup], float]:
         rise = 16.0 if panels else 24.0  # above the first panel are the names of the phases
         bottom = top + height
         scale = replace(plot.fitting_scale(values, bottom, top, is_from_zero=lines is trace.power), is_log=False)
-        axis = plot.vertical_axis(scale, _LEFT, _RIGHT, label, count=count, label_rise=rise)
-        paths = (
-            marks([_line(item, time, scale)], f"line g{index % plot.GROUPS_MAX}") for index, item in enumerate(lines)
-        )
+        axis = plot.vertical_axis(scale, _LEFT, _RIGHT, label, count=count, rise=rise)
+        paths = (marks([_line(item, time, scale)], f"line g{index % GROUPS_MAX}") for index, item in enumerate(lines))
         panels.append(join([axis, *paths]))
     return panels, bottom
 

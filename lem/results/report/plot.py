@@ -336,14 +336,12 @@ def horizontal_axis(scale: Scale, y: float, top: float, label: str, *, count: in
     return join([marks(grid, "grid"), *labels, name])
 
 
-def vertical_axis(
-    scale: Scale, x: float, right: float, label: str, *, count: int = 6, label_rise: float = 10
-) -> Markup:
-    """The axis at the left of a plot with grid lines to `right`, its name `label_rise` above it."""
+def vertical_axis(scale: Scale, x: float, right: float, label: str, *, count: int = 6, rise: float = 10) -> Markup:
+    """The axis at the left of a plot with grid lines to `right`, its name `rise` above it."""
     ticks = [(scale(value), tick_text(value)) for value in scale.ticks(count)]
     grid = marks((spot(x, y, f"H{number_text(right)}") for y, _ in ticks), "grid")
     labels = [text(x - 6, y + 4, shown, anchor="end") for y, shown in ticks]
-    return join([grid, *labels, text(4, min(scale.begin, scale.end) - label_rise, label, "axis")])
+    return join([grid, *labels, text(4, min(scale.begin, scale.end) - rise, label, "axis")])
 
 
 def row_labels(rows: Sequence[tuple[int, str, float]], right: float) -> Markup:

@@ -102,10 +102,7 @@ def _problems(report: Report) -> Markup:
     kinds = [problem.kind for problem in problems]
     counts = ", ".join(f"{count} {kind}" for kind in _KINDS if (count := kinds.count(kind)))
     counts = counts.replace(" missing", " without a result")
-    rows = [
-        [problem.kind, "/".join(PurePath(problem.path).parts[-4:]), problem.message]
-        for problem in problems[:_PROBLEMS_SHOWN]
-    ]
+    rows = [[it.kind, "/".join(PurePath(it.path).parts[-4:]), it.message] for it in problems[:_PROBLEMS_SHOWN]]
     content = table("Attempts that were left out", ["Kind", "File", "Problem"], rows, row_head=None)
     left = len(problems) - len(rows)
     more = tag("p", f"And {left} more: `lem results list --json` lists all of them.") if left else Markup()
@@ -150,9 +147,8 @@ def _overview(report: Report, *, has_winner: bool) -> Markup:
             is_estimated = entry.is_estimate and metric is ENERGY
             row += plot.interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
         for _, name in latencies:
-            row.append(
-                plot.number_cell(entry.centre(name), entry.configuration.estimate(name).null_reason, format_latency)
-            )
+            estimate = entry.configuration.estimate(name)
+            row.append(plot.number_cell(estimate.value, estimate.null_reason, format_latency))
         rows.append([*row, entry.configuration.n_cycles])
     caption = f"Every configuration of {report.run.campaign_name}, sortable by each column"
     sorted_by = (2, "ascending" if report.has_energy else "descending")
