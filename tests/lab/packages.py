@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from lem.base.errors import UserError
@@ -45,17 +47,17 @@ def install_packages(names: tuple[str, ...]) -> None:
     return None
 
 
-class _no_service_started:  # noqa: N801 - reads as the context that it is
+@contextlib.contextmanager
+def _no_service_started() -> Iterator[None]:
     """While packages are installed, their services stay off: the lab starts an engine of its own."""
-
-    def __enter__(self) -> None:
-        self._is_mine = not POLICY.exists()
-        if self._is_mine:
-            POLICY.write_text("#!/bin/sh\nexit 101\n", encoding="ascii")
-            POLICY.chmod(0o755)
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_mine:
+    is_mine = not POLICY.exists()
+    if is_mine:
+        POLICY.write_text("#!/bin/sh\nexit 101\n", encoding="ascii")
+        POLICY.chmod(0o755)
+    try:
+        yield
+    finally:
+        if is_mine:
             POLICY.unlink()
 
 
