@@ -22,8 +22,6 @@ from lem.orchestration.manifest import CampaignManifest, ManifestManager
 from lem.record import Record, read_record
 from tests.processes import PATIENCE_S, Marker
 
-__all__ = ["EIGHT", "FOUR", "CampaignRig", "Ended", "Running", "Terminal", "campaign_text"]
-
 ROOT = Path(__file__).resolve().parents[1]
 FOUR, EIGHT = "pytorch-max_output_tokens=4", "pytorch-max_output_tokens=8"
 RUN_TIMEOUT_S = 120
@@ -49,14 +47,11 @@ def campaign_text(*, outputs: Sequence[int] = (4, 8), more: str = "", **executio
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that ended."""
-
     code: int
     out: str
     err: str
 
     def events(self) -> list[dict[str, Any]]:
-        """Its stdout, one JSON object a line."""
         return [json.loads(line) for line in self.out.splitlines()]
 
 
@@ -70,26 +65,20 @@ class Running:
         )
 
     def wait_for_event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """The first event of a kind with these fields, once it was told (with --json).
-
-        Raises:
-            AssertionError: the command ended, or went on for too long, without it.
-        """
+        """The first event of a kind with these fields, once it was told (with --json)."""
         event: dict[str, Any] = self._wait(lambda: _find(self.out, kind, fields), f"{kind} {fields}")
         return event
 
     def wait_for_text(self, text: str) -> None:
-        """Return once stderr holds the text; errors as `wait_for_event`."""
+        """Return once stderr holds the text."""
         self._wait(lambda: text in self.err or None, text)
 
     @property
     def out(self) -> str:
-        """What it wrote to stdout so far."""
         return _content(self._out.fileno())
 
     @property
     def err(self) -> str:
-        """What it wrote to stderr so far."""
         return _content(self._err.fileno())
 
     def send(self, signum: int) -> None:
@@ -97,7 +86,6 @@ class Running:
         self.process.send_signal(signum)
 
     def wait(self) -> Ended:
-        """How it ended."""
         code = self.process.wait(RUN_TIMEOUT_S)
         ended = Ended(code, self.out, self.err)
         self._out.close()
@@ -150,11 +138,7 @@ class Terminal:
         self.shown = ""
 
     def read_until(self, text: str) -> str:
-        """Everything shown so far, once the text is in it that was not looked for before.
-
-        Raises:
-            AssertionError: the command ended, or went on for too long, without it.
-        """
+        """Everything shown so far, once the text is in it that was not looked for before."""
         start, deadline = len(self.shown), time.monotonic() + PATIENCE_S
         while text not in self.shown[max(0, start - len(text)) :]:
             assert self._read(deadline), f"no {text!r} in {self.shown!r}"
@@ -197,7 +181,6 @@ class CampaignRig:
         self.write(campaign_text() if text is None else text)
 
     def write(self, text: str, name: str = "c.yaml") -> None:
-        """Write a campaign file."""
         (self.folder / name).write_text(text, encoding="utf-8")
 
     def environ(self, rules: Sequence[Mapping[str, Any]] = (), **more: str) -> dict[str, str]:
@@ -213,31 +196,25 @@ class CampaignRig:
         }
 
     def command(self, *options: str, file: str = "c.yaml") -> list[str]:
-        """`lem campaign` with these options."""
         return [sys.executable, "-m", "lem", "campaign", file, *options]
 
     def start(
         self, *options: str, rules: Sequence[Mapping[str, Any]] = (), file: str = "c.yaml", **more: str
     ) -> Running:
-        """The command, started."""
         return Running(self.command(*options, file=file), self.folder, self.environ(rules, **more))
 
     def run(self, *options: str, rules: Sequence[Mapping[str, Any]] = (), file: str = "c.yaml", **more: str) -> Ended:
-        """The command, ended."""
         return self.start(*options, rules=rules, file=file, **more).wait()
 
     def terminal(self, *options: str, rules: Sequence[Mapping[str, Any]] = ()) -> Terminal:
-        """The command on a terminal of 80 columns."""
         return Terminal(self.command(*options), self.folder, self.environ(rules))
 
     def manifest(self, campaign: str = "demo") -> CampaignManifest:
-        """The manifest as it is on disk."""
         manifest = ManifestManager(self.folder / ".state" / campaign / "campaign_manifest.json").load_strict()
         assert manifest is not None
         return manifest
 
     def statuses(self) -> list[str]:
-        """The statuses in the manifest, in the order of the plan."""
         return [entry.status for entry in self.manifest().experiments]
 
     def results(self) -> dict[str, bytes]:
@@ -249,7 +226,6 @@ class CampaignRig:
         return found
 
     def records(self) -> list[Record]:
-        """Every record, in the order of the plan."""
         records = [read_record(self.folder / path) for path in self.results()]
         return sorted(records, key=lambda record: (record.identity.order_index, record.identity.attempt))
 

@@ -12,10 +12,10 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 
-from tests.fuzz.running import SURFACES, Tally, fuzz, is_good, total_of, workplace
+from tests.fuzz.running import SURFACES, Tally, fuzz, workplace
 from tests.fuzz.trial import Find, Outcome, Surface
 
 # An input that takes longer, or more memory, is a find too.
@@ -49,10 +49,10 @@ def main() -> int:
             tally = fuzz(_watched(surface), -(-args.examples * surface.share // shares), folder, args.seed)
         tallies[surface.name] = tally
         print(f"{_row(surface.name, tally)}{time.monotonic() - begun:7.0f}", flush=True)
-    print(_row("all", _sum(tallies.values())))
+    print(_row("all", Tally(sum((tally.counts for tally in tallies.values()), Counter()))))
     for name, tally in tallies.items():
         _tell_finds(name, tally, args.keep)
-    return int(not all(map(is_good, tallies.values())))
+    return int(not all(tally.is_good for tally in tallies.values()))
 
 
 def _watched(surface: Surface) -> Surface:
@@ -72,22 +72,11 @@ def _too_slow(_signum: int, _frame: object) -> None:
     raise Find("traceback", f"not done after {TRIAL_S} s")
 
 
-def _sum(tallies: Iterable[Tally]) -> Tally:
-    whole = Tally()
-    for tally in tallies:
-        whole.counts.update(tally.counts)
-    return whole
-
-
 def _row(name: str, tally: Tally) -> str:
     counts = tally.counts
     cells = (
-        total_of(tally),
-        counts["refused"],
-        counts["accepted"],
-        counts["place"],
-        counts["escape"],
-        counts["traceback"],
+        tally.total,
+        *(counts[kind] for kind in ("refused", "accepted", "place", "escape", "traceback")),
     )
     return f"{name:16}" + "".join(f"{cell:{width}d}" for cell, width in zip(cells, WIDTHS, strict=True))
 

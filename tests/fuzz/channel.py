@@ -20,8 +20,6 @@ from lem.worker.supervisor import Supervisor
 from tests.fuzz.mutation import bytes_near, json_lines_near, text_near
 from tests.fuzz.trial import Find, Outcome, Surface
 
-__all__ = ["SURFACES"]
-
 _EXP = "0123456789ab-c1"
 _REQUEST = RunRequest(
     config={"model": {"name": "gpt2"}},

@@ -17,8 +17,6 @@ from lem.config.experiment import ExperimentConfig
 from tests.fuzz.mutation import arguments_near, bytes_near, text_near, words_near, yaml_near
 from tests.fuzz.trial import Find, Outcome, Surface, replaced, run_lem
 
-__all__ = ["SURFACES"]
-
 ROOT = Path(__file__).resolve().parents[2]
 
 _EXPERIMENT: dict[str, Any] = {

@@ -16,18 +16,6 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-__all__ = [
-    "arguments_near",
-    "as_json",
-    "bytes_near",
-    "gzipped",
-    "json_lines_near",
-    "json_near",
-    "text_near",
-    "words_near",
-    "yaml_near",
-]
-
 Draw = Any
 Place = tuple["str | int", ...]
 

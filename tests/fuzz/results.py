@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gzip
 import json
 import shutil
+import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
 
 from lem.base.errors import UserError
+from lem.config.experiment import ExperimentConfig
 from lem.meters.samples import FINISHED_FILENAME, PartReader, SampleLogError, read_tail
 from lem.orchestration.locks import CAMPAIGN_LOCK_NAME
 from lem.orchestration.manifest import ManifestManager
@@ -24,8 +27,6 @@ from tests.fuzz.mutation import bytes_near, gzipped, json_lines_near, json_near
 from tests.fuzz.trial import Find, Outcome, Surface, replaced, run_lem
 from tests.synthetic_campaign import Campaign, Configuration, Written
 
-__all__ = ["SURFACES"]
-
 _CAMPAIGN = Campaign(
     configurations=(
         Configuration("one", backend="pytorch", ttft_s=0.05),
@@ -34,6 +35,7 @@ _CAMPAIGN = Campaign(
     cycles=2,
     window_s=2.0,
 )
+_STOPPING = {"target": {"half_width": 0.02, "metric": None}, "least_cycles": 5, "most_cycles": 20}
 _ANY = (0, 1, 2, 3, 4)
 _ALL = ("results", "show", "demo")
 _HOSTILE_HTML = ("<script>alert(1)</script>", "<img src=x onerror", "</svg>=1+1")
@@ -58,16 +60,13 @@ _READERS: tuple[tuple[str, ...], ...] = (
 def _write(folder: Path) -> Written:
     """The campaign, written once in a folder; what a trial changes in it, it puts back."""
     written = _CAMPAIGN.write(folder)
-    cycles = {"target": {"half_width": 0.02, "metric": None}, "least_cycles": 5, "most_cycles": 20}
-    (written.results_dir / "demo" / written.run_id / "stopping.json").write_text(json.dumps(cycles))
+    (written.results_dir / "demo" / written.run_id / "stopping.json").write_text(json.dumps(_STOPPING))
     return written
 
 
 @functools.cache
 def _sample() -> tuple[Any, list[Any], Any]:
     """A record, the lines of its sample log, and the manifest, as plain data."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as name:
         written = _CAMPAIGN.write(Path(name))
         path = _results(written)[0]
@@ -222,24 +221,22 @@ def try_state(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
     return Outcome.ACCEPTED
 
 
-class _nothing_written_elsewhere:  # noqa: N801 - a context manager
+@contextlib.contextmanager
+def _nothing_written_elsewhere(folder: Path) -> Iterator[None]:
     """See that nothing appears in the folder, or above it, that these commands do not write; and clear what they do."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def names() -> set[str]:
+        above = {f"../{path.name}" for path in folder.parent.iterdir()}
+        return above | {f"./{path.name}" for path in folder.iterdir()}
 
-    def __enter__(self) -> None:
-        self._before = self._names()
-
-    def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        appeared = self._names() - self._before - {"./merged", "./report.html", "./plan.json"}
-        shutil.rmtree(self._folder / "merged", ignore_errors=True)
-        if kind is None and appeared:
+    before = names()
+    try:
+        yield
+        appeared = names() - before - {"./merged", "./report.html", "./plan.json"}
+        if appeared:
             raise Find("escape", f"written outside: {appeared}")
-
-    def _names(self) -> set[str]:
-        above = {f"../{path.name}" for path in self._folder.parent.iterdir()}
-        return above | {f"./{path.name}" for path in self._folder.iterdir()}
+    finally:
+        shutil.rmtree(folder / "merged", ignore_errors=True)
 
 
 def _state_documents() -> tuple[dict[str, Any], ...]:
@@ -250,8 +247,8 @@ def _state_documents() -> tuple[dict[str, Any], ...]:
         "phase_total": 9, "gap_ends_in_s": 3.0, "eta_s": 60.0, "stopped": None, "message": "",
     }  # fmt: skip
     holder = {"pid": 1, "host": "lab1", "campaign": "demo", "since": "2026-07-14T10:00:00Z"}
-    stopping = {"target": {"half_width": 0.02, "metric": None}, "least_cycles": 5, "most_cycles": 20}
-    return activity, {**activity, "doing": "gap"}, {**activity, "doing": "ended", "stopped": "signal"}, holder, stopping
+    ended = {**activity, "doing": "ended", "stopped": "signal"}
+    return activity, {**activity, "doing": "gap"}, ended, holder, _STOPPING
 
 
 def _plan_document() -> dict[str, Any]:
@@ -261,8 +258,6 @@ def _plan_document() -> dict[str, Any]:
 
 def _config_document() -> Any:
     requested = {"model": "gpt2", "backend": "pytorch"}
-    from lem.config.experiment import ExperimentConfig
-
     resolved = ExperimentConfig.from_dict({**requested, "timeseries": {"save": True}}).to_dict()
     return json.loads(json.dumps({"schema_version": 1, "requested": requested, "resolved": resolved}))
 

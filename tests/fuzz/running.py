@@ -18,8 +18,6 @@ from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, Hypoth
 from tests.fuzz import channel, configurations, results
 from tests.fuzz.trial import Find, Outcome, Surface
 
-__all__ = ["CASES", "SURFACES", "Tally", "cases_of", "fuzz", "workplace"]
-
 SURFACES: tuple[Surface, ...] = (*configurations.SURFACES, *results.SURFACES, *channel.SURFACES)
 CASES = Path(__file__).parent / "cases"
 STEADY = "lem-steady"
@@ -27,15 +25,19 @@ STEADY = "lem-steady"
 
 @dataclass
 class Tally:
-    """What came of the inputs of one surface.
+    """What came of the inputs of one surface."""
 
-    Attributes:
-        counts: by outcome, and by the kind of a find.
-        finds: the smallest input for each different find, with what it brought to light.
-    """
+    counts: Counter[str] = field(default_factory=Counter)  # by outcome, and by the kind of a find
+    finds: dict[str, tuple[bytes, str]] = field(default_factory=dict)  # the smallest input of each, and its text
 
-    counts: Counter[str] = field(default_factory=Counter)
-    finds: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def is_good(self) -> bool:
+        """Whether every input was accepted, or refused with a place."""
+        return set(self.counts) <= {Outcome.ACCEPTED.value, Outcome.REFUSED.value}
 
     def note(self, data: bytes, error: BaseException) -> None:
         """Count an input that is a find, and keep it where it is the smallest of its kind."""
@@ -85,11 +87,7 @@ AVAILABLE_PROVIDERS[STEADY] = f"{__name__}.{SteadyProvider.__name__}"
 
 
 def fuzz(surface: Surface, examples: int, folder: Path, seed_value: int | None) -> Tally:
-    """So many inputs of a surface, and what came of each; a find does not end it.
-
-    Args:
-        seed_value: of the random choices; None makes the same ones each time, from the surface alone.
-    """
+    """So many inputs of a surface, and what came of each; a find does not end it. Without a seed they never change."""
     tally = Tally()
 
     @settings(
@@ -110,13 +108,3 @@ def fuzz(surface: Surface, examples: int, folder: Path, seed_value: int | None) 
 
     (attempt if seed_value is None else seed(seed_value)(attempt))()
     return tally
-
-
-def total_of(tally: Tally) -> int:
-    """How many inputs were tried."""
-    return sum(tally.counts.values())
-
-
-def is_good(tally: Tally) -> bool:
-    """Whether every input was accepted, or refused with a place."""
-    return set(tally.counts) <= {Outcome.ACCEPTED.value, Outcome.REFUSED.value}

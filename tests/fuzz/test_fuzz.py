@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from tests.fuzz.running import CASES, SURFACES, cases_of, fuzz, is_good, total_of, workplace
+from tests.fuzz.running import CASES, SURFACES, cases_of, fuzz, workplace
 from tests.fuzz.trial import Find, Outcome, Surface, run_lem
 
 BY_NAME = {surface.name: surface for surface in SURFACES}
@@ -22,7 +22,7 @@ def test_an_input_is_accepted_or_refused_in_words_that_say_where(name: str) -> N
     with workplace() as folder:
         tally = fuzz(surface, surface.in_suite, folder, None)
     assert {key: (data[:500], text[-2000:]) for key, (data, text) in tally.finds.items()} == {}
-    assert total_of(tally) >= surface.in_suite // 2
+    assert tally.total >= surface.in_suite // 2
 
 
 @pytest.mark.parametrize(("surface", "case"), ALL_CASES)
@@ -49,9 +49,9 @@ def test_a_find_is_counted_kept_and_does_not_end_the_search(tmp_path: Path, erro
         return Outcome.ACCEPTED
 
     tally = fuzz(Surface("x", lambda: st.binary(max_size=8), trial), 200, tmp_path, 1)
-    assert total_of(tally) >= 100
+    assert tally.total >= 100
     assert tally.counts[kind] > 10
-    assert not is_good(tally)
+    assert not tally.is_good
     ((data, text),) = tally.finds.values()
     assert len(data) == 4
     assert str(error) in text

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from tests import command_rig
 from tests.command_rig import Output
 
-__all__ = ["Find", "Outcome", "Surface", "Trial", "replaced", "run_lem"]
-
 _LOG = re.compile(r"\(traceback in (.*)\)")
 
 
@@ -28,53 +26,36 @@ class Outcome(enum.Enum):
 
 
 class Find(AssertionError):
-    """What an input brought to light beside an exception: a bug told by the program, or a refusal without a place.
-
-    Attributes:
-        kind: of `traceback`, `place` (a refusal that does not say where), `escape` (something was written elsewhere).
-    """
+    """What an input brought to light beside an exception: a bug told by the program, or a refusal without a place."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
-        self.kind = kind
+        self.kind = kind  # `traceback`, `place` (a refusal does not say where), `escape` (something written elsewhere)
 
 
 class Trial(Protocol):
     """One way into the program."""
 
     def __call__(self, data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
-        """How the input was taken.
+        """How the input was taken; `folder` is the working directory, to be changed at will.
 
-        Args:
-            folder: to work in; everything in it may be changed, and it is the working directory.
-            is_thorough: go every way that reads this input, not only the one that is this input's turn.
+        A thorough trial goes every way that reads this input, not only the one whose turn it is.
         """
 
 
 @dataclass(frozen=True)
 class Surface:
-    """Where inputs come from outside.
+    """Where inputs come from outside."""
 
-    Attributes:
-        name: names the folder of its cases.
-        make_inputs: the strategy, made when it is needed.
-        share: of all inputs, relative to the other surfaces.
-        in_suite: how many inputs the test suite tries: fewer where one of them takes longer.
-    """
-
-    name: str
-    make_inputs: Callable[[], st.SearchStrategy[bytes]]
+    name: str  # of the folder of its cases
+    make_inputs: Callable[[], st.SearchStrategy[bytes]]  # makes the strategy when it is needed
     trial: Trial
-    share: int = 1
-    in_suite: int = 200
+    share: int = 1  # of all inputs, relative to the other surfaces
+    in_suite: int = 200  # how many inputs the test suite tries: fewer where one of them takes longer
 
 
 def run_lem(*words: str, expected: Sequence[int] = (0, 2)) -> Output:
-    """The command line in this process.
-
-    Raises:
-        Find: it reports a bug, or an exit code that is none of those expected.
-    """
+    """The command line in this process; a Find when it reports a bug, or an exit code that is not expected."""
     code, out, said = command_rig.run_lem(*words)
     if found := _LOG.search(said):
         log = Path(found[1])

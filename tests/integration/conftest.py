@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.campaign_rig import CampaignRig
 from tests.needs import missing
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[CampaignRig]:
+    """A campaign in a folder of its own; no process of it is left behind when a test fails."""
+    with CampaignRig(tmp_path).cleaned() as rig:
+        yield rig
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,8 @@ import json
 import re
 import sys
 
-import pytest
-
 from tests.campaign_rig import CampaignRig, campaign_text
 from tests.webhook import serving_webhook
-
-
-@pytest.fixture
-def rig(tmp_path):
-    with CampaignRig(tmp_path).cleaned() as rig:
-        yield rig
 
 
 def run_daemon(rig, total_s):
@@ -82,4 +74,7 @@ def test_what_could_not_run_at_its_time_is_refused_before_the_wait(rig):
     ended = rig.run("--yes", "--python", "./bare-python")
     assert ended.code == 2
     assert "torch and transformers are not installed" in ended.err
+    assert "pip install torch transformers" in ended.err
     assert "waiting" not in ended.err
+    rig.assert_no_process_left()
+    assert not (rig.folder / ".state" / "demo" / "campaign_manifest.json").exists()

@@ -12,12 +12,6 @@ from tests.processes import wait_for
 from tests.webhook import serving_webhook
 
 
-@pytest.fixture
-def rig(tmp_path):
-    with CampaignRig(tmp_path).cleaned() as rig:
-        yield rig
-
-
 def _at(outputs, at, do, **more):
     return {"at": at, "do": do, "when": {"max_output_tokens": outputs}, **more}
 
@@ -90,26 +84,20 @@ def test_engines_that_hang_or_fall_silent_are_ended_and_tried_again(rig):
     rig.assert_no_process_left()
 
 
-@pytest.mark.parametrize("victim", ["supervisor", "engine"])
+@pytest.mark.parametrize("victim", [("worker",), ("worker", "--engine")], ids=["supervisor", "engine"])
 def test_a_worker_that_is_killed_is_replaced_and_the_experiment_tried_again(rig, victim):
     rig.write(campaign_text(outputs=(4,), cycles=1))
     rules = [{"at": "generate", "do": "hang", "once": "hung"}]
     running = rig.start("--yes", "--json", rules=rules)
     running.wait_for_event("phase", phase="window")
     wait_for(lambda: (rig.folder / "hung").exists() or None)  # else the next attempt hangs, for the first time
-    os.kill(_pid_of(rig, victim), signal.SIGKILL)
+    os.kill(rig.marker.pid_of(*victim), signal.SIGKILL)
     ended = running.wait()
     assert ended.code == 0, ended.err
     rig.assert_no_process_left()
     (entry,) = rig.manifest().experiments
     assert (entry.status, entry.retry_count) == ("completed", 1)
     assert "SIGKILL" in str(entry.attempts[0].error)
-
-
-def _pid_of(rig, victim):
-    if victim == "supervisor":
-        return rig.marker.pid_of("worker")
-    return rig.marker.pid_of("worker", "--engine")
 
 
 @pytest.mark.parametrize(

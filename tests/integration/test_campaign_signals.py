@@ -7,16 +7,10 @@ from datetime import datetime
 
 import pytest
 
-from tests.campaign_rig import EIGHT, CampaignRig, campaign_text
+from tests.campaign_rig import EIGHT, campaign_text
 from tests.processes import wait_for
 
 HANG_AT_EIGHT = {"at": "generate", "do": "hang", "when": {"max_output_tokens": 8}}
-
-
-@pytest.fixture
-def rig(tmp_path):
-    with CampaignRig(tmp_path).cleaned() as rig:
-        yield rig
 
 
 def _resume_command(text):
@@ -62,17 +56,6 @@ def test_sigterm_while_loading_ends_it_with_its_own_exit_code(rig, rule):
     rig.assert_no_process_left()
     assert rig.statuses() == ["pending"] * 4
     assert "--resume" in _resume_command(ended.err)
-
-
-def test_a_signal_in_a_gap_ends_it_at_once(rig):
-    rig.write(campaign_text(config_gap_seconds=3600))
-    running = rig.start("--yes", "--json")
-    running.wait_for_event("gap", gap="configuration")
-    running.send(signal.SIGINT)
-    ended = running.wait()
-    assert ended.code == 130
-    rig.assert_no_process_left()
-    assert rig.statuses() == ["completed", "pending", "pending", "pending"]
 
 
 def test_a_second_signal_kills_what_does_not_go(rig):
@@ -142,7 +125,7 @@ def test_a_person_may_begin_anew_or_walk_away(rig):
 
 def test_a_signal_while_waiting_for_the_schedule_measures_nothing(rig):
     # Neither of the two is now, whenever the test runs.
-    at = "03:00" if _hour() >= 12 else "23:00"
+    at = "03:00" if datetime.now().astimezone().hour >= 12 else "23:00"
     rig.write(campaign_text(more=f"schedule: {{at: '{at}'}}\n"))
     running = rig.start("--yes")
     running.wait_for_text(f"Schedule: waiting until {at} to start campaign")
@@ -154,7 +137,3 @@ def test_a_signal_while_waiting_for_the_schedule_measures_nothing(rig):
     rig.assert_no_process_left()
     assert "stopped before the campaign started" in ended.err
     assert rig.results() == {}
-
-
-def _hour():
-    return datetime.now().astimezone().hour

@@ -95,13 +95,3 @@ def test_status_follows_a_campaign_from_another_shell_and_after_its_death(rig):
     assert shown.rstrip().endswith("--resume")
     unchanged = {path: data for path, data in rig.tree().items() if path.startswith(".state")}
     assert unchanged.items() <= before.items()
-
-
-def test_status_says_that_a_signal_stopped_it(rig):
-    running = rig.start("--yes", "--json", rules=[HANG])
-    running.wait_for_event("phase", phase="window")
-    running.send(signal.SIGINT)
-    assert running.wait().code == ExitCode.SIGINT
-    shown = _status(rig, "demo")
-    assert "demo · stopped" in shown
-    assert "stopped by a signal" in shown
