@@ -98,7 +98,7 @@ class BaselineBook:
             self._references.setdefault((place.gpus, place.state), Reference(power_w, temp_c))
 
 
-POLL_S = 1.0
+_POLL_S = 1.0
 
 # Whether temperature and power are back at the reference of this state; None while the sensors do not answer.
 RecoveryProbe = Callable[[], "bool | None"]
@@ -117,12 +117,11 @@ def keep_gap(
     is_recovered: RecoveryProbe | None,
     monotonic: Callable[[], float],
     wait: Callable[[float], bool],
-    poll_s: float = POLL_S,
 ) -> GapOutcome:
     """Wait until the device has recovered, at most `cap_s` seconds; all of them when no probe answers.
 
     Args:
-        is_recovered: called at once and then every `poll_s` seconds; None on a host without sensors.
+        is_recovered: called at once and then every second; None on a host without sensors.
         monotonic: seconds that never go back.
         wait: sleeps that many seconds, less when a stop is requested; returns whether it was.
     """
@@ -139,7 +138,7 @@ def keep_gap(
         left_s = cap_s - elapsed_s
         if left_s <= 0:
             return GapOutcome(elapsed_s, "gap_cap_reached" if has_answered else "gap_no_sensors")
-        if wait(left_s if is_recovered is None else min(poll_s, left_s)):
+        if wait(left_s if is_recovered is None else min(_POLL_S, left_s)):
             return GapOutcome(monotonic() - started_s, "gap_interrupted")
 
 

@@ -319,7 +319,10 @@ def _of_held(status: CampaignStatus, viewpoint: Viewpoint) -> CampaignStatus:
     left_s = None if manifest is None else estimate_left_s(manifest)
     status = replace(status, state=State.RUNNING, activity=activity, left_s=left_s)
     if activity is None:
-        if manifest is not None and _has_begun(manifest, holder):
+        # Whether an experiment runs that began since the lock was taken, not in an earlier process.
+        running = [] if manifest is None else manifest.get_by_status(RUNNING)
+        since = holder.since if holder else ""
+        if any(attempt.started_at and attempt.started_at >= since for entry in running for attempt in entry.attempts):
             return status
         waiting = "not measuring yet: scheduled, starting, or waiting for an answer"
         return replace(status, state=State.WAITING, reason=waiting, left_s=None)
@@ -335,16 +338,6 @@ def _of_held(status: CampaignStatus, viewpoint: Viewpoint) -> CampaignStatus:
     if activity.eta_s is not None:
         status = replace(status, left_s=max(0.0, activity.eta_s - silent_s))
     return status
-
-
-def _has_begun(manifest: CampaignManifest, holder: Holder | None) -> bool:
-    """Whether an experiment runs that began since the lock was taken, not in an earlier process."""
-    since = holder.since if holder else ""
-    return any(
-        attempt.started_at is not None and attempt.started_at >= since
-        for entry in manifest.get_by_status(RUNNING)
-        for attempt in entry.attempts
-    )
 
 
 def _of_free(status: CampaignStatus, manifest: CampaignManifest, viewpoint: Viewpoint) -> CampaignStatus:

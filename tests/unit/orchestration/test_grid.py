@@ -150,31 +150,6 @@ def test_equal_engines_lie_together(axes: dict[str, Any]) -> None:
     assert changes == engines
 
 
-# What the declaration of a grid refuses, instead of a hundred filtered experiments
-
-
-@pytest.mark.parametrize(
-    ("grid", "words"),
-    [
-        ({"shared": {"fp_precison": ["float16"]}}, "fp_precision"),
-        ({"shared": {"decoder.tempreature": [0.5]}}, "temperature"),
-        ({"shared": {"batch_size": [1, 2]}}, "pytorch.batch_size"),
-        ({"shared": {"fp_precision": ["float17"]}}, "float16"),
-        ({"shared": {"fp_precision": []}}, "no values"),
-        ({"shared": {"backend": ["pytorch"]}}, "grid.backends"),
-        ({"shared": {"model": ["a"]}}, "grid.models"),
-        ({"backend_overrides": {"pytorch": {"batchsize": 4}}}, "batch_size"),
-        ({"backend_overrides": {"vllm": {"max_num_seqs": 4}}}, "vllm"),
-        ({"backends": ["pytorch", "vllm"], "shared": {"pytorch.batch_size": [1]}}, "backend_overrides"),
-        ({"backends": []}, "backends"),
-        ({"backends": ["cuda"]}, "cuda"),
-    ],
-)
-def test_an_axis_that_cannot_be_is_an_error_with_a_suggestion(grid: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigurationError, match=words.replace(".", r"\.")):
-        CampaignGridConfig(**{"backends": ["pytorch"], **grid})
-
-
 # Validation
 
 

@@ -45,14 +45,6 @@ def manager(tmp_path: Path) -> ManifestManager:
     return ManifestManager(tmp_path / "demo" / "campaign_manifest.json")
 
 
-@pytest.mark.parametrize(
-    ("statuses", "is_complete"),
-    [("", True), ("completed skipped", True), ("completed pending", False), ("running", False), ("failed", False)],
-)
-def test_complete_when_every_one_is_completed_or_skipped(statuses: str, is_complete: bool) -> None:
-    assert manifest_of(*statuses.split()).is_complete is is_complete
-
-
 def test_update_changes_the_fields_named_of_that_entry_wherever_it_is() -> None:
     manifest = manifest_of("pending", "pending")
     assert manifest_of().progress_fraction == 0.0

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +68,6 @@ def test_configs_grid_and_experiments_stand_together(file_a: str) -> None:
     assert len(found.configurations) == 5
 
 
-def test_shuffled_records_its_seed() -> None:
-    options = {"grid": grid(*range(1, 9)), "execution": {"cycles": 2, "structure": "shuffled", "seed": 7}}
-    found = plan(**options)
-    assert found.shuffle_seed == 7
-    assert order(found) == order(plan(**options))
-    assert order(found) != order(plan(**{**options, "execution": {"cycles": 2, "structure": "shuffled", "seed": 8}}))
-    assert Counter(item.cycle_index for item in found.experiments) == {0: 8, 1: 8}
-
-
 # What is left out, and what is warned about
 
 
@@ -96,12 +86,6 @@ def test_nothing_valid_is_an_empty_plan() -> None:
     assert found.filtered_by_reason == [(NO_MODEL.text, 2)]
 
 
-def test_an_experiment_that_is_wrong_in_its_file_is_an_error_and_not_filtered(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("model: gpt2\nmax_output_tokns: 3\n")
-    with pytest.raises(ConfigurationError, match=r"bad\.yaml:2:1: max_output_tokns.*max_output_tokens"):
-        load(configs=[str(tmp_path / "bad.yaml")])
-
-
 def test_the_same_twice_runs_once_with_a_warning(file_a: str) -> None:
     found = plan(configs=[file_a], grid=grid(3, 4), execution={"cycles": 1})
     assert order(found) == "3/1 4/1"
@@ -116,30 +100,6 @@ def test_what_rules_warn_about_is_kept_with_the_experiment() -> None:
     (warning,) = found.warnings
     assert warning.why == (Reason.of("at_option", option="decoder.top_p", what=Reason.of("sampling_compounds")),)
     assert len(found.configurations) == 2
-
-
-# Campaign defaults
-
-
-def test_defaults_of_the_campaign_yield_to_the_experiments_own(tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text(
-        "model: other\ndataset: {name: gsm8k, sample_size: 3}\nwarmup: {min_prompts: 1}\n"
-    )
-    found = plan(
-        dataset="alpaca",
-        num_samples=7,
-        configs=[str(tmp_path / "own.yaml")],
-        grid=grid(1),
-        execution={"cycles": 1, "warmup_prompts": 2, "warmup_timeout_seconds": 9},
-    )
-    own, generated = (item.config for item in found.experiments)
-    assert (own.model.name, generated.model.name) == ("other", "gpt2")
-    assert own.dataset is not None
-    assert generated.dataset is not None
-    assert (own.dataset.name, own.dataset.sample_size) == ("gsm8k", 3)
-    assert (generated.dataset.name, generated.dataset.sample_size) == ("alpaca", 7)
-    assert (own.warmup.min_prompts, generated.warmup.min_prompts) == (1, 2)
-    assert (own.warmup.timeout_seconds, generated.warmup.timeout_seconds) == (9, 9)
 
 
 def test_a_grid_starts_from_the_preset() -> None:
@@ -253,13 +213,6 @@ def test_an_edit_elsewhere_keeps_the_identity_of_an_experiment(file_a: str) -> N
     before = {item.exp_id for item in plan(grid=grid(1, 2)).experiments}
     after = plan(campaign_name="renamed", configs=[file_a], grid=grid(2, 1, 5), execution={"cycles": 3}).experiments
     assert before < {item.exp_id for item in after}
-
-
-def test_the_campaign_hash_changes_with_what_is_measured() -> None:
-    known = plan(grid=grid(1, 2)).config_hash
-    assert plan(grid=grid(1, 2), io={"results_dir": "elsewhere"}).config_hash == known
-    assert plan(grid=grid(1, 3)).config_hash != known
-    assert plan(grid=grid(1, 2), execution={"cycles": 4}).config_hash != known
 
 
 CONFIG = ExperimentConfig.from_dict({"model": "any"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -59,94 +59,89 @@ def completed(exp_id: str = "a", attempt: int = 1) -> CampaignManifestEntry:
     return entry(exp_id, status="completed", result_path=path, completed_at="then", attempts=attempts)
 
 
-def on_disk(*results: Attempt) -> Callable[[CampaignManifestEntry], Sequence[Attempt]]:
-    return lambda _: results
-
-
-def changed(**names: list[str]) -> dict[str, list[str]]:
-    return {"interrupted": [], "adopted": [], "lost": [], **names}
-
-
 # What lies on disk against what the manifest says
 
-
-def test_a_completed_experiment_with_its_result_is_left_alone() -> None:
-    manifest = manifest_of(completed())
-    assert reconcile(manifest, on_disk(result())) == changed()
-    assert manifest.experiments == [completed()]
-
-
-def test_a_completed_experiment_without_its_result_runs_again() -> None:
-    manifest = manifest_of(completed())
-    assert reconcile(manifest, on_disk()) == changed(lost=["a"])
-    (found,) = manifest.experiments
-    assert (found.status, found.result_path, found.completed_at) == ("pending", None, None)
-    assert found.error == "result missing or broken: attempt-1/result.json"
-    assert found.attempts[0].result_path is None
+PATH = "attempt-1/result.json"
+BROKEN = f"result missing or broken: {PATH}"
+KNOWN = Attempt(1, PATH, valid=False)  # a result that is not valid
+DIED = entry(status="failed", error="died", attempts=[KNOWN, Attempt(2, error="died")])
 
 
-def test_a_completed_experiment_that_lost_its_result_has_an_older_valid_one() -> None:
-    lost = completed(attempt=2)
-    lost.put_attempt(Attempt(1, result_path=result(1).result_path, valid=True))
-    manifest = manifest_of(lost)
-    assert reconcile(manifest, on_disk(result(1))) == changed(adopted=["a"])
-    assert lost.status == "completed"
-    assert lost.result_path == "attempt-1/result.json"
+def adopted(*results: Attempt, chosen: int = 1, before: Sequence[Attempt] = ()) -> CampaignManifestEntry:
+    path = result(chosen).result_path
+    return entry(status="completed", result_path=path, completed_at="later", attempts=[*before, *results])
 
 
-def test_a_running_experiment_was_interrupted_and_runs_again() -> None:
-    manifest = manifest_of(entry(status="running", attempts=[Attempt(1, started_at="then")]))
-    assert reconcile(manifest, on_disk()) == changed(interrupted=["a"])
-    (found,) = manifest.experiments
-    assert (found.status, found.error) == ("pending", "interrupted")
-    assert found.attempts == (Attempt(1, started_at="then", error="interrupted"),)
-
-
-@pytest.mark.parametrize("status", ["running", "pending", "failed"])
-def test_a_whole_result_that_the_manifest_missed_is_adopted(status: str) -> None:
-    manifest = manifest_of(entry(status=status, error="x", attempts=[Attempt(1, started_at="then")]))
-    assert reconcile(manifest, on_disk(result())) == changed(adopted=["a"])
-    (found,) = manifest.experiments
-    assert (found.status, found.error, found.result_path) == ("completed", None, "attempt-1/result.json")
-    assert found.completed_at == "later"
-    adopted = Attempt(1, "attempt-1/result.json", valid=True, started_at="then", completed_at="later", host="node3")
-    assert found.attempts == (adopted,)
-
-
-def test_a_missed_result_that_is_not_valid_is_kept_and_measured_again() -> None:
-    manifest = manifest_of(entry(status="running", attempts=[Attempt(1)]))
-    assert reconcile(manifest, on_disk(result(valid=False))) == changed(interrupted=["a"])
-    (found,) = manifest.experiments
-    assert (found.status, found.result_path) == ("pending", None)
-    assert found.attempts[0].result_path == "attempt-1/result.json"
-    assert found.attempts[0].valid is False
+def begun(status: str) -> CampaignManifestEntry:
+    return entry(status=status, error="x", attempts=[Attempt(1, started_at="then")])
 
 
 @pytest.mark.parametrize(
-    ("attempts", "results", "chosen"),
+    ("before", "results", "change", "after"),
     [
-        # A second result that is not valid stands.
+        (completed(), [result()], None, completed()),
+        # A completed experiment without its result runs again, unless it has an older one.
+        (completed(), [], "lost", entry(error=BROKEN, attempts=[Attempt(1, error=BROKEN)])),
         (
-            [Attempt(1, result(1).result_path, valid=False), Attempt(2)],
+            entry(
+                status="completed",
+                result_path=PATH,
+                completed_at="x",
+                attempts=[Attempt(1, PATH, True)],
+            ),
+            [result(2)],
+            "adopted",
+            adopted(result(2), chosen=2, before=[Attempt(1, error=BROKEN)]),
+        ),
+        # A running one was interrupted.
+        (
+            begun("running"),
+            [],
+            "interrupted",
+            entry(error="interrupted", attempts=[Attempt(1, started_at="then", error="interrupted")]),
+        ),
+        # A whole result that the manifest missed is adopted.
+        *(
+            (begun(status), [result()], "adopted", adopted(dataclasses.replace(result(), started_at="then")))
+            for status in ("running", "pending", "failed")
+        ),
+        # One that is not valid is kept and measured again; a second one stands.
+        (
+            entry(status="running", attempts=[Attempt(1)]),
+            [result(valid=False)],
+            "interrupted",
+            entry(error="interrupted", attempts=[result(valid=False)]),
+        ),
+        (
+            entry(status="running", attempts=[KNOWN, Attempt(2)]),
             [result(1, valid=False), result(2, valid=False)],
-            2,
+            "adopted",
+            adopted(result(2, valid=False), chosen=2, before=[KNOWN]),
         ),
         # Of valid results the last is chosen, as the tables do, also before a later one that is not.
-        ([], [result(2), result(1), result(3, valid=False)], 2),
-        ([], [result(2, valid=False), result(1)], 1),
+        (
+            entry(status="running"),
+            [result(2), result(1), result(3, valid=False)],
+            "adopted",
+            adopted(result(1), result(2), result(3, valid=False), chosen=2),
+        ),
+        (
+            entry(status="running"),
+            [result(2, valid=False), result(1)],
+            "adopted",
+            adopted(result(1), result(2, valid=False)),
+        ),
+        # A failed experiment whose results are known stays failed.
+        (DIED, [result(1, valid=False)], None, dataclasses.replace(DIED)),
     ],
 )
-def test_of_several_results_one_is_chosen(attempts: list[Attempt], results: list[Attempt], chosen: int) -> None:
-    manifest = manifest_of(entry(status="running", attempts=attempts))
-    assert reconcile(manifest, on_disk(*results)) == changed(adopted=["a"])
-    assert manifest.experiments[0].result_path == f"attempt-{chosen}/result.json"
-
-
-def test_a_failed_experiment_whose_results_are_known_stays_failed() -> None:
-    known = Attempt(1, result_path=result(1).result_path, valid=False)
-    manifest = manifest_of(entry(status="failed", error="died", attempts=[known, Attempt(2, error="died")]))
-    assert reconcile(manifest, on_disk(result(1, valid=False))) == changed()
-    assert manifest.experiments[0].error == "died"
+def test_a_manifest_is_corrected_by_the_whole_results_on_disk(
+    before: CampaignManifestEntry, results: list[Attempt], change: str | None, after: CampaignManifestEntry
+) -> None:
+    manifest = manifest_of(before)
+    changes = reconcile(manifest, lambda _: results)
+    assert {name: ids for name, ids in changes.items() if ids} == ({change: ["a"]} if change else {})
+    assert manifest.experiments == [after]
 
 
 def test_an_interruption_leaves_attempts_that_ended_alone() -> None:
