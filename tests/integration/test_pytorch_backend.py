@@ -18,8 +18,19 @@ import pytest
 from lem.base.errors import EngineError, OptionRefused
 from lem.engines.protocol import Engine, TokenRequest
 from lem.engines.pytorch import load
-from tests.integration.engine_answers import LENGTHS, SAMPLING, Arrivals, answers, configured, outputs
-from tests.integration.pytorch_experiments import copy_model, experiment, loaded, prompts
+from tests.integration.engine_answers import (
+    LENGTHS,
+    SAMPLING,
+    Arrivals,
+    answers,
+    configured,
+    copy_model,
+    experiment,
+    loaded,
+    outputs,
+    prompts,
+    served,
+)
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
 
@@ -110,19 +121,16 @@ def test_output_ends_with_its_end_and_what_fills_the_row_up_is_not_counted(
     assert max(len(output) for output in found) == 16  # the others went on meanwhile
 
 
-def test_an_end_that_is_ignored_does_not_end(engine: Engine, tiny_model: Path, tmp_path: Path) -> None:
+def test_an_end_does_not_end_before_the_least_length_nor_where_it_is_ignored(
+    engine: Engine, tiny_model: Path, tmp_path: Path
+) -> None:
     whole = outputs(engine, prompts())
-    model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end_after(engine, 5))
-    options = {"pytorch": {"batch_size": len(LENGTHS)}, "ignore_eos": True}
-    with loaded(experiment(model, **options)) as ignoring:
-        assert outputs(ignoring, prompts()) == whole
-
-
-def test_no_output_ends_before_its_least_length(engine: Engine, tiny_model: Path, tmp_path: Path) -> None:
     model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end_after(engine, 3))
-    with loaded(experiment(model, min_output_tokens=10)) as there:
+    with loaded(experiment(model)) as there:
         assert len(outputs(there, prompts(minimum=0))[0]) == 4
         assert len(outputs(there, prompts(minimum=10))[0]) >= 10
+        there.configure(experiment(model, pytorch={"batch_size": len(LENGTHS)}, ignore_eos=True))
+        assert outputs(there, prompts()) == whole
 
 
 def test_rows_of_a_batch_keep_bounds_of_their_own(engine: Engine, tiny_model: Path, tmp_path: Path) -> None:
@@ -158,8 +166,7 @@ def test_a_request_beyond_the_positions_of_the_model_fails_alone(engine: Engine,
     engine.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
     requests = [*prompts((5, 6)), TokenRequest(2, tuple([5] * 500), 16)]
     by_index = {item.index: item for item in engine.generate(requests, observe_tokens=False)}
-    assert by_index[0].error is None
-    assert by_index[1].error is None
+    assert by_index[0].error is by_index[1].error is None
     assert "512 positions" in (by_index[2].error or "")
     assert by_index[2].output_ids == ()
 
@@ -169,30 +176,6 @@ def test_an_engine_that_fails_on_a_batch_fails_in_words(engine: Engine, tiny_mod
     with pytest.raises(EngineError, match="generate failed: IndexError"):
         engine.generate([TokenRequest(0, (5, 1000), 4)], observe_tokens=False)  # ids of this model end at 999
     assert len(outputs(engine, prompts())) == len(LENGTHS)
-
-
-class Exhausted:
-    """A model with no memory left for more than one row."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def generate(self, **arguments: Any) -> Any:
-        import torch
-
-        if len(arguments["input_ids"]) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return self._model.generate(**arguments)
-
-
-def test_a_batch_that_runs_out_of_memory_fails_its_requests_and_no_others(tiny_model: Path) -> None:
-    with loaded(experiment(tiny_model, pytorch={"batch_size": 2})) as there:
-        there._loaded.model = Exhausted(there._loaded.model)
-        by_index = {item.index: item for item in there.generate(prompts((5, 6, 7)), observe_tokens=False)}
-    assert "out of memory in a batch of 2" in (by_index[0].error or "")
-    assert "out of memory in a batch of 2" in (by_index[1].error or "")
-    assert by_index[2].error is None
-    assert len(by_index[2].output_ids) == 16
 
 
 def test_progress_is_told_batch_by_batch(engine: Engine, tiny_model: Path) -> None:
@@ -226,20 +209,15 @@ def test_the_models_own_generation_config_changes_nothing_and_is_recorded(
     assert "suppress_tokens" not in effective["generation"]
 
 
-def test_transformers_warns_about_nothing(tiny_model: Path, recwarn: pytest.WarningsRecorder) -> None:
-    heard: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            heard.append(record.getMessage())
-
+def test_transformers_warns_about_nothing(
+    tiny_model: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
     # A warning that was given once in this process would be swallowed.
     for name in ("warning_once", "warning_advice"):
         clear = getattr(getattr(logging.Logger, name, None), "cache_clear", None)
         if clear is not None:
             clear()
-    listener = Listener(logging.WARNING)
-    logging.getLogger("transformers").addHandler(listener)
+    logging.getLogger("transformers").addHandler(caplog.handler)  # its loggers do not propagate
     try:
         with loaded(experiment(tiny_model, pytorch={"batch_size": 3})) as there:
             answers(there, prompts())
@@ -247,8 +225,8 @@ def test_transformers_warns_about_nothing(tiny_model: Path, recwarn: pytest.Warn
             there.configure(experiment(tiny_model, decoder=SAMPLING, ignore_eos=True))
             answers(there, prompts(minimum=16))
     finally:
-        logging.getLogger("transformers").removeHandler(listener)
-    assert heard == []
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("transformers")] == []
     assert [str(warning.message) for warning in recwarn if "transformers" in warning.filename] == []
 
 
@@ -320,16 +298,11 @@ def test_a_queue_is_worked_off_in_batches_of_what_has_arrived(engine: Engine, ti
 
 def test_rows_that_run_together_have_their_times_together(engine: Engine, tiny_model: Path) -> None:
     engine.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
-    short = TokenRequest(1, prompts()[1].token_ids, 4)
-    queue = Arrivals([prompts()[0], short])
-    engine.serve(queue)
-    long_times, short_times = (item.token_times_ns for item in sorted(queue.completions, key=lambda item: item.index))
-    assert long_times is not None
-    assert short_times is not None
-    assert len(long_times) == 16
-    assert short_times == long_times[:4]
-    ended = next(item for item in queue.completions if item.index == 1)
-    assert ended.finished_ns == short_times[-1]  # not when the batch was done
+    long, short = served(engine, [prompts()[0], TokenRequest(1, prompts()[1].token_ids, 4)])
+    assert long.token_times_ns is not None
+    assert len(long.token_times_ns) == 16
+    assert short.token_times_ns == long.token_times_ns[:4]
+    assert short.finished_ns == long.token_times_ns[3]  # not when the batch was done
 
 
 # What is reported
@@ -342,19 +315,15 @@ def test_the_report_says_what_was_loaded(tiny_model: Path) -> None:
     with loaded(experiment(tiny_model)) as there:
         report = there.report
     assert (report.engine_name, report.engine_version) == ("transformers", transformers.__version__)
-    assert report.versions["torch"] == torch.__version__
-    assert report.device == "cpu"
-    assert report.gpu_uuids == ()
+    assert (report.versions["torch"], report.device, report.gpu_uuids) == (torch.__version__, "cpu", ())
     # Llama: embeddings in and out, per layer attention (q, k, v, o), three matrices and two norms, one norm at the end.
     hidden, intermediate, vocabulary, key_value = 64, 128, 1000, 32
     layer = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * intermediate + 2 * hidden
     assert report.embedding_parameters == 2 * vocabulary * hidden
     assert report.model_parameters == report.embedding_parameters + 2 * layer + hidden
-    assert report.model_revision is None
+    assert (report.model_revision, report.compile_s, report.warnings) == (None, None, ())
     assert report.weights_sha256 is not None
-    assert report.compile_s is None
     assert report.checks_s > 0
-    assert report.warnings == ()
     json.dumps(report.effective, allow_nan=False)
 
 
@@ -373,15 +342,11 @@ def test_the_effective_options_have_the_shape_of_the_requested_ones(engine: Engi
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_weights_have_the_precision_asked_for(tiny_model: Path, precision: str) -> None:
     with loaded(experiment(tiny_model, fp_precision=precision)) as there:
-        report = there.report
-        assert report.effective["fp_precision"] == precision
+        assert there.report.effective["fp_precision"] == precision
         assert len(outputs(there, prompts())[0]) == 16
-
-
-def test_the_cpu_tells_no_peak_of_device_memory(engine: Engine) -> None:
-    engine.reset_peak_memory()
-    engine.synchronize()
-    assert engine.peak_memory_b() is None
+        there.reset_peak_memory()
+        there.synchronize()
+        assert there.peak_memory_b() is None  # on the CPU
 
 
 # Life
@@ -415,12 +380,9 @@ def test_a_cache_that_does_not_fit_is_out_of_memory_at_load(tiny_model: Path) ->
     assert caught.value.is_permanent
 
 
-def test_an_experiment_that_needs_another_load_is_not_configured(engine: Engine, tiny_model: Path) -> None:
+def test_an_experiment_after_refused_ones_runs(engine: Engine, tiny_model: Path) -> None:
     with pytest.raises(EngineError, match="a different engine load"):
         engine.configure(experiment(tiny_model, fp_precision="bfloat16"))
-
-
-def test_an_experiment_after_a_refused_one_runs(engine: Engine, tiny_model: Path) -> None:
     with pytest.raises(OptionRefused):
         engine.configure(experiment(tiny_model, pytorch={"extra": {"zebra": 1}}))
     engine.configure(experiment(tiny_model))

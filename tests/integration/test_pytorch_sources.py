@@ -17,8 +17,7 @@ import pytest
 from lem.base.errors import EngineError, OptionRefused
 from lem.engines.protocol import EngineReport
 from lem.engines.pytorch import load
-from tests.integration.engine_answers import outputs
-from tests.integration.pytorch_experiments import experiment, loaded, prompts
+from tests.integration.engine_answers import experiment, loaded, outputs, prompts
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
 
@@ -69,7 +68,9 @@ def broken_copy(tiny_model: Path, folder: Path, *, without: str = "", **contents
     return folder
 
 
-def test_a_folder_without_a_model_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_or_with_a_revision_is_an_error_with_a_remedy(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     for folder, message, hint in (
         (tmp_path / "nowhere", "no such folder", str(Path.cwd())),
         (tmp_path, "has no config.json", "save_pretrained"),
@@ -78,6 +79,8 @@ def test_a_folder_without_a_model_is_an_error_with_a_remedy(tmp_path: Path) -> N
         assert error.kind == "model"
         assert message in error.message
         assert hint in error.hint
+    with pytest.raises(OptionRefused, match=r"model\.revision: v2"):
+        load(experiment(tiny_model, model={"name": str(tiny_model), "revision": "v2"}), {})
 
 
 @pytest.mark.parametrize(
@@ -125,11 +128,6 @@ def test_code_of_a_model_is_not_run_unless_it_is_trusted(tiny_model: Path, tmp_p
     assert not marker.exists()
 
 
-def test_a_folder_has_no_revision(tiny_model: Path) -> None:
-    with pytest.raises(OptionRefused, match=r"model\.revision: v2"):
-        load(experiment(tiny_model, model={"name": str(tiny_model), "revision": "v2"}), {})
-
-
 def test_a_tokenizer_of_its_own_is_used(tiny_model: Path, tmp_path: Path) -> None:
     text = (tiny_model / "tokenizer.json").read_text(encoding="utf-8")
     values = json.loads(text)
@@ -143,17 +141,8 @@ def test_a_tokenizer_of_its_own_is_used(tiny_model: Path, tmp_path: Path) -> Non
 
 def test_a_tokenizer_of_another_model_is_told_by_its_ids(tiny_model: Path, tmp_path: Path) -> None:
     values = json.loads((tiny_model / "tokenizer.json").read_text(encoding="utf-8"))
-    values["added_tokens"].append(
-        {
-            "id": 5000,
-            "content": "<far>",
-            "special": False,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-    )
+    traits = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    values["added_tokens"].append({"id": 5000, "content": "<far>", **traits})
     values["model"]["vocab"]["<far>"] = 5000
     other = broken_copy(tiny_model, tmp_path / "other", tokenizer__json=json.dumps(values))
     config = experiment(tiny_model, model={"name": str(tiny_model), "tokenizer": str(other)})
@@ -199,27 +188,16 @@ def test_an_adapter_changes_the_output_or_is_refused_with_the_remedy(tiny_model:
         with pytest.raises(OptionRefused, match=r"model\.adapter: needs peft"):
             load(adapted, {})
         return
-    plain = make_adapter(tiny_model, tmp_path / "lora")
-    with loaded(adapted) as there:
-        assert outputs(there, prompts()) != outputs_of(tiny_model)
-        assert there.report.weights_sha256 != plain.weights_sha256
-
-
-def make_adapter(model: Path, folder: Path) -> EngineReport:
-    """Save an adapter with random weights; the report of the model without it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(folder)
-    with loaded(experiment(model)) as there:
-        report: EngineReport = there.report
-    return report
-
-
-def outputs_of(model: Path) -> list[tuple[int, ...]]:
-    """What the model answers without an adapter."""
-    with loaded(experiment(model)) as there:
-        return outputs(there, prompts())
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora).save_pretrained(tmp_path / "lora")
+    found = []
+    for config in (experiment(tiny_model), adapted):
+        with loaded(config) as there:
+            found.append((outputs(there, prompts()), there.report.weights_sha256))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]

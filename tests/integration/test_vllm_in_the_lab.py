@@ -24,13 +24,15 @@ RUN = "import sys; sys.path += sys.argv.pop(1).split(':'); import pytest; sys.ex
 
 @pytest.mark.needs("lab")
 @pytest.mark.timeout(TIMEOUT_S + 60)
-def test_the_vllm_backend_holds_on_a_real_vllm(record_property: Callable[[str, object], None]) -> None:
+@pytest.mark.parametrize("cases", ["not long", pytest.param("long", marks=pytest.mark.long)])
+def test_the_vllm_backend_holds_on_a_real_vllm(record_property: Callable[[str, object], None], cases: str) -> None:
     python = Places.of().environment("vllm") / "bin/python"
     packages = ":".join(path for path in sys.path if path.endswith("site-packages"))
     # One thread: other tests need the machine too. CI's demands are for the run that started this one.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "false"}
     finished = subprocess.run(
         [str(python), "-c", RUN, packages, "-q", "-rpfE", "--tb=short", "-p", "no:logging", "-p", "no:cacheprovider"]
+        + ["-m", cases]
         + [str(ROOT / "tests/integration" / name) for name in SUITE],
         cwd=ROOT,
         env=environment,

@@ -1,7 +1,7 @@
 """Every option of the vllm section does something that can be seen in a real engine, or is refused.
 
-`CHECKS` has one entry an option; an option that is declared and not in it fails the first test. Checks that need the
-same engine stand together: a load takes seconds.
+A test names its options with `option`; the last test fails for an option without one. Tests that need the same engine
+stand together, since a load takes seconds; those of engines other than BASE run with `make test-long`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from lem.config.backends import VllmConfig
 from lem.config.option import walk
 from lem.engines.protocol import Engine, EngineReport, TokenRequest
 from lem.engines.vllm import load
-from tests.integration.engine_answers import SAMPLING, answers, configured, outputs
-from tests.integration.vllm_experiments import experiment, prompts
+from tests.integration.engine_answers import SAMPLING, answers, configured, outputs, prompts, vllm_experiment
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 
@@ -46,6 +45,7 @@ DIFFERENT = {
 LENGTHS = {"max_input_tokens": 80}
 UNSEEDED = {"decoder": SAMPLING, "random_seed": None}
 # Longer than two blocks of 32, so that two of them can be found again.
+Test = Callable[["Bench"], None]
 LONG = TokenRequest(0, tuple(range(100, 170)), 1, 1)
 
 
@@ -60,13 +60,12 @@ class Bench:
 
     @property
     def engine(self) -> Any:
-        """The engine that is there."""
         assert self._loaded is not None
         return self._loaded
 
     def set_up(self, section: dict[str, Any], **options: Any) -> EngineReport:
         """Have an engine with a section: the one that is there, or another."""
-        config = experiment(self.model, section, **{**LENGTHS, **options})
+        config = vllm_experiment(self.model, section, **{**LENGTHS, **options})
         if config.engine_key() == self._engine_key:
             return configured(self.engine, config)
         self.close()
@@ -75,7 +74,6 @@ class Bench:
         return self._loaded.report
 
     def close(self) -> None:
-        """Have no engine."""
         loaded, self._loaded, self._engine_key = self._loaded, None, ""
         if loaded is not None:
             loaded.close()
@@ -110,9 +108,20 @@ class Bench:
         if not is_early:
             self.close()
         with pytest.raises(OptionRefused) as caught:
-            load(experiment(self.model, section, **{**LENGTHS, **options}), {})
+            load(vllm_experiment(self.model, section, **{**LENGTHS, **options}), {})
         assert "vLLM 0." in caught.value.message
         return caught.value.message
+
+
+CHECKED: set[str] = set()
+# See tests/unit/engines/test_refusals.py.
+REFUSED = {"cpu_offload_gb", "disable_custom_all_reduce", "attention.flash_version"}
+
+
+def option(*names: str, is_long: bool = False) -> Callable[[Test], Test]:
+    """Marks a test of these options."""
+    CHECKED.update(names)
+    return pytest.mark.long if is_long else lambda test: test
 
 
 @pytest.fixture(scope="module")
@@ -129,53 +138,48 @@ def bench(wide_tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 # Without a load
 
 
-def gone_with_older_engines(bench: Bench) -> None:
+@option("swap_space")
+def test_gone_with_older_engines(bench: Bench) -> None:
     assert "no swap space" in bench.refusal({"swap_space": 1})
 
 
-def nothing_is_offloaded_on_the_cpu(bench: Bench) -> None:
-    assert "vllm.cpu_offload_gb" in bench.refusal({"cpu_offload_gb": 1})
-
-
-def several_workers_need_several_nodes(bench: Bench) -> None:
+@option("tensor_parallel_size", "pipeline_parallel_size")
+def test_several_workers_need_several_nodes(bench: Bench) -> None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         assert f"vllm.{name}: 2" in bench.refusal({name: 2}, gpus=None)
 
 
-def custom_all_reduce_needs_several_gpus(bench: Bench) -> None:
-    assert "vllm.disable_custom_all_reduce" in bench.refusal({"disable_custom_all_reduce": True})
-
-
-def quantization_is_judged_by_the_engine(bench: Bench) -> None:
+@option("quantization")
+def test_quantization_is_judged_by_the_engine(bench: Bench) -> None:
     assert "vllm.quantization: awq" in bench.refusal({"quantization": "awq"})
     assert "vllm.quantization: nonsense" in bench.refusal({"quantization": "nonsense"})
 
 
-def flash_version_needs_a_gpu(bench: Bench) -> None:
-    assert "vllm.attention.flash_version" in bench.refusal({"attention": {"flash_version": 3}})
-
-
-def sliding_window_must_be_there(bench: Bench) -> None:
+@option("attention.disable_sliding_window", is_long=True)
+def test_sliding_window_must_be_there(bench: Bench) -> None:
     assert "no sliding window" in bench.refusal({"attention": {"disable_sliding_window": True}}, is_early=False)
 
 
 # One engine
 
 
-def max_num_batched_tokens_bounds_a_step(bench: Bench) -> None:
+@option("max_num_batched_tokens")
+def test_max_num_batched_tokens_bounds_a_step(bench: Bench) -> None:
     report = bench.set_up(BASE)
     assert report.effective["vllm"]["max_num_batched_tokens"] == 16
     assert bench.steps(LONG) == 5  # 70 tokens, 16 at a time
 
 
-def min_p_drops_the_unlikely(bench: Bench) -> None:
+@option("min_p")
+def test_min_p_drops_the_unlikely(bench: Bench) -> None:
     # No token but the likeliest is as likely as the likeliest.
     assert bench.outputs({**BASE, "min_p": 1.0}, **UNSEEDED) == bench.expected
     assert bench.outputs(BASE, **UNSEEDED) != bench.expected
     assert bench.set_up({**BASE, "min_p": 0.5}).warnings[0].code == "min_p_unused"
 
 
-def logprobs_are_asked_of_the_engine(bench: Bench) -> None:
+@option("logprobs", is_long=True)
+def test_logprobs_are_asked_of_the_engine(bench: Bench) -> None:
     seen: list[Any] = []
     report = bench.set_up({**BASE, "logprobs": 3})
     session = bench.engine
@@ -195,17 +199,32 @@ def logprobs_are_asked_of_the_engine(bench: Bench) -> None:
     assert report.effective["vllm"]["logprobs"] == 3
 
 
-def logit_bias_pushes_a_token(bench: Bench) -> None:
+@option("logit_bias")
+def test_logit_bias_pushes_a_token(bench: Bench) -> None:
     assert {*bench.outputs({**BASE, "logit_bias": {"5": 100}})[0]} == {5}
     assert bench.set_up({**BASE, "logit_bias": {"5": 100}}).effective["vllm"]["logit_bias"] == {"5": 100.0}
     with pytest.raises(OptionRefused, match=r"vllm\.logit_bias: .*out-of-vocab"):
         bench.set_up({**BASE, "logit_bias": {"5000": 1}})
 
 
+@option("enforce_eager")
+def test_eager_is_not_compiled(bench: Bench) -> None:
+    effective = bench.set_up(BASE).effective
+    assert effective["vllm"]["enforce_eager"] is True
+    assert effective["engine"]["compilation_config"]["mode"] == "NONE"
+
+
+def test_prompts_are_forgotten_between_repeats_otherwise(bench: Bench) -> None:
+    report = bench.set_up(BASE)
+    assert report.effective["vllm"]["enable_prefix_caching"] is True  # vLLM's own default
+    assert [bench.steps(LONG) for _ in range(3)] == [5, 5, 5]
+
+
 # Another
 
 
-def max_num_seqs_bounds_what_runs_at_once(bench: Bench) -> None:
+@option("max_num_seqs", is_long=True)
+def test_max_num_seqs_bounds_what_runs_at_once(bench: Bench) -> None:
     def at_once(section: dict[str, Any]) -> int:
         bench.set_up(section)
         spans = [(item.started_ns, item.finished_ns) for item in answers(bench.engine, prompts())]
@@ -214,7 +233,8 @@ def max_num_seqs_bounds_what_runs_at_once(bench: Bench) -> None:
     assert at_once(ASKED) == 2
 
 
-def max_model_len_bounds_a_request(bench: Bench) -> None:
+@option("max_model_len", is_long=True)
+def test_max_model_len_bounds_a_request(bench: Bench) -> None:
     report = bench.set_up(ASKED)
     assert report.effective["vllm"]["max_model_len"] == 90
     requests = [TokenRequest(0, LONG.token_ids, 20), TokenRequest(1, LONG.token_ids, 21)]
@@ -225,19 +245,15 @@ def max_model_len_bounds_a_request(bench: Bench) -> None:
     assert "90" in str(fits.error or too_long.error)
 
 
-def prefix_caching_keeps_what_is_asked_to_be_kept(bench: Bench) -> None:
+@option("enable_prefix_caching", is_long=True)
+def test_prefix_caching_keeps_what_is_asked_to_be_kept(bench: Bench) -> None:
     bench.set_up(ASKED)
     assert [bench.steps(LONG) for _ in range(2)] == [5, 1]  # two blocks of 32 are found again
     assert [bench.steps(LONG) for _ in range(2)] == [1, 1]
 
 
-def prompts_are_forgotten_between_repeats_otherwise(bench: Bench) -> None:
-    report = bench.set_up(BASE)
-    assert report.effective["vllm"]["enable_prefix_caching"] is True  # vLLM's own default
-    assert [bench.steps(LONG) for _ in range(3)] == [5, 5, 5]
-
-
-def distributed_backend_is_what_runs_the_worker(bench: Bench) -> None:
+@option("distributed_backend", is_long=True)
+def test_distributed_backend_is_what_runs_the_worker(bench: Bench) -> None:
     assert bench.set_up(ASKED).effective["vllm"]["distributed_backend"] == "mp"
     assert any("Worker" in process.name for process in multiprocessing.active_children())
     bench.set_up(BASE)
@@ -245,20 +261,19 @@ def distributed_backend_is_what_runs_the_worker(bench: Bench) -> None:
     assert "vllm.distributed_backend: ray" in bench.refusal({"distributed_backend": "ray"})
 
 
-def kv_cache_dtype_changes_rounding(bench: Bench) -> None:
-    assert bench.set_up(ASKED).effective["vllm"]["kv_cache_dtype"] == "fp8"
-    assert bench.outputs(ASKED) != bench.expected
-
-
-def attention_backend_is_the_one_asked(bench: Bench) -> None:
-    assert bench.set_up(ASKED).effective["vllm"]["attention"]["backend"] == "CPU_ATTN"
+@option("kv_cache_dtype", "attention.backend", is_long=True)
+def test_cache_type_and_attention_are_those_asked_for(bench: Bench) -> None:
+    effective = bench.set_up(ASKED).effective["vllm"]
+    assert (effective["kv_cache_dtype"], effective["attention"]["backend"]) == ("fp8", "CPU_ATTN")
+    assert bench.outputs(ASKED) != bench.expected  # rounding
     assert "vllm.attention.backend" in bench.refusal({"attention": {"backend": "FLASH_ATTN"}})
 
 
 # A third
 
 
-def chunked_prefill_splits_what_does_not_fit(bench: Bench) -> None:
+@option("enable_chunked_prefill", is_long=True)
+def test_chunked_prefill_splits_what_does_not_fit(bench: Bench) -> None:
     def is_split(section: dict[str, Any]) -> bool:
         """Whether the second of two prompts, too long together for one step, starts with the first."""
         bench.set_up(section)
@@ -270,16 +285,14 @@ def chunked_prefill_splits_what_does_not_fit(bench: Bench) -> None:
     assert is_split(BASE)
 
 
-def prefix_caching_can_be_off(bench: Bench) -> None:
-    assert bench.set_up(DIFFERENT).effective["vllm"]["enable_prefix_caching"] is False
-
-
-def load_format_decides_on_the_weights(bench: Bench) -> None:
+@option("load_format", is_long=True)
+def test_load_format_decides_on_the_weights(bench: Bench) -> None:
     assert bench.outputs({**BASE, "load_format": "dummy"}) != bench.expected
     assert "vllm.load_format: zebra" in bench.refusal({"load_format": "zebra"}, is_early=False)
 
 
-def gpu_memory_utilization_is_what_the_engine_has(bench: Bench) -> None:
+@option("gpu_memory_utilization", is_long=True)
+def test_gpu_memory_utilization_is_what_the_engine_has(bench: Bench) -> None:
     with pytest.MonkeyPatch.context() as patch:
         assert "VLLM_CPU_KVCACHE_SPACE sets" in bench.refusal({"gpu_memory_utilization": 0.5})
         patch.delenv("VLLM_CPU_KVCACHE_SPACE")
@@ -291,22 +304,18 @@ def gpu_memory_utilization_is_what_the_engine_has(bench: Bench) -> None:
         assert caught.value.kind == "out_of_memory"
 
 
-def block_size_is_what_the_engine_has(bench: Bench) -> None:
-    assert bench.set_up(DIFFERENT).effective["vllm"]["block_size"] == 64
+@option("block_size", is_long=True)
+def test_block_size_is_what_the_engine_has(bench: Bench) -> None:
+    effective = bench.set_up(DIFFERENT).effective["vllm"]
+    assert (effective["block_size"], effective["enable_prefix_caching"]) == (64, False)
     assert "vllm.block_size: 16" in bench.refusal({"block_size": 16}, is_early=False)
-
-
-def eager_is_not_compiled(bench: Bench) -> None:
-    effective = bench.set_up(BASE).effective
-    assert effective["vllm"]["enforce_eager"] is True
-    assert effective["engine"]["compilation_config"]["mode"] == "NONE"
-    # That the default compiles is seen with the engine in a process of its own.
 
 
 # Engines with partners
 
 
-def a_drafting_model_drafts_the_tokens_asked_for(bench: Bench) -> None:
+@option("speculative.model", "speculative.num_tokens", "speculative.draft_tp_size", is_long=True)
+def test_a_drafting_model_drafts_the_tokens_asked_for(bench: Bench) -> None:
     speculative = {"model": str(bench.model), "num_tokens": 3, "method": "draft_model", "draft_tp_size": 1}
     expected = bench.expected
     report = bench.set_up({"speculative": speculative})
@@ -320,7 +329,8 @@ def a_drafting_model_drafts_the_tokens_asked_for(bench: Bench) -> None:
     assert "vllm.speculative.draft_tp_size: 2" in bench.refusal({"speculative": {**speculative, "draft_tp_size": 2}})
 
 
-def an_adapter_changes_what_is_generated(bench: Bench) -> None:
+@option("lora.enabled", is_long=True)
+def test_an_adapter_changes_what_is_generated(bench: Bench) -> None:
     expected = bench.expected
     adapter = make_adapter(bench.model, bench.scratch / "adapter", rank=16)
     section = {"lora": {"enabled": True, "max_loras": 1, "max_rank": 16}}
@@ -329,13 +339,14 @@ def an_adapter_changes_what_is_generated(bench: Bench) -> None:
     assert outputs(bench.engine, prompts()) != expected
 
 
-def room_for_adapters_is_made_as_asked(bench: Bench) -> None:
+@option("lora.max_loras", "lora.max_rank", is_long=True)
+def test_room_for_adapters_is_made_as_asked(bench: Bench) -> None:
     expected = bench.expected
     report = bench.set_up({"lora": {"enabled": True, "max_loras": 2, "max_rank": 8}})
     assert report.effective["vllm"]["lora"] == {"enabled": True, "max_loras": 2, "max_rank": 8}
     assert outputs(bench.engine, prompts()) == expected
     adapter = make_adapter(bench.model, bench.scratch / "large", rank=16)
-    config = experiment(
+    config = vllm_experiment(
         bench.model,
         {"lora": {"enabled": True, "max_rank": 8}},
         model={"name": str(bench.model), "adapter": str(adapter)},
@@ -345,7 +356,8 @@ def room_for_adapters_is_made_as_asked(bench: Bench) -> None:
         load(config, {})
 
 
-def extra_arguments_reach_the_engine(bench: Bench) -> None:
+@option("extra", is_long=True)
+def test_extra_arguments_reach_the_engine(bench: Bench) -> None:
     section = {"extra": {"stream_interval": 4}}
     report = bench.set_up(section)
     assert report.effective["engine"]["scheduler_config"]["stream_interval"] == 4
@@ -358,7 +370,8 @@ def extra_arguments_reach_the_engine(bench: Bench) -> None:
     assert "True became False" in bench.refusal({"extra": {"async_scheduling": True}}, is_early=False)
 
 
-def ngrams_are_looked_up_in_the_prompt(bench: Bench) -> None:
+@option("speculative.method", "speculative.prompt_lookup_min", "speculative.prompt_lookup_max", is_long=True)
+def test_ngrams_are_looked_up_in_the_prompt(bench: Bench) -> None:
     """In a process of its own, as by default: what vLLM compiles to look n-grams up disturbs a later load in this."""
     request = predictable_request(bench)
     expected = outputs(bench.engine, [request])
@@ -387,43 +400,6 @@ def predictable_request(bench: Bench) -> TokenRequest:
     return next(request for request, answer in found if answer[:2] == request.token_ids[1:3])
 
 
-CHECKS: dict[str, Callable[[Bench], None]] = {
-    "swap_space": gone_with_older_engines,
-    "cpu_offload_gb": nothing_is_offloaded_on_the_cpu,
-    "tensor_parallel_size": several_workers_need_several_nodes,
-    "pipeline_parallel_size": several_workers_need_several_nodes,
-    "disable_custom_all_reduce": custom_all_reduce_needs_several_gpus,
-    "quantization": quantization_is_judged_by_the_engine,
-    "attention.flash_version": flash_version_needs_a_gpu,
-    "attention.disable_sliding_window": sliding_window_must_be_there,
-    "max_num_batched_tokens": max_num_batched_tokens_bounds_a_step,
-    "min_p": min_p_drops_the_unlikely,
-    "logprobs": logprobs_are_asked_of_the_engine,
-    "logit_bias": logit_bias_pushes_a_token,
-    "enforce_eager": eager_is_not_compiled,
-    "max_num_seqs": max_num_seqs_bounds_what_runs_at_once,
-    "max_model_len": max_model_len_bounds_a_request,
-    "enable_prefix_caching": prefix_caching_keeps_what_is_asked_to_be_kept,
-    "kv_cache_dtype": kv_cache_dtype_changes_rounding,
-    "attention.backend": attention_backend_is_the_one_asked,
-    "distributed_backend": distributed_backend_is_what_runs_the_worker,
-    "enable_chunked_prefill": chunked_prefill_splits_what_does_not_fit,
-    "block_size": block_size_is_what_the_engine_has,
-    "load_format": load_format_decides_on_the_weights,
-    "gpu_memory_utilization": gpu_memory_utilization_is_what_the_engine_has,
-    "speculative.model": a_drafting_model_drafts_the_tokens_asked_for,
-    "speculative.num_tokens": a_drafting_model_drafts_the_tokens_asked_for,
-    "speculative.draft_tp_size": a_drafting_model_drafts_the_tokens_asked_for,
-    "lora.enabled": an_adapter_changes_what_is_generated,
-    "lora.max_loras": room_for_adapters_is_made_as_asked,
-    "lora.max_rank": room_for_adapters_is_made_as_asked,
-    "extra": extra_arguments_reach_the_engine,
-    "speculative.method": ngrams_are_looked_up_in_the_prompt,
-    "speculative.prompt_lookup_min": ngrams_are_looked_up_in_the_prompt,
-    "speculative.prompt_lookup_max": ngrams_are_looked_up_in_the_prompt,
-}
-
-
 def make_adapter(model: Path, folder: Path, *, rank: int) -> Path:
     """A LoRA adapter for the tiny model that changes its answers."""
     import torch
@@ -444,26 +420,12 @@ def make_adapter(model: Path, folder: Path, *, rank: int) -> Path:
     return folder
 
 
-def test_every_declared_option_is_checked_here() -> None:
-    assert set(CHECKS) == {key for key, _item, _section in walk(VllmConfig)}
-
-
-# The order of CHECKS, each check once.
-@pytest.mark.parametrize("check", list(dict.fromkeys(CHECKS.values())), ids=lambda check: check.__name__)
-def test_the_option_takes_effect_or_is_refused(check: Callable[[Bench], None], bench: Bench) -> None:
-    check(bench)
-
-
-@pytest.mark.parametrize("check", [prompts_are_forgotten_between_repeats_otherwise, prefix_caching_can_be_off])
-def test_prefix_caching(check: Callable[[Bench], None], bench: Bench) -> None:
-    check(bench)
-
-
 @pytest.mark.parametrize("decoder", [{"top_k": 1}, {"top_p": 1e-6}])
 def test_sampling_sharpened_to_the_limit_is_greedy(bench: Bench, decoder: dict[str, Any]) -> None:
     assert bench.outputs(BASE, random_seed=None, decoder={**SAMPLING, **decoder}) == bench.expected
 
 
+@pytest.mark.long
 def test_a_low_temperature_is_nearly_greedy(bench: Bench) -> None:
     greedy = bench.outputs(DIFFERENT)
 
@@ -499,6 +461,7 @@ def test_seeds_are_refused_where_they_would_end_the_engine(bench: Bench) -> None
     assert "null" in caught.value.hint
 
 
+@pytest.mark.long
 def test_a_seed_draws_the_same_again_in_whatever_company(bench: Bench) -> None:
     sampled = bench.outputs(DIFFERENT, decoder=SAMPLING)
     assert bench.outputs(DIFFERENT, decoder=SAMPLING) == sampled
@@ -511,4 +474,8 @@ def test_a_seed_draws_the_same_again_in_whatever_company(bench: Bench) -> None:
 def test_another_engine_key_needs_a_reload(bench: Bench) -> None:
     bench.set_up(BASE)
     with pytest.raises(EngineError, match="a different engine load"):
-        bench.engine.configure(experiment(bench.model, {**BASE, "max_num_seqs": 3}, **LENGTHS))
+        bench.engine.configure(vllm_experiment(bench.model, {**BASE, "max_num_seqs": 3}, **LENGTHS))
+
+
+def test_every_declared_option_is_checked_here_or_refused() -> None:
+    assert {key for key, _item, _section in walk(VllmConfig)} == CHECKED | REFUSED

@@ -12,8 +12,8 @@ import pytest
 from lem.base.errors import EngineError
 from lem.engines.protocol import Completion, Engine
 from lem.engines.vllm import load
-from tests.integration.engine_answers import Arrivals, answers, outputs
-from tests.integration.vllm_experiments import experiment, prompts
+from tests.integration.engine_answers import Arrivals, answers, outputs, prompts, served
+from tests.integration.engine_answers import vllm_experiment as experiment
 from tests.processes import wait_for
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
@@ -36,9 +36,7 @@ def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wid
             assert report.effective["multiprocessing"] is True
             assert report.effective["vllm"]["enforce_eager"] is False
             assert report.effective["engine"]["compilation_config"]["mode"] != "NONE"
-            arrivals = Arrivals(prompts()[:2], prompts()[2:])
-            engine.serve(arrivals)
-            assert [item.error for item in arrivals.completions] == [None] * len(prompts())
+            assert {item.error for item in served(engine, prompts()[:2], prompts()[2:])} == {None}
             found = answers(engine, prompts(), observe_tokens=True)
             assert all(len(item.token_times_ns or ()) == len(item.output_ids) > 0 for item in found)
             assert [item.output_ids for item in found] == outputs(engine, prompts())
@@ -89,6 +87,7 @@ def read(pid: int, name: str) -> bytes:
         return b""
 
 
+@pytest.mark.long
 def test_a_failure_in_the_engines_process_is_told_with_its_cause(wide_tiny_model: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
