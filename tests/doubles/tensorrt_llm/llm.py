@@ -31,7 +31,7 @@ class Tokenizer:
 
 
 class Answer:
-    """What becomes of a request; it can be waited for once, or iterated over, with or without an event loop."""
+    """What becomes of a request; it can be waited for once, or iterated over in an event loop."""
 
     def __init__(self, token_ids: list[int], parameters: SamplingParams, *, streaming: bool) -> None:
         self._first_id = token_ids[0]
@@ -47,10 +47,6 @@ class Answer:
         for _ in self._parts():
             pass
         return self
-
-    def __iter__(self) -> Iterator[Answer]:
-        assert self._streaming
-        return self._parts()
 
     async def __aiter__(self) -> AsyncIterator[Answer]:
         assert self._streaming

@@ -62,17 +62,6 @@ def test_what_generate_raises_is_the_engines(error: Exception) -> None:
     assert caught.value.__cause__.error is error
 
 
-def test_a_wrong_argument_to_generate_is_the_engines() -> None:
-    """As a version of transformers that knows an option no more would say it."""
-
-    class Narrow:
-        def generate(self, *, input_ids: Any) -> Any:
-            raise NotImplementedError
-
-    with pytest.raises(EngineError, match="generate failed: TypeError"):
-        runner(Narrow()).run(REQUESTS, observe=False)
-
-
 def test_out_of_memory_fails_the_requests_of_the_batch() -> None:
     import torch
 

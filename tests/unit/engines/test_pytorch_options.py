@@ -44,45 +44,19 @@ def test_sampling_values_are_those_of_the_decoder() -> None:
     assert {name: found[name] for name in decoder} == decoder
 
 
-@pytest.mark.parametrize(
-    "decoder", [GREEDY, {"temperature": 0}, {"do_sample": False}, {"preset": "standard", "temperature": 0}]
-)
+@pytest.mark.parametrize("decoder", [GREEDY, {"temperature": 0}, {"do_sample": False}])
 def test_greedy_decoding_leaves_sampling_values_out(decoder: dict[str, Any]) -> None:
     found = settings(decoder=decoder, pytorch={"min_p": 0.1})
     assert found["do_sample"] is False
     assert not {"temperature", "top_k", "top_p", "min_p"} & set(found)
 
 
-def test_every_end_of_the_model_ends_a_sequence_unless_it_is_ignored() -> None:
-    assert settings()["eos_token_id"] == [2, 7]
+def test_ends_are_those_of_the_model_and_lengths_those_of_the_requests() -> None:
+    found = settings(max_output_tokens=9, min_output_tokens=3)
+    assert found["eos_token_id"] == [2, 7]
+    assert not [name for name in found if "max_" in name or "min_" in name]
     assert "eos_token_id" not in settings(ignore_eos=True)
     assert "eos_token_id" not in generation_settings(experiment(), SpecialTokens(0, ()), "cpu")
-
-
-def test_lengths_are_left_to_the_requests() -> None:
-    assert not [name for name in settings(max_output_tokens=9, min_output_tokens=3) if "max_" in name or "min_" in name]
-
-
-def test_beams_are_passed_while_they_are_enabled() -> None:
-    beams = {"enabled": True, "num_beams": 4, "length_penalty": 0.5, "early_stopping": "never"}
-    found = settings(pytorch={"beam_search": beams})
-    assert (found["num_beams"], found["length_penalty"], found["early_stopping"]) == (4, 0.5, "never")
-    assert "num_beams" not in settings()
-
-
-def test_tokens_are_looked_up_in_the_prompt_without_an_assistant() -> None:
-    assert settings(pytorch={"assisted_generation": {"num_tokens": 5}})["prompt_lookup_num_tokens"] == 5
-    with_model = {"assisted_generation": {"num_tokens": 5, "model": "small"}}
-    assert "prompt_lookup_num_tokens" not in settings(pytorch=with_model)
-
-
-def test_an_assistant_drafts_exactly_the_tokens_asked_for() -> None:
-    config = experiment(pytorch={"assisted_generation": {"num_tokens": 5, "model": "small"}})
-    assert assistant_settings(config) == {
-        "num_assistant_tokens": 5,
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-    }
 
 
 def test_extra_arguments_go_to_whoever_reads_them() -> None:

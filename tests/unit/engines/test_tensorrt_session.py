@@ -1,15 +1,13 @@
-"""The tensorrt backend on a TensorRT-LLM that takes the documented arguments and no others (tests/doubles).
-
-`CHECKS` has one entry an option; an option that is declared and not in it fails the first test.
-"""
+"""The tensorrt backend on a TensorRT-LLM that takes the documented arguments and no others (tests/doubles)."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import operator
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +67,6 @@ class Bench:
 
     @property
     def arguments(self) -> Any:
-        """Of the engine made last."""
         return self.engines[-1].args
 
     def refusal(self, section: dict[str, Any], **options: Any) -> str:
@@ -86,7 +83,7 @@ def bench(tmp_path: Path, tensorrt_llm: Any) -> Iterator[Bench]:
     there.close()
 
 
-def quantization_is_that_of_the_checkpoint(bench: Bench) -> None:
+def test_quantization_is_that_of_the_checkpoint(bench: Bench) -> None:
     assert "is not quantized" in bench.refusal({"quantization": "fp8"})
     assert bench.engines == []
     bench.write("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}})
@@ -94,7 +91,7 @@ def quantization_is_that_of_the_checkpoint(bench: Bench) -> None:
     assert "is quantized to FP8" in bench.refusal({"quantization": "none"})
 
 
-def lengths_bound_requests(bench: Bench) -> None:
+def test_lengths_bound_requests(bench: Bench) -> None:
     report = bench.load({"max_input_len": 5, "max_output_len": 7})
     assert (bench.arguments.max_input_len, bench.arguments.max_seq_len) == (5, 12)
     assert (report.effective["tensorrt"]["max_input_len"], report.effective["tensorrt"]["max_output_len"]) == (5, 7)
@@ -103,72 +100,50 @@ def lengths_bound_requests(bench: Bench) -> None:
     assert [item.error is None for item in found] == [True, False, False]
 
 
-def reaches_the_engine(option: str, value: Any, argument: str) -> Callable[[Bench], None]:
-    def check(bench: Bench) -> None:
-        report = bench.load({option: value}, gpus=["GPU-aaaa", "GPU-bbbb"])
-        found = bench.arguments
-        for name in argument.split("."):
-            found = getattr(found, name)
-        assert found == value
-        assert report.effective["tensorrt"][option] == value
+REACHING: list[tuple[str, Any, str]] = [
+    ("max_batch_size", 4, "max_batch_size"),
+    ("max_num_tokens", 64, "max_num_tokens"),
+    ("tp_size", 2, "tensor_parallel_size"),
+    ("pp_size", 2, "pipeline_parallel_size"),
+    ("enable_chunked_context", True, "enable_chunked_prefill"),
+    ("kv_cache_type", "fp8", "kv_cache_config.dtype"),
+    ("enable_kv_cache_reuse", True, "kv_cache_config.enable_block_reuse"),
+    ("gpu_memory_utilization", 0.7, "kv_cache_config.free_gpu_memory_fraction"),
+]
 
-    check.__name__ = f"{option}_reaches_the_engine"
-    return check
+
+@pytest.mark.parametrize(("option", "value", "argument"), REACHING)
+def test_the_option_reaches_the_engine(bench: Bench, option: str, value: Any, argument: str) -> None:
+    report = bench.load({option: value}, gpus=["GPU-aaaa", "GPU-bbbb"])
+    assert operator.attrgetter(argument)(bench.arguments) == value
+    assert report.effective["tensorrt"][option] == value
 
 
-def a_model_drafts(bench: Bench) -> None:
+def test_a_model_drafts(bench: Bench) -> None:
     drafter = bench.folder.parent / "small"
     drafter.mkdir()
     (drafter / "config.json").write_text("{}", encoding="utf-8")
-    report = bench.load({"draft_model": str(drafter), "num_draft_tokens": 3})
-    assert bench.arguments.speculative_config.speculative_model == str(drafter)
-    assert bench.arguments.speculative_config.max_draft_len == 3
-    assert report.effective["tensorrt"]["num_draft_tokens"] == 3
-    assert report.effective["tensorrt"]["draft_model"] == str(drafter)
+    section = {"draft_model": str(drafter), "num_draft_tokens": 3}
+    report = bench.load(section)
+    found = bench.arguments.speculative_config
+    assert (found.speculative_model, found.max_draft_len) == (str(drafter), 3)
+    assert {name: report.effective["tensorrt"][name] for name in section} == section
 
 
-def extra_arguments_reach_the_engine(bench: Bench) -> None:
+def test_extra_arguments_reach_the_engine(bench: Bench) -> None:
     report = bench.load({"extra_runtime_args": {"attn_backend": "FLASHINFER"}})
-    assert bench.arguments.attn_backend == "FLASHINFER"
-    assert report.effective["engine"]["attn_backend"] == "FLASHINFER"
-    assert "tensorrt.extra_runtime_args.zebra: unknown argument of LLM" in bench.refusal(
-        {"extra_runtime_args": {"zebra": 1}}
-    )
+    assert bench.arguments.attn_backend == report.effective["engine"]["attn_backend"] == "FLASHINFER"
 
 
-# See test_refusals.py.
-REFUSED = {
-    *("engine_path", "engine_cache_dir", "force_rebuild", "builder_opt_level", "extra_build_args"),
-    *("calibration.dataset", "calibration.split", "calibration.num_samples", "calibration.max_length"),
-}
-
-CHECKS: dict[str, Callable[[Bench], None]] = {
-    "quantization": quantization_is_that_of_the_checkpoint,
-    "max_input_len": lengths_bound_requests,
-    "max_output_len": lengths_bound_requests,
-    "max_batch_size": reaches_the_engine("max_batch_size", 4, "max_batch_size"),
-    "max_num_tokens": reaches_the_engine("max_num_tokens", 64, "max_num_tokens"),
-    "tp_size": reaches_the_engine("tp_size", 2, "tensor_parallel_size"),
-    "pp_size": reaches_the_engine("pp_size", 2, "pipeline_parallel_size"),
-    "enable_chunked_context": reaches_the_engine("enable_chunked_context", True, "enable_chunked_prefill"),
-    "kv_cache_type": reaches_the_engine("kv_cache_type", "fp8", "kv_cache_config.dtype"),
-    "enable_kv_cache_reuse": reaches_the_engine("enable_kv_cache_reuse", True, "kv_cache_config.enable_block_reuse"),
-    "gpu_memory_utilization": reaches_the_engine(
-        "gpu_memory_utilization", 0.7, "kv_cache_config.free_gpu_memory_fraction"
-    ),
-    "draft_model": a_model_drafts,
-    "num_draft_tokens": a_model_drafts,
-    "extra_runtime_args": extra_arguments_reach_the_engine,
-}
-
-
-def test_every_declared_option_is_checked_here() -> None:
-    assert {*CHECKS, *REFUSED} == {key for key, _item, _section in walk(TensorRTConfig)}
-
-
-@pytest.mark.parametrize("check", list(dict.fromkeys(CHECKS.values())), ids=lambda check: check.__name__)
-def test_the_option_takes_effect_or_is_refused(check: Callable[[Bench], None], bench: Bench) -> None:
-    check(bench)
+def test_every_declared_option_is_checked_here_or_refused() -> None:
+    # See test_refusals.py.
+    refused = {
+        *("engine_path", "engine_cache_dir", "force_rebuild", "builder_opt_level", "extra_build_args"),
+        *("calibration.dataset", "calibration.split", "calibration.num_samples", "calibration.max_length"),
+    }
+    others = {"quantization", "max_input_len", "max_output_len", "draft_model", "num_draft_tokens"}
+    checked = {*(option for option, _value, _argument in REACHING), *others, "extra_runtime_args"}
+    assert {key for key, _item, _section in walk(TensorRTConfig)} == checked | refused
 
 
 def test_requests_are_answered_alone_in_a_batch_and_in_traffic(bench: Bench) -> None:
@@ -380,8 +355,9 @@ def timing(scheduled_s: float, last_s: float) -> SimpleNamespace:
 
 
 def test_a_closed_set_is_handed_over_at_once_as_ids() -> None:
-    engine = ScriptedEngine()
-    found = server(engine).run_closed([request(0), request(1, 2)], say_nothing)
+    engine, done = ScriptedEngine(), list[int]()
+    found = server(engine).run_closed([request(0), request(1, 2)], done.append)
+    assert done == [1, 2]
     assert engine.handed == [
         ({"prompt_token_ids": [1, 0]}, ("parameters", 0), False),
         ({"prompt_token_ids": [2, 0]}, ("parameters", 1), False),
@@ -408,7 +384,9 @@ def test_in_a_closed_set_requests_are_timed_by_the_engine() -> None:
 
 def test_alone_each_token_has_the_time_it_was_seen_at() -> None:
     engine = ScriptedEngine(at_2={"groups": [[5], [6, 7], []]})
-    first, second = server(engine).run_alone([request(0), request(1, 2)], say_nothing)
+    done: list[int] = []
+    first, second = server(engine).run_alone([request(0), request(1, 2)], done.append)
+    assert done == [1, 2]
     assert first.token_times_ns == (102 * S, 103 * S, 104 * S)
     assert first.finished_ns == 104 * S
     assert second.token_times_ns is not None
@@ -431,13 +409,6 @@ def test_a_request_that_fails_fails_alone(name: str) -> None:
     times = found[0].token_times_ns
     assert (times is None) == (name == "run_closed")
     assert times is None or (len(times) == 3 and found[0].started_ns <= times[0] < times[1] < times[2])
-
-
-def test_progress_is_told_after_each_request() -> None:
-    done: list[int] = []
-    server(ScriptedEngine()).run_alone([request(0), request(1)], done.append)
-    server(ScriptedEngine()).run_closed([request(0), request(1)], done.append)
-    assert done == [1, 2, 1, 2]
 
 
 def test_requests_join_while_others_run() -> None:
