@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,18 @@ def test_the_grid_is_drawn_over_the_axes_that_cross_and_without_a_valid_result_i
     written = Campaign(configurations, cycles=3, has_samples=False).write(tmp_path)
     section = heatmap_section(compose(read_run(written.results_dir, written.campaign, written.run_id)))
     assert [section.count(text) for text in ("url(#grid-hatch)", "<td>failed")] == [2, 2]
+
+
+def test_configurations_that_share_a_cell_show_the_best_of_them() -> None:
+    models = [  # too many for an axis
+        Configuration(str(cost), ("pytorch", "vllm")[cost % 2], f"m{cost}", batch_size=1 + cost // 2 % 2,
+                      energy_per_output_tok_j=1.0 + cost)
+        for cost in range(28)
+    ]  # fmt: skip
+    section = heatmap_section(report_of(*models, cycles=1))
+    assert "Up to 7 configurations share a cell, which shows the best of them." in section
+    shown = re.findall(r'class="on-\w+" text-anchor="middle">([0-9.]+)<', section)
+    assert [round(float(best)) for best in sorted(shown)] == [1, 2, 3, 4]
 
 
 def test_more_than_200_configurations_have_their_latencies_in_a_table_alone() -> None:
