@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -12,6 +13,7 @@ from typing import Any
 from lem.base.doc import SEPARATORS, name_tokens, printable, text_width
 from lem.base.reasons import Reason
 from lem.base.units import format_quantity, plural, some_of
+from lem.config.backends import WIDTH_OPTIONS
 from lem.record import Record
 from lem.results.check import Finding, check_run
 from lem.results.compare import Row, compare_configurations
@@ -29,6 +31,9 @@ _MANY, _LABEL_WIDTH_OF_MANY = 300, 20
 _NO_SETTINGS = frozenset({"config_name", "extra_metadata", "io"})
 # What colour and shape mean, when there are too many configurations for one each.
 _GROUPINGS = ("backend", "model.name", "fp_precision")
+# How many requests an engine takes at once is one axis of the grid, though each backend has its own option.
+_WIDTHS = {f"{backend}.{option}": option for backend, option in WIDTH_OPTIONS.items()}
+AXIS_MOST = 24  # values on an axis of the grid
 _TRACES_SHOWN, _FAULTY_FIRST = 12, 4
 _PLACE = ("run_id", "host", "order_index", "cycle_index", "attempt")
 _IN_ORDER = attrgetter(*(f"identity.{name}" for name in _PLACE))  # of execution
@@ -273,6 +278,59 @@ def select_traced(entries: Sequence[Entry], records: Sequence[Record]) -> tuple[
         if len(chosen) < _TRACES_SHOWN:
             chosen.update(dict.fromkeys(itertools.islice(own, 1)))
     return tuple(by_key[key] for key in chosen)
+
+
+def with_one_width(entries: Iterable[Entry]) -> list[Entry]:
+    """The configurations with known settings, the width options of several backends under one name."""
+    known = [entry for entry in entries if entry.settings]
+    used = sorted({key for entry in known for key in entry.settings} & set(_WIDTHS))
+    if len(used) < 2:
+        return known
+    axis = " / ".join(_WIDTHS[key] for key in used)
+    return [
+        replace(entry, settings={axis if key in _WIDTHS else key: value for key, value in entry.settings.items()})
+        for entry in known
+    ]
+
+
+def values_by_setting(settings: Sequence[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
+    """The values of each setting, numbers by size before texts by name."""
+    keys = sorted({key for item in settings for key in item})
+    return {key: tuple(sorted({item.get(key, NOT_GIVEN) for item in settings}, key=_numbers_first)) for key in keys}
+
+
+def grid_axes(values: Mapping[str, tuple[str, ...]], settings: Sequence[Mapping[str, str]]) -> tuple[str, ...] | None:
+    """The settings that vary, first the two with the most combinations; None where there are no two."""
+    varied = _without_doubles({key: found for key, found in values.items() if 1 < len(found) <= AXIS_MOST}, settings)
+    if len(varied) < 2:
+        return None
+
+    def worth(pair: tuple[str, str]) -> tuple[bool, int, int]:
+        cells = {tuple(item.get(key, NOT_GIVEN) for key in pair) for item in settings}
+        is_absent = sum(NOT_GIVEN in values[key] for key in pair)
+        return (len(cells) / (len(values[pair[0]]) * len(values[pair[1]])) > 0.5, -is_absent, len(cells))
+
+    across, up = max(itertools.combinations(varied, 2), key=worth)
+    if len(values[up]) > len(values[across]):
+        across, up = up, across
+    return (across, up, *(key for key in varied if key not in (across, up)))
+
+
+def _without_doubles(varied: Mapping[str, tuple[str, ...]], settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """The settings without those that vary exactly as another does: a backend, and an option that only it has."""
+    kept: dict[frozenset[frozenset[int]], str] = {}
+    for key in sorted(varied, key=lambda name: (NOT_GIVEN in varied[name], name)):
+        parts: dict[str, set[int]] = {}
+        for index, item in enumerate(settings):
+            parts.setdefault(item.get(key, NOT_GIVEN), set()).add(index)
+        kept.setdefault(frozenset(map(frozenset, parts.values())), key)
+    return list(kept.values())
+
+
+def _numbers_first(value: str) -> tuple[int, float, str]:
+    """Sorts numbers by size, then texts by name."""
+    is_number = re.fullmatch(r"-?[0-9]+([.][0-9]+)?([eE]-?[0-9]+)?", value) is not None
+    return (0, float(value), value) if is_number else (1, 0.0, value)
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from lem.base import measurement
 from lem.base.units import format_duration, format_quantity, plural
-from lem.config.backends import WIDTH_OPTIONS
 from lem.record import Record
 from lem.results.metrics import Metric
-from lem.results.report import plot
+from lem.results.report import content, plot
 from lem.results.report.content import NOT_GIVEN, Entry, Phase, Report, Series, Trace
 from lem.results.report.plot import GROUPS_MAX, Cell, Markup, Plot, Row, Scale, join, marks, spot, table, tag, text
 from lem.results.run import ENERGY
@@ -23,11 +21,8 @@ from lem.results.stats import DRIFT_FLAGGED, Drift, change_of, trend_of, without
 # --- the headline metric over two axes of the grid
 
 _CELL_WIDTH, _CELL_HEIGHT, _GRID_TOP = 74.0, 34.0, 62.0
-_MOST = 24  # values on an axis
 _FACETS = 6
 _HALF_PAGE = 600
-# How many requests an engine takes at once is one axis, though each backend has its own option.
-_WIDTHS = {f"{backend}.{option}": option for backend, option in WIDTH_OPTIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -59,18 +54,17 @@ class _Grid:
 
 def heatmap_section(report: Report) -> Markup:
     """A map for each value of what else varies, where these are few; else one with the best in each cell."""
-    entries = _with_one_width(report.entries)
+    entries = content.with_one_width(report.entries)
     settings = [entry.settings for entry in entries]
     heading = f"{'Energy per output token' if report.has_energy else 'Output throughput'} over the grid"
-    values_of = {
-        key: tuple(sorted({item.get(key, NOT_GIVEN) for item in settings}, key=_numbers_first))
-        for key in sorted({key for item in settings for key in item})
-    }
-    axes = _axes(values_of, settings)
+    values_of = content.values_by_setting(settings)
+    axes = content.grid_axes(values_of, settings)
     if axes is None:
         reason = "Fewer than two settings vary, so there is no grid to draw."
-        if long := [f"{key} has {len(found)} values" for key, found in values_of.items() if len(found) > _MOST]:
-            why = f"an axis has at most {_MOST}, and fewer than two other settings vary"
+        if long := [
+            f"{key} has {len(found)} values" for key, found in values_of.items() if len(found) > content.AXIS_MOST
+        ]:
+            why = f"an axis has at most {content.AXIS_MOST}, and fewer than two other settings vary"
             reason = f"No grid to draw: {', '.join(long)}; {why}."
         return plot.no_plot("grid", heading, reason)
     known = [value for entry in entries if (value := entry.centre(report.headline)) is not None]
@@ -89,53 +83,6 @@ def heatmap_section(report: Report) -> Markup:
         identifier = f"grid-{number}" if len(facets) > 1 else "grid"
         figures.append(_heatmap(identifier, f"{heading}: {where}" if where else heading, grid, members, report))
     return tag("div", *figures, class_="pair" if len(figures) > 1 else None)
-
-
-def _with_one_width(entries: Iterable[Entry]) -> list[Entry]:
-    """The configurations with known settings, the width options of several backends under one name."""
-    known = [entry for entry in entries if entry.settings]
-    used = sorted({key for entry in known for key in entry.settings} & set(_WIDTHS))
-    if len(used) < 2:
-        return known
-    axis = " / ".join(_WIDTHS[key] for key in used)
-    return [
-        replace(entry, settings={axis if key in _WIDTHS else key: value for key, value in entry.settings.items()})
-        for entry in known
-    ]
-
-
-def _axes(values: Mapping[str, tuple[str, ...]], settings: Sequence[Mapping[str, str]]) -> tuple[str, ...] | None:
-    """The settings that vary, first the two with the most combinations; None where there are no two."""
-    varied = _without_doubles({key: found for key, found in values.items() if 1 < len(found) <= _MOST}, settings)
-    if len(varied) < 2:
-        return None
-
-    def worth(pair: tuple[str, str]) -> tuple[bool, int, int]:
-        cells = {tuple(item.get(key, NOT_GIVEN) for key in pair) for item in settings}
-        is_absent = sum(NOT_GIVEN in values[key] for key in pair)
-        return (len(cells) / (len(values[pair[0]]) * len(values[pair[1]])) > 0.5, -is_absent, len(cells))
-
-    across, up = max(itertools.combinations(varied, 2), key=worth)
-    if len(values[up]) > len(values[across]):
-        across, up = up, across
-    return (across, up, *(key for key in varied if key not in (across, up)))
-
-
-def _without_doubles(varied: Mapping[str, tuple[str, ...]], settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """The settings without those that vary exactly as another does: a backend, and an option that only it has."""
-    kept: dict[frozenset[frozenset[int]], str] = {}
-    for key in sorted(varied, key=lambda name: (NOT_GIVEN in varied[name], name)):
-        parts: dict[str, set[int]] = {}
-        for index, item in enumerate(settings):
-            parts.setdefault(item.get(key, NOT_GIVEN), set()).add(index)
-        kept.setdefault(frozenset(map(frozenset, parts.values())), key)
-    return list(kept.values())
-
-
-def _numbers_first(value: str) -> tuple[int, float, str]:
-    """Sorts numbers by size, then texts by name."""
-    is_number = re.fullmatch(r"-?[0-9]+([.][0-9]+)?([eE]-?[0-9]+)?", value) is not None
-    return (0, float(value), value) if is_number else (1, 0.0, value)
 
 
 def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[Entry], report: Report) -> Markup:

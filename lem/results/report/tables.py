@@ -84,8 +84,8 @@ def _findings(report: Report) -> Iterator[Markup]:
 
 
 def _finding(kind: str, label: str, text: str, remedy: str = "") -> Markup:
-    what_to_do = tag("div", f"→ {remedy}", class_="remedy") if remedy else Markup()
-    return tag("li", tag("span", label, class_=f"tag {kind}"), text, what_to_do)
+    what_to_do = [tag("div", f"→ {remedy}", class_="remedy")] if remedy else []
+    return tag("li", tag("span", label, class_=f"tag {kind}"), text, *what_to_do)
 
 
 def _members(members: Sequence[Entry], report: Report) -> str:
@@ -128,7 +128,6 @@ def results_section(report: Report) -> Markup:
 
 
 def _overview(report: Report, *, has_winner: bool) -> Markup:
-    """Every configuration with both intervals, best first."""
     decimals = {metric: plot.decimals_of(entry.centre(metric) for entry in report.entries) for metric in report.metrics}
     latencies = [
         (label, name)
@@ -228,7 +227,6 @@ _FIGURES = (
 
 
 def _more_figures(report: Report) -> Markup:
-    """A folded table of means over the cycles, of the figures that any configuration has."""
     used = [record for entry in report.entries for record in entry.used]
     figures = [figure for figure in _FIGURES if any(figure.read(record) is not None for record in used)]
     if not figures:
@@ -344,7 +342,6 @@ def _results_of(members: Sequence[Record], report: Report) -> str:
 
 
 def _options_changed(records: Sequence[Record]) -> Markup:
-    """Options whose effective value is not the requested one."""
     found: dict[tuple[str, str, str], int] = {}
     for record in records:
         for option, pair in record.environment.engine_differs.items():
