@@ -52,7 +52,6 @@ class Measured(Generic[_Value]):
 
     @property
     def is_estimate(self) -> bool:
-        """Whether no meter measured it."""
         return is_estimate(self.source)
 
 
@@ -82,7 +81,6 @@ class Section:
         return cls(**{name: item.value for name, item in found.items()}, null_reasons=reasons)
 
     def measured(self, name: str) -> Measured[Any]:
-        """A field with its reason."""
         return known(getattr(self, name), self.why_none(name))
 
     def why_none(self, name: str) -> Reason:
@@ -113,8 +111,6 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Identity:
-    """Which attempt this is."""
-
     experiment_id: str  # one configuration in one cycle; names the folder
     config_name: str  # the configuration, for people
     config_hash: str  # and for programs
@@ -138,7 +134,6 @@ class Identity:
 
     @property
     def null_reasons(self) -> Mapping[str, Reason]:
-        """Why there is no shuffle seed."""
         return {} if self.shuffle_seed is not None else {"shuffle_seed": Reason.of("not_shuffled")}
 
 
@@ -207,8 +202,6 @@ class Energy(Section):
 
 @dataclass(frozen=True)
 class Gpu(Section):
-    """One GPU over the window."""
-
     uuid: str
     name: str
     energy_j: float | None = None

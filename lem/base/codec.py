@@ -169,7 +169,6 @@ def _decode_section(kind: Any, value: Any, where: str) -> Any:
 
 @functools.cache
 def _reason_fields(kind: Any) -> Mapping[str, Any]:
-    """The fields of reasons, with the types of their texts."""
     texts = {Reason | None: str, tuple[Reason, ...]: tuple[str, ...]}
     return {name: texts[hint] for name, hint in hints_of(kind).items() if hint in texts}
 
@@ -186,7 +185,6 @@ def _codes(value: Any, where: str) -> Any:
 
 
 def _decode_reasons(sentences: str | tuple[str, ...], coded: Any, where: str) -> Reason | list[Reason]:
-    """The reasons of a field, from its sentences and their codes."""
     if isinstance(sentences, str):
         return _decode_reason(sentences, coded, where)
     codes = [None] * len(sentences) if coded is None else coded

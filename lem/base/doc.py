@@ -92,11 +92,9 @@ class Doc:
         self._blocks: list[list[str]] = [[]]
 
     def block(self) -> None:
-        """Begin another block."""
         self._blocks.append([])
 
     def lines(self, lines: Iterable[str], style: str = "") -> None:
-        """Add lines as they are."""
         self._blocks[-1] += [paint(line, style, is_colour=self._is_colour) if style else line for line in lines]
 
     def text(self, text: str, style: str = "", *, lead: str = "") -> None:
@@ -127,7 +125,6 @@ def markdown_escaped(text: str) -> str:
 
 
 def markdown_table(table: Table) -> list[str]:
-    """The lines of a Markdown table."""
     heads = [table.heading, *(column.heading for column in table.columns)]
     rows = [(name, *(column.cells[index] for column in table.columns)) for index, name in enumerate(table.names)]
     return [

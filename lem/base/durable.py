@@ -128,7 +128,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def reason_of(error: OSError) -> str:
-    """The error in words."""
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return "expected a folder, found a file"
     return (error.strerror or str(error) or type(error).__name__).lower()

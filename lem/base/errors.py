@@ -11,8 +11,6 @@ DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class ExitCode(enum.IntEnum):
-    """The exit codes of every command."""
-
     OK = 0
     EXPERIMENT_FAILED = 1
     USAGE = 2
@@ -100,7 +98,6 @@ class Interrupted(LemError):
 
 
 def exit_code_of(error: BaseException) -> int:
-    """The exit code for an error that reached the top of the program."""
     if isinstance(error, Interrupted):
         return error.code
     if isinstance(error, LemError):

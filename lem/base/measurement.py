@@ -45,17 +45,14 @@ def is_estimate(source: str | None) -> bool:
 
 
 def is_integrated_power(source: str | None) -> bool:
-    """Whether the energy is the integral of power samples of a GPU."""
     return source in _INTEGRATED
 
 
 def is_gpu_source(source: str | None) -> bool:
-    """Whether the energy is read from GPUs."""
     return source == EnergySource.COUNTER or source in _INTEGRATED
 
 
 def is_cpu_source(source: str | None) -> bool:
-    """Whether the energy is read from, or estimated for, the CPU."""
     return source in _CPU
 
 

@@ -32,8 +32,6 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 @dataclass(frozen=True)
 class Finished:
-    """A program that ended."""
-
     argv: tuple[str, ...]
     code: int  # negative for a signal; 124 when it was killed at its timeout
     stdout: str  # decoded as UTF-8 with replacement

@@ -145,7 +145,6 @@ def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:
 
 
 def _rule(args: argparse.Namespace, campaign: CampaignConfig) -> StoppingRule | None:
-    """The stopping rule of a top-up."""
     if campaign.daemon is not None and campaign.daemon.enabled and args.budget is not None:
         raise UserError("--budget cannot be combined with a daemon", "set the total_duration of the daemon")
     if args.until is None:

@@ -46,8 +46,6 @@ _WEBHOOK_PATIENCE_S = 3.0
 
 @dataclass(frozen=True)
 class Job:
-    """What is to run, and where."""
-
     campaign: CampaignConfig
     plan: Plan
     choice: ExecutorChoice
@@ -149,7 +147,6 @@ class CampaignCommand:
         return outcome
 
     def _conclude(self, outcome: CampaignOutcome) -> None:
-        """Report how a run ended, on the terminal and to the webhook."""
         self._notify(outcome)
         if not self._is_quiet and not self._args.json:
             self._console.line()
@@ -184,7 +181,6 @@ class CampaignCommand:
             os.write(self._err.fileno(), f"{clear}stopping; a second signal kills the running experiment\n".encode())
 
     def _ask(self, question: str) -> bool:
-        """The user's answer at the terminal."""
         answers = {"": True, "y": True, "yes": True, "n": False, "no": False}
         while True:
             self._err.write(f"{question} [Y/n] ")
@@ -225,7 +221,6 @@ class CampaignCommand:
 
 
 def exit_code_of_outcome(outcome: CampaignOutcome) -> ExitCode:
-    """The exit code of a run that no signal ended."""
     if outcome.stopped is Stopped.DURATION:
         return ExitCode.OK
     if outcome.error is not None:

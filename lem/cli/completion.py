@@ -50,8 +50,6 @@ class Flag:
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the tree."""
-
     path: tuple[str, ...]  # the words that lead to it; () is lem itself
     flags: tuple[Flag, ...]
     children: tuple[tuple[str, str], ...]  # the word and the help of each sub-command

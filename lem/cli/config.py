@@ -98,7 +98,6 @@ def _validate(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 
 def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The facts about a valid file."""
     report: dict[str, Any] = {"file": file, "kind": kind_of(file), "valid": True}
     if report["kind"] == "experiment":
         experiment = load_experiment(file, args.set, args.preset).config

@@ -143,7 +143,6 @@ def discard_output(stream: TextIO) -> None:
 
 
 def make_parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
-    """A parser that knows all commands, and the arguments of the named ones."""
     parser = _Parser(
         prog="lem",
         description="Measure what LLM inference costs: joules, tokens per second, latency, and their uncertainty.",

@@ -25,7 +25,6 @@ _NAME_AT_LEAST = 12
 
 
 def choose_progress(console: log.Console, out: TextIO, *, is_json: bool, is_quiet: bool) -> Observer:
-    """The observer that fits the streams."""
     if is_json:
         return JsonProgress(out)
     if is_quiet:
@@ -148,8 +147,6 @@ def _level_of(event: Event) -> int:
 
 
 class _State:
-    """The state behind the live line."""
-
     def __init__(self) -> None:
         self.experiment: dict[str, Any] = {}
         self.phase = self.activity = ""

@@ -173,8 +173,6 @@ def _counts(scan: Scan) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of recomputing one result."""
-
     result: StoredResult
     status: str  # agrees, differs, unmeasured (no energy in the record, and no samples) or impossible
     message: str = ""  # why it is impossible, or a note
@@ -186,7 +184,6 @@ class Outcome:
 
 
 def recompute_result(result: StoredResult) -> Outcome:
-    """Compare the record of one attempt with its samples."""
     folder = result.path.parent
     try:
         log, marks = read_finished(folder / FINISHED_FILENAME)
@@ -226,7 +223,6 @@ def _document_of(outcome: Outcome) -> dict[str, Any]:
 
 
 def _write_outcomes(out: TextIO, outcomes: Sequence[Outcome]) -> None:
-    """Write a line per result, its differences below it, and a conclusion."""
     for outcome in outcomes:
         identity, found = outcome.result.record.identity, outcome.recomputed
         name = f"{identity.experiment_id} attempt {identity.attempt} ({identity.config_name})"

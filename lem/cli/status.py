@@ -127,7 +127,6 @@ class Viewer:
 
 
 def render_statuses(statuses: Sequence[CampaignStatus], viewer: Viewer) -> str:
-    """One line per campaign, and problems below."""
     doc = Doc(viewer.width, is_colour=viewer.is_colour)
     cells: dict[str, list[str]] = {
         "state": [item.state for item in statuses],
@@ -222,7 +221,6 @@ def _entry_document(entry: CampaignManifestEntry) -> dict[str, Any]:
 
 
 def _counts(status: CampaignStatus, viewer: Viewer) -> Iterator[str]:
-    """How many experiments are in each state, and the time that is left."""
     parts = [f"{status.count(COMPLETED)} of {status.n_planned} done"]
     parts += [f"{status.n_invalid} of them invalid"] if status.n_invalid else []
     parts += [f"{status.count(FAILED)} failed", f"{status.n_left} left"]

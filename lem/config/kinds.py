@@ -49,7 +49,6 @@ class Problem:
 
     @classmethod
     def of(cls, option: str, code: str, /, *, is_about_key: bool = False, **data: Any) -> Problem:
-        """A problem of the option with a dotted name, for a coded reason."""
         reason = Reason.of(code, **data)
         return cls(tuple(option.split(".")), reason.text, is_about_key=is_about_key, reason=reason)
 
@@ -211,8 +210,6 @@ class Option:
 
 
 class Kind(ABC):
-    """A kind of value."""
-
     name = "value"  # in the message "expected …"
     label = "value"  # in a table
     sections: tuple[type[Any], ...] = ()  # the sections that a value of this kind is one of
@@ -309,8 +306,6 @@ class TextKind(Kind):
 
 
 class ChoiceKind(Kind):
-    """One of a few values."""
-
     def __init__(self, item: Option) -> None:
         super().__init__(item)
         self._words = [choice for choice in item.choices if isinstance(choice, str)]
@@ -330,8 +325,6 @@ class ChoiceKind(Kind):
 
 
 class ListKind(Kind):
-    """A list of one kind."""
-
     name = "a list"
 
     def __init__(self, item: Option, inner: Kind) -> None:

@@ -104,7 +104,6 @@ class Source:
         return layer.document.path.parent if layer is not None and layer.document is not None else FilePath()
 
     def locate(self, problems: Iterable[Problem]) -> Located:
-        """The problems with their places."""
         placed = [(self.place(item.path, is_about_key=item.is_about_key), item) for item in problems]
         without = _without_secrets(self.section, placed)
         return [(place, dataclasses.replace(item, path=(*self.prefix, *item.path))) for place, item in without]
@@ -114,7 +113,6 @@ class Source:
 
 
 def _without_secrets(section: type[Section], located: Located) -> Located:
-    """The problems, none of which shows the line of a secret."""
     return [
         (dataclasses.replace(place, line="") if is_secret(section, item.path) else place, item)
         for place, item in located
@@ -138,8 +136,6 @@ class ListedExperiment:
 
 @dataclass(frozen=True)
 class Loaded(Generic[S]):
-    """A configuration and where it came from."""
-
     config: S
     source: Source
     listed: tuple[ListedExperiment, ...] = ()  # the experiments of `configs`, then those of `experiments`
@@ -256,7 +252,6 @@ class _Loader:
         return source.over(Layer("preset", f"preset {self._preset}", find_preset(self._preset).values))
 
     def with_sets(self, source: Source) -> Source:
-        """The source with the overrides of the command line on top."""
         for item in self._sets:
             key, equals, text = item.partition("=") if isinstance(item, str) else (item[0], "=", str(item[1]))
             key = key.strip()
@@ -269,7 +264,6 @@ class _Loader:
         return source
 
     def campaign(self, source: Source, found: Located | None = None, hint: str = "") -> Loaded[CampaignConfig]:
-        """The campaign of a source below the overrides, with the experiments that it lists."""
         source = self.with_sets(source)
         start = find_preset(self._preset).values if self._preset is not None else {}
         config, problems = _validate(CampaignConfig, source)
@@ -321,7 +315,6 @@ class _Loader:
 
 
 def _over(source: Source, campaign: Source, values: Any, path: Path) -> Source:
-    """The source of an experiment with values on top that are at this path of the campaign."""
     layer = campaign.layer_of(path[:1])
     mapping = values if isinstance(values, Mapping) else {}
     return source if layer is None else source.over(dataclasses.replace(layer, mapping=mapping, prefix=path))

@@ -164,8 +164,6 @@ def plain(value: Any, *, is_identity: bool = False) -> Any:
 
 
 class SectionKind(Kind):
-    """A nested section."""
-
     name = "a mapping"
     label = "section"
 
@@ -420,7 +418,6 @@ def _section_at(section: type[Section] | None, name: str, value: Any) -> type[Se
 
 
 def _kind_of(hint: Any, item: Option) -> Kind:
-    """The kind that an annotation and its declaration make."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     members = arguments if origin in (typing.Union, types.UnionType) else ()
     if members and all(isinstance(member, type) and issubclass(member, Section) for member in members):

@@ -91,7 +91,6 @@ class FileProblems(ConfigProblems):
 
 
 def render(place: Place, problem: Problem) -> str:
-    """The problem with its place, then the line with a caret under the column."""
     text = f"{place}: {problem}"
     if place.mark is None or not place.line.strip() or _may_have_secret(place.line):
         return text

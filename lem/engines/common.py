@@ -85,7 +85,6 @@ def importing(backend: str, engine: str, hint: str, how_to_get: str | None = Non
 
 
 def installed_versions(torch: ModuleType, distributions: Iterable[str], *, has_gpu: bool) -> dict[str, str]:
-    """{distribution: version} of those that are installed, and of PyTorch and its libraries."""
     found = {}
     for name in distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -278,7 +277,6 @@ def look_up(arguments: Any, *places: str) -> Any:
 
 
 def field_names(kind: Any) -> frozenset[str]:
-    """The fields of a pydantic model or of a dataclass."""
     names = getattr(kind, "model_fields", None)
     return frozenset(names if names is not None else (item.name for item in dataclasses.fields(kind)))
 

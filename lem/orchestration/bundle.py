@@ -145,8 +145,6 @@ class Contents:
 
 @dataclass(frozen=True)
 class Signer:
-    """The signer to trust."""
-
     allowed_signers: Path  # ssh-keygen(1)
     identity: str  # a name in that file
 

@@ -44,7 +44,6 @@ _MAX_FILES = 10_000
 
 
 def packaged_compose_file() -> str:
-    """The text of docker/docker-compose.yml, from the package."""
     source = importlib.resources.files("lem.orchestration").joinpath(PACKAGED_NAME)
     return source.read_text(encoding="utf-8")
 
@@ -73,7 +72,6 @@ def find_compose_files(
 
 
 def describe_files(paths: Sequence[Path]) -> str:
-    """The paths, or that the packaged file is used."""
     return ", ".join(map(str, paths)) or "the compose file in lem's package"
 
 
@@ -141,7 +139,6 @@ def _target_of(name: str) -> str:
 
 
 def _texts(value: Any, is_written: bool = False) -> Iterator[tuple[str, bool]]:
-    """Every text in a document that may be a path, and whether it is written to."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _texts(item, key in _WRITTEN)
@@ -153,7 +150,6 @@ def _texts(value: Any, is_written: bool = False) -> Iterator[tuple[str, bool]]:
 
 
 def _linked(folder: Path) -> Iterator[Mount]:
-    """The folders outside of a folder that links in it lead to."""
     if not folder.is_dir():
         return
     inside = folder.resolve()
@@ -253,7 +249,6 @@ class ComposeProject:
         return found
 
     def _service_override(self, name: str, pyz: Path, version: tuple[int, ...]) -> dict[str, Any]:
-        """What lem adds to a service of the compose files."""
         user = _user_name()
         environment = {"HOME": CONTAINER_HOME, "USER": user, "LOGNAME": user}
         mounts = [Mount(pyz.parent, str(PYZ_FOLDER)), Mount.in_place(self.results_dir, is_read_only=False)]

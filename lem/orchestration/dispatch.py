@@ -311,7 +311,6 @@ class Worker:
         return log_tail
 
     def kill(self) -> None:
-        """End the worker and its engine at once."""
         connection, self._connection = self._connection, None
         engine, self._engine = self._engine, None
         if connection is None:

@@ -38,8 +38,6 @@ _TIMEX_SIZE_B = 512  # struct timex has 208 bytes on 64-bit Linux
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of a check."""
-
     status: str  # ok, warning, failed, or skipped: it does not apply, or an earlier check failed for the same reason
     message: str
     remedy: str = ""
@@ -47,8 +45,6 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of all checks."""
-
     findings: Mapping[str, Finding]  # by the name of the check, in order
 
     @property
@@ -156,7 +152,6 @@ def check_gpu_energy(found: Capabilities) -> Finding:
 
 
 def check_cpu_energy(cpu: CpuCapability) -> Finding:
-    """Whether the energy counters of the CPU packages can be read."""
     if cpu.rapl_error is None:
         text = f"RAPL can be read: {', '.join(cpu.zones)}"
         return Finding(WARNING, f"{text}; not {'; '.join(cpu.missing)}") if cpu.missing else Finding(OK, text)
@@ -257,7 +252,6 @@ def _check_clock() -> Finding:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest existing one above it."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 

@@ -371,7 +371,6 @@ def _warn_of_container_options(campaign: CampaignConfig) -> None:
 
 
 def _images(project: ComposeProject, backends: Sequence[str]) -> str:
-    """The image of each service, or why it is unknown."""
     try:
         services = project.described()
     except ContainerError as error:

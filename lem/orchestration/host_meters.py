@@ -39,8 +39,6 @@ BARE = ""
 
 @dataclass(frozen=True)
 class Reference:
-    """A device at rest."""
-
     power_w: float
     temp_c: float | None  # of its hottest GPU; None without a sensor
 
@@ -154,8 +152,6 @@ _NOT_WANTED = "neither energy nor a time series was asked for"
 
 @dataclass(frozen=True)
 class Attendance:
-    """An attempt with its meters."""
-
     request: RunRequest  # with what its worker has to know about the meters
     sampler: SamplerProcess | None = None  # the host's own
 

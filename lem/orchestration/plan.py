@@ -41,8 +41,6 @@ GapKind = Literal["configuration", "cycle"]
 
 @dataclass(frozen=True)
 class Experiment:
-    """One configuration in one cycle."""
-
     exp_id: str  # unique in the plan
     config_name: str
     config: ExperimentConfig
@@ -117,12 +115,10 @@ class Plan:
 
     @property
     def is_cold(self) -> bool:
-        """Whether every experiment gets a worker of its own."""
         return self.campaign.cold_start.force_cold_start or self.campaign.cold_start.restart_container
 
     @property
     def config_hash(self) -> str:
-        """The hash of what is measured and how, whichever part of it the experiments are."""
         return campaign_config_hash(self.campaign, [item.config_hash for item in self.given])
 
     @property
@@ -401,7 +397,6 @@ def encode_config(config_dict: Mapping[str, Any]) -> str:
 
 
 def _as_yaml(value: Any) -> Any:
-    """The value so that reading it gives the same again."""
     if isinstance(value, Mapping):
         return {key: _as_yaml(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -94,8 +94,6 @@ class Stopped(enum.Enum):
 
 @dataclass(frozen=True)
 class CampaignOutcome:
-    """How a run of a campaign ended."""
-
     manifest: CampaignManifest  # as it was last written
     stopped: Stopped | None = None  # None: every experiment had its turn
     error: LemError | None = None  # that stopped it

@@ -69,8 +69,6 @@ def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass
 class Context:
-    """What a campaign runs with."""
-
     campaign: CampaignConfig
     executor: Executor = field(default_factory=LocalExecutor)
     observe: Observer = lambda _event: None  # receives every event
@@ -97,8 +95,6 @@ class Context:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one attempt came to."""
-
     attempt: Attempt  # for the manifest
     record: Record | None = None  # the whole result
     error: EngineError | None = None  # why there is none
@@ -115,7 +111,6 @@ class Measurement:
 
     @property
     def details(self) -> dict[str, Any]:
-        """What a person needs to look into the attempt."""
         kind, hint = (self.error.kind, self.error.hint) if self.error else (None, "")
         return {"error_kind": kind, "hint": hint, "log": self.attempt.log_path, "log_tail": self.log_tail}
 
@@ -157,7 +152,6 @@ class Session:
         return Stopped.DEADLINE if deadline_s is not None and self.context.monotonic() >= deadline_s else None
 
     def report(self, kind: str, **data: Any) -> None:
-        """Report something that happened, with how far the campaign is."""
         self._pass_on(Event(kind, data=data))
 
     def save(self) -> None:
@@ -212,7 +206,6 @@ class Session:
         return self.context.stop.is_set()
 
     def _check_health(self, index: int, gap: GapKind | None) -> None:
-        """Check containers when a cycle or block begins, and at the interval."""
         is_due = self.context.campaign.health_check.enabled and gap != "configuration"
         if not is_due and not self.context.should_health_check(index):
             return
@@ -222,7 +215,6 @@ class Session:
             raise InfrastructureError(error.message, error.hint) from error
 
     def _run_experiment(self, experiment: Experiment, *, keep_engine: bool, gap: GapOutcome | None) -> bool:
-        """Whether there is a result."""
         who = {
             "exp_id": experiment.exp_id,
             "config_name": experiment.config_name,
@@ -390,7 +382,6 @@ def _write_prompts(experiment: Experiment, folder: AttemptFolder) -> None:
 def _result_of(
     outcome: Outcome, folder: AttemptFolder, experiment: Experiment
 ) -> tuple[Record | None, EngineError | None]:
-    """The record on disk, which counts, whatever the worker reported."""
     path, reported = folder.result_path, outcome.error
     if reported is not None and reported.kind == "full":
         raise InfrastructureError(reported.message, reported.hint)

@@ -130,7 +130,6 @@ class ActivityWriter:
             self._write()
 
     def end(self, stopped: str | None, message: str = "") -> None:
-        """Write down that the run ended, and how."""
         at = utc_text(self.now())
         idle = self._activity.idle()
         self._activity = replace(
@@ -140,7 +139,6 @@ class ActivityWriter:
 
     @contextlib.contextmanager
     def ending_on_error(self) -> Iterator[None]:
-        """Write down an error that leaves the block."""
         try:
             yield
         except LemError as error:
@@ -176,8 +174,6 @@ def _working_directory() -> str:
 
 
 class State(str, enum.Enum):
-    """The states of a campaign."""
-
     RUNNING = "running"
     WAITING = "waiting"  # holds the lock between runs, or before the first
     DONE = "done"
@@ -205,8 +201,6 @@ _ENDINGS = {
 
 @dataclass(frozen=True)
 class Viewpoint:
-    """From where and when a campaign is viewed."""
-
     now: datetime
     host: str  # as `socket.gethostname`
     booted_at: datetime | None = None  # None when unknown
@@ -214,8 +208,6 @@ class Viewpoint:
 
 @dataclass(frozen=True)
 class CampaignStatus:
-    """The state of a campaign, and what it is derived from."""
-
     name: str
     folder: Path  # its state folder
     state: State

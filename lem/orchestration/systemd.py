@@ -35,7 +35,6 @@ class ServiceManager:
         return cls("\0" + address[1:] if address and address.startswith("@") else address)
 
     def ready(self) -> None:
-        """Report, once, that preflight is over."""
         self._send("READY", "1")
 
     def stopping(self) -> None:

@@ -90,8 +90,6 @@ _NOTES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found."""
-
     kind: str  # a short stable word
     is_weak: bool  # numbers or verdicts are unreliable because of it; else it is something to know about them
     reason: Reason
@@ -130,8 +128,6 @@ def _of_results(kind: str, what: Reason, concerns: Callable[[Record], object]) -
 def _of_configurations(
     kind: str, amount: Callable[[Configuration], float], what: Callable[[float], Reason]
 ) -> _OneCheck:
-    """A check of every configuration: it concerns those with an amount, and the text may name the largest."""
-
     def check(run: Run) -> Found:
         amounts = {item.name: found for item in run.with_results if (found := amount(item))}
         if amounts:
@@ -213,7 +209,6 @@ def _obstacles(run: Run) -> Found:
 
 
 def _warnings(run: Run) -> Found:
-    """The warnings of the results, each kind once."""
     own = ((reason, item.name) for item in run.with_results for reason in item.warnings)
     for found in alike((reason, name) for reason, name in own if reason.code not in _COVERED):
         yield _finding("warning", found[0][0], dict.fromkeys(name for _, name in found))

@@ -165,7 +165,6 @@ class _Content:
             self._labelled = [labelled for labels, items in sides for labelled in zip(labels, items, strict=True)]
 
     def title(self) -> tuple[str, str]:
-        """What was compared, and the settings that all configurations have."""
         runs = " against ".join(f"{run.campaign_name} · run {run.run_id}" for run in reversed(self._comparison.runs))
         count = len(self._pairs) + (self._anchor is None)
         shared = shared_settings(item.settings for _, item in self._labelled)
@@ -212,7 +211,6 @@ class _Content:
             yield f"{what}{about}{self._whom(names)}: {reason}"
 
     def gates(self) -> Iterable[str]:
-        """A line for each gate."""
         for gate in self._comparison.gates:
             found: dict[Verdict, list[str]] = {}
             for pair, row in self._comparison.rows(gate.metric):
@@ -234,7 +232,6 @@ class _Content:
         ]
 
     def notes(self) -> Iterable[str]:
-        """What the numbers are."""
         comparison = self._comparison
         if any(row.effect and row.effect.std_error is not None for row in self._rows):
             yield _RATIO_NOTE if self._anchor is None else _ANCHORED_RATIO_NOTE

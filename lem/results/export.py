@@ -38,8 +38,6 @@ _Cell = tuple[Any, str]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of the same columns."""
-
     columns: tuple[str, ...]
     rows: tuple[Mapping[str, _Cell], ...]  # JSON values with their null reasons, by column
 

@@ -38,8 +38,6 @@ SHARD, REPLICATE = MODES = ("shard", "replicate")
 
 @dataclass(frozen=True)
 class PlannedExperiment:
-    """One configuration in one cycle."""
-
     exp_id: str
     config_name: str
     config_hash: str
@@ -48,8 +46,6 @@ class PlannedExperiment:
 
 @dataclass(frozen=True)
 class HostPart:
-    """What one host runs."""
-
     name: str  # of the host, as in its results
     exp_ids: tuple[str, ...]  # in the order of the campaign
     expected_s: float | None = None  # how long it is expected to take; None without earlier results

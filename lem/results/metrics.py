@@ -30,7 +30,6 @@ class Metric:
 
     @property
     def lower_label(self) -> str:
-        """The label within a sentence."""
         return _lowered(self.label)
 
     def read(self, record: Record) -> tuple[float | None, Reason | None]:
@@ -153,7 +152,6 @@ def distinct(records: Iterable[Record]) -> tuple[Record, ...]:
 
 
 def by_cycle(records: Iterable[Record]) -> Cycles:
-    """Every attempt, by cycle."""
     cycles: dict[Cycle, list[Record]] = {}
     for record in records:
         identity = record.identity
@@ -315,7 +313,6 @@ def settings_of(record: Record) -> dict[str, str]:
 
 
 def shared_settings(settings: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """The settings that have the same value in all."""
     first, *others = [*settings] or [{}]
     return {label: value for label, value in first.items() if all(item.get(label) == value for item in others)}
 

@@ -34,8 +34,6 @@ _ATTEMPT = re.compile(r"attempt-([1-9][0-9]{0,8})")
 
 @dataclass(frozen=True)
 class AttemptFolder:
-    """A new folder for one attempt."""
-
     path: Path
     number: int  # from 1
 
@@ -105,8 +103,6 @@ _PROBE_B = MIB  # room for the files of a few attempts
 
 @dataclass(frozen=True)
 class StoredResult:
-    """A whole result in its place."""
-
     path: Path
     record: Record
 
@@ -189,7 +185,6 @@ class Repository:
 
 
 def experiment_folder_name(exp_id: str, host: str) -> str:
-    """The folder of an experiment in merged results."""
     return check_name(f"{exp_id}{_HOST_MARK}{host}", "host")
 
 

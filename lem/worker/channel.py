@@ -101,8 +101,6 @@ class EngineProcess(Message, kind="engine"):
 
 @dataclass(frozen=True)
 class Phase(Message, kind="phase"):
-    """A phase of the experiment begins."""
-
     exp_id: str
     phase: str
 
@@ -185,8 +183,6 @@ def read_report(line: bytes) -> Message:
 
 
 class LineBuffer:
-    """Bytes in, whole lines out."""
-
     def __init__(self, max_line_b: int = MAX_LINE_B) -> None:
         self._max_line_b = max_line_b
         self._buffer = bytearray()

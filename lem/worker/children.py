@@ -114,7 +114,6 @@ class EngineChild:
 
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Sequence[int]:
-    """A pipe whose ends are closed when the stack of their side is."""
     ends = os.pipe2(os.O_CLOEXEC)
     reader.callback(os.close, ends[0])
     writer.callback(os.close, ends[1])

@@ -37,8 +37,6 @@ _COMMIT = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")
 
 @dataclass(frozen=True)
 class DatasetChoice:
-    """What to take from which data set."""
-
     name: str  # as the experiment names it, an alias or a hub name
     hub_name: str
     subset: str | None
@@ -251,7 +249,6 @@ def is_in_hub_cache(choice: DatasetChoice, environ: Mapping[str, str]) -> bool:
 
 
 def _load_from_hub(choice: DatasetChoice, token: str | None) -> tuple[Iterable[Row], str | None]:
-    """The rows of a hub data set, and its commit."""
     try:
         import datasets
     except ImportError as error:

@@ -125,7 +125,6 @@ def _answer(request: RunRequest, reporter: PipeReporter, engine: ResidentEngine,
 
 
 def describe_failure(error: Exception, exp_id: str, phase: str | None, secrets: Mapping[str, str]) -> Failure:
-    """The answer to an experiment that failed."""
     kind, is_permanent, hint = "engine", False, ""
     if isinstance(error, EngineError):
         kind, is_permanent, message, hint = error.kind, error.is_permanent, error.message, error.hint

@@ -107,7 +107,6 @@ def _drain(wakeup: int) -> None:
 
 
 def _end_as(code: int) -> NoReturn:
-    """End with an exit code, or for a negative one by that signal."""
     if code < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the engine's core is the one of interest
         with contextlib.suppress(OSError, ValueError):  # KILL and STOP cannot be set, and need not be

@@ -144,7 +144,6 @@ class Metering:
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """Mark what happens within the block."""
         opened_ns = self.clock.monotonic_ns()
         yield
         self.marks.append(Mark(name, opened_ns, self.clock.monotonic_ns()))
@@ -222,7 +221,6 @@ class Metering:
         return max(self.config.measurement.min_window_sec, WINDOW_UPDATES * period_s)
 
     def measure_closed(self, run: Callable[[], MeasuredWindow]) -> MeasuredWindow:
-        """The window of a closed batch, with idle guards around it."""
         measured = self._between_guards(measurement.GUARD_BEFORE, run, measurement.GUARD_AFTER)
         self.marks.append(Mark(measurement.WINDOW, measured.opened_ns, measured.closed_ns))
         return measured
@@ -233,7 +231,6 @@ class Metering:
         self.marks += [Mark(measurement.PREFILL, *edges) for edges in measured.passes_ns]
 
     def measure_steady(self, run: Callable[[], MeasuredWindow]) -> MeasuredWindow:
-        """The window of steady traffic."""
         guard_s = self._guard_s  # found before the window: after it there is an hour's log to read
         measured = run()
         self.marks.append(Mark(measurement.WINDOW, measured.opened_ns, measured.closed_ns))

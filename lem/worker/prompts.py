@@ -50,8 +50,6 @@ SENTENCE_MAX_WORDS = 14
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as text."""
-
     prompt: str
     input_tokens: int | None = None  # exact length in tokens to cut or extend it to; None leaves it as it is
     output_tokens: int | None = None  # bound on the tokens to generate for it; None takes the experiment's
@@ -107,8 +105,6 @@ class PromptError(ConfigurationError):
 
 @dataclass(frozen=True)
 class ResolvedPrompts:
-    """Prompts and where they came from."""
-
     prompts: tuple[Prompt, ...]
     source: Mapping[str, Any]  # for the record: kind, path or name, revision, sha256, count, and what chose them
     warnings: tuple[Reason, ...] = ()

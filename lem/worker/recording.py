@@ -59,8 +59,6 @@ class Residence(NamedTuple):
 
 @dataclass(frozen=True)
 class WarmupOutcome:
-    """What warm-up did."""
-
     prompts: int
     elapsed_s: Measured[float]
     converged: Measured[bool]
@@ -258,7 +256,6 @@ def describe_environment(
     config: ExperimentConfig,
     surroundings: Mapping[str, Measured[tuple[str, ...]]],
 ) -> Environment:
-    """The environment section of the record."""
     versions = {"python": platform.python_version(), **report.versions}
     driver = find_driver() if report.gpu_uuids else None
     if driver is not None:

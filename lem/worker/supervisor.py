@@ -48,7 +48,6 @@ def probe_environment() -> dict[str, Any]:
 
 
 def missing_distributions(backend: str, environment: Mapping[str, Any]) -> tuple[str, ...]:
-    """The distributions that a backend needs and that are missing in a probed environment."""
     return tuple(name for name in BACKEND_DISTRIBUTIONS.get(backend, ()) if environment.get(name) is None)
 
 
@@ -203,7 +202,6 @@ class Supervisor:
         self._send(channel.Failure(exp_id, kind, message, hint, False, self._phase, is_engine_lost, tail))
 
     def _answer_error(self, kind: str, message: str, hint: str = "", *, is_engine_lost: bool = True) -> None:
-        """Answer the experiment that the host waits for, if there is one, with an error."""
         request, self._request = self._request, None
         self._end_sampler()
         if request is not None:

@@ -26,8 +26,6 @@ CLOSED_BATCH = "closed_batch"
 
 @dataclass(frozen=True)
 class Answer:
-    """What the engine answered to one request."""
-
     prompt_index: int  # from 0
     input_tok: int
     arrived_ns: int | None  # open loop: its arrival; closed loop: when it was sent; None in a closed batch

@@ -37,8 +37,6 @@ _OFFLOADED_NAMES = {**_CACHE_NAMES, "DynamicCache": "offloaded", "StaticCache": 
 
 @dataclass
 class LoadedModel:
-    """What is in memory."""
-
     model: Any
     tokenizer: Any
     source: Source
@@ -250,8 +248,6 @@ def _is_of_callback(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Trial:
-    """What the trial run showed."""
-
     cache: str | None  # the kind of key-value cache in use, as `cache_implementation` names it; None without a cache
     warnings: tuple[Reason, ...]  # of transformers
 
@@ -294,7 +290,6 @@ def _compiled_graphs() -> int:
 
 
 def _trial_failure(error: BaseException, section: PyTorchConfig, facts: EngineFacts) -> EngineError:
-    """Names the options that were set, any of which may be the cause."""
     if is_out_of_memory(error):
         text = f"out of memory while generating {_TRIAL_TOKENS} tokens: {shortened(error)}"
         hint = "use a smaller model or batch, or a lower fp_precision"

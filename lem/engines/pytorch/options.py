@@ -90,8 +90,6 @@ class EngineFacts:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Special token ids of a model."""
-
     pad_id: int  # any id would do: padding is masked
     end_ids: tuple[int, ...]  # each ends a sequence
 

@@ -225,7 +225,6 @@ def _load_model(config: ExperimentConfig, facts: EngineFacts, token: str | None)
 
 
 def _set_assistant(loaded: LoadedModel, config: ExperimentConfig, facts: EngineFacts, token: str | None) -> None:
-    """Load the assistant that the experiment names, or drop the current one."""
     name = section_of(config, PyTorchConfig).assisted_generation.model
     if name is None:
         loaded.assistant = loaded.assistant_tokenizer = loaded.assistant_name = None
@@ -266,7 +265,6 @@ def _load_weights(
 
 
 def _from_pretrained(section: PyTorchConfig, source: Source, facts: EngineFacts, arguments: Mapping[str, Any]) -> Any:
-    """The model, and what transformers reports about its load."""
     with explained(f"model: {source.name}"):
         try:
             return AutoModelForCausalLM.from_pretrained(

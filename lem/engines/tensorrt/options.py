@@ -93,7 +93,6 @@ def lengths_of(config: ExperimentConfig) -> tuple[int, int]:
 
 
 def gpus_needed(config: ExperimentConfig) -> int:
-    """The GPUs that one copy of the model is spread over."""
     return config.parallel_degree * int(common.extra_of(config, _EXTRA).get("context_parallel_size") or 1)
 
 
@@ -146,7 +145,6 @@ def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
-    """Warnings about the options."""
     is_chosen = section_of(config, TensorRTConfig).enable_kv_cache_reuse is not None
     return () if is_chosen else (Reason.of("tensorrt_no_reuse"),)
 

@@ -216,8 +216,6 @@ class Server:
         return completions
 
     def run_alone(self, requests: Sequence[TokenRequest], on_progress: OnProgress) -> list[Completion]:
-        """A completion for each request, one after another, with the times of its tokens."""
-
         async def run() -> list[Completion]:
             completions = []
             for request in requests:

@@ -216,7 +216,6 @@ def _unsupported_options(config: ExperimentConfig, facts: EngineFacts) -> Iterat
 
 
 def _ignored_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
-    """Options that vLLM accepts and then ignores."""
     section, is_on_cpu = section_of(config, VllmConfig), facts.device == "cpu"
     backend = section.attention.backend
     if is_on_cpu and section.cpu_offload_gb:

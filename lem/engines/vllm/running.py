@@ -32,8 +32,6 @@ from lem.engines.vllm.options import EngineFacts
 
 @dataclass
 class _Stream:
-    """A request that the engine is working on."""
-
     request: TokenRequest
     submitted_ns: int
     is_observed: bool
@@ -89,12 +87,10 @@ class StepLoop:
     _count: int = field(default=0, init=False)
 
     def run_closed(self, requests: Sequence[TokenRequest], on_progress: OnProgress) -> list[Completion]:
-        """A completion for each request, all submitted at once."""
         completions = [failed for request in requests if (failed := self._add(request, is_observed=False)) is not None]
         return completions + self._finish(len(completions), on_progress)
 
     def run_alone(self, requests: Sequence[TokenRequest], on_progress: OnProgress) -> list[Completion]:
-        """A completion for each request, one after another, with the times of its tokens."""
         completions: list[Completion] = []
         for request in requests:
             failed = self._add(request, is_observed=True)
@@ -288,7 +284,6 @@ def explain_request_failure(words: str, config: ExperimentConfig, facts: EngineF
 
 
 def explain_run_failure(error: BaseException, output: str, facts: EngineFacts) -> EngineError:
-    """The error for an engine that failed while it generated."""
     _name, text = _cause(error, output)
     if _OUT_OF_MEMORY.search(text):
         return EngineError(f"{facts}: out of memory while generating: {text}", _MEMORY_HINT, kind="out_of_memory")
@@ -347,7 +342,6 @@ class ChildOutput:
 
     @property
     def text(self) -> str:
-        """The end of what was printed so far."""
         with self._lock:
             return self._tail.decode("utf-8", "replace")
 

@@ -287,7 +287,6 @@ def _check_sampling(config: ExperimentConfig, facts: EngineFacts) -> dict[str, A
 
 
 def _can_rewind(device: str) -> bool:
-    """Whether random generators on this device can be rewound."""
     if device != "cpu":
         return True
     try:

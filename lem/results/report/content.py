@@ -101,8 +101,6 @@ def union(spans: Iterable[tuple[float, float]], hole_s: float = 0.0) -> list[tup
 
 @dataclass(frozen=True)
 class Entry:
-    """A configuration on the page."""
-
     number: int  # from 1, in the order of merit
     name: str
     label: str  # without what all names share, short enough for a plot
@@ -120,22 +118,18 @@ class Entry:
 
     @property
     def is_estimate(self) -> bool:
-        """Whether its energy was estimated from the design power of the CPU."""
         return self.configuration.is_estimate
 
     def centre(self, metric: str | Metric) -> float | None:
         return self.configuration.estimate(metric).value
 
     def span(self, metric: str | Metric) -> tuple[float, float] | None:
-        """The t interval."""
         estimate = self.configuration.estimate(metric)
         return None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page."""
-
     run: Run
     findings: tuple[Finding, ...]  # of `lem check`
     headline: Metric  # of the verdict: energy per output token, or throughput where no energy was measured
@@ -335,8 +329,6 @@ def _numbers_first(value: str) -> tuple[int, float, str]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer of the page."""
-
     sentence: str
     remarks: tuple[str, ...] = ()  # how it was found, and what could not be decided and why
     has_winner: bool = False  # the first configuration differs from the next
@@ -396,7 +388,6 @@ def _separated(compared: Sequence[tuple[Entry, Row]], n_others: int) -> list[str
 
 
 def _refusals(refused: Sequence[tuple[Entry, Reason]]) -> Iterable[str]:
-    """Why there is no verdict, each code once."""
     by_code: dict[str, list[tuple[Entry, Reason]]] = {}
     for entry, reason in refused:
         by_code.setdefault(reason.code, []).append((entry, reason))

@@ -356,7 +356,6 @@ def _panels(trace: Trace, time: Scale) -> tuple[list[Markup], float]:
 
 
 def _line(series: Series, time: Scale, scale: Scale) -> str:
-    """A line that is interrupted where readings are missing."""
     strokes = (list(points) for is_there, points in itertools.groupby(series.points, bool) if is_there)
     return "".join(
         plot.line_to(*((time(point[0]), scale(point[1])) for point in points if point)) for points in strokes
@@ -364,7 +363,6 @@ def _line(series: Series, time: Scale, scale: Scale) -> str:
 
 
 def _shades(phases: Sequence[Phase], time: Scale, bottom: float) -> Iterator[Markup]:
-    """Shades behind the lines, named above where there is room."""
     free_from = 0.0
     for phase in phases:
         left, right = time(phase.begin_s), time(phase.end_s)
@@ -378,7 +376,6 @@ def _shades(phases: Sequence[Phase], time: Scale, bottom: float) -> Iterator[Mar
 
 
 def _slowdowns(trace: Trace, time: Scale, bottom: float) -> Iterator[Markup]:
-    """A bar at the top of the plot for each time the GPU was slowed down."""
     for slowdown in trace.slowdowns:
         left, right = time(slowdown.begin_s), time(slowdown.end_s)
         class_, y = ("slowdown fault", _TRACE_TOP - 2) if slowdown.is_fault else ("slowdown cap", _TRACE_TOP + 5)

@@ -39,7 +39,6 @@ def breakable(name: str) -> Markup:
 
 
 def join(parts: Iterable[str], separator: str = "") -> Markup:
-    """The parts in a row, each escaped unless it is markup."""
     return Markup(separator.join(part if isinstance(part, Markup) else escape(part) for part in parts))
 
 
@@ -63,7 +62,6 @@ def tag(name: str, /, *children: str, **attributes: str | float | None) -> Marku
 
 
 def paragraphs(texts: Iterable[str]) -> list[Markup]:
-    """Each text in a paragraph, unless it is markup already."""
     return [text if isinstance(text, Markup) else tag("p", text) for text in texts]
 
 
@@ -282,7 +280,6 @@ CROSS = "m-3.5 -3.5l7 7m0 -7l-7 7"
 
 
 def shape(group: int) -> str:
-    """The marker of a group, around its place."""
     return _SHAPES[group % GROUPS_MAX]
 
 
@@ -296,7 +293,6 @@ def line_to(*places: Place) -> str:
 
 
 def marks(parts: Iterable[str], class_: str) -> Markup:
-    """Marks of one look as a single path."""
     return tag("path", d="".join(parts), class_=class_)
 
 

@@ -200,7 +200,6 @@ def _net_per_token(record: Record) -> float | None:
 
 
 def _of_gpus(record: Record, read: Callable[[Gpu], float | None], fold: Callable[[list[float]], float]) -> float | None:
-    """One value of all GPUs, where each of them has one."""
     values = [value for gpu in record.gpus if (value := read(gpu)) is not None]
     return fold(values) if values and len(values) == len(record.gpus) else None
 
