@@ -295,21 +295,24 @@ def test_the_engine_s_own_process_is_none_of_others(tmp_path: Path) -> None:
     assert second.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
 
 
-def test_an_engine_that_was_loaded_between_two_looks_at_the_gpu_is_none_of_others(tmp_path: Path) -> None:
-    meter = Meter(tmp_path, gpu_trace(processes=(GpuProcess(ENGINE_PID, from_s=4.005),)))
-    meter.clock.advance_ms(310)  # the load ends at 4.01 s, just after the look at 4 s
-    record = meter.run(baseline={"enabled": False})
-    assert meter.resident.own_pids == frozenset({ENGINE_PID})
-    assert record.validity.valid, record.validity.invalid_reasons
-
-
-def test_a_process_that_ends_as_the_experiment_begins_is_no_foreign_one(tmp_path: Path) -> None:
-    engine_before = GpuProcess(76, to_s=0.4)
-    meter = Meter(tmp_path, gpu_trace(processes=(engine_before,)))
-    meter.clock.advance_ms(300)
+@pytest.mark.parametrize(
+    ("process", "waited_ms", "own_pids"),
+    [
+        # The load ends at 4.01 s, just after the look at 4 s.
+        (GpuProcess(ENGINE_PID, from_s=4.005), 310, {ENGINE_PID}),
+        (GpuProcess(76, to_s=0.4), 300, set()),
+    ],
+    ids=["an engine that was loaded between two looks", "one that ends as the experiment begins"],
+)
+def test_a_process_is_not_taken_for_a_foreign_one(
+    tmp_path: Path, process: GpuProcess, waited_ms: int, own_pids: set[int]
+) -> None:
+    meter = Meter(tmp_path, gpu_trace(processes=(process,)))
+    meter.clock.advance_ms(waited_ms)
     record = meter.run(measurement={**QUICK, "energy": "nvml"}, baseline={"enabled": False})
+    assert (meter.resident.own_pids or set()) == own_pids
+    assert record.validity.valid, record.validity.invalid_reasons
     assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
-    assert record.environment.other_gpu_processes == ()
 
 
 def test_a_process_that_comes_while_prompts_are_fetched_is_a_foreign_one(meter: Meter) -> None:
@@ -346,23 +349,11 @@ def test_an_engine_that_nobody_could_look_at_is_no_foreign_one_in_the_next_exper
     assert meter.resident.own_pids == frozenset({ENGINE_PID})
 
 
-def test_a_process_that_comes_in_the_window_makes_it_invalid(tmp_path: Path) -> None:
-    meter = Meter(tmp_path)
-    window_opened_s = (meter_window(tmp_path / "dry")[0]) / 1e9
-    intruder = GpuProcess(99, from_s=window_opened_s + 1)
-    meter.gpu = dataclasses.replace(meter.gpu, processes=(intruder,))
-    record = meter.run()
+def test_a_process_that_comes_in_the_window_makes_it_invalid(measured: tuple[Meter, Record], tmp_path: Path) -> None:
+    opened_s = (measured[0].marked()[measurement.WINDOW][0] - measured[0].begun_ns) / 1e9
+    record = Meter(tmp_path, gpu_trace(processes=(GpuProcess(99, from_s=opened_s + 1),))).run()
     assert not record.validity.valid
     assert [reason.data["pids"] for reason in record.validity.invalid_reasons] == ["99"]
-
-
-def meter_window(folder: Path) -> tuple[int, int]:
-    """When the window of such an experiment opens and closes, in ns since its begin."""
-    folder.mkdir()
-    meter = Meter(folder)
-    meter.run()
-    opened_ns, closed_ns = meter.marked()[measurement.WINDOW]
-    return opened_ns - meter.begun_ns, closed_ns - meter.begun_ns
 
 
 @pytest.mark.parametrize(("interval_ms", "guard_s", "window_s"), [(100, 0.4, 10), (200, 0.6, 20)])
@@ -408,44 +399,36 @@ def test_what_cannot_be_measured_is_refused_before_the_load(meter: Meter, option
 PLUG_W = 500.0
 
 
-def plug(folder: Path, until_s: float) -> Path:
-    """The readings of a meter at the plug, one a second, from the begin of a log of 2026 on."""
-    path = folder / "plug.csv"
-    path.write_text("".join(f"{NEW_YEAR_S + second},{PLUG_W}\n" for second in range(-1, round(until_s))))
-    return path
+@pytest.mark.parametrize(
+    ("stops_at_s", "garbage", "why"),
+    [
+        (None, None, None),  # it writes four seconds late, and is waited for
+        (4, None, "before the window closed"),
+        (4, "time,watts\nnow,much\n", "'now' is not a UTC time"),
+    ],
+)
+def test_a_meter_at_the_plug_is_waited_for_and_costs_its_own_figure_alone(
+    meter: Meter, stops_at_s: int | None, garbage: str | None, why: str | None
+) -> None:
+    path = meter.folder / "plug.csv"
 
+    def write(until_s: float) -> None:
+        """One reading a second, from the begin of a log of 2026 on."""
+        path.write_text("".join(f"{NEW_YEAR_S + second},{PLUG_W}\n" for second in range(-1, round(until_s))))
 
-def with_plug(path: Path, **options: Any) -> dict[str, Any]:
-    return {"measurement": {**QUICK, "external_csv": str(path)}, "baseline": {"enabled": False}, **options}
-
-
-def test_a_meter_at_the_plug_that_writes_late_is_waited_for(meter: Meter) -> None:
-    path = plug(meter.folder, 3)
-
-    def write() -> None:
+    def go_on() -> None:
         Meter.write(meter)
-        plug(meter.folder, (meter.clock.monotonic_ns() - meter.begun_ns) / 1e9 - 4)
+        if stops_at_s is None:
+            write((meter.clock.monotonic_ns() - meter.begun_ns) / 1e9 - 4)
+        elif garbage is not None:
+            path.write_text(garbage)
 
-    meter.clock.write = write
-    record = meter.run(**with_plug(path))
-    assert record.energy.external_energy_j == pytest.approx(PLUG_W * record.window.window_s, rel=0.001)
-
-
-def test_a_meter_at_the_plug_that_stopped_costs_its_own_figure_alone(meter: Meter) -> None:
-    record = meter.run(**with_plug(plug(meter.folder, 4)))
-    assert record.energy.external_energy_j is None
-    assert "before the window closed" in record.energy.null_reasons["external_energy_j"].data["how"]
+    write(stops_at_s or 3)
+    meter.clock.write = go_on
+    record = meter.run(measurement={**QUICK, "external_csv": str(path)}, baseline={"enabled": False})
     assert record.energy.gpu_energy_j is not None
-
-
-def test_readings_that_are_lost_cost_their_own_figure_alone(meter: Meter) -> None:
-    path = plug(meter.folder, 4)
-
-    def write() -> None:
-        Meter.write(meter)
-        path.write_text("time,watts\nnow,much\n")
-
-    meter.clock.write = write
-    record = meter.run(**with_plug(path))
-    assert "'now' is not a UTC time" in record.energy.null_reasons["external_energy_j"].data["error"]
-    assert record.energy.gpu_energy_j is not None
+    if why is None:
+        assert record.energy.external_energy_j == pytest.approx(PLUG_W * record.window.window_s, rel=0.001)
+    else:
+        assert record.energy.external_energy_j is None
+        assert why in record.energy.null_reasons["external_energy_j"].text
