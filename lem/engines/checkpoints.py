@@ -213,10 +213,11 @@ def identify(source: Source, adapter: Source | None = None) -> Identity:
         shape = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
-        return Identity(source.commit, digest, int(model.num_parameters()), count_embedding_parameters(model))
+        parameters = int(model.num_parameters())
     except (*MODEL_FAILURES, ImportError) as error:
         _logger.info("transformers cannot count the parameters of %s: %s", source.folder, shortened(error))
         return Identity(source.commit, digest)
+    return Identity(source.commit, digest, parameters, count_embedding_parameters(model))
 
 
 # --- failures

@@ -52,6 +52,12 @@ def test_the_last_run_is_read_and_one_by_the_beginning_of_its_id(written: Writte
     assert [item.name for item in run.configurations] == ["fast", "slow"]
 
 
+def test_a_campaign_is_loaded_and_planned(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(campaign_text(outputs=(4, 8)), encoding="utf-8")
+    campaign = lem.load(tmp_path / "c.yaml")
+    assert (campaign.name, len(campaign.plan().experiments)) == ("demo", 4)
+
+
 @pytest.mark.parametrize(("campaign", "run"), [("other", None), ("Batch sizes", "2030"), ("Batch sizes", "2026")])
 def test_what_is_missing_or_ambiguous_is_refused(written: Written, campaign: str, run: str | None) -> None:
     with pytest.raises(lem.UserError):
@@ -90,11 +96,12 @@ def test_two_configurations_are_compared_within_their_cycles(written: Written) -
     assert effect.n_cycles == (5,)
 
 
-def test_two_runs_are_compared_over_an_anchor(written: Written) -> None:
+def test_two_runs_are_compared_over_an_anchor_and_reported(written: Written, tmp_path: Path) -> None:
     before, after = (lem.read(written.results_dir, "Batch sizes", run) for run in (written.run_id, LATER))
     comparison = lem.compare(before, after)
     assert comparison.anchor is not None
     assert comparison.anchor.name == "fast"
+    assert LATER in lem.report(after, tmp_path / "report.html").read_text(encoding="utf-8")
     assert [pair.other.name for pair in comparison.pairs] == ["slow"]
 
 

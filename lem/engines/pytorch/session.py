@@ -233,10 +233,9 @@ def _set_assistant(loaded: LoadedModel, config: ExperimentConfig, facts: EngineF
         source = locate(name, token, "assisted_generation.model")
         is_trusted = config.model.trust_remote_code
         access = {"token": token, "trust_remote_code": is_trusted, "revision": source.commit}
+        arguments = {**access, **_dtype_option(config, facts)}
         with explained(f"assisted_generation.model: {name}"):
-            loaded.assistant = AutoModelForCausalLM.from_pretrained(
-                source.name, **access, **_dtype_option(config, facts)
-            ).to(loaded.device)
+            loaded.assistant = AutoModelForCausalLM.from_pretrained(source.name, **arguments).to(loaded.device)
         loaded.assistant_name, loaded.assistant_tokenizer = None, None
         if _rows(loaded.assistant) != _rows(loaded.model):
             with explained(f"assisted_generation.model: {name}"):
