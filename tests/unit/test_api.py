@@ -12,7 +12,7 @@ import pytest
 import lem
 from lem.orchestration.plan import Plan
 from lem.results.run import Run
-from tests.campaign_rig import CampaignRig
+from tests.campaign_rig import CampaignRig, campaign_text
 from tests.synthetic_campaign import Campaign, Configuration, Written
 
 ROOT = Path(__file__).parents[2]
