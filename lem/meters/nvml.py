@@ -1,15 +1,17 @@
-"""NVML: its errors, and the GPUs of this host."""
+"""NVML: its errors, the GPUs of this host, and the meters of one GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lem.base.codec import decode
+from lem.base.measurement import EnergyScope
 from lem.base.variables import GPU_VARIABLE
+from lem.meters.samples import GpuHeader
 
 # nvml.h, nvmlReturn_t
 _UNINITIALIZED, _INVALID_ARGUMENT, _NOT_SUPPORTED, _NO_PERMISSION, _NOT_FOUND = 1, 2, 3, 4, 6
@@ -71,22 +73,14 @@ def find_gpus() -> tuple[GpuFacts, ...]:
         if isinstance(nvml, str):
             return ()
         found = []
-        with contextlib.suppress(nvml.NVMLError):
-            for index in range(nvml.nvmlDeviceGetCount()):
-                with contextlib.suppress(nvml.NVMLError):
-                    found.append(_facts(nvml, index))
+        for index, uuid in enumerate(gpu_uuids(nvml)):
+            with contextlib.suppress(nvml.NVMLError):
+                handle = nvml.nvmlDeviceGetHandleByIndex(index)
+                name, memory = _text(nvml.nvmlDeviceGetName(handle)), nvml.nvmlDeviceGetMemoryInfo(handle)
+                capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle))
+                if uuid is not None:
+                    found.append(GpuFacts(index, uuid, name, int(memory.total), capability))
         return tuple(found)
-
-
-def _facts(nvml: Any, index: int) -> GpuFacts:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    return GpuFacts(
-        index=index,
-        uuid=text_of(nvml.nvmlDeviceGetUUID(handle)),
-        name=text_of(nvml.nvmlDeviceGetName(handle)),
-        memory_b=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
-        compute_capability=tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)),
-    )
 
 
 def is_name_of(name: str, uuid: str) -> bool:
@@ -104,9 +98,8 @@ def visible_gpus(present: Sequence[GpuFacts], environ: Mapping[str, str]) -> tup
     if named is None:
         return tuple(present)
     visible: list[GpuFacts] = []
-    for name in (part.strip() for part in named.split(",")):
-        is_index = name.isdecimal()
-        found = [gpu for gpu in present if (str(gpu.index) == name if is_index else is_name_of(name, gpu.uuid))]
+    for name in map(str.strip, named.split(",")):
+        found = [gpu for gpu in present if name == str(gpu.index) or is_name_of(name, gpu.uuid)]
         if len(found) != 1:
             break
         visible.append(found[0])
@@ -131,7 +124,7 @@ def find_driver() -> str | None:
     with open_nvml() as nvml:
         if not isinstance(nvml, str):
             with contextlib.suppress(nvml.NVMLError):
-                return text_of(nvml.nvmlSystemGetDriverVersion())
+                return _text(nvml.nvmlSystemGetDriverVersion())
     return None
 
 
@@ -181,7 +174,7 @@ def read_gpus() -> GpuReading:
         gpus: list[GpuState] = []
         driver, error = None, None
         try:
-            driver = text_of(nvml.nvmlSystemGetDriverVersion())
+            driver = _text(nvml.nvmlSystemGetDriverVersion())
             gpus.extend(_state(nvml, index) for index in range(nvml.nvmlDeviceGetCount()))
         except nvml.NVMLError as failure:
             error = str(failure)
@@ -194,8 +187,8 @@ def _state(nvml: Any, index: int) -> GpuState:
     processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
     return GpuState(
         index=index,
-        uuid=text_of(nvml.nvmlDeviceGetUUID(handle)),
-        name=text_of(nvml.nvmlDeviceGetName(handle)),
+        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        name=_text(nvml.nvmlDeviceGetName(handle)),
         memory_total_b=int(memory.total),
         memory_used_b=int(memory.used),
         processes=tuple(
@@ -207,18 +200,13 @@ def _state(nvml: Any, index: int) -> GpuState:
 
 def gpu_uuids(nvml: Any) -> tuple[str | None, ...]:
     """The UUIDs of all GPUs in NVML's order, None for one that does not answer."""
-    try:
-        count = int(nvml.nvmlDeviceGetCount())
-    except nvml.NVMLError:
-        return ()
-    return tuple(_uuid_at(nvml, index) for index in range(count))
-
-
-def _uuid_at(nvml: Any, index: int) -> str | None:
-    try:
-        return text_of(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index)))
-    except nvml.NVMLError:
-        return None
+    found: list[str | None] = []
+    with contextlib.suppress(nvml.NVMLError):
+        for index in range(int(nvml.nvmlDeviceGetCount())):
+            found.append(None)
+            with contextlib.suppress(nvml.NVMLError):
+                found[index] = _text(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index)))
+    return tuple(found)
 
 
 @contextlib.contextmanager
@@ -247,6 +235,229 @@ def _import_pynvml() -> Any:
     return None
 
 
-def text_of(value: str | bytes) -> str:
+def _text(value: str | bytes) -> str:
     """A text that older versions of pynvml give as bytes."""
     return value.decode() if isinstance(value, bytes) else value
+
+
+# nvml.h; by number, since a pynvml beside an engine may be older than the names.
+_POWER_INSTANT = 186  # NVML_FI_DEV_POWER_INSTANT, mW
+_ENERGY = 191  # NVML_FI_DEV_ENERGY, mJ
+_SCOPES = {EnergyScope.GPU: 0, EnergyScope.MODULE: 1}  # NVML_POWER_SCOPE_GPU, NVML_POWER_SCOPE_MODULE
+_VALUE_MEMBERS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")  # in the order of nvmlValueType_t
+_TEMPERATURE_GPU = 0
+_CLOCK_SM = 1
+_VIRTUAL_GPU = 2  # NVML_GPU_VIRTUALIZATION_MODE_VGPU
+
+_MIG_TEXT = (
+    "MIG is on, and NVML's {} is that of the whole board, not of an instance; turn MIG off to measure "
+    "(nvidia-smi -mig 0)"
+)
+
+
+class NvmlMeter:
+    """The meters of one GPU; what cannot be read raises `MeterFailure`.
+
+    Its `header` has what does not change, and why the counter or power cannot be read.
+    """
+
+    def __init__(self, nvml: Any, name: str) -> None:
+        """Find the GPU by its UUID, which may be shortened as for CUDA, and try its meters.
+
+        Args:
+            nvml: pynvml, initialised.
+        """
+        self._nvml = nvml
+        self._name = name
+        self._handle: Any = None
+        self._fallen_back: set[str] = set()
+        self._readers: dict[str, Callable[[], Any]] = {
+            "temperature": self._temperature_c,
+            "sm_clock": lambda: float(self._ask("nvmlDeviceGetClockInfo", _CLOCK_SM) * 1e6),
+            "utilisation": lambda: float(self._ask("nvmlDeviceGetUtilizationRates").gpu / 100),
+            "memory": lambda: int(self._ask("nvmlDeviceGetMemoryInfo").used),
+            "events": self._event_mask,
+            "processes": self._pids,
+        }
+        self.header = self._look()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether NVML has found the GPU at least once."""
+        return self._handle is not None
+
+    @property
+    def has_counter(self) -> bool:
+        """Whether the energy counter can be read."""
+        return "counter" in self._readers
+
+    def read(self, what: str) -> Any:
+        """What a meter reads now.
+
+        They are `counter` (mJ), `power` (W), `temperature` (°C), `sm_clock` (Hz), `utilisation` (a share of 1),
+        `memory` (bytes), `events` (the bits of nvmlClocksEventReasons), and `processes`: those with a compute context,
+        as the host numbers them, in order.
+        """
+        if what not in self._readers:
+            why = self.header.counter_error if what == "counter" else self.header.power_error
+            raise MeterFailure(why or f"there is no {what}", is_lasting=True)
+        return self._readers[what]()
+
+    def renew(self) -> None:
+        """Look the GPU up again, after it was lost."""
+        self._handle = self._find()
+
+    def _look(self) -> GpuHeader:
+        driver = _text(self._call_or_none("nvmlSystemGetDriverVersion") or "unknown")
+        try:
+            self._handle = self._find()
+            uuid = _text(self._ask("nvmlDeviceGetUUID"))
+        except MeterFailure as failure:
+            text = str(failure)
+            return GpuHeader(None, self._name, "unknown", driver, counter_error=text, power_error=text)
+        mig_mode = self._is_mig()
+        scope, power_source = EnergyScope.GPU, None
+        errors: dict[str, str | None] = {"counter_error": _MIG_TEXT.format("energy counter")}
+        errors["power_error"] = _MIG_TEXT.format("power")
+        if not mig_mode:
+            scope, power_source, errors = self._try_meters()
+        vbios = self._call_or_none("nvmlDeviceGetVbiosVersion", self._handle)
+        persistence = self._call_or_none("nvmlDeviceGetPersistenceMode", self._handle)
+        return GpuHeader(
+            index=self._call_or_none("nvmlDeviceGetIndex", self._handle),
+            uuid=uuid,
+            name=_text(self._call_or_none("nvmlDeviceGetName", self._handle) or "unknown"),
+            driver=driver,
+            vbios=None if vbios is None else _text(vbios),
+            power_limit_w=self._power_limit_w(),
+            persistence_mode=None if persistence is None else bool(persistence),
+            mig_mode=mig_mode,
+            energy_scope=scope,
+            power_source=power_source,
+            **errors,
+        )
+
+    def _try_meters(self) -> tuple[EnergyScope, str | None, dict[str, str | None]]:
+        """The scope, where power comes from, and why there is no counter or no power, by field of the header.
+
+        The GPU's own scope is taken wherever it answers at all, so that counter and power are of the same thing.
+        """
+        scope = EnergyScope.GPU
+        source, failures = self._try(scope)
+        if None not in failures.values():
+            source, of_module = self._try(EnergyScope.MODULE)
+            if None in of_module.values():
+                scope, failures = EnergyScope.MODULE, of_module
+        errors = {
+            "counter_error": self._explain(failures["counter"], "the energy counter", _ENERGY),
+            "power_error": self._explain(failures["power"], "power", _POWER_INSTANT),
+        }
+        return scope, source, errors
+
+    def _try(self, scope: EnergyScope) -> tuple[str | None, dict[str, MeterFailure | None]]:
+        """Keep what answers in a scope; where power comes from, and the failure of what does not answer."""
+        counters: dict[str, Callable[[], Any]] = {"field": lambda: int(self._field(_ENERGY, scope))}
+        powers = {"instant": lambda: self._field(_POWER_INSTANT, scope) / 1e3}
+        if scope is EnergyScope.GPU:
+            counters = {"function": lambda: int(self._ask("nvmlDeviceGetTotalEnergyConsumption"))}
+            powers["average"] = lambda: float(self._ask("nvmlDeviceGetPowerUsage") / 1e3)
+        _, counter_failure = self._keep_first("counter", counters)
+        source, power_failure = self._keep_first("power", powers)
+        return source, {"counter": counter_failure, "power": power_failure}
+
+    def _keep_first(self, what: str, ways: Mapping[str, Callable[[], Any]]) -> tuple[str | None, MeterFailure | None]:
+        """Keep the first way that gives a value; its name, or why the first of all did not."""
+        failures = {name: _failure_of(way) for name, way in ways.items()}
+        for name, failure in failures.items():
+            if failure is None:
+                self._readers[what] = ways[name]
+                return name, None
+        return None, next(iter(failures.values()))
+
+    def _explain(self, failure: MeterFailure | None, what: str, field: int) -> str | None:
+        if failure is None:
+            return None
+        if self._call_or_none("nvmlDeviceGetVirtualizationMode", self._handle) == _VIRTUAL_GPU:
+            return f"this is a virtual GPU, whose hypervisor hides {what}; measure on the physical machine"
+        with contextlib.suppress(MeterFailure):
+            self._field(field, EnergyScope.MODULE)
+            return f"the driver reports {what} only for the module of GPU and CPU, not for the GPU"
+        return f"{what}: {failure}"
+
+    def _find(self) -> Any:
+        try:
+            return self._call("nvmlDeviceGetHandleByUUID", self._name)
+        except MeterFailure:
+            named = [uuid for uuid in gpu_uuids(self._nvml) if uuid is not None and is_name_of(self._name, uuid)]
+            if len(named) != 1 or named[0] == self._name:
+                raise
+        return self._call("nvmlDeviceGetHandleByUUID", named[0])
+
+    def _is_mig(self) -> bool | None:
+        if self._name.upper().startswith("MIG-"):
+            return True
+        try:
+            current, _ = self._ask("nvmlDeviceGetMigMode")
+        except MeterFailure as failure:
+            return False if failure.is_lasting else None  # a GPU that has no such mode is not in it
+        return bool(current)
+
+    def _power_limit_w(self) -> float | None:
+        for function in ("nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetPowerManagementLimit"):
+            limit_mw = self._call_or_none(function, self._handle)
+            if limit_mw is not None:
+                return float(limit_mw) / 1e3
+        return None
+
+    def _pids(self) -> tuple[int, ...]:
+        return tuple(sorted(int(item.pid) for item in self._ask("nvmlDeviceGetComputeRunningProcesses")))
+
+    def _temperature_c(self) -> float:
+        return float(self._newer("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature", _TEMPERATURE_GPU))
+
+    def _event_mask(self) -> int:
+        return int(self._newer("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"))
+
+    def _newer(self, function: str, older: str, *arguments: Any) -> Any:
+        """What a function says, or the deprecated one where the driver has not got it."""
+        if function not in self._fallen_back:
+            try:
+                return self._ask(function, *arguments)
+            except MeterFailure as failure:
+                if not failure.is_absent:
+                    raise
+                self._fallen_back.add(function)
+        return self._ask(older, *arguments)
+
+    def _field(self, field: int, scope: EnergyScope) -> float:
+        (value,) = self._ask("nvmlDeviceGetFieldValues", [(field, _SCOPES[scope])])
+        if value.nvmlReturn != 0:
+            raise failure_of(self._nvml, value.nvmlReturn)
+        number: float = getattr(value.value, _VALUE_MEMBERS[value.valueType])
+        return number
+
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        return self._call(function, self._handle, *arguments)
+
+    def _call_or_none(self, function: str, *arguments: Any) -> Any:
+        try:
+            return self._call(function, *arguments)
+        except MeterFailure:
+            return None
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        called = getattr(self._nvml, function, None)
+        if called is None:
+            raise MeterFailure(f"this pynvml has no {function}: update nvidia-ml-py", is_lasting=True, is_absent=True)
+        try:
+            return called(*arguments)
+        except self._nvml.NVMLError as error:
+            raise failure_of(self._nvml, error.value) from error
+
+
+def _failure_of(way: Callable[[], Any]) -> MeterFailure | None:
+    try:
+        way()
+    except MeterFailure as failure:
+        return failure
+    return None

@@ -17,18 +17,22 @@ from typing import Any, Protocol, TextIO
 from lem.base.clock import Clock
 from lem.base.errors import ExitCode, LemError
 from lem.base.units import NS_PER_MS, NS_PER_S
-from lem.meters.gpu_meter import Complaints, GpuWatch, NvmlMeter
-from lem.meters.nvml import open_nvml
+from lem.meters.nvml import MeterFailure, NvmlMeter, open_nvml
 from lem.meters.rapl import POWERCAP, PROC_STAT, CpuLoadMeter, find_rapl, find_tdp
 from lem.meters.samples import (
     SLOW_PERIOD_S,
     ClockPair,
+    CounterChange,
     CpuLoad,
+    GpuSample,
+    MeterError,
+    ProcessesSeen,
     RaplReading,
     Row,
     SampleHeader,
     encode_header,
     encode_row,
+    gpu_meter,
 )
 
 # As short as the shortest update period seen (20 to 100 ms), and prime: counters keep whole numbers of milliseconds,
@@ -123,6 +127,117 @@ def _cannot_write(path: Path, error: OSError) -> SampleFileError:
     return SampleFileError(
         f"{path}: the sample log cannot be written: {error.strerror}", "free some space, or make it writable"
     )
+
+
+class Complaints:
+    """Failures of meters, each reported once for as long as it stays the same."""
+
+    def __init__(self) -> None:
+        self._reported: dict[str, str] = {}
+
+    def of(self, meter: str, at_ns: int, message: str) -> list[Row]:
+        """The row for a failure, unless it was the last one reported for this meter."""
+        if self._reported.get(meter) == message:
+            return []
+        self._reported[meter] = message
+        return [MeterError(at_ns, meter, message)]
+
+    def withdraw(self, meter: str) -> None:
+        """The meter works; its next failure is reported again."""
+        self._reported.pop(meter, None)
+
+
+class GpuWatch:
+    """One GPU that is sampled; `place` is its place in the log's header.
+
+    A GPU that is lost is only asked, once a second, whether it is back. What fails for another reason is tried every
+    time, with a fresh handle once a second; what the GPU does not have is tried once.
+    """
+
+    def __init__(self, meter: NvmlMeter, place: int, clock: Clock, complaints: Complaints) -> None:
+        self._meter = meter
+        self._place = place
+        self._clock = clock
+        self._complaints = complaints
+        self._energy_mj: int | None = None
+        self._polled_ns = 0
+        self._pids: tuple[int, ...] | None = None
+        self._hopeless = {"counter"} if not meter.has_counter else set()
+        self._hopeless |= {"power"} if meter.header.power_error is not None else set()
+        self._is_lost = not meter.is_known
+        self._is_failing = self._is_lost
+
+    def poll(self) -> list[Row]:
+        """The change of the energy counter, if there was one since the last poll."""
+        rows: list[Row] = []
+        opened_ns = self._clock.monotonic_ns()
+        energy_mj = self._read("counter", rows)
+        if energy_mj is None:
+            return rows
+        at_ns = (opened_ns + self._clock.monotonic_ns()) // 2
+        before_ns = at_ns if self._energy_mj is None else self._polled_ns
+        has_changed = energy_mj != self._energy_mj
+        self._energy_mj, self._polled_ns = energy_mj, at_ns
+        return [CounterChange(self._place, before_ns, at_ns, energy_mj)] if has_changed else []
+
+    def sample(self) -> list[Row]:
+        """One sample of everything else; its stamp is that of the reading of power."""
+        rows: list[Row] = []
+        opened_ns = self._clock.monotonic_ns()
+        power_w = self._read("power", rows)
+        at_ns = (opened_ns + self._clock.monotonic_ns()) // 2
+        sample = GpuSample(
+            self._place,
+            at_ns,
+            power_w,
+            temp_c=self._read("temperature", rows),
+            sm_clock_hz=self._read("sm_clock", rows),
+            util_ratio=self._read("utilisation", rows),
+            memory_b=self._read("memory", rows),
+            event_mask=self._read("events", rows),
+        )
+        return rows if sample == GpuSample(self._place, at_ns) else [*rows, sample]
+
+    def look_at_processes(self) -> list[Row]:
+        """The processes, when they changed."""
+        rows: list[Row] = []
+        at_ns = self._clock.monotonic_ns()
+        pids = self._read("processes", rows)
+        if pids is None or pids == self._pids:
+            return rows
+        self._pids = pids
+        return [ProcessesSeen(self._place, at_ns, pids)]
+
+    def revive(self) -> list[Row]:
+        """Once a second: look up a GPU that does not answer again."""
+        if not self._is_failing or not self._meter.is_known:
+            return []
+        at_ns, name = self._clock.monotonic_ns(), gpu_meter(self._place, "handle")
+        try:
+            self._meter.renew()
+        except MeterFailure as failure:
+            return self._complaints.of(name, at_ns, str(failure))
+        self._complaints.withdraw(name)
+        self._is_lost = self._is_failing = False
+        return []
+
+    def _read(self, what: str, rows: list[Row]) -> Any:
+        """What the meter reads; None if it cannot, with the row about it, if any, added to `rows`."""
+        if self._is_lost or what in self._hopeless:
+            return None
+        name = gpu_meter(self._place, what)
+        try:
+            value = self._meter.read(what)
+        except MeterFailure as failure:
+            if failure.is_lasting:
+                self._hopeless.add(what)
+            else:
+                self._is_failing = True
+                self._is_lost = failure.is_lost
+            rows += self._complaints.of(name, self._clock.monotonic_ns(), str(failure))
+            return None
+        self._complaints.withdraw(name)
+        return value
 
 
 class _Schedule:
@@ -284,23 +399,16 @@ class PipeOwner:
 
 def run_sampler_process(options: SamplerOptions, err: TextIO) -> int:
     """The exit code: 0 when the owner ended it, 1 when the log could not be written, with the reason on `err`."""
-    with _end_signals() as wakeup_fd, _open_nvml_for(options) as nvml:
+    opened: contextlib.AbstractContextManager[Any] = (
+        open_nvml() if options.gpus else contextlib.nullcontext("no GPU is sampled")
+    )
+    with _end_signals() as wakeup_fd, opened as nvml:
         try:
             run_sampler(options, nvml, Clock(), PipeOwner(_STDIN, wakeup_fd))
         except SampleFileError as error:
             err.write(f"error: {error.message}\n")
             return int(ExitCode.EXPERIMENT_FAILED)
     return int(ExitCode.OK)
-
-
-@contextlib.contextmanager
-def _open_nvml_for(options: SamplerOptions) -> Iterator[object]:
-    """pynvml, initialised, when there are GPUs to sample; else why there is none."""
-    if not options.gpus:
-        yield "no GPU is sampled"
-        return
-    with open_nvml() as nvml:
-        yield nvml
 
 
 @contextlib.contextmanager

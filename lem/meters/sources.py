@@ -16,9 +16,9 @@ from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import NotMeasured, Span, update_period_s
-from lem.meters.gpu_meter import Complaints, GpuWatch, NvmlMeter
-from lem.meters.nvml import gpu_uuids
+from lem.meters.nvml import NvmlMeter, gpu_uuids
 from lem.meters.rapl import DRAM, PACKAGE, POWERCAP, find_rapl, find_tdp
+from lem.meters.sampler import Complaints, GpuWatch
 from lem.meters.samples import CounterChange, GpuHeader, SampleHeader
 
 # The method that integrates each kind of `GpuHeader.power_source`.

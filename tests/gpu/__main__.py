@@ -17,8 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from lem import __version__
-from lem.meters.gpu_meter import NvmlMeter
-from lem.meters.nvml import find_gpus, open_nvml, visible_gpus
+from lem.meters.nvml import NvmlMeter, find_gpus, open_nvml, visible_gpus
 from lem.meters.samples import GpuHeader
 from tests.gpu.bench import Bench
 from tests.gpu.engine_client import ROOT

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lem.meters.curve import NotMeasured, Span, update_period_s
-from lem.meters.gpu_meter import Complaints, GpuWatch, NvmlMeter
-from lem.meters.nvml import open_nvml
-from lem.meters.sampler import COUNTER_POLL_MS
+from lem.meters.nvml import NvmlMeter, open_nvml
+from lem.meters.sampler import COUNTER_POLL_MS, Complaints, GpuWatch
 from lem.meters.samples import CounterChange
 from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding, LeftOut

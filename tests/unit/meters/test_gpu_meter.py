@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lem.meters.gpu_meter import NvmlMeter
-from lem.meters.nvml import MeterFailure, gpu_uuids
+from lem.meters.nvml import MeterFailure, NvmlMeter, gpu_uuids
 from tests.unit.meters.nvml_stand_in import FakeNvml
 
 UNSIGNED_INT, UNSIGNED_LONG_LONG = 1, 3
@@ -25,7 +24,7 @@ def test_every_quantity_is_in_si_units() -> None:
         "events": 0x4,
     }
     assert {quantity: meter.read(quantity) for quantity in expected} == expected
-    assert meter.read_counter_mj() == 1_000
+    assert meter.read("counter") == 1_000
 
 
 def test_the_header_says_what_does_not_change() -> None:
@@ -91,7 +90,7 @@ def test_why_there_is_no_counter_is_told_with_what_to_do(code: int, words: str) 
     assert not meter.has_counter
     assert meter.header.power_source == "average"
     with pytest.raises(MeterFailure, match="the energy counter"):
-        meter.read_counter_mj()
+        meter.read("counter")
 
 
 def test_without_power_the_counter_counts_all_the_same() -> None:
@@ -133,7 +132,7 @@ def test_a_module_is_measured_where_the_driver_answers_for_nothing_else() -> Non
     meter = NvmlMeter(FakeNvml(failures={COUNTER: 3, AVERAGE: 3}, fields=MODULE), "GPU-a")
     assert (meter.header.energy_scope, meter.header.power_source) == ("module", "instant")
     assert (meter.header.counter_error, meter.header.power_error) == (None, None)
-    assert (meter.read_counter_mj(), meter.read("power")) == (5_000_000_000, 400.0)
+    assert (meter.read("counter"), meter.read("power")) == (5_000_000_000, 400.0)
 
 
 def test_counter_and_power_are_never_of_different_scopes() -> None:
