@@ -21,8 +21,8 @@ from lem.cli.selection import add_json, add_repeated, add_results_dir
 from lem.config.backends import PRESETS, find_preset
 from lem.config.experiment import DATASET_ALIASES
 from lem.config.introspection import render_yaml
+from lem.meters.capabilities import CpuCapability, find_capabilities
 from lem.meters.nvml import GpuState, open_nvml, read_gpus
-from lem.meters.sources import CpuCapability, find_capabilities
 from lem.orchestration.compose import packaged_compose_file
 from lem.orchestration.doctor import FAILED, OK, SKIPPED, WARNING, Host, Verdict, examine
 from lem.worker.datasets import DatasetChoice, choice_of_name, find_files, is_in_hub_cache

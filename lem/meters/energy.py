@@ -18,19 +18,16 @@ from lem.base.measurement import (
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR
 from lem.config.experiment import MeasurementConfig
+from lem.meters.attempt import AttemptLog, Sources, measured, need
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.external import ExternalReadings, external_energy_j
 from lem.meters.rapl import DRAM, PACKAGE
-from lem.meters.sources import Sources
 from lem.meters.window import (
-    AttemptLog,
     crosscheck_ratio,
     describe_gpu,
     foreign_pids,
     is_power_steady,
-    measured,
     meter_warnings,
-    need,
     sample_gap_max_s,
     samples_in,
     slowdowns,

@@ -11,11 +11,10 @@ from typing import Any
 from lem.base import measurement as names
 from lem.base.measurement import EnergySource
 from lem.config.experiment import ExperimentConfig
+from lem.meters.attempt import AttemptLog, Baselines, Sources, choose_sources, span_of
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import Mark, SampleLog
-from lem.meters.sources import Baselines, Sources, choose_sources
-from lem.meters.window import AttemptLog, span_of
 from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Record
 
 _Section = Energy | Idle | Gpu | Efficiency | Carbon

@@ -1,4 +1,4 @@
-"""The log of one attempt as its sources show it: its curves, its GPUs, and what makes its window doubtful or void.
+"""The window of an attempt: its GPUs, and what makes it doubtful or void.
 
 The checks follow docs/measurement.md, steps 3 and 6.
 """
@@ -6,12 +6,12 @@ The checks follow docs/measurement.md, steps 3 and 6.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from operator import or_
-from typing import Any, TypeVar
+from typing import Any
 
 from lem.base import measurement as names
 from lem.base.measurement import (
@@ -21,25 +21,17 @@ from lem.base.measurement import (
     THERMAL_BITS,
     EnergyScope,
     EnergySource,
-    is_cpu_source,
-    is_estimate,
 )
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
+from lem.meters.attempt import SENSOR_LAG_S, AttemptLog, measured
 from lem.meters.curve import (
     HOLE_PERIODS,
-    ClosedWindow,
     Curve,
     NotMeasured,
     Span,
-    counter_curve,
-    load_curve,
-    power_curve,
-    rapl_curve,
 )
-from lem.meters.rapl import DRAM, PACKAGE
-from lem.meters.samples import GpuHeader, GpuSample, Mark, SampleLog, gpu_meter
-from lem.meters.sources import SENSOR_LAG_S, Baselines, Sources
+from lem.meters.samples import GpuHeader, GpuSample, SampleLog
 from lem.record import Gpu, Measured, known
 
 # Board power may overshoot its limit briefly, and a limit is kept to a few percent.
@@ -58,156 +50,6 @@ _EDGE_DOUBT = 0.03
 # moments may be fewer.
 _UPDATES_A_HALF = 10
 _READINGS_A_HALF = 3
-
-
-_Value = TypeVar("_Value")
-
-
-def measured(figure: Callable[[], _Value]) -> Measured[_Value]:
-    """The figure; absent, with its reason, if it cannot be had."""
-    try:
-        return Measured(figure())
-    except NotMeasured as error:
-        return known(None, error.reason)
-
-
-def need(found: Measured[_Value]) -> _Value:
-    """The value; if it is absent, its reason is raised as `NotMeasured`."""
-    if found.value is None:
-        raise NotMeasured(found.null_reason or "no_reason")
-    return found.value
-
-
-@dataclass(frozen=True)
-class AttemptLog:
-    """The log of one attempt, its marks, and how to read them."""
-
-    log: SampleLog
-    marks: tuple[Mark, ...]
-    sources: Sources
-    baselines: Baselines = field(default_factory=Baselines)
-    is_steady_mode: bool = False  # the window was opened and closed under load
-    _known: dict[tuple[str, int, bool], Curve] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def window(self) -> Span:
-        """The window; `NotMeasured` without its mark."""
-        window = self.span(names.WINDOW)
-        if window is None:
-            raise NotMeasured("no_window_mark")
-        return window
-
-    def span(self, name: str) -> Span | None:
-        """From the first to the last moment under that mark; None without one."""
-        return span_of(self.marks, name)
-
-    def primary_curves(self, *, at_rest: bool = False) -> tuple[Curve, ...]:
-        """The curves whose sum is the energy that counts; `NotMeasured` without a meter or readings of it."""
-        if self.sources.primary is not None and self.sources.primary == self.sources.gpu_method:
-            return tuple(self.gpu_curve(number, at_rest=at_rest) for number in range(len(self.sources.gpus)))
-        if is_cpu_source(self.sources.primary):
-            return self.cpu_curves(PACKAGE) + (self.cpu_curves(DRAM) if self._has_dram else ())
-        raise NotMeasured(self.sources.reasons.get("primary", "external_window_only"))
-
-    def rest_power_w(self, span: Span) -> float:
-        """The mean power of the primary source over a span at rest; raises as `Curve.mean_power_w`."""
-        return sum(curve.mean_power_w(span) for curve in self.primary_curves(at_rest=True))
-
-    def gpu_curve(self, number: int, *, at_rest: bool = False) -> Curve:
-        """The energy of one GPU, by its number in the experiment; raises as `primary_curves`."""
-        if self.sources.gpu_method is None:
-            raise NotMeasured(self.sources.reasons["gpu"])
-        if self.sources.gpu_method != EnergySource.COUNTER:
-            return self.gpu_power_curve(number, at_rest=at_rest)
-        key = (EnergySource.COUNTER, number, False)
-        if key not in self._known:
-            place = self.sources.gpus[number]
-            what = f"the energy counter of {self.log.header.gpus[place].uuid}"
-            self._known[key] = self._checked(counter_curve(self.log.counters, place, what), gpu_meter(place, "counter"))
-        return self._known[key]
-
-    def gpu_power_curve(self, number: int, *, at_rest: bool = False) -> Curve:
-        """The integral of one GPU's power; `NotMeasured` if it was not read."""
-        place = self.sources.gpus[number]
-        gpu = self.log.header.gpus[place]
-        if gpu.power_error is not None:
-            raise NotMeasured("meter_unreadable", what=f"power of {gpu.uuid}", error=gpu.power_error)
-        key = ("power", number, at_rest)
-        if key not in self._known:
-            period_s = max(self.sources.sample_period_s, self.sources.idle_period_s if at_rest else 0.0)
-            lag_s = SENSOR_LAG_S.get(gpu.power_source or "", 0.0)
-            curve = power_curve(self.log.samples, place, period_s, f"power of {gpu.uuid}", lag_s)
-            self._known[key] = self._checked(curve, gpu_meter(place, "power"))
-        return self._known[key]
-
-    def cpu_curves(self, domain: str) -> tuple[Curve, ...]:
-        """The energy of every zone of a domain, `package` or `dram`; raises as `primary_curves`."""
-        if domain == DRAM and not self._has_dram:
-            raise NotMeasured(self.sources.reasons.get("dram", "dram_unread"))
-        if self.sources.cpu_method is None:
-            raise NotMeasured(self.sources.reasons["cpu"])
-        if is_estimate(self.sources.cpu_method):
-            power_w = self.sources.cpu_tdp_w
-            if power_w is None:
-                raise NotMeasured("tdp_unknown")
-            return (self._checked(load_curve(self.log.loads, power_w, "the load of the CPU"), "cpu.load"),)
-        curves = []
-        for place, zone in enumerate(self.log.header.zones):
-            if zone.domain == domain:
-                curve = rapl_curve(self.log.rapl, place, zone.max_uj, f"the energy counter of {zone.name}")
-                curves.append(self._checked(curve, f"rapl.{zone.name}"))
-        return tuple(curves)
-
-    def window_j(self, curve: Curve, share: float | None) -> float:
-        """The energy of the window by one curve; `share` is its part of a power at rest that was measured before."""
-        return self.energy_j(curve, self.window, (names.GUARD_BEFORE, names.GUARD_AFTER), share)
-
-    def energy_j(self, curve: Curve, window: Span, guards: tuple[str, str], share: float | None) -> float:
-        """The energy of a window between two guards, or under load."""
-        closed = self._closed(curve, window, guards, share)
-        return curve.between_j(window) if closed is None else curve.closed_j(closed)
-
-    def closing_doubt_j(self, curve: Curve) -> float:
-        """By how much the way it ended may have put the window's energy off; 0 if it ended under load."""
-        closed = self._closed(curve, self.window, (names.GUARD_BEFORE, names.GUARD_AFTER), None)
-        return 0.0 if closed is None else curve.closing_doubt_j(closed)
-
-    def _closed(self, curve: Curve, window: Span, guards: tuple[str, str], share: float | None) -> ClosedWindow | None:
-        before, after = (self.span(name) for name in guards)
-        if self.is_steady_mode or before is None or after is None:
-            return None
-        return ClosedWindow(window, before, after, self._idle_power_w(curve, share))
-
-    def _idle_power_w(self, curve: Curve, share: float | None) -> float | None:
-        rest = self.span(names.IDLE_LOADED)
-        if rest is not None:
-            try:
-                return curve.mean_power_w(rest)
-            except NotMeasured:
-                return None
-        known_w = self.baselines.loaded_power_w
-        return None if known_w is None or share is None else share * known_w
-
-    @property
-    def _has_dram(self) -> bool:
-        return self.sources.cpu_method == EnergySource.RAPL and any(
-            zone.domain == DRAM for zone in self.log.header.zones
-        )
-
-    def _checked(self, curve: Curve, meter: str) -> Curve:
-        """The curve; `NotMeasured`, with the meter's last error, if it has fewer than two knots."""
-        errors = [error.message for error in self.log.errors if error.meter == meter]
-        if len(curve.at_ns) >= 2:
-            return replace(curve, error=errors[-1]) if errors else curve
-        if errors:
-            raise NotMeasured("meter_unreadable", what=curve.what, error=errors[-1])
-        raise NotMeasured("never_read_twice", what=curve.what)
-
-
-def span_of(marks: Sequence[Mark], name: str) -> Span | None:
-    """From the first to the last moment under that mark; None without one."""
-    found = [mark for mark in marks if mark.name == name]
-    return Span(min(mark.opened_ns for mark in found), max(mark.closed_ns for mark in found)) if found else None
 
 
 def samples_in(samples: Iterable[GpuSample], place: int, span: Span) -> list[GpuSample]:

@@ -16,9 +16,9 @@ from lem.base.clock import Clock
 from lem.base.errors import UserError
 from lem.base.measurement import EnergySource
 from lem.base.units import GIB, some_of
+from lem.meters.capabilities import Capabilities, CpuCapability, find_capabilities
 from lem.meters.nvml import GpuReading, open_nvml, read_gpus
 from lem.meters.rapl import POWERCAP
-from lem.meters.sources import Capabilities, CpuCapability, find_capabilities
 from lem.orchestration.compose import ComposeProject, describe_files, find_compose_files
 from lem.orchestration.docker import CPU_OVERRIDE, INSTALL_TOOLKIT, ContainerError, Docker, Service
 

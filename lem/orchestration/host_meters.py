@@ -21,10 +21,10 @@ from lem.base.errors import UserError
 from lem.base.measurement import is_estimate, is_gpu_source
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
+from lem.meters.attempt import Baselines
 from lem.meters.nvml import find_gpus, named_gpus, open_nvml, visible_gpus
 from lem.meters.rapl import find_rapl
 from lem.meters.samples import PART_FILENAME, GpuSample, PartReader, SampleLog, SampleLogError, read_tail
-from lem.meters.sources import Baselines
 from lem.orchestration.status import Event
 from lem.record import Record
 from lem.worker.channel import RunRequest

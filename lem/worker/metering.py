@@ -20,6 +20,7 @@ from lem.base.measurement import WINDOW_UPDATES, EnergySource, is_cpu_source, is
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
+from lem.meters.attempt import AttemptLog, Baselines, Sources, choose_sources, span_of
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.external import ExternalReadings, is_short_of, read_external
@@ -34,8 +35,6 @@ from lem.meters.samples import (
     SampleLogError,
     write_finished,
 )
-from lem.meters.sources import Baselines, Sources, choose_sources
-from lem.meters.window import AttemptLog, span_of
 from lem.record import Measured, known
 from lem.worker.channel import RunRequest
 from lem.worker.children import READY_TIMEOUT_S, wait_until_ready

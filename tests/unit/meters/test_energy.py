@@ -10,12 +10,11 @@ import pytest
 from lem.base import measurement as names
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
+from lem.meters.attempt import AttemptLog, Baselines
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import CpuLoad, Mark, MeterError, ProcessesSeen
-from lem.meters.sources import Baselines
-from lem.meters.window import AttemptLog
 from lem.record import Energy, Gpu, Idle, Measured, Work
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor
 from tests.doubles.powercap import Zone

@@ -8,10 +8,10 @@ import pytest
 
 from lem.base import measurement as names
 from lem.base.reasons import Reason
+from lem.meters.attempt import Baselines
 from lem.meters.external import ExternalReadings
 from lem.meters.recompute import has_energy, recompute
 from lem.meters.samples import FINISHED_FILENAME, read_finished, write_finished
-from lem.meters.sources import Baselines
 from lem.record import Record, decode_record, encode_record
 from tests.doubles.nvml.traces import Counter, GpuProcess
 from tests.doubles.powercap import Zone

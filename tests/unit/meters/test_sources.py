@@ -9,8 +9,9 @@ import pytest
 from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergySource
 from lem.base.reasons import Reason
+from lem.meters.attempt import choose_sources
+from lem.meters.capabilities import Capabilities, GpuCapability, find_capabilities
 from lem.meters.samples import GpuHeader, RaplZone, SampleHeader
-from lem.meters.sources import Capabilities, GpuCapability, choose_sources, find_capabilities
 from tests.doubles.powercap import Powercap
 from tests.scripted_attempt import config
 from tests.unit.meters.nvml_stand_in import FakeClock, FakeNvml

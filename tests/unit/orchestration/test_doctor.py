@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from lem.meters.capabilities import Capabilities, CpuCapability, GpuCapability
 from lem.meters.nvml import GpuProcess, GpuReading, GpuState
 from lem.meters.samples import GpuHeader
-from lem.meters.sources import Capabilities, CpuCapability, GpuCapability
 from lem.orchestration.compose import packaged_compose_file
 from lem.orchestration.doctor import CHECKS, Finding, Host, check_cpu_energy, check_gpu_energy, examine
 from tests.command_rig import run_lem

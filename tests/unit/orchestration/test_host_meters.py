@@ -11,8 +11,8 @@ import pytest
 from lem.base.measurement import EnergySource
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
+from lem.meters.attempt import Baselines
 from lem.meters.samples import GpuHeader, GpuSample, SampleHeader, SampleLog
-from lem.meters.sources import Baselines
 from lem.orchestration.host_meters import (
     BARE,
     Attendance,

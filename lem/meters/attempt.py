@@ -1,25 +1,21 @@
-"""Which meters there are, and which one a window's energy comes from."""
+"""The log of one attempt, which meter its energy comes from, and its curves."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final, TypeVar
 
-from lem.base.clock import Clock
+from lem.base import measurement as names
 from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergyScope, EnergySource, is_cpu_source, is_estimate
 from lem.base.reasons import Reason
-from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
-from lem.meters.curve import NotMeasured, Span, update_period_s
-from lem.meters.nvml import NvmlMeter, gpu_uuids
-from lem.meters.rapl import DRAM, PACKAGE, POWERCAP, find_rapl, find_tdp
-from lem.meters.sampler import Complaints, GpuWatch
-from lem.meters.samples import CounterChange, GpuHeader, SampleHeader
+from lem.meters.curve import ClosedWindow, Curve, NotMeasured, Span, counter_curve, load_curve, power_curve, rapl_curve
+from lem.meters.rapl import DRAM, PACKAGE
+from lem.meters.samples import GpuHeader, Mark, SampleHeader, SampleLog, gpu_meter
+from lem.record import Measured, known
 
 # The method that integrates each kind of `GpuHeader.power_source`.
 POWER_METHODS: Final = MappingProxyType({"instant": EnergySource.INSTANT_POWER, "average": EnergySource.AVERAGE_POWER})
@@ -244,150 +240,151 @@ class Baselines:
     age_s: float | None = None  # how long before this experiment the loaded one was measured
 
 
-# Shorter than a tenth of the shortest update period seen (20 ms).
-_POLL_S = 0.002
+_Value = TypeVar("_Value")
+
+
+def measured(figure: Callable[[], _Value]) -> Measured[_Value]:
+    """The figure; absent, with its reason, if it cannot be had."""
+    try:
+        return Measured(figure())
+    except NotMeasured as error:
+        return known(None, error.reason)
+
+
+def need(found: Measured[_Value]) -> _Value:
+    """The value; if it is absent, its reason is raised as `NotMeasured`."""
+    if found.value is None:
+        raise NotMeasured(found.null_reason or "no_reason")
+    return found.value
 
 
 @dataclass(frozen=True)
-class GpuCapability:
-    """What can be measured of a GPU."""
+class AttemptLog:
+    """The log of one attempt, its marks, and how to read them."""
 
-    meter: GpuHeader  # an error in it holds its remedy
-    counter_update_period_s: float | None = None  # of its energy counter; None when it was not probed, or in vain
-    probe_error: str | None = None  # why probing failed
+    log: SampleLog
+    marks: tuple[Mark, ...]
+    sources: Sources
+    baselines: Baselines = field(default_factory=Baselines)
+    is_steady_mode: bool = False  # the window was opened and closed under load
+    _known: dict[tuple[str, int, bool], Curve] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def source(self) -> EnergySource | None:
-        """What its energy comes from, as `record.Energy.energy_source` has it; None for nothing."""
-        return choose_gpu_method([self.meter], is_watched=True)[0]
+    def window(self) -> Span:
+        """The window; `NotMeasured` without its mark."""
+        window = self.span(names.WINDOW)
+        if window is None:
+            raise NotMeasured("no_window_mark")
+        return window
 
-    def describe(self) -> tuple[str, ...]:
-        """One line of text for each fact."""
-        meter = self.meter
-        lines = [self._counter_text()]
-        if meter.power_error is not None:
-            lines.append(meter.power_error)
-        else:
-            is_instant = meter.power_source == "instant"
-            lines.append("power: " + ("instantaneous" if is_instant else "an average, over 1 s on some GPUs"))
-        if meter.power_limit_w is not None:
-            lines[-1] += f", limit {meter.power_limit_w:g} W"
-        if meter.energy_scope == EnergyScope.MODULE:
-            lines.append("energy and power are those of the whole module, CPU included")
-        if meter.persistence_mode is False:
-            lines.append("persistence mode is off: idle power is higher while GPUs are sampled; nvidia-smi -pm 1")
-        return tuple(lines)
+    def span(self, name: str) -> Span | None:
+        """From the first to the last moment under that mark; None without one."""
+        return span_of(self.marks, name)
 
-    def _counter_text(self) -> str:
-        meter = self.meter
-        if meter.counter_error is not None:
-            stead = " (power is integrated instead, and the record says so)" if meter.power_error is None else ""
-            return f"{meter.counter_error}{stead}"
-        if self.counter_update_period_s is not None:
-            return f"energy counter, updated every {self.counter_update_period_s * 1e3:.0f} ms"
-        return "energy counter" + ("" if self.probe_error is None else f"; {self.probe_error}")
+    def primary_curves(self, *, at_rest: bool = False) -> tuple[Curve, ...]:
+        """The curves whose sum is the energy that counts; `NotMeasured` without a meter or readings of it."""
+        if self.sources.primary is not None and self.sources.primary == self.sources.gpu_method:
+            return tuple(self.gpu_curve(number, at_rest=at_rest) for number in range(len(self.sources.gpus)))
+        if is_cpu_source(self.sources.primary):
+            return self.cpu_curves(PACKAGE) + (self.cpu_curves(DRAM) if self._has_dram else ())
+        raise NotMeasured(self.sources.reasons.get("primary", "external_window_only"))
 
+    def rest_power_w(self, span: Span) -> float:
+        """The mean power of the primary source over a span at rest; raises as `Curve.mean_power_w`."""
+        return sum(curve.mean_power_w(span) for curve in self.primary_curves(at_rest=True))
 
-@dataclass(frozen=True)
-class CpuCapability:
-    """What can be measured of the CPUs."""
+    def gpu_curve(self, number: int, *, at_rest: bool = False) -> Curve:
+        """The energy of one GPU, by its number in the experiment; raises as `primary_curves`."""
+        if self.sources.gpu_method is None:
+            raise NotMeasured(self.sources.reasons["gpu"])
+        if self.sources.gpu_method != EnergySource.COUNTER:
+            return self.gpu_power_curve(number, at_rest=at_rest)
+        key = (EnergySource.COUNTER, number, False)
+        if key not in self._known:
+            place = self.sources.gpus[number]
+            what = f"the energy counter of {self.log.header.gpus[place].uuid}"
+            self._known[key] = self._checked(counter_curve(self.log.counters, place, what), gpu_meter(place, "counter"))
+        return self._known[key]
 
-    zones: tuple[str, ...] = ()  # of RAPL, that can be read
-    rapl_error: str | None = None  # why there is none
-    rapl_remedy: str = ""
-    missing: tuple[str, ...] = ()  # zones other than packages that cannot be read, each with its reason
-    tdp_w: float | None = None  # the design power of all packages, for `measurement.energy: tdp_estimate`
-    tdp_source: str | None = None
+    def gpu_power_curve(self, number: int, *, at_rest: bool = False) -> Curve:
+        """The integral of one GPU's power; `NotMeasured` if it was not read."""
+        place = self.sources.gpus[number]
+        gpu = self.log.header.gpus[place]
+        if gpu.power_error is not None:
+            raise NotMeasured("meter_unreadable", what=f"power of {gpu.uuid}", error=gpu.power_error)
+        key = ("power", number, at_rest)
+        if key not in self._known:
+            period_s = max(self.sources.sample_period_s, self.sources.idle_period_s if at_rest else 0.0)
+            lag_s = SENSOR_LAG_S.get(gpu.power_source or "", 0.0)
+            curve = power_curve(self.log.samples, place, period_s, f"power of {gpu.uuid}", lag_s)
+            self._known[key] = self._checked(curve, gpu_meter(place, "power"))
+        return self._known[key]
 
+    def cpu_curves(self, domain: str) -> tuple[Curve, ...]:
+        """The energy of every zone of a domain, `package` or `dram`; raises as `primary_curves`."""
+        if domain == DRAM and not self._has_dram:
+            raise NotMeasured(self.sources.reasons.get("dram", "dram_unread"))
+        if self.sources.cpu_method is None:
+            raise NotMeasured(self.sources.reasons["cpu"])
+        if is_estimate(self.sources.cpu_method):
+            power_w = self.sources.cpu_tdp_w
+            if power_w is None:
+                raise NotMeasured("tdp_unknown")
+            return (self._checked(load_curve(self.log.loads, power_w, "the load of the CPU"), "cpu.load"),)
+        curves = []
+        for place, zone in enumerate(self.log.header.zones):
+            if zone.domain == domain:
+                curve = rapl_curve(self.log.rapl, place, zone.max_uj, f"the energy counter of {zone.name}")
+                curves.append(self._checked(curve, f"rapl.{zone.name}"))
+        return tuple(curves)
 
-@dataclass(frozen=True)
-class Capabilities:
-    """What energy can be measured on this machine."""
+    def window_j(self, curve: Curve, share: float | None) -> float:
+        """The energy of the window by one curve; `share` is its part of a power at rest that was measured before."""
+        return self.energy_j(curve, self.window, (names.GUARD_BEFORE, names.GUARD_AFTER), share)
 
-    cpu: CpuCapability
-    gpus: tuple[GpuCapability, ...] = ()
-    gpu_error: str | None = None  # why there is no GPU to measure
+    def energy_j(self, curve: Curve, window: Span, guards: tuple[str, str], share: float | None) -> float:
+        """The energy of a window between two guards, or under load."""
+        closed = self._closed(curve, window, guards, share)
+        return curve.between_j(window) if closed is None else curve.closed_j(closed)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        gpus = [
-            {
-                **dataclasses.asdict(gpu.meter),
-                "energy_source": gpu.source,
-                "counter_update_period_s": gpu.counter_update_period_s,
-                "probe_error": gpu.probe_error,
-            }
-            for gpu in self.gpus
-        ]
-        return {"gpus": gpus, "gpu_error": self.gpu_error, "cpu": dataclasses.asdict(self.cpu)}
+    def closing_doubt_j(self, curve: Curve) -> float:
+        """By how much the way it ended may have put the window's energy off; 0 if it ended under load."""
+        closed = self._closed(curve, self.window, (names.GUARD_BEFORE, names.GUARD_AFTER), None)
+        return 0.0 if closed is None else curve.closing_doubt_j(closed)
 
+    def _closed(self, curve: Curve, window: Span, guards: tuple[str, str], share: float | None) -> ClosedWindow | None:
+        before, after = (self.span(name) for name in guards)
+        if self.is_steady_mode or before is None or after is None:
+            return None
+        return ClosedWindow(window, before, after, self._idle_power_w(curve, share))
 
-def find_capabilities(
-    nvml: Any,
-    clock: Clock,
-    *,
-    probe_s: float = 0.0,
-    enough: int = 6,
-    rapl_root: Path = POWERCAP,
-) -> Capabilities:
-    """What can be measured here.
+    def _idle_power_w(self, curve: Curve, share: float | None) -> float | None:
+        rest = self.span(names.IDLE_LOADED)
+        if rest is not None:
+            try:
+                return curve.mean_power_w(rest)
+            except NotMeasured:
+                return None
+        known_w = self.baselines.loaded_power_w
+        return None if known_w is None or share is None else share * known_w
 
-    Args:
-        nvml: pynvml, initialised; or, as a text, why there is none.
-        probe_s: how long to poll the energy counters to see how often they change; 0 for not at all.
-        enough: changes of every counter after which polling ends sooner.
-    """
-    rapl = find_rapl(rapl_root)
-    design_w, design_source = find_tdp(None, rapl_root)
-    cpu = CpuCapability(
-        zones=tuple(counter.zone.name for counter in rapl.counters),
-        rapl_error=rapl.error,
-        rapl_remedy=rapl.remedy,
-        missing=tuple(f"{name}: {why}" for name, why in rapl.missing),
-        tdp_w=design_w,
-        tdp_source=design_source,
-    )
-    if isinstance(nvml, str):
-        return Capabilities(cpu, gpu_error=f"NVML is not available: {nvml}")
-    uuids = gpu_uuids(nvml)
-    meters = [NvmlMeter(nvml, uuid) for uuid in uuids if uuid is not None]
-    lost = [_lost(index) for index, uuid in enumerate(uuids) if uuid is None]
-    periods = _probe_periods(meters, clock, probe_s, enough) if probe_s > 0 else [None] * len(meters)
-    found = [_capability(meter, period) for meter, period in zip(meters, periods, strict=True)]
-    gpus = sorted([*found, *lost], key=lambda gpu: -1 if gpu.meter.index is None else gpu.meter.index)
-    return Capabilities(cpu, tuple(gpus), None if gpus else "NVML sees no GPU")
+    @property
+    def _has_dram(self) -> bool:
+        return self.sources.cpu_method == EnergySource.RAPL and any(
+            zone.domain == DRAM for zone in self.log.header.zones
+        )
 
-
-def _probe_periods(meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, enough: int) -> list[float | str | None]:
-    """The update period of each energy counter in seconds, or why it was not seen; None where there is no counter."""
-    watches = [GpuWatch(meter, place, clock, Complaints()) for place, meter in enumerate(meters)]
-    changes: list[CounterChange] = []
-    opened_ns = clock.monotonic_ns()
-    closes_ns = opened_ns + round(probe_s * NS_PER_S)
-    wanted = [place for place, meter in enumerate(meters) if meter.has_counter]
-    while (now_ns := clock.monotonic_ns()) < closes_ns:
-        changes += [row for watch in watches for row in watch.poll() if isinstance(row, CounterChange)]
-        seen = [row.gpu for row in changes]
-        if all(seen.count(place) > enough for place in wanted):
-            break
-        clock.sleep(_POLL_S)
-    span = Span(opened_ns, max(now_ns, opened_ns + 1))
-    return [_period(changes, place, span) if meter.has_counter else None for place, meter in enumerate(meters)]
+    def _checked(self, curve: Curve, meter: str) -> Curve:
+        """The curve; `NotMeasured`, with the meter's last error, if it has fewer than two knots."""
+        errors = [error.message for error in self.log.errors if error.meter == meter]
+        if len(curve.at_ns) >= 2:
+            return replace(curve, error=errors[-1]) if errors else curve
+        if errors:
+            raise NotMeasured("meter_unreadable", what=curve.what, error=errors[-1])
+        raise NotMeasured("never_read_twice", what=curve.what)
 
 
-def _period(changes: Sequence[CounterChange], place: int, span: Span) -> float | str:
-    try:
-        return update_period_s(changes, place, span)
-    except NotMeasured:
-        return f"it changed fewer than three times in {span.seconds:.1f} s"
-
-
-def _capability(meter: NvmlMeter, period: float | str | None) -> GpuCapability:
-    if isinstance(period, str):
-        return GpuCapability(meter.header, probe_error=period)
-    return GpuCapability(meter.header, period)
-
-
-def _lost(index: int) -> GpuCapability:
-    text = "the GPU does not answer; dmesg says why (Xid), reset it or reboot"
-    return GpuCapability(GpuHeader(index, "unknown", "unknown", "unknown", counter_error=text, power_error=text))
+def span_of(marks: Sequence[Mark], name: str) -> Span | None:
+    """From the first to the last moment under that mark; None without one."""
+    found = [mark for mark in marks if mark.name == name]
+    return Span(min(mark.opened_ns for mark in found), max(mark.closed_ns for mark in found)) if found else None
