@@ -24,6 +24,11 @@ POWER_METHODS: Final = MappingProxyType({"instant": EnergySource.INSTANT_POWER, 
 # before; `nvmlDeviceGetPowerUsage` is a mean over 1 s on GA10x, Ada and Hopper (Yang et al., SC24; NVML reference).
 SENSOR_LAG_S: Final = MappingProxyType({"instant": 0.2, "average": 1.1})
 
+_GUARDS: Final = {
+    names.WINDOW: (names.GUARD_BEFORE, names.GUARD_AFTER),
+    names.PREFILL: (names.PREFILL_GUARD_BEFORE, names.PREFILL_GUARD_AFTER),
+}
+
 _NOT_WANTED = Reason.of("energy_off")
 _LEAVE_AT_AUTO = "leave measurement.energy at auto; energy is then null in the record, with this reason"
 
@@ -40,9 +45,8 @@ class Sources:
     scope: EnergyScope | None  # what the primary covers
     sample_period_s: float  # between samples of power in the window
     idle_period_s: float  # and at rest
-    reasons: Mapping[str, Reason] = field(
-        default_factory=dict
-    )  # no meter: by `gpu`, `cpu`, `dram`, `external`, `primary`
+    # Why there is no meter, by `gpu`, `cpu`, `dram`, `external`, `primary`.
+    reasons: Mapping[str, Reason] = field(default_factory=dict)
     missing_uuids: tuple[str, ...] = ()  # GPUs of the experiment that the sampler does not see
     is_watched: bool = True  # GPUs are sampled in the window; else only their counters are read
     cpu_tdp_w: float | None = None  # the design power of all packages, by the user, else by the kernel
@@ -72,31 +76,40 @@ def choose_sources(
     Raises:
         MeterRefused: it demands energy that cannot be measured here; an accepted option must take effect.
     """
-    wanted = config.measurement.energy
-    known = {gpu.uuid: place for place, gpu in enumerate(header.gpus)}
-    gpus = tuple(known[uuid] for uuid in gpu_uuids if uuid in known)
-    missing = tuple(uuid for uuid in gpu_uuids if uuid not in known)
+    wanted, user_tdp_w = config.measurement.energy, config.measurement.cpu_tdp_w
+    places = {gpu.uuid: place for place, gpu in enumerate(header.gpus)}
+    gpus = tuple(places[uuid] for uuid in gpu_uuids if uuid in places)
     chosen = [header.gpus[place] for place in gpus]
-    why_no_gpu = _why_no_gpu(wanted, header, gpu_uuids, is_cpu, missing, foreign or {})
-    gpu_method = None
+    gpu_method, why_no_gpu = None, _why_no_gpu(wanted, header, gpu_uuids, is_cpu, foreign or {})
     if why_no_gpu is None:
         gpu_method, why_no_gpu = choose_gpu_method(chosen, is_watched=config.timeseries.enabled)
     if wanted == "nvml" and gpu_method != EnergySource.COUNTER:
         why_no_counter = f"the energy counter cannot be read: {_counter_errors(chosen)}"
         raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or why_no_counter}", _LEAVE_AT_AUTO)
-    cpu_method, why_no_cpu = _cpu_method(wanted, header, config.measurement.cpu_tdp_w)
+    cpu_method, why_no_cpu = _cpu_method(wanted, header, user_tdp_w)
     is_external = config.measurement.external_csv is not None
-    is_of_module = any(gpu.energy_scope == EnergyScope.MODULE for gpu in chosen)
-    gpu_scope = EnergyScope.MODULE if is_of_module else EnergyScope.GPU
-    primary, scope = _primary(wanted, gpu_method, cpu_method, is_external, is_cpu, gpu_scope)
+    primary: EnergySource | None = None
+    scope: EnergyScope | None = None
+    if gpu_method is not None:
+        is_of_module = any(gpu.energy_scope == EnergyScope.MODULE for gpu in chosen)
+        primary, scope = gpu_method, EnergyScope.MODULE if is_of_module else EnergyScope.GPU
+    # The CPU's energy counts only for an experiment on the CPU, or if the user asks for it by name.
+    elif cpu_method is not None and (is_cpu or is_cpu_source(wanted)):
+        primary, scope = cpu_method, EnergyScope.CPU_PACKAGE
+    elif is_external:
+        primary, scope = EnergySource.EXTERNAL, EnergyScope.MACHINE
+    has_dram = any(zone.domain == DRAM for zone in header.zones)
+    why_no_dram = Reason.of("dram_not_estimated") if is_estimate(cpu_method) else Reason.of("no_dram")
     reasons = {
         "gpu": why_no_gpu,
         "cpu": why_no_cpu,
-        "dram": why_no_cpu or _why_no_dram(cpu_method, header),
+        "dram": why_no_cpu or (None if has_dram and not is_estimate(cpu_method) else why_no_dram),
         "external": None if is_external else Reason.of("option_not_given", option="measurement.external_csv"),
         "primary": None if primary else why_no_cpu if is_cpu else why_no_gpu,
     }
-    sources = Sources(
+    if primary in (None, EnergySource.EXTERNAL):
+        _refuse_demands(config, reasons["primary"] or "there is only measurement.external_csv")
+    return Sources(
         gpus=gpus,
         gpu_method=gpu_method,
         cpu_method=cpu_method,
@@ -106,21 +119,14 @@ def choose_sources(
         sample_period_s=config.timeseries.sample_interval_ms / 1000,
         idle_period_s=config.baseline.sample_interval_ms / 1000,
         reasons={name: reason for name, reason in reasons.items() if reason is not None},
-        missing_uuids=missing,
+        missing_uuids=tuple(uuid for uuid in gpu_uuids if uuid not in places),
         is_watched=config.timeseries.enabled,
-        cpu_tdp_w=header.cpu_tdp_w if config.measurement.cpu_tdp_w is None else config.measurement.cpu_tdp_w,
+        cpu_tdp_w=header.cpu_tdp_w if user_tdp_w is None else user_tdp_w,
     )
-    _refuse_demands(config, sources)
-    return sources
 
 
 def _why_no_gpu(
-    wanted: str,
-    header: SampleHeader,
-    gpu_uuids: Sequence[str],
-    is_cpu: bool,
-    missing: Sequence[str],
-    foreign: Mapping[str, Sequence[int]],
+    wanted: str, header: SampleHeader, gpu_uuids: Sequence[str], is_cpu: bool, foreign: Mapping[str, Sequence[int]]
 ) -> Reason | None:
     """Why the energy of the GPUs is not measured; None if it is."""
     if wanted == "none":
@@ -129,19 +135,18 @@ def _why_no_gpu(
         return Reason.of("on_cpu")
     if is_cpu_source(wanted):
         return Reason.of("other_meter_set", energy=wanted)
+    missing = ", ".join(uuid for uuid in gpu_uuids if all(gpu.uuid != uuid for gpu in header.gpus))
     cut = [gpu.uuid for gpu in header.gpus if gpu.mig_mode]
     if missing and cut:  # CUDA calls an instance by a name of its own
-        return Reason.of("mig_instance", missing=", ".join(missing), cut=", ".join(cut))
+        return Reason.of("mig_instance", missing=missing, cut=", ".join(cut))
     if missing:
-        error = header.gpu_error or Reason.of("gpu_unseen")
-        return Reason.of("meter_unreadable", what=", ".join(missing), error=error)
-    for gpu in header.gpus:
-        if gpu.uuid in gpu_uuids and gpu.mig_mode:
-            return Reason.of("mig_board", uuid=gpu.uuid)
+        return Reason.of("meter_unreadable", what=missing, error=header.gpu_error or Reason.of("gpu_unseen"))
+    for uuid in cut:
+        if uuid in gpu_uuids:
+            return Reason.of("mig_board", uuid=uuid)
     for uuid in gpu_uuids:
         if foreign.get(uuid):
-            pids = ", ".join(str(pid) for pid in foreign[uuid])
-            return Reason.of("gpu_shared", uuid=uuid, pids=pids)
+            return Reason.of("gpu_shared", uuid=uuid, pids=", ".join(map(str, foreign[uuid])))
     return None
 
 
@@ -188,47 +193,14 @@ def _cpu_method(
     return None, why
 
 
-def _why_no_dram(cpu_method: EnergySource | None, header: SampleHeader) -> Reason | None:
-    if is_estimate(cpu_method):
-        return Reason.of("dram_not_estimated")
-    has_dram = any(zone.domain == DRAM for zone in header.zones)
-    return None if has_dram else Reason.of("no_dram")
-
-
-def _primary(
-    wanted: str,
-    gpu_method: EnergySource | None,
-    cpu_method: EnergySource | None,
-    is_external: bool,
-    is_cpu: bool,
-    gpu_scope: EnergyScope,
-) -> tuple[EnergySource | None, EnergyScope | None]:
-    """The meter that counts, and what it covers.
-
-    The CPU's energy counts only for an experiment on the CPU, or if the user asks for it by name.
-    """
-    if gpu_method is not None:
-        return gpu_method, gpu_scope
-    if cpu_method is not None and (is_cpu or is_cpu_source(wanted)):
-        return cpu_method, EnergyScope.CPU_PACKAGE
-    if is_external:
-        return EnergySource.EXTERNAL, EnergyScope.MACHINE
-    return None, None
-
-
-def _refuse_demands(config: ExperimentConfig, sources: Sources) -> None:
-    """Refuse energy by phases, and a baseline, that no meter can measure."""
-    has_meter = sources.primary not in (None, EnergySource.EXTERNAL)
-    why = sources.reasons.get("primary") or "there is only measurement.external_csv"
-    if config.measurement.phases and not has_meter:
-        raise MeterRefused(
-            f"measurement.phases: true: no meter here can measure the energy of a phase: {why}",
-            "remove measurement.phases",
-        )
-    if config.baseline.required and not has_meter:
-        raise MeterRefused(
-            f"baseline.required: true: no meter here can measure power at rest: {why}", "remove baseline.required"
-        )
+def _refuse_demands(config: ExperimentConfig, why: Reason | str) -> None:
+    """Refuse energy by phases, and a baseline, where no meter can measure them."""
+    if config.measurement.phases:
+        text = f"measurement.phases: true: no meter here can measure the energy of a phase: {why}"
+        raise MeterRefused(text, "remove measurement.phases")
+    if config.baseline.required:
+        text = f"baseline.required: true: no meter here can measure power at rest: {why}"
+        raise MeterRefused(text, "remove baseline.required")
 
 
 @dataclass(frozen=True)
@@ -272,10 +244,7 @@ class AttemptLog:
     @property
     def window(self) -> Span:
         """The window; `NotMeasured` without its mark."""
-        window = self.span(names.WINDOW)
-        if window is None:
-            raise NotMeasured("no_window_mark")
-        return window
+        return self._marked(names.WINDOW)
 
     def span(self, name: str) -> Span | None:
         """From the first to the last moment under that mark; None without one."""
@@ -338,35 +307,32 @@ class AttemptLog:
                 curves.append(self._checked(curve, f"rapl.{zone.name}"))
         return tuple(curves)
 
-    def window_j(self, curve: Curve, share: float | None) -> float:
-        """The energy of the window by one curve; `share` is its part of a power at rest that was measured before."""
-        return self.energy_j(curve, self.window, (names.GUARD_BEFORE, names.GUARD_AFTER), share)
-
-    def energy_j(self, curve: Curve, window: Span, guards: tuple[str, str], share: float | None) -> float:
-        """The energy of a window between two guards, or under load."""
-        closed = self._closed(curve, window, guards, share)
-        return curve.between_j(window) if closed is None else curve.closed_j(closed)
+    def window_j(self, curve: Curve, share: float | None, name: str = names.WINDOW) -> float:
+        """The energy of a window by one curve; `share` is its part of a power at rest that was measured before."""
+        closed = self._closed(curve, share, name)
+        return curve.between_j(self._marked(name)) if closed is None else curve.closed_j(closed)
 
     def closing_doubt_j(self, curve: Curve) -> float:
         """By how much the way it ended may have put the window's energy off; 0 if it ended under load."""
-        closed = self._closed(curve, self.window, (names.GUARD_BEFORE, names.GUARD_AFTER), None)
+        closed = self._closed(curve, None, names.WINDOW)
         return 0.0 if closed is None else curve.closing_doubt_j(closed)
 
-    def _closed(self, curve: Curve, window: Span, guards: tuple[str, str], share: float | None) -> ClosedWindow | None:
-        before, after = (self.span(name) for name in guards)
+    def _closed(self, curve: Curve, share: float | None, name: str) -> ClosedWindow | None:
+        before, after = map(self.span, _GUARDS[name])
         if self.is_steady_mode or before is None or after is None:
             return None
-        return ClosedWindow(window, before, after, self._idle_power_w(curve, share))
-
-    def _idle_power_w(self, curve: Curve, share: float | None) -> float | None:
-        rest = self.span(names.IDLE_LOADED)
+        idle_w, rest = self.baselines.loaded_power_w, self.span(names.IDLE_LOADED)
         if rest is not None:
-            try:
-                return curve.mean_power_w(rest)
-            except NotMeasured:
-                return None
-        known_w = self.baselines.loaded_power_w
-        return None if known_w is None or share is None else share * known_w
+            idle_w = measured(lambda: curve.mean_power_w(rest)).value
+        elif idle_w is not None:
+            idle_w = None if share is None else share * idle_w
+        return ClosedWindow(self._marked(name), before, after, idle_w)
+
+    def _marked(self, name: str) -> Span:
+        span = self.span(name)
+        if span is None:
+            raise NotMeasured("no_window_mark")
+        return span
 
     @property
     def _has_dram(self) -> bool:

@@ -8,13 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from lem.base import measurement as names
-from lem.base.measurement import (
-    CROSSCHECK_TOLERANCE,
-    REST_TOLERANCE,
-    EnergyScope,
-    EnergySource,
-    is_estimate,
-)
+from lem.base.measurement import EnergySource
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR
 from lem.config.experiment import MeasurementConfig
@@ -25,12 +19,12 @@ from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.window import (
     crosscheck_ratio,
     describe_gpu,
-    foreign_pids,
+    invalid_reasons,
     is_power_steady,
-    meter_warnings,
     sample_gap_max_s,
     samples_in,
     slowdowns,
+    warnings_of,
 )
 from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Measured, Work, known, parts_of_source
 
@@ -75,8 +69,8 @@ def measure(
         gpus=gpus,
         idle=idle,
         power_steady=measured(lambda: is_power_steady(attempt, window_repeats)).value,
-        invalid_reasons=_invalid_reasons(attempt, own_pids),
-        warnings=_warnings(attempt, energy, idle),
+        invalid_reasons=tuple(invalid_reasons(attempt, own_pids)),
+        warnings=tuple(warnings_of(attempt, energy, idle)),
     )
 
 
@@ -199,8 +193,8 @@ def _prefill_j(attempt: AttemptLog, primary: Measured[float], window_repeats: in
         slowed = next(slowdowns(attempt, span, what), None)
         if slowed is not None:
             raise NotMeasured(slowed)
-    curves, guards = attempt.primary_curves(), (names.PREFILL_GUARD_BEFORE, names.PREFILL_GUARD_AFTER)
-    alone_j = sum(attempt.energy_j(curve, prefill, guards, 1 / len(curves)) for curve in curves)
+    curves = attempt.primary_curves()
+    alone_j = sum(attempt.window_j(curve, 1 / len(curves), names.PREFILL) for curve in curves)
     found_j = alone_j * window_repeats / _passes(attempt)
     if not 0 < found_j < whole_j:
         raise NotMeasured("prefill_not_part", alone_j=found_j, whole_j=whole_j)
@@ -251,43 +245,6 @@ def _rest_c(attempt: AttemptLog, mark: str) -> float:
             raise NotMeasured("rest_temp_not_read")
         means.append(fmean(temps))
     return max(means)
-
-
-# What is wrong with the window
-
-
-def _invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> tuple[Reason, ...]:
-    window = attempt.span(names.WINDOW)
-    if window is None:
-        return ()
-    reasons = list(slowdowns(attempt, window))
-    for place in attempt.sources.gpus:
-        pids = foreign_pids(attempt.log, place, window, own_pids)
-        if pids:
-            uuid = attempt.log.header.gpus[place].uuid
-            reasons.append(Reason.of("foreign_process", uuid=uuid, pids=", ".join(map(str, pids))))
-    return tuple(reasons)
-
-
-def _warnings(attempt: AttemptLog, energy: Energy, idle: Idle) -> tuple[Reason, ...]:
-    found = []
-    if attempt.sources.gpus and not attempt.sources.is_watched:
-        found.append(Reason.of("clocks_unwatched"))
-    if is_estimate(attempt.sources.primary) and energy.cpu_package_energy_j is not None:
-        found.append(Reason.of("energy_estimated"))
-    if attempt.sources.scope == EnergyScope.MODULE:
-        found.append(Reason.of("energy_of_module"))
-    ratio = energy.energy_crosscheck_ratio
-    if ratio is not None and abs(ratio - 1) > CROSSCHECK_TOLERANCE:
-        found.append(Reason.of("crosscheck", ratio=ratio))
-    before_w, after_w = idle.idle_loaded_power_w, idle.idle_loaded_post_power_w
-    if before_w and after_w is not None and abs(after_w / before_w - 1) > REST_TOLERANCE:
-        code = "rest_power_rose" if after_w > before_w else "rest_power_fell"
-        change_percent = 100 * abs(after_w / before_w - 1)
-        found.append(Reason.of(code, before_w=before_w, after_w=after_w, change_percent=change_percent))
-    if attempt.span(names.WINDOW) is not None:
-        found += meter_warnings(attempt, energy.sample_gap_max_s)
-    return tuple(found)
 
 
 # What follows from the energy that counts

@@ -6,8 +6,7 @@ The checks follow docs/measurement.md, steps 3 and 6.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
 from functools import reduce
 from itertools import pairwise
 from operator import or_
@@ -15,37 +14,27 @@ from typing import Any
 
 from lem.base import measurement as names
 from lem.base.measurement import (
+    CROSSCHECK_TOLERANCE,
     POWER_CAP_BIT,
+    REST_TOLERANCE,
     SLOWDOWN_BITS,
     STEADY_TOLERANCE,
     THERMAL_BITS,
     EnergyScope,
     EnergySource,
+    is_estimate,
 )
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import SENSOR_LAG_S, AttemptLog, measured
-from lem.meters.curve import (
-    HOLE_PERIODS,
-    Curve,
-    NotMeasured,
-    Span,
-)
-from lem.meters.samples import GpuHeader, GpuSample, SampleLog
-from lem.record import Gpu, Measured, known
+from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span
+from lem.meters.samples import GpuSample
+from lem.record import Energy, Gpu, Idle, Measured, known
 
-# Board power may overshoot its limit briefly, and a limit is kept to a few percent.
-_LIMIT_MARGIN = 1.2
-
-# An integral over fewer samples may miss a tenth of the window at each edge.
-_LEAST_SAMPLES = 10
-
-# A comparison over less than this says nothing.
-_LEAST_CHECKED_S = 1.0
-
-# More than this share of a window's energy in doubt is worth a warning.
-_EDGE_DOUBT = 0.03
-
+_LIMIT_MARGIN = 1.2  # board power may overshoot its limit briefly, and a limit is kept to a few percent
+_LEAST_SAMPLES = 10  # an integral over fewer may miss a tenth of the window at each edge
+_LEAST_CHECKED_S = 1.0  # a comparison over less says nothing
+_EDGE_DOUBT = 0.03  # more than this share of a window's energy in doubt is worth a warning
 # With fewer updates of a counter in each half, one more or less looks like a change of power; readings at known
 # moments may be fewer.
 _UPDATES_A_HALF = 10
@@ -55,29 +44,6 @@ _READINGS_A_HALF = 3
 def samples_in(samples: Iterable[GpuSample], place: int, span: Span) -> list[GpuSample]:
     """The samples of a GPU within the span, its edges included."""
     return [row for row in samples if row.gpu == place and span.opened_ns <= row.at_ns <= span.closed_ns]
-
-
-def _check_plausible(energy_j: float, window: Span, gpu: GpuHeader) -> None:
-    """Raise `NotMeasured` unless the energy of a GPU is possible: 0 < ΔE ≤ 1.2 × power limit × Δt.
-
-    A module draws more than its GPU's limit, so only the sign of its energy is checked.
-    """
-    if energy_j <= 0:
-        raise NotMeasured("no_energy_drawn", energy_j=energy_j, window_s=window.seconds)
-    if gpu.power_limit_w is None or gpu.energy_scope != EnergyScope.GPU:
-        return
-    most_j = _LIMIT_MARGIN * gpu.power_limit_w * window.seconds
-    if energy_j > most_j:
-        allowed = {"most_j": most_j, "margin": _LIMIT_MARGIN, "limit_w": gpu.power_limit_w}
-        raise NotMeasured("above_power_limit", energy_j=energy_j, window_s=window.seconds, **allowed)
-
-
-def _check_sampled(curve: Curve, window: Span) -> None:
-    """Raise `NotMeasured` for too few samples of integrated power: anything may have been drawn between two."""
-    seen = curve.count_in(window)
-    if seen < _LEAST_SAMPLES:
-        window_s = window.seconds
-        raise NotMeasured("read_too_rarely", what=curve.what, seen=seen, window_s=window_s, least=_LEAST_SAMPLES)
 
 
 def crosscheck_ratio(attempt: AttemptLog) -> float:
@@ -113,10 +79,7 @@ def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool | None:
         if window_repeats < 2:
             return None
         half_ns = length_ns * (window_repeats // 2) // window_repeats
-    halves = (
-        Span(window.opened_ns, window.opened_ns + half_ns),
-        Span(window.closed_ns - half_ns, window.closed_ns),
-    )
+    halves = Span(window.opened_ns, window.opened_ns + half_ns), Span(window.closed_ns - half_ns, window.closed_ns)
     needed = _UPDATES_A_HALF if attempt.sources.primary == EnergySource.COUNTER else _READINGS_A_HALF
     if any(curve.count_in(half) < needed for curve in curves for half in halves):
         return None
@@ -135,22 +98,28 @@ def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator
                 yield Reason.of("slowdown", uuid=uuid, name=name, bit=bit, seen=seen, samples=len(rows), span=what)
 
 
-def foreign_pids(log: SampleLog, place: int, span: Span, own_pids: Collection[int] | None) -> tuple[int, ...]:
-    """Processes on a GPU during the span that are not the experiment's, as the host numbers them.
+def invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> Iterator[Reason]:
+    """Why the window does not measure what it should: slowdowns, and processes that are not the experiment's.
 
-    Without `own_pids`, they are those that appear within the span: an experiment starts no process in its window.
+    `own_pids` are as the host numbers them. Without them, processes are foreign that appear within the window: an
+    experiment starts none there.
     """
-    before: set[int] = set()
-    within: set[int] = set()
-    for row in log.processes:
-        if row.gpu != place or row.at_ns > span.closed_ns:
-            continue
-        if row.at_ns <= span.opened_ns:
-            before = set(row.pids)
-        else:
-            within |= set(row.pids)
-    found = within - before if own_pids is None else (within | before) - set(own_pids)
-    return tuple(sorted(found))
+    window = attempt.span(names.WINDOW)
+    if window is None:
+        return
+    yield from slowdowns(attempt, window)
+    for place in attempt.sources.gpus:
+        before: set[int] = set()
+        within: set[int] = set()
+        for row in attempt.log.processes:
+            if row.gpu == place and row.at_ns <= window.opened_ns:
+                before = set(row.pids)
+            elif row.gpu == place and row.at_ns <= window.closed_ns:
+                within |= set(row.pids)
+        foreign = within - before if own_pids is None else (within | before) - set(own_pids)
+        if foreign:
+            uuid = attempt.log.header.gpus[place].uuid
+            yield Reason.of("foreign_process", uuid=uuid, pids=", ".join(map(str, sorted(foreign))))
 
 
 def sample_gap_max_s(attempt: AttemptLog) -> float:
@@ -159,26 +128,47 @@ def sample_gap_max_s(attempt: AttemptLog) -> float:
     if attempt.sources.gpus:
         series = [[row.at_ns for row in log.samples if row.gpu == place] for place in attempt.sources.gpus]
     else:
-        zones = range(len(log.header.zones))
-        series = [[row.at_ns for row in log.rapl if row.zone == zone] for zone in zones]
+        series = [[row.at_ns for row in log.rapl if row.zone == zone] for zone in range(len(log.header.zones))]
         series = series if any(series) else [[row.at_ns for row in log.loads]]
-    return max(_longest_gap_s(times, window) for times in series)
+    gaps_s = []
+    for times in series:
+        inside = [at_ns for at_ns in times if window.opened_ns < at_ns < window.closed_ns]
+        if not inside:
+            raise NotMeasured("window_not_sampled")
+        edges = pairwise([window.opened_ns, *inside, window.closed_ns])
+        gaps_s.append(max(after - before for before, after in edges) / NS_PER_S)
+    return max(gaps_s)
 
 
-def meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[Reason]:
-    """Warnings of what failed or was late in the window."""
+def warnings_of(attempt: AttemptLog, energy: Energy, idle: Idle) -> Iterator[Reason]:
+    """What to know about the figures."""
+    if attempt.sources.gpus and not attempt.sources.is_watched:
+        yield Reason.of("clocks_unwatched")
+    if is_estimate(attempt.sources.primary) and energy.cpu_package_energy_j is not None:
+        yield Reason.of("energy_estimated")
+    if attempt.sources.scope == EnergyScope.MODULE:
+        yield Reason.of("energy_of_module")
+    ratio = energy.energy_crosscheck_ratio
+    if ratio is not None and abs(ratio - 1) > CROSSCHECK_TOLERANCE:
+        yield Reason.of("crosscheck", ratio=ratio)
+    before_w, after_w = idle.idle_loaded_power_w, idle.idle_loaded_post_power_w
+    if before_w and after_w is not None and abs(after_w / before_w - 1) > REST_TOLERANCE:
+        code = "rest_power_rose" if after_w > before_w else "rest_power_fell"
+        change_percent = 100 * abs(after_w / before_w - 1)
+        yield Reason.of(code, before_w=before_w, after_w=after_w, change_percent=change_percent)
+    if attempt.span(names.WINDOW) is not None:
+        yield from _meter_warnings(attempt, energy.sample_gap_max_s)
+
+
+def _meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[Reason]:
+    """What failed or was late in the window."""
     window, period_s = attempt.window, attempt.sources.sample_period_s
-    failed: dict[str, list[str]] = {}
-    for error in attempt.log.errors:
-        if window.opened_ns <= error.at_ns <= window.closed_ns:
-            failed.setdefault(error.meter, []).append(error.message)
-    for meter, messages in failed.items():
-        name = attempt.log.header.describe_meter(meter)
-        yield Reason.of("meter_failed", meter=name, error=messages[-1])
+    errors = (error for error in attempt.log.errors if window.opened_ns <= error.at_ns <= window.closed_ns)
+    for meter, message in {error.meter: error.message for error in errors}.items():
+        yield Reason.of("meter_failed", meter=attempt.log.header.describe_meter(meter), error=message)
     if attempt.sources.gpus and gap_s is not None and gap_s > HOLE_PERIODS * period_s:
         yield Reason.of("samples_missing", gap_s=gap_s, periods=HOLE_PERIODS, period_s=period_s)
-    after = attempt.span(names.GUARD_AFTER)
-    least_s = attempt.sources.least_guard_s
+    after, least_s = attempt.span(names.GUARD_AFTER), attempt.sources.least_guard_s
     if not attempt.is_steady_mode and after is not None and after.seconds < least_s:
         yield Reason.of("guard_short", guard_s=after.seconds, least_s=least_s)
     with contextlib.suppress(NotMeasured):  # then the energy is null for that reason, and nothing of it in doubt
@@ -195,20 +185,8 @@ def _edge_warnings(attempt: AttemptLog, curve: Curve, window: Span) -> Iterator[
         yield Reason.of("edge_doubtful", what=curve.what, doubt_j=doubt_j)
 
 
-def _longest_gap_s(times: list[int], window: Span) -> float:
-    inside = [at_ns for at_ns in times if window.opened_ns < at_ns < window.closed_ns]
-    if not inside:
-        raise NotMeasured("window_not_sampled")
-    edges = [window.opened_ns, *inside, window.closed_ns]
-    return max(after - before for before, after in pairwise(edges)) / NS_PER_S
-
-
-@dataclass(frozen=True)
-class _Weighted:
-    """A sample and the part of the window it represents: half-way to both its neighbours."""
-
-    sample: GpuSample
-    seconds: float
+# A sample, and the seconds of the window that it represents: half-way to both its neighbours.
+_Weighted = tuple[GpuSample, float]
 
 
 def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
@@ -223,8 +201,11 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
         nothing = Reason.of("sampler_reports", error=header.power_error)
     silent = untold if rows else nothing
     energy_j = measured(lambda: _gpu_j(attempt, number))
-    temps = [temp_c for temp_c, _ in _known(rows, "temp_c")]
-    masks = _known(rows, "event_mask")
+    temps, masks = _known(rows, "temp_c"), _known(rows, "event_mask")
+
+    def throttled_s(bits: int) -> Measured[float]:
+        return known(sum((seconds for mask, seconds in masks if mask & bits), start=0.0) if masks else None, silent)
+
     return Gpu.of(
         uuid=header.uuid,
         name=header.name,
@@ -234,12 +215,12 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
         else energy_j.value / attempt.window.seconds,
         power_max_w=_max(rows, "power_w", Reason.of("power_not_read") if rows else nothing),
         power_limit_w=known(header.power_limit_w, untold),
-        temp_start_c=known(temps[0] if temps else None, silent),
-        temp_end_c=known(temps[-1] if temps else None, silent),
+        temp_start_c=known(temps[0][0] if temps else None, silent),
+        temp_end_c=known(temps[-1][0] if temps else None, silent),
         temp_max_c=_max(rows, "temp_c", silent),
         sm_clock_mean_hz=_mean(rows, "sm_clock_hz", silent),
-        throttle_power_s=known(_seconds_with(masks, POWER_CAP_BIT), silent),
-        throttle_thermal_s=known(_seconds_with(masks, THERMAL_BITS), silent),
+        throttle_power_s=throttled_s(POWER_CAP_BIT),
+        throttle_thermal_s=throttled_s(THERMAL_BITS),
         event_reasons_mask=known(reduce(or_, (mask for mask, _ in masks)) if masks else None, silent),
         util_mean_ratio=_mean(rows, "util_ratio", silent),
         mem_peak_b=_max(rows, "memory_b", silent),
@@ -249,11 +230,24 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
 
 
 def _gpu_j(attempt: AttemptLog, number: int) -> float:
-    curve = attempt.gpu_curve(number)
-    if attempt.sources.gpu_method != EnergySource.COUNTER:
-        _check_sampled(curve, attempt.window)
+    """The energy of a GPU, which is possible: 0 < ΔE ≤ 1.2 × power limit × Δt.
+
+    A module draws more than its GPU's limit, so only the sign of its energy is checked.
+    """
+    curve, window = attempt.gpu_curve(number), attempt.window
+    window_s, seen = window.seconds, curve.count_in(window)
+    # Anything may have been drawn between two samples of power.
+    if attempt.sources.gpu_method != EnergySource.COUNTER and seen < _LEAST_SAMPLES:
+        raise NotMeasured("read_too_rarely", what=curve.what, seen=seen, window_s=window_s, least=_LEAST_SAMPLES)
     found_j = attempt.window_j(curve, 1 / len(attempt.sources.gpus))
-    _check_plausible(found_j, attempt.window, attempt.log.header.gpus[attempt.sources.gpus[number]])
+    gpu = attempt.log.header.gpus[attempt.sources.gpus[number]]
+    if found_j <= 0:
+        raise NotMeasured("no_energy_drawn", energy_j=found_j, window_s=window_s)
+    if gpu.power_limit_w is not None and gpu.energy_scope == EnergyScope.GPU:
+        most_j = _LIMIT_MARGIN * gpu.power_limit_w * window_s
+        if found_j > most_j:
+            allowed = {"most_j": most_j, "margin": _LIMIT_MARGIN, "limit_w": gpu.power_limit_w}
+            raise NotMeasured("above_power_limit", energy_j=found_j, window_s=window_s, **allowed)
     return found_j
 
 
@@ -266,14 +260,14 @@ def _weighted(attempt: AttemptLog, place: int, span: Span | None) -> list[_Weigh
     between = ((before.at_ns + after.at_ns) / 2 for before, after in pairwise(rows))
     edges = [span.opened_ns, *between, span.closed_ns]
     return [
-        _Weighted(row, (min(end_ns, row.at_ns + longest_ns) - max(start_ns, row.at_ns - longest_ns)) / NS_PER_S)
+        (row, (min(end_ns, row.at_ns + longest_ns) - max(start_ns, row.at_ns - longest_ns)) / NS_PER_S)
         for row, start_ns, end_ns in zip(rows, edges, edges[1:], strict=False)
     ]
 
 
 def _known(rows: Iterable[_Weighted], name: str) -> list[tuple[Any, float]]:
     """The values of a field and their seconds, where it was read."""
-    return [(value, row.seconds) for row in rows if (value := getattr(row.sample, name)) is not None]
+    return [(value, seconds) for row, seconds in rows if (value := getattr(row, name)) is not None]
 
 
 def _max(rows: Iterable[_Weighted], name: str, nothing: Reason) -> Measured[float]:
@@ -285,7 +279,3 @@ def _mean(rows: Iterable[_Weighted], name: str, nothing: Reason) -> Measured[flo
     values = _known(rows, name)
     total_s = sum(seconds for _, seconds in values)
     return known(sum(value * seconds for value, seconds in values) / total_s if total_s > 0 else None, nothing)
-
-
-def _seconds_with(masks: Sequence[tuple[int, float]], bits: int) -> float | None:
-    return sum((seconds for mask, seconds in masks if mask & bits), start=0.0) if masks else None
