@@ -11,12 +11,13 @@ from typing import Any
 from lem.base.clock import Clock
 from lem.base.measurement import EnergyScope, EnergySource
 from lem.base.units import NS_PER_S
-from lem.meters.attempt import choose_gpu_method
-from lem.meters.curve import NotMeasured, Span, update_period_s
+from lem.meters.attempt import choose_gpu_method, measured
+from lem.meters.curve import Span, update_period_s
 from lem.meters.nvml import NvmlMeter, gpu_uuids
 from lem.meters.rapl import POWERCAP, find_rapl, find_tdp
 from lem.meters.sampler import Complaints, GpuWatch
 from lem.meters.samples import CounterChange, GpuHeader
+from lem.record import Measured
 
 # Shorter than a tenth of the shortest update period seen (20 ms).
 _POLL_S = 0.002
@@ -38,12 +39,15 @@ class GpuCapability:
     def describe(self) -> tuple[str, ...]:
         """One line of text for each fact."""
         meter = self.meter
-        lines = [self._counter_text()]
-        if meter.power_error is not None:
-            lines.append(meter.power_error)
+        if meter.counter_error is not None:
+            stead = " (power is integrated instead, and the record says so)" if meter.power_error is None else ""
+            counter = f"{meter.counter_error}{stead}"
+        elif self.counter_update_period_s is not None:
+            counter = f"energy counter, updated every {self.counter_update_period_s * 1e3:.0f} ms"
         else:
-            is_instant = meter.power_source == "instant"
-            lines.append("power: " + ("instantaneous" if is_instant else "an average, over 1 s on some GPUs"))
+            counter = "energy counter" + ("" if self.probe_error is None else f"; {self.probe_error}")
+        kind = "instantaneous" if meter.power_source == "instant" else "an average, over 1 s on some GPUs"
+        lines = [counter, meter.power_error or f"power: {kind}"]
         if meter.power_limit_w is not None:
             lines[-1] += f", limit {meter.power_limit_w:g} W"
         if meter.energy_scope == EnergyScope.MODULE:
@@ -51,15 +55,6 @@ class GpuCapability:
         if meter.persistence_mode is False:
             lines.append("persistence mode is off: idle power is higher while GPUs are sampled; nvidia-smi -pm 1")
         return tuple(lines)
-
-    def _counter_text(self) -> str:
-        meter = self.meter
-        if meter.counter_error is not None:
-            stead = " (power is integrated instead, and the record says so)" if meter.power_error is None else ""
-            return f"{meter.counter_error}{stead}"
-        if self.counter_update_period_s is not None:
-            return f"energy counter, updated every {self.counter_update_period_s * 1e3:.0f} ms"
-        return "energy counter" + ("" if self.probe_error is None else f"; {self.probe_error}")
 
 
 @dataclass(frozen=True)
@@ -84,25 +79,16 @@ class Capabilities:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
+        document = dataclasses.asdict(self)
         gpus = [
-            {
-                **dataclasses.asdict(gpu.meter),
-                "energy_source": gpu.source,
-                "counter_update_period_s": gpu.counter_update_period_s,
-                "probe_error": gpu.probe_error,
-            }
-            for gpu in self.gpus
+            {**found.pop("meter"), "energy_source": gpu.source, **found}
+            for gpu, found in zip(self.gpus, document["gpus"], strict=True)
         ]
-        return {"gpus": gpus, "gpu_error": self.gpu_error, "cpu": dataclasses.asdict(self.cpu)}
+        return {"gpus": gpus, "gpu_error": self.gpu_error, "cpu": document["cpu"]}
 
 
 def find_capabilities(
-    nvml: Any,
-    clock: Clock,
-    *,
-    probe_s: float = 0.0,
-    enough: int = 6,
-    rapl_root: Path = POWERCAP,
+    nvml: Any, clock: Clock, *, probe_s: float = 0.0, enough: int = 6, rapl_root: Path = POWERCAP
 ) -> Capabilities:
     """What can be measured here.
 
@@ -125,15 +111,16 @@ def find_capabilities(
         return Capabilities(cpu, gpu_error=f"NVML is not available: {nvml}")
     uuids = gpu_uuids(nvml)
     meters = [NvmlMeter(nvml, uuid) for uuid in uuids if uuid is not None]
-    lost = [_lost(index) for index, uuid in enumerate(uuids) if uuid is None]
-    periods = _probe_periods(meters, clock, probe_s, enough) if probe_s > 0 else [None] * len(meters)
-    found = [_capability(meter, period) for meter, period in zip(meters, periods, strict=True)]
-    gpus = sorted([*found, *lost], key=lambda gpu: -1 if gpu.meter.index is None else gpu.meter.index)
+    found = [GpuCapability(meter.header) for meter in meters]
+    if probe_s > 0:
+        found = _probed(meters, clock, probe_s, enough)
+    found += [_lost(index) for index, uuid in enumerate(uuids) if uuid is None]
+    gpus = sorted(found, key=lambda gpu: -1 if gpu.meter.index is None else gpu.meter.index)
     return Capabilities(cpu, tuple(gpus), None if gpus else "NVML sees no GPU")
 
 
-def _probe_periods(meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, enough: int) -> list[float | str | None]:
-    """The update period of each energy counter in seconds, or why it was not seen; None where there is no counter."""
+def _probed(meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, enough: int) -> list[GpuCapability]:
+    """The GPUs with the update periods of their energy counters, or why those were not seen."""
     watches = [GpuWatch(meter, place, clock, Complaints()) for place, meter in enumerate(meters)]
     changes: list[CounterChange] = []
     opened_ns = clock.monotonic_ns()
@@ -146,20 +133,13 @@ def _probe_periods(meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, en
             break
         clock.sleep(_POLL_S)
     span = Span(opened_ns, max(now_ns, opened_ns + 1))
-    return [_period(changes, place, span) if meter.has_counter else None for place, meter in enumerate(meters)]
 
+    def probed(place: int, meter: NvmlMeter) -> GpuCapability:
+        period = measured(lambda: update_period_s(changes, place, span)) if meter.has_counter else Measured(None)
+        error = f"it changed fewer than three times in {span.seconds:.1f} s" if period.null_reason else None
+        return GpuCapability(meter.header, period.value, error)
 
-def _period(changes: Sequence[CounterChange], place: int, span: Span) -> float | str:
-    try:
-        return update_period_s(changes, place, span)
-    except NotMeasured:
-        return f"it changed fewer than three times in {span.seconds:.1f} s"
-
-
-def _capability(meter: NvmlMeter, period: float | str | None) -> GpuCapability:
-    if isinstance(period, str):
-        return GpuCapability(meter.header, probe_error=period)
-    return GpuCapability(meter.header, period)
+    return [probed(place, meter) for place, meter in enumerate(meters)]
 
 
 def _lost(index: int) -> GpuCapability:

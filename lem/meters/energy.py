@@ -253,19 +253,17 @@ def _rest_c(attempt: AttemptLog, mark: str) -> float:
 def efficiency_of(energy_j: Measured[float], work: Work) -> Efficiency:
     """The energy per token and request; a zero denominator is None."""
     total_j = energy_j.value
+    if total_j is None:
+        return Efficiency.of(**{item.name: energy_j for item in fields(Efficiency) if item.name != "null_reasons"})
 
     def per(count: int, what: str) -> Measured[float]:
-        if total_j is None:
-            return energy_j
         return known(total_j / count if count else None, "no_work", what=what)
 
     return Efficiency.of(
         energy_per_output_tok_j=per(work.output_tok, "output tokens"),
         energy_per_total_tok_j=per(work.input_tok + work.output_tok, "tokens"),
         energy_per_request_j=per(work.requests_ok, "completed requests"),
-        output_tok_per_j=energy_j
-        if total_j is None
-        else known(work.output_tok / total_j if total_j else None, "zero_energy"),
+        output_tok_per_j=known(work.output_tok / total_j if total_j else None, "zero_energy"),
     )
 
 

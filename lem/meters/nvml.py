@@ -18,8 +18,8 @@ _UNINITIALIZED, _INVALID_ARGUMENT, _NOT_SUPPORTED, _NO_PERMISSION, _NOT_FOUND = 
 _FUNCTION_NOT_FOUND, _GPU_IS_LOST, _RESET_REQUIRED, _VERSION_MISMATCH = 13, 15, 16, 25
 _DRIVER_NOT_LOADED, _GPU_NOT_FOUND, _DEPRECATED = 9, 28, 26
 
-_LASTING = frozenset({_NOT_SUPPORTED, _NO_PERMISSION, _FUNCTION_NOT_FOUND, _VERSION_MISMATCH, _DEPRECATED})
 _ABSENT = frozenset({_FUNCTION_NOT_FOUND, _VERSION_MISMATCH, _DEPRECATED})
+_LASTING = _ABSENT | {_NOT_SUPPORTED, _NO_PERMISSION}
 _LOST = frozenset({_UNINITIALIZED, _DRIVER_NOT_LOADED, _GPU_IS_LOST, _RESET_REQUIRED, _GPU_NOT_FOUND})
 
 _MEANINGS = {
@@ -34,26 +34,18 @@ _MEANINGS = {
 
 
 class MeterFailure(Exception):
-    """A reading that failed."""
+    """A reading that failed; `code` is NVML's."""
 
-    def __init__(
-        self, message: str, *, is_lasting: bool = False, is_absent: bool = False, is_lost: bool = False
-    ) -> None:
+    def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
-        self.is_lasting = is_lasting  # it will fail the same way again
-        self.is_absent = is_absent  # the driver has no such function; there may be an older one
-        self.is_lost = is_lost  # the GPU itself is gone, and everything else about it fails too
+        self.is_lasting = code in _LASTING  # it will fail the same way again
+        self.is_absent = code in _ABSENT  # the driver has no such function; there may be an older one
+        self.is_lost = code in _LOST  # the GPU itself is gone, and everything else about it fails too
 
 
-def failure_of(nvml: Any, code: int) -> MeterFailure:
-    """The failure that an error code of NVML means."""
+def _failure(nvml: Any, code: int) -> MeterFailure:
     text, meaning = str(nvml.NVMLError(code)), _MEANINGS.get(code)
-    return MeterFailure(
-        text if meaning is None else f"{text} ({meaning})",
-        is_lasting=code in _LASTING,
-        is_absent=code in _ABSENT,
-        is_lost=code in _LOST,
-    )
+    return MeterFailure(text if meaning is None else f"{text} ({meaning})", code)
 
 
 @dataclass(frozen=True)
@@ -300,7 +292,7 @@ class NvmlMeter:
         """
         if what not in self._readers:
             why = self.header.counter_error if what == "counter" else self.header.power_error
-            raise MeterFailure(why or f"there is no {what}", is_lasting=True)
+            raise MeterFailure(why or f"there is no {what}", _NOT_SUPPORTED)
         return self._readers[what]()
 
     def renew(self) -> None:
@@ -432,7 +424,7 @@ class NvmlMeter:
     def _field(self, field: int, scope: EnergyScope) -> float:
         (value,) = self._ask("nvmlDeviceGetFieldValues", [(field, _SCOPES[scope])])
         if value.nvmlReturn != 0:
-            raise failure_of(self._nvml, value.nvmlReturn)
+            raise _failure(self._nvml, value.nvmlReturn)
         number: float = getattr(value.value, _VALUE_MEMBERS[value.valueType])
         return number
 
@@ -448,11 +440,11 @@ class NvmlMeter:
     def _call(self, function: str, *arguments: Any) -> Any:
         called = getattr(self._nvml, function, None)
         if called is None:
-            raise MeterFailure(f"this pynvml has no {function}: update nvidia-ml-py", is_lasting=True, is_absent=True)
+            raise MeterFailure(f"this pynvml has no {function}: update nvidia-ml-py", _FUNCTION_NOT_FOUND)
         try:
             return called(*arguments)
         except self._nvml.NVMLError as error:
-            raise failure_of(self._nvml, error.value) from error
+            raise _failure(self._nvml, error.value) from error
 
 
 def _failure_of(way: Callable[[], Any]) -> MeterFailure | None:
