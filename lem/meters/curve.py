@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -317,15 +317,22 @@ def power_curve(samples: Iterable[GpuSample], gpu: int, period_s: float, what: s
     samples undoes that (Yang et al., SC24).
     """
     rows = [(row.at_ns, row.power_w) for row in samples if row.gpu == gpu and row.power_w is not None]
+
+    def why(gap_s: float) -> Reason:
+        return Reason.of("power_hole", what=what, gap_s=gap_s, periods=HOLE_PERIODS, period_s=period_s)
+
+    return replace(trapezoids(what, rows, HOLE_PERIODS * period_s, why), lag_s=lag_s, period_s=period_s)
+
+
+def trapezoids(what: str, rows: Sequence[tuple[int, float]], longest_s: float, why: Callable[[float], Reason]) -> Curve:
+    """The integral of power in W at moments in ns; a longer time between two is a hole, and `why` gives its reason."""
     energy_j, holes = [0.0] * len(rows), []
     for place, ((before_ns, before_w), (after_ns, after_w)) in enumerate(pairwise(rows), start=1):
         length_s = (after_ns - before_ns) / NS_PER_S
-        if length_s > HOLE_PERIODS * period_s:
-            why = Reason.of("power_hole", what=what, gap_s=length_s, periods=HOLE_PERIODS, period_s=period_s)
-            holes.append(Hole(Span(before_ns, after_ns), why))
+        if length_s > longest_s:
+            holes.append(Hole(Span(before_ns, after_ns), why(length_s)))
         energy_j[place] = energy_j[place - 1] + (before_w + after_w) / 2 * length_s
-    curve = _exact(what, [at_ns for at_ns, _ in rows], energy_j, holes)
-    return replace(curve, lag_s=lag_s, period_s=period_s)
+    return _exact(what, [at_ns for at_ns, _ in rows], energy_j, holes)
 
 
 def rapl_curve(readings: Iterable[RaplReading], zone: int, max_uj: int, what: str) -> Curve:
@@ -365,8 +372,8 @@ def update_period_s(changes: Iterable[CounterChange], gpu: int, span: Span) -> f
     The mean spacing of the changes, without those longer than one and a half times the median by more than polls lie
     apart, where one was missed. It is the resolution of the counter (20 to 100 ms seen, 500 ms a documented default).
     """
-    rows = [row for row in changes if row.gpu == gpu and row.before_ns < row.at_ns]
-    rows = [row for row in rows if span.opened_ns <= row.at_ns <= span.closed_ns]
+    in_span = (row for row in changes if row.gpu == gpu and span.opened_ns <= row.at_ns <= span.closed_ns)
+    rows = [row for row in in_span if row.before_ns < row.at_ns]
     spacings = [after.at_ns - before.at_ns for before, after in pairwise(rows)]
     if len(spacings) < 2:
         raise NotMeasured("counter_slow")

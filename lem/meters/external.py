@@ -15,7 +15,7 @@ from lem.base.clock import parse_time
 from lem.base.errors import MeterRefused
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.meters.curve import HOLE_PERIODS, Curve, Hole, NotMeasured, Span
+from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span, trapezoids
 from lem.meters.samples import SampleLog
 
 _FORM = "expected two columns: UTC time (2026-07-14T10:00:00Z, or seconds since 1970) and watts"
@@ -47,9 +47,8 @@ def read_external(path: Path) -> ExternalReadings:
         text = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not text in UTF-8"
-        raise MeterRefused(
-            f"measurement.external_csv: {path}: {reason}", "name a CSV file of UTC time, watts"
-        ) from error
+        text = f"measurement.external_csv: {path}: {reason}"
+        raise MeterRefused(text, "name a CSV file of UTC time, watts") from error
     return _parse(text, str(path))
 
 
@@ -65,17 +64,13 @@ def external_energy_j(readings: ExternalReadings, log: SampleLog, span: Span) ->
     at_ns = [known_ns + round((at_s - known_s) * NS_PER_S) for at_s in readings.at_utc_s]
     if len(at_ns) < 2 or at_ns[0] > span.opened_ns or at_ns[-1] < span.closed_ns:
         raise NotMeasured("external_short", source=readings.source, how=_coverage(at_ns, span))
-    usual_ns = statistics.median(after - before for before, after in pairwise(at_ns))
-    energy_j, holes = [0.0] * len(at_ns), []
-    for place, (before, after) in enumerate(pairwise(range(len(at_ns))), start=1):
-        length_ns = at_ns[after] - at_ns[before]
-        mean_w = (readings.power_w[before] + readings.power_w[after]) / 2
-        energy_j[place] = energy_j[place - 1] + mean_w * length_ns / NS_PER_S
-        if length_ns > HOLE_PERIODS * usual_ns:
-            why = Reason.of("external_hole", source=readings.source, gap_s=length_ns / NS_PER_S)
-            holes.append(Hole(Span(at_ns[before], at_ns[after]), why))
-    times = tuple(at_ns)
-    return Curve(readings.source, times, times, times, tuple(energy_j), tuple(holes)).between_j(span)
+    usual_s = statistics.median(after - before for before, after in pairwise(at_ns)) / NS_PER_S
+
+    def why(gap_s: float) -> Reason:
+        return Reason.of("external_hole", source=readings.source, gap_s=gap_s)
+
+    rows = list(zip(at_ns, readings.power_w, strict=True))
+    return trapezoids(readings.source, rows, HOLE_PERIODS * usual_s, why).between_j(span)
 
 
 def is_short_of(readings: ExternalReadings, log: SampleLog, span: Span) -> bool:
@@ -94,9 +89,8 @@ def _parse(text: str, source: str) -> ExternalReadings:
     lines = text.splitlines()
     for number, cells in _rows(lines, delimiter, source):
         where = f"measurement.external_csv: {source}:{number}"
-        if not any(cell.strip() for cell in cells):
-            continue
-        if not times and number == 1 and not _is_reading(cells):
+        is_header = number == 1 and all(_number(cell) is None and _time(cell) is None for cell in cells[:2])
+        if is_header or not any(cell.strip() for cell in cells):
             continue
         try:
             at_s, power_w = _reading(cells, where)
@@ -105,9 +99,8 @@ def _parse(text: str, source: str) -> ExternalReadings:
                 break
             raise
         if times and at_s <= times[-1]:
-            raise MeterRefused(
-                f"{where}: {cells[0].strip()!r:.80} is not later than the line before", "sort it by time"
-            )
+            message = f"{where}: {cells[0].strip()!r:.80} is not later than the line before"
+            raise MeterRefused(message, "sort it by time")
         times.append(at_s)
         powers.append(power_w)
     return ExternalReadings(source, tuple(times), tuple(powers))
@@ -121,11 +114,6 @@ def _rows(lines: Sequence[str], delimiter: str, source: str) -> Iterator[tuple[i
             yield reader.line_num, cells
     except csv.Error as error:  # a cell of more than 128 KiB; before Python 3.11 also a NUL
         raise MeterRefused(f"measurement.external_csv: {source}:{reader.line_num}: {error}", _FORM) from error
-
-
-def _is_reading(cells: list[str]) -> bool:
-    """Whether a first line is no header: it has a time or a number."""
-    return any(_number(cell) is not None or _time(cell) is not None for cell in cells[:2])
 
 
 def _reading(cells: list[str], where: str) -> tuple[float, float]:

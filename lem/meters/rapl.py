@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,13 +69,19 @@ def find_rapl(root: Path = POWERCAP) -> RaplFound:
     if not any(zone.domain == PACKAGE for zone in zones):
         return RaplFound(error=f"no RAPL package in {root}", remedy=_ABSENT_REMEDY)
     opened = {zone: _open_counter(zone) for zone in zones}
-    failed = {zone: error for zone, error in opened.items() if not isinstance(error, RaplCounter)}
-    packages = {zone.name: error for zone, error in failed.items() if zone.domain == PACKAGE}
+    failed = {zone: found for zone, found in opened.items() if not isinstance(found, RaplCounter)}
+    packages = [zone for zone in failed if zone.domain == PACKAGE]
     if packages:
-        return _unreadable(root, packages)
+        names, error = ", ".join(zone.name for zone in packages), failed[packages[0]]
+        if isinstance(error, PermissionError):
+            text = f"the RAPL counters ({names}) may not be read by user {os.geteuid()}"
+            return RaplFound(error=text, remedy=_RIGHTS_REMEDY.format(root=root))
+        text = f"the RAPL counters ({names}) cannot be read: {_why(error)}"
+        return RaplFound(error=text, remedy="dmesg may say more; without them CPU energy is null")
     incomplete = {zone.domain for zone in failed}
+    counters = (found for found in opened.values() if isinstance(found, RaplCounter))
     return RaplFound(
-        tuple(item for item in opened.values() if isinstance(item, RaplCounter) and item.zone.domain not in incomplete),
+        tuple(counter for counter in counters if counter.zone.domain not in incomplete),
         missing=tuple((zone.name, _why(error)) for zone, error in failed.items()),
     )
 
@@ -105,7 +110,7 @@ def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
 
 
 def _read_name(folder: Path) -> str | None:
-    """The name of a zone; None if it has none: Docker lays an empty folder over powercap."""
+    """None without a name: Docker lays an empty folder over powercap."""
     try:
         return (folder / "name").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -120,17 +125,6 @@ def _open_counter(zone: ZoneFolder) -> RaplCounter | OSError | ValueError:
     except (OSError, ValueError) as error:
         return error
     return counter
-
-
-def _unreadable(root: Path, failed: Mapping[str, OSError | ValueError]) -> RaplFound:
-    names, error = ", ".join(failed), next(iter(failed.values()))
-    if isinstance(error, PermissionError):
-        text = f"the RAPL counters ({names}) may not be read by user {os.geteuid()}"
-        return RaplFound(error=text, remedy=_RIGHTS_REMEDY.format(root=root))
-    return RaplFound(
-        error=f"the RAPL counters ({names}) cannot be read: {_why(error)}",
-        remedy="dmesg may say more; without them CPU energy is null",
-    )
 
 
 def _why(error: OSError | ValueError) -> str:

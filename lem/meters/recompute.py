@@ -11,13 +11,11 @@ from typing import Any
 from lem.base import measurement as names
 from lem.base.measurement import EnergySource
 from lem.config.experiment import ExperimentConfig
-from lem.meters.attempt import AttemptLog, Baselines, Sources, choose_sources, span_of
+from lem.meters.attempt import AttemptLog, Baselines, choose_sources, span_of
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import Mark, SampleLog
-from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Record
-
-_Section = Energy | Idle | Gpu | Efficiency | Carbon
+from lem.record import Record, Section
 
 # The same sums over the same rows differ by rounding at most.
 _TOLERANCE = 1e-9
@@ -65,8 +63,12 @@ def recompute(
     Raises:
         MeterRefused: the log has no meter that the configuration demands; it is not the log of this record.
     """
-    sources = _sources(record, config, log, marks)
-    attempt = AttemptLog(log, tuple(marks), sources, _baselines(record), config.traffic_simulation.enabled)
+    uuids, idle = record.environment.gpu_uuids, record.idle
+    foreign = {} if record.validity.engine_reused else _there_before_load(log, marks)
+    sources = choose_sources(config, log.header, uuids, is_cpu=not uuids, foreign=foreign)
+    # For power at rest that was measured before this experiment; marks come first.
+    baselines = Baselines(idle.idle_bare_power_w, idle.idle_loaded_power_w, idle.baseline_age_s)
+    attempt = AttemptLog(log, tuple(marks), sources, baselines, config.traffic_simulation.enabled)
     findings = measure(attempt, window_repeats=record.window.window_repeats, external=external)
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -79,19 +81,13 @@ def recompute(
 
 def has_energy(record: Record) -> bool:
     """Whether the record holds a figure that comes from meters."""
-    sections: tuple[Energy | Idle | Gpu, ...] = (record.energy, record.idle, *record.gpus)
+    sections: tuple[Section, ...] = (record.energy, record.idle, *record.gpus)
     return any(
         getattr(section, item.name) is not None
         for section in sections
         for item in dataclasses.fields(section)
         if item.name not in ("uuid", "name", "null_reasons")
     )
-
-
-def _sources(record: Record, config: ExperimentConfig, log: SampleLog, marks: Sequence[Mark]) -> Sources:
-    uuids = record.environment.gpu_uuids
-    foreign = {} if record.validity.engine_reused else _there_before_load(log, marks)
-    return choose_sources(config, log.header, uuids, is_cpu=not uuids, foreign=foreign)
 
 
 def _there_before_load(log: SampleLog, marks: Sequence[Mark]) -> dict[str, tuple[int, ...]]:
@@ -101,20 +97,13 @@ def _there_before_load(log: SampleLog, marks: Sequence[Mark]) -> dict[str, tuple
     return {log.header.gpus[row.gpu].uuid: row.pids for row in rows}
 
 
-def _baselines(record: Record) -> Baselines:
-    """Power at rest as the record has it, for what was measured before this experiment; marks come first."""
-    idle = record.idle
-    return Baselines(idle.idle_bare_power_w, idle.idle_loaded_power_w, idle.baseline_age_s)
-
-
 def _pairs(record: Record, config: ExperimentConfig, found: EnergyFindings) -> Iterator[Difference]:
-    efficiency = efficiency_of(found.energy.primary_j, record.work)
-    carbon = carbon_of(found.energy.primary_j, config.measurement)
-    sections: list[tuple[str, _Section, _Section]] = [
+    primary_j = found.energy.primary_j
+    sections: list[tuple[str, Section, Section]] = [
         ("energy", record.energy, found.energy),
         ("idle", record.idle, found.idle),
-        ("efficiency", record.efficiency, efficiency),
-        ("carbon", record.carbon, carbon),
+        ("efficiency", record.efficiency, efficiency_of(primary_j, record.work)),
+        ("carbon", record.carbon, carbon_of(primary_j, config.measurement)),
     ]
     by_uuid = {gpu.uuid: gpu for gpu in found.gpus}
     for place, gpu in enumerate(record.gpus):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import select
@@ -43,7 +44,7 @@ COUNTER_POLL_MS = 19
 SHORTEST_INTERVAL_MS = 10
 LONGEST_INTERVAL_MS = 60_000
 
-_CLOCK_PAIR_NS = 10 * NS_PER_S
+_CLOCK_PAIR_MS = 10_000
 
 
 class SampleFileError(LemError):
@@ -175,10 +176,9 @@ class GpuWatch:
         if energy_mj is None:
             return rows
         at_ns = (opened_ns + self._clock.monotonic_ns()) // 2
-        before_ns = at_ns if self._energy_mj is None else self._polled_ns
-        has_changed = energy_mj != self._energy_mj
+        before_mj, before_ns = self._energy_mj, at_ns if self._energy_mj is None else self._polled_ns
         self._energy_mj, self._polled_ns = energy_mj, at_ns
-        return [CounterChange(self._place, before_ns, at_ns, energy_mj)] if has_changed else []
+        return [] if energy_mj == before_mj else [CounterChange(self._place, before_ns, at_ns, energy_mj)]
 
     def sample(self) -> list[Row]:
         """One sample of everything else; its stamp is that of the reading of power."""
@@ -241,11 +241,11 @@ class GpuWatch:
 
 
 class _Schedule:
-    """Moments at a fixed distance, counted from the first one: a late one delays none of the others."""
+    """Moments at a fixed distance, counted from the first one: a late one delays none of the others; 0 ms is never."""
 
-    def __init__(self, first_ns: int, period_ns: int) -> None:
-        self.next_ns = first_ns + period_ns
-        self._period_ns = period_ns
+    def __init__(self, first_ns: int, period_ms: int) -> None:
+        self._period_ns = period_ms * NS_PER_MS
+        self.next_ns: float = first_ns + self._period_ns if period_ms else math.inf
 
     def is_due(self, now_ns: int) -> bool:
         """Whether the moment has come; further ones that were missed are skipped."""
@@ -260,10 +260,6 @@ def is_interval(interval_ms: int) -> bool:
     return interval_ms == 0 or SHORTEST_INTERVAL_MS <= interval_ms <= LONGEST_INTERVAL_MS
 
 
-def _schedule_of_samples(first_ns: int, interval_ms: int) -> _Schedule | None:
-    return _Schedule(first_ns, interval_ms * NS_PER_MS) if interval_ms else None
-
-
 class _Sampler:
     """The meters and their schedules."""
 
@@ -272,13 +268,10 @@ class _Sampler:
         self._complaints = Complaints()
         meters = () if isinstance(nvml, str) else tuple(NvmlMeter(nvml, name) for name in options.gpus)
         self._gpus = [GpuWatch(meter, place, clock, self._complaints) for place, meter in enumerate(meters)]
-        self._has_counter = any(meter.has_counter for meter in meters)
         self._rapl = find_rapl(rapl_root)
         self._load = CpuLoadMeter(proc_stat)
         tdp_w, tdp_source = find_tdp(options.tdp_w, rapl_root)
         gpu_error = f"NVML is not available: {nvml}" if isinstance(nvml, str) else None
-        if not options.gpus:
-            gpu_error = "no GPU is to be sampled"
         started_ns, started_utc = self._clocks()
         self.header = SampleHeader(
             started_ns=started_ns,
@@ -286,31 +279,28 @@ class _Sampler:
             host=platform.node(),
             interval_ms=options.interval_ms,
             gpus=tuple(meter.header for meter in meters),
-            gpu_error=gpu_error,
+            gpu_error=gpu_error if options.gpus else "no GPU is to be sampled",
             zones=tuple(counter.zone for counter in self._rapl.counters),
             rapl_error=self._rapl.explained,
             cpu_tdp_w=tdp_w,
             cpu_tdp_source=tdp_source,
         )
-        self._polls = _Schedule(started_ns, COUNTER_POLL_MS * NS_PER_MS)
-        self._samples = _schedule_of_samples(started_ns, options.interval_ms)
-        self._seconds = _Schedule(started_ns, SLOW_PERIOD_S * NS_PER_S)
-        self._clock_pairs = _Schedule(started_ns, _CLOCK_PAIR_NS)
+        self._polls = _Schedule(started_ns, COUNTER_POLL_MS if any(meter.has_counter for meter in meters) else 0)
+        self._samples = _Schedule(started_ns, options.interval_ms if meters else 0)
+        self._seconds = _Schedule(started_ns, SLOW_PERIOD_S * 1000)
+        self._clock_pairs = _Schedule(started_ns, _CLOCK_PAIR_MS)
 
     @property
     def next_ns(self) -> int:
         """The time of the next reading."""
-        schedules = [self._seconds]
-        schedules += [self._samples] if self._gpus and self._samples is not None else []
-        schedules += [self._polls] if self._has_counter else []
-        return min(schedule.next_ns for schedule in schedules)
+        return int(min(self._polls.next_ns, self._samples.next_ns, self._seconds.next_ns))
 
     def obey(self, order: str) -> list[Row]:
         """Follow an order of the owner: `interval N`, in milliseconds from now on; another is reported in the rows."""
         word, _, value = order.strip().partition(" ")
         now_ns = self._clock.monotonic_ns()
         if word == "interval" and value.isdecimal() and is_interval(int(value)):
-            self._samples = _schedule_of_samples(now_ns, int(value))
+            self._samples = _Schedule(now_ns, int(value) if self._gpus else 0)
             return []
         return self._complaints.of("orders", now_ns, f"not understood: {order.strip()}")
 
@@ -320,7 +310,7 @@ class _Sampler:
         rows: list[Row] = []
         if self._polls.is_due(now_ns):
             rows += [row for gpu in self._gpus for row in gpu.poll()]
-        if self._samples is not None and self._samples.is_due(now_ns):
+        if self._samples.is_due(now_ns):
             rows += [row for gpu in self._gpus for row in gpu.sample()]
         if self._seconds.is_due(now_ns):
             rows += self._each_second()
@@ -331,7 +321,7 @@ class _Sampler:
     def everything(self) -> list[Row]:
         """A row of each meter, for the log's start and end."""
         rows = [row for gpu in self._gpus for row in gpu.poll()]
-        if self._samples is not None:
+        if self._samples.next_ns < math.inf:
             rows += [row for gpu in self._gpus for row in gpu.sample()]
         return [*rows, *self._each_second()]
 

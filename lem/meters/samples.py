@@ -167,6 +167,7 @@ class ClockPair:
 
 Row = CounterChange | GpuSample | RaplReading | CpuLoad | ProcessesSeen | MeterError | ClockPair
 
+# In the order of the fields of `SampleLog`.
 _KINDS: Mapping[str, type[Row]] = {
     "c": CounterChange,
     "s": GpuSample,
@@ -207,9 +208,7 @@ class SampleLog:
 
     def rows(self) -> Iterator[Row]:
         """Every row, ordered by time."""
-        groups: tuple[Sequence[Row], ...] = (
-            self.counters, self.samples, self.rapl, self.loads, self.processes, self.errors, self.clocks,
-        )  # fmt: skip
+        groups: list[Sequence[Row]] = [getattr(self, item.name) for item in dataclasses.fields(self)[1:]]
         return iter(sorted((row for group in groups for row in group), key=lambda row: row.at_ns))
 
 
@@ -220,8 +219,7 @@ def encode_header(header: SampleHeader) -> str:
 
 def encode_row(row: Row) -> str:
     """The row as a line without its end."""
-    kind = type(row)
-    return _dump([_LETTERS[kind], *_VALUES[kind](row)])
+    return _dump([_LETTERS[type(row)], *_VALUES[type(row)](row)])
 
 
 class PartReader:
@@ -261,7 +259,7 @@ def read_tail(path: Path, most_b: int = 8192) -> list[Row]:
     except OSError:
         return []
     try:
-        return [_decode_row(*_split_row(json.loads(line))) for line in lines]
+        return [_decode_row(json.loads(line)) for line in lines]
     except (RecursionError, ValueError):
         return []
 
@@ -282,23 +280,19 @@ def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[M
         OSError: it cannot be read.
     """
     try:
-        lines = _unpack(path, most_b).splitlines()
-        marks = _decode_marks(json.loads(lines[0]) if lines else None)
+        with gzip.open(path) as file:
+            data = file.read(most_b + 1)
+        if len(data) > most_b:
+            raise SampleLogError(f"{path}: more than {most_b} bytes of samples when unpacked, the most that lem reads")
+        first, *lines = data.splitlines() or [b"null"]
+        marks = _decode_marks(json.loads(first))
     except SampleLogError:
         raise
     except (EOFError, RecursionError, ValueError, gzip.BadGzipFile, zlib.error) as error:
         raise SampleLogError(f"{path}: not a finished sample log: {error}") from error
     rows = _Rows(path, first=2)
-    rows.take(lines[1:])
+    rows.take(lines)
     return rows.log(), marks
-
-
-def _unpack(path: Path, most_b: int) -> bytes:
-    with gzip.open(path) as file:
-        data = file.read(most_b + 1)
-    if len(data) > most_b:
-        raise SampleLogError(f"{path}: more than {most_b} bytes of samples when unpacked, the most that lem reads")
-    return data
 
 
 def _dump(value: Any) -> str:
@@ -320,9 +314,14 @@ class _Rows:
             for line in lines:
                 value = json.loads(line)
                 if self._header is None:
-                    self._take_header(value)
+                    header = self._header = _decode_header(value)
+                    gpus, zones = len(header.gpus), len(header.zones)
+                    self._places = {"c": gpus, "s": gpus, "p": gpus, "r": zones}
                 else:
-                    self._take_row(*_split_row(value))
+                    row, (letter, place, *_) = _decode_row(value), value
+                    if letter in self._places and not 0 <= place < self._places[letter]:
+                        raise ValueError(f"a row of device {place}, which is not in the header")
+                    self._found[letter].append(row)
                 self._next += 1
         except (RecursionError, ValueError) as error:
             raise SampleLogError(f"{self._path}:{self._next}: not a sample log: {error}") from error
@@ -330,17 +329,7 @@ class _Rows:
     def log(self) -> SampleLog:
         if self._header is None:
             raise SampleLogError(f"{self._path}: not a sample log: it has no header")
-        return SampleLog(self._header, *(tuple(self._found[letter]) for letter in "csrlpet"))
-
-    def _take_header(self, document: Any) -> None:
-        header = self._header = _decode_header(document)
-        self._places = {"c": len(header.gpus), "s": len(header.gpus), "p": len(header.gpus), "r": len(header.zones)}
-
-    def _take_row(self, letter: Any, values: Sequence[Any]) -> None:
-        row = _decode_row(letter, values)
-        if letter in self._places and not 0 <= values[0] < self._places[letter]:
-            raise ValueError(f"a row of device {values[0]}, which is not in the header")
-        self._found[letter].append(row)
+        return SampleLog(self._header, *map(tuple, self._found.values()))
 
 
 def _decode_header(document: Any) -> SampleHeader:
@@ -372,14 +361,10 @@ def _decode_marks(document: Any) -> tuple[Mark, ...]:
     return tuple(decode_row(Mark, item) for item in marks)
 
 
-def _split_row(value: Any) -> tuple[Any, Sequence[Any]]:
+def _decode_row(value: Any) -> Row:
     if not isinstance(value, list) or not value:
         raise ValueError(f"not a row: {shown(value)}")
-    return value[0], value[1:]
-
-
-def _decode_row(letter: Any, values: Sequence[Any]) -> Row:
-    kind = _KINDS.get(letter) if isinstance(letter, str) else None
+    kind = _KINDS.get(value[0]) if isinstance(value[0], str) else None
     if kind is None:
-        raise ValueError(f"unknown kind of row: {letter!r:.40}")
-    return decode_row(kind, values)
+        raise ValueError(f"unknown kind of row: {value[0]!r:.40}")
+    return decode_row(kind, value[1:])
