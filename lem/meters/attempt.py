@@ -194,7 +194,6 @@ def _cpu_method(
 
 
 def _refuse_demands(config: ExperimentConfig, why: Reason | str) -> None:
-    """Refuse energy by phases, and a baseline, where no meter can measure them."""
     if config.measurement.phases:
         text = f"measurement.phases: true: no meter here can measure the energy of a phase: {why}"
         raise MeterRefused(text, "remove measurement.phases")

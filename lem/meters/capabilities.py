@@ -120,7 +120,6 @@ def find_capabilities(
 
 
 def _probed(meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, enough: int) -> list[GpuCapability]:
-    """The GPUs with the update periods of their energy counters, or why those were not seen."""
     watches = [GpuWatch(meter, place, clock, Complaints()) for place, meter in enumerate(meters)]
     changes: list[CounterChange] = []
     opened_ns = clock.monotonic_ns()

@@ -212,7 +212,6 @@ class Curve:
         return _View(self.at_ns[behind[0]], self.energy_j[behind[0]] - power_w * since_s, power_w)
 
     def _power_w(self, first: int, last: int) -> float:
-        """The mean power between two knots."""
         return (self.energy_j[last] - self.energy_j[first]) / (self.at_ns[last] - self.at_ns[first]) * NS_PER_S
 
     def _inside(self, span: Span) -> range:
@@ -382,6 +381,5 @@ def update_period_s(changes: Iterable[CounterChange], gpu: int, span: Span) -> f
 
 
 def _exact(what: str, at_ns: Sequence[int], energy_j: Sequence[float], holes: Sequence[Hole]) -> Curve:
-    """A curve whose knots lie where they were read."""
     times = tuple(at_ns)
     return Curve(what, times, times, times, tuple(energy_j), tuple(holes))

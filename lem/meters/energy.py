@@ -117,7 +117,6 @@ def _energy(
 
 
 def _sum_over_gpus(attempt: AttemptLog, gpus: Sequence[Gpu]) -> float:
-    """The energy of all GPUs, which are summed only when all were read."""
     if attempt.sources.gpu_method is None:
         raise NotMeasured(attempt.sources.reasons["gpu"])
     return sum((need(gpu.measured("energy_j")) for gpu in gpus), start=0.0)
@@ -232,7 +231,6 @@ def _rest_w(attempt: AttemptLog, mark: str, before_w: float | None, missing: str
 
 
 def _rest_c(attempt: AttemptLog, mark: str) -> float:
-    """The mean temperature of the hottest GPU at rest."""
     span = attempt.span(mark)
     if span is None:
         raise NotMeasured("rest_temp_not_measured")
@@ -285,7 +283,6 @@ def carbon_of(energy_j: Measured[float], measurement: MeasurementConfig) -> Carb
 
 
 def _site_kwh(pue: Measured[float], energy_j: Measured[float]) -> float:
-    """What the site drew for it, in kWh."""
     total_j = need(energy_j)
     if pue.value is None:
         raise NotMeasured("pue_not_given")

@@ -107,7 +107,6 @@ def _parse(text: str, source: str) -> ExternalReadings:
 
 
 def _rows(lines: Sequence[str], delimiter: str, source: str) -> Iterator[tuple[int, list[str]]]:
-    """The cells of each row, and the number of its line."""
     reader = csv.reader(lines, delimiter=delimiter)
     try:
         for cells in reader:

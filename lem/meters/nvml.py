@@ -111,15 +111,6 @@ def named_gpus(names: Sequence[str] | None, visible: Sequence[GpuFacts]) -> tupl
     )
 
 
-def find_driver() -> str | None:
-    """The version of the NVIDIA driver, `580.65.06`; None without one."""
-    with open_nvml() as nvml:
-        if not isinstance(nvml, str):
-            with contextlib.suppress(nvml.NVMLError):
-                return _text(nvml.nvmlSystemGetDriverVersion())
-    return None
-
-
 @dataclass(frozen=True)
 class GpuProcess:
     """A process with a context on a GPU."""
@@ -145,7 +136,7 @@ class GpuReading:
     """The GPUs that could be read, and what kept others from it."""
 
     gpus: tuple[GpuState, ...]
-    driver: str | None = None  # its version; None without a driver
+    driver: str | None = None  # its version, `580.65.06`; None without a driver
     error: str | None = None  # NVML's words, such as `Unknown Error`; None when everything could be read
 
     @classmethod
@@ -254,11 +245,7 @@ class NvmlMeter:
     """
 
     def __init__(self, nvml: Any, name: str) -> None:
-        """Find the GPU by its UUID, which may be shortened as for CUDA, and try its meters.
-
-        Args:
-            nvml: pynvml, initialised.
-        """
+        """Find the GPU by its UUID, which may be shortened as for CUDA, and try its meters by initialised pynvml."""
         self._nvml = nvml
         self._name = name
         self._handle: Any = None

@@ -114,7 +114,6 @@ def _created(path: Path) -> Iterator[int]:
 
 
 def _append(path: Path, descriptor: int, lines: Iterable[str]) -> None:
-    """Write whole lines at once."""
     view = memoryview("".join(f"{line}\n" for line in lines).encode("utf-8"))
     try:
         sys.audit("lem.write", str(path))  # see lem.base.durable
@@ -261,8 +260,6 @@ def is_interval(interval_ms: int) -> bool:
 
 
 class _Sampler:
-    """The meters and their schedules."""
-
     def __init__(self, options: SamplerOptions, nvml: Any, clock: Clock, rapl_root: Path, proc_stat: Path) -> None:
         self._clock = clock
         self._complaints = Complaints()
@@ -292,7 +289,6 @@ class _Sampler:
 
     @property
     def next_ns(self) -> int:
-        """The time of the next reading."""
         return int(min(self._polls.next_ns, self._samples.next_ns, self._seconds.next_ns))
 
     def obey(self, order: str) -> list[Row]:
@@ -326,7 +322,6 @@ class _Sampler:
         return [*rows, *self._each_second()]
 
     def clock_pair(self) -> ClockPair:
-        """The two clocks now."""
         return ClockPair(*self._clocks())
 
     def _each_second(self) -> list[Row]:

@@ -346,7 +346,6 @@ def _decode_header(document: Any) -> SampleHeader:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """The numbers in a JSON value, at any depth."""
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _numbers(item)

@@ -161,7 +161,6 @@ def warnings_of(attempt: AttemptLog, energy: Energy, idle: Idle) -> Iterator[Rea
 
 
 def _meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[Reason]:
-    """What failed or was late in the window."""
     window, period_s = attempt.window, attempt.sources.sample_period_s
     errors = (error for error in attempt.log.errors if window.opened_ns <= error.at_ns <= window.closed_ns)
     for meter, message in {error.meter: error.message for error in errors}.items():
@@ -275,7 +274,6 @@ def _max(rows: Iterable[_Weighted], name: str, nothing: Reason) -> Measured[floa
 
 
 def _mean(rows: Iterable[_Weighted], name: str, nothing: Reason) -> Measured[float]:
-    """The mean over time."""
     values = _known(rows, name)
     total_s = sum(seconds for _, seconds in values)
     return known(sum(value * seconds for value, seconds in values) / total_s if total_s > 0 else None, nothing)

@@ -24,7 +24,7 @@ from lem.config.kinds import dotted
 from lem.config.option import leaves
 from lem.engines.protocol import Engine, EngineReport
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
-from lem.meters.nvml import find_driver
+from lem.meters.nvml import read_gpus
 from lem.record import (
     Compute,
     Environment,
@@ -257,7 +257,7 @@ def describe_environment(
     surroundings: Mapping[str, Measured[tuple[str, ...]]],
 ) -> Environment:
     versions = {"python": platform.python_version(), **report.versions}
-    driver = find_driver() if report.gpu_uuids else None
+    driver = read_gpus().driver if report.gpu_uuids else None
     if driver is not None:
         versions["driver"] = driver
     return Environment.of(

@@ -25,7 +25,7 @@ from lem.base import __version__
 from lem.base.errors import DISK_FULL, UserError
 from lem.base.process import describe_exit
 from lem.engines.common import BACKEND_DISTRIBUTIONS, OTHER_NAMES
-from lem.meters.nvml import find_driver, find_gpus, named_gpus, visible_gpus
+from lem.meters.nvml import find_gpus, named_gpus, read_gpus, visible_gpus
 from lem.record import LOG_FILE
 from lem.worker import channel
 from lem.worker.channel import READ_B, ChannelError, EngineLog, LineBuffer, Message, Outbox, RunRequest
@@ -42,7 +42,7 @@ def probe_environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in distributions},
-        "driver": find_driver(),
+        "driver": read_gpus().driver,
         "gpus": sorted(gpu.uuid for gpu in find_gpus()),
     }
 
