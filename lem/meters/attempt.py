@@ -88,16 +88,9 @@ def choose_sources(
         raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or why_no_counter}", _LEAVE_AT_AUTO)
     cpu_method, why_no_cpu = _cpu_method(wanted, header, user_tdp_w)
     is_external = config.measurement.external_csv is not None
-    primary: EnergySource | None = None
-    scope: EnergyScope | None = None
-    if gpu_method is not None:
-        is_of_module = any(gpu.energy_scope == EnergyScope.MODULE for gpu in chosen)
-        primary, scope = gpu_method, EnergyScope.MODULE if is_of_module else EnergyScope.GPU
     # The CPU's energy counts only for an experiment on the CPU, or if the user asks for it by name.
-    elif cpu_method is not None and (is_cpu or is_cpu_source(wanted)):
-        primary, scope = cpu_method, EnergyScope.CPU_PACKAGE
-    elif is_external:
-        primary, scope = EnergySource.EXTERNAL, EnergyScope.MACHINE
+    counted_cpu_method = cpu_method if is_cpu or is_cpu_source(wanted) else None
+    primary = gpu_method or counted_cpu_method or (EnergySource.EXTERNAL if is_external else None)
     has_dram = any(zone.domain == DRAM for zone in header.zones)
     why_no_dram = Reason.of("dram_not_estimated") if is_estimate(cpu_method) else Reason.of("no_dram")
     reasons = {
@@ -115,7 +108,7 @@ def choose_sources(
         cpu_method=cpu_method,
         is_external=is_external,
         primary=primary,
-        scope=scope,
+        scope=_scope_of(primary, chosen),
         sample_period_s=config.timeseries.sample_interval_ms / 1000,
         idle_period_s=config.baseline.sample_interval_ms / 1000,
         reasons={name: reason for name, reason in reasons.items() if reason is not None},
@@ -123,6 +116,16 @@ def choose_sources(
         is_watched=config.timeseries.enabled,
         cpu_tdp_w=header.cpu_tdp_w if user_tdp_w is None else user_tdp_w,
     )
+
+
+def _scope_of(primary: EnergySource | None, gpus: Sequence[GpuHeader]) -> EnergyScope | None:
+    if primary is None:
+        return None
+    if primary == EnergySource.EXTERNAL:
+        return EnergyScope.MACHINE
+    if is_cpu_source(primary):
+        return EnergyScope.CPU_PACKAGE
+    return EnergyScope.MODULE if any(gpu.energy_scope == EnergyScope.MODULE for gpu in gpus) else EnergyScope.GPU
 
 
 def _why_no_gpu(

@@ -175,7 +175,8 @@ class GpuWatch:
         if energy_mj is None:
             return rows
         at_ns = (opened_ns + self._clock.monotonic_ns()) // 2
-        before_mj, before_ns = self._energy_mj, at_ns if self._energy_mj is None else self._polled_ns
+        before_ns = at_ns if self._energy_mj is None else self._polled_ns
+        before_mj = self._energy_mj
         self._energy_mj, self._polled_ns = energy_mj, at_ns
         return [] if energy_mj == before_mj else [CounterChange(self._place, before_ns, at_ns, energy_mj)]
 
