@@ -15,7 +15,6 @@ from tests.gpu.bench import Bench
 from tests.gpu.extent import FULL, QUICK, REHEARSAL, REHEARSAL_QUICK, Extent
 from tests.gpu.finding import CUT_OFF, DONE, FAILED, LEFT_OUT, Finding, LeftOut, Section
 from tests.gpu.models import SHAPES
-from tests.gpu.registry import STEPS
 from tests.gpu.report import REHEARSED, Head, markdown, read_sections, shown, table, write
 from tests.gpu.run import cut_off_by_signals, run_steps
 
@@ -77,11 +76,6 @@ def test_a_signal_ends_the_run_and_keeps_what_was_found(tmp_path: Path, signum: 
     assert signal.getsignal(signum) == before
 
 
-def test_a_finding_is_told_before_its_step_has_ended(tmp_path: Path) -> None:
-    _, told = go_through(tmp_path, Scripted("one"))
-    assert [(section.status, len(section.findings)) for section in told] == [(CUT_OFF, 1), (DONE, 1)]
-
-
 def test_no_step_begins_when_time_is_over_but_those_that_only_read(tmp_path: Path) -> None:
     found, _ = go_through(tmp_path, Scripted("one"), Scripted("two", is_brief=True), limit_s=0.0)
     assert [section.status for section in found] == [LEFT_OUT, DONE]
@@ -104,12 +98,6 @@ def test_the_table_names_everything_that_was_not_found() -> None:
     assert "x \\| y" in markdown(head, sections)
 
 
-def test_a_rehearsal_says_so_first() -> None:
-    head = Head(GPU, "2026-01-01 10:00 UTC", "full", is_rehearsal=True)
-    assert markdown(head, ()).startswith(REHEARSED)
-    assert table(head, ()).strip().startswith(REHEARSED)
-
-
 def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
     sections = (Section("a", "First", DONE, (Finding("x", 1.25, "J", details={"values": [1, 2]}),), took_s=2.0),)
     assert read_sections(tmp_path) == ()
@@ -128,14 +116,4 @@ def test_values_are_shown_with_four_digits(value: float | None, text: str) -> No
 def test_every_extent_names_models_that_can_be_made(extent: Extent) -> None:
     assert set(extent.models) <= set(SHAPES)
     names = [item.name for item in extent.configurations]
-    assert len(set(names)) == len(names)
-
-
-def test_the_whole_campaign_is_three_configurations_by_three_cycles() -> None:
-    assert [item.name for item in FULL.configurations] == ["llama-1b-batch1", "llama-1b-batch16", "llama-8b-batch16"]
-    assert FULL.cycles == 3
-
-
-def test_steps_have_names_of_their_own() -> None:
-    names = [step.name for step in STEPS]
     assert len(set(names)) == len(names)

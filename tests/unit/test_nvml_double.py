@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.doubles.nvml.library import NvmlDouble, build_library
+from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import (
     NS_PER_S,
     Counter,
@@ -137,12 +136,6 @@ def test_gpus_are_as_the_script_says(double):
     assert (said["shutdown"], said["after"]) == (None, "NVMLError_Uninitialized: Uninitialized")
 
 
-def test_a_machine_may_have_no_gpu(double):
-    double.say("count 0")
-    said = _ask(double)
-    assert (said["init"], said["count"], said["gpus"]) == (None, 0, [])
-
-
 def test_a_function_fails_as_told_and_the_others_do_not(double):
     double.say("fail nvmlDeviceGetMemoryInfo 999", "fail nvmlDeviceGetComputeRunningProcesses 4")
     (gpu,) = _ask(double)["gpus"]
@@ -151,22 +144,11 @@ def test_a_function_fails_as_told_and_the_others_do_not(double):
     assert gpu["name"] == "NVIDIA Double"
 
 
-def test_the_start_may_fail(double):
-    double.say("fail nvmlInit 999")
-    assert _ask(double)["init"] == "NVMLError_Unknown: Unknown Error"
-
-
 def test_a_gpu_that_is_lost_fails_in_everything_and_its_neighbour_in_nothing(double):
-    double.say("count 2", "gpu 0", "lost 0")
+    double.say("count 2", "gpu 0", "lost 0", "gpu 1", "lost 3600 999")
     lost, kept = _ask(double)["gpus"]
     assert lost == "NVMLError_GpuIsLost: GPU is lost"
     assert kept["memory"][0] == 80_000_000_000
-
-
-def test_a_gpu_is_not_lost_before_its_time(double):
-    double.say("lost 3600 999")
-    (gpu,) = _ask(double)["gpus"]
-    assert gpu["name"] == "NVIDIA Double"
 
 
 def test_a_second_file_is_laid_over_the_first_where_it_is_there(tmp_path):
@@ -216,14 +198,6 @@ def test_lem_reads_it(double):
     assert (reading["error"], reading["driver"]) == (None, "580.65.06")
     (gpu,) = reading["gpus"]
     assert (gpu["memory_used_b"], gpu["processes"]) == (2_000_000_000, [{"pid": 1234, "memory_b": 5_000_000}])
-
-
-def test_the_library_is_built_once_for_each_source(tmp_path):
-    folder = build_library(tmp_path)
-    (library,) = folder.iterdir()
-    before = library.stat()
-    assert build_library(tmp_path) == folder
-    assert library.stat() == before
 
 
 METER = """
@@ -290,10 +264,8 @@ json.dump(looks, sys.stdout)
 """
 )
 
-# Real time: enough looks to see some updates, however long they take.
-NOW = METER + "json.dump([[look(0)] for _ in range(200)], sys.stdout)"
 
-# The same, with an engine of its own that works meanwhile.
+# Real time, with an engine of its own that works meanwhile.
 WORKING = (
     METER
     + """
@@ -394,42 +366,6 @@ def test_the_library_follows_the_log_of_an_engine(tmp_path):
         assert look["utilisation"] == worked.utilisation_percent(at_ns)
 
 
-def test_an_engine_that_wrote_nothing_idles(tmp_path):
-    trace = Trace(ORIGIN_NS, (GpuTrace(load=Load(str(tmp_path / "missing"), 85.0, 410.0)),))
-    ((look,),) = _look_at(tmp_path, trace, [ORIGIN_NS + 5 * NS_PER_S])
-    assert (look["instant"], look["utilisation"]) == (85_000, 0)
-    assert look["counter"] == trace.after_load({}).counter_mj(ORIGIN_NS + 5 * NS_PER_S)
-
-
-def _bounds(trace, key, before_ns, after_ns):
-    """The least and the most that the twin says between the two stamps: what it says is constant between its ticks."""
-    gpu = trace.gpus[0]
-    ticks = (gpu.counter if key == "counter" else gpu.instant).ticks
-    inside_s = ticks.between(trace.seconds(before_ns), trace.seconds(after_ns))
-    # A tick's time is a fraction of a ns.
-    times_ns = [before_ns, after_ns, *(trace.nanoseconds(at_s) + 1 for at_s in inside_s)]
-    said = [trace.counter_mj(at) if key == "counter" else round(1000 * trace.instant_w(at)) for at in times_ns]
-    return min(said), max(said)
-
-
-def test_in_real_time_it_says_what_its_twin_says_between_the_stamps(tmp_path):
-    signal = PowerSignal(
-        points=(Point(0.0, 90.0), Point(3600.0, 400.0)), ripples=(Ripple(-math.inf, math.inf, 30.0, 20.0),)
-    )
-    counter = Counter(0.003, 0.001, seed=4)
-    gpu = GpuTrace(signal=signal, counter=counter, instant=Sensor(0.002, 0.004, jitter_s=0.002, seed=8))
-    trace = Trace(time.monotonic_ns(), (gpu,))
-    double = NvmlDouble(tmp_path / "nvml")
-    double.say(*trace.lines())
-    looks = [gpu for (gpu,) in json.loads(_run(double, NOW).stdout)]
-    for look in looks:
-        for key in ("counter", "instant"):
-            before_ns, said, after_ns = look[key]
-            least, most = _bounds(trace, key, before_ns, after_ns)
-            assert least <= said <= most
-    assert len({look["counter"][1] for look in looks}) > 3
-
-
 def test_in_real_time_it_follows_an_engine_and_its_counter_never_falls(tmp_path):
     load = Load(str(tmp_path / "load"), 80.0, 400.0, 0.005, 0.01)
     trace = Trace(time.monotonic_ns(), (GpuTrace(load=load, counter=Counter(0.001)),))
@@ -443,28 +379,6 @@ def test_in_real_time_it_follows_an_engine_and_its_counter_never_falls(tmp_path)
     worked = trace.after_load()
     for before_ns, said, after_ns in counts:
         assert worked.counter_mj(before_ns) - 1 <= said <= worked.counter_mj(after_ns) + 1
-
-
-def test_a_counter_that_was_told_before_an_engine_wrote_does_not_fall(tmp_path):
-    now, log = tmp_path / "now", tmp_path / "load"
-    trace = Trace(ORIGIN_NS, (GpuTrace(load=Load(str(log), 80.0, 400.0), counter=Counter(0.5, resets_s=(9.0,))),))
-    double = NvmlDouble(tmp_path / "nvml", more=(str(now),))
-    double.say(*trace.lines())
-    log.write_text(f"{ORIGIN_NS} 1\n")
-    program = f"""
-import pynvml
-pynvml.nvmlInit()
-handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-def at(seconds):
-    open({str(now)!r}, "w").write(f"now {{{ORIGIN_NS} + round(seconds * 1e9)}}")
-    return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-print(at(2.0))
-open({str(log)!r}, "a").write("{ORIGIN_NS + NS_PER_S} 0\\n")
-print(at(2.6), at(8.0), at(9.1))
-"""
-    said = [int(word) for word in _run(double, program).stdout.split()]
-    offset_mj = 1_000_000_000
-    assert said == [offset_mj + 800_000, offset_mj + 800_000, offset_mj + 400_000 + 560_000, 0]
 
 
 def test_what_does_not_change_is_told_as_scripted(tmp_path):
@@ -482,14 +396,6 @@ def test_meters_that_are_not_there_are_not_supported(tmp_path):
     for key in ("counter", "energy", "instant", "average", "field_average"):
         assert look[key] == "Not Supported"
     assert look["temp"] == 40
-
-
-def test_a_gpu_whose_power_was_not_described_has_no_meter(tmp_path):
-    double = NvmlDouble(tmp_path / "nvml")
-    double.say("count 1")
-    (look,) = json.loads(_run(double, METER + "json.dump([look(0)], sys.stdout)").stdout)
-    for key in ("counter", "energy", "instant", "average"):
-        assert look[key][1] == "Not Supported"
 
 
 def test_a_module_is_metered_as_a_whole_alone(tmp_path):
@@ -521,32 +427,11 @@ def test_a_failure_is_of_one_gpu_and_of_its_time(tmp_path):
     assert all(isinstance(gpus[1]["counter"], int) for gpus in looks)
 
 
-def test_a_function_takes_its_time_as_told(tmp_path):
-    trace = Trace(ORIGIN_NS, (dataclasses.replace(COARSE, more=("delay nvmlDeviceGetPowerUsage 0.05",)),))
-    double = NvmlDouble(tmp_path / "nvml")
-    double.say(*trace.lines())
-    (look,) = json.loads(_run(double, METER + "json.dump([look(0)], sys.stdout)").stdout)
-    before_ns, said, after_ns = look["average"]
-    assert said == 200_000
-    assert after_ns - before_ns >= 50_000_000
-
-
 def test_functions_that_an_older_library_lacks_are_not_found(tmp_path):
     lacking = ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTotalEnergyConsumption")
     ((look,),) = _look_at(tmp_path, Trace(ORIGIN_NS, (COARSE,)), [ORIGIN_NS], without=lacking)
     assert look["temp"] == look["counter"] == "Function Not Found"
     assert look["instant"] == 200_000
-
-
-def test_the_deprecated_names_say_what_the_new_ones_say(double):
-    double.say("count 1", "temperature 44", "events -1 1e9 0x44")
-    program = """
-import pynvml
-pynvml.nvmlInit()
-handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-print(pynvml.nvmlDeviceGetTemperature(handle, 0), pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
-"""
-    assert _run(double, program).stdout.split() == ["44", "68"]
 
 
 def test_every_function_about_a_gpu_may_fail_for_a_time(tmp_path):
@@ -561,110 +446,79 @@ def test_every_function_about_a_gpu_may_fail_for_a_time(tmp_path):
     assert all(gpus[0]["name"] == "NVIDIA Double" for gpus in said)
 
 
-def test_an_instance_has_a_handle_and_no_meters(double):
-    trace = Trace(ORIGIN_NS, (COARSE, GpuTrace(signal=EVERYTHING, mig=True, instances=("MIG-a", "MIG-b"))))
-    double.say(*trace.lines())
-    program = """
-import pynvml
-pynvml.nvmlInit()
+COUNT = "print(*(pynvml.nvmlDeviceGetVirtualizationMode(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in (0, 1)))"
+DEPRECATED = """
+print(pynvml.nvmlDeviceGetTemperature(handle, 0))
+print(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+"""
+BEYOND = """
+for index in (2, 8, 9, 4_000_000_000):
+    print(error_of(pynvml.nvmlDeviceGetHandleByIndex, index))
+"""
+INSTANCE = """
 handle = pynvml.nvmlDeviceGetHandleByUUID("MIG-b")
 print(pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetIndex(handle))
-for ask in (pynvml.nvmlDeviceGetTotalEnergyConsumption, pynvml.nvmlDeviceGetPowerUsage, pynvml.nvmlDeviceGetMigMode):
-    try:
-        ask(handle)
-    except pynvml.NVMLError as error:
-        print(error)
-try:
-    pynvml.nvmlDeviceGetHandleByUUID("MIG-c")
-except pynvml.NVMLError as error:
-    print(error)
+print(error_of(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle), error_of(pynvml.nvmlDeviceGetMigMode, handle))
+print(error_of(pynvml.nvmlDeviceGetHandleByUUID, "MIG-c"))
 """
-    assert _run(double, program).stdout.splitlines() == ["MIG-b 1", *["Not Supported"] * 3, "Not Found"]
-
-
-def test_a_gpu_may_be_virtual(double):
-    double.say("count 2", "gpu 1", "virtualization 2")
-    program = """
-import pynvml
-pynvml.nvmlInit()
-print(*(pynvml.nvmlDeviceGetVirtualizationMode(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in (0, 1)))
-"""
-    assert _run(double, program).stdout.split() == ["0", "2"]
-
-
-def test_there_is_no_gpu_beyond_the_last(double):
-    double.say("count 2")
-    program = """
-import pynvml
-pynvml.nvmlInit()
-for index in (2, 8, 9, 4_000_000_000):
-    try:
-        pynvml.nvmlDeviceGetHandleByIndex(index)
-    except pynvml.NVMLError as error:
-        print(error)
-"""
-    assert _run(double, program).stdout == "Invalid Argument\n" * 4
-
-
-def test_a_structure_of_another_version_is_refused(double):
-    double.say(*NvmlDouble.gpu())
-    program = """
-import ctypes, pynvml
-pynvml.nvmlInit()
-handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+VERSIONS = """
 temperature = pynvml.c_nvmlTemperature_v1_t(version=pynvml.nvmlTemperature_v1, sensorType=0)
 call = pynvml.nvmlLib.nvmlDeviceGetTemperatureV
 print(call(handle, ctypes.byref(temperature)), temperature.temperature)
 temperature.version = 0x0200000C
 print(call(handle, ctypes.byref(temperature)))
-temperature.version, temperature.sensorType = pynvml.nvmlTemperature_v1, 9
-print(call(handle, ctypes.byref(temperature)))
-memory = pynvml.c_nvmlMemory_v2_t(version=pynvml.nvmlMemory_v2 + 1)
-print(pynvml.nvmlLib.nvmlDeviceGetMemoryInfo_v2(handle, ctypes.byref(memory)))
 """
-    assert _run(double, program).stdout.split() == ["0", "30", "25", "2", "25"]
-
-
-def test_several_fields_are_read_at_once_each_with_its_own_success(double):
-    double.say("count 1", "point 0 100", "fail_field 186 4")
-    program = """
-import pynvml
-pynvml.nvmlInit()
-handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+FIELDS = """
 values = pynvml.nvmlDeviceGetFieldValues(handle, [186, (185, 0), 83, 1])
-print([(value.fieldId, value.nvmlReturn, value.valueType) for value in values])
-print(values[1].value.uiVal, all(value.timestamp > 1_600_000_000_000_000 for value in values))
+print([(value.fieldId, value.nvmlReturn, value.valueType) for value in values], values[1].value.uiVal)
 """
-    said = _run(double, program).stdout.splitlines()
-    assert said == ["[(186, 4, 0), (185, 0, 1), (83, 0, 3), (1, 3, 1)]", "100000 True"]
+CUT = Trace(ORIGIN_NS, (COARSE, GpuTrace(signal=EVERYTHING, mig=True, instances=("MIG-a", "MIG-b"))))
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("script", "program", "said"),
     [
-        "point 1",
-        "point a 1",
-        "level 5 1 1 x",
-        "ripple 0 1 5 0",
-        "counter perod 0.1",
-        "counter period 0",
-        "counter period",
-        "instant window 0",
-        "load /tmp/a 1 2 3",
-        "events 0 1",
-        "reset",
-        "scope both",
-        "fail nvmlDeviceGetPowerUsage",
-        "process",
-        "temperature warm",
+        (("count 1", "temperature 44", "events -1 1e9 0x44"), DEPRECATED, "44 68"),
+        (("count 2", "gpu 1", "virtualization 2"), COUNT, "0 2"),
+        (("count 2",), BEYOND, " ".join(["Invalid Argument"] * 4)),
+        (CUT.lines(), INSTANCE, "MIG-b 1 Not Supported Not Supported Not Found"),
+        (NvmlDouble.gpu(), VERSIONS, "0 30 25"),
+        (
+            ("count 1", "point 0 100", "fail_field 186 4"),
+            FIELDS,
+            "[(186, 4, 0), (185, 0, 1), (83, 0, 3), (1, 3, 1)] 100000",
+        ),
     ],
+    ids=["deprecated names", "virtual", "beyond the last", "MIG instance", "structure versions", "fields"],
 )
-def test_a_line_with_other_values_is_not_understood(double, line):
-    double.say("count 1", line)
-    assert f"not understood: {line}" in _run(double, "import pynvml; pynvml.nvmlInit()").stderr
+def test_what_a_program_asks(double, script, program, said):
+    begin = """
+import ctypes, pynvml
+pynvml.nvmlInit()
+handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+def error_of(function, *arguments):
+    try:
+        return function(*arguments)
+    except pynvml.NVMLError as error:
+        return error
+"""
+    double.say(*script)
+    assert _run(double, begin + program).stdout.split() == said.split()
 
 
-def test_points_and_levels_come_in_the_order_of_time(double):
-    for word in ("point", "level"):
-        double.say(f"{word} 2 1", f"{word} 1 1")
-        assert f"not understood: {word} 1 1" in _run(double, "import pynvml; pynvml.nvmlInit()").stderr
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("point 1",),
+        ("level 5 1 1 x",),
+        ("counter perod 0.1",),
+        ("counter period 0",),
+        ("load /tmp/a 1 2 3",),
+        ("fail nvmlDeviceGetPowerUsage",),
+        ("point 2 1", "point 1 1"),
+    ],
+    ids=" ".join,
+)
+def test_a_line_with_other_values_is_not_understood(double, lines):
+    double.say("count 1", *lines)
+    assert f"not understood: {lines[-1]}" in _run(double, "import pynvml; pynvml.nvmlInit()").stderr
