@@ -49,22 +49,6 @@ def test_edges_between_two_changes_are_interpolated() -> None:
     assert curve.between_j(between(1.05, 3.55)) == pytest.approx(250 * 2.5, abs=250 * 0.02)
 
 
-def test_interpolation_is_exact_where_the_changes_are_known_exactly() -> None:
-    readings = [RaplReading(0, ns(at_s), round(1e6 * 40 * at_s)) for at_s in range(10)]
-    assert rapl_curve(readings, 0, 10**12, "zone").between_j(between(2.25, 7.75)) == pytest.approx(40 * 5.5)
-
-
-def test_only_the_rows_of_the_gpu_count() -> None:
-    changes = counted(lambda at_s: 100 * at_s, every(0.1, 5)) + counted(lambda at_s: 300 * at_s, every(0.1, 5), gpu=1)
-    assert counter_curve(changes, 1, "counter").mean_power_w(between(1, 4)) == pytest.approx(300, rel=0.01)
-
-
-def test_the_first_row_is_no_change_since_nobody_knows_when_it_came() -> None:
-    changes = [CounterChange(0, ns(5), ns(5), 1000), *counted(lambda at_s: 1 + at_s, every(0.1, 9, 5.05))[1:]]
-    curve = counter_curve(changes, 0, "counter")
-    assert curve.at_ns[0] > ns(5.05)
-
-
 def seen(times_s: Sequence[float], poll_s: float) -> list[CounterChange]:
     """Changes at those times, as polls so far apart see them."""
     polls = [number * poll_s for number in range(int(times_s[-1] / poll_s) + 2)]
@@ -96,12 +80,6 @@ def test_changes_less_regular_than_polls_are_dense_are_placed_no_worse_than_by_t
     assert sum(misplaced_ms(times_s, 0.019)) / len(times_s) < 19 / 2
 
 
-def test_one_update_that_came_late_moves_none_of_the_others_beyond_their_polls() -> None:
-    times_s = every(0.1, 20, 0.0123)
-    late = [at_s + (0.07 if number == 50 else 0) for number, at_s in enumerate(times_s)]
-    assert max(misplaced_ms(late, 0.019)) <= 19
-
-
 def test_updates_about_as_short_as_polls_stay_where_their_polls_saw_them() -> None:
     times_s = every(0.02, 4, 0.0123)
     # Two changes may lie between two polls: the second alone is seen.
@@ -126,11 +104,7 @@ def test_a_counter_reset_in_the_window_gives_no_energy() -> None:
     curve = counter_curve(changes, 0, "the counter")
     with pytest.raises(NotMeasured, match=r"the counter fell from \d+ to \d+ mJ: the driver was reloaded"):
         curve.between_j(between(1, 4))
-
-
-def test_a_counter_reset_before_the_window_does_no_harm() -> None:
-    changes = counted(lambda at_s: 250 * at_s if at_s < 2 else 250 * (at_s - 2), every(0.1, 5, 0.01))
-    assert counter_curve(changes, 0, "the counter").between_j(between(2.5, 4.5)) == pytest.approx(500, rel=0.02)
+    assert curve.between_j(between(2.5, 4.5)) == pytest.approx(500, rel=0.02)
 
 
 def test_a_hole_inside_the_window_does_not_void_a_counter() -> None:
@@ -187,23 +161,12 @@ def test_work_that_ends_unevenly_is_bounded_by_what_the_guard_shows() -> None:
     assert curve.closing_doubt_j(closed_window(1.05, 60.0)) == pytest.approx(96, rel=0.15)
 
 
-def test_a_window_whose_readings_end_with_it_is_seen_from_inside() -> None:
-    curve = counter_curve(counted(stepped_j, every(0.1, 19.99, 0.03)), 0, "c")
-    assert curve.closed_j(closed_window(0.3, 60.0)) == pytest.approx(3000, rel=0.002)
-
-
 def test_a_warmup_that_relaxes_in_the_guard_is_not_taken_for_rest() -> None:
     def after_warmup_j(at_s: float) -> float:
         return stepped_j(at_s) + 30 * min(1.0, max(0.0, (at_s - 9.8) / 0.05))
 
     curve = counter_curve(counted(after_warmup_j, every(0.1, 25, 0.009)), 0, "c")
     assert curve.closed_j(closed_window(0.3, 60.0)) == pytest.approx(3000, rel=0.003)
-
-
-def test_a_reset_in_a_guard_voids_the_closed_window() -> None:
-    changes = counted(lambda at_s: stepped_j(at_s) - (3600 if at_s > 20 else 0), every(0.1, 25, 0.03))
-    with pytest.raises(NotMeasured, match="reloaded"):
-        counter_curve(changes, 0, "c").closed_j(closed_window(0.25, 60.0))
 
 
 def samples(times_s: Sequence[float], power_w: Callable[[float], float | None]) -> list[GpuSample]:
@@ -216,22 +179,14 @@ def test_integrated_power_is_a_sum_of_trapezoids() -> None:
 
 
 def test_a_hole_of_more_than_three_periods_voids_integrated_power() -> None:
-    rows = samples([at_s for at_s in every(0.1, 9) if not 4.05 < at_s < 4.45], lambda _: 100.0)
+    # What could not be read is a hole and not zero; three periods without a sample are none.
+    rows = samples(
+        [at_s for at_s in every(0.1, 9) if not 5.05 < at_s < 5.25], lambda s: None if 4.05 < s < 4.45 else 100.0
+    )
     curve = power_curve(rows, 0, 0.1, "power of GPU-1")
     with pytest.raises(NotMeasured, match=r"power of GPU-1 was not read for 0\.50 s, more than 3 periods of 0\.1 s"):
         curve.between_j(between(1, 8))
     assert curve.between_j(between(5, 8)) == pytest.approx(300)
-
-
-def test_a_hole_of_three_periods_does_not() -> None:
-    rows = samples([0.0, 0.1, 0.2, 0.45, 0.55], lambda _: 100.0)
-    assert power_curve(rows, 0, 0.1, "p").between_j(between(0, 0.5)) == pytest.approx(50)
-
-
-def test_power_that_could_not_be_read_is_a_hole_and_not_zero() -> None:
-    rows = samples(every(0.1, 9), lambda at_s: None if 4 < at_s < 5 else 100.0)
-    with pytest.raises(NotMeasured, match="not read"):
-        power_curve(rows, 0, 0.1, "p").between_j(between(1, 8))
 
 
 def test_a_sensor_that_averages_over_a_second_loses_nothing_with_a_guard_that_is_long_enough() -> None:

@@ -62,13 +62,10 @@ def test_net_is_gross_less_the_loaded_idle_by_the_same_meter() -> None:
     energy = gpu_attempt().measured().energy
     assert energy.gpu_energy_j is not None
     assert energy.gpu_energy_net_j == pytest.approx(energy.gpu_energy_j - 10 * IDLE_W, rel=0.003)
-
-
-def test_net_without_a_power_at_rest_is_null_with_a_reason() -> None:
-    energy = gpu_attempt().without(names.IDLE_LOADED).measured().energy
-    assert energy.gpu_energy_j == pytest.approx(WINDOW_J, rel=0.002)
-    assert energy.gpu_energy_net_j is None
-    assert energy.null_reasons["gpu_energy_net_j"].code == "rest_not_measured"
+    without = gpu_attempt().without(names.IDLE_LOADED).measured().energy
+    assert without.gpu_energy_j == pytest.approx(WINDOW_J, rel=0.002)
+    assert without.gpu_energy_net_j is None
+    assert without.null_reasons["gpu_energy_net_j"].code == "rest_not_measured"
 
 
 def test_a_steady_window_is_cut_out_of_the_load() -> None:
@@ -80,13 +77,9 @@ def test_load_and_warmup_have_energies_of_their_own() -> None:
     energy = gpu_attempt().measured().energy
     assert energy.load_energy_j == pytest.approx(3 * LOADING_W, rel=0.03)
     assert energy.warmup_energy_j == pytest.approx(2 * LOAD_W, rel=0.03)
-
-
-def test_what_did_not_happen_is_null_with_a_reason() -> None:
-    energy = gpu_attempt().without(names.LOAD, names.WARMUP).measured().energy
-    assert (energy.load_energy_j, energy.warmup_energy_j) == (None, None)
-    assert energy.null_reasons["load_energy_j"].code == "nothing_loaded"
-    assert energy.null_reasons["warmup_energy_j"].code == "no_warmup"
+    neither = gpu_attempt().without(names.LOAD, names.WARMUP).measured().energy
+    assert neither.null_reasons["load_energy_j"].code == "nothing_loaded"
+    assert neither.null_reasons["warmup_energy_j"].code == "no_warmup"
 
 
 def assert_nulls_have_reasons(found: EnergyFindings) -> None:
@@ -95,12 +88,6 @@ def assert_nulls_have_reasons(found: EnergyFindings) -> None:
         fields = [item.name for item in dataclasses.fields(section) if item.name != "null_reasons"]
         assert set(section.null_reasons) == {name for name in fields if getattr(section, name) is None}
         assert all(section.null_reasons.values())
-
-
-def test_every_null_has_a_reason() -> None:
-    attempts = [gpu_attempt(), gpu_attempt().without(*{mark.name for mark in gpu_attempt().marks}), cpu_attempt()]
-    for attempt in attempts:
-        assert_nulls_have_reasons(attempt.measured())
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -157,21 +144,15 @@ def test_the_sum_is_null_as_soon_as_one_was_not_read() -> None:
 
 def test_a_counter_that_is_lost_in_the_window_says_why() -> None:
     attempt = gpu_attempt()
-    counters = tuple(row for row in attempt.log.counters if row.at_ns < at(20))
+    rows = {
+        name: tuple(row for row in getattr(attempt.log, name) if row.at_ns < at(20)) for name in ("counters", "samples")
+    }
     errors = (MeterError(at(20), "gpu0.counter", "GPU is lost"),)
-    found = attempt.with_log(counters=counters, errors=errors).measured()
-    assert found.energy.primary_j.null_reason is not None
-    assert found.energy.primary_j.null_reason.text.endswith("s too early (GPU is lost)")
+    found = attempt.with_log(counters=rows["counters"], errors=errors).measured()
+    assert str(found.energy.primary_j.null_reason).endswith("s too early (GPU is lost)")
     assert found.warnings == (Reason.of("meter_failed", meter="counter of GPU 0", error="GPU is lost"),)
-
-
-def test_a_sampler_that_ends_in_the_window_is_the_reason() -> None:
-    attempt = gpu_attempt()
-    ended_ns = at(20)
-    log = attempt.log
-    rows = {name: tuple(row for row in getattr(log, name) if row.at_ns < ended_ns) for name in ("counters", "samples")}
-    found = attempt.with_log(**rows).measured()
-    assert str(found.energy.primary_j.null_reason).endswith("s too early; the sampler had ended, or hung")
+    ended = attempt.with_log(**rows).measured()
+    assert str(ended.energy.primary_j.null_reason).endswith("s too early; the sampler had ended, or hung")
 
 
 def test_a_gpu_the_sampler_does_not_see_stands_in_the_record() -> None:
@@ -240,15 +221,11 @@ def test_a_slowdown_in_the_window_makes_it_invalid(bit: int, name: str) -> None:
     assert gpu.throttle_thermal_s == pytest.approx(1.0 if bit in (0x20, 0x40) else 0.0, abs=0.11)
 
 
-def test_a_slowdown_before_or_after_the_window_does_not() -> None:
-    found = gpu_attempt(events=(Events(12.0, 14.9, 0x40), Events(25.1, 30.0, 0x8))).measured()
-    assert found.invalid_reasons == ()
-    assert found.gpus[0].event_reasons_mask == 0
-
-
-def test_the_software_power_cap_is_normal_and_its_time_is_told() -> None:
-    found = gpu_attempt(events=(Events(16.0, 20.0, 0x4),)).measured()
+def test_clock_events_that_leave_the_window_valid() -> None:
+    before_and_after, cap = (Events(12.0, 14.9, 0x40), Events(25.1, 30.0, 0x8)), Events(16.0, 20.0, 0x4)
+    found = gpu_attempt(events=(*before_and_after, cap)).measured()
     assert (found.invalid_reasons, found.warnings) == ((), ())
+    assert found.gpus[0].event_reasons_mask == 0x4
     assert found.gpus[0].throttle_power_s == pytest.approx(4.0, abs=0.11)
 
 
@@ -267,17 +244,10 @@ def test_a_process_that_is_there_all_along_is_foreign_once_the_own_ones_are_know
     assert attempt.measured().invalid_reasons == ()
     assert attempt.measured(own_pids={100, 4711}).invalid_reasons == ()
     assert attempt.measured(own_pids={100}).invalid_reasons[0].data["pids"] == "4711"
-
-
-def test_a_process_that_is_gone_before_the_window_does_not_matter() -> None:
-    attempt = gpu_attempt(processes=(GpuProcess(100), GpuProcess(4711, to_s=13.0), GpuProcess(4712, from_s=26.0)))
-    assert attempt.measured(own_pids={100}).invalid_reasons == ()
-
-
-def test_an_own_process_that_is_seen_again_in_the_window_is_not_foreign() -> None:
-    attempt = gpu_attempt()
-    rows = (ProcessesSeen(0, at(1), (100,)), ProcessesSeen(0, at(20), (100,)))
-    assert attempt.with_log(processes=rows).measured().invalid_reasons == ()
+    gone = gpu_attempt(processes=(GpuProcess(100), GpuProcess(4711, to_s=13.0), GpuProcess(4712, from_s=26.0)))
+    assert gone.measured(own_pids={100}).invalid_reasons == ()
+    again = (ProcessesSeen(0, at(1), (100,)), ProcessesSeen(0, at(20), (100,)))
+    assert attempt.with_log(processes=again).measured().invalid_reasons == ()
 
 
 # Resets, limits, MIG, scope
@@ -296,9 +266,6 @@ def test_energy_beyond_the_power_limit_is_null_with_the_sum() -> None:
     assert found.gpus[0].energy_j is None
     assert "1.2 x 200 W x 10.000 s" in found.energy.null_reasons["gpu_energy_j"].text
     assert found.gpus[0].power_mean_w == pytest.approx(LOAD_W, rel=0.02)
-
-
-def test_energy_up_to_a_fifth_beyond_the_limit_is_believed() -> None:
     assert gpu_attempt().with_gpu_header(power_limit_w=251.0).measured().energy.primary_j.value is not None
 
 
@@ -410,23 +377,20 @@ def test_an_end_that_looks_otherwise_from_inside_than_from_outside_is_a_warning(
 def test_a_warning_names_the_gpu_by_the_index_of_nvml_and_not_by_its_place() -> None:
     attempt = gpu_attempt(2).with_gpu_header(0, index=3).with_gpu_header(1, index=None)
     meters = ("gpu0.power", "gpu1.power", "gpu10.power", "rapl.package-0")
-    found = attempt.with_log(errors=tuple(MeterError(at(20), meter, "Unknown Error") for meter in meters)).measured()
+    errors = (
+        MeterError(at(1), "gpu0.power", "early"),
+        *(MeterError(at(20), meter, "Unknown Error") for meter in meters),
+    )
+    found = attempt.with_log(errors=errors).measured()
     names = ("power of GPU 3", f"power of {attempt.uuids[1]}", "gpu10.power", "rapl.package-0")
     assert found.warnings == tuple(Reason.of("meter_failed", meter=name, error="Unknown Error") for name in names)
-
-
-def test_a_meter_that_failed_in_the_window_is_a_warning() -> None:
-    errors = (MeterError(at(1), "gpu0.power", "early"), MeterError(at(20), "gpu0.power", "Unknown Error"))
-    assert gpu_attempt().with_log(errors=errors).measured().warnings == (
-        Reason.of("meter_failed", meter="power of GPU 0", error="Unknown Error"),
-    )
 
 
 # Power at rest
 
 
 def test_power_at_rest_is_read_where_it_is_marked() -> None:
-    idle = gpu_attempt().measured().idle
+    idle = gpu_attempt().measured(baselines=Baselines(1.0, 1.0, 900.0)).idle
     assert idle.idle_bare_power_w == pytest.approx(BARE_W, rel=0.01)
     assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.01)
     assert idle.idle_loaded_post_power_w == pytest.approx(IDLE_W, rel=0.01)
@@ -440,12 +404,6 @@ def test_a_baseline_from_before_stands_where_nothing_is_marked() -> None:
     assert found.idle.idle_bare_power_w == 121.0
     assert (found.idle.idle_loaded_power_w, found.idle.baseline_age_s) == (141.0, 900.0)
     assert found.energy.gpu_energy_net_j == pytest.approx(found.energy.gpu_energy_j - 1410)
-
-
-def test_a_mark_comes_before_a_baseline_from_before() -> None:
-    idle = gpu_attempt().measured(baselines=Baselines(1.0, 1.0, 900.0)).idle
-    assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.01)
-    assert idle.baseline_age_s == 0.0
 
 
 @pytest.mark.parametrize(
@@ -484,6 +442,7 @@ def test_halves_of_a_closed_window_are_whole_passes() -> None:
     # Three passes: the middle one, in which power rose, belongs to neither half; the outer ones still differ.
     assert attempt.measured(window_repeats=3).power_steady is False
     assert attempt.measured(window_repeats=1).power_steady is None
+    assert gpu_attempt(counter=Counter(period_s=1.0)).measured().power_steady is None  # too coarse
 
 
 def test_the_middle_one_of_three_passes_is_not_compared() -> None:
@@ -491,11 +450,6 @@ def test_the_middle_one_of_three_passes_is_not_compared() -> None:
     attempt = gpu_attempt(levels=sorted(bump, key=lambda level: level.at_s))
     assert attempt.measured(window_repeats=3).power_steady is True
     assert attempt.measured(window_repeats=2).power_steady is False
-
-
-def test_a_meter_too_coarse_for_halves_compares_none() -> None:
-    found = gpu_attempt(counter=Counter(period_s=1.0)).measured()
-    assert found.power_steady is None
 
 
 def test_rapl_read_once_a_second_is_enough_to_compare_halves() -> None:
@@ -514,13 +468,10 @@ def test_prefill_is_differenced_from_the_whole() -> None:
     assert energy.decode_energy_j == pytest.approx(energy.gpu_energy_j - energy.prefill_energy_j)
     assert energy.phase_method is not None
     assert "1 pass of prefill alone" in energy.phase_method
-
-
-def test_each_pass_of_prefill_alone_has_a_mark() -> None:
     attempt = gpu_attempt(has_prefill=True).without(names.PREFILL)
     halves = (Mark(names.PREFILL, at(27), at(27.5)), Mark(names.PREFILL, at(27.5), at(28)))
-    energy = dataclasses.replace(attempt, marks=attempt.marks + halves).measured(window_repeats=4).energy
-    assert energy.prefill_energy_j == pytest.approx(2 * PREFILL_W, rel=0.02)
+    twice = dataclasses.replace(attempt, marks=attempt.marks + halves).measured(window_repeats=4).energy
+    assert twice.prefill_energy_j == pytest.approx(2 * PREFILL_W, rel=0.02)
 
 
 def phases_null_reason(attempt: Attempt, **arguments: Any) -> Reason:
@@ -558,12 +509,6 @@ def test_on_a_cpu_packages_and_memory_are_summed() -> None:
     assert found.energy.null_reasons["gpu_energy_j"].code == "on_cpu"
 
 
-def test_rapl_that_wraps_in_the_window_is_no_loss() -> None:
-    max_uj = 65_532_610_987
-    found = cpu_attempt(package(max_uj=max_uj, begins_uj=max_uj - 1_200_000_000)).measured()
-    assert found.energy.primary_j.value == pytest.approx(1400, rel=0.001)
-
-
 def test_packages_that_were_not_all_read_are_not_summed() -> None:
     attempt = cpu_attempt(package(0), package(1))
     rows = tuple(row for row in attempt.log.rapl if row.zone == 0)
@@ -597,14 +542,11 @@ def plug(power_w: float, begin_s: float = 0.0, end_s: float = 34.0) -> ExternalR
     return ExternalReadings("plug.csv", tuple(times), (power_w,) * len(times))
 
 
-def test_the_users_own_meter_stands_beside_the_gpus() -> None:
-    found = gpu_attempt().measured(options={"measurement": {"external_csv": "plug.csv"}}, external=plug(500))
-    assert found.energy.external_energy_j == pytest.approx(5000)
-    assert found.energy.energy_source == "nvml_counter"
-
-
 def test_the_users_own_meter_counts_where_nothing_else_does() -> None:
     options = {"measurement": {"external_csv": "plug.csv"}}
+    beside = gpu_attempt().measured(options=options, external=plug(500)).energy
+    assert beside.external_energy_j == pytest.approx(5000)
+    assert beside.energy_source == "nvml_counter"
     found = cpu_attempt().measured(options=options, external=plug(500))
     assert found.energy.primary_j.value == pytest.approx(5000)
     assert found.energy.energy_scope == "machine"
@@ -612,13 +554,6 @@ def test_the_users_own_meter_counts_where_nothing_else_does() -> None:
     assert missing.energy.primary_j.value is None
     assert missing.energy.primary_j.null_reason is not None
     assert missing.energy.primary_j.null_reason.code == "external_short"
-
-
-def test_energy_that_is_not_wanted_is_null_and_the_gpu_is_still_described() -> None:
-    found = gpu_attempt().measured(options={"measurement": {"energy": "none"}})
-    assert found.energy.null_reasons["gpu_energy_j"] == Reason.of("energy_off")
-    assert found.gpus[0].temp_max_c == 40.0
-    assert found.energy.primary_j.null_reason == Reason.of("energy_off")
 
 
 # Quotients
@@ -643,12 +578,8 @@ def test_a_zero_denominator_is_null() -> None:
     assert found.energy_per_request_j is None
     assert found.null_reasons["energy_per_output_tok_j"] == Reason.of("no_work", what="output tokens")
     assert found.output_tok_per_j == 0.0
-
-
-def test_without_energy_there_is_no_efficiency() -> None:
-    found = efficiency_of(Measured(None, LOST), work())
-    assert set(found.null_reasons.values()) == {LOST}
-    assert len(found.null_reasons) == 4
+    without = efficiency_of(Measured(None, LOST), work())
+    assert (set(without.null_reasons.values()), len(without.null_reasons)) == ({LOST}, 4)
 
 
 def carbon(primary_j: float | None, **measurement: float) -> Any:

@@ -59,10 +59,8 @@ def changes_of(log: SampleLog, place: int) -> list[tuple[int, int]]:
     return [(row.at_ns, row.energy_mj) for row in log.counters if row.gpu == place]
 
 
-@pytest.mark.parametrize("places", [(1, 0), (2, 3)])
-def test_gpus_keep_their_own_label_in_whatever_order_they_are_sampled(
-    double: NvmlDouble, places: tuple[int, ...]
-) -> None:
+def test_gpus_keep_their_own_label_in_whatever_order_they_are_sampled(double: NvmlDouble) -> None:
+    places = (2, 0)
     gpus = tuple(GpuTrace(uuid=f"GPU-{index}", temp_c=40 + index) for index in range(4))
     log = sample(double, Trace(time.monotonic_ns(), gpus), places=places)
     assert [gpu.label for gpu in log.header.gpus] == [f"GPU {index}" for index in places]
@@ -111,11 +109,8 @@ def test_every_row_is_what_the_gpu_did_at_that_time(double: NvmlDouble) -> None:
     ("gpu", "more", "found", "words"),
     [
         (GpuTrace(), (), ("gpu", "instant", True), ""),
-        (GpuTrace(counter=None), (), ("gpu", "instant", False), "does not support it"),
-        (GpuTrace(instant=None), (), ("gpu", "average", True), ""),
         (GpuTrace(scope="module"), (), ("module", "instant", True), ""),
         (GpuTrace(mig=True), (), ("gpu", None, False), "whole board"),
-        (GpuTrace(), ("fail nvmlDeviceGetTotalEnergyConsumption 4",), ("gpu", "instant", False), "run lem as root"),
         (GpuTrace(), ("fail nvmlDeviceGetFieldValues 13",), ("gpu", "average", True), ""),
         (GpuTrace(), ("lost 0",), ("gpu", None, False), "dmesg"),
     ],

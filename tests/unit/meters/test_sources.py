@@ -35,122 +35,68 @@ def choose(found: SampleHeader, *uuids: str, foreign: Any = None, **options: Any
     return choose_sources(config(**options), found, uuids, is_cpu=not uuids, foreign=foreign)
 
 
-def test_the_counter_comes_first() -> None:
-    sources = choose(header(gpu(), zones=(PACKAGE, DRAM)), "GPU-0")
-    assert (sources.gpu_method, sources.primary, sources.scope) == (COUNTER, COUNTER, "gpu")
-    assert (sources.cpu_method, sources.reasons) == (
-        RAPL,
-        {"external": Reason.of("option_not_given", option="measurement.external_csv")},
-    )
+def deaf(place: int = 0) -> GpuHeader:
+    return gpu(place, counter_error="No Permission", power_error="No Permission", power_source=None)
+
+
+OWN, ESTIMATE, FOREIGN = {"external_csv": "plug.csv"}, {"energy": "tdp_estimate"}, {"GPU-0": (4711,), "GPU-1": (1,)}
+NO_COUNTER = gpu(counter_error="Not Supported")
 
 
 @pytest.mark.parametrize(
-    ("power_source", "method"),
-    [("instant", INSTANT_POWER), ("average", AVERAGE_POWER), (None, None)],
+    ("found", "uuids", "measurement", "primary", "scope", "why"),
+    [
+        (header(gpu(), zones=(PACKAGE, DRAM)), "0", {}, COUNTER, "gpu", None),
+        (header(gpu(energy_scope="module")), "0", {}, COUNTER, "module", None),
+        (header(gpu(0), gpu(1, counter_error="lost")), "0", {}, COUNTER, "gpu", None),  # another GPU of the host
+        (header(gpu()), "0", OWN, COUNTER, "gpu", None),
+        (header(NO_COUNTER), "0", {}, INSTANT_POWER, "gpu", None),
+        (header(gpu(0), gpu(1, counter_error="Not Supported")), "10", {}, INSTANT_POWER, "gpu", None),
+        (header(gpu(counter_error="x", power_source="average")), "0", {}, AVERAGE_POWER, "gpu", None),
+        (header(gpu(counter_error="x", power_source=None)), "0", {}, None, None, "gpu_unreadable"),
+        (header(gpu(0), deaf(1)), "01", {}, None, None, "gpu_unreadable"),
+        (header(deaf(), zones=(PACKAGE,)), "0", {}, None, None, "gpu_unreadable"),  # RAPL never stands for a GPU
+        (header(gpu(0), gpu_error="nvml: no permission"), "9", {}, None, None, "meter_unreadable"),
+        (header(gpu(mig_mode=True)), "0", {}, None, None, "mig_board"),
+        (header(gpu(mig_mode=True)), "77", {}, None, None, "mig_instance"),
+        (header(gpu(), zones=(PACKAGE,)), "0", {"energy": "none"}, None, None, "energy_off"),
+        (header(zones=(PACKAGE, CORE)), "", {}, RAPL, "cpu_package", "on_cpu"),
+        (header(gpu(), zones=(PACKAGE,)), "0", {"energy": "rapl"}, RAPL, "cpu_package", "other_meter_set"),
+        (header(), "", {}, None, None, "on_cpu"),
+        (header(), "", OWN, EXTERNAL, "machine", "on_cpu"),
+        (header(cpu_tdp_w=205.0), "", {}, None, None, "on_cpu"),
+        (header(cpu_tdp_w=205.0), "", ESTIMATE, TDP_ESTIMATE, "cpu_package", "on_cpu"),
+    ],
 )
-def test_integrated_power_is_the_named_fallback(power_source: str | None, method: str | None) -> None:
-    sources = choose(header(gpu(counter_error="Not Supported", power_source=power_source)), "GPU-0")
-    assert (sources.gpu_method, sources.primary) == (method, method)
-    assert (sources.reasons.get("gpu") is None) == (method is not None)
+def test_which_meter_counts(
+    found: SampleHeader, uuids: str, measurement: Any, primary: Any, scope: str | None, why: str | None
+) -> None:
+    names = ("GPU-77",) if uuids == "77" else tuple(f"GPU-{place}" for place in uuids)
+    sources = choose(found, *names, measurement=measurement)
+    assert (sources.primary, sources.scope) == (primary, scope)
+    assert (sources.reasons["gpu"].code if "gpu" in sources.reasons else None) == why
+    assert sources.missing_uuids == (names if why in ("meter_unreadable", "mig_instance") else ())
+    if primary is None:
+        assert sources.reasons["primary"] == sources.reasons["gpu" if names else "cpu"]
+    assert sources.is_external == ("external_csv" in measurement)
 
 
-def test_every_gpu_is_read_in_the_same_way() -> None:
-    sources = choose(header(gpu(0), gpu(1, counter_error="Not Supported")), "GPU-1", "GPU-0")
-    assert (sources.gpu_method, sources.gpus) == (INSTANT_POWER, (1, 0))
-
-
-def test_one_gpu_that_cannot_be_read_leaves_all_without_energy() -> None:
-    deaf = gpu(1, counter_error="Unknown Error", power_error="Unknown Error", power_source=None)
-    sources = choose(header(gpu(0), deaf), "GPU-0", "GPU-1")
-    assert sources.gpu_method is None
-    assert sources.reasons["gpu"] == sources.reasons["primary"]
-    assert "GPU-1: Unknown Error" in sources.reasons["gpu"].text
-
-
-def test_another_gpu_of_the_host_that_cannot_be_read_does_not_matter() -> None:
-    assert choose(header(gpu(0), gpu(1, counter_error="lost")), "GPU-0").gpu_method == COUNTER
-
-
-def test_a_gpu_that_the_sampler_does_not_see_is_named() -> None:
-    sources = choose(header(gpu(0), gpu_error="nvml: no permission"), "GPU-9")
-    assert sources.missing_uuids == ("GPU-9",)
-    assert sources.reasons["gpu"] == Reason.of("meter_unreadable", what="GPU-9", error="nvml: no permission")
-
-
-def test_a_mig_instance_has_no_energy_since_the_counter_is_the_boards() -> None:
-    sources = choose(header(gpu(mig_mode=True)), "GPU-0")
-    assert sources.gpu_method is None
-    assert sources.reasons["gpu"].code == "mig_board"
-
-
-def test_a_mig_instance_that_cuda_calls_by_its_own_name_is_known_by_the_board_that_is_cut() -> None:
-    sources = choose(header(gpu(mig_mode=True)), "GPU-77")
-    assert (sources.reasons["gpu"].code, sources.reasons["gpu"].data["missing"]) == ("mig_instance", "GPU-77")
-
-
-def test_a_foreign_process_leaves_no_energy() -> None:
-    sources = choose(header(gpu()), "GPU-0", foreign={"GPU-0": (4711,), "GPU-1": (1,)})
-    assert sources.primary is None
-    assert sources.reasons["gpu"].data["pids"] == "4711"
+def test_reasons_name_what_is_in_the_way() -> None:
+    sources = choose(header(gpu()), "GPU-0", foreign=FOREIGN)
+    assert (sources.primary, sources.reasons["gpu"].data["pids"]) == (None, "4711")
     assert choose(header(gpu()), "GPU-0", foreign={"GPU-1": (1,)}).primary == COUNTER
-
-
-def test_the_scope_of_a_module_is_told() -> None:
-    assert choose(header(gpu(energy_scope="module")), "GPU-0").scope == "module"
-
-
-def test_on_a_cpu_rapl_counts() -> None:
-    sources = choose(header(zones=(PACKAGE, CORE)))
-    assert (sources.primary, sources.scope) == (RAPL, "cpu_package")
-    assert (sources.reasons["gpu"].code, sources.reasons["dram"].code) == ("on_cpu", "no_dram")
-
-
-def test_a_cpu_without_rapl_has_no_energy_and_the_remedy_is_the_reason() -> None:
-    sources = choose(header())
-    assert sources.primary is None
-    assert {sources.reasons[name] for name in ("cpu", "dram", "primary")} == {
-        Reason.of("sampler_reports", error=NO_RIGHTS)
-    }
-
-
-def test_rapl_never_stands_for_a_gpu_that_cannot_be_read() -> None:
-    deaf = gpu(counter_error="Not Supported", power_error="Not Supported", power_source=None)
-    sources = choose(header(deaf, zones=(PACKAGE,)), "GPU-0")
-    assert (sources.cpu_method, sources.primary) == (RAPL, None)
-
-
-def test_the_estimate_is_made_only_when_asked_for() -> None:
-    found = header(cpu_tdp_w=205.0)
-    assert choose(found).primary is None
-    sources = choose(found, measurement={"energy": "tdp_estimate"})
-    assert (sources.primary, sources.cpu_tdp_w) == (TDP_ESTIMATE, 205.0)
-    given = choose(found, measurement={"energy": "tdp_estimate", "cpu_tdp_w": 280})
-    assert given.cpu_tdp_w == 280.0
-
-
-def test_the_users_own_meter_counts_only_where_nothing_else_does() -> None:
-    own = {"external_csv": "plug.csv"}
-    assert choose(header(), measurement=own).primary == EXTERNAL
-    assert choose(header(), measurement=own).scope == "machine"
-    beside = choose(header(gpu()), "GPU-0", measurement=own)
-    assert (beside.primary, beside.is_external) == (COUNTER, True)
-
-
-def test_energy_that_is_not_wanted_is_not_measured() -> None:
-    sources = choose(header(gpu(), zones=(PACKAGE,)), "GPU-0", measurement={"energy": "none"})
-    assert (sources.gpu_method, sources.cpu_method, sources.primary) == (None, None, None)
-    assert {sources.reasons[name].code for name in ("gpu", "cpu", "dram", "primary")} == {"energy_off"}
-
-
-DEAF = gpu(counter_error="No Permission", power_error="No Permission", power_source=None)
+    assert choose(header()).reasons["cpu"] == Reason.of("sampler_reports", error=NO_RIGHTS)
+    assert choose(header(zones=(PACKAGE,))).reasons["dram"].code == "no_dram"
+    estimated = choose(header(cpu_tdp_w=205.0), measurement={**ESTIMATE, "cpu_tdp_w": 280})
+    assert (estimated.cpu_tdp_w, estimated.reasons["dram"].code) == (280.0, "dram_not_estimated")
 
 
 @pytest.mark.parametrize(
     ("found", "uuids", "options", "said"),
     [
         (header(zones=(PACKAGE,)), (), {"energy": "nvml"}, "nvml: the experiment runs on the CPU"),
-        (header(DEAF), ("GPU-0",), {"energy": "nvml"}, "No Permission"),
-        (header(gpu(counter_error="Not Supported")), ("GPU-0",), {"energy": "nvml"}, "Not Supported"),
+        (header(deaf()), ("GPU-0",), {"energy": "nvml"}, "No Permission"),
+        (header(NO_COUNTER), ("GPU-0",), {"energy": "nvml"}, "Not Supported"),
         (header(gpu(mig_mode=True)), ("GPU-0",), {"energy": "nvml"}, "MIG"),
         (header(gpu()), ("GPU-0",), {"energy": "rapl"}, NO_RIGHTS),
         (header(), (), {"energy": "rapl"}, NO_RIGHTS),
@@ -167,11 +113,8 @@ def test_a_demand_that_cannot_be_met_is_refused_for_good(
     assert said in caught.value.message
     assert (caught.value.kind, caught.value.is_permanent) == ("meter", True)
     assert caught.value.hint
-
-
-def test_a_foreign_process_is_refused_where_energy_was_demanded() -> None:
     with pytest.raises(MeterRefused, match="process 4711"):
-        choose(header(gpu()), "GPU-0", foreign={"GPU-0": (4711,)}, measurement={"energy": "nvml"})
+        choose(header(gpu()), "GPU-0", foreign=FOREIGN, measurement={"energy": "nvml"})
 
 
 def test_a_baseline_that_nothing_can_measure_is_refused() -> None:
@@ -181,10 +124,10 @@ def test_a_baseline_that_nothing_can_measure_is_refused() -> None:
 
 
 def test_guards_outlast_the_lag_of_a_power_sensor() -> None:
-    deaf: dict[str, Any] = {"counter_error": "Not Supported"}
     assert choose(header(gpu()), "GPU-0").least_guard_s == 0.0
-    assert choose(header(gpu(**deaf)), "GPU-0").least_guard_s == pytest.approx(0.4)
-    assert choose(header(gpu(**deaf, power_source="average")), "GPU-0").least_guard_s == pytest.approx(1.3)
+    assert choose(header(NO_COUNTER), "GPU-0").least_guard_s == pytest.approx(0.4)
+    average = dataclasses.replace(NO_COUNTER, power_source="average")
+    assert choose(header(average), "GPU-0").least_guard_s == pytest.approx(1.3)
 
 
 COUNT, USAGE = "nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage"
@@ -216,12 +159,6 @@ def test_the_update_period_is_that_of_the_counter(period_s: float) -> None:
     assert gpu.describe()[0] == f"energy counter, updated every {(gpu.counter_update_period_s or 0) * 1e3:.0f} ms"
 
 
-def test_looking_ends_when_enough_was_seen_of_every_counter() -> None:
-    clock = FakeClock(now_ns=0)
-    find(counting(clock, {"GPU-a": 0.02, "GPU-b": 0.1}), clock, probe_s=60.0, enough=10)
-    assert 1.0 <= clock.now_ns / NS_PER_S < 1.2
-
-
 def test_a_counter_that_stands_still_is_told_and_not_waited_for_without_end() -> None:
     clock = FakeClock(now_ns=0)
     nvml = counting(clock, {"GPU-a": 0.1, "GPU-b": 1000.0})
@@ -230,6 +167,9 @@ def test_a_counter_that_stands_still_is_told_and_not_waited_for_without_end() ->
     assert second.counter_update_period_s is None
     assert second.describe()[0] == "energy counter; it changed fewer than three times in 3.0 s"
     assert clock.now_ns < 3.1 * NS_PER_S
+    clock.now_ns = 0
+    find(counting(clock, {"GPU-a": 0.02, "GPU-b": 0.1}), clock, probe_s=60.0, enough=10)
+    assert 1.0 <= clock.now_ns / NS_PER_S < 1.2  # enough was seen of both
 
 
 def test_without_a_probe_nobody_waits() -> None:
@@ -268,11 +208,8 @@ def test_a_module_and_lacking_persistence_are_told() -> None:
 
 def test_a_gpu_that_does_not_answer_is_listed_in_its_place() -> None:
     found = find(FakeNvml(uuids=("GPU-a", "GPU-b", "GPU-c"), lost={"GPU-b": 15}))
-    assert [(gpu.meter.index, gpu.source) for gpu in found.gpus] == [
-        (0, "nvml_counter"),
-        (1, None),
-        (2, "nvml_counter"),
-    ]
+    assert [gpu.meter.index for gpu in found.gpus] == [0, 1, 2]
+    assert [gpu.source for gpu in found.gpus] == ["nvml_counter", None, "nvml_counter"]
     assert "dmesg" in found.gpus[1].describe()[0]
 
 
@@ -294,11 +231,3 @@ def test_the_cpu_is_looked_at_without_a_gpu(tmp_path: Path) -> None:
     assert cpu.zones[:2] == ("package-0", "package-0/core")
     assert cpu.missing == ("psys: No such file or directory",)
     assert (cpu.rapl_error, cpu.tdp_w) == (None, 410.0)
-
-
-def test_the_document_has_a_source_for_each_gpu() -> None:
-    document = find(FakeNvml()).to_dict()
-    assert document["gpu_error"] is None
-    (gpu,) = document["gpus"]
-    assert (gpu["uuid"], gpu["energy_source"], gpu["counter_update_period_s"]) == ("GPU-a", "nvml_counter", None)
-    assert document["cpu"]["rapl_error"]
