@@ -19,19 +19,6 @@ from lem.meters.samples import Mark, SampleHeader, SampleLog
 from tests.doubles.nvml.traces import NS_PER_S, Counter, GpuTrace, Level, PowerSignal, Trace, simulate_log
 from tests.doubles.powercap import Zone
 
-__all__ = [
-    "IDLE_W",
-    "LOAD_W",
-    "ORIGIN_NS",
-    "PREFILL_W",
-    "Attempt",
-    "at",
-    "config",
-    "cpu_attempt",
-    "gpu_attempt",
-    "span",
-]
-
 ORIGIN_NS = 5000 * NS_PER_S
 BARE_W, LOADING_W, IDLE_W, LOAD_W, PREFILL_W = 60.0, 120.0, 70.0, 300.0, 400.0
 END_S = 35.0

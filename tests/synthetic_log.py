@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from lem.base.measurement import GUARD_AFTER, GUARD_BEFORE, IDLE_BARE, IDLE_LOADED, IDLE_POST, LOAD, WARMUP, WINDOW
 from lem.meters.samples import CounterChange, GpuHeader, GpuSample, Mark, SampleHeader, SampleLog
 
-__all__ = ["EVENT_IDLE", "EVENT_POWER_CAP", "EVENT_THERMAL", "LogPlan", "make_log"]
-
 # Bits of nvmlClocksEventReasons.
 EVENT_IDLE = 0x1
 EVENT_POWER_CAP = 0x4

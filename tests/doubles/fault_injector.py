@@ -30,22 +30,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = [
-    "ACTIONS",
-    "DURABLE_EVENTS",
-    "EVENTS",
-    "PYTHON_EVENTS",
-    "VARIABLE",
-    "WALL_CLOCK_OFFSET",
-    "WALL_CLOCK_VARIABLE",
-    "Entry",
-    "Fault",
-    "install",
-    "process_of",
-    "read_journal",
-    "step_wall_clock",
-]
-
 VARIABLE = "LEMTEST_FAULT"
 WALL_CLOCK_VARIABLE = "LEMTEST_WALL_CLOCK"
 WALL_CLOCK_OFFSET = struct.Struct("=q")

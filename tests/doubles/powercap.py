@@ -7,31 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Powercap", "Zone"]
-
 _NS_PER_S = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Zone:
-    """A zone whose power runs in steps.
+    """A zone whose power runs in steps."""
 
-    Attributes:
-        folder: `intel-rapl:0`, or `intel-rapl:0:0` for a zone inside that.
-        name: as the kernel names it: `package-0`, `core`, `uncore`, `dram`, `psys`.
-        powers_w: (since when on CLOCK_MONOTONIC in ns, W); the first holds before it, too.
-        max_uj: it wraps there (`max_energy_range_uj`).
-        begins_uj: the counter at `begins_ns`.
-        max_power_uw: of constraint 0, `long_term`; None for a zone without constraints.
-    """
-
-    folder: str
-    name: str
+    folder: str  # `intel-rapl:0`, or `intel-rapl:0:0` for a zone inside that
+    name: str  # as the kernel names it: `package-0`, `core`, `uncore`, `dram`, `psys`
+    # (since when on CLOCK_MONOTONIC in ns, W); the first holds before it, too.
     powers_w: tuple[tuple[int, float], ...] = ((0, 10.0),)
-    max_uj: int = 262_143_328_850
-    begins_uj: int = 0
+    max_uj: int = 262_143_328_850  # it wraps there (`max_energy_range_uj`)
+    begins_uj: int = 0  # the counter at `begins_ns`
     begins_ns: int = 0
-    max_power_uw: int | None = None
+    max_power_uw: int | None = None  # of constraint 0, `long_term`; None for a zone without constraints
 
     def energy_j(self, from_ns: int, to_ns: int) -> float:
         """What it truly drew between the two."""

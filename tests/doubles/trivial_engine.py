@@ -45,8 +45,6 @@ from lem.base.errors import EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 
-__all__ = ["VARIABLE", "TrivialEngine", "answer", "load"]
-
 VARIABLE = "LEMTEST_ENGINE_SCRIPT"
 
 

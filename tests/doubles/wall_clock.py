@@ -11,8 +11,6 @@ from pathlib import Path
 
 from tests.doubles.fault_injector import WALL_CLOCK_OFFSET, WALL_CLOCK_VARIABLE
 
-__all__ = ["build_library", "prepare"]
-
 _SOURCE = Path(__file__).with_name("wall_clock.c")
 _BUILD_TIMEOUT_S = 60
 

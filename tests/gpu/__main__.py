@@ -19,7 +19,7 @@ from pathlib import Path
 from lem import __version__
 from lem.meters.nvml import NvmlMeter, find_gpus, open_nvml, visible_gpus
 from lem.meters.samples import GpuHeader
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.engine_client import ROOT
 from tests.gpu.extent import extent_of
 from tests.gpu.finding import CUT_OFF, FAILED, LEFT_OUT, Section
@@ -27,7 +27,6 @@ from tests.gpu.registry import STEPS
 from tests.gpu.rehearsed import Rehearsal
 from tests.gpu.report import FIGURES, MARKDOWN, Head, read_sections, table, write
 from tests.gpu.run import CutOff, cut_off_by_signals, run_steps
-from tests.gpu.step import Step
 from tests.gpu.steps.options import CASES
 
 # TERM's exit code by convention, whatever it was that ended the run.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from lem.base.clock import Clock
 from lem.meters.samples import PartReader, SampleLog
@@ -15,10 +16,8 @@ from lem.worker.children import SamplerProcess, wait_until_ready
 from lem.worker.launch import own_command
 from tests.gpu.engine_client import Engine
 from tests.gpu.extent import Extent
-from tests.gpu.finding import LeftOut
+from tests.gpu.finding import Finding, LeftOut
 from tests.gpu.rehearsed import Rehearsal
-
-__all__ = ["Bench", "Sampled"]
 
 INTERVAL_MS = 100
 _READY_S = 30.0
@@ -46,22 +45,14 @@ class Sampled:
 
 @dataclass
 class Bench:
-    """What steps work with.
+    """What steps work with."""
 
-    Attributes:
-        out: the folder of everything that is kept.
-        models: the folder of the models, which are too large to be kept.
-        uuid: the GPU.
-        environ: the environment of programs that measure.
-        rehearsal: the double that stands for a GPU; None on a machine with one.
-    """
-
-    out: Path
-    models: Path
+    out: Path  # the folder of everything that is kept
+    models: Path  # the folder of the models, which are too large to be kept
     extent: Extent
-    uuid: str
-    environ: Mapping[str, str]
-    rehearsal: Rehearsal | None = None
+    uuid: str  # the GPU
+    environ: Mapping[str, str]  # the environment of programs that measure
+    rehearsal: Rehearsal | None = None  # the double that stands for a GPU; None on a machine with one
     clock: Clock = field(default_factory=Clock)
     begun_s: float = field(default_factory=time.monotonic)
     versions: dict[str, str] = field(default_factory=dict)
@@ -122,3 +113,27 @@ class Bench:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+
+class Step(Protocol):
+    """Something to find out about a GPU. Steps know nothing of each other; each may fail by itself."""
+
+    @property
+    def name(self) -> str:
+        """For the command line."""
+
+    @property
+    def title(self) -> str:
+        """For people."""
+
+    @property
+    def is_brief(self) -> bool:
+        """Whether it only reads what is there, so that it is gone through when time is over, too."""
+
+    def run(self, bench: Bench) -> Iterator[Finding]:
+        """Findings, each as soon as it is known.
+
+        Raises:
+            LeftOut: it cannot be found out here.
+            Exception: anything; the other steps go on.
+        """

@@ -16,8 +16,6 @@ from lem.record import Record
 from lem.results.store import Repository, folder_names
 from tests.gpu.bench import Bench
 
-__all__ = ["INTERRUPTED", "lem", "read_entries", "read_records", "run_campaign"]
-
 INTERRUPTED = 130
 _STOP_S = 30.0
 

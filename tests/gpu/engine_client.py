@@ -15,8 +15,6 @@ from typing import Any
 from lem.base import process
 from tests.gpu.load import Busy
 
-__all__ = ["ROOT", "Engine", "EngineFailed"]
-
 ROOT = Path(__file__).resolve().parents[2]
 
 # Importing torch and making a CUDA context; loading 1 B parameters and running them for the first time.

@@ -5,21 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-__all__ = ["FULL", "QUICK", "REHEARSAL", "REHEARSAL_QUICK", "Configuration", "Extent", "extent_of"]
-
 
 @dataclass(frozen=True)
 class Configuration:
-    """One of the campaign.
+    """One of the campaign."""
 
-    Attributes:
-        model: a name in `tests.gpu.models.SHAPES`.
-        prompts: so few that one pass over them takes seconds: a window ends with a whole pass.
-    """
-
-    model: str
+    model: str  # a name in `tests.gpu.models.SHAPES`
     batch: int
-    prompts: int
+    prompts: int  # so few that one pass over them takes seconds: a window ends with a whole pass
 
     @property
     def name(self) -> str:
@@ -28,45 +21,29 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Extent:
-    """Lengths in seconds and numbers of everything.
-
-    Attributes:
-        settle_s: until power is at rest after a change.
-        idle_s: a look at power at rest.
-        probe_s: a look at the meters every 2 ms.
-        guard_s: idle around a window.
-        part_s, parts: so many windows of this length beside one as long as all of them.
-        edges: so many beginnings and ends of a load.
-        waves: (period, about how long) of each square wave.
-        pairs, pair_s: runs with and without a sampler, each so long.
-        beside_s: the window that `zeus` reads as well.
-        options: names of the cases of the step `options`; None for all of them.
-        option_s: the window of each.
-        baseline_s: power at rest within the campaign; None leaves it out.
-        limit_s: no step begins, and the campaign ends, when so much time has gone.
-    """
+    """Lengths in seconds and numbers of everything."""
 
     configurations: tuple[Configuration, ...]
     cycles: int
     window_s: float
     warmup_s: float
-    baseline_s: float | None
+    baseline_s: float | None  # power at rest within the campaign; None leaves it out
     input_tok: int
     output_tok: int
-    settle_s: float
-    idle_s: float
-    probe_s: float
-    guard_s: float
-    part_s: float
+    settle_s: float  # until power is at rest after a change
+    idle_s: float  # a look at power at rest
+    probe_s: float  # a look at the meters every 2 ms
+    guard_s: float  # idle around a window
+    part_s: float  # so many windows of this length beside one as long as all of them
     parts: int
-    edges: int
-    waves: tuple[tuple[float, float], ...]
-    pairs: int
+    edges: int  # so many beginnings and ends of a load
+    waves: tuple[tuple[float, float], ...]  # (period, about how long) of each square wave
+    pairs: int  # runs with and without a sampler, each so long
     pair_s: float
-    beside_s: float
-    options: tuple[str, ...] | None
-    option_s: float
-    limit_s: float
+    beside_s: float  # the window that `zeus` reads as well
+    options: tuple[str, ...] | None  # names of the cases of the step `options`; None for all of them
+    option_s: float  # the window of each
+    limit_s: float  # no step begins, and the campaign ends, when so much time has gone
 
     @property
     def models(self) -> tuple[str, ...]:

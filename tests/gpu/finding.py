@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["CUT_OFF", "DONE", "FAILED", "LEFT_OUT", "Finding", "LeftOut", "Section"]
-
 DONE, FAILED, LEFT_OUT, CUT_OFF = "done", "failed", "left out", "cut off"
 
 
@@ -17,35 +15,23 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table.
-
-    Attributes:
-        value: None where it could not be had, for the reason in `note`.
-        note: what the value rests on.
-        target: what it should be, in words; empty for a figure that is only told.
-        details: what it was worked out from, for the file.
-    """
+    """One line of the table."""
 
     name: str
-    value: float | None
+    value: float | None  # None where it could not be had, for the reason in `note`
     unit: str = ""
-    note: str = ""
-    target: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""  # what the value rests on
+    target: str = ""  # what it should be, in words; empty for a figure that is only told
+    details: Mapping[str, Any] = field(default_factory=dict)  # what it was worked out from, for the file
 
 
 @dataclass(frozen=True)
 class Section:
-    """What one step came to.
-
-    Attributes:
-        status: one of the four words of this module.
-        message: why it is not done.
-    """
+    """What one step came to."""
 
     step: str
     title: str
-    status: str
+    status: str  # one of the four words of this module
     findings: tuple[Finding, ...] = ()
-    message: str = ""
+    message: str = ""  # why it is not done
     took_s: float = 0.0

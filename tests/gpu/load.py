@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["Busy", "CudaLoad", "Load", "RehearsedLoad", "say_busy", "stay_busy", "swing"]
-
 NS_PER_S = 1_000_000_000
 
 # Reads and writes memory, as decoding does: of all loads the one that is least likely to run into the power limit,
@@ -21,15 +19,11 @@ _LAUNCHES = 4
 
 @dataclass(frozen=True)
 class Busy:
-    """A window of work on CLOCK_MONOTONIC; the device was idle at both edges.
-
-    Attributes:
-        done: how much, in units of the load's own.
-    """
+    """A window of work on CLOCK_MONOTONIC; the device was idle at both edges."""
 
     opened_ns: int
     closed_ns: int
-    done: int
+    done: int  # how much, in units of the load's own
 
     @property
     def seconds(self) -> float:

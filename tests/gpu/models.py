@@ -19,8 +19,6 @@ from pathlib import Path
 from examples.make_demo_model import Shape as TokenizerShape
 from examples.make_demo_model import save_tokenizer
 
-__all__ = ["SHAPES", "LlamaShape", "made"]
-
 STAMP_NAME = "made.json"
 TOKENIZER_WORDS, POSITIONS = 1500, 2048
 

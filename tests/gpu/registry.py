@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.gpu.step import Step
+from tests.gpu.bench import Step
 from tests.gpu.steps.additivity import Additivity
 from tests.gpu.steps.beside_zeus import BesideZeus
 from tests.gpu.steps.campaign import Campaign
@@ -14,8 +14,6 @@ from tests.gpu.steps.meters import Meters
 from tests.gpu.steps.options import Options
 from tests.gpu.steps.sampler_cost import SamplerCost
 from tests.gpu.steps.square_wave import SquareWave
-
-__all__ = ["STEPS"]
 
 STEPS: tuple[Step, ...] = (
     MakeModels(),

@@ -11,8 +11,6 @@ from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Sensor, Thermal, Trace
 from tests.gpu.engine_client import ROOT
 
-__all__ = ["BUSY_W", "COUNTER_PERIOD_S", "IDLE_W", "SENSOR_PERIOD_S", "UUID", "VARIABLE", "Rehearsal"]
-
 UUID = "GPU-00000000-0000-0000-0000-000000000001"
 IDLE_W, BUSY_W = 80.0, 350.0
 COUNTER_PERIOD_S, SENSOR_PERIOD_S = 0.05, 0.1
@@ -24,13 +22,9 @@ VARIABLE = "LEMTEST_GPU_REHEARSAL"
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """One GPU of the double, which draws what the load log says.
+    """One GPU of the double, which draws what the load log says."""
 
-    Attributes:
-        folder: of its script and its load log.
-    """
-
-    folder: Path
+    folder: Path  # of its script and its load log
 
     @property
     def load_log(self) -> Path:

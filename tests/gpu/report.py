@@ -13,8 +13,6 @@ from lem.base import durable
 from lem.meters.samples import GpuHeader
 from tests.gpu.finding import DONE, Finding, Section
 
-__all__ = ["FIGURES", "MARKDOWN", "Head", "markdown", "read_sections", "shown", "table", "write"]
-
 FIGURES, MARKDOWN = "figures.json", "figures.md"
 NOTHING = "–"
 REHEARSED = "REHEARSAL on the NVML double: no figure here says anything about a GPU"
@@ -22,17 +20,13 @@ REHEARSED = "REHEARSAL on the NVML double: no figure here says anything about a 
 
 @dataclass(frozen=True)
 class Head:
-    """Of what, and when.
-
-    Attributes:
-        versions: of lem and of the engine's packages.
-    """
+    """Of what, and when."""
 
     gpu: GpuHeader
     utc: str
     extent: str
     is_rehearsal: bool
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)  # of lem and of the engine's packages
 
     def lines(self) -> list[str]:
         """It in words."""

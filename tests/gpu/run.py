@@ -9,12 +9,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.finding import CUT_OFF, DONE, FAILED, LEFT_OUT, Finding, LeftOut, Section
 from tests.gpu.report import shown
-from tests.gpu.step import Step
-
-__all__ = ["CutOff", "cut_off_by_signals", "run_steps"]
 
 LEAST_S = 5.0
 

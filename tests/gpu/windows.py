@@ -7,8 +7,6 @@ from lem.meters.curve import ClosedWindow, Span, counter_curve, power_curve
 from lem.meters.samples import GpuSample, SampleLog
 from tests.gpu.load import Busy
 
-__all__ = ["COUNTER", "counted_j", "integrated_j", "naive_j", "rested_w", "span_of", "thinned"]
-
 COUNTER = "the energy counter"
 
 

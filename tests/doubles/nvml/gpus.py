@@ -19,22 +19,16 @@ AVERAGE = Sensor(window_s=1.0)
 
 @dataclass(frozen=True)
 class Load:
-    """Power that follows an engine which writes lines `<monotonic ns> <how busy, 0 to 1>` to the end of a file.
+    """Power that follows an engine which writes lines `<monotonic ns> <how busy, 0 to 1>` to the end of a file."""
 
-    Attributes:
-        path: that file, as the metered process sees it; where it is missing the engine idles.
-        idle_w, busy_w: where power ends up at 0 and at 1, reached with `rise_tau_s` and `fall_tau_s`.
-        ripples: (amplitude in W at 1, frequency in Hz, phase) while it is busy.
-        events: clock-event bits while it is busy.
-    """
-
-    path: str
-    idle_w: float
+    path: str  # that file, as the metered process sees it; where it is missing the engine idles
+    idle_w: float  # where power ends up at 0 and at 1, reached with `rise_tau_s` and `fall_tau_s`
     busy_w: float
     rise_tau_s: float = 0.0
     fall_tau_s: float = 0.0
+    # (amplitude in W at 1, frequency in Hz, phase) while it is busy.
     ripples: tuple[tuple[float, float, float], ...] = ()
-    events: int = 0
+    events: int = 0  # clock-event bits while it is busy
 
     def lines(self) -> list[str]:
         """It as lines of a script."""
@@ -100,43 +94,34 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class GpuTrace:
-    """One GPU.
-
-    Attributes:
-        signal: what it draws; a `load` comes on top.
-        counter, instant, average: its meters: the energy counter, field 186, `nvmlDeviceGetPowerUsage`; None when
-            NVML answers "Not Supported".
-        thermal: None for a constant `temp_c`.
-        sm_clocks_mhz, utilisation_percent: (since, value); without the latter it is 100 × how busy the load is.
-        instances: UUIDs of its MIG instances.
-        mig: None when NVML answers "Not Supported".
-        scope: `gpu`, or `module` where only energy and power of the module (fields 185, 186, 191 at scope 1) are told.
-        more: further lines of its script, such as `fail nvmlDeviceGetPowerUsage 4`.
-    """
+    """One GPU."""
 
     uuid: str = ""
     name: str = "NVIDIA Double"
-    signal: PowerSignal = field(default_factory=PowerSignal)
+    signal: PowerSignal = field(default_factory=PowerSignal)  # what it draws; a `load` comes on top
     load: Load | None = None
+    # Its meters: the energy counter, field 186, `nvmlDeviceGetPowerUsage`; None when NVML answers "Not Supported".
     counter: Counter | None = field(default_factory=Counter)
     instant: Sensor | None = field(default_factory=Sensor)
     average: Sensor | None = AVERAGE
-    thermal: Thermal | None = None
+    thermal: Thermal | None = None  # None for a constant `temp_c`
     temp_c: int = 40
     events: tuple[Events, ...] = ()
+    # (since, value); without the latter it is 100 × how busy the load is.
     sm_clocks_mhz: tuple[tuple[float, int], ...] = ((0.0, 1980),)
     memory_clock_mhz: int = 2619
     utilisation_percent: tuple[tuple[float, int], ...] = ()
     power_limit_w: float = 700.0
     persistence: bool = True
-    mig: bool | None = False
-    instances: tuple[str, ...] = ()
+    mig: bool | None = False  # None when NVML answers "Not Supported"
+    instances: tuple[str, ...] = ()  # UUIDs of its MIG instances
+    # `gpu`, or `module` where only energy and power of the module (fields 185, 186, 191 at scope 1) are told.
     scope: str = "gpu"
     vbios: str = "96.00.00.00.01"
     memory_total_b: int = 80_000_000_000
     memory_used_b: int = 2_000_000_000
     processes: tuple[GpuProcess, ...] = ()
-    more: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()  # further lines of its script, such as `fail nvmlDeviceGetPowerUsage 4`
 
     def lines(self, index: int) -> list[str]:
         """It as lines of a script, beginning with `gpu`."""

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["LIBRARY_NAME", "SCRIPT_VARIABLE", "NvmlDouble", "build_library"]
-
 LIBRARY_NAME = "libnvidia-ml.so.1"
 SCRIPT_VARIABLE = "LEMTEST_NVML_SCRIPT"
 
@@ -55,16 +53,12 @@ def build_library(folder: Path = BUILD_FOLDER, without: Sequence[str] = ()) -> P
 
 @dataclass(frozen=True)
 class NvmlDouble:
-    """A script, and how a process is made to see it.
-
-    Attributes:
-        more: files that are read after the script where they are there, as those of one container alone.
-        without: functions that the library lacks.
-    """
+    """A script, and how a process is made to see it."""
 
     script: Path
+    # Files that are read after the script where they are there, as those of one container alone.
     more: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()  # functions that the library lacks
 
     def say(self, *lines: str) -> None:
         """Have every process see this from its next call on; no reader meets half a script."""

@@ -7,8 +7,6 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 
-__all__ = ["Level", "Point", "PowerSignal", "Ripple"]
-
 
 @dataclass(frozen=True)
 class Point:

@@ -24,8 +24,6 @@ from tests.doubles.nvml.gpus import NS_PER_S, GpuTrace
 from tests.doubles.nvml.trace import Trace
 from tests.doubles.powercap import Zone
 
-__all__ = ["simulate_log"]
-
 
 def simulate_log(
     trace: Trace,

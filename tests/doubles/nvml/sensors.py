@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from tests.doubles.nvml.power import PowerSignal
 
-__all__ = ["Counter", "Sensor", "Ticks"]
-
 _WORD = 0xFFFF_FFFF_FFFF_FFFF
 
 
@@ -39,26 +37,17 @@ class Ticks:
 
 @dataclass(frozen=True)
 class Counter:
-    """The energy counter.
+    """The energy counter."""
 
-    Attributes:
-        period_s, jitter_s, phase_s, seed: when it is brought up to date; see `Ticks`.
-        lag_s: how far behind it is then.
-        resolution_mj: it is a multiple of that, rounded down.
-        offset_mj: its value at time 0, from all the time before.
-        gain: 1.03 counts 3 % too much.
-        resets_s: when the driver was reloaded and it began at 0.
-    """
-
-    period_s: float = 0.1
+    period_s: float = 0.1  # when it is brought up to date; see `Ticks`
     jitter_s: float = 0.0
     phase_s: float = 0.0
-    lag_s: float = 0.0
-    resolution_mj: int = 1
-    offset_mj: int = 1_000_000_000
-    gain: float = 1.0
+    lag_s: float = 0.0  # how far behind it is then
+    resolution_mj: int = 1  # it is a multiple of that, rounded down
+    offset_mj: int = 1_000_000_000  # its value at time 0, from all the time before
+    gain: float = 1.0  # 1.03 counts 3 % too much
     seed: int = 0
-    resets_s: tuple[float, ...] = ()
+    resets_s: tuple[float, ...] = ()  # when the driver was reloaded and it began at 0
 
     @property
     def ticks(self) -> Ticks:
@@ -87,22 +76,16 @@ class Counter:
 
 @dataclass(frozen=True)
 class Sensor:
-    """A power sensor: at every tick the mean over a window that ended `lag_s` before, held until the next.
+    """A power sensor: at every tick the mean over a window that ended `lag_s` before, held until the next."""
 
-    Attributes:
-        window_s: 0.025 of a period of 0.1 on A100 and H100 (Yang et al., SC24), 1 for `nvmlDeviceGetPowerUsage`.
-        period_s, jitter_s, phase_s, seed: see `Ticks`.
-        quantum_w: it is a multiple of that, rounded; NVML itself tells milliwatts.
-        noise_w: off by up to that, otherwise at every tick.
-    """
-
+    # 0.025 of a period of 0.1 on A100 and H100 (Yang et al., SC24), 1 for `nvmlDeviceGetPowerUsage`.
     window_s: float = 0.025
-    period_s: float = 0.1
+    period_s: float = 0.1  # see `Ticks`
     jitter_s: float = 0.0
     phase_s: float = 0.0
     lag_s: float = 0.0
-    quantum_w: float = 0.001
-    noise_w: float = 0.0
+    quantum_w: float = 0.001  # it is a multiple of that, rounded; NVML itself tells milliwatts
+    noise_w: float = 0.0  # off by up to that, otherwise at every tick
     gain: float = 1.0
     seed: int = 0
 

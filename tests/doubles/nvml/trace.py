@@ -11,8 +11,6 @@ from tests.doubles.nvml.gpus import NS_PER_S, GpuTrace, Load
 from tests.doubles.nvml.power import PowerSignal
 from tests.doubles.nvml.sensors import Sensor
 
-__all__ = ["Trace"]
-
 
 @dataclass(frozen=True)
 class Trace:

@@ -11,8 +11,6 @@ from typing import Any, ClassVar
 
 from tensorrt_llm.llmapi import SamplingParams, TorchLlmArgs
 
-__all__ = ["LLM", "RequestError"]
-
 FAILS_AT_THE_DOOR, FAILS_ON_THE_WAY, CANCELLED, IN_PAIRS, OF_ANOTHER_CLOCK = range(900, 905)
 
 

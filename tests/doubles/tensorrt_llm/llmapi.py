@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-__all__ = ["DraftTargetDecodingConfig", "KvCacheConfig", "SamplingParams", "TorchLlmArgs"]
-
 
 class Strict:
     """A model of pydantic, as far as it matters here: fields with defaults, and nothing else."""

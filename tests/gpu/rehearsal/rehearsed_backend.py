@@ -20,8 +20,6 @@ from lem.engines.protocol import (
 from tests.gpu.load import say_busy
 from tests.gpu.rehearsed import UUID, Rehearsal
 
-__all__ = ["RehearsedEngine", "load"]
-
 
 def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
     """The engine.

@@ -11,8 +11,6 @@ from tests.gpu.finding import Finding
 from tests.gpu.load import Busy
 from tests.gpu.windows import counted_j, integrated_j, naive_j
 
-__all__ = ["Additivity"]
-
 
 @dataclass(frozen=True)
 class Additivity:

@@ -15,8 +15,6 @@ from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding, LeftOut
 from tests.gpu.windows import COUNTER, counted_j
 
-__all__ = ["BesideZeus"]
-
 
 @dataclass(frozen=True)
 class BesideZeus:

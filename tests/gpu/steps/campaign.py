@@ -16,8 +16,6 @@ from tests.gpu.campaigning import INTERRUPTED, lem, read_records, run_campaign
 from tests.gpu.extent import Configuration, Extent
 from tests.gpu.finding import Finding
 
-__all__ = ["CAMPAIGN", "Campaign", "document"]
-
 CAMPAIGN = "gpu"
 RECOMPUTE_S = 120.0
 CUT_SHORT = "; time was up: run again with --only campaign, and it is resumed"

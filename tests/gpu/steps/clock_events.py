@@ -10,8 +10,6 @@ from lem.meters.samples import FINISHED_FILENAME, GpuSample, PartReader, read_fi
 from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding, LeftOut
 
-__all__ = ["ClockEvents"]
-
 # nvmlClocksEventReasons (NVML reference); the others make an experiment invalid.
 BITS = {
     0x1: "idle",

@@ -14,8 +14,6 @@ from tests.gpu.finding import Finding
 from tests.gpu.load import Busy
 from tests.gpu.windows import COUNTER
 
-__all__ = ["Edges"]
-
 # Around an edge power changes for so long, to the slowest counter's eye; beyond it is level for so long.
 SETTLED_S, LEVEL_S = 0.4, 0.5
 

@@ -10,8 +10,6 @@ from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding
 from tests.gpu.windows import rested_w
 
-__all__ = ["Idle"]
-
 
 @dataclass(frozen=True)
 class Idle:

@@ -13,8 +13,6 @@ from tests.gpu.engine_client import ROOT
 from tests.gpu.finding import Finding
 from tests.gpu.models import made
 
-__all__ = ["MakeModels"]
-
 TIMEOUT_S = 300.0
 
 

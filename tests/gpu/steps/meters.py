@@ -16,8 +16,6 @@ from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding, LeftOut
 from tests.gpu.load import Busy
 
-__all__ = ["Meters"]
-
 POLL_S = 0.002
 
 

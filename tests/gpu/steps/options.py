@@ -14,8 +14,6 @@ from tests.gpu.campaigning import INTERRUPTED, read_entries, read_records, run_c
 from tests.gpu.extent import Extent
 from tests.gpu.finding import Finding
 
-__all__ = ["CASES", "Options"]
-
 CAMPAIGN = "options"
 BATCH, INPUT_TOK, OUTPUT_TOK = 8, 64, 32
 COMPILED = {"cache_implementation": "static"}
@@ -24,17 +22,11 @@ NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bi
 
 @dataclass(frozen=True)
 class Case:
-    """An experiment.
+    """An experiment."""
 
-    Attributes:
-        pytorch: what differs in the section of the backend.
-        others: what differs outside it.
-        drafts: whether the model drafts for itself.
-    """
-
-    pytorch: Mapping[str, Any]
-    others: Mapping[str, Any]
-    drafts: bool = False
+    pytorch: Mapping[str, Any]  # what differs in the section of the backend
+    others: Mapping[str, Any]  # what differs outside it
+    drafts: bool = False  # whether the model drafts for itself
 
 
 def _case(pytorch: Mapping[str, Any] | None = None, *, drafts: bool = False, **others: Any) -> Case:

@@ -11,8 +11,6 @@ from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding
 from tests.gpu.load import Busy
 
-__all__ = ["SamplerCost"]
-
 BATCH = 16
 TARGET_PERCENT = 0.5
 

@@ -12,8 +12,6 @@ from tests.gpu.finding import Finding
 from tests.gpu.load import Busy
 from tests.gpu.windows import counted_j, integrated_j, span_of, thinned
 
-__all__ = ["SquareWave"]
-
 FINE_MS = 20
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 from lem.base.clock import Clock
 
-__all__ = ["NOT_SUPPORTED", "FakeClock", "FakeNvml"]
-
 NOT_SUPPORTED = 3
 NS_PER_S = 1_000_000_000
 
@@ -38,22 +36,17 @@ class NVMLError(Exception):
 
 @dataclass
 class FakeNvml:
-    """GPUs by UUID; a handle is the UUID.
-
-    Attributes:
-        answers: what a function says of every GPU, where it is not the usual: a value, or a function of the handle.
-        failures: codes that functions fail with; `(function, uuid)` for one GPU alone.
-        fields: (field, scope) to (type, value); others are not supported.
-        lost: GPUs that fail in everything, with their code.
-        calls: every function that was called.
-    """
+    """GPUs by UUID; a handle is the UUID."""
 
     uuids: tuple[str, ...] = ("GPU-a",)
+    # What a function says of every GPU, where it is not the usual: a value, or a function of the handle.
     answers: dict[str, Any] = field(default_factory=dict)
+    # Codes that functions fail with; `(function, uuid)` for one GPU alone.
     failures: dict[Any, int] = field(default_factory=dict)
+    # (field, scope) to (type, value); others are not supported.
     fields: Mapping[tuple[int, int], tuple[int, float]] = field(default_factory=dict)
-    lost: dict[str, int] = field(default_factory=dict)
-    calls: list[str] = field(default_factory=list)
+    lost: dict[str, int] = field(default_factory=dict)  # GPUs that fail in everything, with their code
+    calls: list[str] = field(default_factory=list)  # every function that was called
 
     NVMLError = NVMLError
 

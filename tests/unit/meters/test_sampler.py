@@ -27,17 +27,13 @@ COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
 
 @dataclass
 class ScriptedOwner:
-    """An owner that lets the clock run, has things happen at their times, and wants an end at last.
-
-    Attributes:
-        events: (seconds since the start, an order or something to do).
-        late_s: how much later than asked for each wait ends.
-    """
+    """An owner that lets the clock run, has things happen at their times, and wants an end at last."""
 
     clock: FakeClock
     end_s: float
+    # (seconds since the start, an order or something to do).
     events: list[tuple[float, str | Callable[[], object]]] = field(default_factory=list)
-    late_s: float = 0.0
+    late_s: float = 0.0  # how much later than asked for each wait ends
 
     def __post_init__(self) -> None:
         self.start_ns = self.clock.now_ns
