@@ -25,6 +25,22 @@ def lem(*words: str) -> list[str]:
     return [sys.executable, "-m", "lem", *words]
 
 
+def experiment(name: str, input_tok: int, output_tok: int, prompts: int, **others: Any) -> dict[str, Any]:
+    """An experiment of a campaign file, on prompts and outputs of fixed lengths."""
+    return {
+        "config_name": name,
+        "backend": "pytorch",
+        "fp_precision": "bfloat16",
+        "ignore_eos": True,
+        "max_input_tokens": input_tok,
+        "max_output_tokens": output_tok,
+        "min_output_tokens": output_tok,
+        "decoder": {"preset": "deterministic"},
+        "prompts": {"type": "synthetic", "input_tokens": input_tok, "sample_size": prompts},
+        **others,
+    }
+
+
 def run_campaign(bench: Bench, name: str, document: Mapping[str, Any]) -> int:
     """The exit code of `lem campaign`, which is interrupted when time is up: it keeps what it has.
 

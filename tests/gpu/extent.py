@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ FULL = Extent(
     limit_s=530.0,
 )
 
-QUICK = Extent(
+QUICK = dataclasses.replace(
+    FULL,
     configurations=_SMALL,
     cycles=2,
     window_s=5.0,
@@ -98,7 +100,6 @@ QUICK = Extent(
     probe_s=2.0,
     guard_s=1.0,
     part_s=3.0,
-    parts=3,
     edges=3,
     waves=((0.1, 2.0), (1.0, 3.0)),
     pairs=3,
@@ -106,49 +107,39 @@ QUICK = Extent(
     beside_s=5.0,
     options=("plain", "float16", "8 bit"),
     option_s=2.0,
-    limit_s=530.0,
 )
 
 _TINY = (Configuration("tiny", 1, 2), Configuration("tiny", 4, 4))
+_ONE_SECOND: dict[str, Any] = dict.fromkeys(
+    ("window_s", "warmup_s", "baseline_s", "settle_s", "idle_s", "probe_s", "part_s", "beside_s"), 1.0
+)
 
 # The same steps against the NVML double, whose meters are those of a GPU in real time.
-REHEARSAL = Extent(
+REHEARSAL = dataclasses.replace(
+    FULL,
     configurations=(*_TINY, Configuration("tiny-deep", 4, 4)),
-    cycles=3,
-    window_s=1.0,
-    warmup_s=1.0,
-    baseline_s=1.0,
     input_tok=8,
     output_tok=8,
-    settle_s=1.0,
-    idle_s=1.0,
-    probe_s=1.0,
     guard_s=0.5,
-    part_s=1.0,
-    parts=3,
     edges=3,
     waves=((0.1, 1.0), (1.0, 2.0)),
     pairs=4,
     pair_s=0.5,
-    beside_s=1.0,
-    options=None,
     option_s=0.5,
-    limit_s=530.0,
+    **_ONE_SECOND,
 )
 
-REHEARSAL_QUICK = Extent(
+REHEARSAL_QUICK = dataclasses.replace(
+    REHEARSAL,
     configurations=_TINY,
     cycles=1,
     window_s=0.3,
     warmup_s=0.2,
     baseline_s=None,
-    input_tok=8,
-    output_tok=8,
     settle_s=0.2,
     idle_s=0.8,
     probe_s=0.6,
     guard_s=0.3,
-    part_s=1.0,
     parts=2,
     edges=1,
     waves=((0.1, 1.0), (0.5, 1.0)),
@@ -157,7 +148,6 @@ REHEARSAL_QUICK = Extent(
     beside_s=0.8,
     options=("plain", "8 bit"),
     option_s=0.2,
-    limit_s=530.0,
 )
 
 

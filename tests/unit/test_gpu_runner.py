@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from lem.meters.samples import GpuHeader
 from tests.gpu.bench import Bench
+from tests.gpu.engine_client import ROOT
 from tests.gpu.extent import FULL, QUICK, REHEARSAL, REHEARSAL_QUICK, Extent
 from tests.gpu.finding import CUT_OFF, DONE, FAILED, LEFT_OUT, Finding, LeftOut, Section
 from tests.gpu.models import SHAPES
@@ -117,3 +120,11 @@ def test_every_extent_names_models_that_can_be_made(extent: Extent) -> None:
     assert set(extent.models) <= set(SHAPES)
     names = [item.name for item in extent.configurations]
     assert len(set(names)) == len(names)
+
+
+def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
+    environ = {"PATH": "", "LD_LIBRARY_PATH": "", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "tests.gpu", "--out", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert "--rehearse" in ended.stderr

@@ -12,7 +12,7 @@ from lem.base import process
 from lem.record import Record
 from lem.results.bootstrap import log_t_interval
 from tests.gpu.bench import Bench
-from tests.gpu.campaigning import INTERRUPTED, lem, read_records, run_campaign
+from tests.gpu.campaigning import INTERRUPTED, experiment, lem, read_records, run_campaign
 from tests.gpu.extent import Configuration, Extent
 from tests.gpu.finding import Finding
 
@@ -63,22 +63,17 @@ def document(extent: Extent, models: Path) -> dict[str, Any]:
 
 def _experiment(item: Configuration, extent: Extent, models: Path) -> dict[str, Any]:
     baseline = {"enabled": False} if extent.baseline_s is None else {"duration_sec": extent.baseline_s}
-    return {
-        "config_name": item.name,
-        "model": str(models / item.model),
-        "backend": "pytorch",
-        "fp_precision": "bfloat16",
-        "ignore_eos": True,
-        "max_input_tokens": extent.input_tok,
-        "max_output_tokens": extent.output_tok,
-        "min_output_tokens": extent.output_tok,
-        "decoder": {"preset": "deterministic"},
-        "prompts": {"type": "synthetic", "input_tokens": extent.input_tok, "sample_size": item.prompts},
-        "measurement": {"min_window_sec": extent.window_s},
-        "warmup": {"timeout_seconds": extent.warmup_s},
-        "baseline": baseline,
-        "pytorch": {"batch_size": item.batch},
-    }
+    return experiment(
+        item.name,
+        extent.input_tok,
+        extent.output_tok,
+        item.prompts,
+        model=str(models / item.model),
+        measurement={"min_window_sec": extent.window_s},
+        warmup={"timeout_seconds": extent.warmup_s},
+        baseline=baseline,
+        pytorch={"batch_size": item.batch},
+    )
 
 
 def _figures(name: str, records: Sequence[Record], extent: Extent) -> Iterator[Finding]:

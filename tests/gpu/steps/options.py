@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lem.orchestration.manifest import CampaignManifestEntry
 from lem.record import Record
 from tests.gpu.bench import Bench
-from tests.gpu.campaigning import INTERRUPTED, read_entries, read_records, run_campaign
+from tests.gpu.campaigning import INTERRUPTED, experiment, read_entries, read_records, run_campaign
 from tests.gpu.extent import Extent
 from tests.gpu.finding import Finding
 
@@ -20,13 +20,12 @@ COMPILED = {"cache_implementation": "static"}
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
 
 
-@dataclass(frozen=True)
-class Case:
-    """An experiment."""
+class Case(NamedTuple):
+    """An experiment, by what differs: in the section of the backend, and outside it."""
 
-    pytorch: Mapping[str, Any]  # what differs in the section of the backend
-    others: Mapping[str, Any]  # what differs outside it
-    drafts: bool = False  # whether the model drafts for itself
+    pytorch: Mapping[str, Any]
+    others: Mapping[str, Any]
+    drafts: bool  # whether the model drafts for itself
 
 
 def _case(pytorch: Mapping[str, Any] | None = None, *, drafts: bool = False, **others: Any) -> Case:
@@ -93,21 +92,10 @@ def document(extent: Extent, models: Path) -> dict[str, Any]:
 def _experiment(name: str, case: Case, extent: Extent, models: Path) -> dict[str, Any]:
     model = str(models / extent.models[0])
     drafting = {"assisted_generation": {"model": model, "num_tokens": 4}} if case.drafts else {}
-    others = {"fp_precision": "bfloat16", "decoder": {"preset": "deterministic"}, **case.others}
-    return {
-        "config_name": name,
-        "backend": "pytorch",
-        "ignore_eos": True,
-        "max_input_tokens": INPUT_TOK,
-        "max_output_tokens": OUTPUT_TOK,
-        "min_output_tokens": OUTPUT_TOK,
-        "prompts": {"type": "synthetic", "input_tokens": INPUT_TOK, "sample_size": BATCH},
-        "warmup": {"convergence_detection": False, "min_prompts": 1},
-        "baseline": {"enabled": False},
-        **others,
-        "measurement": {"min_window_sec": extent.option_s, **others.get("measurement", {})},
-        "pytorch": {"batch_size": BATCH, **case.pytorch, **drafting},
-    }
+    measurement = {"min_window_sec": extent.option_s, **case.others.get("measurement", {})}
+    others = {**case.others, "measurement": measurement, "pytorch": {"batch_size": BATCH, **case.pytorch, **drafting}}
+    warmup = {"convergence_detection": False, "min_prompts": 1}
+    return experiment(name, INPUT_TOK, OUTPUT_TOK, BATCH, warmup=warmup, baseline={"enabled": False}, **others)
 
 
 def _finding(entry: CampaignManifestEntry, records: Sequence[Record]) -> Finding:
