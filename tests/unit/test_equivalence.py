@@ -39,8 +39,8 @@ def document(**changes: Any) -> str:
 
 def one(old: Any, new: Any, **more: Any) -> str:
     """Where the only difference is."""
-    (found,) = differences(old, new, **more)
-    return found.where
+    (where,) = (item.where for item in differences(old, new, **more))
+    return str(where)
 
 
 def test_live_values_are_masked_by_the_name_of_their_field_and_options_are_not() -> None:
