@@ -20,38 +20,12 @@ Draw = Any
 Place = tuple["str | int", ...]
 
 # Written as they stand, without quotes: what only a text can say, not a value of Python's.
-RAW: Mapping[str, str] = {
-    f"rawtoken{number}end": text
-    for number, text in enumerate(
-        (
-            "9" * 5000,
-            "-" + "9" * 400,
-            "1e999",
-            "-0.0",
-            "NaN",
-            "[" * 3000,
-            "{}{}",
-            "!!python/object/apply:os.system [id]",
-            "*nobody",
-            "&name *name",
-            "<<",
-            "0x1F",
-            ".inf",
-            "12:30",
-            "no",
-            "~",
-            "${HOME}",
-            "${NOT_SET}",
-            "${NOT_SET:-7}",
-            "${",
-            "|",
-            "? x",
-            "%TAG ! x",
-            "---",
-            "\t",
-        )
-    )
-}
+_RAW_TEXTS = (
+    "9" * 5000, "-" + "9" * 400, "1e999", "-0.0", "NaN", "[" * 3000, "{}{}", "!!python/object/apply:os.system [id]",
+    "*nobody", "&name *name", "<<", "0x1F", ".inf", "12:30", "no", "~", "${HOME}", "${NOT_SET}", "${NOT_SET:-7}", "${",
+    "|", "? x", "%TAG ! x", "---", "\t",
+)  # fmt: skip
+RAW: Mapping[str, str] = {f"rawtoken{number}end": text for number, text in enumerate(_RAW_TEXTS)}
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, -(2**63) - 1, 10**400,

@@ -168,13 +168,6 @@ def test_prompts_that_cannot_be_used_are_an_error(tmp_path: Path) -> None:
         plan(experiments=[{"prompts": {"type": "file", "path": str(tmp_path / "empty.txt")}}])
 
 
-@pytest.mark.parametrize("cold_start", [{"force_cold_start": True}, {"restart_container": True}])
-def test_a_cold_start_loads_every_time(cold_start: dict[str, bool]) -> None:
-    found = plan(grid=grid(1, 2), cold_start=cold_start, execution={"reuse": "campaign"})
-    assert found.is_cold
-    assert sum(found.loads()) == 6
-
-
 def test_gaps_and_expected_time_of_the_whole_and_of_a_part() -> None:
     found = plan(
         grid=grid(1, 2),
@@ -204,15 +197,6 @@ def test_without_earlier_results_only_the_gaps_are_known_and_take_at_most_their_
     assert expected == ExpectedTime(None, None, 10 + 40 + 10, is_complete=False)
     assert expected.total_s is None
     assert found.expected_time(ExpectedDurations(), ()).total_s == 0.0
-
-
-# Resume
-
-
-def test_an_edit_elsewhere_keeps_the_identity_of_an_experiment(file_a: str) -> None:
-    before = {item.exp_id for item in plan(grid=grid(1, 2)).experiments}
-    after = plan(campaign_name="renamed", configs=[file_a], grid=grid(2, 1, 5), execution={"cycles": 3}).experiments
-    assert before < {item.exp_id for item in after}
 
 
 CONFIG = ExperimentConfig.from_dict({"model": "any"})
@@ -309,7 +293,7 @@ def test_gaps(structure: str, planned: str, gaps: str) -> None:
     ],
 )
 def test_loads(planned: str, reuse: str, is_cold: bool, loads: str) -> None:
-    options = {"execution": {"reuse": reuse}, "cold_start": {"force_cold_start": is_cold}}
+    options = {"execution": {"reuse": reuse}, "cold_start": {"restart_container": is_cold}}
     found = plan(grid=grid(1), **options).loads(experiments(planned, {"A": "x", "B": "x"}))
     assert "".join(str(int(item)) for item in found) == loads.replace(" ", "")
 

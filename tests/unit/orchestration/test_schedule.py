@@ -165,27 +165,28 @@ def test_a_daemon_waits_for_its_time_once_and_repeats_from_end_to_start(tmp_path
     ]
 
 
-def test_a_run_that_the_deadline_cut_short_is_no_whole_cycle(tmp_path):
-    daemon = CampaignDaemonConfig(enabled=True, interval="1h", total_duration="3h")
-    host = _Host(tmp_path, daemon=daemon, outcomes=[_outcome(), _outcome(Stopped.DEADLINE)])
-    outcome = host.run()
-    assert host.starts_h == [0.0, 2.0]
-    assert host.told[-1] == "Daemon: total duration 3h reached, stopping after 1 cycles"
-    assert outcome == _outcome(Stopped.DURATION)
-
-
-def test_a_duration_alone_runs_one_after_the_other(tmp_path):
-    host = _Host(tmp_path, daemon=CampaignDaemonConfig(enabled=True, total_duration="2h30m"))
-    host.run()
-    assert host.starts_h == [0.0, 1.0, 2.0]
-
-
-def test_a_daemon_without_interval_and_duration_runs_once_and_its_outcome_counts(tmp_path):
-    host = _Host(tmp_path, daemon=CampaignDaemonConfig(enabled=True))
-    assert host.run() == _outcome()
-    assert host.starts_h == [0.0]
-    assert host.deadlines_h == [None]
-    assert host.told == ["Daemon: campaign done"]
+@pytest.mark.parametrize(
+    ("daemon", "outcomes", "starts_h", "told", "stopped"),
+    [
+        # A run that the deadline cut short is no whole cycle.
+        (
+            {"interval": "1h", "total_duration": "3h"},
+            [None, Stopped.DEADLINE],
+            [0.0, 2.0],
+            "Daemon: total duration 3h reached, stopping after 1 cycles",
+            Stopped.DURATION,
+        ),
+        # A duration alone: one run after the other. Neither of them: one run, whose outcome counts.
+        ({"total_duration": "2h30m"}, [], [0.0, 1.0, 2.0], "reached, stopping after 3 cycles", Stopped.DURATION),
+        ({}, [], [0.0], "Daemon: campaign done", None),
+    ],
+)
+def test_a_daemon_repeats_as_interval_and_duration_say(tmp_path, daemon, outcomes, starts_h, told, stopped):
+    config = CampaignDaemonConfig(enabled=True, **daemon)
+    host = _Host(tmp_path, daemon=config, outcomes=[_outcome(item) for item in outcomes])
+    assert host.run() == _outcome(stopped)
+    assert host.starts_h == starts_h
+    assert host.told[-1].endswith(told)
 
 
 @pytest.mark.parametrize(
