@@ -2,11 +2,10 @@
 
 import os
 import signal
-from typing import Any
 
 import pytest
 
-from tests.campaign_rig import CampaignRig, campaign_text
+from tests.campaign_rig import campaign_text
 from tests.doubles.fault_injector import VARIABLE, Fault, read_journal
 from tests.processes import wait_for
 from tests.webhook import serving_webhook
@@ -54,34 +53,6 @@ def test_each_failure_has_its_own_end_and_the_rest_of_the_campaign_goes_on(rig):
     assert events[-1]["event"] == "summary"
     assert "4 completed, 3 failed, 0 left" in ended.err
     assert "some experiments failed; resume with: " in ended.err
-
-
-def test_engines_that_hang_or_fall_silent_are_ended_and_tried_again(rig):
-    """Three campaigns side by side, since each has to wait for its timeout."""
-    cases: dict[str, tuple[dict[str, Any], str, str, str]] = {
-        # Long enough for the second attempt, which does nothing, also on a machine that is busy.
-        "load": ({"load_timeout_seconds": 15}, "load", "timeout", "load_timeout_seconds"),
-        "window": ({"experiment_timeout_seconds": 15}, "generate", "timeout", "experiment_timeout_seconds"),
-        "silent": ({"silence_timeout_seconds": 15}, "generate", "silent", "silence_timeout_seconds"),
-    }
-    running = {}
-    for name, (limit, at, _, _) in cases.items():
-        text = campaign_text(outputs=(4,), cycles=1, **limit).replace("campaign_name: demo", f"campaign_name: {name}")
-        folder = rig.folder / name
-        folder.mkdir()
-        case = CampaignRig(folder, text)
-        rules = [{"at": at, "do": "hang", "once": "hung"}]
-        running[name] = case, case.start("--yes", "--json", rules=rules, LEMTEST_MARKER=rig.marker.value)
-    for name, (case, process) in running.items():
-        ended = process.wait()
-        assert ended.code == 0, (name, ended)
-        (retried,) = [event for event in ended.events() if event["event"] == "experiment_retried"]
-        _, _, kind, option = cases[name]
-        (entry,) = case.manifest(name).experiments
-        assert entry.status == "completed"
-        assert [attempt.valid for attempt in entry.attempts] == [None, True]
-        assert (retried["error_kind"], option in retried["hint"]) == (kind, True)
-    rig.assert_no_process_left()
 
 
 @pytest.mark.parametrize("victim", [("worker",), ("worker", "--engine")], ids=["supervisor", "engine"])
