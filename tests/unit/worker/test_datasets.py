@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
 import os
 import sys
+import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,6 @@ from lem.base.variables import DATASETS_VARIABLE
 from lem.config.experiment import DATASET_ALIASES, ExperimentConfig
 from lem.worker.datasets import choice_of, resolve_dataset, shuffle
 from lem.worker.prompts import ResolvedPrompts, fingerprint
-from tests.unit.worker import hub_double
 
 ROOT = Path(__file__).parents[3]
 ROWS = [{"prompt": f"prompt {number}", "other": number} for number in range(6)]
@@ -212,6 +214,59 @@ def test_parquet_is_read_through_the_datasets_package(tmp_path: Path) -> None:
     assert texts(resolve(tmp_path, {"dataset": "mine"})) == [row["prompt"] for row in ROWS]
 
 
+HUB_NAME = "owner/name"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILE = "train.jsonl"
+CONTENT = b'{"prompt": "first of the hub"}\n{"prompt": "second of the hub"}\n'
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of one as `datasets` asks: a repository with one file, its commit, and 404 for the rest."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        entry = [{"type": "file", "path": FILE, "size": len(CONTENT), "oid": "a" * 40}]
+        if path.startswith(f"/api/datasets/{HUB_NAME}/tree/{COMMIT}"):
+            self._answer(200, json.dumps(entry).encode(), {"Content-Type": "application/json"})
+        elif path.startswith(f"/api/datasets/{HUB_NAME}"):
+            facts = {"id": HUB_NAME, "sha": COMMIT, "siblings": [{"rfilename": FILE}], "tags": [], "private": False}
+            self._answer(200, json.dumps(facts).encode(), {"Content-Type": "application/json"})
+        elif path.startswith(f"/datasets/{HUB_NAME}/resolve/") and path.endswith(FILE):
+            self._answer(200, CONTENT, {"X-Repo-Commit": COMMIT, "ETag": f'"{"b" * 40}"'})
+        else:
+            code = "EntryNotFound" if HUB_NAME in path else "RepoNotFound"
+            self._answer(404, b"{}", {"X-Error-Code": code, "Content-Type": "application/json"})
+
+    do_HEAD = do_GET  # noqa: N815 (as http.server wants it)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+@contextlib.contextmanager
+def serving_hub() -> Iterator[str]:
+    """The address of a running hub."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 RESOLVE = """
 import json, sys
 from lem.config.experiment import ExperimentConfig
@@ -237,18 +292,18 @@ def resolve_apart(name: str, home: Path, **variables: str) -> dict[str, Any]:
 
 @pytest.mark.needs("datasets")
 def test_hub_data_set_is_recorded_with_its_commit_and_found_again_offline(tmp_path: Path) -> None:
-    with hub_double.serving() as address:
-        online = resolve_apart(hub_double.NAME, tmp_path, HF_ENDPOINT=address)
+    with serving_hub() as address:
+        online = resolve_apart(HUB_NAME, tmp_path, HF_ENDPOINT=address)
     assert online["prompts"] == ["first of the hub", "second of the hub"]
     assert online["source"]["kind"] == "hub"
-    assert online["source"]["revision"] == hub_double.COMMIT
+    assert online["source"]["revision"] == COMMIT
     assert online["source"]["count"] == 2
-    assert resolve_apart(hub_double.NAME, tmp_path, HF_HUB_OFFLINE="1") == online
+    assert resolve_apart(HUB_NAME, tmp_path, HF_HUB_OFFLINE="1") == online
 
 
 @pytest.mark.needs("datasets")
 def test_a_data_set_the_hub_does_not_have_is_refused_for_good(tmp_path: Path) -> None:
-    with hub_double.serving() as address:
+    with serving_hub() as address:
         refused = resolve_apart("owner/missing", tmp_path, HF_ENDPOINT=address)
     assert (refused["kind"], refused["is_permanent"]) == ("prompts", True)
     assert "owner/missing" in refused["message"]

@@ -41,26 +41,17 @@ def config(**options: Any) -> ExperimentConfig:
     return ExperimentConfig.from_dict({"model": "any", **options})
 
 
-def machine(root: Path, files: dict[str, str]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return root
-
-
 def test_host_is_read_from_where_linux_shows_it(tmp_path: Path) -> None:
-    root = machine(
-        tmp_path,
-        {
-            "etc/os-release": 'NAME="Debian"\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n',
-            "proc/cpuinfo": "processor\t: 0\nmodel\t\t: 79\nmodel name\t: Example CPU @ 2 GHz\n",
-            "proc/meminfo": "MemFree: 1 kB\nMemTotal:       2048 kB\n",
-            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n",
-            "sys/devices/system/cpu/cpu1/cpufreq/scaling_governor": "performance\n",
-        },
-    )
-    host = read_host(root)
+    for name, content in {
+        "etc/os-release": 'NAME="Debian"\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n',
+        "proc/cpuinfo": "processor\t: 0\nmodel\t\t: 79\nmodel name\t: Example CPU @ 2 GHz\n",
+        "proc/meminfo": "MemFree: 1 kB\nMemTotal:       2048 kB\n",
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n",
+        "sys/devices/system/cpu/cpu1/cpufreq/scaling_governor": "performance\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    host = read_host(tmp_path)
     assert (host["os"], host["cpu"]) == ("Debian GNU/Linux 12 (bookworm)", "Example CPU @ 2 GHz")
     assert (host["memory_b"].value, host["governor"].value) == (2048 * 1024, "performance, powersave")
     assert host["kernel"] == platform.release()
@@ -108,23 +99,26 @@ def test_fingerprint_does_not_change_with_what_an_experiment_chooses_or_with_the
     assert fingerprint_of(host, other, {}, None) == fingerprint_of(HOST, REPORT, {}, None)
 
 
-def test_options_that_took_effect_otherwise_are_told_with_both_values() -> None:
-    effective = {"pytorch": {"batch_size": 4, "use_cache": False}, "fp_precision": "float32", "positions": 2048}
-    found = differing_options(config(pytorch={"batch_size": 8}, fp_precision="float16"), effective)
-    assert found == {"fp_precision": ["float16", "float32"], "pytorch.batch_size": [8, 4]}
+GREEDY = {"temperature": 0.0, "do_sample": False}
+NO_SAMPLING = {"decoder": {**GREEDY, "top_k": None, "top_p": None}}
 
 
-def test_a_default_that_took_effect_otherwise_is_told_too() -> None:
-    assert differing_options(config(), {"pytorch": {"batch_size": 4}}) == {"pytorch.batch_size": [1, 4]}
-
-
-def test_options_left_to_the_engine_differ_from_nothing() -> None:
-    assert differing_options(config(), {"pytorch": {"attn_implementation": "sdpa"}}) == {}
-
-
-def test_defaults_that_do_not_apply_are_not_told_but_chosen_values_are() -> None:
-    effective = {"decoder": {"do_sample": False, "temperature": 0.0, "top_k": None, "top_p": None}}
-    greedy = {"temperature": 0.0, "do_sample": False}
-    assert differing_options(config(decoder=greedy), effective) == {}
-    chosen = differing_options(config(decoder={**greedy, "top_k": 7}), effective)
-    assert chosen == {"decoder.top_k": [7, None]}
+@pytest.mark.parametrize(
+    ("chosen", "effective", "told"),
+    [
+        (
+            {"pytorch": {"batch_size": 8}, "fp_precision": "float16"},
+            {"pytorch": {"batch_size": 4, "use_cache": False}, "fp_precision": "float32", "positions": 2048},
+            {"fp_precision": ["float16", "float32"], "pytorch.batch_size": [8, 4]},
+        ),
+        ({}, {"pytorch": {"batch_size": 4}}, {"pytorch.batch_size": [1, 4]}),
+        ({}, {"pytorch": {"attn_implementation": "sdpa"}}, {}),
+        ({"decoder": GREEDY}, NO_SAMPLING, {}),
+        ({"decoder": {**GREEDY, "top_k": 7}}, NO_SAMPLING, {"decoder.top_k": [7, None]}),
+    ],
+    ids=["chosen", "default", "left to the engine", "default that does not apply", "chosen that does not apply"],
+)
+def test_options_that_took_effect_otherwise_are_told_with_both_values(
+    chosen: dict[str, Any], effective: dict[str, Any], told: dict[str, Any]
+) -> None:
+    assert differing_options(config(**chosen), effective) == told

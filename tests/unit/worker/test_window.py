@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lem.base.errors import EngineError
+from lem.base.reasons import Reason
 from lem.engines.protocol import Completion, OnProgress, TokenRequest, say_nothing
 from lem.worker.window import Answer, MeasuredWindow, distribute, latency_of, measure_batch, percentile
 from tests.unit.worker.timed_backend import SteppedClock, TimedBackend, make_requests
@@ -38,8 +39,9 @@ def test_window_spans_exactly_the_work_and_the_device_is_idle_at_both_edges() ->
     # two batches of a 10 ms prefill and four steps of 1 ms
     assert found.window_s == pytest.approx(0.028)
     assert (found.opened_ns, found.closed_ns) == (backend.clock.start_ns, backend.clock.now_ns)
-    assert found.repeats == 1
     assert backend.calls == ["synchronize", "generate", "synchronize"]
+    assert found.repeats == 1
+    assert (found.steady.value, found.steady.null_reason) == (None, Reason.of("one_pass"))
 
 
 def test_prompt_set_is_repeated_until_the_window_is_long_enough() -> None:
@@ -58,12 +60,6 @@ def test_padding_is_neither_input_nor_output() -> None:
     assert (found.input_tok, found.output_tok) == (10, 10)
 
 
-def test_single_pass_has_nothing_to_compare_with() -> None:
-    found = measure(TimedBackend(SteppedClock()), make_requests(2))
-    assert found.steady.value is None
-    assert found.steady.null_reason
-
-
 @pytest.mark.parametrize(("second", "is_steady"), [(1.0, True), (1.019, True), (1.021, False), (0.979, False)])
 def test_halves_that_differ_by_two_percent_are_not_steady(second: float, is_steady: bool) -> None:
     backend = TimedBackend(SteppedClock(), slow_down=lambda batches: 1.0 if batches < 4 else second)  # 14 ms a pass
@@ -71,14 +67,10 @@ def test_halves_that_differ_by_two_percent_are_not_steady(second: float, is_stea
     assert (found.repeats, found.steady.value) == (8, is_steady)
 
 
-def test_failed_requests_are_counted_and_their_tokens_are_not() -> None:
-    backend = TimedBackend(SteppedClock(), fails=lambda request: request.index == 1)
-    found = measure(backend, make_requests(4))
+def test_failed_requests_are_counted_their_tokens_are_not_and_a_set_of_them_is_not_repeated() -> None:
+    found = measure(TimedBackend(SteppedClock(), fails=lambda request: request.index == 1), make_requests(4))
     assert found.failures == ("scripted failure",)
     assert (len(found.requests), found.input_tok, found.output_tok) == (3, 9, 12)
-
-
-def test_a_set_that_fails_as_a_whole_is_not_repeated() -> None:
     found = measure(TimedBackend(SteppedClock(), fails=lambda _: True), make_requests(2), min_window_s=1000.0)
     assert (found.repeats, len(found.failures)) == (1, 2)
 
