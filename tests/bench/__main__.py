@@ -86,11 +86,7 @@ class Cost:
 
 
 def process_cost(command: list[str]) -> Cost:
-    """CPU time and peak memory of a process, from wait4.
-
-    Raises:
-        RuntimeError: it fails.
-    """
+    """CPU time and peak memory of a process, from wait4."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -24,7 +24,7 @@ from lem.engines.common import load_engine
 from lem.engines.protocol import Engine, TokenRequest
 from lem.worker.prompts import resolve_on_host
 from lem.worker.window import measure_batch
-from tests.bench.pairs import in_turn, told
+from tests.bench.host import in_turn, told
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = 20

@@ -1,4 +1,4 @@
-"""The host process of a campaign, with an engine that answers at once: what it costs beside its worker."""
+"""Figures; what the host process of a campaign costs beside its worker; and pairs of runs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from lem.base.errors import ExitCode
+from lem.results.bootstrap import log_t_interval
 
 HEADER = f"{'figure':<64}{'value':>10} {'unit':<6}{'target':>10}"
 
@@ -71,11 +72,7 @@ def run_host(folder: Path, experiments: int, *options: str, stop_after: int | No
 
     Args:
         options: of `lem campaign`.
-        stop_after: end it by SIGTERM once so many are completed; `--resume` in the same folder then goes on.
-
-    Raises:
-        RuntimeError: the campaign fails.
-    """
+        stop_after: end it by SIGTERM once so many are completed; `--resume` in the same folder then goes on."""
     folder.mkdir(exist_ok=True)
     (folder / "bench.yaml").write_text(campaign_text(experiments), encoding="utf-8")
     (folder / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
@@ -89,11 +86,7 @@ def run_host(folder: Path, experiments: int, *options: str, stop_after: int | No
 
 
 def command_cost(folder: Path, *words: str) -> HostCost:
-    """What a command of lem takes.
-
-    Raises:
-        RuntimeError: it fails.
-    """
+    """What a command of lem takes."""
     with open(folder / "errors", "wb") as errors:
         _start(folder, words, subprocess.DEVNULL, errors).wait(TIMEOUT_S)
     return _cost(folder, int(ExitCode.OK))
@@ -151,3 +144,29 @@ grid:
       batch_size: {list(range(1, experiments + 1))}
 execution: {{cycles: 1, config_gap_seconds: 0, cycle_gap_seconds: 0}}
 """
+
+
+# Two sides run in turn, so that what a machine does meanwhile meets both
+
+T = TypeVar("T")
+
+TARGET = 0.97
+
+
+def in_turn(ours: Callable[[], T], theirs: Callable[[], T], pairs: int) -> Iterator[tuple[T, T]]:
+    """What both sides give, pair by pair, run in the order ABBA; the first run of each is slower, and left out."""
+    ours(), theirs()
+    for index in range(pairs):
+        order = (ours, theirs) if index % 2 == 0 else (theirs, ours)
+        found = {side: side() for side in order}
+        yield found[ours], found[theirs]
+
+
+def told(whose: str, ratios: Sequence[float]) -> str:
+    """The line about lem's throughput over that of another: the geometric mean with its interval on logs."""
+    interval = log_t_interval(ratios)
+    return (
+        f"throughput, lem over {whose}: {interval.geometric_mean:.4f} "
+        f"({interval.ci_lower:.4f} to {interval.ci_upper:.4f}, 95 % t interval, {len(ratios)} pairs; "
+        f"target above {TARGET})"
+    )

@@ -22,7 +22,7 @@ from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Engine, TokenRequest
 from lem.engines.vllm import load
 from lem.worker.window import measure_batch
-from tests.bench.pairs import in_turn, told
+from tests.bench.host import in_turn, told
 
 PAIRS = 20
 PROMPTS, INPUT_TOK, OUTPUT_TOK, SEQUENCES = 64, 64, 64, 32
