@@ -131,11 +131,7 @@ def test_faults_where_only_other_campaigns_write_cost_nothing(lab: Lab, tried: T
 
 @pytest.mark.parametrize(
     "command",
-    [
-        # One writes a folder, the other a file.
-        pytest.param(item, id=item.name, marks=() if item.name in ("merge", "export") else pytest.mark.long)
-        for item in COMMANDS
-    ],
+    [pytest.param(item, id=item.name, marks=() if item.name == "export" else pytest.mark.long) for item in COMMANDS],
 )
 def test_faults_in_a_command_that_writes_files_leave_them_whole_or_not_there(
     lab: Lab, tried: Trial, command: Command
