@@ -133,17 +133,15 @@ def test_wheel_with_another_hash_than_pinned_is_not_packed(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("python", SUPPORTED, ids=names_of)
-def test_every_supported_python_starts_it_without_site_packages(pyz: Path, python: Python) -> None:
+def test_every_supported_python_starts_and_imports_all_of_it_with_the_standard_library_alone(
+    pyz: Path, python: Python
+) -> None:
     before = sorted(pyz.parent.iterdir())
     for options in ([], ["-I", "-S"]):
         finished = run([str(python.path), *options, str(pyz), "--version"], cwd=Path("/"))
         assert (finished.returncode, finished.stderr) == (0, "")
         assert finished.stdout.startswith("lem ")
     assert sorted(pyz.parent.iterdir()) == before
-
-
-@pytest.mark.parametrize("python", SUPPORTED, ids=names_of)
-def test_every_supported_python_imports_all_of_it_with_the_standard_library_alone(pyz: Path, python: Python) -> None:
     finished = run([str(python.path), "-I", "-S", "-c", IMPORT_EVERYTHING, str(pyz)])
     assert finished.returncode == 0, finished.stderr
 

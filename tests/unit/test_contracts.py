@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-import logging
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -295,15 +293,6 @@ def test_a_manifest_is_saved_whole_and_loaded_equal(tmp_path: Path) -> None:
     assert manager.check_config_changed(manifest, "1" * 16)
 
 
-def test_a_corrupt_manifest_is_a_warning_and_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "manifest.json"
-    path.write_text('{"schema_version": 1, ')
-    with caplog.at_level(logging.WARNING, "lem"):
-        assert ManifestManager(path).load() is None
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert str(path) in caplog.text
-
-
 # --- lem.orchestration.container
 
 
@@ -318,22 +307,6 @@ def fake(tmp_path: Path) -> FakeDocker:
 def manager(fake: FakeDocker, tmp_path: Path) -> ContainerManager:
     environ = fake.environ(LEM_CACHE_DIR=str(tmp_path / "cache"))
     return ContainerManager(project_dir=tmp_path / "project", environ=environ)
-
-
-def test_an_experiment_runs_in_its_service(fake: FakeDocker, manager: ContainerManager) -> None:
-    message, code = manager.execute_experiment("vllm", "a.yaml")
-    assert (type(message), code) == (str, 1)
-    manager.start_services(["vllm"])
-    assert manager.is_service_running("vllm")
-    manager.execute_experiment("vllm", "a.yaml", ["--cycles", "2"], {"HF_HOME": "/models"})
-    words = fake.compose_calls("exec")[-1]
-    assert words[words.index("experiment") :] == ["experiment", "a.yaml", "--yes", "--cycles", "2"]
-
-
-def test_services_that_cannot_start_are_a_runtime_error(fake: FakeDocker, manager: ContainerManager) -> None:
-    fake.change(daemon="down")
-    with pytest.raises(RuntimeError):
-        manager.start_services(["vllm"])
 
 
 def test_a_service_without_a_gpu_is_healthy_when_it_answers(fake: FakeDocker, manager: ContainerManager) -> None:
@@ -414,25 +387,6 @@ def test_a_bootstrap_interval_is_reproducible_and_warns_of_few_samples() -> None
     assert found.ci_upper is not None
     assert found.ci_lower < 2.0 < found.ci_upper
     assert bootstrap_ci([1.0]).warning is not None
-
-
-def test_the_interval_of_a_metric_is_ready_for_json() -> None:
-    found = compute_metric_ci([1.0, None, 3.0], "energy")
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert (found["metric"], found["mean"], found["n_samples"]) == ("energy", 2.0, 2)
-
-
-def test_aggregation_excludes_failed_results() -> None:
-    records = [make_record(cycle=cycle, energy_per_output_tok_j=0.5 + cycle / 100) for cycle in range(3)]
-    found = aggregate_campaign_results({"small": [*records, None]})["small"]
-    assert found["n_cycles"] == 3
-    for group, metric in (
-        ("energy", "gpu_energy_j"),
-        ("throughput", "output_tok_per_s"),
-        ("tokens", "output_tok"),
-        ("latency", "e2e_p50_s"),
-    ):
-        assert found[group][metric]["bootstrap"]["n_samples"] == found[group][metric]["t_log"]["n_samples"] == 3
 
 
 # --- texts people grep for

@@ -46,22 +46,16 @@ def test_a_signal_is_a_negative_code_and_told_by_name():
     assert process.describe_exit(3) == "ended with exit code 3"
 
 
-def test_at_the_timeout_the_program_and_what_it_started_are_killed():
+def test_at_the_timeout_the_program_and_what_it_started_are_killed_and_the_output_before_it_is_kept():
     marker = Marker()
-    script = "sleep 1000 & echo started; wait"
-    finished = process.run(["sh", "-c", script], timeout_s=0.3, env=marker.environ())
-    assert finished.has_timed_out
-    assert finished.code == 124
-    assert marker.survivors() == ()
-
-
-def test_output_before_the_timeout_is_kept():
     finished = until_timeouts_are_long_enough(
-        lambda timeout_s: process.run(["sh", "-c", "echo before; exec sleep 1000"], timeout_s=timeout_s),
+        lambda timeout_s: process.run(
+            ["sh", "-c", "sleep 1000 & echo started; wait"], timeout_s=timeout_s, env=marker.environ()
+        ),
         lambda finished: finished.stdout,
     )
-    assert finished.has_timed_out
-    assert finished.stdout == "before\n"
+    assert (finished.has_timed_out, finished.code, finished.stdout) == (True, 124, "started\n")
+    assert marker.survivors() == ()
 
 
 def test_a_process_that_left_the_group_is_not_waited_for():
@@ -79,18 +73,12 @@ def test_a_process_that_left_the_group_is_not_waited_for():
     assert marker.survivors() == ()
 
 
-def test_a_program_that_is_not_there_is_an_error_for_people():
+def test_a_program_that_cannot_be_started_is_an_error_for_people(tmp_path: Path):
+    (tmp_path / "text").write_text("no program")
     with pytest.raises(UserError, match="no-such-program: no such program"):
         process.run(["no-such-program"], timeout_s=1)
-
-
-def test_a_folder_that_is_not_there_is_not_blamed_on_the_program(tmp_path: Path):
     with pytest.raises(UserError, match="no such folder to run true in"):
         process.run(["true"], timeout_s=1, cwd=tmp_path / "missing")
-
-
-def test_a_file_that_is_no_program_is_an_error_for_people(tmp_path: Path):
-    (tmp_path / "text").write_text("no program")
     with pytest.raises(UserError, match="cannot be started: Permission denied"):
         process.run([str(tmp_path / "text")], timeout_s=1)
 
