@@ -33,6 +33,7 @@ TIMEOUT_S = 120
 NOT_RUN: Mapping[str, str] = {
     r"make lem\.pyz": "tests/unit/test_build.py builds it",
     r"make (demo|test|lint)\b(?!-).*": "makes an environment of some gigabytes; .ci/run runs it",
+    r"make test-long": "takes minutes for each of its tests",
     r"make demo-containers.*": "tests/integration/test_containers_campaign.py runs campaigns in containers",
     r"docker pull .*": "wants the network",
     r"lem campaign .*--executor docker.*": "tests/integration/test_containers_campaign.py runs campaigns in containers",
