@@ -230,24 +230,14 @@ def look(index):
     return {
         "counter": stamped(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle),
         "energy": stamped(field, handle, pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION, "ullVal"),
-        "module_energy": stamped(field, handle, pynvml.NVML_FI_DEV_ENERGY, "ullVal", 1),
         "instant": stamped(field, handle, pynvml.NVML_FI_DEV_POWER_INSTANT, "uiVal"),
-        "module_instant": stamped(field, handle, pynvml.NVML_FI_DEV_POWER_INSTANT, "uiVal", 1),
         "average": stamped(pynvml.nvmlDeviceGetPowerUsage, handle),
         "field_average": stamped(field, handle, pynvml.NVML_FI_DEV_POWER_AVERAGE, "uiVal"),
         "temp": stamped(pynvml.nvmlDeviceGetTemperatureV, handle, pynvml.NVML_TEMPERATURE_GPU),
         "events": stamped(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle),
         "sm_clock": stamped(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-        "memory_clock": stamped(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
         "utilisation": stamped(utilisation, handle),
         "pids": stamped(lambda: [item.pid for item in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]),
-        "limit": stamped(pynvml.nvmlDeviceGetPowerManagementLimit, handle),
-        "enforced_limit": stamped(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle),
-        "field_limit": stamped(field, handle, pynvml.NVML_FI_DEV_POWER_CURRENT_LIMIT, "uiVal"),
-        "persistence": stamped(pynvml.nvmlDeviceGetPersistenceMode, handle),
-        "mig": stamped(pynvml.nvmlDeviceGetMigMode, handle),
-        "vbios": stamped(pynvml.nvmlDeviceGetVbiosVersion, handle),
-        "bus": stamped(lambda: pynvml.nvmlDeviceGetPciInfo(handle).busId),
     }
 """
 
@@ -314,9 +304,9 @@ COARSE = GpuTrace(
 SCRIPTED = Trace(ORIGIN_NS, (RICH, COARSE))
 
 
-def _look_at(tmp_path, trace, times_ns, **options):
+def _look_at(tmp_path, trace, times_ns):
     now = tmp_path / "now"
-    double = NvmlDouble(tmp_path / "nvml", more=(str(now),), **options)
+    double = NvmlDouble(tmp_path / "nvml", more=(str(now),))
     double.say(*trace.lines())
     finished = _run(double, AT_TIMES, str(now), json.dumps(list(times_ns)))
     assert finished.stderr == ""
@@ -381,41 +371,6 @@ def test_in_real_time_it_follows_an_engine_and_its_counter_never_falls(tmp_path)
         assert worked.counter_mj(before_ns) - 1 <= said <= worked.counter_mj(after_ns) + 1
 
 
-def test_what_does_not_change_is_told_as_scripted(tmp_path):
-    rich, coarse = _look_at(tmp_path, SCRIPTED, [ORIGIN_NS])[0]
-    assert (rich["limit"], rich["enforced_limit"], rich["field_limit"]) == (600_000, 550_000, 550_000)
-    assert (coarse["limit"], coarse["enforced_limit"]) == (700_000, 700_000)
-    assert [rich["persistence"], coarse["persistence"]] == [1, 0]
-    assert [rich["mig"], rich["vbios"], rich["memory_clock"]] == [[0, 0], "96.00.00.00.01", 2619]
-    assert [rich["bus"], coarse["bus"]] == ["00000000:01:00.0", "00000000:02:00.0"]
-
-
-def test_meters_that_are_not_there_are_not_supported(tmp_path):
-    bare = GpuTrace(signal=EVERYTHING, counter=None, instant=None, average=None)
-    ((look,),) = _look_at(tmp_path, Trace(ORIGIN_NS, (bare,)), [ORIGIN_NS])
-    for key in ("counter", "energy", "instant", "average", "field_average"):
-        assert look[key] == "Not Supported"
-    assert look["temp"] == 40
-
-
-def test_a_module_is_metered_as_a_whole_alone(tmp_path):
-    trace = Trace(ORIGIN_NS, (GpuTrace(signal=EVERYTHING, scope="module"), GpuTrace(signal=EVERYTHING)))
-    at_ns = ORIGIN_NS + 3 * NS_PER_S
-    module, gpu = _look_at(tmp_path, trace, [at_ns])[0]
-    assert [module[key] for key in ("counter", "energy", "instant", "average")] == ["Not Supported"] * 4
-    assert module["module_energy"] == gpu["counter"] == trace.counter_mj(at_ns)
-    assert module["module_instant"] == gpu["instant"]
-    assert [gpu["module_energy"], gpu["module_instant"]] == ["Not Supported"] * 2
-
-
-def test_mig_is_on_or_unknown_as_told(tmp_path):
-    trace = Trace(ORIGIN_NS, (GpuTrace(signal=EVERYTHING, mig=True), GpuTrace(signal=EVERYTHING, mig=None)))
-    sliced, old = _look_at(tmp_path, trace, [ORIGIN_NS])[0]
-    assert (sliced["mig"], sliced["utilisation"]) == ([1, 1], "Not Supported")
-    assert isinstance(sliced["counter"], int)
-    assert (old["mig"], old["utilisation"]) == ("Not Supported", 0)
-
-
 def test_a_failure_is_of_one_gpu_and_of_its_time(tmp_path):
     denied = dataclasses.replace(COARSE, more=("fail nvmlDeviceGetTotalEnergyConsumption 4 10 20", "fail_field 186 3"))
     trace = Trace(ORIGIN_NS, (denied, COARSE))
@@ -425,25 +380,6 @@ def test_a_failure_is_of_one_gpu_and_of_its_time(tmp_path):
     assert looks[1][0]["counter"] == "Insufficient Permissions"
     assert [gpu["instant"] for gpu in looks[0]] == ["Not Supported", 200_000]
     assert all(isinstance(gpus[1]["counter"], int) for gpus in looks)
-
-
-def test_functions_that_an_older_library_lacks_are_not_found(tmp_path):
-    lacking = ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTotalEnergyConsumption")
-    ((look,),) = _look_at(tmp_path, Trace(ORIGIN_NS, (COARSE,)), [ORIGIN_NS], without=lacking)
-    assert look["temp"] == look["counter"] == "Function Not Found"
-    assert look["instant"] == 200_000
-
-
-def test_every_function_about_a_gpu_may_fail_for_a_time(tmp_path):
-    gone = dataclasses.replace(COARSE, more=("fail * 15 10 20",))
-    double = NvmlDouble(tmp_path / "nvml", more=(str(tmp_path / "now"),))
-    double.say(*Trace(ORIGIN_NS, (COARSE, gone)).lines())
-    said = []
-    for seconds in (9, 10, 20):
-        (tmp_path / "now").write_text(f"now {ORIGIN_NS + seconds * NS_PER_S}\n")
-        said.append(_ask(double)["gpus"])
-    assert [gpus[1] == "NVMLError_GpuIsLost: GPU is lost" for gpus in said] == [False, True, False]
-    assert all(gpus[0]["name"] == "NVIDIA Double" for gpus in said)
 
 
 COUNT = "print(*(pynvml.nvmlDeviceGetVirtualizationMode(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in (0, 1)))"

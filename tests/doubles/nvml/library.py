@@ -20,18 +20,14 @@ BUILD_TIMEOUT_S = 120
 OPTIONS = ("-std=gnu11", "-shared", "-fPIC", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 
 
-def build_library(folder: Path = BUILD_FOLDER, without: Sequence[str] = ()) -> Path:
+def build_library(folder: Path = BUILD_FOLDER) -> Path:
     """The folder that holds the library, for LD_LIBRARY_PATH; it is built once for each text of its sources.
-
-    Args:
-        without: functions that it lacks, as a driver older than them does.
 
     Raises:
         RuntimeError: the compiler refuses.
         FileNotFoundError: there is no gcc.
     """
-    # What is named is stronger than what a pattern takes in.
-    exports = f"{{ global: nvml*; local: {' '.join(f'{name};' for name in without)} *; }};\n"
+    exports = "{ global: nvml*; local: *; };\n"
     text = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))
     digest = hashlib.sha256(" ".join([*OPTIONS, exports]).encode() + text).hexdigest()[:16]
     place = folder / digest
@@ -58,7 +54,6 @@ class NvmlDouble:
     script: Path
     # Files that are read after the script where they are there, as those of one container alone.
     more: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()  # functions that the library lacks
 
     def say(self, *lines: str) -> None:
         """Have every process see this from its next call on; no reader meets half a script."""
@@ -70,7 +65,7 @@ class NvmlDouble:
     def variables(self) -> dict[str, str]:
         """What makes NVML this one."""
         return {
-            "LD_LIBRARY_PATH": str(build_library(without=self.without)),
+            "LD_LIBRARY_PATH": str(build_library()),
             SCRIPT_VARIABLE: ":".join([str(self.script), *self.more]),
         }
 
