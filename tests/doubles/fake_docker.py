@@ -67,18 +67,15 @@ class FakeDocker:
         return {**kept, "PATH": path, FOLDER_VARIABLE: str(self.folder), **more}
 
     def read(self) -> dict[str, Any]:
-        """How the engine is now."""
         state: dict[str, Any] = json.loads((self.folder / "state.json").read_text())
         return state
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Have the engine be so."""
         temporary = self.folder / f"state.{os.getpid()}"
         temporary.write_text(json.dumps(state))
         temporary.replace(self.folder / "state.json")
 
     def change(self, **traits: Any) -> None:
-        """Change some traits."""
         self.write({**self.read(), **traits})
 
     def calls(self) -> list[list[str]]:
@@ -110,8 +107,6 @@ class Refused(Exception):
 
 
 class Command:
-    """The command's side."""
-
     def __init__(self, fake: FakeDocker) -> None:
         self.fake = fake
         self.state = fake.read()
@@ -176,15 +171,8 @@ class Command:
             print(*map(json.dumps, found), sep="\n")
 
     def describe(self, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
-        command = '"sleep infinity"'
-        return {
-            "ID": f"id-{name}",
-            "Name": f"p-{name}-1",
-            "Command": command,
-            "Service": name,
-            "Publishers": None,
-            **item,
-        }
+        known = {"ID": f"id-{name}", "Name": f"p-{name}-1", "Command": '"sleep infinity"', "Service": name}
+        return {**known, "Publishers": None, **item}
 
     def compose_up(self, words: list[str]) -> None:
         names = [word for word in words if word in self.state["services"]]

@@ -29,6 +29,7 @@ It keeps to `lem.engines.protocol` in everything, and does what LEMTEST_ENGINE_S
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
 import json
 import os
@@ -166,16 +167,7 @@ class TrivialEngine:
 
 def _without_token_times(completion: Completion, observe_tokens: bool) -> Completion:
     """A batch of a closed set tells no token times, as engines that return when all is done."""
-    if observe_tokens:
-        return completion
-    return Completion(
-        completion.index,
-        completion.output_ids,
-        completion.started_ns,
-        completion.finished_ns,
-        error=completion.error,
-        padding_tok=completion.padding_tok,
-    )
+    return completion if observe_tokens else dataclasses.replace(completion, token_times_ns=None)
 
 
 def _applies(rule: Mapping[str, Any], config: ExperimentConfig) -> bool:
@@ -220,11 +212,8 @@ def _refuse(rule: Mapping[str, Any]) -> None:
 
 
 def _fail(rule: Mapping[str, Any]) -> None:
-    raise EngineError(
-        rule["text"],
-        kind=str(rule.get("kind", "engine")),
-        is_permanent=bool(rule.get("permanent", False)),
-    )
+    kind, is_permanent = str(rule.get("kind", "engine")), bool(rule.get("permanent"))
+    raise EngineError(rule["text"], kind=kind, is_permanent=is_permanent)
 
 
 def _crash(rule: Mapping[str, Any]) -> None:

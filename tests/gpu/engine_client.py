@@ -35,14 +35,9 @@ class Engine:
     """
 
     def __init__(self, log: Path, rehearsed: tuple[str, Path] | None) -> None:
-        """Start it.
+        """Start it; `log` gets what it prints, `rehearsed` are UUID and load log of the NVML double.
 
-        Args:
-            log: gets what it prints.
-            rehearsed: UUID and load log of the NVML double.
-
-        Raises:
-            EngineFailed: it does not come up.
+        Raises EngineFailed: it does not come up.
         """
         words = [sys.executable, "-m", "tests.gpu.engine", "--parent", str(os.getpid())]
         words += [] if rehearsed is None else ["--rehearse", rehearsed[0], str(rehearsed[1])]
@@ -67,13 +62,8 @@ class Engine:
 
     def load(self, model: Path, *, batch: int, input_tok: int, output_tok: int) -> int:
         """The number of parameters of the model, which is loaded and warm."""
-        order = {
-            "do": "load",
-            "model": str(model),
-            "batch": batch,
-            "input_tok": input_tok,
-            "output_tok": output_tok,
-        }
+        sizes = {"batch": batch, "input_tok": input_tok, "output_tok": output_tok}
+        order = {"do": "load", "model": str(model), **sizes}
         return int(self._ask(order, START_TIMEOUT_S)["parameters"])
 
     def generate(self, duration_s: float) -> float:

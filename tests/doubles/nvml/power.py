@@ -65,11 +65,9 @@ class PowerSignal:
     ripples: tuple[Ripple, ...] = ()
 
     def power_w(self, at_s: float) -> float:
-        """The power at that time."""
         return self._base(at_s)[0] + sum(ripple.power_w(at_s) for ripple in self.ripples)
 
     def energy_j(self, from_s: float, to_s: float) -> float:
-        """The energy between the two times."""
         return self.energy_since_zero_j(to_s) - self.energy_since_zero_j(from_s)
 
     def energy_since_zero_j(self, at_s: float) -> float:

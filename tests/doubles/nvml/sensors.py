@@ -54,7 +54,6 @@ class Counter:
         return Ticks(self.period_s, self.jitter_s, self.phase_s, self.seed)
 
     def read_mj(self, signal: PowerSignal, at_s: float) -> int:
-        """Its value when asked then."""
         tick_s = self.ticks.time_s(self.ticks.last(at_s)) - self.lag_s
         past = [reset_s for reset_s in self.resets_s if reset_s <= at_s]
         if past:
@@ -94,7 +93,6 @@ class Sensor:
         return Ticks(self.period_s, self.jitter_s, self.phase_s, self.seed)
 
     def read_mw(self, signal: PowerSignal, at_s: float) -> int:
-        """Its value when asked then."""
         number = self.ticks.last(at_s)
         end_s = self.ticks.time_s(number) - self.lag_s
         mean_w = signal.energy_j(end_s - self.window_s, end_s) / self.window_s

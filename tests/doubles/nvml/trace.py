@@ -40,30 +40,18 @@ class Trace:
         return self._signal(gpu).power_w(self.seconds(at_ns))
 
     def counter_mj(self, at_ns: int, gpu: int = 0) -> int:
-        """What the energy counter says then.
-
-        Raises:
-            ValueError: the GPU has none.
-        """
+        """What the energy counter says then; ValueError without one."""
         counter = self.gpus[gpu].counter
         if counter is None:
             raise ValueError(f"GPU {gpu} has no energy counter")
         return counter.read_mj(self._signal(gpu), self.seconds(at_ns))
 
     def instant_w(self, at_ns: int, gpu: int = 0) -> float:
-        """What field 186 says then, to the milliwatt.
-
-        Raises:
-            ValueError: the GPU does not have it.
-        """
+        """What field 186 says then, to the milliwatt; ValueError without it."""
         return self._read_w(self.gpus[gpu].instant, at_ns, gpu)
 
     def average_w(self, at_ns: int, gpu: int = 0) -> float:
-        """What `nvmlDeviceGetPowerUsage` says then.
-
-        Raises:
-            ValueError: the GPU does not have it.
-        """
+        """What `nvmlDeviceGetPowerUsage` says then; ValueError without it."""
         return self._read_w(self.gpus[gpu].average, at_ns, gpu)
 
     def temp_c(self, at_ns: int, gpu: int = 0) -> int:
@@ -72,22 +60,18 @@ class Trace:
         return item.thermal.read_c(self._signal(gpu), self.seconds(at_ns)) if item.thermal else item.temp_c
 
     def event_mask(self, at_ns: int, gpu: int = 0) -> int:
-        """The clock-event bits then."""
         at_s, mask = self.seconds(at_ns), 0
         for item in self.gpus[gpu].events:
             mask |= item.mask if item.from_s <= at_s < item.to_s else 0
         return mask
 
     def sm_clock_mhz(self, at_ns: int, gpu: int = 0) -> int:
-        """The SM clock then."""
         return _step(self.gpus[gpu].sm_clocks_mhz, self.seconds(at_ns), 1980)
 
     def utilisation_percent(self, at_ns: int, gpu: int = 0) -> int:
-        """The GPU's utilisation then."""
         return _step(self.gpus[gpu].utilisation_percent, self.seconds(at_ns), 0)
 
     def pids(self, at_ns: int, gpu: int = 0) -> tuple[int, ...]:
-        """The processes on the GPU then."""
         at_s = self.seconds(at_ns)
         return tuple(held.pid for held in self.gpus[gpu].processes if held.from_s <= at_s < held.to_s)
 

@@ -119,25 +119,17 @@ def _why(records: Sequence[Record], field: str) -> str:
 
 def _at_rest(records: Sequence[Record]) -> Iterator[Finding]:
     """Power at rest as the campaign found it, by the experiments that looked themselves."""
-    bare = [record.idle.idle_bare_power_w for record in records if record.idle.idle_bare_power_w is not None]
-    text = "power at rest, bare"
-    yield (
-        Finding(text, bare[0], "W", "as the campaign found it")
-        if bare
-        else _no_rest(text, "idle_bare_power_w", records)
-    )
     models = {Path(record.identity.model).name: record for record in reversed(records)}
+    yield _rest("power at rest, bare", "idle_bare_power_w", records)
     for model in sorted(models):
-        text, found = f"power at rest, {model} loaded", models[model].idle.idle_loaded_power_w
-        if found is None:
-            yield _no_rest(text, "idle_loaded_power_w", (models[model],))
-        else:
-            yield Finding(text, found, "W", "as the campaign found it")
+        yield _rest(f"power at rest, {model} loaded", "idle_loaded_power_w", (models[model],))
 
 
-def _no_rest(text: str, field: str, records: Sequence[Record]) -> Finding:
+def _rest(text: str, field: str, records: Sequence[Record]) -> Finding:
+    found = [value for record in records if (value := getattr(record.idle, field)) is not None]
     reasons = {record.idle.why_none(field).text for record in records}
-    return Finding(text, None, "W", "; ".join(sorted(reasons)))
+    note = "as the campaign found it" if found else "; ".join(sorted(reasons))
+    return Finding(text, found[0] if found else None, "W", note)
 
 
 def _agreement(bench: Bench) -> Finding:
