@@ -246,9 +246,9 @@ def _read_given(section: type[Section], mapping: Mapping[Any, Any], path: Path, 
         elif name in given:
             sink.add((*path, key), f"duplicate option: {key} is another name of {name}", is_about_key=True)
         else:
-            option = options[name]
-            is_null = option.is_nullable and simple(item) is None
-            given[name] = None if is_null else option.kind.read(item, (*path, key), sink)
+            declaration = options[name]
+            is_null = declaration.is_nullable and simple(item) is None
+            given[name] = None if is_null else declaration.kind.read(item, (*path, key), sink)
     return given
 
 
