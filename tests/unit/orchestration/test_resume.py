@@ -248,11 +248,8 @@ def _choose(manager, **options):
     return choose_manifest(manager, "id", RunOptions(**options)) is not None
 
 
-def test_without_a_manifest_every_start_is_fresh(tmp_path):
+def test_a_start_is_fresh_without_a_manifest_and_after_a_complete_campaign(tmp_path):
     assert not any(_choose(_manager(tmp_path), resume=resume) for resume in (True, False, None))
-
-
-def test_a_complete_campaign_starts_afresh_without_resume(tmp_path):
     manager = _manager(tmp_path, "completed", "skipped")
     assert not _choose(manager, is_yes=True)
     assert _choose(manager, resume=True)

@@ -61,22 +61,24 @@ def _held(folder, pid=PID, since="2026-07-14T11:59:00.000000Z"):
     return hold_locks([campaign_lock(folder, "demo")], Holder(pid, "here", "demo", since))
 
 
+REFUSED = {FOUR: [EngineError("no such option", is_permanent=True)]}
+
+
 @pytest.mark.parametrize(
-    ("answers", "signal_at_s", "deadline_s", "state", "reason", "n_left"),
+    ("answers", "signal_at_s", "deadline_s", "expected"),
     [
-        ({}, None, None, "done", "", 0),
-        ({FOUR: [EngineError("no such option", is_permanent=True)]}, None, None, "failed", "", 0),
-        ({}, 15, None, "stopped", "stopped by a signal", 3),
-        ({}, None, 15, "stopped", "its deadline passed", 2),
+        ({}, None, None, ("done", "", 0, 0)),
+        (REFUSED, None, None, ("failed", "", 0, 2)),
+        ({}, 15, None, ("stopped", "stopped by a signal", 3, 0)),
+        ({}, None, 15, ("stopped", "its deadline passed", 2, 0)),
     ],
 )
-def test_how_a_campaign_ended(place, folder, answers, signal_at_s, deadline_s, state, reason, n_left):
+def test_how_a_campaign_ended(place, answers, signal_at_s, deadline_s, expected):
     if signal_at_s is not None:
         place.stop = FakeStop(place.clock, signal_at_s)
     place.run(answers, deadline_s=deadline_s, options=RunOptions(resume_command="again"))
-    status = read_status(folder, HERE)
-    assert (status.state, status.reason, status.n_left) == (state, reason, n_left)
-    assert status.count("failed") == (2 if state == "failed" else 0)
+    status = read_status(place.folder / "state" / "demo", HERE)
+    assert (status.state, status.reason, status.n_left, status.count("failed")) == expected
     assert status.activity is not None
     assert (status.activity.doing, status.activity.go_on) == ("ended", "again")
     assert status.activity.run_id == place.manifest().run_id
