@@ -229,6 +229,16 @@ def test_clock_events_that_leave_the_window_valid() -> None:
     assert found.gpus[0].throttle_power_s == pytest.approx(4.0, abs=0.11)
 
 
+def test_without_samples_the_counter_counts_and_nobody_knows_of_clock_events() -> None:
+    unwatched = {"timeseries": {"enabled": False}}
+    found = gpu_attempt().with_log(samples=()).measured(options=unwatched)
+    assert found.energy.gpu_energy_j == pytest.approx(WINDOW_J, rel=0.002)
+    assert found.gpus[0].null_reasons["temp_max_c"].code == "gpus_unwatched"
+    assert "clocks_unwatched" in codes(found.warnings)
+    without_counter = gpu_attempt(counter=None).measured(options=unwatched).energy
+    assert without_counter.null_reasons["gpu_energy_j"].code == "power_not_sampled"
+
+
 # Other programs
 
 

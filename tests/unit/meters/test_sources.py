@@ -210,6 +210,10 @@ def test_a_gpu_that_does_not_answer_is_listed_in_its_place() -> None:
     found = find(FakeNvml(uuids=("GPU-a", "GPU-b", "GPU-c"), lost={"GPU-b": 15}))
     assert [gpu.meter.index for gpu in found.gpus] == [0, 1, 2]
     assert [gpu.source for gpu in found.gpus] == ["nvml_counter", None, "nvml_counter"]
+    document = found.to_dict()
+    assert [gpu["energy_source"] for gpu in document["gpus"]] == ["nvml_counter", None, "nvml_counter"]
+    assert [gpu["uuid"] for gpu in document["gpus"]] == ["GPU-a", "unknown", "GPU-c"]
+    assert document["cpu"]["rapl_error"]
     assert "dmesg" in found.gpus[1].describe()[0]
 
 
