@@ -108,7 +108,7 @@ def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
     if not plan.experiments:
         first = next((key for key in ("grid", "experiments", "configs") if getattr(loaded.config, key)), "configs")
         complaint = f"no valid experiment is left: {'; '.join(filtered)}"
-        raise loaded.source.error([Problem((first,), complaint, is_about_key=True)])
+        raise FileProblems(loaded.source.locate([Problem((first,), complaint, is_about_key=True)]))
     return {
         **report,
         "name": loaded.config.campaign_name,

@@ -6,22 +6,17 @@ Options without a default are left to the engine, whose own default is recorded.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lem.base.errors import ConfigurationError, did_you_mean
 from lem.config.kinds import Problem
-from lem.config.option import Section, declared, option
+from lem.config.option import Section, declared, matching, option
 
 BACKENDS = ("pytorch", "vllm", "tensorrt")
 
-_MEMORY_SIZE = re.compile(r"[0-9]+(\.[0-9]+)? ?([KMG]i?B)")
-
-
-def _check_memory_size(text: str) -> str | None:
-    return None if _MEMORY_SIZE.fullmatch(text) else f"expected a size such as 10GiB or 800MB, got {text!r}"
+_check_memory_size = matching(r"[0-9]+(\.[0-9]+)? ?([KMG]i?B)", "a size such as 10GiB or 800MB")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lem.config.experiment import (
     WarmupConfig,
 )
 from lem.config.kinds import REQUIRED, Items, Problem
-from lem.config.option import Section, canonical, check_partial, declared, nest, option, put
+from lem.config.option import Section, canonical, check_partial, declared, matching, nest, option, put
 
 __all__ = [
     "CampaignColdStartConfig",
@@ -45,7 +45,7 @@ __all__ = [
 
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY_GROUPS = {"weekdays": _WEEKDAYS[:5], "weekends": _WEEKDAYS[5:]}
-_TIME = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
+_check_time = matching(r"([01][0-9]|2[0-3]):[0-5][0-9]", "a time from 00:00 to 23:59")
 _MAX_SLUG = 64
 
 # Twelve days of measuring at 10 s each. A plan of this size takes 0.4 GB of memory; a few long axes exceed any limit.
@@ -68,10 +68,6 @@ def slug_of(name: str) -> str:
     if len(slug) > _MAX_SLUG:
         return f"{slug[: _MAX_SLUG - 9].rstrip('-_')}-{generate_campaign_id(name)}"
     return slug
-
-
-def _check_time(text: str) -> str | None:
-    return None if _TIME.fullmatch(text) else f"expected a time from 00:00 to 23:59, got {text!r}"
 
 
 def _check_duration(text: str) -> str | None:

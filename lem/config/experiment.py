@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,9 +12,9 @@ from typing import Any, ClassVar
 from lem.base.measurement import SHORT_WINDOW_S, EnergySource, is_estimate
 from lem.config.backends import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.kinds import REQUIRED, Path, Problem
-from lem.config.option import Section, declared, option, plain
+from lem.config.option import Section, declared, matching, option, plain
 
-_GPU = re.compile(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+")
+_check_gpu = matching(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+", "an index such as 0 or a UUID such as GPU-8c7a…")
 _ENGINE_KEY_LENGTH = 12
 
 
@@ -43,10 +42,6 @@ _DECODER_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "creative": {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1},
     "factual": {"temperature": 0.3},
 }
-
-
-def _check_gpu(text: str) -> str | None:
-    return None if _GPU.fullmatch(text) else f"expected an index such as 0 or a UUID such as GPU-8c7a…, got {text!r}"
 
 
 def _above(name: str, value: int, limit_name: str, limit: int) -> Problem:

@@ -108,9 +108,6 @@ class Source:
         without = _without_secrets(self.section, placed)
         return [(place, dataclasses.replace(item, path=(*self.prefix, *item.path))) for place, item in without]
 
-    def error(self, problems: Iterable[Problem]) -> FileProblems:
-        return FileProblems(self.locate(problems))
-
 
 def _without_secrets(section: type[Section], located: Located) -> Located:
     return [

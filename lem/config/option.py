@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from lem.base.errors import nearest
@@ -48,6 +49,11 @@ def option(
     limits = zip(LIMITS, (min, rest.pop("above", None), max, rest.pop("below", None)), strict=True)
     declaration = Option(default, description, {word: limit for word, limit in limits if limit is not None}, **rest)
     return dataclasses.field(default=UNSET, metadata={_METADATA: declaration})
+
+
+def matching(pattern: str, wanted: str) -> Callable[[str], str | None]:
+    """A check that a text matches a regular expression, which is `wanted` in words."""
+    return lambda text: None if re.fullmatch(pattern, text) else f"expected {wanted}, got {text!r}"
 
 
 S = TypeVar("S", bound="Section")

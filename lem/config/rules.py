@@ -122,7 +122,7 @@ def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu]) -> Iterator[Pro
     for option, needed, what in _capabilities_needed(config):
         old = next((gpu for gpu in used if gpu.compute_capability < needed), None)
         if old is not None:
-            found, least = _version(old.compute_capability), _version(needed)
+            found, least = ("{}.{}".format(*version) for version in (old.compute_capability, needed))
             yield Problem.of(option, "needs_capability", what=what, needed=least, gpu=old.name, found=found)
     parameters = parameters_by_name(config.model.name)
     if parameters is not None:
@@ -163,7 +163,3 @@ def _bytes_per_weight(config: ExperimentConfig) -> float:
     if quantization == "none":
         return plain
     return 1.0 if quantization.startswith(("fp8", "int8")) else 0.5
-
-
-def _version(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"
