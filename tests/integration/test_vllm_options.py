@@ -45,8 +45,9 @@ DIFFERENT = {
 LENGTHS = {"max_input_tokens": 80}
 UNSEEDED = {"decoder": SAMPLING, "random_seed": None}
 # Longer than two blocks of 32, so that two of them can be found again.
-Test = Callable[["Bench"], None]
 LONG = TokenRequest(0, tuple(range(100, 170)), 1, 1)
+
+Test = Callable[..., None]
 
 
 class Bench:
@@ -179,24 +180,19 @@ def test_min_p_drops_the_unlikely(bench: Bench) -> None:
 
 
 @option("logprobs", is_long=True)
-def test_logprobs_are_asked_of_the_engine(bench: Bench) -> None:
+def test_logprobs_are_asked_of_the_engine(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench.set_up({**BASE, "logprobs": 3}).effective["vllm"]["logprobs"] == 3
     seen: list[Any] = []
-    report = bench.set_up({**BASE, "logprobs": 3})
-    session = bench.engine
-    step = session._engine.step
+    engine = bench.engine._engine
+    step = engine.step
 
     def watched() -> Any:
-        outputs = step()
-        seen.extend(outputs)
-        return outputs
+        seen.extend(found := step())
+        return found
 
-    session._engine.step = watched
-    try:
-        answers(bench.engine, prompts())
-    finally:
-        session._engine.step = step
+    monkeypatch.setattr(engine, "step", watched)
+    answers(bench.engine, prompts())
     assert {len(place) >= 3 for output in seen for place in output.outputs[0].logprobs} == {True}
-    assert report.effective["vllm"]["logprobs"] == 3
 
 
 @option("logit_bias")
@@ -235,14 +231,11 @@ def test_max_num_seqs_bounds_what_runs_at_once(bench: Bench) -> None:
 
 @option("max_model_len", is_long=True)
 def test_max_model_len_bounds_a_request(bench: Bench) -> None:
-    report = bench.set_up(ASKED)
-    assert report.effective["vllm"]["max_model_len"] == 90
-    requests = [TokenRequest(0, LONG.token_ids, 20), TokenRequest(1, LONG.token_ids, 21)]
-    fits, too_long = sorted(
-        bench.engine.generate(requests, observe_tokens=False), key=lambda completion: completion.index != 0
-    )[:2]
-    assert {fits.error is None, too_long.error is None} == {True, False}
-    assert "90" in str(fits.error or too_long.error)
+    assert bench.set_up(ASKED).effective["vllm"]["max_model_len"] == 90
+    requests = [TokenRequest(index, LONG.token_ids, 20 + index) for index in range(2)]
+    found = {item.index: item.error for item in bench.engine.generate(requests, observe_tokens=False)}
+    assert found[0] is None
+    assert "90" in str(found[1])
 
 
 @option("enable_prefix_caching", is_long=True)

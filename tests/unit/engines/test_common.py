@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -72,10 +73,24 @@ def test_a_gpu_that_pytorch_cannot_use_is_told(tmp_path: Path) -> None:
     assert idle_gpu(None, UUIDS, tmp_path) == ()
 
 
-def test_a_backend_without_its_package_says_how_to_get_it() -> None:
-    with pytest.raises(EngineError, match="the tensorrt backend needs tensorrt_llm, which ") as caught:
-        load_engine(ExperimentConfig.from_dict({"model": "m", "backend": "tensorrt"}), {})
-    assert "nvcr.io/nvidia/tensorrt-llm" in caught.value.hint
+@pytest.mark.parametrize(
+    ("backend", "needs", "remedy"),
+    [
+        ("tensorrt", "tensorrt_llm", "run it in NVIDIA's image (nvcr.io/nvidia/tensorrt-llm"),
+        (
+            "pytorch",
+            "torch and transformers",
+            " -m pip install torch transformers, or name another Python",
+        ),
+    ],
+)
+def test_a_backend_without_its_packages_says_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, backend: str, needs: str, remedy: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(EngineError, match=f"the {backend} backend needs {needs}, which ") as caught:
+        load_engine(ExperimentConfig.from_dict({"model": "m", "backend": backend}), {})
+    assert remedy in caught.value.hint
     assert caught.value.is_permanent
 
 
