@@ -26,7 +26,7 @@ from lem.base import durable
 from lem.base.durable import sha256_of
 from lem.base.errors import EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import Folders, shortened
+from lem.engines.common import Folders, model_error, shortened
 
 _logger = logging.getLogger(__name__)
 
@@ -144,16 +144,16 @@ def locate(
     if folder.is_dir():
         if not (folder / marker).is_file():
             hint = "use a folder that `save_pretrained` wrote, or a model on the hub"
-            raise _no_model(f"{option}: {folder} has no {marker}", hint)
+            raise model_error(f"{option}: {folder} has no {marker}", hint)
         if revision is not None:
             raise OptionRefused(f"model.revision: {revision}: not supported for a folder ({folder})")
         return Source(str(folder), folder, None)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise _no_model(f"{option}: no such folder: {folder}", f"relative paths start at {Path.cwd()}")
+        raise model_error(f"{option}: no such folder: {folder}", f"relative paths start at {Path.cwd()}")
     with explained(f"{option}: {name}"):
         path = cached_file(name, marker, revision=revision, token=token)
     if path is None:
-        raise _no_model(f"{option}: {name} has no {marker}", "use a model that transformers can load")
+        raise model_error(f"{option}: {name} has no {marker}", "use a model that transformers can load")
     return Source(name, Path(path).parent, commit_of(Path(path).parent))
 
 
@@ -234,7 +234,7 @@ def explained(what: str, failures: tuple[type[Exception], ...] = MODEL_FAILURES)
     try:
         yield
     except ImportError as error:
-        raise _no_model(f"{what}: {shortened(error)}", "install the missing package") from error
+        raise model_error(f"{what}: {shortened(error)}", "install the missing package") from error
     except raised as error:
         if is_out_of_memory(error):
             raise EngineError(
@@ -288,7 +288,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _no_model(message: str, hint: str) -> EngineError:
-    return EngineError(message, hint, kind="model", is_permanent=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -45,6 +46,9 @@ ENGINE_FAILURES: tuple[type[Exception], ...] = (
     *(OSError, RuntimeError, TypeError, ValueError),
 )
 
+# A model that would fail the same way again.
+model_error = functools.partial(EngineError, kind="model", is_permanent=True)
+
 _MAX_TEXT = 400
 _ABSENT = object()
 SectionT = TypeVar("SectionT", bound=Section)
@@ -54,12 +58,8 @@ def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
     """The engine of this experiment, loaded; raises OptionRefused and EngineError, see `Engine`."""
     module_name = BACKEND_MODULES.get(config.backend)
     if module_name is None:
-        raise EngineError(
-            f"backend {config.backend} is not part of this version of lem",
-            f"available: {', '.join(BACKEND_MODULES)}",
-            kind="option",
-            is_permanent=True,
-        )
+        what = f"backend {config.backend} is not part of this version of lem"
+        raise OptionRefused(what, f"available: {', '.join(BACKEND_MODULES)}")
     engine: Engine = importlib.import_module(module_name).load(config, secrets)
     return engine
 
@@ -104,11 +104,9 @@ def check_same_engine(config: ExperimentConfig, engine_key: str) -> None:
 def check_ids(ids: list[int], known: int) -> list[int]:
     """The token ids of a prompt, which must be below `known`."""
     if ids and max(ids) >= known:
-        raise EngineError(
+        raise model_error(
             f"the tokenizer produced id {max(ids)}, but the model only has ids below {known}",
             "set model.tokenizer to the tokenizer that the model was trained with",
-            kind="model",
-            is_permanent=True,
         )
     return ids
 
@@ -327,11 +325,9 @@ def idle_gpu(gpus: Sequence[str] | None, uuids: Sequence[str], devices: Path = P
 
 
 def pick_gpus(gpus: Sequence[str] | None, uuids: Sequence[str]) -> list[int]:
-    """CUDA indices of the GPUs named, each of which must exist; [] for the CPU, and all there are for None.
+    """CUDA indices of the GPUs named, each of which must be among `uuids`; [] for the CPU, and all there are for None.
 
-    Args:
-        gpus: indices in CUDA's order, or UUIDs, which may be abbreviated as for CUDA.
-        uuids: the GPUs that exist, in CUDA's order.
+    A name is an index in CUDA's order, or a UUID, which may be abbreviated as for CUDA.
     """
     if gpus is None:
         return list(range(len(uuids)))
@@ -345,7 +341,7 @@ def pick_gpus(gpus: Sequence[str] | None, uuids: Sequence[str]) -> list[int]:
         if len(matches) != 1:
             visible = ", ".join(f"{index} ({uuid})" for index, uuid in enumerate(uuids)) or "none"
             text = f"gpus: {name} {'is ambiguous' if matches else 'not found'}; PyTorch sees {visible}"
-            raise EngineError(text, hint, kind="option", is_permanent=True)
+            raise OptionRefused(text, hint)
         picked += matches
     return picked
 

@@ -87,11 +87,7 @@ class Engine(Protocol):
         """What is loaded, with the options in effect for the current experiment."""
 
     def configure(self, config: ExperimentConfig) -> None:
-        """Switch to another experiment with the same engine key, without a reload.
-
-        Raises:
-            OptionRefused: as for a load; the engine stays loaded.
-        """
+        """Switch to another experiment with the same engine key; a refused one (OptionRefused) unloads nothing."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the model expects; not truncated."""

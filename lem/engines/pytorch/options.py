@@ -132,10 +132,8 @@ def _fill(requests: Iterable[TokenRequest], section: PyTorchConfig) -> Iterator[
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The rows padded on the left to the longest, and the mask: 1 for a token, 0 for padding.
-
-    A decoder continues from the last position, so padding comes first.
-    """
+    """The rows padded to the longest, and the mask: 1 for a token, 0 for padding."""
+    # A decoder continues from the last position, so padding comes first.
     width = max(len(row) for row in rows)
     ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
@@ -143,10 +141,8 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[list[list[int]
 
 
 def cut_output(generated: Sequence[int], max_tokens: int, end_ids: Set[int]) -> tuple[int, ...]:
-    """A row of a batch up to and including its end (one of `end_ids`), and never beyond its bound.
-
-    A row that ended before the batch is padded; one without an end was generated further.
-    """
+    """A row of a batch up to and including its end (one of `end_ids`), and never beyond its bound."""
+    # A row that ended before the batch is padded; one without an end was generated further.
     for index, token in enumerate(generated[:max_tokens]):
         if token in end_ids:
             return tuple(generated[: index + 1])

@@ -99,7 +99,9 @@ class Session:
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
     ) -> list[Completion]:
         self._seed(requests)
-        batches = [(request,) for request in requests] if observe_tokens else self._plan(requests)
+        batches = (
+            [(request,) for request in requests] if observe_tokens else options.plan_batches(requests, self._section)
+        )
         completions: list[Completion] = []
         for batch in batches:
             completions += self._runner.run(batch, observe=observe_tokens)
@@ -109,8 +111,8 @@ class Session:
     def serve(self, queue: RequestQueue) -> None:
         """See `Engine`; a batch takes the requests that have arrived when it starts."""
         self._seed(())
-        while waiting := queue.take(section_of(self._config, PyTorchConfig).batch_size):
-            for batch in self._plan(waiting):
+        while waiting := queue.take(self._section.batch_size):
+            for batch in options.plan_batches(waiting, self._section):
                 for completion in self._runner.run(batch, observe=True):
                     queue.complete(completion)
 
@@ -132,13 +134,10 @@ class Session:
         vars(self).clear()  # nothing else holds the weights
         free_memory()
 
-    def _plan(self, requests: Sequence[TokenRequest]) -> tuple[tuple[TokenRequest, ...], ...]:
-        return options.plan_batches(requests, section_of(self._config, PyTorchConfig))
-
     def _set_up(self, config: ExperimentConfig) -> float:
         """Seconds the trial took."""
-        section = section_of(config, PyTorchConfig)
         self._config = config
+        section = self._section = section_of(config, PyTorchConfig)
         settings = options.generation_settings(config, self._loaded.tokens, self._facts.device)
         if options.compiles_steps(section, self._facts.device):
             settings["compile_config"] = transformers.CompileConfig(mode=str(section.torch_compile))
@@ -159,11 +158,7 @@ class Session:
 
 
 def free_memory(failure: BaseException | None = None) -> None:
-    """Free what a dropped session held, compiled code included.
-
-    Args:
-        failure: why a session could not be made; the frames of its traceback still hold the weights.
-    """
+    """Free what a dropped session held, compiled code included, and the weights that frames of a `failure` hold."""
     while failure is not None:
         traceback.clear_frames(failure.__traceback__)
         failure = failure.__cause__ or failure.__context__
@@ -304,13 +299,9 @@ def _add_adapter(loaded: LoadedModel, name: str, token: str | None) -> Source:
         info = loaded.model.load_adapter(source.name, adapter_kwargs={"token": token, "revision": source.commit})
     mismatched = sorted({*(getattr(info, "missing_keys", None) or ()), *(getattr(info, "unexpected_keys", None) or ())})
     if mismatched:
-        raise EngineError(
-            f"model.adapter: {name} does not match {loaded.source.name}: {len(mismatched)} weights differ, "
-            f"{mismatched[0]} first",
-            "use the model that the adapter was trained on",
-            kind="model",
-            is_permanent=True,
-        )
+        what = f"model.adapter: {name} does not match {loaded.source.name}"
+        text = f"{what}: {len(mismatched)} weights differ, {mismatched[0]} first"
+        raise common.model_error(text, "use the model that the adapter was trained on")
     loaded.model.eval()
     return source
 

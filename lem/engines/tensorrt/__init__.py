@@ -20,11 +20,7 @@ _IMAGE = "nvcr.io/nvidia/tensorrt-llm/release"
 def load(
     config: ExperimentConfig, secrets: Mapping[str, str], find_gpus: Callable[[], tuple[str, ...]] | None = None
 ) -> Engine:
-    """See `Engine`.
-
-    Args:
-        find_gpus: the UUIDs of the GPUs that CUDA sees, in its order; PyTorch is asked by default.
-    """
+    """See `Engine`; `find_gpus` replaces PyTorch's answer: the UUIDs of the GPUs that CUDA sees, in its order."""
     os.environ.setdefault("TRTLLM_NO_USAGE_STATS", "1")
     hint = f"it requires a GPU with its driver, and its own image: {_IMAGE}"
     with importing("tensorrt", "TensorRT-LLM", hint, f"run it in NVIDIA's image ({_IMAGE})"):

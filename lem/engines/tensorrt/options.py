@@ -14,7 +14,6 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.codec import shown
-from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.config.backends import TensorRTConfig
 from lem.config.experiment import ExperimentConfig
@@ -246,7 +245,7 @@ def _describe(arguments: Any) -> dict[str, Any]:
 
 # --- checkpoints, which the PyTorch flow takes as they are
 
-_broken = functools.partial(EngineError, hint="download the checkpoint again", kind="model", is_permanent=True)
+_broken = functools.partial(common.model_error, hint="download the checkpoint again")
 
 # The files that describe one, with the sections that are read.
 _FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -143,11 +143,8 @@ def _make_engine(arguments: Mapping[str, Any]) -> LLM:
 def _find_facts() -> EngineFacts:
     version = str(tensorrt_llm.__version__)
     if int(version.split(".")[0]) < 1:
-        raise EngineError(
-            f"TensorRT-LLM {version} builds engines; lem uses the PyTorch flow, which is the default since 1.0",
-            "use a newer image",
-            is_permanent=True,
-        )
+        what = f"TensorRT-LLM {version} builds engines; lem uses the PyTorch flow, which is the default since 1.0"
+        raise EngineError(what, "use a newer image", is_permanent=True)
     try:
         has_penalties = importlib.util.find_spec(_PENALTIES) is not None
     except ModuleNotFoundError:
@@ -175,16 +172,14 @@ def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus | None) -> Itera
     with common.environment(GPU_VARIABLE, visible):
         found = common.visible_gpus(torch) if find_gpus is None else find_gpus()
         if not found:
-            raise EngineError("TensorRT-LLM requires a GPU, and none is visible", is_permanent=True, kind="option")
+            raise OptionRefused("TensorRT-LLM requires a GPU, and none is visible")
         if config.gpus and len(found) < len(config.gpus):
             # CUDA hides the first name that does not exist, and all names after it.
-            missing = config.gpus[len(found)]
-            raise EngineError(f"gpus: {missing} not found", is_permanent=True, kind="option")
+            raise OptionRefused(f"gpus: {config.gpus[len(found)]} not found")
         needed = options.gpus_needed(config)
         if needed > len(found):
             what = f"the model needs {needed} GPUs, but {len(found)} are visible"
-            hint = "change tensorrt.tp_size, pp_size or gpus"
-            raise EngineError(f"tensorrt.tp_size: {what}", hint, is_permanent=True, kind="option")
+            raise OptionRefused(f"tensorrt.tp_size: {what}", "change tensorrt.tp_size, pp_size or gpus")
         yield found[:needed]
 
 

@@ -266,7 +266,7 @@ def explain_load_failure(
         return EngineError(what, hint)
     if _NO_SUCH_MODEL.search(text):
         hint = "check that it is a complete causal language model that this build of vLLM supports"
-        return EngineError(f"{what}: {text}", hint, kind="model", is_permanent=True)
+        return common.model_error(f"{what}: {text}", hint)
     is_permanent = name in _REFUSALS
     if is_permanent and (changed := _options_behind(text, config)):
         return OptionRefused(f"{what} with {changed}: {text}", "leave one of them out")
