@@ -128,7 +128,8 @@ def _encode_section(section: Any, where: str) -> dict[str, Any]:
     for name in hints_of(kind):
         value, path = getattr(section, name), _at(where, name)
         if value is not None and name in _reason_fields(kind):
-            out[name], out[name + CODED] = _texts(value), _codes(value, path)
+            texts = value.text if isinstance(value, Reason) else [item.text for item in value]
+            out[name], out[name + CODED] = texts, _codes(value, path)
         else:
             out[name] = encode(value, path)
         reason = reasons.pop(name, None)
@@ -173,10 +174,6 @@ def _reason_fields(kind: Any) -> Mapping[str, Any]:
     return {name: texts[hint] for name, hint in hints_of(kind).items() if hint in texts}
 
 
-def _texts(value: Any) -> Any:
-    return value.text if isinstance(value, Reason) else [item.text for item in value]
-
-
 def _codes(value: Any, where: str) -> Any:
     if not isinstance(value, Reason):
         return [_codes(item, where) for item in value]
@@ -212,6 +209,9 @@ _RECOGNISED: Mapping[str, str] = {
     # A sentence of nothing but other words would match any.
     **{code: text for code, text in NULL_TEXTS.items() if not text.startswith("{error}")},
 }
+# How data look in a sentence, by format; other formats are of floats.
+_SHAPES = {"": ".*?", "d": "-?[0-9]+", "#x": "0x[0-9a-f]+"}
+_FLOAT = "-?[0-9]+(?:[.][0-9]+)?(?:e[-+]?[0-9]+)?%?"
 
 
 @functools.lru_cache(4096)
@@ -231,17 +231,11 @@ def _patterns() -> Mapping[str, tuple[re.Pattern[str], Mapping[str, str]]]:
     patterns = {}
     for code, template in _RECOGNISED.items():
         parts = [
-            re.escape(literal) + (f"(?P<{name}>{_pattern(spec or '')})" if name else "")
+            re.escape(literal) + (f"(?P<{name}>{_SHAPES.get(spec or '', _FLOAT)})" if name else "")
             for literal, name, spec, _ in string.Formatter().parse(template)
         ]
         patterns[code] = (re.compile("".join(parts), re.DOTALL), formats_of(template))
     return patterns
-
-
-def _pattern(spec: str) -> str:
-    if not spec:
-        return ".*?"
-    return {"d": "-?[0-9]+", "#x": "0x[0-9a-f]+"}.get(spec, "-?[0-9]+(?:[.][0-9]+)?(?:e[-+]?[0-9]+)?%?")
 
 
 def _check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

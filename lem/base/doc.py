@@ -141,7 +141,11 @@ class NameShortener:
         self.prefix, self.suffix = "", ""  # what was removed from every name
         distinct = list(dict.fromkeys(map(printable, names)))
         if len(distinct) > 1 and max(map(text_width, distinct)) > width:
-            self.prefix, self.suffix = _shared_ends([_TOKEN.findall(name) for name in distinct])
+            tokens = [_TOKEN.findall(name) for name in distinct]
+            most = min(map(len, tokens)) - 1  # every name keeps something of its own
+            begin = _shared_start(tokens, most)
+            end = _shared_start([parts[::-1] for parts in tokens], most - len(begin))
+            self.prefix, self.suffix = "".join(begin), "".join(reversed(end))
 
     def __call__(self, name: str) -> str:
         """The name without the shared parts, `…` in their place."""
@@ -189,22 +193,9 @@ def _wrap_name(name: str, width: int) -> list[str]:
             lines.append(indent)
         lines[-1] += token
         while text_width(lines[-1].rstrip()) > width:  # one word longer than the column
-            fitting = _fitting(lines[-1], width)
+            fitting = sum(used <= width for used in itertools.accumulate(map(text_width, lines[-1])))
             lines[-1:] = [lines[-1][:fitting], indent + lines[-1][fitting:]]
     return [line.rstrip() for line in lines]
-
-
-def _fitting(text: str, width: int) -> int:
-    """How many characters of `text` fit in `width` columns."""
-    return sum(used <= width for used in itertools.accumulate(map(text_width, text)))
-
-
-def _shared_ends(names: Sequence[list[str]]) -> tuple[str, str]:
-    """The text with which all names begin and end, in whole tokens; every name keeps something of its own."""
-    most = min(map(len, names)) - 1
-    begin = _shared_start(names, most)
-    end = _shared_start([name[::-1] for name in names], most - len(begin))
-    return "".join(begin), "".join(reversed(end))
 
 
 def _shared_start(names: Sequence[Sequence[str]], most: int) -> list[str]:

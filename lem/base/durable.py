@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,13 @@ def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
     folder = path.parent
     descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=folder)
     try:
-        with _closing(descriptor):
+        with open(descriptor, "wb", buffering=0) as stream:
             # mkstemp gives 0600; results are for the lab, so give what an ordinary open() would have given.
             os.fchmod(descriptor, 0o666 & ~_umask())
             sys.audit("lem.write", str(path))
             view = memoryview(data)
             while view:
-                view = view[os.write(descriptor, view) :]
+                view = view[stream.write(view) :]
             if is_synced:
                 sys.audit("lem.fsync", str(path))
                 os.fsync(descriptor)
@@ -99,32 +98,28 @@ def make_folder(folder: Path) -> None:
 def name_folder(folder: Path, target: Path) -> None:
     """Rename a finished folder to `target` beside it, which is complete or missing after a crash; OSError if taken."""
     for parent, _, names in os.walk(folder):
-        for name in names:
-            _sync_file(Path(parent, name))
+        for path in (Path(parent, name) for name in names):
+            sys.audit("lem.fsync", str(path))
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
         sync_folder(Path(parent))
     sys.audit("lem.rename", str(target))
     folder.rename(target)
     sync_folder(target.parent)
 
 
-def _sync_file(path: Path) -> None:
-    sys.audit("lem.fsync", str(path))
-    descriptor = os.open(path, os.O_RDONLY)
-    with _closing(descriptor):
-        os.fsync(descriptor)
-
-
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a power cut, where its file system can."""
     sys.audit("lem.fsync_dir", str(folder))
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    with _closing(descriptor):
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            # fsync(2): some network file systems do not sync folders; there, files suffice.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # fsync(2): some network file systems do not sync folders; there, files suffice.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def reason_of(error: OSError) -> str:
@@ -141,14 +136,6 @@ def remedy_for(error: OSError, option: str | None = None) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"make it writable for you, or name another folder{with_option}"
     return f"name another folder{with_option}"
-
-
-@contextlib.contextmanager
-def _closing(descriptor: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

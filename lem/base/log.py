@@ -22,7 +22,6 @@ _STYLES = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36
 _CLEAR_LINE = "\r\x1b[2K"
 # Levels of syslog(3), which the journal reads from `<N>` at the beginning of a line (sd-daemon(3)).
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
-_LEVEL_COLOUR = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
 def is_colour_wanted(stream: TextIO) -> bool:
@@ -32,14 +31,11 @@ def is_colour_wanted(stream: TextIO) -> bool:
 
 def is_journal(stream: TextIO) -> bool:
     """Whether the stream goes to systemd's journal: JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
-    named = os.environ.get("JOURNAL_STREAM", "")
-    if not named:
-        return False
     try:
         found = os.fstat(stream.fileno())
     except (OSError, ValueError):
         return False
-    return named == f"{found.st_dev}:{found.st_ino}"
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def paint(text: str, style: str, *, is_colour: bool) -> str:
@@ -67,11 +63,10 @@ def harmless(text: str) -> str:
 class Console:
     """A stream for people: whole lines, and on a terminal one live line below them that is redrawn."""
 
-    def __init__(self, stream: TextIO, *, is_colour: bool | None = None, is_live: bool | None = None) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._live = ""
-        self.is_colour = is_colour_wanted(stream) if is_colour is None else is_colour
-        self.is_live = is_colour_wanted(stream) if is_live is None else is_live
+        self.is_colour = self.is_live = is_colour_wanted(stream)
         self.is_journal = is_journal(stream)  # every line begins with its priority
 
     def paint(self, text: str, colour: str) -> str:
@@ -95,11 +90,9 @@ class Console:
 
     def live(self, text: str) -> None:
         """Replace the live line; '' clears it."""
-        if not self.is_live:
-            return
-        width = shutil.get_terminal_size().columns - 1
-        self._live = shorten(text, width)
-        self._write(f"{_CLEAR_LINE}{self._live}")
+        if self.is_live:
+            self._live = shorten(text, shutil.get_terminal_size().columns - 1)
+            self._write(f"{_CLEAR_LINE}{self._live}")
 
     def close(self) -> None:
         """Clear the live line."""
@@ -123,8 +116,8 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         message = harmless(record.getMessage())
         if record.levelno >= logging.WARNING:
-            word = record.levelname.lower()
-            message = f"{self._console.paint(word + ':', _LEVEL_COLOUR.get(record.levelno, 'yellow'))} {message}"
+            colour = "red" if record.levelno >= logging.ERROR else "yellow"
+            message = f"{self._console.paint(f'{record.levelname.lower()}:', colour)} {message}"
         if not self._console.is_live and not self._console.is_journal:  # the journal has times of its own
             message = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {message}"
         self._console.line(message, record.levelno)
@@ -139,9 +132,8 @@ class _FileHandler(logging.FileHandler):
 
 def configure(console: Console, *, verbosity: int = 0) -> None:
     """Send the log of lem to `console`: -1 errors, 0 warnings, 1 the commands run, 2 everything."""
-    level = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
     handler = _ConsoleHandler(console)
-    handler.setLevel(level)
+    handler.setLevel({-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG))
     root = logging.getLogger("lem")
     for old in [item for item in root.handlers if isinstance(item, _ConsoleHandler)]:
         root.removeHandler(old)

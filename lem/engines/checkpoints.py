@@ -26,7 +26,7 @@ from lem.base import durable
 from lem.base.durable import sha256_of
 from lem.base.errors import EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import Folders, model_error, shortened
+from lem.engines.common import Folders, model_error, out_of_memory, shortened
 
 _logger = logging.getLogger(__name__)
 
@@ -230,37 +230,32 @@ def explained(what: str, failures: tuple[type[Exception], ...] = MODEL_FAILURES)
     The block must hold a single call, and no other code of lem: a bug there would be blamed on the model. The call
     raises `failures`, ImportError and MemoryError.
     """
-    raised: tuple[type[Exception], ...] = (*failures, MemoryError)
+    raised: tuple[type[Exception], ...] = (*failures, ImportError, MemoryError)
     try:
         yield
-    except ImportError as error:
-        raise model_error(f"{what}: {shortened(error)}", "install the missing package") from error
     except raised as error:
-        if is_out_of_memory(error):
-            raise EngineError(
-                f"{what}: out of memory while loading: {shortened(error)}",
-                "use a smaller model, a lower fp_precision, quantization, or a device with more memory",
-                kind="out_of_memory",
-                is_permanent=True,
-            ) from error
         raise _explain(what, error) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether device or host ran out of memory; the allocator of the CPU only says so in its message."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    is_named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return is_named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _explain(what: str, error: BaseException) -> EngineError:
-    causes = tuple(_chain(error))
+    text, causes = f"{what}: {shortened(error)}", tuple(_chain(error))
+    if is_out_of_memory(error):
+        hint = "use a smaller model, a lower fp_precision, quantization, or a device with more memory"
+        return out_of_memory(f"{what}: out of memory while loading: {shortened(error)}", hint)
 
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
     is_permanent = True
-    if has(hub_errors.GatedRepoError):
+    if isinstance(error, ImportError):
+        hint = "install the missing package"
+    elif has(hub_errors.GatedRepoError):
         hint = "set HF_TOKEN to a token of an account with access"
     elif has(hub_errors.RevisionNotFoundError):
         hint = "check model.revision"
@@ -278,7 +273,7 @@ def _explain(what: str, error: BaseException) -> EngineError:
         hint = "set model.trust_remote_code: true if you trust the code that comes with the model"
     else:
         hint = "check that it is a complete causal language model that this version of transformers supports"
-    return EngineError(f"{what}: {shortened(error)}", hint, kind="model", is_permanent=is_permanent)
+    return EngineError(text, hint, kind="model", is_permanent=is_permanent)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

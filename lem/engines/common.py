@@ -18,6 +18,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any, TypeVar
 
 from lem.base.errors import EngineError, OptionRefused, did_you_mean
+from lem.base.log import shorten
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import DecoderConfig, ExperimentConfig
@@ -46,20 +47,21 @@ ENGINE_FAILURES: tuple[type[Exception], ...] = (
     *(OSError, RuntimeError, TypeError, ValueError),
 )
 
-# A model that would fail the same way again.
-model_error = functools.partial(EngineError, kind="model", is_permanent=True)
-
 _MAX_TEXT = 400
 _ABSENT = object()
 SectionT = TypeVar("SectionT", bound=Section)
+
+# What would fail the same way again.
+model_error = functools.partial(EngineError, kind="model", is_permanent=True)
+out_of_memory = functools.partial(EngineError, kind="out_of_memory", is_permanent=True)
 
 
 def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
     """The engine of this experiment, loaded; raises OptionRefused and EngineError, see `Engine`."""
     module_name = BACKEND_MODULES.get(config.backend)
     if module_name is None:
-        what = f"backend {config.backend} is not part of this version of lem"
-        raise OptionRefused(what, f"available: {', '.join(BACKEND_MODULES)}")
+        text = f"backend {config.backend} is not part of this version of lem"
+        raise OptionRefused(text, f"available: {', '.join(BACKEND_MODULES)}")
     engine: Engine = importlib.import_module(module_name).load(config, secrets)
     return engine
 
@@ -104,10 +106,8 @@ def check_same_engine(config: ExperimentConfig, engine_key: str) -> None:
 def check_ids(ids: list[int], known: int) -> list[int]:
     """The token ids of a prompt, which must be below `known`."""
     if ids and max(ids) >= known:
-        raise model_error(
-            f"the tokenizer produced id {max(ids)}, but the model only has ids below {known}",
-            "set model.tokenizer to the tokenizer that the model was trained with",
-        )
+        text = f"the tokenizer produced id {max(ids)}, but the model only has ids below {known}"
+        raise model_error(text, "set model.tokenizer to the tokenizer that the model was trained with")
     return ids
 
 
@@ -125,6 +125,16 @@ class EngineRaised(Exception):
 
 
 @contextlib.contextmanager
+def engine_call(*failures: type[Exception]) -> Iterator[None]:
+    """Raises these errors, by default all of ENGINE_FAILURES, as EngineRaised; the block must hold no code of lem."""
+    caught = failures or ENGINE_FAILURES
+    try:
+        yield
+    except caught as error:
+        raise EngineRaised(error) from error
+
+
+@contextlib.contextmanager
 def raised_as(explain: Callable[[BaseException], EngineError]) -> Iterator[None]:
     """Raises the explanation of what an engine raised."""
     try:
@@ -135,8 +145,7 @@ def raised_as(explain: Callable[[BaseException], EngineError]) -> Iterator[None]
 
 def shortened(message: BaseException | str) -> str:
     """The start of an engine's message on one line; the name of an error without a message."""
-    text = " ".join(str(message).split()) or type(message).__name__
-    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
+    return shorten(" ".join(str(message).split()) or type(message).__name__, _MAX_TEXT)
 
 
 # --- options and the engine's arguments behind them
@@ -247,13 +256,11 @@ def refuse(
 
 def refuse_changes(pairs: Mapping[str, tuple[Any, Any]], facts: object) -> None:
     """Refuse the load if a value was silently changed; `pairs` are {option: (requested, effective)}."""
-    differing = {name: pair for name, pair in pairs.items() if not _is_same(*pair)}
+    differing = [(name, *pair) for name, pair in pairs.items() if not _is_same(*pair)]
     if differing:
-        listed = "; ".join(f"{name}: {requested} became {found}" for name, (requested, found) in differing.items())
-        raise OptionRefused(
-            f"{facts} changed requested values: {listed}",
-            "request the value that takes effect, or leave the option out",
-        )
+        listed = "; ".join(f"{name}: {requested} became {found}" for name, requested, found in differing)
+        hint = "request the value that takes effect, or leave the option out"
+        raise OptionRefused(f"{facts} changed requested values: {listed}", hint)
 
 
 def _is_same(requested: Any, found: Any) -> bool:
@@ -374,17 +381,10 @@ class ServedSession:
     _known_ids: int | None  # the number of token ids of the model
     _engine_key: str
 
-    def _set_up(self, config: ExperimentConfig) -> None:
-        raise NotImplementedError
-
-    def _run_failure(self, error: BaseException) -> EngineError:
-        raise NotImplementedError
-
-    def _load_failure(self, error: BaseException) -> EngineError:
-        raise NotImplementedError
-
-    def _rejection(self, text: str) -> EngineError:
-        raise NotImplementedError
+    _set_up: Callable[[ExperimentConfig], None]
+    _run_failure: Callable[[BaseException], EngineError]
+    _load_failure: Callable[[BaseException], EngineError]
+    _rejection: Callable[[str], EngineError]  # of a request that should have been answered
 
     def _begin(self) -> None:
         """Called before requests are run."""

@@ -19,8 +19,9 @@ from lem.base.errors import EngineError, OptionRefused
 from lem.base.reasons import Reason
 from lem.config.backends import PyTorchConfig
 from lem.config.experiment import ExperimentConfig
+from lem.engines import common
 from lem.engines.checkpoints import Source, is_out_of_memory
-from lem.engines.common import ENGINE_FAILURES, EngineRaised, describe_decoder, plain, raised_as, section_of, shortened
+from lem.engines.common import ENGINE_FAILURES, EngineRaised, engine_call, out_of_memory, plain, section_of, shortened
 from lem.engines.protocol import Completion, TokenRequest
 from lem.engines.pytorch import options
 from lem.engines.pytorch.options import EngineFacts, SpecialTokens
@@ -70,31 +71,6 @@ class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers is not typ
 
     def end(self) -> None:
         """The batch is done."""
-
-
-@dataclass(eq=False)
-class RowLimits:
-    """A stopping criterion that ends each row of a batch at its own bound."""
-
-    width: int  # of the prompts
-    limits: torch.Tensor
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_rest: Any) -> torch.Tensor:  # noqa: ARG002
-        return self.limits <= input_ids.shape[1] - self.width
-
-
-@dataclass(eq=False)
-class RowMinimums:
-    """A logits processor that keeps each row from ending before its own minimum."""
-
-    width: int  # of the prompts
-    minimums: torch.Tensor
-    end_ids: torch.Tensor
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        is_early = self.minimums > input_ids.shape[1] - self.width
-        scores[:, self.end_ids] = scores[:, self.end_ids].masked_fill(is_early[:, None], -torch.inf)
-        return scores
 
 
 class BatchRunner:
@@ -149,10 +125,8 @@ class BatchRunner:
             self._configs[bounds] = engine_settings(self.settings, *bounds)
         output, width = self._call(batch, self._configs[bounds], clock)
         # Reading the tokens waits for the device, so the batch is done when they are here.
-        try:
+        with engine_call(RuntimeError):
             rows: list[list[int]] = output[:, width:].tolist()
-        except RuntimeError as error:
-            raise EngineRaised(error) from error
         return rows
 
     def _call(
@@ -173,21 +147,30 @@ class BatchRunner:
 
     def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
         made = torch.tensor(values)
-        try:
+        with engine_call(RuntimeError):
             return made.to(self.loaded.device)
-        except RuntimeError as error:
-            raise EngineRaised(error) from error
 
     def _row_bounds(self, batch: Sequence[TokenRequest], width: int) -> dict[str, Any]:
-        """What holds the rows to bounds of their own, if these differ."""
+        """What holds the rows to bounds of their own, if these differ; prompts are `width` tokens long."""
         arguments: dict[str, Any] = {}
         limits = [request.max_output_tokens for request in batch]
         minimums = [request.min_output_tokens for request in batch]
         if len(set(limits)) > 1:
-            arguments["stopping_criteria"] = StoppingCriteriaList([RowLimits(width, self._tensor(limits))])
+            longest = self._tensor(limits) + width
+
+            def is_done(input_ids: torch.Tensor, _scores: Any, **_rest: Any) -> torch.Tensor:
+                return longest <= input_ids.shape[1]
+
+            arguments["stopping_criteria"] = StoppingCriteriaList([is_done])
         if len(set(minimums)) > 1 and self._end_ids:
-            processor = RowMinimums(width, self._tensor(minimums), self._tensor(sorted(self._end_ids)))
-            arguments["logits_processor"] = LogitsProcessorList([processor])
+            shortest, end_ids = self._tensor(minimums) + width, self._tensor(sorted(self._end_ids))
+
+            def keep_open(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                is_early = shortest > input_ids.shape[1]
+                scores[:, end_ids] = scores[:, end_ids].masked_fill(is_early[:, None], -torch.inf)
+                return scores
+
+            arguments["logits_processor"] = LogitsProcessorList([keep_open])
         return arguments
 
     def _complete(
@@ -227,11 +210,9 @@ def engine_settings(settings: Mapping[str, Any], maximum: int, minimum: int) -> 
     bounds = {"max_new_tokens": maximum}
     if minimum > 0 and settings.get("eos_token_id"):
         bounds["min_new_tokens"] = minimum
-    try:
+    with engine_call():
         config = GenerationConfig(**settings, **bounds)
         config.validate(strict=True)
-    except ENGINE_FAILURES as error:
-        raise EngineRaised(error) from error
     return config
 
 
@@ -261,7 +242,7 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
     minimum = 0 if options.is_assisted(section) else _TRIAL_TOKENS
     rows = range(min(section.batch_size, 2))
     graphs_before = _compiled_graphs() if section.torch_compile else 0
-    with _transformers_warnings() as warnings, raised_as(lambda error: _trial_failure(error, section, facts)):
+    with _transformers_warnings() as warnings, common.raised_as(lambda error: _trial_failure(error, section, facts)):
         output = runner.try_out([TokenRequest(row, ids[row:], _TRIAL_TOKENS, minimum) for row in rows])
     cache = _cache_in(output)
     requested = section.cache_implementation
@@ -292,8 +273,7 @@ def _compiled_graphs() -> int:
 def _trial_failure(error: BaseException, section: PyTorchConfig, facts: EngineFacts) -> EngineError:
     if is_out_of_memory(error):
         text = f"out of memory while generating {_TRIAL_TOKENS} tokens: {shortened(error)}"
-        hint = "use a smaller model or batch, or a lower fp_precision"
-        return EngineError(text, hint, kind="out_of_memory", is_permanent=True)
+        return out_of_memory(text, "use a smaller model or batch, or a lower fp_precision")
     default = type(section)().to_dict()
     changed = ", ".join(f"{name}: {value}" for name, value in section.to_dict().items() if value != default[name])
     text = f"{facts} cannot generate with {changed or 'this model'}: {type(error).__name__}: {shortened(error)}"
@@ -334,7 +314,7 @@ def describe_effective(
     model = loaded.model
     return {
         "pytorch": _describe_section(section_of(config, PyTorchConfig), loaded, generation, trial),
-        "decoder": describe_decoder(config.decoder, generation, is_sampling=bool(generation["do_sample"])),
+        "decoder": common.describe_decoder(config.decoder, generation, is_sampling=bool(generation["do_sample"])),
         "fp_precision": str(model.dtype).removeprefix("torch."),
         "ignore_eos": config.ignore_eos or not loaded.tokens.end_ids,
         "random_seed": config.random_seed,

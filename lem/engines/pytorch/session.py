@@ -299,8 +299,8 @@ def _add_adapter(loaded: LoadedModel, name: str, token: str | None) -> Source:
         info = loaded.model.load_adapter(source.name, adapter_kwargs={"token": token, "revision": source.commit})
     mismatched = sorted({*(getattr(info, "missing_keys", None) or ()), *(getattr(info, "unexpected_keys", None) or ())})
     if mismatched:
-        what = f"model.adapter: {name} does not match {loaded.source.name}"
-        text = f"{what}: {len(mismatched)} weights differ, {mismatched[0]} first"
+        differing = f"{len(mismatched)} weights differ, {mismatched[0]} first"
+        text = f"model.adapter: {name} does not match {loaded.source.name}: {differing}"
         raise common.model_error(text, "use the model that the adapter was trained on")
     loaded.model.eval()
     return source

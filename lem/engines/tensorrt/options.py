@@ -314,24 +314,21 @@ def _against_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any]) 
         reason = f"{config.fp_precision}: {name} {what}, and the PyTorch flow loads a checkpoint in its own type"
         yield "fp_precision", reason
     # Its ModelLoader runs any code that a checkpoint's configuration names (TensorRT-LLM 1.0 to 1.3).
-    if not config.model.trust_remote_code and (documents.get("config.json") or {}).get("auto_map"):
+    if not config.model.trust_remote_code and documents.get("config.json", {}).get("auto_map"):
         yield "model.trust_remote_code", f"false: {name} contains code, which TensorRT-LLM always runs"
 
 
 def _descriptions(documents: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """The descriptions of the model, and of its text part if it also sees."""
-    description = documents.get("config.json") or {}
+    description = documents.get("config.json", {})
     return description, description.get("text_config") or {}
 
 
 def quantization_of(documents: Mapping[str, Any]) -> str | None:
     """The name of a checkpoint's quantization; None if it has none."""
-    modelopt = documents.get("hf_quant_config.json") or {}
-    algorithm = (modelopt.get("quantization") or {}).get("quant_algo")
-    if algorithm:
-        return str(algorithm)
-    own = (documents.get("config.json") or {}).get("quantization_config") or {}
-    name = own.get("quant_algo") or own.get("quant_method")
+    modelopt = documents.get("hf_quant_config.json", {}).get("quantization") or {}
+    own = documents.get("config.json", {}).get("quantization_config") or {}
+    name = modelopt.get("quant_algo") or own.get("quant_algo") or own.get("quant_method")
     return str(name) if name else None
 
 

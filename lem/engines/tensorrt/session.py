@@ -26,7 +26,7 @@ from lem.config.backends import TensorRTConfig
 from lem.config.experiment import ExperimentConfig
 from lem.engines import common
 from lem.engines.checkpoints import fetch_all, identify
-from lem.engines.common import ENGINE_FAILURES, GOOD_ENDS, TAKE_LIMIT, EngineRaised, section_of, shortened
+from lem.engines.common import ENGINE_FAILURES, GOOD_ENDS, TAKE_LIMIT, EngineRaised, engine_call, section_of, shortened
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest
 from lem.engines.tensorrt import options
 from lem.engines.tensorrt.options import EngineFacts
@@ -104,10 +104,8 @@ class Session(common.ServedSession):
             bounds = {"max_tokens": request.max_output_tokens}
             if request.min_output_tokens:
                 bounds["min_tokens"] = request.min_output_tokens
-            try:
+            with engine_call():
                 return SamplingParams(**settings, **bounds)
-            except ENGINE_FAILURES as error:
-                raise EngineRaised(error) from error
 
         longest_input, longest_output = options.lengths_of(config)
         self._runner = Server(self._engine, parameters, longest_input, longest_input + longest_output)
@@ -118,7 +116,7 @@ class Session(common.ServedSession):
         if isinstance(error, MemoryError) or any(mark in text.lower().replace("_", "") for mark in _OUT_OF_MEMORY):
             hint = "use a smaller model, a quantized checkpoint, shorter lengths, or a lower tensorrt.max_batch_size"
             what = f"{self._facts}: out of memory while loading"
-            return EngineError(f"{what}: {text}", hint, kind="out_of_memory", is_permanent=True)
+            return common.out_of_memory(f"{what}: {text}", hint)
         what = f"{self._facts} cannot load {self._config.model.name}"
         if isinstance(error, (TypeError, ValueError)):
             return OptionRefused(f"{what} with these options: {text}")
@@ -133,11 +131,9 @@ class Session(common.ServedSession):
 
 
 def _make_engine(arguments: Mapping[str, Any]) -> LLM:
-    try:
+    with engine_call():
         made = {name: kind(**arguments[name]) for name, kind in _CONFIGURATIONS.items() if name in arguments}
         return LLM(**{**arguments, **made})
-    except ENGINE_FAILURES as error:
-        raise EngineRaised(error) from error
 
 
 def _find_facts() -> EngineFacts:
@@ -287,12 +283,10 @@ class Server:
         inputs = {"prompt_token_ids": list(request.token_ids)}
         try:
             parameters = self.parameters(request)
+            with engine_call():
+                return self.engine.generate_async(inputs, parameters, streaming=streaming)
         except EngineRaised as raised:
             return _message_of(raised.error)
-        try:
-            return self.engine.generate_async(inputs, parameters, streaming=streaming)
-        except ENGINE_FAILURES as error:
-            return _message_of(error)
 
     def _complete(
         self, request: TokenRequest, submitted_ns: int, answer: Any, times_ns: list[int] | None

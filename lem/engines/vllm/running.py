@@ -150,10 +150,8 @@ class StepLoop:
         return None
 
     def _step(self) -> list[Completion]:
-        try:
+        with common.engine_call(*self.failures):
             outputs = self.engine.step()
-        except self.failures as error:
-            raise EngineRaised(error) from error
         now_ns = self.clock()
         completions = []
         for output in outputs:
@@ -259,7 +257,7 @@ def explain_load_failure(
     what = f"{facts} cannot load {config.model.name}"
     if _OUT_OF_MEMORY.search(f"{text} {output if _ELSEWHERE.search(str(error)) else ''}"):
         what = f"{facts}: out of memory while loading"
-        return EngineError(f"{what}: {text}", _MEMORY_HINT, kind="out_of_memory", is_permanent=True)
+        return common.out_of_memory(f"{what}: {text}", _MEMORY_HINT)
     if killed := _KILLED.search(str(error)):
         hint = "signal 9 usually means that the host ran out of memory" if killed["signal"] == "9" else ""
         what = f"{facts}: its process {killed['name']} was killed by signal {killed['signal']} while loading"

@@ -35,7 +35,7 @@ from lem.config.backends import VllmConfig
 from lem.config.experiment import ExperimentConfig
 from lem.engines import common
 from lem.engines.checkpoints import fetch_all, identify
-from lem.engines.common import ENGINE_FAILURES, EngineRaised, section_of
+from lem.engines.common import ENGINE_FAILURES, section_of
 from lem.engines.protocol import EngineReport, TokenRequest
 from lem.engines.vllm import options, running
 from lem.engines.vllm.options import EngineFacts
@@ -270,10 +270,8 @@ def _find_facts() -> EngineFacts:
 
 
 def _make_engine(arguments: Mapping[str, Any]) -> LLMEngine:
-    try:
+    with common.engine_call(Exception):  # vLLM raises Exception itself if one of its workers has failed
         return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
-    except Exception as error:  # vLLM raises Exception itself if one of its workers has failed
-        raise EngineRaised(error) from error
 
 
 def _check_sampling(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:
