@@ -35,25 +35,21 @@ class EnergyScope(str, enum.Enum):
         return self.value
 
 
-_INTEGRATED = frozenset({EnergySource.INSTANT_POWER, EnergySource.AVERAGE_POWER})
-_CPU = frozenset({EnergySource.RAPL, EnergySource.TDP_ESTIMATE})
-
-
 def is_estimate(source: str | None) -> bool:
     """Whether the energy is an estimate, which is labelled wherever it is shown, and not measured."""
     return source == EnergySource.TDP_ESTIMATE
 
 
 def is_integrated_power(source: str | None) -> bool:
-    return source in _INTEGRATED
+    return source in (EnergySource.INSTANT_POWER, EnergySource.AVERAGE_POWER)
 
 
 def is_gpu_source(source: str | None) -> bool:
-    return source == EnergySource.COUNTER or source in _INTEGRATED
+    return source == EnergySource.COUNTER or is_integrated_power(source)
 
 
 def is_cpu_source(source: str | None) -> bool:
-    return source in _CPU
+    return source in (EnergySource.RAPL, EnergySource.TDP_ESTIMATE)
 
 
 # Bits of nvmlClocksEventReasons (NVML reference). The power cap is normal under load; a window with one of the others

@@ -39,11 +39,6 @@ class Finished:
     has_timed_out: bool = False
 
 
-def copyable(argv: Sequence[str]) -> str:
-    """The command, to paste into a shell."""
-    return shlex.join(argv)
-
-
 def run(
     argv: Sequence[str],
     *,
@@ -140,7 +135,7 @@ def spawn(
     `env` is its whole environment, `streams` are its stdin, stdout and stderr; pipes are binary and unbuffered.
     A UserError if there is no such program or it cannot be started.
     """
-    _logger.info("$ %s", copyable(argv))
+    _logger.info("$ %s", shlex.join(argv))
     try:
         return subprocess.Popen(
             list(argv),

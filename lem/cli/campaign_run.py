@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import select
+import shlex
 import shutil
 import socket
 import sys
@@ -23,7 +24,6 @@ from lem.base.clock import utc_now
 from lem.base.doc import screen_of
 from lem.base.durable import reason_of
 from lem.base.errors import ExitCode, Interrupted, LemError, UserError
-from lem.base.process import copyable
 from lem.cli.fleet import FleetPart
 from lem.cli.progress import LineProgress, StatusProgress, campaign_logger, choose_progress, write_output
 from lem.config.campaign_config import CampaignConfig
@@ -279,7 +279,7 @@ def resume_command(words: Sequence[str]) -> str:
         words = ["lem", *words[2:]]
     kept = [_without_secret(word) for word in words if word not in ("--fresh", "--resume", "--no-resume")]
     kept.insert(kept.index("--") if "--" in kept else len(kept), "--resume")
-    return copyable(kept)
+    return shlex.join(kept)
 
 
 def _without_secret(word: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,6 @@ from lem.base.clock import utc_now
 from lem.base.doc import NAME_WIDTH, Column, Doc, NameShortener, Table, printable, write_json
 from lem.base.errors import UserError, did_you_mean
 from lem.base.log import WIDTH, bounded_width, is_colour_wanted
-from lem.base.process import copyable
 from lem.base.units import format_duration
 from lem.cli.selection import add_json
 from lem.config.campaign_config import slug_of
@@ -174,7 +174,7 @@ def _resume_command(status: CampaignStatus) -> str:
     activity = status.activity
     if activity is None or not activity.go_on or status.state in (State.RUNNING, State.WAITING, State.DONE):
         return ""
-    return (copyable(["cd", activity.cwd]) + " && " if activity.cwd else "") + activity.go_on
+    return (shlex.join(["cd", activity.cwd]) + " && " if activity.cwd else "") + activity.go_on
 
 
 def status_document(status: CampaignStatus) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import select
+import shlex
 import shutil
 import sys
 import tempfile
@@ -323,7 +324,7 @@ class Worker:
 
     def _open(self, stop: StopRequest | None, timeout_s: float) -> WorkerConnection:
         connection = self._connection = WorkerConnection(self._command, self._env)
-        by_hand = f"run it by hand to see why: {process.copyable(self._command)}"
+        by_hand = f"run it by hand to see why: {shlex.join(self._command)}"
         try:
             hello = connection.receive(time.monotonic() + timeout_s, stop)
             if hello is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -93,7 +94,7 @@ def explain(finished: Finished, doing: str, otherwise: str = "container") -> Con
     quoted = _essence(finished.stderr) or _essence(finished.stdout)
     if finished.has_timed_out:
         return ContainerError(
-            f"{doing}: `{process.copyable(finished.argv)}` timed out" + (f": {quoted}" if quoted else ""),
+            f"{doing}: `{shlex.join(finished.argv)}` timed out" + (f": {quoted}" if quoted else ""),
             "run it by hand; the machine or its disk may be overloaded",
             kind="timeout",
         )
@@ -101,7 +102,7 @@ def explain(finished: Finished, doing: str, otherwise: str = "container") -> Con
         if re.search(pattern, finished.stderr):
             return ContainerError(f"{doing}: {message}: {quoted}", hint, kind=kind)
     quoted = quoted or process.describe_exit(finished.code)
-    return ContainerError(f"{doing}: {quoted}", f"run it by hand: {process.copyable(finished.argv)}", kind=otherwise)
+    return ContainerError(f"{doing}: {quoted}", f"run it by hand: {shlex.join(finished.argv)}", kind=otherwise)
 
 
 def _essence(text: str) -> str:

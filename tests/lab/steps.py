@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lem.base.errors import UserError
-from lem.base.process import copyable, describe_exit, run
+from lem.base.process import describe_exit, run
 
 ANSWER_TIMEOUT_S = 60
 LINES_SHOWN = 15
@@ -43,7 +44,7 @@ def must(
         return finished.stdout
     how = f"took more than {timeout_s:.0f} s" if finished.has_timed_out else describe_exit(finished.code)
     lines = (finished.stdout + finished.stderr).strip().splitlines()[-LINES_SHOWN:]
-    raise UserError("\n    ".join([f"`{copyable(argv)}` {how}", *lines]))
+    raise UserError("\n    ".join([f"`{shlex.join(argv)}` {how}", *lines]))
 
 
 def answer(argv: Sequence[str], timeout_s: float = ANSWER_TIMEOUT_S) -> str | None:

@@ -227,14 +227,12 @@ def _is_of_callback(error: BaseException) -> bool:
 # --- the trial
 
 
-@dataclass(frozen=True)
-class Trial:
-    cache: str | None  # the kind of key-value cache in use, as `cache_implementation` names it; None without a cache
-    warnings: tuple[Reason, ...]  # of transformers
+def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> tuple[str | None, tuple[Reason, ...]]:
+    """Generate a few tokens; OptionRefused if the engine rejects the options, or does something else.
 
-
-def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> Trial:
-    """Generate a few tokens; OptionRefused if the engine rejects the options, or does something else."""
+    Returns the kind of key-value cache in use, as `cache_implementation` names it (None without a cache), and what
+    transformers warned of.
+    """
     ends = frozenset(runner.loaded.tokens.end_ids)
     # Ids that every model has. Two requests of different lengths try padding too.
     ids = tuple(itertools.islice((token for token in itertools.count() if token not in ends), 4))
@@ -252,7 +250,7 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
         raise OptionRefused(f"pytorch.use_cache: {facts} used a cache of kind {cache}")
     if section.torch_compile and _compiled_graphs() == graphs_before:
         raise OptionRefused(f"pytorch.torch_compile: {facts} did not compile this model")
-    return Trial(cache, tuple(Reason.of("verbatim", text=text) for text in dict.fromkeys(warnings)))
+    return cache, tuple(Reason.of("verbatim", text=text) for text in dict.fromkeys(warnings))
 
 
 def _cache_in(output: Any) -> str | None:
@@ -302,9 +300,9 @@ def _transformers_warnings() -> Iterator[list[str]]:
 
 
 def describe_effective(
-    config: ExperimentConfig, loaded: LoadedModel, settings: Mapping[str, Any], trial: Trial
+    config: ExperimentConfig, loaded: LoadedModel, settings: Mapping[str, Any], cache: str | None
 ) -> dict[str, Any]:
-    """The effective configuration as JSON values, see `EngineReport`."""
+    """The effective configuration as JSON values, see `EngineReport`; `cache` as of `try_out`."""
     given = engine_settings(settings, config.max_output_tokens, config.min_output_tokens).to_dict()
     defaults: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
     effective = {**defaults, **{name: value for name, value in given.items() if value is not None}}
@@ -313,7 +311,7 @@ def describe_effective(
     generation = {name: value for name, value in sorted(effective.items()) if value is not None and name not in skipped}
     model = loaded.model
     return {
-        "pytorch": _describe_section(section_of(config, PyTorchConfig), loaded, generation, trial),
+        "pytorch": _describe_section(section_of(config, PyTorchConfig), loaded, generation, cache),
         "decoder": common.describe_decoder(config.decoder, generation, is_sampling=bool(generation["do_sample"])),
         "fp_precision": str(model.dtype).removeprefix("torch."),
         "ignore_eos": config.ignore_eos or not loaded.tokens.end_ids,
@@ -334,7 +332,7 @@ def describe_effective(
 
 
 def _describe_section(
-    section: PyTorchConfig, loaded: LoadedModel, generation: Mapping[str, Any], trial: Trial
+    section: PyTorchConfig, loaded: LoadedModel, generation: Mapping[str, Any], cache: str | None
 ) -> dict[str, Any]:
     model = loaded.model
     is_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
@@ -345,8 +343,8 @@ def _describe_section(
         **section.to_dict(),
         "attn_implementation": getattr(model.config, "_attn_implementation", None),
         "torch_compile_backend": (section.torch_compile_backend or "inductor") if section.torch_compile else None,
-        "use_cache": trial.cache is not None,
-        "cache_implementation": trial.cache,
+        "use_cache": cache is not None,
+        "cache_implementation": cache,
         # The only way since transformers 5.
         "low_cpu_mem_usage": True if section.low_cpu_mem_usage is None else section.low_cpu_mem_usage,
         "load_in_4bit": is_4bit,

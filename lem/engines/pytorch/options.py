@@ -26,6 +26,8 @@ _ASSISTANT_ARGUMENTS = (
     *("assistant_lookbehind", "target_lookbehind"),
 )
 
+_BEAM_ARGUMENTS = ("num_beams", "length_penalty", "early_stopping")
+
 # Modes of torch.compile that record CUDA graphs on a GPU (its reference, torch.compile, mode).
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
@@ -42,7 +44,7 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("min_length", "min_new_tokens"), "is set by min_output_tokens"),
         **set_by("decoder", ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")),
         **set_by("pytorch", ("min_p", "no_repeat_ngram_size", "use_cache", "cache_implementation")),
-        **set_by("pytorch.beam_search", ("num_beams", "length_penalty", "early_stopping")),
+        **set_by("pytorch.beam_search", _BEAM_ARGUMENTS),
         **dict.fromkeys(("num_assistant_tokens", "prompt_lookup_num_tokens"), _DRAFT_LENGTH),
         "compile_config": "is set by pytorch.torch_compile",
         "eos_token_id": "is set by ignore_eos",
@@ -192,9 +194,7 @@ def generation_settings(config: ExperimentConfig, tokens: SpecialTokens, device:
         settings |= {name: getattr(decoder, name) for name in ("temperature", "top_k", "top_p")}
         settings["min_p"] = section.min_p
     if section.beam_search.enabled:
-        settings |= {
-            name: getattr(section.beam_search, name) for name in ("num_beams", "length_penalty", "early_stopping")
-        }
+        settings |= {name: getattr(section.beam_search, name) for name in _BEAM_ARGUMENTS}
     if section.torch_compile and not compiles_steps(section, device):
         # With a static cache on a GPU transformers would compile once more, in a mode of its own.
         settings["disable_compile"] = True
@@ -210,15 +210,12 @@ def assistant_settings(config: ExperimentConfig) -> dict[str, Any]:
     With `num_tokens` the assistant drafts exactly that many tokens at each step: no schedule changes their number, and
     it does not stop early when it is unsure of itself (transformers' own threshold is 0.4).
     """
-    settings: dict[str, Any] = {}
     drafted_tok = section_of(config, PyTorchConfig).assisted_generation.num_tokens
-    if drafted_tok is not None:
-        settings = {
-            "num_assistant_tokens": drafted_tok,
-            "num_assistant_tokens_schedule": "constant",
-            "assistant_confidence_threshold": 0.0,
-        }
-    return settings | {name: value for name, value in common.extra_of(config).items() if name in _ASSISTANT_ARGUMENTS}
+    settings = {name: value for name, value in common.extra_of(config).items() if name in _ASSISTANT_ARGUMENTS}
+    if drafted_tok is None:
+        return settings
+    constant = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+    return {"num_assistant_tokens": drafted_tok, **constant, **settings}
 
 
 # --- before the load
@@ -260,7 +257,17 @@ def _running(config: ExperimentConfig, section: PyTorchConfig, facts: EngineFact
     if budget is not None and budget < largest:
         reason = f"must be at least {largest}, the largest request (max_input_tokens + max_output_tokens), got {budget}"
         yield "pytorch.max_tokens_per_batch", reason
-    yield from _compilation(section, facts)
+    name, mode, backend = "pytorch.torch_compile", section.torch_compile, section.torch_compile_backend
+    if backend is not None and backend not in facts.compile_backends:
+        known = ", ".join(facts.compile_backends)
+        reason = f"expected one of {known}, got {backend}{did_you_mean(backend, facts.compile_backends)}"
+        yield "pytorch.torch_compile_backend", reason
+    if mode == "reduce-overhead" and facts.device == "cpu":
+        yield name, "reduce-overhead uses CUDA graphs and has no effect on the CPU"
+    if compiles_steps(section, facts.device) and section.cache_implementation != "static":
+        yield name, f"{mode} records CUDA graphs and requires cache_implementation: static"
+    if mode not in {False, "default"} and backend not in {None, "inductor"}:
+        yield name, f"{mode} is a mode of the inductor backend, got {backend}"
     name, cache = "pytorch.cache_implementation", section.cache_implementation
     if cache is not None and cache not in _CACHES:
         yield name, f"expected one of {', '.join(_CACHES)}, got {cache}{did_you_mean(cache, _CACHES)}"
@@ -275,26 +282,12 @@ def _running(config: ExperimentConfig, section: PyTorchConfig, facts: EngineFact
         yield name, f"requires batch_size 1, got {section.batch_size}"
 
 
-def _compilation(section: PyTorchConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
-    name, mode, backend = "pytorch.torch_compile", section.torch_compile, section.torch_compile_backend
-    if backend is not None and backend not in facts.compile_backends:
-        known = ", ".join(facts.compile_backends)
-        reason = f"expected one of {known}, got {backend}{did_you_mean(backend, facts.compile_backends)}"
-        yield "pytorch.torch_compile_backend", reason
-    if mode == "reduce-overhead" and facts.device == "cpu":
-        yield name, "reduce-overhead uses CUDA graphs and has no effect on the CPU"
-    if compiles_steps(section, facts.device) and section.cache_implementation != "static":
-        yield name, f"{mode} records CUDA graphs and requires cache_implementation: static"
-    if mode not in {False, "default"} and backend not in {None, "inductor"}:
-        yield name, f"{mode} is a mode of the inductor backend, got {backend}"
-
-
 def _refused_extra(section: PyTorchConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     for name in section.extra:
         reason = common.reason_against(name, _REFUSED, facts.generate_arguments, "unknown argument of generate")
-        if reason is None and (need := _need_of(name, section)) is not None:
+        if reason is None and (need := _need_of(name, section)):
             reason = f"has no effect without {need}"
-        if reason is not None:
+        if reason:
             yield f"pytorch.extra.{name}", reason
 
 

@@ -73,14 +73,14 @@ class Session:
     @property
     def report(self) -> EngineReport:
         loaded, gpu_index = self._loaded, self._facts.gpu_index
-        idle = (*self._trial.warnings, *options.idle_options(self._config))
+        idle = (*self._trial_warnings, *options.idle_options(self._config))
         return EngineReport(
             engine_name="transformers",
             engine_version=self._facts.versions["transformers"],
             versions=self._facts.versions,
             device=self._facts.device,
             gpu_uuids=() if gpu_index is None else (self._uuids[gpu_index],),
-            effective=describe_effective(self._config, loaded, self._runner.settings, self._trial),
+            effective=describe_effective(self._config, loaded, self._runner.settings, self._cache),
             **vars(self._identity),
             warnings=(*common.idle_gpu(self._config.gpus, self._uuids), *loaded.warnings, *idle),
             compile_s=self._compile_s,
@@ -143,7 +143,7 @@ class Session:
             settings["compile_config"] = transformers.CompileConfig(mode=str(section.torch_compile))
         self._runner = BatchRunner(self._loaded, settings)
         began_ns = time.monotonic_ns()
-        self._trial = try_out(self._runner, section, self._facts)
+        self._cache, self._trial_warnings = try_out(self._runner, section, self._facts)
         if config.random_seed is None:
             # PyTorch starts every process with the same seed.
             torch.seed()

@@ -153,27 +153,22 @@ def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
 
 def check(config: ExperimentConfig, facts: EngineFacts) -> None:
     """Refuse everything that is not supported here, at once; raises OptionRefused."""
-    section, default = section_of(config, TensorRTConfig), TensorRTConfig()
-    changed = (name for name in _UNSUPPORTED if getattr(section, name) != getattr(default, name))
-    refusals = [(f"tensorrt.{name}", _UNSUPPORTED[name]) for name in changed]
+    common.refuse([*_unsupported(config, facts), *_refused_extra(config, facts)], facts)
+
+
+def _unsupported(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
+    section, default, decoder = section_of(config, TensorRTConfig), TensorRTConfig(), config.decoder
+    for name, reason in _UNSUPPORTED.items():
+        if getattr(section, name) != getattr(default, name):
+            yield f"tensorrt.{name}", reason
     if config.model.adapter is not None:
-        reason = "lem was not yet tested with adapters on this backend; merge it into the checkpoint"
-        refusals.append(("model.adapter", reason))
-    common.refuse([*refusals, *_unknown(section, facts), *_sampling(config, facts), *_extra(config, facts)], facts)
-
-
-def _unknown(section: TensorRTConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
-    """Options whose argument this version does not have."""
+        yield "model.adapter", "lem was not yet tested with adapters on this backend; merge it into the checkpoint"
     for name in common.given_options(section, OPTIONS):
         outer, _, inner = OPTIONS[name][0].rpartition(".")
         if not facts.has(OPTIONS[name][0]):
             yield f"tensorrt.{name}", f"{_CLASSES[outer]} has no {inner}"
     if section.draft_model is not None and not facts.nested["speculative_config"] & {*_DRAFT_MODEL}:
         yield "tensorrt.draft_model", "DraftTargetDecodingConfig has no argument for a model"
-
-
-def _sampling(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
-    decoder = config.decoder
     for name in sorted(sampling_settings(config).keys() - facts.sampling_arguments):
         yield f"decoder.{name}", f"SamplingParams has no {name}"
     if not decoder.is_greedy and config.random_seed is not None:
@@ -183,7 +178,7 @@ def _sampling(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[st
         yield "decoder.repetition_penalty", "the sampler of this version has no penalties"
 
 
-def _extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
+def _refused_extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     extra = common.extra_of(config, _EXTRA)
     for name in extra:
         reason = common.reason_against(name, _REFUSED, facts.arguments, "unknown argument of LLM")
@@ -294,28 +289,25 @@ def _check_object(value: Any, where: str) -> None:
 
 def check_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any], facts: EngineFacts) -> None:
     """Refuse a checkpoint of another type or quantization than requested, or with code that would run unasked."""
-    hint = "request what the checkpoint has, or use another checkpoint"
-    common.refuse(_against_checkpoint(config, documents), facts, hint)
-
-
-def _against_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    name = config.model.name
+    name, refusals = config.model.name, []
     requested, found = section_of(config, TensorRTConfig).quantization, quantization_of(documents)
     if requested is not None:
         is_other = found is not None and not found.lower().startswith(_ALGORITHMS.get(requested, ()))
         if is_other or (found is None) != (requested == "none"):
             what = "not quantized" if found is None else f"quantized to {found}"
             reason = f"{requested}: {name} is {what}, and the PyTorch flow loads checkpoints as they are"
-            yield "tensorrt.quantization", reason
+            refusals.append(("tensorrt.quantization", reason))
     declared = next((place[key] for place in _descriptions(documents) for key in _TYPE_KEYS if place.get(key)), None)
     precision = str(declared or _DEFAULT_TYPE).removeprefix("torch.")
     if precision != config.fp_precision:
         what = f"is {precision}" if declared else f"has no type, so it is {precision}"
         reason = f"{config.fp_precision}: {name} {what}, and the PyTorch flow loads a checkpoint in its own type"
-        yield "fp_precision", reason
+        refusals.append(("fp_precision", reason))
     # Its ModelLoader runs any code that a checkpoint's configuration names (TensorRT-LLM 1.0 to 1.3).
     if not config.model.trust_remote_code and documents.get("config.json", {}).get("auto_map"):
-        yield "model.trust_remote_code", f"false: {name} contains code, which TensorRT-LLM always runs"
+        reason = f"false: {name} contains code, which TensorRT-LLM always runs"
+        refusals.append(("model.trust_remote_code", reason))
+    common.refuse(refusals, facts, "request what the checkpoint has, or use another checkpoint")
 
 
 def _descriptions(documents: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

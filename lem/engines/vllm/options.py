@@ -199,25 +199,21 @@ def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
 
 def check(config: ExperimentConfig, facts: EngineFacts) -> None:
     """Refuse everything that is not supported here, at once; raises OptionRefused."""
-    unsupported, ignored = _unsupported_options(config, facts), _ignored_options(config, facts)
-    common.refuse([*unsupported, *ignored, *_refused_extra(config, facts)], facts)
+    common.refuse([*_unsupported(config, facts), *_refused_extra(config, facts)], facts)
 
 
-def _unsupported_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
-    if config.gpus and facts.device == "cpu":
+def _unsupported(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
+    section, is_on_cpu = section_of(config, VllmConfig), facts.device == "cpu"
+    backend = section.attention.backend
+    if config.gpus and is_on_cpu:
         yield "gpus", "this build only runs on the CPU; set gpus: [] or install a GPU build"
-    if config.gpus == () and facts.device != "cpu":
+    if config.gpus == () and not is_on_cpu:
         yield "gpus", f"[] means the CPU, but this build runs on {facts.device}"
     for name in given_options(config):
         argument = OPTIONS[name][0]
         if not facts.has(argument):
             no_swap = "the V1 engine has no swap space: a preempted request is recomputed"
             yield f"vllm.{name}", no_swap if name == "swap_space" else f"EngineArgs has no {argument}"
-
-
-def _ignored_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
-    section, is_on_cpu = section_of(config, VllmConfig), facts.device == "cpu"
-    backend = section.attention.backend
     if is_on_cpu and section.cpu_offload_gb:
         yield "vllm.cpu_offload_gb", "the weights are already in CPU memory"
     if is_on_cpu and backend is not None and not backend.upper().startswith(("CPU_", "AMX_")):
