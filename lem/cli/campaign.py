@@ -273,7 +273,7 @@ def _fitting(plan: Plan, durations: ExpectedDurations, budget_s: float) -> str:
         return "enough for the whole plan"
 
     def time_before(place: int) -> float:
-        return plan.expected_time(durations, plan.experiments[:place]).total_s or 0.0
+        return replace(plan, experiments=plan.experiments[:place]).expected_time(durations).total_s or 0.0
 
     started = bisect.bisect_left(range(len(plan.experiments)), budget_s, key=time_before)
     return f"enough to start about {started} of {len(plan.experiments)} experiments; --resume runs the rest"

@@ -99,7 +99,7 @@ class ExpectedTime:
 class Plan:
     """The experiments of a campaign in the order to run, and what became of the others.
 
-    Questions about time and loads take a part of the plan, such as what a resume leaves; all of it when not given.
+    A part of a plan, such as what a resume leaves, is a plan with fewer `experiments`.
     """
 
     campaign: CampaignConfig
@@ -148,54 +148,47 @@ class Plan:
         return count_reasons(self.warnings)
 
     def with_cycles(self, cycles: int) -> Plan:
-        """The plan with at least that many cycles, of an interleaved or shuffled campaign.
-
-        The experiments of the plan keep their places: cycles are added at the end.
-        """
+        """The plan with at least that many cycles, unless it is grouped; they are added at the end."""
         if cycles <= self.execution.cycles:
             return self
         campaign = replace(self.campaign, execution=replace(self.execution, cycles=cycles))
         return replace(self, campaign=campaign, experiments=order_experiments(self.given, campaign.execution))
 
-    def loads(self, part: Sequence[Experiment] | None = None) -> list[bool]:
+    def loads(self) -> list[bool]:
         """Whether each experiment loads an engine rather than reuse that of the one before.
 
         One engine is resident at a time. With `reuse: cycle` it is kept for the next experiment of the same cycle and
         engine key, with `campaign` also across cycles, with `none` and under a cold start never.
         """
-        items, reuse = self._part(part), self.execution.reuse
+        items, reuse = self.experiments, self.execution.reuse
         if reuse == "none" or self.is_cold:
             return [True] * len(items)
         engines = [(item.engine_key, item.cycle_index if reuse == "cycle" else 0) for item in items]
         return [True, *(one != two for one, two in itertools.pairwise(engines))] if items else []
 
-    def gap_kinds(self, part: Sequence[Experiment] | None = None) -> list[GapKind | None]:
+    def gap_kinds(self) -> list[GapKind | None]:
         """The gap before each experiment; None before the first.
 
-        A cycle, or in a grouped campaign the block of one configuration, ends when its last experiment in `part`
-        ends, so a resumed part of a plan has its gaps in the right places too. The cycle gap then replaces the
-        configuration gap.
+        The cycle gap replaces the configuration gap after the last experiment of a cycle, or in a grouped campaign of
+        one configuration, so a resumed part of a plan has its gaps in the right places too.
         """
-        items, is_grouped = self._part(part), self.execution.structure == GROUPED
-        blocks = [item.config_hash if is_grouped else item.cycle_index for item in items]
+        is_grouped = self.execution.structure == GROUPED
+        blocks = [item.config_hash if is_grouped else item.cycle_index for item in self.experiments]
         kinds: list[GapKind | None] = [
             "configuration" if one == two else "cycle" for one, two in itertools.pairwise(blocks)
         ]
-        return [None, *kinds] if items else []
+        return [None, *kinds] if blocks else []
 
     def gap_cap_s(self, kind: GapKind | None) -> float:
         if kind is None:
             return 0.0
         return self.execution.cycle_gap_seconds if kind == "cycle" else self.execution.config_gap_seconds
 
-    def expected_time(self, known: ExpectedDurations, part: Sequence[Experiment] | None = None) -> ExpectedTime:
-        """The time it will take, from earlier experiments.
-
-        For a configuration or an engine that was never run, the mean of those that were is assumed.
-        """
-        items = self._part(part)
-        loading = [item for item, is_load in zip(items, self.loads(part), strict=True) if is_load]
-        caps_s = map(self.gap_cap_s, self.gap_kinds(part))
+    def expected_time(self, known: ExpectedDurations) -> ExpectedTime:
+        """The time it will take; what was never run is assumed to take the mean of what was."""
+        items = self.experiments
+        loading = [item for item, is_load in zip(items, self.loads(), strict=True) if is_load]
+        caps_s = map(self.gap_cap_s, self.gap_kinds())
         return ExpectedTime(
             measured_s=_sum_known([item.config_hash for item in items], known.measured_by_config),
             loading_s=_sum_known([item.engine_key for item in loading], known.load_by_engine),
@@ -203,9 +196,6 @@ class Plan:
             is_complete=all(item.config_hash in known.measured_by_config for item in items)
             and all(item.engine_key in known.load_by_engine for item in loading),
         )
-
-    def _part(self, part: Sequence[Experiment] | None) -> Sequence[Experiment]:
-        return self.experiments if part is None else part
 
 
 def _sum_known(names: Sequence[str], known: Mapping[str, float]) -> float | None:
@@ -222,15 +212,17 @@ def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
     plan = build_plan(
         loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source, gpus=find_gpus() or None
     )
-    unused = []
-    for item in plan.configurations:
+    unused = [
+        GridValidationIssue.of(
+            item.config_name, Reason.of("campaign_decides", option=name, instead=instead), severity="warning"
+        )
+        for item in plan.configurations
         for name, is_set, instead in (
             ("num_cycles", item.config.num_cycles != 1, "execution.cycles"),
             ("io.results_dir", item.config.io.results_dir is not None, "the campaign's io.results_dir"),
-        ):
-            if is_set:
-                reason = Reason.of("campaign_decides", option=name, instead=instead)
-                unused.append(GridValidationIssue.of(item.config_name, reason, severity="warning"))
+        )
+        if is_set
+    ]
     return replace(plan, warnings=(*plan.warnings, *unused))
 
 
@@ -313,7 +305,10 @@ def _identify(
             try:
                 prompts[key] = prompts_fingerprint(config)
             except ConfigurationError as error:
-                raise error if item.source is None else _located(error, item, item.source) from error
+                if item.source is None:
+                    raise
+                where = ("grid", "shared", "prompts", "path") if item.is_of_grid else ("prompts", "path")
+                raise FileProblems(item.source.locate([Problem(where, error.message)]), error.hint) from error
         digest = config_hash(config, prompts[key])
         if digest in found:
             same = Reason.of("repeated_experiment", name=found[digest].config_name)
@@ -324,11 +319,6 @@ def _identify(
             exp_id, item.name, config, item.config_dict, item.path, digest, engine_key, 0, 0, item.is_generated
         )
     return tuple(found.values()), repeated
-
-
-def _located(error: ConfigurationError, item: _Candidate, source: Source) -> ConfigurationError:
-    where = ("grid", "shared", "prompts", "path") if item.is_of_grid else ("prompts", "path")
-    return FileProblems(source.locate([Problem(where, error.message)]), error.hint)
 
 
 def order_experiments(given: Sequence[Experiment], execution: CampaignExecutionConfig) -> tuple[Experiment, ...]:
@@ -368,12 +358,10 @@ def write_configs(configurations: Iterable[Experiment]) -> None:
     for item in configurations:
         if not item.is_generated:
             continue
-        path, data = (
-            Path(item.config_path),
-            durable.utf8(encode_config({**item.config_dict, "config_name": item.config_name})),
-        )
+        path = Path(item.config_path)
+        data = durable.utf8(encode_config({**item.config_dict, "config_name": item.config_name}))
         try:
-            if _holds(path, data):
+            if path.exists() and path.read_bytes() == data:
                 continue
             durable.make_folder(path.parent)
             # A file that a power cut spoils differs the next time and is written again; syncing 10,000 took 12 s.
@@ -382,13 +370,6 @@ def write_configs(configurations: Iterable[Experiment]) -> None:
             raise UserError(
                 f"cannot write {path}: {error.strerror}", "make the folder writable, or set io.configs_dir"
             ) from error
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    try:
-        return path.read_bytes() == data
-    except FileNotFoundError:
-        return False
 
 
 def encode_config(config_dict: Mapping[str, Any]) -> str:

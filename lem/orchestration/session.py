@@ -117,8 +117,6 @@ class Measurement:
 
 @dataclass
 class Session:
-    """Runs experiments and writes every step into the manifest."""
-
     context: Context
     plan: Plan  # of the cycles known so far
     manager: ManifestManager
@@ -167,8 +165,8 @@ class Session:
     def _run(
         self, experiments: Sequence[Experiment], deadline_s: float | None, first_gap: GapKind | None
     ) -> Stopped | None:
-        gaps = [first_gap, *self.plan.gap_kinds(experiments)[1:]]
-        loads = self.plan.loads(experiments)
+        part = dataclasses.replace(self.plan, experiments=tuple(experiments))
+        gaps, loads = [first_gap, *part.gap_kinds()[1:]], part.loads()
         for index, experiment in enumerate(experiments):
             self._remaining, self._since_s = len(experiments) - index, self.context.monotonic()
             gap = self._keep_gap(gaps[index], deadline_s) if self.why_stop(deadline_s) is None else None
