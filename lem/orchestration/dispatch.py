@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 from lem.base import __version__, process
@@ -214,28 +214,19 @@ class WorkerConnection:
         return has_ended
 
 
+@dataclass(eq=False, repr=False)  # the environment may hold secrets
 class Worker:
-    """One worker process and the channel to it; opened when it is needed, and again after it was lost.
+    """One worker process and the channel to it; opened when it is needed, and again after it was lost."""
 
-    The process numbers of one in a container mean nothing here: its `shares_pids` is False, and `backstop` is called
-    when it may have outlived the loss of the channel.
-    """
-
-    def __init__(
-        self,
-        command: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        shares_pids: bool = True,
-        backstop: Callable[[], None] | None = None,
-    ) -> None:
-        self._command = tuple(command)
-        self._env = env
-        self._shares_pids = shares_pids
-        self._backstop = backstop
-        self._connection: WorkerConnection | None = None
-        self._engine: process.ProcessId | None = None
-        self.environment: Mapping[str, Any] = {}  # versions, driver and GPUs by name; empty until it was opened
+    command: Sequence[str]
+    _: KW_ONLY
+    env: Mapping[str, str] | None = None
+    shares_pids: bool = True  # False in a container, where process numbers are other ones
+    backstop: Callable[[], None] | None = None  # called when the worker may have outlived the loss of the channel
+    # Versions, driver and GPUs by name; empty until it was opened.
+    environment: Mapping[str, Any] = field(default_factory=dict, init=False)
+    _connection: WorkerConnection | None = field(default=None, init=False)
+    _engine: process.ProcessId | None = field(default=None, init=False)
 
     @property
     def is_open(self) -> bool:
@@ -259,7 +250,21 @@ class Worker:
             self.kill()
         connection = self._connection or self._open(stop, OPEN_TIMEOUT_S)
         try:
-            return self._converse(connection, request, on_event, timeouts, stop)
+            watch = Watch(timeouts, time.monotonic())
+            connection.send(request.to_message())
+            while True:
+                message = self._next(connection, watch.next_deadline, stop)
+                now = time.monotonic()
+                if message is not None:
+                    watch.heard(message, now)
+                    if isinstance(message, (Result, Failure)):
+                        return outcome_of(request, message)
+                late = watch.expired(now)
+                if late is not None:
+                    return Outcome(late, watch.phase, self.stop())
+                event = None if message is None else event_of(request, message)
+                if event is not None:
+                    on_event(event)
         except ChannelError as error:
             self.kill()
             return Outcome(EngineError(f"the worker sent an invalid message: {error}", kind="channel"))
@@ -317,14 +322,14 @@ class Worker:
         if connection is None:
             return
         has_ended = connection.end()
-        if engine is not None and self._shares_pids:
+        if engine is not None and self.shares_pids:
             _outlast(engine)
-        if not has_ended and self._backstop is not None:
-            self._backstop()
+        if not has_ended and self.backstop is not None:
+            self.backstop()
 
     def _open(self, stop: StopRequest | None, timeout_s: float) -> WorkerConnection:
-        connection = self._connection = WorkerConnection(self._command, self._env)
-        by_hand = f"run it by hand to see why: {shlex.join(self._command)}"
+        connection = self._connection = WorkerConnection(self.command, self.env)
+        by_hand = f"run it by hand to see why: {shlex.join(self.command)}"
         try:
             hello = connection.receive(time.monotonic() + timeout_s, stop)
             if hello is None:
@@ -357,30 +362,6 @@ class Worker:
             pgid, ticks = message.pgid, message.started_ticks
             self._engine = None if pgid is None or ticks is None else process.ProcessId(pgid, ticks)
         return message
-
-    def _converse(
-        self,
-        connection: WorkerConnection,
-        request: RunRequest,
-        on_event: Observer,
-        timeouts: Timeouts,
-        stop: StopRequest | None,
-    ) -> Outcome:
-        watch = Watch(timeouts, time.monotonic())
-        connection.send(request.to_message())
-        while True:
-            message = self._next(connection, watch.next_deadline, stop)
-            now = time.monotonic()
-            if message is not None:
-                watch.heard(message, now)
-                if isinstance(message, (Result, Failure)):
-                    return outcome_of(request, message)
-            late = watch.expired(now)
-            if late is not None:
-                return Outcome(late, watch.phase, self.stop())
-            event = None if message is None else event_of(request, message)
-            if event is not None:
-                on_event(event)
 
 
 class Executor(Protocol):
