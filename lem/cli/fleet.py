@@ -62,7 +62,7 @@ def store_plan(
     if args.plan is None:
         run_id = make_run_id(utc_now(), random.SystemRandom())
         fleet_plan = make_fleet_plan(
-            plan, hosts, campaign, run_id, is_replicated=args.replicate, measured_by_config=measured_by_config
+            plan, hosts, run_id, is_replicated=args.replicate, measured_by_config=measured_by_config
         )
     else:
         stored = read_plan(args.plan)

@@ -12,7 +12,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from lem.base.errors import UserError
-from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
 from lem.orchestration.plan import Experiment, Plan
 from lem.results.merge import REPLICATE, SHARD, FleetPlan, HostPart, PlannedExperiment
@@ -31,10 +30,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def divide(costs: Mapping[str, float], count: int) -> tuple[str | None, tuple[frozenset[str], ...]]:
-    """The anchor, and the configurations of each host, the anchor included; a single host has all and no anchor.
-
-    `costs` is by config_hash; equal ones are dealt in its order.
-    """
+    """The anchor, and the configurations (config_hash) of each host, anchor included; a single host has no anchor."""
     if count == 1:
         return None, (frozenset(costs),)
     anchor = min(costs, key=lambda name: costs[name])
@@ -54,22 +50,18 @@ def _deal(costs: Mapping[str, float], parts: Sequence[set[str]], loads: list[flo
 def make_fleet_plan(
     plan: Plan,
     hosts: Sequence[str],
-    campaign: CampaignConfig,
     run_id: str,
     *,
     is_replicated: bool = False,
     measured_by_config: Mapping[str, float] | None = None,
 ) -> FleetPlan:
-    """The plan divided over the hosts; every host runs all of it if it is replicated.
-
-    `measured_by_config` is the seconds of an experiment by config_hash, from earlier results.
-    """
+    """The plan divided over the hosts by earlier seconds of an experiment; replicated, every host runs all of it."""
     _check_hosts(hosts)
     costs = costs_of(plan.configurations, measured_by_config or {})
     anchor, parts = (None, (frozenset(costs),) * len(hosts)) if is_replicated else divide(costs, len(hosts))
     return FleetPlan(
-        campaign_id=campaign.campaign_id,
-        campaign_name=campaign.campaign_name,
+        campaign_id=plan.campaign.campaign_id,
+        campaign_name=plan.campaign.campaign_name,
         config_hash=plan.config_hash,
         run_id=run_id,
         mode=REPLICATE if is_replicated else SHARD,

@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 
 from lem.base.errors import UserError
-from lem.config.campaign_config import CampaignConfig, CampaignGridConfig
 from lem.config.load import load_campaign
 from lem.orchestration.fleet import divide, make_fleet_plan, parse_shard, part_of_plan, replan
 from lem.orchestration.plan import Plan, build_plan
 from lem.results.merge import FleetPlan, read_plan, write_plan
 
 RUN = "20260714T100000Z-3fa1"
-CAMPAIGN = CampaignConfig(campaign_name="demo", grid=CampaignGridConfig(backends=("pytorch",)))
 
 
 def plan(*outputs: int, cycles: int = 2) -> Plan:
@@ -30,7 +28,7 @@ def plan(*outputs: int, cycles: int = 2) -> Plan:
 
 
 def fleet(found: Plan, *hosts: str, **options: Any) -> FleetPlan:
-    return make_fleet_plan(found, hosts, CAMPAIGN, RUN, **options)
+    return make_fleet_plan(found, hosts, RUN, **options)
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/2/3", "-1/2", "1/0", ""])
