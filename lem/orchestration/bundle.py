@@ -135,8 +135,6 @@ def _vendored_members(name: str) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a bundle beside lem.pyz."""
-
     images: tuple[str, ...] = ()  # names in the local Docker engine
     models: tuple[Path, ...] = ()  # folders, each stored under its own name
     debs: tuple[Path, ...] = ()

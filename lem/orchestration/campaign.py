@@ -156,7 +156,12 @@ class CampaignRunner(Context):
         manager = self._manager()
         manager.remove_leftovers()
         known = resume.choose_manifest(manager, self.campaign.campaign_id, self.options)
-        manifest, plan, notes = self._begin(manager, known, plan)
+        if known is None:
+            missed = f"Nothing to resume: no manifest at {manager.manifest_path}"
+            manifest, notes = self._new_manifest(plan), [missed] if self.options.resume else []
+        else:
+            manifest, plan = known, plan.with_cycles(resume.added_cycles(known))
+            notes = resume.update_manifest(known, plan, self._new_entries(plan.experiments), self.repository)
         with contextlib.ExitStack() as stack, self._workers():
             remaining = self.apply_resume_filter(manifest, plan.experiments)
             self._check_environment(manifest, remaining)
@@ -166,10 +171,8 @@ class CampaignRunner(Context):
                 manager.save(manifest)
             if aside is not None:
                 notes = [*notes, f"The earlier manifest is now {aside}"]
-            go_on, run_id = self.options.resume_command, str(manifest.run_id)
-            activity = ActivityWriter(
-                self._state_folder, run_id, self._holder(), self.observe, self.now, self.monotonic, go_on
-            )
+            who = (self._state_folder, str(manifest.run_id), self._holder())
+            activity = ActivityWriter(*who, self.observe, self.now, self.monotonic, self.options.resume_command)
             stack.enter_context(activity.ending_on_error())
             session = Session(self, plan, manager, manifest, activity)
             session.report(
@@ -192,17 +195,6 @@ class CampaignRunner(Context):
         activity.end(stopped, outcome.error.message if outcome.error else outcome.remark)
         session.report("campaign_finished", stopped=stopped, **({"remark": outcome.remark} if outcome.remark else {}))
         return outcome
-
-    def _begin(
-        self, manager: ManifestManager, known: CampaignManifest | None, plan: Plan
-    ) -> tuple[CampaignManifest, Plan, list[str]]:
-        """The manifest, not yet saved, the plan it has, and notes about it for a person."""
-        if known is None:
-            missed = f"Nothing to resume: no manifest at {manager.manifest_path}"
-            return self._new_manifest(plan), plan, [missed] if self.options.resume else []
-        plan = plan.with_cycles(resume.added_cycles(known))
-        notes = resume.update_manifest(known, plan, self._new_entries(plan.experiments), self.repository)
-        return known, plan, notes
 
     def _top_up(
         self, session: Session, rule: StoppingRule, outcome: CampaignOutcome, deadline_s: float | None, *, has_run: bool
@@ -263,11 +255,8 @@ class CampaignRunner(Context):
 
     def _check_environment(self, manifest: CampaignManifest, remaining: Sequence[Experiment]) -> None:
         """Start the workers and check that they have their engines, the same ones as before."""
-        current = self._find_environment(remaining)
-        lines = resume.adopt_environment(
-            manifest, current, is_change_allowed=self.options.is_environment_change_allowed, now=self.now()
-        )
-        for line in lines:
+        current, is_change_allowed = self._find_environment(remaining), self.options.is_environment_change_allowed
+        for line in resume.adopt_environment(manifest, current, is_change_allowed=is_change_allowed, now=self.now()):
             _logger.warning("the environment changed: %s", line)
 
     def _find_environment(self, experiments: Sequence[Experiment]) -> dict[str, Any]:

@@ -85,7 +85,6 @@ class Mount:
 
     @classmethod
     def in_place(cls, path: Path, *, is_read_only: bool = True) -> Mount:
-        """A mount at the same absolute path."""
         return cls(path.absolute(), str(path.absolute()), is_read_only)
 
     def to_compose(self) -> dict[str, Any]:
@@ -212,10 +211,7 @@ class ComposeProject:
         return self._compose((self._write(PACKAGED_NAME, packaged_compose_file()),), self.working_dir, pyz)
 
     def described(self) -> Mapping[str, Service]:
-        """The services of the compose files, whatever else is missing; nothing stays on disk.
-
-        ContainerError: the files are not valid, or there is no docker command.
-        """
+        """The services of the files; nothing stays on disk; ContainerError for invalid files or no docker command."""
         with tempfile.TemporaryDirectory(prefix="lem-compose-") as scratch:
             return replace(self, state_folder=Path(scratch)).as_written(None).services
 

@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -220,8 +220,6 @@ def describe(state: ContainerState | None) -> str:
 
 @dataclass(frozen=True)
 class Service:
-    """A service as the compose files describe it."""
-
     name: str
     image: str | None  # None: it is built, without a name
     has_gpu: bool  # a GPU is reserved for it
@@ -282,13 +280,11 @@ def decode_states(text: str) -> tuple[ContainerState, ...]:
     """The output of `ps --format json`: one array before Compose 2.21, one object per line since."""
     lines = [text] if text.lstrip().startswith("[") else filter(str.strip, text.splitlines())
     try:
-        return tuple(_decode_state(item) for line in lines for item in _listed(json.loads(line)))
+        documents = [found for line in lines if (found := json.loads(line)) is not None]
+        listed = [item for found in documents for item in (found if isinstance(found, list) else [found])]
+        return tuple(map(_decode_state, listed))
     except ValueError as error:
         raise _unexpected("ps", "containers", text) from error
-
-
-def _listed(found: Any) -> Iterable[Any]:
-    return found if isinstance(found, list) else () if found is None else (found,)
 
 
 def _decode_state(item: Any) -> ContainerState:

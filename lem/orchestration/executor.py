@@ -103,8 +103,7 @@ class ContainerWorker(Worker):
             outcome = dataclasses.replace(outcome, error=self._explain_death(outcome.error, outcome.phase))
         has_gpu = self._executor.has_gpu(self._service)
         reading = self._executor.try_to_read_gpus(self._service) if has_gpu else None
-        lost = None if reading is None else gpu_loss(reading)
-        if lost is None:
+        if reading is None or (lost := gpu_loss(reading)) is None:
             return outcome
         self.has_lost_gpu = True
         self.stop()
@@ -135,10 +134,7 @@ class ContainerWorker(Worker):
 
 
 class DockerExecutor(ContainerManager):
-    """Workers in the containers of one compose project, each backend in the service of its name.
-
-    The first worker starts the containers of all backends.
-    """
+    """Workers in one compose project, each backend in the service of its name; the first starts all containers."""
 
     name = "docker"
 
@@ -159,10 +155,7 @@ class DockerExecutor(ContainerManager):
         self._held: contextlib.ExitStack | None = None  # lock and containers, once they are started
 
     def worker_for(self, backend: str) -> ContainerWorker:
-        """The worker that runs this backend's experiments, always the same one.
-
-        ContainerError if something is missing or does not start, LockedError if another campaign uses the project.
-        """
+        """ContainerError if something is missing or does not start, LockedError if another campaign has the project."""
         if self._held is None:
             self._held = self._start()
         if backend not in self._made:
@@ -188,7 +181,6 @@ class DockerExecutor(ContainerManager):
         return hold_locks([LockTarget(path, f"compose project {self.project.name}")], holder)
 
     def stop(self) -> None:
-        """End every worker with its engine; the containers stay."""
         for worker in self._made.values():
             worker.stop()
             worker.is_stale = self._campaign.cold_start.restart_container
@@ -307,13 +299,12 @@ def choose_executor(
     plan: Plan,
     *,
     python: str | None = None,
-    folder: Path | None = None,
+    folder: Path | None = None,  # where relative paths start
     environ: Mapping[str, str] = os.environ,
 ) -> ExecutorChoice:
     """The executor for `--executor` and `--python`; UserError if they contradict each other or cannot be satisfied.
 
-    `auto` is docker if the campaign needs it, or if a backend is not installed here and an engine answers. `folder` is
-    where relative paths start.
+    `auto` is docker if the campaign needs it, or if a backend is not installed here and an engine answers.
     """
     if wanted == "docker" and python is not None:
         raise UserError("--python requires the local executor", "omit --python or --executor docker")
@@ -361,13 +352,15 @@ def _what_is_installed(backends: Sequence[str], environ: Mapping[str, str]) -> t
 
 
 def _warn_of_container_options(campaign: CampaignConfig) -> None:
-    options = {
-        "io.compose_file": campaign.io.compose_file is not None,
-        "io.env_file": campaign.io.env_file is not None,
-        "health_check": campaign.health_check != CampaignHealthCheckConfig(),
-    }
-    for name in (name for name, is_set in options.items() if is_set):
-        _logger.warning("%s has no effect: it applies to containers, and these experiments run in this Python", name)
+    for name, is_set in (
+        ("io.compose_file", campaign.io.compose_file is not None),
+        ("io.env_file", campaign.io.env_file is not None),
+        ("health_check", campaign.health_check != CampaignHealthCheckConfig()),
+    ):
+        if is_set:
+            _logger.warning(
+                "%s has no effect: it applies to containers, and these experiments run in this Python", name
+            )
 
 
 def _images(project: ComposeProject, backends: Sequence[str]) -> str:

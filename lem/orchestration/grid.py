@@ -84,13 +84,8 @@ class GridExpansionResult:
 
 def count_reasons(issues: Iterable[GridValidationIssue]) -> list[tuple[str, int]]:
     """How many issues have each reason, the most frequent first."""
-    counts: Counter[tuple[Reason, ...]] = Counter()
-    texts: dict[tuple[Reason, ...], str] = {}
-    for issue in issues:
-        why = issue.why or (Reason.of("verbatim", text=issue.reason),)
-        counts[why] += 1
-        texts.setdefault(why, issue.reason)
-    return [(texts[why], count) for why, count in counts.most_common()]
+    counts = Counter((issue.why, issue.reason) for issue in issues)
+    return [(reason, count) for (_, reason), count in counts.most_common()]
 
 
 def expand_campaign_grid(
@@ -255,7 +250,9 @@ def name_configurations(config_dicts: Sequence[Mapping[str, Any]]) -> list[str]:
     models = {str(options[_MODEL]) for options in flat if options.get(_MODEL)}
     keys = [key for key in _varying(flat) if key not in _IGNORED]
     labels = _labels(keys)
-    shown_models = _short_models(models) if not keys or len(models) > 1 else {}
+    short = {model: model.rstrip("/").rpartition("/")[2] for model in models if not keys or len(models) > 1}
+    counts = Counter(short.values())
+    shown_models = {model: _clean(name if counts[name] == 1 else model) for model, name in short.items()}
     names = [_name(options, labels, shown_models) for options in flat]
     return distinct_names(names, config_dicts)
 
@@ -307,12 +304,6 @@ def _labels(keys: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     return labels
 
 
-def _short_models(models: set[str]) -> dict[str, str]:
-    short = {model: model.rstrip("/").rpartition("/")[2] for model in models}
-    counts = Counter(short.values())
-    return {model: _clean(name if counts[name] == 1 else model) for model, name in short.items()}
-
-
 def _name(options: Flat, labels: Mapping[tuple[str, ...], str], models: Mapping[str, str]) -> str:
     model = models.get(str(options.get(_MODEL)))
     parts = [_clean(_text(options.get(_BACKEND, "pytorch"))), *([model] if model else [])]
@@ -350,12 +341,9 @@ def _text(value: Any) -> str:
     """A value as YAML writes it; `${VAR}` as it was written, since what it holds may be a secret."""
     if isinstance(value, Expanded):
         return value.written
-    if isinstance(value, str):
-        return str(value)
-    return _PLAIN_TEXTS[value] if value is None or isinstance(value, bool) else str(value)
-
-
-_PLAIN_TEXTS = {None: "null", True: "true", False: "false"}
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @functools.lru_cache(maxsize=4096)

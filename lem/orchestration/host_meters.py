@@ -189,12 +189,9 @@ class HostMeters:
 
     @classmethod
     def found(cls, environ: Mapping[str, str] = os.environ) -> HostMeters:
-        """The meters of this host as they can be read now."""
-        gpu_error: str | None = None
         with open_nvml() as nvml:
-            if isinstance(nvml, str):
-                gpu_error = nvml
-            elif not find_gpus():
+            gpu_error = nvml if isinstance(nvml, str) else None
+            if gpu_error is None and not find_gpus():
                 gpu_error = "NVML sees no GPU"
         return cls(gpu_error, find_rapl().explained, environ)
 
@@ -204,7 +201,8 @@ class HostMeters:
 
         A worker in a container samples by itself what this host may not be able to see.
         """
-        gpus = self._gpus(config)
+        visible = () if self.gpu_error is not None else visible_gpus(find_gpus(), self.environ)
+        gpus = tuple(gpu.uuid for gpu in named_gpus(config.gpus, visible))
         ttl_s = config.baseline.cache_ttl_sec
         known = self.book.known(gpus, request.engine_key, ttl_s=ttl_s, now_s=self.monotonic())
         baselines = {source: dataclasses.asdict(item) for source, item in known.items()}
@@ -213,29 +211,27 @@ class HostMeters:
         is_wanted = config.measurement.energy != "none" or config.timeseries.enabled
         if is_wanted and (gpus or self.rapl_error is None or is_estimate(config.measurement.energy)):
             request = dataclasses.replace(request, samples_path=str(path), sampled_gpus=gpus)
-            with self._sampling(
-                path, gpus, interval_ms(request.config, "prepare"), config.measurement.cpu_tdp_w
-            ) as sampler:
+            interval = interval_ms(request.config, "prepare")
+            with self._sampling(path, gpus, interval, config.measurement.cpu_tdp_w) as sampler:
                 yield Attendance(request, sampler)
             return
         is_due = is_wanted and request.executor == "docker" and not gpus and config.gpus != ()
-        errors = self._errors() if is_wanted else {"gpu": _NOT_WANTED, "rapl": _NOT_WANTED}
-        path_seen = str(path) if is_due else None
+        named = {"gpu": self.gpu_error, "rapl": self.rapl_error}
+        errors = {name: error if is_wanted else _NOT_WANTED for name, error in named.items()}
+        request = dataclasses.replace(request, samples_path=str(path) if is_due else None, is_worker_sampling=is_due)
         try:
             yield Attendance(
-                dataclasses.replace(request, samples_path=path_seen, is_worker_sampling=is_due, meter_errors=errors)
+                dataclasses.replace(request, meter_errors={name: error for name, error in errors.items() if error})
             )
         finally:
             path.unlink(missing_ok=True)  # the worker's, also where the attempt was interrupted
 
     def note(self, record: Record | None, request: RunRequest) -> None:
         """Learn from an attempt: its devices at rest, and the engine that is left on them."""
-        if record is None:
-            self._state = None
-            return
-        self.book.note(record, request.engine_key, self.monotonic())
-        gpus = record.environment.gpu_uuids
-        self._state = (gpus, request.engine_key if request.keep_engine else BARE)
+        self._state = None
+        if record is not None:
+            self.book.note(record, request.engine_key, self.monotonic())
+            self._state = (record.environment.gpu_uuids, request.engine_key if request.keep_engine else BARE)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[RecoveryProbe | None]:
@@ -256,15 +252,6 @@ class HostMeters:
             except (OSError, UserError) as error:
                 _logger.warning("the gap lasts its full time, since nothing can be sampled: %s", error)
             yield probe
-
-    def _gpus(self, config: ExperimentConfig) -> tuple[str, ...]:
-        if self.gpu_error is not None:
-            return ()
-        return tuple(gpu.uuid for gpu in named_gpus(config.gpus, visible_gpus(find_gpus(), self.environ)))
-
-    def _errors(self) -> dict[str, str]:
-        named = {"gpu": self.gpu_error, "rapl": self.rapl_error}
-        return {name: error for name, error in named.items() if error is not None}
 
     @contextlib.contextmanager
     def _sampling(
@@ -310,6 +297,6 @@ def has_recovered(log: SampleLog, reference: Reference) -> bool | None:
     if power_w > (1 + RECOVERED_POWER_RATIO) * reference.power_w:
         return False
     temps = [row.temp_c for row in recent if row.temp_c is not None]
-    if reference.temp_c is None or not temps:
-        return None if reference.temp_c is not None else True
-    return max(temps) <= reference.temp_c + RECOVERED_TEMP_C
+    if reference.temp_c is None:
+        return True
+    return max(temps) <= reference.temp_c + RECOVERED_TEMP_C if temps else None

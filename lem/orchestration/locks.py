@@ -100,8 +100,7 @@ def gpu_locks(uuids: Iterable[str], environ: Mapping[str, str]) -> list[LockTarg
 def hold_locks(targets: Sequence[LockTarget], holder: Holder) -> Iterator[None]:
     """Hold all the locks within the block, or none.
 
-    LockedError, which names pid, host and campaign, when another process holds one of them; UserError when a lock file
-    cannot be opened or made.
+    LockedError, which names the holder, if another process has one; UserError if a file cannot be opened or made.
     """
     with contextlib.ExitStack() as stack:
         for target in targets:
@@ -203,7 +202,10 @@ def _open_or_create(path: Path) -> int:
     with contextlib.suppress(FileNotFoundError):
         return _open_existing(path)
     with contextlib.suppress(FileExistsError):
-        return _create(path)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o666)
+        with contextlib.suppress(PermissionError):
+            os.fchmod(descriptor, 0o666)
+        return descriptor
     # Another process has made it meanwhile, and lock files are never removed.
     return _open_existing(path)
 
@@ -216,13 +218,6 @@ def _open_existing(path: Path) -> int:
             raise
     # flock does not need write permission; the holder's name is then not written.
     return os.open(path, os.O_RDONLY | _OPEN_FLAGS)
-
-
-def _create(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o666)
-    with contextlib.suppress(PermissionError):
-        os.fchmod(descriptor, 0o666)
-    return descriptor
 
 
 def _write_holder(descriptor: int, holder: Holder) -> None:

@@ -65,9 +65,7 @@ def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOpti
     A campaign that is complete starts afresh; an unfinished one is never set aside without asking: a UserError where
     there is no terminal.
     """
-    if options.resume is False:
-        return None
-    manifest = manager.load_strict(campaign_id)
+    manifest = None if options.resume is False else manager.load_strict(campaign_id)
     if manifest is None:
         return None
     if options.run_id is not None and manifest.run_id != options.run_id:
@@ -97,16 +95,14 @@ def update_manifest(
 ) -> list[str]:
     """Bring a manifest up to date with the plan (`planned` has its new entries) and the results; notes for a person."""
     notes = []
-    is_changed = manifest.config_hash != plan.config_hash
-    change = apply_plan(manifest, planned, plan.config_hash)
+    known_hash, change = manifest.config_hash, apply_plan(manifest, planned, plan.config_hash)
     manifest.shuffle_seed = plan.shuffle_seed
-    if is_changed:
+    if known_hash != plan.config_hash:
         notes.append(change)
 
     def results_of(entry: CampaignManifestEntry) -> list[Attempt]:
-        found = repository.find_attempts(str(manifest.run_id), entry.exp_id)
-        items = [(item.record.identity, item.record.validity.valid, str(item.path)) for item in found]
-        return [Attempt(who.attempt, path, is_valid, host=who.host) for who, is_valid, path in items]
+        found = [(item.record, str(item.path)) for item in repository.find_attempts(str(manifest.run_id), entry.exp_id)]
+        return [Attempt(one.identity.attempt, path, one.validity.valid, host=one.identity.host) for one, path in found]
 
     found = reconcile(manifest, results_of)
     for exp_id in found["lost"]:
@@ -168,22 +164,16 @@ def interrupt_entry(entry: CampaignManifestEntry) -> None:
     """Set an experiment that was stopped, or whose process died, to pending with the error "interrupted"."""
     entry.status = PENDING
     entry.error = INTERRUPTED
-    entry.attempts = tuple(
-        attempt
-        if attempt.result_path is not None or attempt.error is not None
-        else dataclasses.replace(attempt, error=INTERRUPTED)
-        for attempt in entry.attempts
-    )
+    for attempt in entry.attempts:
+        if attempt.result_path is None and attempt.error is None:
+            entry.put_attempt(dataclasses.replace(attempt, error=INTERRUPTED))
 
 
 def _forget_result(entry: CampaignManifestEntry) -> None:
     message = f"result missing or broken: {entry.result_path}"
-    entry.attempts = tuple(
-        dataclasses.replace(attempt, result_path=None, valid=None, error=message)
-        if attempt.result_path is not None and attempt.result_path == entry.result_path
-        else attempt
-        for attempt in entry.attempts
-    )
+    for attempt in entry.attempts:
+        if attempt.result_path is not None and attempt.result_path == entry.result_path:
+            entry.put_attempt(dataclasses.replace(attempt, result_path=None, valid=None, error=message))
     entry.status, entry.error, entry.result_path, entry.completed_at = PENDING, message, None, None
 
 

@@ -95,7 +95,6 @@ class Activity:
         return now
 
     def idle(self) -> Activity:
-        """The activity without an experiment or a gap."""
         no_phase = replace(self, phase=None, phase_done=None, phase_total=None)
         return replace(no_phase, exp_id=None, config_name=None, gap_ends_in_s=None)
 
@@ -123,7 +122,6 @@ class ActivityWriter:
         self._write()
 
     def __call__(self, event: Event) -> None:
-        """Pass the event on, and write down what it changes."""
         self.observe(event)
         before, self._activity = self._activity, self._activity.after(event, utc_text(self.now()))
         if self._activity.moment != before.moment or self.monotonic() - self._written_s >= _EVERY_S:
@@ -131,10 +129,8 @@ class ActivityWriter:
 
     def end(self, stopped: str | None, message: str = "") -> None:
         at = utc_text(self.now())
-        idle = self._activity.idle()
-        self._activity = replace(
-            idle, doing="ended", since=at, updated_at=at, eta_s=None, stopped=stopped, message=message
-        )
+        ended = replace(self._activity.idle(), doing="ended", since=at, updated_at=at, eta_s=None)
+        self._activity = replace(ended, stopped=stopped, message=message)
         self._write()
 
     @contextlib.contextmanager
@@ -260,11 +256,9 @@ def find_folders(state_dir: Path) -> tuple[Path, ...]:
 def find_manifest(folder: Path) -> Path | None:
     """The manifest in a state folder, also under another name; None when there is none."""
     usual = folder / MANIFEST_FILENAME
-    if usual.exists():
-        return usual
     # One that was set aside has a second dot in its name: `campaign_manifest.20260714T100000Z.json`.
-    others = sorted(path for path in folder.glob("*.json") if path.stem.count(".") == 0)
-    return others[0] if others else None
+    others = (path for path in folder.glob("*.json") if "." not in path.stem)
+    return usual if usual.exists() else min(others, default=None)
 
 
 def boot_time(stat_file: Path = Path("/proc/stat")) -> datetime | None:
