@@ -112,8 +112,7 @@ def test_check_mode_on_provisioned_hosts_finds_nothing_to_do(provisioned):
         pytest.param({"lem_python": "/opt/no-python"}, "does not run here", marks=pytest.mark.long),
     ],
 )
-def test_a_host_that_is_not_fit_is_refused_before_anything_changes(provisioned, variables, said):
-    fleet = provisioned
+def test_a_host_that_is_not_fit_is_refused_before_anything_changes(fleet, variables, said):
     script = "printf '#!/bin/sh\\necho 3.9.18\\n' > /opt/old-python && chmod 755 /opt/old-python"
     fleet.gpu1.run("sh", "-c", script)
     before = fleet.gpu1.files()
