@@ -80,14 +80,10 @@ def hash_weights(source: Source, adapter: Source | None = None) -> str | None:
     files in the hub's cache are not read: they are links to blobs named by their SHA-256.
     """
     with explained(f"weights of {source.name}", (OSError, ValueError)):
-        return _hash_weights(source, adapter)
-
-
-def _hash_weights(source: Source, adapter: Source | None) -> str | None:
-    files = [(path.name, path) for path in weight_files(source.folder)]
-    if adapter is not None:
-        files += [(f"adapter/{path.name}", path) for path in weight_files(adapter.folder)]
-    lines = "".join(f"{_hash_file(path)}  {name}\n" for name, path in sorted(files))
+        files = [(path.name, path) for path in weight_files(source.folder)]
+        if adapter is not None:
+            files += [(f"adapter/{path.name}", path) for path in weight_files(adapter.folder)]
+        lines = "".join(f"{_hash_file(path)}  {name}\n" for name, path in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest() if files else None
 
 

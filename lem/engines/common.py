@@ -211,22 +211,20 @@ def effective_values(configuration: Any, arguments: Arguments) -> dict[str, Any]
     return {name: plain(look_up(configuration, *(places[1:] or places))) for name, places in arguments.items()}
 
 
-# Arguments that every engine has, by the same names.
-SET_BY_MODEL: Mapping[str, str] = MappingProxyType(
-    {
-        "model": "is set by model.name",
-        "revision": "is set by model.revision",
-        "tokenizer": "is set by model.tokenizer",
-        "tokenizer_revision": "is set by model.tokenizer",
-        "trust_remote_code": "is set by model.trust_remote_code",
-        "dtype": "is set by fp_precision",
-    }
-)
-
-
 def set_by(prefix: str, names: Iterable[str]) -> dict[str, str]:
     """The reason why arguments with the names of options are not taken from the extra arguments."""
     return {name: f"is set by {prefix}.{name}" for name in names}
+
+
+# Arguments that every engine has, by the same names.
+SET_BY_MODEL: Mapping[str, str] = MappingProxyType(
+    {
+        **set_by("model", ("revision", "tokenizer", "trust_remote_code")),
+        "model": "is set by model.name",
+        "tokenizer_revision": "is set by model.tokenizer",
+        "dtype": "is set by fp_precision",
+    }
+)
 
 
 def set_by_options(section: str, arguments: Arguments) -> dict[str, str]:

@@ -201,8 +201,7 @@ class BatchRunner:
 
 def _bounds(batch: Sequence[TokenRequest]) -> tuple[int, int]:
     """Bounds that hold for every row: the largest maximum, the smallest minimum."""
-    maximums = [request.max_output_tokens for request in batch]
-    return max(maximums), min(request.min_output_tokens for request in batch)
+    return max(item.max_output_tokens for item in batch), min(item.min_output_tokens for item in batch)
 
 
 def engine_settings(settings: Mapping[str, Any], maximum: int, minimum: int) -> GenerationConfig:

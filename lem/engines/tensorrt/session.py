@@ -58,8 +58,10 @@ class Session(common.ServedSession):
             source, _no_adapter, folders = fetch_all(config, secrets.get(TOKEN_VARIABLE) or None, drafter)
             documents = options.documents_of(source.folder)
             options.check_checkpoint(config, documents, self._facts)
-            with common.raised_as(self._load_failure):
-                self._engine = _make_engine(options.engine_arguments(config, self._facts, folders))
+            arguments = options.engine_arguments(config, self._facts, folders)
+            with common.raised_as(self._load_failure), engine_call():
+                made = {name: kind(**arguments[name]) for name, kind in _CONFIGURATIONS.items() if name in arguments}
+                self._engine = LLM(**{**arguments, **made})
             began_ns = time.monotonic_ns()
             options.refuse_differences(config, self._engine.args, self._facts)
             self._set_up(config)
@@ -128,12 +130,6 @@ class Session(common.ServedSession):
 
     def _rejection(self, text: str) -> EngineError:
         return OptionRefused(f"{self._facts} rejects the requests of this experiment: {text}")
-
-
-def _make_engine(arguments: Mapping[str, Any]) -> LLM:
-    with engine_call():
-        made = {name: kind(**arguments[name]) for name, kind in _CONFIGURATIONS.items() if name in arguments}
-        return LLM(**{**arguments, **made})
 
 
 def _find_facts() -> EngineFacts:

@@ -86,8 +86,10 @@ class Session(common.ServedSession):
                 config, secrets.get(TOKEN_VARIABLE) or None, drafter, all_formats=is_other_format
             )
             arguments = options.engine_arguments(config, folders, random_source.randbits(_SEED_BITS))
-            with common.raised_as(self._load_failure), self._output.inherited():
-                self._engine: Any = _make_engine(arguments)
+            # vLLM raises Exception itself if one of its workers has failed.
+            with common.raised_as(self._load_failure), self._output.inherited(), common.engine_call(Exception):
+                made = EngineArgs(**arguments)
+                self._engine: Any = LLMEngine.from_engine_args(made, usage_context=UsageContext.LLM_CLASS)
         began_ns = time.monotonic_ns()
         try:
             self._watch()
@@ -174,6 +176,7 @@ class Session(common.ServedSession):
 
     def _make_runner(self, config: ExperimentConfig, longest: int) -> running.StepLoop:
         settings = options.sampling_settings(config)
+        adapter = None if self._adapter is None else LoRARequest("adapter", 1, str(self._adapter.folder))
 
         def prompt(token_ids: Sequence[int], salt: str | None) -> Any:
             if tokens_input is not None:
@@ -194,7 +197,6 @@ class Session(common.ServedSession):
             shared_or_own = make_shared if seed is None else make
             return shared_or_own(request.max_output_tokens, request.min_output_tokens, seed, is_observed)
 
-        adapter = None if self._adapter is None else LoRARequest("adapter", 1, str(self._adapter.folder))
         return running.StepLoop(
             self._engine,
             prompt,
@@ -267,11 +269,6 @@ def _find_facts() -> EngineFacts:
         device=str(current_platform.device_type),
         environment=variables,
     )
-
-
-def _make_engine(arguments: Mapping[str, Any]) -> LLMEngine:
-    with common.engine_call(Exception):  # vLLM raises Exception itself if one of its workers has failed
-        return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
 
 
 def _check_sampling(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:
