@@ -214,11 +214,16 @@ def prepare_streams() -> None:
     """
     for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors: each takes the lowest free one
         if getattr(sys, f"__{name}__") is None:
-            _open_nothing(name)
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+            stream = open(descriptor, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115 - to the end
+            setattr(sys, f"__{name}__", stream)
+            if getattr(sys, name) is None:
+                setattr(sys, name, stream)
     codecs.register_error(_ESCAPES, _escape)
-    for stream, own in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)):
-        if stream is own and isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=_ESCAPES)
+    for current, own in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)):
+        if current is own and isinstance(current, io.TextIOWrapper):
+            current.reconfigure(errors=_ESCAPES)
 
 
 def json_text(document: Any) -> str:
@@ -246,15 +251,6 @@ class Screen(TypedDict):
 def screen_of(out: TextIO) -> Screen:
     """Colour where the stream wants it, and the width of its terminal."""
     return Screen(is_colour=is_colour_wanted(out), width=terminal_width(out))
-
-
-def _open_nothing(name: str) -> None:
-    descriptor = os.open(os.devnull, os.O_RDWR)
-    os.set_inheritable(descriptor, True)
-    stream = open(descriptor, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115 - to the end
-    setattr(sys, f"__{name}__", stream)
-    if getattr(sys, name) is None:
-        setattr(sys, name, stream)
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:

@@ -41,7 +41,9 @@ def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
     try:
         with open(descriptor, "wb", buffering=0) as stream:
             # mkstemp gives 0600; results are for the lab, so give what an ordinary open() would have given.
-            os.fchmod(descriptor, 0o666 & ~_umask())
+            mask = os.umask(0o022)  # which is only read by setting it
+            os.umask(mask)
+            os.fchmod(descriptor, 0o666 & ~mask)
             sys.audit("lem.write", str(path))
             view = memoryview(data)
             while view:
@@ -136,12 +138,6 @@ def remedy_for(error: OSError, option: str | None = None) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"make it writable for you, or name another folder{with_option}"
     return f"name another folder{with_option}"
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def sha256_of(path: Path) -> str:

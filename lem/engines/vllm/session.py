@@ -125,9 +125,8 @@ class Session(common.ServedSession):
         self._ending.set()
         engine, self._engine = self._engine, None
         engine.engine_core.shutdown()
-        renderer = getattr(engine, "renderer", None)
-        if renderer is not None and hasattr(renderer, "shutdown"):
-            renderer.shutdown()
+        if hasattr(getattr(engine, "renderer", None), "shutdown"):
+            engine.renderer.shutdown()
         del engine
         gc.collect()
         if not self._is_concurrent:
