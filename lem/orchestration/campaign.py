@@ -96,8 +96,7 @@ class CampaignRunner(Context):
             UserError: the state folder cannot be written.
             LockedError: another process runs the campaign.
         """
-        target = campaign_lock(self._state_folder, self.campaign.campaign_name)
-        with hold_locks([target], self._holder()):
+        with hold_locks([campaign_lock(self._state_folder, self.campaign.campaign_name)], self._holder()):
             self._is_reserved = True
             try:
                 yield
@@ -319,15 +318,12 @@ class CampaignRunner(Context):
 
 def _without_engine(executor: str, backend: str, missing: Sequence[str], version: Any) -> UserError:
     names = " and ".join(missing) + (" is" if len(missing) == 1 else " are")
+    where, python = "here", "this Python"
+    hint = f"pip install {' '.join(missing)}, name another Python with --python, or use a container (lem doctor)"
     if executor == "docker":
-        return UserError(
-            f"backend {backend} cannot run in service {backend}: {names} not installed in its Python ({version})",
-            "name an image that has it in the compose file; lem compose prints one with such images",
-        )
-    return UserError(
-        f"backend {backend} cannot run here: {names} not installed in this Python ({version})",
-        f"pip install {' '.join(missing)}, name another Python with --python, or use a container (lem doctor)",
-    )
+        where, python = f"in service {backend}", "its Python"
+        hint = "name an image that has it in the compose file; lem compose prints one with such images"
+    return UserError(f"backend {backend} cannot run {where}: {names} not installed in {python} ({version})", hint)
 
 
 def check_supported(campaign: CampaignConfig, executor_name: str) -> None:

@@ -56,7 +56,8 @@ class BaselineBook:
     """What is known of power at rest, by the devices, the engine that is loaded on them, and the meter."""
 
     _entries: dict[_Place, tuple[float, float]] = field(default_factory=dict)  # power in watts, and when
-    _references: dict[tuple[tuple[str, ...], str], Reference] = field(default_factory=dict)
+    # The devices at their first baseline in a state; none where no meter of theirs measured one.
+    references: dict[tuple[tuple[str, ...], str], Reference] = field(default_factory=dict)
 
     def note(self, record: Record, engine_key: str, now_s: float) -> None:
         """Keep what an experiment has measured itself; what it was given is known already."""
@@ -83,17 +84,13 @@ class BaselineBook:
                 found[source] = Baselines(bare_power_w=bare_w, loaded_power_w=loaded_w, age_s=age_s)
         return found
 
-    def reference(self, gpus: Sequence[str], state: str) -> Reference | None:
-        """The devices at their first baseline in this state; None where no meter of theirs measured one."""
-        return self._references.get((tuple(gpus), state))
-
     def _put(self, place: _Place, power_w: float, temp_c: float | None, now_s: float) -> None:
         known_w, _ = self._entries.get(place, (None, None))
         if known_w == power_w:
             return  # exactly the value passed on: not measured again, so as old as before
         self._entries[place] = (power_w, now_s)
         if is_gpu_source(place.source):  # what a gap watches is the power of GPUs
-            self._references.setdefault((place.gpus, place.state), Reference(power_w, temp_c))
+            self.references.setdefault((place.gpus, place.state), Reference(power_w, temp_c))
 
 
 _POLL_S = 1.0
@@ -112,17 +109,11 @@ class GapOutcome(NamedTuple):
 def keep_gap(
     cap_s: float,
     *,
-    is_recovered: RecoveryProbe | None,
-    monotonic: Callable[[], float],
-    wait: Callable[[float], bool],
+    is_recovered: RecoveryProbe | None,  # called at once and then every second; None on a host without sensors
+    monotonic: Callable[[], float],  # in seconds
+    wait: Callable[[float], bool],  # sleeps, less when a stop is requested; returns whether it was
 ) -> GapOutcome:
-    """Wait until the device has recovered, at most `cap_s` seconds; all of them when no probe answers.
-
-    Args:
-        is_recovered: called at once and then every second; None on a host without sensors.
-        monotonic: seconds that never go back.
-        wait: sleeps that many seconds, less when a stop is requested; returns whether it was.
-    """
+    """Wait until the device has recovered, at most `cap_s` seconds; all of them when no probe answers."""
     started_s = monotonic()
     if cap_s <= 0:
         return GapOutcome(0.0, "gap_none")
@@ -236,7 +227,7 @@ class HostMeters:
     @contextlib.contextmanager
     def watching(self) -> Iterator[RecoveryProbe | None]:
         """Whether the devices are back at their reference for the state they are in now; None without a reference."""
-        reference = None if self._state is None else self.book.reference(*self._state)
+        reference = None if self._state is None else self.book.references.get(self._state)
         # GPUs only: no sensor of a CPU tells when it has recovered.
         if self._state is None or reference is None or not self._state[0] or self.gpu_error is not None:
             yield None

@@ -52,8 +52,7 @@ class Holder:
     campaign: str
     since: str
 
-    def describe(self) -> str:
-        """`pid 4711 on node3, campaign demo, since 2026-07-14T10:00:00Z`."""
+    def __str__(self) -> str:
         return f"pid {self.pid} on {self.host}, campaign {self.campaign}, since {self.since}"
 
 
@@ -71,8 +70,7 @@ def default_gpu_lock_folder(environ: Mapping[str, str], run_lock: Path = RUN_LOC
     `run_lock`, where the FHS puts locks, is used only where every user may write to it: even root must use the folder
     that the others use.
     """
-    chosen = environ.get(LOCK_FOLDER_VARIABLE)
-    if chosen:
+    if chosen := environ.get(LOCK_FOLDER_VARIABLE):
         return Path(chosen)
     try:
         is_open_to_all = bool(run_lock.stat().st_mode & stat.S_IWOTH)
@@ -157,9 +155,8 @@ def _lock(descriptor: int, target: LockTarget) -> None:
     except BlockingIOError as error:
         # The holder may just have taken it and not yet have written who it is.
         holder = _decode_holder(os.pread(descriptor, _HOLDER_MAX_B, 0))
-        who = holder.describe() if holder else "another process, not yet identified"
         raise LockedError(
-            f"{target.what} is locked by {who}",
+            f"{target.what} is locked by {holder or 'another process, not yet identified'}",
             f"wait until it ends, or stop it; the lock {target.path} is released when its holder ends",
         ) from error
     except OSError as error:

@@ -228,21 +228,15 @@ def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
 
 def build_plan(
     campaign: CampaignConfig,
-    listed: Sequence[ListedExperiment] = (),
+    listed: Sequence[ListedExperiment] = (),  # of `configs` and `experiments`, as `load_campaign` gives them
     *,
-    preset: Mapping[str, Any] | None = None,
-    source: Source | None = None,
-    gpus: Sequence[Gpu] | None = None,
+    preset: Mapping[str, Any] | None = None,  # the values that a grid starts from
+    source: Source | None = None,  # the campaign's: its options win over the experiments' own, and it locates problems
+    gpus: Sequence[Gpu] | None = None,  # of the host that will run it, for warnings; None when unknown
 ) -> Plan:
     """The plan of a campaign: the experiments it names and those of its grid, validated, in every cycle.
 
     Prompts that cannot be used are a ConfigurationError.
-
-    Args:
-        listed, preset: as `load.load_campaign` gives them: the experiments of `configs` and `experiments`, and the
-            values that a grid starts from.
-        source: the campaign's, for its options that win over the experiments' own, and to locate problems.
-        gpus: of the host that will run it, for warnings; None when unknown.
     """
     candidates = _collect(campaign, listed, preset or {}, source)
     configs, filtered, warnings = validate_named([(item.name, item.config_dict) for item in candidates], gpus)

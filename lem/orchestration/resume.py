@@ -226,11 +226,10 @@ def apply_plan(manifest: CampaignManifest, planned: Iterable[CampaignManifestEnt
 def adopt_environment(
     manifest: CampaignManifest, current: Mapping[str, Any], *, is_change_allowed: bool, now: datetime
 ) -> tuple[str, ...]:
-    """How the environment differs from the one that the manifest's results were measured in; () when it does not.
+    """How the environment (JSON values by name, such as driver and GPU UUIDs) differs from the manifest's; () if not.
 
     Values new to the manifest are added to it. A change that is allowed is taken over and noted; another is a
-    UserError, and the manifest stays as it was. `current` has JSON values by name, such as driver and GPU UUIDs; a
-    name that is missing is not compared.
+    UserError, and the manifest stays as it was. A name that is missing is not compared.
     """
     known = manifest.environment
     changed = [name for name, value in current.items() if name in known and known[name] != value]

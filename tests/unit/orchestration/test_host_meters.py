@@ -91,11 +91,11 @@ def test_the_reference_is_the_first_baseline_of_a_state():
     book.note(MEASURED, KEY, now_s=100.0)
     warmer = dataclasses.replace(MEASURED.idle, idle_loaded_temp_c=55.0, idle_loaded_power_w=110.0)
     book.note(dataclasses.replace(MEASURED, idle=warmer), KEY, now_s=200.0)
-    assert book.reference(GPUS, KEY) == Reference(95.0, 41.0)
-    assert book.reference(GPUS, BARE) == Reference(70.0, 35.0)
-    assert book.reference(GPUS, "key-2") is None
+    assert book.references[GPUS, KEY] == Reference(95.0, 41.0)
+    assert book.references[GPUS, BARE] == Reference(70.0, 35.0)
+    assert (GPUS, "key-2") not in book.references
     book.note(OF_THE_CPU, "key-3", now_s=200.0)  # no reference for GPUs
-    assert book.reference(GPUS, "key-3") is None
+    assert (GPUS, "key-3") not in book.references
 
 
 class FakeClock:
