@@ -258,12 +258,6 @@ def manifest_of(*statuses: str) -> CampaignManifest:
     return CampaignManifest("fe01ce2a", "demo", "", "", "0" * 16, len(entries), entries)
 
 
-def test_a_new_entry_is_pending_and_has_no_result() -> None:
-    made = entry(0)
-    assert (made.status, made.result_path, made.started_at, made.completed_at) == ("pending", None, None, None)
-    assert (made.error, made.retry_count) == (None, 0)
-
-
 def test_a_manifest_counts_its_entries() -> None:
     manifest = manifest_of("completed", "failed", "pending", "running", "skipped")
     assert (manifest.completed_count, manifest.failed_count, manifest.pending_count) == (1, 1, 1)
@@ -377,16 +371,6 @@ def test_a_runner_knows_when_to_check_and_when_to_start_cold(tmp_path: Path) -> 
 
 
 # --- lem.results
-
-
-def test_a_bootstrap_interval_is_reproducible_and_warns_of_few_samples() -> None:
-    found = bootstrap_ci([1.0, 2.0, 3.0])
-    assert found == bootstrap_ci([1.0, 2.0, 3.0], n_iterations=1000, confidence=0.95, seed=42)
-    assert (found.mean, found.std, found.n_samples, found.confidence, found.warning) == (2.0, 1.0, 3, 0.95, None)
-    assert found.ci_lower is not None
-    assert found.ci_upper is not None
-    assert found.ci_lower < 2.0 < found.ci_upper
-    assert bootstrap_ci([1.0]).warning is not None
 
 
 # --- texts people grep for

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,6 @@ import pytest
 
 from lem.base.doc import text_width
 from lem.results.aggregation import parse_target
-from lem.results.compare import compare_configurations
-from lem.results.comparison import render_text
-from lem.results.run import make_run
-from lem.results.stats import parse_gate
 from lem.results.store import StoppingRule, write_stopping_rule
 from tests.command_rig import Output, run_lem
 from tests.goldens import assert_golden
@@ -197,26 +192,6 @@ def test_the_document_of_two_runs_names_its_anchor(places: dict[str, Path]) -> N
     assert document["missing"] == ["only in 20260714T100000Z-3fa1: vllm-bfloat16-64"]
 
 
-def test_damaged_results_are_named_and_left_out(tmp_path: Path) -> None:
-    written = based(configurations=(PYTORCH, VLLM)).write(tmp_path)
-    results = sorted(written.results_dir.rglob("result.json"))
-    results[0].write_text("{", encoding="utf-8")
-    results[1].write_bytes(results[2].read_bytes())
-    code, out, err = compare(written.results_dir, "demo")
-    assert code == 0
-    assert "pytorch-bfloat16" in out
-    assert [line.split(":")[0] for line in err.splitlines()] == ["corrupt", "foreign"]
-
-
-def test_a_name_from_a_file_does_not_steer_the_terminal_or_markdown(tmp_path: Path) -> None:
-    evil = dataclasses.replace(VLLM, name="\x1b[31mred|<b>x</b>_y_")
-    folder = dataclasses.replace(BASE, configurations=(PYTORCH, evil)).write(tmp_path).results_dir
-    assert "\x1b" not in compare(folder, "demo")[1]
-    markdown = compare(folder, "demo", "--markdown")[1]
-    assert "\x1b" not in markdown
-    assert not re.search(r"(?<!\\)<b>|(?<!\\)\|<|[^\\]_y", markdown)
-
-
 def test_a_campaign_of_one_configuration_says_that_there_is_nothing_to_compare(tmp_path: Path) -> None:
     folder = based(configurations=(VLLM,)).write(tmp_path).results_dir
     code, out, err = compare(folder, "demo")
@@ -234,14 +209,6 @@ def test_cycles_that_were_added_are_told_of(tmp_path: Path) -> None:
     out = " ".join(compare(written.results_dir, "demo")[1].split())
     assert "Cycles were added until every interval is within ±2 %" in out
     assert "do not account for that" in out
-
-
-def test_colour_changes_nothing_but_colour() -> None:
-    run = make_run(BASE.records())
-    comparison = compare_configurations(run, run.with_results[0], run.with_results[1:], gates=[parse_gate("energy=3%")])
-    coloured = render_text(comparison, is_colour=True)
-    assert "\x1b[1m" in coloured
-    assert re.sub(r"\x1b\[[0-9]*m", "", coloured) == render_text(comparison)
 
 
 def test_a_value_of_zero_has_no_ratio(tmp_path: Path) -> None:

@@ -42,14 +42,6 @@ def test_valid_files_are_told_with_their_warnings_and_what_is_filtered():
     assert lines[4].endswith(" × 1")
 
 
-def test_all_files_are_looked_at_although_one_is_not_valid():
-    code, out, err = run_lem("config", "validate", "bad.yaml", "nothing.yaml", "e.yaml")
-    assert code == 2
-    assert out.startswith("e.yaml: valid experiment gpt2-pytorch\n")
-    assert err.startswith("error: bad.yaml:2:10: backend: ")
-    assert "\nerror: nothing.yaml: " in err
-
-
 def test_a_campaign_of_which_nothing_is_left_is_not_valid(folder: Path):
     (folder / "c.yaml").write_text(CAMPAIGN.replace("model: gpt2\n", ""), encoding="utf-8")
     code, _, err = run_lem("config", "validate", "c.yaml")
@@ -81,21 +73,6 @@ def test_a_resolved_experiment_with_where_each_value_comes_from():
         "temperature: 0.8 # decoder.preset creative",
         "attn_implementation: flash_attention_2 # preset pytorch-optimized",
     }
-
-
-def test_a_resolved_campaign_hides_its_secret(folder: Path):
-    (folder / "c.yaml").write_text(f"{CAMPAIGN}experiments: [{{model: gpt2}}]\n", encoding="utf-8")
-    code, out, _ = run_lem("config", "show", "c.yaml")
-    assert code == 0
-    assert "hunter2" not in out
-    lines = {" ".join(line.split()) for line in out.splitlines()}
-    assert lines >= {
-        "batch_size: [1, 4] # c.yaml:6",
-        'webhook_url: "(hidden)" # c.yaml:8',
-        '"on": [complete, failure] # default',
-    }
-    assert "experiments: # c.yaml:9" in lines
-    assert any(line.startswith("- {config: null, ") for line in lines)
 
 
 def test_what_is_shown_can_be_read_again(folder: Path):

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.command_rig import run_lem
+
 ROOT = Path(__file__).resolve().parents[3]
 
 CAMPAIGN = 'campaign_name: "Größe ≥ 日本 🎉"\nmodel: none\ngrid: {backends: [pytorch]}\nexecution: {cycles: 1}\n'
@@ -115,6 +117,8 @@ def test_a_bug_is_told_where_no_file_can_be_written() -> None:
         (("campaign", "c.yaml", "--cycels=3"), "lem campaign: unknown option '--cycels' (did you mean '--cycles'?)"),
         (("config", "show", "--jsn", "c.yaml"), "lem config show: unknown option '--jsn' (did you mean '--json'?)"),
         (("datasets", "gsm8k"), "lem datasets: unexpected argument 'gsm8k'"),
+        (("campaign", "c.yaml", "--resume", "--fresh"), "lem campaign: argument --fresh: not allowed with"),
+        (("campaign", "c.yaml", "--cycles", "many"), "lem campaign: argument -c/--cycles: "),
         (("config", "shwo"), "lem config: argument ACTION: invalid choice: 'shwo'"),
         ((), "lem: the following arguments are required: COMMAND"),
     ],
@@ -122,9 +126,9 @@ def test_a_bug_is_told_where_no_file_can_be_written() -> None:
 def test_a_word_that_is_wrong_is_named_with_the_command_and_what_was_meant(
     words: tuple[str, ...], expected: str
 ) -> None:
-    ended = lem(*words)
-    assert (ended.returncode, ended.stdout) == (2, b"")
-    error, hint = ended.stderr.decode().splitlines()
+    code, out, err = run_lem(*words)
+    assert (code, out) == (2, "")
+    error, hint = err.splitlines()
     assert error.startswith(f"error: {expected}")
     assert hint.startswith("hint: see `lem ")
 

@@ -50,22 +50,6 @@ def test_findings_are_the_counts_and_each_reason_once_and_many_are_cut_short(cam
     assert "\x1b[33mwarning:\x1b[0m reason 1" in render_findings(plan, is_colour=True)
 
 
-def test_the_plan_shows_order_loads_and_gaps(campaign):
-    lines = _render(campaign).splitlines()
-    assert lines[:4] == [
-        "campaign:      demo (fe01ce2a)",
-        "experiments:   2 configurations × 2 cycles = 4",
-        "order:         interleaved",
-        "engine loads:  2 (reuse: cycle)",
-    ]
-    assert [line.split()[1:] for line in lines[-4:]] == [
-        ["1", "pytorch", "load", "–"],
-        ["1", "pytorch", "reuse", "1m", "00s"],
-        ["2", "pytorch", "load", "5m", "00s"],
-        ["2", "pytorch", "reuse", "1m", "00s"],
-    ]
-
-
 @pytest.mark.parametrize(
     ("known", "gap_s", "shown"),
     [
@@ -79,10 +63,6 @@ def test_the_time_comes_from_earlier_results(campaign, known, gap_s, shown):
     assert shown in " ".join(_render(campaign, _durations(campaign, known, gap_s)).split())
 
 
-def test_without_gaps_none_are_mentioned(tmp_path):
-    assert "unknown before the first run; no gaps" in _render(make_campaign(tmp_path))
-
-
 def test_the_expected_time_is_a_document_too(campaign):
     document = expected_document(build_plan(campaign), ExpectedDurations(gap_s=15.0))
     times = {"total": None, "measuring": None, "loading": None, "gaps": 45.0, "gaps_at_most": 420.0}
@@ -93,11 +73,3 @@ def test_a_long_order_is_cut_short(tmp_path):
     lines = _render(make_campaign(tmp_path, outputs=range(1, 41), execution={"cycles": 3})).splitlines()
     assert lines[-1] == "and 90 more"
     assert len(lines) < 60
-
-
-def test_long_places_are_wrapped_and_every_line_fits(campaign):
-    place = "local, " + "/a/rather/long/path" * 3 + " and a reason that is long, too"
-    lines = _render(campaign, place=place).splitlines()
-    wrapped = lines.index(next(line for line in lines if line.startswith("runs on:")))
-    assert lines[wrapped + 1].startswith(" " * 15)
-    assert max(len(line) for line in lines if not line.startswith("results in:")) <= 80

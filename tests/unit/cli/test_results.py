@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from lem.cli.selection import resolve_run
 from lem.record import Record, decode_record, write_record
 from lem.results.store import Repository, StoppingRule, Target, write_stopping_rule
 from tests.command_rig import Output, run_lem
@@ -112,10 +111,6 @@ def test_a_run_is_shown_as_a_table_by_name_or_beginning_and_of_a_campaign_the_la
     assert out.startswith(f"demo · run {run_id} · 1 configuration · 3 cycles")
     assert ["small", "3", "101.0", "98.5", "–", "103.5", "100.0", "–", "102.0"] in rows_of(out)
     assert ("Cycles were added until every interval is within ±2 %" in out) == (run_id == LATER)
-
-
-def test_a_campaign_means_its_last_run(folder: Path) -> None:
-    assert resolve_run(folder, "demo").run_id == LATER
 
 
 def test_a_run_as_json_holds_aggregates_and_problems(damaged: Path) -> None:

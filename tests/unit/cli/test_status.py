@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.cli.status import Viewer, render_status, render_statuses
+from lem.cli.status import Viewer, render_status
 from lem.orchestration.locks import Holder
 from lem.orchestration.manifest import Attempt, CampaignManifest, CampaignManifestEntry
 from lem.orchestration.status import Activity, CampaignStatus
@@ -113,7 +113,7 @@ ENDED = _activity(doing="ended", stopped="signal", exp_id=None)
             _status(
                 "running",
                 manifest=_manifest("pending"),
-                activity=_activity(doing="gap", exp_id=None, phase=None, gap_ends_in_s=290.0),
+                activity=GAP,
                 holder=HOLDER,
             ),
             {"now        gap between experiments, at most 4m 50s more"},
@@ -122,7 +122,7 @@ ENDED = _activity(doing="ended", stopped="signal", exp_id=None)
             _status(
                 "stopped",
                 manifest=_manifest("pending"),
-                activity=_activity(doing="ended", stopped="signal", exp_id=None),
+                activity=ENDED,
                 reason="a signal stopped it",
                 left_s=100_000.0,
             ),
@@ -149,34 +149,12 @@ def test_a_campaign_shows_what_it_does_and_what_can_be_done(status, shown):
     assert any("resume with" in line for line in lines) == (status.state == "stopped")
 
 
-def test_all_campaigns_have_a_line_and_troubles_are_below():
-    late = _status("running", holder=HOLDER, left_s=100_000.0, reason="nothing was heard of it")
-    text = render_statuses([RUNNING, CRASHED, UNREADABLE, late], VIEWER)
-    first = "Demo of backends"
-    assert [line.removeprefix(first).split() for line in text.splitlines()[1:5]] == [
-        ["running", "3", "1", "4", "13:05", "12:29"],
-        ["crashed", "3", "1", "4", "–", "12:29"],
-        ["unreadable", "0", "0", "0", "–", "–"],
-        ["running", "3", "1", "4", "07-15", "16:16", "12:29"],
-    ]
-    below = re.sub(r"\n +", " ", text).splitlines()[5:]
-    assert below == [f"{first}: {CRASH}", f"{first}: {BROKEN}", f"{first}: nothing was heard of it"]
-
-
 def test_many_failures_are_cut_short():
     manifest = _manifest()
     manifest.experiments += [_entry(0, cycle % 10, "failed", error="no") for cycle in range(12)]
     lines = _shown(_status("running", manifest=manifest))
     assert sum(line.startswith("failed ") for line in lines) == 10
     assert "and 3 more failed: --json lists all" in lines
-
-
-def test_nothing_is_wider_than_the_screen_but_a_command_and_colour_is_only_where_it_is_wanted():
-    for status in (RUNNING, CRASHED):
-        text = render_status(status, VIEWER)
-        assert max(len(line) for line in text.splitlines() if "lem campaign" not in line) <= 80
-        assert "\x1b" not in text
-    assert "\x1b[31m" in render_status(CRASHED, Viewer(NOW, timezone.utc, is_colour=True))
 
 
 def test_of_the_cycles_added_the_last_is_told():

@@ -45,16 +45,6 @@ def test_each_configuration_has_its_cycles_and_both_intervals_in_every_group() -
         assert aggregates["small"][group][metric]["t_log"]["n_samples"] == 3
 
 
-def test_an_interval_says_which_it_is_and_what_it_covers() -> None:
-    records = [make_record(cycle=cycle, energy_per_output_tok_j=value) for cycle, value in enumerate((0.5, 0.52, 0.51))]
-    energy = aggregate_campaign_results({"small": records})["small"]["energy"]["gpu_energy_j"]
-    assert energy["values"] == pytest.approx([500, 520, 510])
-    assert "bootstrap" in energy["bootstrap"]["method"]
-    assert energy["bootstrap"]["true_coverage"] == "75 %"
-    assert "Student t" in energy["t_log"]["method"]
-    assert energy["t_log"]["ci_upper"] > 520
-
-
 @pytest.mark.parametrize(
     ("item", "message"),
     [
@@ -65,16 +55,6 @@ def test_an_interval_says_which_it_is_and_what_it_covers() -> None:
 def test_what_is_no_record_is_refused_with_its_place(item: Any, message: str) -> None:
     with pytest.raises(RecordError, match=message):
         aggregate_campaign_results({"small": [make_record(), item]})
-
-
-def test_confidence_widens_both_intervals() -> None:
-    wide = configured(cycles(100, 102, 98, 101), 0.99).estimate("output_tok_per_s")
-    narrow = configured(cycles(100, 102, 98, 101), 0.5).estimate("output_tok_per_s")
-    for one, other in ((wide.bootstrap, narrow.bootstrap), (wide.t_log, narrow.t_log)):
-        assert one is not None
-        assert other is not None
-        assert (one.ci_upper or 0) > (other.ci_upper or 0)
-        assert one.confidence == 0.99
 
 
 def test_a_confidence_outside_zero_and_one_is_refused_even_without_results() -> None:
@@ -114,14 +94,6 @@ def test_invalid_results_are_left_out_and_counted_and_estimated_beside_the_valid
     every = aggregate.estimate("output_tok_per_s").all_attempts
     assert every is not None
     assert (round(3 * every.mean, 9), every.n_cycles, every.n_attempts) == (100 + 102 + 60, 3, 3)
-
-
-def test_an_invalid_attempt_counts_within_its_cycle() -> None:
-    hot = make_record(cycle=1, attempt=1, output_tok_per_s=60, is_valid=False)
-    again = make_record(cycle=1, attempt=2, output_tok_per_s=100)
-    every = configured([make_record(), hot, again]).estimate("output_tok_per_s").all_attempts
-    assert every is not None
-    assert (every.mean, every.n_cycles, every.n_attempts) == ((100 + 80) / 2, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +164,3 @@ def test_results_of_several_hosts_or_runs_under_one_name_are_warned_about() -> N
     aggregate = configured([make_record(), make_record(host="b"), make_record(run_id="later")])
     assert aggregate.n_cycles == 3
     assert {Reason.of("mixed_hosts", count=2), Reason.of("mixed_runs", count=2)} <= set(aggregate.warnings)
-
-
-def test_warnings_of_the_records_are_counted() -> None:
-    records = [make_record(cycle=0, warnings=("slow",)), make_record(cycle=1, warnings=("slow", "hot"))]
-    assert configured(records).warnings == dict(zip(sentences("slow", "hot"), (2, 1), strict=True))

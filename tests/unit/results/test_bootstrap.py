@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import statistics
 from collections.abc import Callable
 
 import pytest
 
 from lem.results.bootstrap import (
-    BOOTSTRAP_COVERAGE,
     bootstrap_ci,
     bootstrap_coverage_label,
     compute_metric_ci,
@@ -102,18 +100,6 @@ def test_the_interval_on_logs_is_that_of_the_formula(
     assert [value for value in found if value] == pytest.approx([value for value in expected if value])
     assert (interval.warning or "").startswith(warning or "")
     assert (interval.warning is None, interval.n_samples) == (warning is None, len(samples))
-
-
-def test_the_t_interval_covers_what_it_says_where_the_bootstrap_does_not() -> None:
-    """400 campaigns of 3 cycles, seeded; 95 % and 75 % are expected, within four standard errors."""
-    generator = random.Random(11)
-    campaigns = [[generator.gauss(100, 1) for _ in range(3)] for _ in range(400)]
-    t_hits = sum((i.ci_lower or 0) <= 100 <= (i.ci_upper or 0) for i in map(log_t_interval, campaigns))
-    bootstrap_hits = sum(
-        (i.ci_lower or 0) <= 100 <= (i.ci_upper or 0) for i in (bootstrap_ci(c, n_iterations=200) for c in campaigns)
-    )
-    assert t_hits / 400 == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 400))
-    assert bootstrap_hits / 400 == pytest.approx(BOOTSTRAP_COVERAGE[3], abs=4 * math.sqrt(0.75 * 0.25 / 400))
 
 
 def test_the_true_coverage_of_the_bootstrap_is_named_by_sample_size() -> None:

@@ -8,7 +8,7 @@ import pytest
 from lem.base.reasons import Reason
 from lem.results.check import check_run, position_effect
 from lem.results.run import make_run
-from lem.results.store import Problem, StoppingRule, Target
+from lem.results.store import Problem
 from tests.records import make_record, sentences
 from tests.synthetic_campaign import Campaign, Configuration
 
@@ -149,12 +149,6 @@ def test_what_weakens_nothing_is_not_found(kind, campaign):
     assert kind not in _found(_check(campaign))
 
 
-def test_remedies_name_what_to_change():
-    assert "ignore_eos: true" in _of(_with(PYTORCH, SHORT, ignore_eos=False), "output_lengths").remedy
-    assert "log.txt" in _of(_with(PYTORCH, SHORT), "output_lengths").remedy
-    assert "--resume --cycles" in _of(_with(VLLM, NEAR, load_sd=0.01, seed=4), "too_few_cycles").remedy
-
-
 def test_a_finding_says_how_many_results_it_concerns_and_of_whom():
     records = FINE.records()
     hit = [
@@ -254,16 +248,3 @@ def test_what_the_place_within_a_cycle_costs_is_found_in_a_shuffled_campaign():
 def test_without_energy_the_throughput_is_looked_at():
     records = [make_record(cycle=cycle, output_tok_per_s=100.0 + cycle) for cycle in range(5)]
     assert make_run(records).primary_metric.name == "output_tok_per_s"
-
-
-def test_added_cycles_are_sentences():
-    finding = _of(FINE, "stopping", stopping=StoppingRule(Target(0.02), 5, 20))
-    assert not finding.is_weak
-    assert "do not account" in finding.text
-
-
-def test_weak_findings_come_first():
-    campaign = dataclasses.replace(FINE, drift=0.03, structure="interleaved")
-    weak = [item.is_weak for item in _check(campaign)]
-    assert weak == sorted(weak, reverse=True)
-    assert len(set(weak)) == 2

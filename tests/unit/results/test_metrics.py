@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from lem.base.errors import UserError
 from lem.base.reasons import Reason
 from lem.record import Record
 from lem.results.metrics import (
@@ -16,17 +15,11 @@ from lem.results.metrics import (
     differing_settings,
     find_obstacles,
     headline_settings,
-    parse_metric,
     settings_of,
     shared_settings,
 )
 from tests.records import make_gpu, make_record
 from tests.synthetic_campaign import Campaign, Configuration
-
-
-def test_within_a_sentence_an_abbreviation_keeps_its_capitals() -> None:
-    labels = [parse_metric(name).lower_label for name in ("energy", "gpu_energy_j")]
-    assert labels == ["energy per output token", "GPU energy"]
 
 
 def test_settings_are_those_of_the_heading_then_the_options_given() -> None:
@@ -134,14 +127,3 @@ def test_another_cpu_is_no_obstacle_where_gpus_do_the_work() -> None:
         dataclasses.replace(item, environment=dataclasses.replace(item.environment, cpu="other")) for item in records()
     ]
     assert find_obstacles(records(), moved) == ()
-
-
-def test_a_metric_that_was_meant_is_suggested() -> None:
-    with pytest.raises(UserError, match=r"did you mean 'output_tok_per_s'\?"):
-        parse_metric("output_tok_per_sec")
-
-
-def test_a_metric_without_a_better_side_can_be_compared_but_not_gated() -> None:
-    assert parse_metric("output_tok").is_higher_better is None
-    with pytest.raises(UserError, match="no better direction"):
-        parse_metric("output_tok", is_for_gate=True)

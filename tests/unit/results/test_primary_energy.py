@@ -24,7 +24,7 @@ from lem.results.store import StoredResult
 from lem.results.table import render_record, render_run
 from tests.doubles.powercap import Zone
 from tests.records import make_record, with_measured
-from tests.scripted_attempt import Attempt, at, config, cpu_attempt, gpu_attempt
+from tests.scripted_attempt import Attempt, at, cpu_attempt, gpu_attempt
 
 LOST = Reason.of("verbatim", text="lost")
 BOARD_NOTE = "board sensors"
@@ -159,15 +159,3 @@ def test_table_and_comparison_agree_on_how_much_is_an_estimate(finders: Sequence
     for text in (comparison, render_run(run)):
         assert ("estimate from TDP)" in text) == bool(said)
         assert said in text
-
-
-def test_an_estimate_is_called_one_wherever_the_report_shows_it() -> None:
-    energies = ("CPU packages, J", "Energy per request, J", "CO₂e, g", "Cost")
-    given = {"energy": "tdp_estimate", "cpu_tdp_w": 200, "grid_g_per_kwh": 300, "pue": 1.2, "price_per_kwh": 0.2}
-    measurement = config(measurement=given).measurement
-    found = busy().measured(options={"measurement": given})
-    records = [with_measured(record, found, measurement) for record in campaign(FINDERS["estimate"])]
-    page = render_report(compose(make_run(records)))
-    for name in energies:
-        assert f"{name} (an estimate from TDP)" in page
-    assert "estimate from TDP)" not in render_report(compose(make_run(campaign(FINDERS["RAPL"]))))

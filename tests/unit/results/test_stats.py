@@ -27,7 +27,6 @@ from lem.results.stats import (
     student_t_cdf,
     student_t_quantile,
     trend_of,
-    without_means,
 )
 
 
@@ -155,26 +154,6 @@ def test_a_verdict_is_on_one_side_of_the_threshold(gate: Gate, percent: float, e
     assert verdict_of(gate, effect(percent, error)) is verdict
 
 
-def test_the_verdict_is_that_of_the_whole_t_interval() -> None:
-    """Random effects: SciPy's interval lies on one side, or it does not."""
-    rng = random.Random(5)
-    for _ in range(300):
-        above = [math.exp(rng.gauss(0.03, 0.02)) for _ in range(4)]
-        found = paired_effect(above, [1.0] * 4)
-        low, high = stats.ttest_1samp([math.log(value) for value in above], 0).confidence_interval(0.95)
-        bound = ENERGY.bound
-        expected = (
-            Verdict.WORSE
-            if low > bound
-            else Verdict.BETTER
-            if high < -bound
-            else Verdict.WITHIN
-            if -bound < low and high < bound
-            else Verdict.INCONCLUSIVE
-        )
-        assert verdict_of(ENERGY, found) is expected
-
-
 def test_among_many_the_same_effect_needs_more_unless_they_cannot_have_a_verdict() -> None:
     sure = effect(5, 0.6)
     others = [(ENERGY, effect(3, 1.0), None)] * 9
@@ -219,20 +198,6 @@ def test_the_further_cycles_are_those_that_settle_it() -> None:
 def test_an_effect_at_the_threshold_is_settled_by_no_number_of_cycles() -> None:
     assert cycles_to_settle(effect(3), ENERGY.bound) is None
     assert cycles_to_settle(Effect(0.0, None, None, (1,)), ENERGY.bound) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "threshold"),
-    [
-        ("energy_per_output_tok_j=0.5%", "energy_per_output_tok_j", 0.005),
-        (" throughput=2.5 % ", "output_tok_per_s", 0.025),
-        ("ttft=10%", "ttft_p50_s", 0.1),
-    ],
-)
-def test_gates_are_read(text: str, name: str, threshold: float) -> None:
-    gate = parse_gate(text)
-    assert gate.metric.name == name
-    assert gate.threshold == pytest.approx(threshold)
 
 
 @pytest.mark.parametrize(
@@ -309,11 +274,6 @@ def test_a_drift_needs_two_values_of_a_configuration_and_three_for_an_interval()
     assert drift is not None
     assert (drift.n, drift.ci_lower, drift.is_flagged, drift.is_significant) == (2, None, True, False)
     assert drift.change == pytest.approx(0.05)
-
-
-def test_each_value_is_set_against_its_own_configuration() -> None:
-    logs = without_means([math.log(value) for value in (1.0, 9.0, 4.0)], ["a", "b", "a"])
-    assert logs == pytest.approx([-math.log(2), 0.0, math.log(2)])
 
 
 def test_a_change_beyond_all_measure_is_no_overflow() -> None:

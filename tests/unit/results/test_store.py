@@ -207,15 +207,6 @@ def test_a_scan_sees_every_run_and_a_scan_of_a_run_only_that(repository: Reposit
     assert {result.record.identity.run_id for result in repository.scan("run-b").results} == {"run-b"}
 
 
-def test_what_is_no_folder_of_results_is_passed_over(repository: Repository) -> None:
-    store(repository, make_record())
-    (repository.folder / "notes.txt").write_text("mine")
-    (repository.folder / ".cache").mkdir()
-    (repository.folder / RUN / "README").write_text("mine")
-    assert len(repository.scan().results) == 1
-    assert repository.scan().problems == ()
-
-
 def test_experiments_without_a_whole_result_are_counted_by_configuration(repository: Repository) -> None:
     store(repository, make_record(config_name="small"))
     repository.prepare_attempt(RUN, EXPERIMENT)  # failed once more: it has a result all the same

@@ -13,7 +13,7 @@ import pytest
 from lem.base.doc import text_width
 from lem.record import Record
 from lem.results.aggregation import run_document
-from lem.results.run import SINGLE_CYCLE, Run, make_run
+from lem.results.run import Run, make_run
 from lem.results.table import render_record, render_run
 from tests.goldens import assert_golden
 from tests.records import make_record
@@ -112,17 +112,6 @@ def test_the_table_fits_80_columns_and_colour_changes_nothing_else(name: str) ->
     assert re.sub(r"\x1b\[[0-9]*m", "", render_run(SUMMARIES[name], is_colour=True)) == text
 
 
-def test_the_true_coverage_is_named_for_every_number_of_cycles() -> None:
-    records = [record for record in campaign(n_cycles=3) if record.identity.order_index != 8]
-    text = words_of(make_run(records))
-    assert "true coverage 50 % with 2 cycles, 75 % with 3 cycles" in text
-
-
-def test_a_single_cycle_says_how_to_get_intervals() -> None:
-    assert SINGLE_CYCLE in render_run(SUMMARIES["single_cycle"]).splitlines()
-    assert run_document(SUMMARIES["single_cycle"])["note"] == SINGLE_CYCLE
-
-
 def test_an_interval_is_shown_as_a_point_only_where_it_is_one() -> None:
     records = [make_record(cycle=cycle, output_tok_per_s=100 + cycle * 0.004) for cycle in range(3)]
     row = next(line for line in render_run(make_run(records)).splitlines() if line.startswith("small"))
@@ -144,25 +133,6 @@ def test_the_document_holds_what_the_table_shows() -> None:
     assert (first["n_cycles"], first["n_invalid"]) == (3, 1)
     assert first["throughput"]["output_tok_per_s"]["all_attempts"]["n_cycles"] == 3
     assert first["energy"]["energy_per_output_tok_j"]["null_reason"]
-
-
-@pytest.mark.parametrize("width", [0, 20, 72, 80, 200])
-def test_a_terminal_of_any_width_gets_a_table(width: int) -> None:
-    lines = render_run(SUMMARIES["trouble"], width=width).splitlines()
-    assert max(map(text_width, lines)) <= max(72, min(width, 120))
-
-
-def test_a_thousand_configurations_are_summarised_in_names_of_their_own() -> None:
-    records = [
-        make_record(config_name=f"c{n}", config_hash=f"{n:016x}", order=n, warnings=("slow",)) for n in range(1000)
-    ]
-    text = render_run(make_run(records))
-    assert "warning: slow (1000 of 1000 results)" in text.splitlines()
-
-
-def test_a_name_that_steers_terminals_is_made_harmless() -> None:
-    text = render_run(make_run([make_record(config_name="a\x1b]0;title\x07", warnings=("\x1b[2J",))]))
-    assert re.findall(r"[\x1b\x07]", text) == []
 
 
 def invalid_record() -> Record:

@@ -138,19 +138,6 @@ def test_warmup_is_not_measured_and_shares_no_prompt_with_the_window(bench: Benc
     assert {len(ids) for ids in before} == {len(ids) for ids in measured}
 
 
-def test_warmup_runs_at_the_width_of_the_measurement(bench: Bench) -> None:
-    bench.backend.width = 4
-    bench.run(pytorch={"batch_size": 4}, warmup={"enabled": True})
-    assert {len(batch) for batch in bench.backend.batches} == {4}
-
-
-def test_prompt_set_is_repeated_for_the_chosen_window(bench: Bench) -> None:
-    record = bench.run(measurement={"min_window_sec": 1.0})
-    assert record.window.window_repeats == 2
-    assert record.validity.steady is True
-    assert record.work.requests_ok == 16
-
-
 def test_streaming_measures_each_request_alone(bench: Bench) -> None:
     record = bench.run(streaming=True, measurement={"min_window_sec": 0})
     assert {len(batch) for batch in bench.backend.batches} == {1}

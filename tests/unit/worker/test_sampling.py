@@ -119,15 +119,6 @@ def test_one_that_cannot_write_says_why(output: Path) -> None:
         SamplerProcess([str(output / "missing")], output)
 
 
-def test_a_log_that_is_removed_ends_it(output: Path) -> None:
-    sampler = SamplerProcess(COMMAND, output)
-    until_ready(sampler)
-    output.unlink()
-    assert wait_until_ended(sampler.child.pid, PATIENCE_S)
-    assert sampler.stop(0) == 1
-    assert "removed" in (sampler.death() or "")
-
-
 def test_it_prints_nothing_on_stdout(output: Path) -> None:
     command = [*COMMAND, "worker", "--sampler", "--output", str(output)]
     finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE_S, check=False)

@@ -229,19 +229,6 @@ def test_an_experiment_for_another_engine_waits_until_the_first_is_gone(tmp_path
     assert second.engine_key == "other"
 
 
-def test_a_second_signal_ends_the_engine_sooner(tmp_path: Path, engine: PipedEngine):
-    host = Host(engine)
-    host.order(run_message(tmp_path, "e"))
-    host.until("engine")
-
-    os.write(host.signals, bytes([signal.SIGTERM]))
-    host.until("error", exp_id="e", kind="died")
-    os.write(host.signals, bytes([signal.SIGTERM]))
-
-    assert host.join() == 143
-    assert engine.steps == [EndStep.TERM, EndStep.HANG_UP]
-
-
 def test_an_engine_that_kill_does_not_end_is_told_and_given_up(tmp_path: Path, engine: PipedEngine):
     host = Host(engine)
     engine.on_run = lambda _message: setattr(engine, "is_stuck", True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
 import random
 import re
 from html.parser import HTMLParser
@@ -23,30 +21,25 @@ from tests.goldens import assert_golden
 from tests.records import make_record
 from tests.synthetic_campaign import Campaign, Configuration
 
-PARTS = ["validity", "results", "pareto", "cycles", "grid-map", "traces", "latencies", "drift"]
-PARTS += ["environment", "methods"]
 VOID = {"meta", "br", "wbr", "link"}
 OPEN = {"td", "th", "tr"}  # HTML lets their end tags be left out, and this page leaves them out
 
 
 class Reader(HTMLParser):
-    """The attributes of a page by name; fails where tags are not balanced."""
+    """Fails where the tags of a page are not balanced."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.stack: list[str] = []
-        self.attributes: dict[str, list[str]] = {}
         self.feed(page)
         assert self.stack == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in VOID | OPEN:
             self.stack.append(tag)
-        for name, value in attrs:
-            self.attributes.setdefault(name, []).append(value or "")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag("br", attrs)
+        pass
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in OPEN:
@@ -73,29 +66,6 @@ def text_of(page: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
 
 
-def test_all_parts_are_there_validity_first_and_every_reference_has_its_target() -> None:
-    found = Reader(page_of(small())).attributes
-    assert [name for name in found["id"] if name in PARTS] == PARTS
-    assert len(set(found["id"])) == len(found["id"])
-    assert {*found["aria-labelledby"], *found["aria-describedby"]} <= set(found["id"])
-    assert {f"#{name}" for name in PARTS} <= set(found["href"])
-
-
-def test_nothing_is_fetched_and_style_and_script_are_named_by_their_hashes() -> None:
-    page = page_of(small())
-    found = Reader(page).attributes
-    assert all(address.startswith("#") for address in found["href"])
-    assert not {"src", "style"} & set(found)
-    assert not [name for name in found if name.startswith("on")]
-    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
-    assert policy is not None
-    assert policy[1].startswith("default-src 'none'; ")
-    for element in ("style", "script"):
-        (content,) = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        assert f"{element}-src 'sha256-{digest}'" in policy[1]
-
-
 def test_the_same_results_give_the_same_bytes_in_whatever_order_they_are_read() -> None:
     records = small()
     shuffled = random.Random(5).sample(records, len(records))
@@ -107,17 +77,6 @@ def test_a_small_page() -> None:
     page = page_of(small(), stopping=rule)
     body = page[page.index("<body>") : page.index("<script>")]
     assert_golden("results/report.html", body.replace("><", ">\n<") + "\n")
-
-
-def test_hostile_names_stay_text() -> None:
-    name = "</title></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
-    records = [
-        make_record(config_name=name, model=name, host="h", cycle=cycle, warnings=(name,), requested={name: name})
-        for cycle in range(3)
-    ]
-    page = page_of([*records, make_record(config_name=name + "2", config_hash="f" * 16)], campaign_name=name)
-    assert "onerror" not in Reader(page).attributes
-    assert (page.count("<script>"), page.count("<img")) == (1, 0)
 
 
 def test_without_energy_the_page_is_about_throughput_and_gives_the_reason() -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import pytest
 
 from lem.results.report.plot import (
-    Cell,
     Markup,
-    Row,
     Scale,
     breakable,
     fitting_scale,
     join,
     number_text,
-    table,
     tag,
     tick_text,
 )
@@ -34,17 +31,6 @@ from lem.results.report.plot import (
 )
 def test_text_is_escaped_and_numbers_are_short(found: str, expected: str) -> None:
     assert found == expected
-
-
-def test_a_table_has_its_cells_heads_and_order() -> None:
-    rows: list[Row] = [["a<", Cell("2 ms", 0.002, is_number=True), 3], ["b", Cell("not measured", is_number=True), 0]]
-    assert table("Things", ["Name", "t", "n"], rows, sorted_by=(1, "descending")) == (
-        '<table class="overview sortable"><caption class="unseen">Things</caption><thead><tr><th scope="col">Name</th>'
-        '<th scope="col" class="n" aria-sort="descending">t</th><th scope="col" class="n">n</th></tr></thead><tbody>'
-        '<tr><th scope=row>a&lt;<td data-v="0.002">2 ms<td data-v="3">3\n'
-        '<tr><th scope=row>b<td data-v="">not measured<td data-v="0">0</tbody></table>'
-    )
-    assert "sortable" not in table("Things", ["Name"], [["a"]])
 
 
 def test_a_scale_runs_from_begin_to_end_and_keeps_what_is_outside_at_its_ends() -> None:
