@@ -6,22 +6,20 @@ in a campaign inside that campaign. Where a target is a ratio both sides are mea
 
 from __future__ import annotations
 
-import functools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from lem.config.campaign_config import CampaignGridConfig
 from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
 from lem.orchestration.manifest import CampaignManifestEntry, ManifestManager
 from tests.bench.containers import containers, dispatch
-from tests.bench.host import HEADER, PYZ, Figure, run_host
+from tests.bench.host import HEADER, PYZ, Figure, HostCost, run_host
 from tests.bench.scale import report, scale
 from tests.lab.places import Places
 from tests.needs import missing
@@ -77,22 +75,14 @@ def start_up() -> Iterator[Figure]:
     yield Figure("lem.pyz --help, memory", memory_mib, "MiB", 25)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a finished process took."""
-
-    cpu_s: float
-    memory_kib: int
-
-
-def process_cost(command: list[str]) -> Cost:
+def process_cost(command: list[str]) -> HostCost:
     """CPU time and peak memory of a process, from wait4."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise RuntimeError(f"{command} fails with {process.returncode}")
-    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+    return HostCost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
 
 
 def grid() -> Iterator[Figure]:
@@ -136,20 +126,13 @@ def transition_time(folder: Path, count: int) -> float:
     ]
     state = manager.create_manifest("0" * 8, "bench", "0" * 16, entries)
     manager.save(state)
-    statuses = ("running", "completed")
-
-    def transition(index: int) -> None:
-        state.update_entry(entries[index // 2].exp_id, status=statuses[index % 2])
+    times_s = []
+    for index in range(SAVES):
+        begin_s = time.perf_counter()
+        state.update_entry(entries[index // 2].exp_id, status=("running", "completed")[index % 2])
         manager.save(state)
-
-    return statistics.median(timed(functools.partial(transition, index)) for index in range(SAVES))
-
-
-def timed(work: Callable[[], None]) -> float:
-    """Seconds that it takes."""
-    begin_s = time.perf_counter()
-    work()
-    return time.perf_counter() - begin_s
+        times_s.append(time.perf_counter() - begin_s)
+    return statistics.median(times_s)
 
 
 def host_of_a_campaign() -> Iterator[Figure]:

@@ -37,17 +37,18 @@ def dispatch() -> Iterator[Figure]:
     the next experiment's folder, and the way through `docker compose exec` into the engine's process. One kernel has
     one clock, which gives file times up to 4 ms too early.
     """
-    with tempfile.TemporaryDirectory() as folder, ContainerRig(Path(folder), dispatched_campaign()).cleaned() as rig:
+    text = container_campaign("bench", outputs=tuple(range(4, 4 + DISPATCHED)))  # one engine load, next to no work
+    with tempfile.TemporaryDirectory() as folder, ContainerRig(Path(folder), text).cleaned() as rig:
         ended = rig.run("--fresh", "--yes")
         if ended.code != 0:
             raise RuntimeError(f"the campaign fails with {ended.code}:\n{ended.err[-2000:]}")
         gaps_s = gaps_between([rig.folder / path for path in rig.results()])
-    yield Figure(f"dispatch into a warm worker, beyond the work itself (of {len(gaps_s)})", ms(gaps_s), "ms", 20)
-
-
-def dispatched_campaign() -> str:
-    """Experiments that share an engine load, with next to no work."""
-    return container_campaign("bench", outputs=tuple(range(4, 4 + DISPATCHED)))
+    yield Figure(
+        f"dispatch into a warm worker, beyond the work itself (of {len(gaps_s)})",
+        1000 * statistics.median(gaps_s),
+        "ms",
+        20,
+    )
 
 
 def gaps_between(results: Sequence[Path]) -> list[float]:
@@ -58,11 +59,6 @@ def gaps_between(results: Sequence[Path]) -> list[float]:
         - before.stat().st_mtime_ns / 1e9
         for (_record, before), (record, _path) in itertools.pairwise(records)
     ]
-
-
-def ms(values_s: Sequence[float]) -> float:
-    """Their median in milliseconds."""
-    return 1000 * statistics.median(values_s)
 
 
 def containers() -> Iterator[Figure]:

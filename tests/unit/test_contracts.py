@@ -27,8 +27,6 @@ from lem.orchestration.container import ContainerHealthStatus, ContainerManager
 from lem.orchestration.grid import (
     GridExpansionResult,
     GridValidationIssue,
-    expand_campaign_grid,
-    validate_campaign_grid,
 )
 from lem.orchestration.manifest import CampaignManifest, CampaignManifestEntry, ManifestManager
 from lem.orchestration.plan import build_plan
@@ -206,44 +204,6 @@ def test_parameters_are_described_by_their_dotted_names() -> None:
     only_vllm = introspection.get_experiment_params("vllm").keys()
     assert "vllm.max_num_seqs" in only_vllm
     assert "pytorch.batch_size" in introspection.get_experiment_params().keys() - only_vllm
-
-
-# --- lem.orchestration.grid
-
-
-def test_a_grid_is_backends_by_models_by_shared_by_overrides() -> None:
-    given = config.CampaignGridConfig(
-        backends=["pytorch", "vllm"],
-        models=["a", "b"],
-        shared={"decoder.temperature": [0.0, 1.0]},
-        backend_overrides={"vllm": {"max_num_seqs": [8, 16]}},
-    )
-    found = expand_campaign_grid(given, {"max_output_tokens": 4})
-    assert len(found) == 2 * 2 + 2 * 2 * 2
-    assert found[-1] == {
-        "backend": "vllm",
-        "model": "b",
-        "decoder": {"temperature": 1.0},
-        "vllm": {"max_num_seqs": 16},
-        "max_output_tokens": 4,
-    }
-    engines = [(item["backend"], item["model"], item.get("vllm", {}).get("max_num_seqs")) for item in found]
-    assert engines == sorted(engines, key=engines.index), "equal engines are adjacent"
-    plain = expand_campaign_grid(config.CampaignGridConfig(backends=["pytorch", "vllm"]))
-    assert [item["backend"] for item in plain] == ["pytorch", "vllm"]
-
-
-def test_validation_separates_what_can_run() -> None:
-    refused = {"backend": "tensorrt", "model": "a", "fp_precision": "float32"}
-    warned = {"backend": "pytorch", "model": "a", "decoder": {"temperature": 0.7, "top_p": 0.9}}
-    found: Any = validate_campaign_grid([warned, refused, {**refused, "max_output_tokens": 4}])
-    assert found.valid_configs == [warned]
-    assert [issue.severity for issue in found.filtered_configs] == ["error", "error"]
-    assert {issue.severity for issue in found.warnings} == {"warning"}
-    assert found.total_generated == 3
-    assert found.summary == (
-        "Generated 3 experiments (2 filtered: tensorrt needs float16 or bfloat16 × 2). 1 has warnings."
-    )
 
 
 # --- lem.orchestration.manifest

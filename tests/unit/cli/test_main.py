@@ -118,7 +118,7 @@ def test_a_bug_is_told_where_no_file_can_be_written() -> None:
         (("config", "show", "--jsn", "c.yaml"), "lem config show: unknown option '--jsn' (did you mean '--json'?)"),
         (("datasets", "gsm8k"), "lem datasets: unexpected argument 'gsm8k'"),
         (("campaign", "c.yaml", "--resume", "--fresh"), "lem campaign: argument --fresh: not allowed with"),
-        (("campaign", "c.yaml", "--cycles", "many"), "lem campaign: argument -c/--cycles: "),
+        (("campaign", "c.yaml", "--cycles", "many"), "lem campaign: argument --cycles/-c: invalid int value: 'many'"),
         (("config", "shwo"), "lem config: argument ACTION: invalid choice: 'shwo'"),
         ((), "lem: the following arguments are required: COMMAND"),
     ],

@@ -173,17 +173,6 @@ def test_runs_are_compared_over_the_first_unchanged_configuration() -> None:
     assert not row_of(comparison, "vllm-wide").is_found
 
 
-def test_the_effect_over_an_anchor_is_welchs_of_the_log_ratios() -> None:
-    runs = (run_of(), later())
-    logs = []
-    for run in runs:
-        anchor, subject = (run.with_results[index].estimate(ENERGY).values for index in (0, 1))
-        logs.append([math.log(above / below) for above, below in zip(subject, anchor, strict=True)])
-    expected = stats.ttest_ind(logs[1], logs[0], equal_var=False)
-    effect = effect_of(compare_runs(*runs, metrics=(ENERGY,)))
-    assert effect.p_value == pytest.approx(expected.pvalue, rel=1e-6)
-
-
 HOT = tuple(
     dataclasses.replace(item, energy_per_output_tok_j=1.1 * (item.energy_per_output_tok_j or 0))
     for item in (SLOW, FAST)

@@ -15,21 +15,9 @@ from tests.unit.worker.timed_backend import SteppedClock, TimedBackend, make_req
 MS = 1_000_000
 
 
-def measure(
-    backend: TimedBackend,
-    requests: Sequence[TokenRequest],
-    min_window_s: float = 0.0,
-    *,
-    observe_tokens: bool = False,
-    report: Callable[[int], None] = say_nothing,
-) -> MeasuredWindow:
+def measure(backend: TimedBackend, requests: Sequence[TokenRequest], min_window_s: float = 0.0) -> MeasuredWindow:
     return measure_batch(
-        backend,
-        requests,
-        min_window_s=min_window_s,
-        observe_tokens=observe_tokens,
-        clock=backend.clock,
-        report=report,
+        backend, requests, min_window_s=min_window_s, observe_tokens=False, clock=backend.clock, report=say_nothing
     )
 
 
@@ -101,12 +89,6 @@ def test_an_engine_that_does_not_answer_each_request_once_is_refused(tamper: Any
     backend.tamper = tamper
     with pytest.raises(EngineError):
         measure(backend, make_requests(3))
-
-
-def test_progress_is_the_number_of_requests_done() -> None:
-    done: list[int] = []
-    measure(TimedBackend(SteppedClock()), make_requests(3), 0.05, observe_tokens=True, report=done.append)
-    assert done == [1, 2, 3, 4, 5, 6]
 
 
 # Latency
