@@ -79,7 +79,7 @@ class Attempt:
         return tuple(gpu.uuid for gpu in self.log.header.gpus)
 
     def sources(self, options: Mapping[str, Any] | None = None) -> Sources:
-        return choose_sources(config(**(options or {})), self.log.header, self.uuids, is_cpu=not self.uuids)
+        return choose_sources(config(**(options or {})), self.log.header, self.uuids)
 
     def measured(self, *, options: Mapping[str, Any] | None = None, **arguments: Any) -> EnergyFindings:
         given = {"window_repeats": 4, **arguments}

@@ -64,23 +64,19 @@ def choose_sources(
     config: ExperimentConfig,
     header: SampleHeader,
     gpu_uuids: Sequence[str],
-    is_cpu: bool,
     *,
     foreign: Mapping[str, Sequence[int]] | None = None,
 ) -> Sources:
-    """The meters of an experiment on these GPUs.
+    """The meters of an experiment on these GPUs; without any it runs on the CPU.
 
-    Args:
-        foreign: {uuid: pids} of compute processes of others before it begins.
-
-    Raises:
-        MeterRefused: it demands energy that cannot be measured here; an accepted option must take effect.
+    `foreign` is {uuid: pids} of compute processes of others before it begins. Raises MeterRefused: it demands energy
+    that cannot be measured here; an accepted option must take effect.
     """
     wanted, user_tdp_w = config.measurement.energy, config.measurement.cpu_tdp_w
     places = {gpu.uuid: place for place, gpu in enumerate(header.gpus)}
     gpus = tuple(places[uuid] for uuid in gpu_uuids if uuid in places)
     chosen = [header.gpus[place] for place in gpus]
-    gpu_method, why_no_gpu = None, _why_no_gpu(wanted, header, gpu_uuids, is_cpu, foreign or {})
+    gpu_method, why_no_gpu = None, _why_no_gpu(wanted, header, gpu_uuids, foreign or {})
     if why_no_gpu is None:
         gpu_method, why_no_gpu = choose_gpu_method(chosen, is_watched=config.timeseries.enabled)
     if wanted == "nvml" and gpu_method != EnergySource.COUNTER:
@@ -89,7 +85,7 @@ def choose_sources(
     cpu_method, why_no_cpu = _cpu_method(wanted, header, user_tdp_w)
     is_external = config.measurement.external_csv is not None
     # The CPU's energy counts only for an experiment on the CPU, or if the user asks for it by name.
-    counted_cpu_method = cpu_method if is_cpu or is_cpu_source(wanted) else None
+    counted_cpu_method = cpu_method if not gpu_uuids or is_cpu_source(wanted) else None
     primary = gpu_method or counted_cpu_method or (EnergySource.EXTERNAL if is_external else None)
     has_dram = any(zone.domain == DRAM for zone in header.zones)
     why_no_dram = Reason.of("dram_not_estimated") if is_estimate(cpu_method) else Reason.of("no_dram")
@@ -98,10 +94,16 @@ def choose_sources(
         "cpu": why_no_cpu,
         "dram": why_no_cpu or (None if has_dram and not is_estimate(cpu_method) else why_no_dram),
         "external": None if is_external else Reason.of("option_not_given", option="measurement.external_csv"),
-        "primary": None if primary else why_no_cpu if is_cpu else why_no_gpu,
+        "primary": None if primary else why_no_gpu if gpu_uuids else why_no_cpu,
     }
     if primary in (None, EnergySource.EXTERNAL):
-        _refuse_demands(config, reasons["primary"] or "there is only measurement.external_csv")
+        why = reasons["primary"] or "there is only measurement.external_csv"
+        for option, is_set, figure in (
+            ("measurement.phases", config.measurement.phases, "the energy of a phase"),
+            ("baseline.required", config.baseline.required, "power at rest"),
+        ):
+            if is_set:
+                raise MeterRefused(f"{option}: true: no meter here can measure {figure}: {why}", f"remove {option}")
     return Sources(
         gpus=gpus,
         gpu_method=gpu_method,
@@ -129,12 +131,12 @@ def _scope_of(primary: EnergySource | None, gpus: Sequence[GpuHeader]) -> Energy
 
 
 def _why_no_gpu(
-    wanted: str, header: SampleHeader, gpu_uuids: Sequence[str], is_cpu: bool, foreign: Mapping[str, Sequence[int]]
+    wanted: str, header: SampleHeader, gpu_uuids: Sequence[str], foreign: Mapping[str, Sequence[int]]
 ) -> Reason | None:
     """Why the energy of the GPUs is not measured; None if it is."""
     if wanted == "none":
         return _NOT_WANTED
-    if is_cpu or not gpu_uuids:
+    if not gpu_uuids:
         return Reason.of("on_cpu")
     if is_cpu_source(wanted):
         return Reason.of("other_meter_set", energy=wanted)
@@ -163,16 +165,13 @@ def choose_gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[E
         return EnergySource.INSTANT_POWER, None
     if all(gpu.power_error is None and gpu.power_source is not None for gpu in gpus):
         return EnergySource.AVERAGE_POWER, None
-    return None, Reason.of("gpu_unreadable", counter_errors=_counter_errors(gpus), power_errors=_power_errors(gpus))
+    silent = [gpu for gpu in gpus if gpu.power_error or not gpu.power_source]
+    power_errors = "; ".join(f"{gpu.uuid}: {gpu.power_error or 'not reported'}" for gpu in silent)
+    return None, Reason.of("gpu_unreadable", counter_errors=_counter_errors(gpus), power_errors=power_errors)
 
 
 def _counter_errors(gpus: Sequence[GpuHeader]) -> str:
     return "; ".join(f"{gpu.uuid}: {gpu.counter_error}" for gpu in gpus if gpu.counter_error is not None)
-
-
-def _power_errors(gpus: Sequence[GpuHeader]) -> str:
-    silent = [gpu for gpu in gpus if gpu.power_error or not gpu.power_source]
-    return "; ".join(f"{gpu.uuid}: {gpu.power_error or 'not reported'}" for gpu in silent)
 
 
 def _cpu_method(
@@ -194,15 +193,6 @@ def _cpu_method(
     if wanted == EnergySource.RAPL:
         raise MeterRefused(f"measurement.energy: rapl: {why}", _LEAVE_AT_AUTO)
     return None, why
-
-
-def _refuse_demands(config: ExperimentConfig, why: Reason | str) -> None:
-    if config.measurement.phases:
-        text = f"measurement.phases: true: no meter here can measure the energy of a phase: {why}"
-        raise MeterRefused(text, "remove measurement.phases")
-    if config.baseline.required:
-        text = f"baseline.required: true: no meter here can measure power at rest: {why}"
-        raise MeterRefused(text, "remove baseline.required")
 
 
 @dataclass(frozen=True)
@@ -247,6 +237,10 @@ class AttemptLog:
     def window(self) -> Span:
         """The window; `NotMeasured` without its mark."""
         return self._marked(names.WINDOW)
+
+    @property
+    def _has_dram(self) -> bool:
+        return self.sources.cpu_method == EnergySource.RAPL and any(it.domain == DRAM for it in self.log.header.zones)
 
     def span(self, name: str) -> Span | None:
         """From the first to the last moment under that mark; None without one."""
@@ -335,12 +329,6 @@ class AttemptLog:
         if span is None:
             raise NotMeasured("no_window_mark")
         return span
-
-    @property
-    def _has_dram(self) -> bool:
-        return self.sources.cpu_method == EnergySource.RAPL and any(
-            zone.domain == DRAM for zone in self.log.header.zones
-        )
 
     def _checked(self, curve: Curve, meter: str) -> Curve:
         """The curve; `NotMeasured`, with the meter's last error, if it has fewer than two knots."""

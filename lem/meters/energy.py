@@ -12,7 +12,7 @@ from lem.base.measurement import EnergySource
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR
 from lem.config.experiment import MeasurementConfig
-from lem.meters.attempt import AttemptLog, Sources, measured, need
+from lem.meters.attempt import AttemptLog, measured, need
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.external import ExternalReadings, external_energy_j
 from lem.meters.rapl import DRAM, PACKAGE
@@ -50,20 +50,19 @@ def measure(
     external: ExternalReadings | None = None,
     own_pids: Collection[int] | None = None,
 ) -> EnergyFindings:
-    """The figures of one attempt.
+    """The figures of one attempt, whose prompt set was run `window_repeats` times in the window.
 
-    Args:
-        attempt: its log goes some updates of the slowest meter beyond the last mark; its marks are at least `WINDOW`,
-            and its guards unless it ended under load; one `PREFILL` for each pass of prefill alone.
-        window_repeats: how often the prompt set was run in the window.
-        external: the readings of the user's own meter.
-        own_pids: the processes of the experiment as the host numbers them; None if unknown.
+    Its log goes some updates of the slowest meter beyond the last mark. Its marks are at least `WINDOW`, and its guards
+    unless it ended under load; one `PREFILL` for each pass of prefill alone. `external` are the readings of the user's
+    own meter, `own_pids` the processes of the experiment as the host numbers them; None if unknown.
     """
     sources = attempt.sources
     gpus = tuple(describe_gpu(attempt, number) for number in range(len(sources.gpus)))
     idle = _idle(attempt)
     energy = _energy(attempt, gpus, idle, external, window_repeats)
-    gpus += tuple(_unseen_gpu(uuid, sources) for uuid in sources.missing_uuids)
+    absent: Measured[Any] = known(None, sources.reasons.get("gpu", "gpu_unseen"))
+    unseen = dict.fromkeys({item.name for item in fields(Gpu)} - {"uuid", "name", "null_reasons"}, absent)
+    gpus += tuple(Gpu.of(uuid=uuid, name="unknown", **unseen) for uuid in sources.missing_uuids)
     return EnergyFindings(
         energy=energy,
         gpus=gpus,
@@ -74,12 +73,6 @@ def measure(
     )
 
 
-def _unseen_gpu(uuid: str, sources: Sources) -> Gpu:
-    absent: Measured[Any] = known(None, sources.reasons.get("gpu", "gpu_unseen"))
-    left = [item.name for item in fields(Gpu) if item.name not in ("uuid", "name", "null_reasons")]
-    return Gpu.of(uuid=uuid, name="unknown", **dict.fromkeys(left, absent))
-
-
 # Energy
 
 
@@ -87,20 +80,31 @@ def _energy(
     attempt: AttemptLog, gpus: Sequence[Gpu], idle: Idle, external: ExternalReadings | None, window_repeats: int
 ) -> Energy:
     sources = attempt.sources
-    gpu_j = measured(lambda: _sum_over_gpus(attempt, gpus))
+    gpu_j = measured(lambda: sum((need(gpu.measured("energy_j")) for gpu in gpus), start=0.0))
+    if sources.gpu_method is None:
+        gpu_j = known(None, sources.reasons["gpu"])
     rest_w: Measured[float] = idle.measured("idle_loaded_power_w")
     parts = {
         "gpu_energy_j": gpu_j,
         "cpu_package_energy_j": measured(lambda: _domain_j(attempt, PACKAGE)),
         "dram_energy_j": measured(lambda: _domain_j(attempt, DRAM)),
-        "external_energy_j": measured(lambda: _external_j(attempt, external)),
+        "external_energy_j": measured(lambda: external_energy_j(external, attempt.log, attempt.window)),
     }
-    primary = measured(lambda: _primary_j(parts, sources))
+    if not sources.is_external:
+        parts["external_energy_j"] = known(None, sources.reasons["external"])
+    # The energy that counts: of the GPUs, else of CPU packages and memory, else by the user's own meter.
+    if sources.primary is None:
+        primary: Measured[float] = known(None, sources.reasons["primary"])
+    else:
+        without = {"dram_energy_j"} if "dram" in sources.reasons else set()  # memory without a counter is left out
+        counted = [name for name in parts_of_source(sources.primary) if name not in without]
+        primary = measured(lambda: sum(need(parts[name]) for name in counted))
     crosscheck: Measured[float] = known(None, sources.reasons.get("gpu", "counter_absent"))
     period = crosscheck
     if sources.gpu_method == EnergySource.COUNTER:
         crosscheck = measured(lambda: crosscheck_ratio(attempt))
         period = measured(lambda: _update_period_s(attempt))
+
     return Energy.of(
         **parts,
         gpu_energy_net_j=measured(lambda: need(gpu_j) - need(rest_w) * attempt.window.seconds),
@@ -116,35 +120,11 @@ def _energy(
     )
 
 
-def _sum_over_gpus(attempt: AttemptLog, gpus: Sequence[Gpu]) -> float:
-    if attempt.sources.gpu_method is None:
-        raise NotMeasured(attempt.sources.reasons["gpu"])
-    return sum((need(gpu.measured("energy_j")) for gpu in gpus), start=0.0)
-
-
 def _domain_j(attempt: AttemptLog, domain: str) -> float:
     """The window's energy by the zones of a CPU, whose share of a power at rest measured before is unknown."""
     curves = attempt.cpu_curves(domain)
     is_only = attempt.sources.primary == attempt.sources.cpu_method and len(attempt.primary_curves()) == 1
     return sum(attempt.window_j(curve, 1.0 if is_only else None) for curve in curves)
-
-
-def _external_j(attempt: AttemptLog, external: ExternalReadings | None) -> float:
-    if not attempt.sources.is_external:
-        raise NotMeasured(attempt.sources.reasons["external"])
-    if external is None:
-        raise NotMeasured("external_empty")
-    return external_energy_j(external, attempt.log, attempt.window)
-
-
-def _primary_j(parts: dict[str, Measured[float]], sources: Sources) -> float:
-    """The energy that counts: of the GPUs, else of CPU packages and memory, else by the user's own meter."""
-    if sources.primary is None:
-        raise NotMeasured(sources.reasons["primary"])
-    counted = parts_of_source(sources.primary)
-    if "dram" in sources.reasons:  # memory without a counter is left out
-        counted = tuple(name for name in counted if name != "dram_energy_j")
-    return sum(need(parts[name]) for name in counted)
 
 
 def _span_j(attempt: AttemptLog, mark: str, missing: str, *, at_rest: bool = False) -> Measured[float]:

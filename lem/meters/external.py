@@ -38,10 +38,8 @@ def read_external(path: Path) -> ExternalReadings:
     """The readings in a CSV file of UTC time and watts; a header line is skipped.
 
     A time is ISO 8601 (UTC if it has no zone) or seconds since 1970. Further columns are ignored, and so is a last line
-    that is still being written: one that is no reading and has no end.
-
-    Raises:
-        MeterRefused: it cannot be read, or names the line that is no reading.
+    that is still being written: one that is no reading and has no end. Raises MeterRefused: it cannot be read, or
+    names the line that is no reading.
     """
     try:
         text = path.expanduser().read_text(encoding="utf-8-sig")
@@ -52,12 +50,13 @@ def read_external(path: Path) -> ExternalReadings:
     return _parse(text, str(path))
 
 
-def external_energy_j(readings: ExternalReadings, log: SampleLog, span: Span) -> float:
+def external_energy_j(readings: ExternalReadings | None, log: SampleLog, span: Span) -> float:
     """The energy of the span by trapezoids, with clocks aligned by the log's nearest pair.
 
-    Raises:
-        NotMeasured: the readings do not cover the span, have a hole in it, or could not be read.
+    Raises NotMeasured: the readings do not cover the span, have a hole in it, or could not be read.
     """
+    if readings is None:
+        raise NotMeasured("external_empty")
     if readings.error:
         raise NotMeasured("external_unreadable", error=readings.error)
     known_ns, known_s = _nearest_pair(log, span)

@@ -141,11 +141,7 @@ class GpuReading:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> GpuReading:
-        """The reading whose fields a document holds among others.
-
-        Raises:
-            ValueError: it does not.
-        """
+        """The reading whose fields a document holds among others. Raises ValueError: it does not."""
         return decode(cls, {name: document.get(name) for name in ("gpus", "driver", "error")}, "reading")
 
 
@@ -195,7 +191,11 @@ def gpu_uuids(nvml: Any) -> tuple[str | None, ...]:
 @contextlib.contextmanager
 def open_nvml() -> Iterator[Any]:
     """pynvml, initialised; or, as a text, why there is none."""
-    nvml = _import_pynvml()
+    nvml: Any = None
+    for name in ("lem._vendor.pynvml", "pynvml"):
+        with contextlib.suppress(ImportError):
+            nvml = importlib.import_module(name)
+            break
     if nvml is None:
         yield "pynvml is not installed"
         return
@@ -209,13 +209,6 @@ def open_nvml() -> Iterator[Any]:
     finally:
         with contextlib.suppress(nvml.NVMLError):
             nvml.nvmlShutdown()
-
-
-def _import_pynvml() -> Any:
-    for name in ("lem._vendor.pynvml", "pynvml"):
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name)
-    return None
 
 
 def _text(value: str | bytes) -> str:
@@ -251,11 +244,15 @@ class NvmlMeter:
         self._handle: Any = None
         self._fallen_back: set[str] = set()
         self._readers: dict[str, Callable[[], Any]] = {
-            "temperature": self._temperature_c,
+            "temperature": lambda: float(
+                self._newer("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature", _TEMPERATURE_GPU)
+            ),
             "sm_clock": lambda: float(self._ask("nvmlDeviceGetClockInfo", _CLOCK_SM) * 1e6),
             "utilisation": lambda: float(self._ask("nvmlDeviceGetUtilizationRates").gpu / 100),
             "memory": lambda: int(self._ask("nvmlDeviceGetMemoryInfo").used),
-            "events": self._event_mask,
+            "events": lambda: int(
+                self._newer("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
+            ),
             "processes": self._pids,
         }
         self.header = self._look()
@@ -267,7 +264,6 @@ class NvmlMeter:
 
     @property
     def has_counter(self) -> bool:
-        """Whether the energy counter can be read."""
         return "counter" in self._readers
 
     def read(self, what: str) -> Any:
@@ -346,12 +342,16 @@ class NvmlMeter:
 
     def _keep_first(self, what: str, ways: Mapping[str, Callable[[], Any]]) -> tuple[str | None, MeterFailure | None]:
         """Keep the first way that gives a value; its name, or why the first of all did not."""
-        failures = {name: _failure_of(way) for name, way in ways.items()}
-        for name, failure in failures.items():
-            if failure is None:
-                self._readers[what] = ways[name]
+        first: MeterFailure | None = None
+        for name, way in ways.items():
+            try:
+                way()
+            except MeterFailure as failure:  # noqa: PERF203 (two ways at most)
+                first = first or failure
+            else:
+                self._readers[what] = way
                 return name, None
-        return None, next(iter(failures.values()))
+        return None, first
 
     def _explain(self, failure: MeterFailure | None, what: str, field: int) -> str | None:
         if failure is None:
@@ -391,12 +391,6 @@ class NvmlMeter:
     def _pids(self) -> tuple[int, ...]:
         return tuple(sorted(int(item.pid) for item in self._ask("nvmlDeviceGetComputeRunningProcesses")))
 
-    def _temperature_c(self) -> float:
-        return float(self._newer("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature", _TEMPERATURE_GPU))
-
-    def _event_mask(self) -> int:
-        return int(self._newer("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"))
-
     def _newer(self, function: str, older: str, *arguments: Any) -> Any:
         """What a function says, or the deprecated one where the driver has not got it."""
         if function not in self._fallen_back:
@@ -432,11 +426,3 @@ class NvmlMeter:
             return called(*arguments)
         except self._nvml.NVMLError as error:
             raise _failure(self._nvml, error.value) from error
-
-
-def _failure_of(way: Callable[[], Any]) -> MeterFailure | None:
-    try:
-        way()
-    except MeterFailure as failure:
-        return failure
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -55,7 +56,6 @@ class RaplFound:
 
     @property
     def explained(self) -> str | None:
-        """The error with its remedy."""
         return None if self.error is None else f"{self.error}; {self.remedy}"
 
 
@@ -93,11 +93,11 @@ def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
     """
     found: dict[tuple[str, tuple[int, ...]], tuple[Path, str]] = {}
     for folder in sorted(root.glob("*")):
-        match = _ZONE.fullmatch(folder.name)
-        name = _read_name(folder) if match else None
-        if match and name:
-            numbers = tuple(int(number) for number in match["numbers"].split(":"))
-            found[match["kind"], numbers] = (folder, name)
+        if match := _ZONE.fullmatch(folder.name):
+            with contextlib.suppress(OSError):  # Docker lays an empty folder over powercap
+                numbers = tuple(int(number) for number in match["numbers"].split(":"))
+                if name := (folder / "name").read_text(encoding="utf-8", errors="replace").strip():
+                    found[match["kind"], numbers] = (folder, name)
     zones: dict[str, ZoneFolder] = {}
     for kind, numbers in sorted(found):  # `intel-rapl` comes before `intel-rapl-mmio`
         folder, name = found[kind, numbers]
@@ -107,14 +107,6 @@ def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
         domain = PACKAGE if name.startswith(PACKAGE) else name
         zones.setdefault(full_name, ZoneFolder(folder, full_name, domain))
     return tuple(zones.values())
-
-
-def _read_name(folder: Path) -> str | None:
-    """None without a name: Docker lays an empty folder over powercap."""
-    try:
-        return (folder / "name").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
 
 
 def _open_counter(zone: ZoneFolder) -> RaplCounter | OSError | ValueError:
@@ -149,8 +141,7 @@ class CpuLoadMeter:
     def read(self) -> float | None:
         """The busy share of all CPU time since the last reading, 0 to 1; None at the first.
 
-        Raises:
-            OSError, ValueError: the kernel does not report it.
+        Raises OSError or ValueError: the kernel does not report it.
         """
         first_line = self._path.read_text(encoding="ascii").partition("\n")[0]
         label, *words = first_line.split()

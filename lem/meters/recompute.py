@@ -65,7 +65,7 @@ def recompute(
     """
     uuids, idle = record.environment.gpu_uuids, record.idle
     foreign = {} if record.validity.engine_reused else _there_before_load(log, marks)
-    sources = choose_sources(config, log.header, uuids, is_cpu=not uuids, foreign=foreign)
+    sources = choose_sources(config, log.header, uuids, foreign=foreign)
     # For power at rest that was measured before this experiment; marks come first.
     baselines = Baselines(idle.idle_bare_power_w, idle.idle_loaded_power_w, idle.baseline_age_s)
     attempt = AttemptLog(log, tuple(marks), sources, baselines, config.traffic_simulation.enabled)

@@ -139,7 +139,7 @@ class Metering:
         Raises MeterRefused: the configuration demands energy that cannot be measured here.
         """
         header = self.read().header
-        self.sources = choose_sources(self.config, header, gpu_uuids, is_cpu=not gpu_uuids, foreign=self.foreign)
+        self.sources = choose_sources(self.config, header, gpu_uuids, foreign=self.foreign)
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:

@@ -108,7 +108,7 @@ def _measure(case: Case, seed: int) -> Error:
     options = {"energy": "rapl"} if case.meter == "rapl" else {}
     config = ExperimentConfig.from_dict({"model": "any", "measurement": options})
     uuids = [gpu.uuid for gpu in log.header.gpus]
-    sources = choose_sources(config, log.header, uuids, is_cpu=not uuids)
+    sources = choose_sources(config, log.header, uuids)
     marks = _marks(case, edges, max(2 * case.period_s, sources.least_guard_s))
     attempt = AttemptLog(log, tuple(marks), sources, is_steady_mode=case.mode == "steady")
     found = measure(attempt, window_repeats=1)

@@ -32,7 +32,7 @@ def header(*gpus: GpuHeader, zones: tuple[RaplZone, ...] = (), **changes: Any) -
 
 
 def choose(found: SampleHeader, *uuids: str, foreign: Any = None, **options: Any) -> Any:
-    return choose_sources(config(**options), found, uuids, is_cpu=not uuids, foreign=foreign)
+    return choose_sources(config(**options), found, uuids, foreign=foreign)
 
 
 def deaf(place: int = 0) -> GpuHeader:
