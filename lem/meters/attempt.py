@@ -35,8 +35,6 @@ _LEAVE_AT_AUTO = "leave measurement.energy at auto; energy is then null in the r
 
 @dataclass(frozen=True)
 class Sources:
-    """Which meter each kind of energy comes from."""
-
     gpus: tuple[int, ...]  # places in `SampleHeader.gpus`, by which rows name GPUs, in the order of the experiment
     gpu_method: EnergySource | None  # None without a meter
     cpu_method: EnergySource | None
@@ -224,8 +222,6 @@ def need(found: Measured[_Value]) -> _Value:
 
 @dataclass(frozen=True)
 class AttemptLog:
-    """The log of one attempt, its marks, and how to read them."""
-
     log: SampleLog
     marks: tuple[Mark, ...]
     sources: Sources
@@ -243,7 +239,6 @@ class AttemptLog:
         return self.sources.cpu_method == EnergySource.RAPL and any(it.domain == DRAM for it in self.log.header.zones)
 
     def span(self, name: str) -> Span | None:
-        """From the first to the last moment under that mark; None without one."""
         return span_of(self.marks, name)
 
     def primary_curves(self, *, at_rest: bool = False) -> tuple[Curve, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from lem.meters.nvml import NvmlMeter, gpu_uuids
 from lem.meters.rapl import POWERCAP, find_rapl, find_tdp
 from lem.meters.sampler import Complaints, GpuWatch
 from lem.meters.samples import CounterChange, GpuHeader
-from lem.record import Measured
 
 # Shorter than a tenth of the shortest update period seen (20 ms).
 _POLL_S = 0.002
@@ -25,8 +25,6 @@ _POLL_S = 0.002
 
 @dataclass(frozen=True)
 class GpuCapability:
-    """What can be measured of a GPU."""
-
     meter: GpuHeader  # an error in it holds its remedy
     counter_update_period_s: float | None = None  # of its energy counter; None when it was not probed, or in vain
     probe_error: str | None = None  # why probing failed
@@ -37,7 +35,6 @@ class GpuCapability:
         return choose_gpu_method([self.meter], is_watched=True)[0]
 
     def describe(self) -> tuple[str, ...]:
-        """One line of text for each fact."""
         meter = self.meter
         if meter.counter_error is not None:
             stead = " (power is integrated instead, and the record says so)" if meter.power_error is None else ""
@@ -59,8 +56,6 @@ class GpuCapability:
 
 @dataclass(frozen=True)
 class CpuCapability:
-    """What can be measured of the CPUs."""
-
     zones: tuple[str, ...] = ()  # of RAPL, that can be read
     rapl_error: str | None = None  # why there is none
     rapl_remedy: str = ""
@@ -71,14 +66,11 @@ class CpuCapability:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What energy can be measured on this machine."""
-
     cpu: CpuCapability
     gpus: tuple[GpuCapability, ...] = ()
     gpu_error: str | None = None  # why there is no GPU to measure
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
         document = dataclasses.asdict(self)
         gpus = [
             {**found.pop("meter"), "energy_source": gpu.source, **found}
@@ -92,10 +84,8 @@ def find_capabilities(
 ) -> Capabilities:
     """What can be measured here.
 
-    Args:
-        nvml: pynvml, initialised; or, as a text, why there is none.
-        probe_s: how long to poll the energy counters to see how often they change; 0 for not at all.
-        enough: changes of every counter after which polling ends sooner.
+    `nvml` is as from `open_nvml`. Energy counters are polled for `probe_s` to see how often they change (0 for not at
+    all), or until each has changed `enough` times.
     """
     rapl = find_rapl(rapl_root)
     design_w, design_source = find_tdp(None, rapl_root)
@@ -114,7 +104,9 @@ def find_capabilities(
     found = [GpuCapability(meter.header) for meter in meters]
     if probe_s > 0:
         found = _probed(meters, clock, probe_s, enough)
-    found += [_lost(index) for index, uuid in enumerate(uuids) if uuid is None]
+    text = "the GPU does not answer; dmesg says why (Xid), reset it or reboot"
+    lost = GpuHeader(None, "unknown", "unknown", "unknown", counter_error=text, power_error=text)
+    found += [GpuCapability(replace(lost, index=index)) for index, uuid in enumerate(uuids) if uuid is None]
     gpus = sorted(found, key=lambda gpu: -1 if gpu.meter.index is None else gpu.meter.index)
     return Capabilities(cpu, tuple(gpus), None if gpus else "NVML sees no GPU")
 
@@ -133,14 +125,9 @@ def _probed(meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, enough: i
         clock.sleep(_POLL_S)
     span = Span(opened_ns, max(now_ns, opened_ns + 1))
 
-    def probed(place: int, meter: NvmlMeter) -> GpuCapability:
-        period = measured(lambda: update_period_s(changes, place, span)) if meter.has_counter else Measured(None)
+    found = [GpuCapability(meter.header) for meter in meters]
+    for place in wanted:
+        period = measured(partial(update_period_s, changes, place, span))
         error = f"it changed fewer than three times in {span.seconds:.1f} s" if period.null_reason else None
-        return GpuCapability(meter.header, period.value, error)
-
-    return [probed(place, meter) for place, meter in enumerate(meters)]
-
-
-def _lost(index: int) -> GpuCapability:
-    text = "the GPU does not answer; dmesg says why (Xid), reset it or reboot"
-    return GpuCapability(GpuHeader(index, "unknown", "unknown", "unknown", counter_error=text, power_error=text))
+        found[place] = GpuCapability(meters[place].header, period.value, error)
+    return found

@@ -133,7 +133,6 @@ class Curve:
         return self._power_w(inside[-2], inside[-1]) if len(inside) > 1 else None
 
     def count_in(self, span: Span) -> int:
-        """How many knots lie in the span."""
         return len(self._inside(span))
 
     def spacing_s(self, at_ns: int) -> float:

@@ -33,8 +33,6 @@ _J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
 
 @dataclass(frozen=True)
 class EnergyFindings:
-    """All figures of one attempt."""
-
     energy: Energy
     gpus: tuple[Gpu, ...]
     idle: Idle

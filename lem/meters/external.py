@@ -26,10 +26,8 @@ _EPOCH_S = (1e9, 1e10)
 
 @dataclass(frozen=True)
 class ExternalReadings:
-    """The readings, in the order of time."""
-
     source: str  # the file, as messages name it
-    at_utc_s: tuple[float, ...] = ()  # seconds since 1970
+    at_utc_s: tuple[float, ...] = ()  # seconds since 1970, in order
     power_w: tuple[float, ...] = ()
     error: str = ""  # why the file could not be read
 

@@ -113,16 +113,12 @@ def named_gpus(names: Sequence[str] | None, visible: Sequence[GpuFacts]) -> tupl
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process with a context on a GPU."""
-
     pid: int  # as the host numbers it, also when read inside a container
     memory_b: int | None  # None where not reported by the driver
 
 
 @dataclass(frozen=True)
 class GpuState:
-    """Memory and compute processes of a GPU now."""
-
     index: int  # NVML's
     uuid: str
     name: str
@@ -133,8 +129,6 @@ class GpuState:
 
 @dataclass(frozen=True)
 class GpuReading:
-    """The GPUs that could be read, and what kept others from it."""
-
     gpus: tuple[GpuState, ...]
     driver: str | None = None  # its version, `580.65.06`; None without a driver
     error: str | None = None  # NVML's words, such as `Unknown Error`; None when everything could be read
@@ -146,7 +140,6 @@ class GpuReading:
 
 
 def read_gpus() -> GpuReading:
-    """The state of every visible GPU now."""
     with open_nvml() as nvml:
         if isinstance(nvml, str):
             return GpuReading((), error=nvml)
@@ -253,7 +246,7 @@ class NvmlMeter:
             "events": lambda: int(
                 self._newer("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
             ),
-            "processes": self._pids,
+            "processes": lambda: tuple(sorted(int(it.pid) for it in self._ask("nvmlDeviceGetComputeRunningProcesses"))),
         }
         self.header = self._look()
 
@@ -387,9 +380,6 @@ class NvmlMeter:
             if limit_mw is not None:
                 return float(limit_mw) / 1e3
         return None
-
-    def _pids(self) -> tuple[int, ...]:
-        return tuple(sorted(int(item.pid) for item in self._ask("nvmlDeviceGetComputeRunningProcesses")))
 
     def _newer(self, function: str, older: str, *arguments: Any) -> Any:
         """What a function says, or the deprecated one where the driver has not got it."""

@@ -47,9 +47,7 @@ class RaplCounter:
 
 @dataclass(frozen=True)
 class RaplFound:
-    """The counters that can be read."""
-
-    counters: tuple[RaplCounter, ...] = ()
+    counters: tuple[RaplCounter, ...] = ()  # that can be read
     error: str | None = None  # why there is none, or why the whole CPU cannot be summed up
     remedy: str = ""  # what to do about `error`
     missing: tuple[tuple[str, str], ...] = ()  # (name, reason) of zones other than packages that cannot be read

@@ -36,15 +36,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What the sample log says of a record."""
-
     compared: int  # figures
     differences: tuple[Difference, ...]  # figures that do not agree
     notes: tuple[str, ...] = ()  # what could not be compared, and why
 
     @property
     def agrees(self) -> bool:
-        """Whether every figure that was compared is the recorded one."""
         return not self.differences
 
 
@@ -57,14 +54,14 @@ def recompute(
 ) -> Recomputed:
     """The figures of the log beside those of the record.
 
-    Args:
-        external: the readings of the user's own meter, if they still exist.
-
-    Raises:
-        MeterRefused: the log has no meter that the configuration demands; it is not the log of this record.
+    `external` are the readings of the user's own meter, if they still exist. Raises MeterRefused: the log has no meter
+    that the configuration demands; it is not the log of this record.
     """
     uuids, idle = record.environment.gpu_uuids, record.idle
-    foreign = {} if record.validity.engine_reused else _there_before_load(log, marks)
+    load = None if record.validity.engine_reused else span_of(marks, names.LOAD)
+    # Processes that were there before the engine was loaded are not the engine's.
+    before = [row for row in log.processes if load is not None and row.at_ns <= load.opened_ns]
+    foreign = {log.header.gpus[row.gpu].uuid: row.pids for row in before}
     sources = choose_sources(config, log.header, uuids, foreign=foreign)
     # For power at rest that was measured before this experiment; marks come first.
     baselines = Baselines(idle.idle_bare_power_w, idle.idle_loaded_power_w, idle.baseline_age_s)
@@ -80,7 +77,6 @@ def recompute(
 
 
 def has_energy(record: Record) -> bool:
-    """Whether the record holds a figure that comes from meters."""
     sections: tuple[Section, ...] = (record.energy, record.idle, *record.gpus)
     return any(
         getattr(section, item.name) is not None
@@ -88,13 +84,6 @@ def has_energy(record: Record) -> bool:
         for item in dataclasses.fields(section)
         if item.name not in ("uuid", "name", "null_reasons")
     )
-
-
-def _there_before_load(log: SampleLog, marks: Sequence[Mark]) -> dict[str, tuple[int, ...]]:
-    """{uuid: pids} of the processes on each GPU before the engine was loaded; they are not the engine's."""
-    load = span_of(marks, names.LOAD)
-    rows = [row for row in log.processes if load is not None and row.at_ns <= load.opened_ns]
-    return {log.header.gpus[row.gpu].uuid: row.pids for row in rows}
 
 
 def _pairs(record: Record, config: ExperimentConfig, found: EnergyFindings) -> Iterator[Difference]:

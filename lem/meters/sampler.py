@@ -60,8 +60,6 @@ class SamplerOwner(Protocol):
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """What to sample."""
-
     output: Path  # the log, which must not exist yet
     gpus: tuple[str, ...] = ()  # UUIDs
     interval_ms: int = 100  # between samples of a GPU, 0 for none; its counter is polled every `COUNTER_POLL_MS`
@@ -79,11 +77,7 @@ def run_sampler(
 ) -> None:
     """Sample until the owner ends it.
 
-    Args:
-        nvml: pynvml, initialised; or, as a text, why there is none.
-
-    Raises:
-        SampleFileError: the log cannot be written, or was removed.
+    `nvml` is as from `open_nvml`. Raises SampleFileError: the log cannot be written, or was removed.
     """
     with _created(options.output) as descriptor:
         sampler = _Sampler(options, nvml, clock, rapl_root, proc_stat)
@@ -270,10 +264,11 @@ class _Sampler:
         self._load = CpuLoadMeter(proc_stat)
         tdp_w, tdp_source = find_tdp(options.tdp_w, rapl_root)
         gpu_error = f"NVML is not available: {nvml}" if isinstance(nvml, str) else None
-        started_ns, started_utc = self._clocks()
+        start = self.clock_pair()
+        started_ns = start.at_ns
         self.header = SampleHeader(
             started_ns=started_ns,
-            started_utc=started_utc,
+            started_utc=start.utc,
             host=platform.node(),
             interval_ms=options.interval_ms,
             gpus=tuple(meter.header for meter in meters),
@@ -302,7 +297,6 @@ class _Sampler:
         return self._complaints.of("orders", now_ns, f"not understood: {order.strip()}")
 
     def due(self) -> list[Row]:
-        """The rows of all readings whose time has come."""
         now_ns = self._clock.monotonic_ns()
         rows: list[Row] = []
         if self._polls.is_due(now_ns):
@@ -323,7 +317,9 @@ class _Sampler:
         return [*rows, *self._each_second()]
 
     def clock_pair(self) -> ClockPair:
-        return ClockPair(*self._clocks())
+        opened_ns = self._clock.monotonic_ns()
+        utc = self._clock.utc_now()
+        return ClockPair((opened_ns + self._clock.monotonic_ns()) // 2, utc.isoformat())
 
     def _each_second(self) -> list[Row]:
         rows = [row for gpu in self._gpus for row in (*gpu.revive(), *gpu.look_at_processes())]
@@ -350,11 +346,6 @@ class _Sampler:
         except (OSError, ValueError) as error:
             yield from self._complaints.of("cpu_load", at_ns, str(error))
 
-    def _clocks(self) -> tuple[int, str]:
-        opened_ns = self._clock.monotonic_ns()
-        utc = self._clock.utc_now()
-        return (opened_ns + self._clock.monotonic_ns()) // 2, utc.isoformat()
-
 
 _STDIN = 0
 _READ_B = 4096
@@ -369,7 +360,6 @@ class PipeOwner:
         self._begun = b""
 
     def wait(self, until_ns: int) -> Sequence[str] | None:
-        """As `SamplerOwner.wait`."""
         timeout_s = max(0, until_ns - time.monotonic_ns()) / NS_PER_S
         ready, _, _ = select.select([self._orders_fd, self._wakeup_fd], [], [], timeout_s)
         if self._wakeup_fd in ready:
@@ -384,30 +374,18 @@ class PipeOwner:
 
 
 def run_sampler_process(options: SamplerOptions, err: TextIO) -> int:
-    """The exit code: 0 when the owner ended it, 1 when the log could not be written, with the reason on `err`."""
+    """The exit code: 0 when the owner, TERM or INT ended it, 1 with a reason on `err` when the log was not written."""
     opened: contextlib.AbstractContextManager[Any] = (
         open_nvml() if options.gpus else contextlib.nullcontext("no GPU is sampled")
     )
-    with _end_signals() as wakeup_fd, opened as nvml:
+    wakeup_fd, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # it only makes the pipe readable
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    with opened as nvml:
         try:
             run_sampler(options, nvml, Clock(), PipeOwner(_STDIN, wakeup_fd))
         except SampleFileError as error:
             err.write(f"error: {error.message}\n")
             return int(ExitCode.EXPERIMENT_FAILED)
     return int(ExitCode.OK)
-
-
-@contextlib.contextmanager
-def _end_signals() -> Iterator[int]:
-    """A descriptor that becomes readable when TERM or INT comes, which then do nothing else."""
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield reader
-    finally:
-        signal.set_wakeup_fd(-1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(reader)
-        os.close(writer)

@@ -65,8 +65,6 @@ class GpuHeader:
 
 @dataclass(frozen=True)
 class RaplZone:
-    """A powercap zone."""
-
     name: str
     domain: str  # `package`, `dram` or another name of the kernel's
     max_uj: int  # the counter wraps here
@@ -124,11 +122,9 @@ class GpuSample:
 
 @dataclass(frozen=True, slots=True)
 class RaplReading:
-    """A powercap counter, raw."""
-
     zone: int
     at_ns: int
-    energy_uj: int
+    energy_uj: int  # the counter as it is, wraps included
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +230,7 @@ class PartReader:
     def read(self) -> SampleLog:
         """The log as far as it is whole by now.
 
-        Raises:
-            SampleLogError: it is not a sample log, or has no header yet.
-            OSError: it cannot be read.
+        Raises SampleLogError: it is not a sample log, or has no header yet; OSError: it cannot be read.
         """
         with self._path.open("rb") as file:
             file.seek(self._offset)
@@ -275,9 +269,7 @@ def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
 def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[Mark, ...]]:
     """A finished log and its marks.
 
-    Raises:
-        SampleLogError: it is not a finished sample log, or larger than `most_b` when unpacked.
-        OSError: it cannot be read.
+    Raises SampleLogError: it is no finished sample log, or larger than `most_b` unpacked; OSError: it cannot be read.
     """
     try:
         with gzip.open(path) as file:
@@ -285,7 +277,11 @@ def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[M
         if len(data) > most_b:
             raise SampleLogError(f"{path}: more than {most_b} bytes of samples when unpacked, the most that lem reads")
         first, *lines = data.splitlines() or [b"null"]
-        marks = _decode_marks(json.loads(first))
+        document = json.loads(first)
+        found = document.get("marks") if isinstance(document, dict) else None
+        if not isinstance(found, list) or not all(isinstance(item, list) for item in found):
+            raise ValueError("it does not start with marks")
+        marks = tuple(decode_row(Mark, item) for item in found)
     except SampleLogError:
         raise
     except (EOFError, RecursionError, ValueError, gzip.BadGzipFile, zlib.error) as error:
@@ -351,13 +347,6 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(item)
     elif isinstance(value, (int, float)):
         yield value
-
-
-def _decode_marks(document: Any) -> tuple[Mark, ...]:
-    marks = document.get("marks") if isinstance(document, dict) else None
-    if not isinstance(marks, list) or not all(isinstance(item, list) for item in marks):
-        raise ValueError("it does not start with marks")
-    return tuple(decode_row(Mark, item) for item in marks)
 
 
 def _decode_row(value: Any) -> Row:

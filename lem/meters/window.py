@@ -141,7 +141,6 @@ def sample_gap_max_s(attempt: AttemptLog) -> float:
 
 
 def warnings_of(attempt: AttemptLog, energy: Energy, idle: Idle) -> Iterator[Reason]:
-    """What to know about the figures."""
     if attempt.sources.gpus and not attempt.sources.is_watched:
         yield Reason.of("clocks_unwatched")
     if is_estimate(attempt.sources.primary) and energy.cpu_package_energy_j is not None:

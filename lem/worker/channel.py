@@ -243,7 +243,6 @@ _TAIL_B = 8 * KIB
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
-    """The text without the secrets."""
     for secret in secrets:
         if len(secret) >= SHORTEST_SECRET:
             text = text.replace(secret, REDACTED.decode())

@@ -84,7 +84,6 @@ class EngineChild:
         self.step, self.next_step_at = step, now + PATIENCE_S[step]
 
     def tick(self, now: float) -> None:
-        """Take the next step when its time has come."""
         if self.step is None or self.next_step_at is None or now < self.next_step_at:
             return
         if self.step is EndStep.KILL:
@@ -172,7 +171,6 @@ class SamplerProcess:
 
     @property
     def has_hung_up(self) -> bool:
-        """Whether it was asked to end."""
         return self._stdin.closed
 
     def set_interval(self, interval_ms: int) -> None:

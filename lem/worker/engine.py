@@ -16,8 +16,6 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from lem.base.clock import Clock
 from lem.base.errors import DISK_FULL, EngineError, LemError
@@ -53,7 +51,6 @@ class PipeReporter:
         self.begin("")
 
     def begin(self, exp_id: str) -> None:
-        """Report on this experiment from now on."""
         self._exp_id = exp_id
         self.current: str | None = None  # the phase that began last
 
@@ -77,7 +74,7 @@ def serve_pipes(control_fd: int, message_fd: int) -> int:
         os.set_inheritable(descriptor, False)  # not for the engine's own children
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     faulthandler.enable()
     # CUDA counts the fastest GPU first by default, NVML by PCI bus: an index must mean the same GPU to both.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -120,7 +117,11 @@ def _answer(request: RunRequest, reporter: PipeReporter, engine: ResidentEngine,
         answer: Message = describe_failure(error, request.exp_id, reporter.current, request.secrets)
     else:
         answer = Result(request.exp_id, record.validity.engine_reused)
-    flush_output()
+    # What this process printed, the C library's buffers included, must be in this experiment's log.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # an engine may have closed it
+            stream.flush()
+    ctypes.CDLL(None).fflush(None)
     return answer
 
 
@@ -138,15 +139,3 @@ def describe_failure(error: Exception, exp_id: str, phase: str | None, secrets: 
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     message, hint = (redact(text, secrets.values()) for text in (message, hint))
     return Failure(exp_id, kind, message, hint, is_permanent, phase, engine_lost=kind not in _HARMLESS_KINDS)
-
-
-def flush_output() -> None:
-    """Flush what this process printed, the C library's buffers included, so that it is in this experiment's log."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # an engine may have closed it
-            stream.flush()
-    ctypes.CDLL(None).fflush(None)
-
-
-def _leave(signum: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - as signal handlers are called
-    sys.exit(128 + signum)

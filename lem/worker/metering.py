@@ -105,8 +105,6 @@ def open_metering(
 
 @dataclass
 class Metering:
-    """What the meters are asked in the course of one attempt."""
-
     path: Path | None  # what the sampler writes; None where nothing is sampled
     nothing: SampleHeader  # the header of the empty log where nothing is sampled
     config: ExperimentConfig
@@ -180,7 +178,6 @@ class Metering:
         self._rest(self._guard_s, text)
 
     def rest_after(self) -> None:
-        """Measure power with the engine loaded once more, after the window."""
         if self._has_rest:
             with self.during(measurement.IDLE_POST):
                 self._rest(self.config.baseline.duration_sec, "idle after the window")
@@ -365,6 +362,5 @@ def _processes_of(log: SampleLog) -> dict[str, tuple[int, ...]]:
 
 
 def _latest_ns(log: SampleLog, *, is_loads: bool) -> int:
-    """When the last row, or the last one of loads, was read."""
     groups: Sequence[Sequence[Row]] = (log.loads,) if is_loads else (log.counters, log.samples, log.rapl, log.loads)
     return max((rows[-1].at_ns for rows in groups if rows), default=log.header.started_ns)

@@ -132,10 +132,9 @@ def resolve_on_host(config: ExperimentConfig, folder: Path | None = None) -> Res
     contents = {"revision": None, "sha256": fingerprint(prompts), "count": len(prompts)}
     if isinstance(chosen, FilePrompts):
         path, wanted = str(chosen.path), chosen.sample_size or 0
-        warnings: tuple[Reason, ...] = ()
-        if len(prompts) < wanted:
-            warnings = (Reason.of("prompt_file_too_small", path=path, wanted=wanted, found=len(prompts)),)
-        return ResolvedPrompts(prompts, {"kind": "file", "path": path, **contents}, warnings)
+        too_few = Reason.of("prompt_file_too_small", path=path, wanted=wanted, found=len(prompts))
+        source = {"kind": "file", "path": path, **contents}
+        return ResolvedPrompts(prompts, source, (too_few,) if len(prompts) < wanted else ())
     parameters = {name: getattr(plan, name) for name in ("input_tokens", "output_tokens", "distribution", "seed")}
     return ResolvedPrompts(prompts, {"kind": kind, "name": kind, **contents, **parameters})
 
@@ -192,9 +191,13 @@ def text_of_record(record: Any) -> str:
         return _some_text(record["prompt"], "prompt")
     if "messages" in record:
         return _text_of_messages(record["messages"])
-    if "conversations" in record:
-        return _first_human_turn(record["conversations"])
-    raise ValueError("expected 'prompt' or 'messages'")
+    if "conversations" not in record:
+        raise ValueError("expected 'prompt' or 'messages'")
+    turns = record["conversations"]
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, Mapping) and turn.get("from", turn.get("role")) in ("human", "user"):
+            return _some_text(turn.get("value", turn.get("content")), "first human turn")
+    raise ValueError("conversations: no human turn")
 
 
 def _read_text(path: Path) -> str:
@@ -252,14 +255,6 @@ def _text_of_messages(messages: Any) -> str:
     if last_user is None:
         raise ValueError("messages: none with the role 'user'")
     return "\n\n".join(_some_text(item.get("content"), "content of a message") for item in messages[: last_user + 1])
-
-
-def _first_human_turn(turns: Any) -> str:
-    if isinstance(turns, list):
-        for turn in turns:
-            if isinstance(turn, Mapping) and turn.get("from", turn.get("role")) in ("human", "user"):
-                return _some_text(turn.get("value", turn.get("content")), "first human turn")
-    raise ValueError("conversations: no human turn")
 
 
 def _line(prompt: Prompt) -> bytes:

@@ -45,8 +45,6 @@ from lem.worker.window import MeasuredWindow, latency_of
 
 
 class Residence(NamedTuple):
-    """An engine that is loaded and set up for one experiment."""
-
     engine: Engine
     report: EngineReport  # what was loaded, with the options in effect for this experiment
     load_s: float | None  # of the load less `checks_s` and `compile_s` of the report; None when it was reused
@@ -68,8 +66,6 @@ class WarmupOutcome:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that one attempt found."""
-
     request: RunRequest
     config: ExperimentConfig
     requested: Mapping[str, Any]  # the configuration as written, `${VAR}` unexpanded
@@ -89,7 +85,20 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
 
     Raises EngineError: kind `channel`, the host left out part of the identity.
     """
-    request, energy, work = found.request, found.energy, _work(found)
+    request, measured, energy = found.request, found.measured, found.energy
+
+    def rate(amount: int) -> Measured[float]:
+        return known(amount / measured.window_s if measured.window_s > 0 else None, "window_too_short")
+
+    work = Work.of(
+        requests_ok=len(measured.requests),
+        requests_failed=len(measured.failures),
+        input_tok=measured.input_tok,
+        output_tok=measured.output_tok,
+        padding_tok=known(measured.padding_tok, "padding_not_reported"),
+        token_source="engine_ids",  # noqa: S106 (no password)
+        prompt_source=found.prompts.source,
+    )
     # The user's metadata as written: a reference to the environment stays a reference.
     metadata = found.requested.get("extra_metadata")
     record = Record(
@@ -100,9 +109,13 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
         gpus=energy.gpus,
         idle=energy.idle,
         work=work,
-        throughput=_throughput(found.measured),
-        latency=latency_of(found.measured.requests),
-        compute=_compute(found.measured, found.residence.report, found.peak_memory_b),
+        throughput=Throughput.of(
+            output_tok_per_s=rate(measured.output_tok),
+            total_tok_per_s=rate(measured.input_tok + measured.output_tok),
+            requests_per_s=rate(len(measured.requests)),
+        ),
+        latency=latency_of(measured.requests),
+        compute=_compute(measured, found.residence.report, found.peak_memory_b),
         efficiency=efficiency_of(energy.energy.primary_j, work),
         carbon=carbon_of(energy.energy.primary_j, found.config.measurement),
         environment=describe_environment(request, host, found.residence.report, found.config, found.surroundings),
@@ -168,31 +181,6 @@ def _window(found: Findings) -> Window:
         compile_s=known(residence.report.compile_s, "nothing_compiled"),
         gap_s=known(request.gap_s, no_gap),
         gap_end_reason=known(None if request.gap_end_code is None else Reason.of(request.gap_end_code), no_gap),
-    )
-
-
-def _work(found: Findings) -> Work:
-    measured = found.measured
-    return Work.of(
-        requests_ok=len(measured.requests),
-        requests_failed=len(measured.failures),
-        input_tok=measured.input_tok,
-        output_tok=measured.output_tok,
-        padding_tok=known(measured.padding_tok, "padding_not_reported"),
-        token_source="engine_ids",  # noqa: S106 (no password)
-        prompt_source=found.prompts.source,
-    )
-
-
-def _throughput(measured: MeasuredWindow) -> Throughput:
-    def rate(amount: int) -> Measured[float]:
-        value = amount / measured.window_s if measured.window_s > 0 else None
-        return known(value, "window_too_short")
-
-    return Throughput.of(
-        output_tok_per_s=rate(measured.output_tok),
-        total_tok_per_s=rate(measured.input_tok + measured.output_tok),
-        requests_per_s=rate(len(measured.requests)),
     )
 
 
@@ -303,8 +291,9 @@ def differing_options(config: ExperimentConfig, effective: Mapping[str, Any]) ->
     An option left to the engine differs from nothing. Nor does a default that does not apply (effective None), such as
     top_p under greedy decoding: the user did not ask for it.
     """
-    wanted = _options_of(config)
-    defaults = _options_of(ExperimentConfig.from_dict({"model": config.model.name, "backend": config.backend}))
+    least = ExperimentConfig.from_dict({"model": config.model.name, "backend": config.backend})
+    # With the options of a backend section that was left out.
+    wanted, defaults = (_flatten({**it.to_dict(), it.backend: it.section.to_dict()}) for it in (config, least))
     found = _flatten(effective)
     return {
         name: [value, found[name]]
@@ -314,11 +303,6 @@ def differing_options(config: ExperimentConfig, effective: Mapping[str, Any]) ->
         and found[name] != value
         and not (found[name] is None and defaults.get(name) == value)
     }
-
-
-def _options_of(config: ExperimentConfig) -> dict[str, Any]:
-    """Every option by its dotted name, also those of a backend section that was left out."""
-    return _flatten({**config.to_dict(), config.backend: config.section.to_dict()})
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

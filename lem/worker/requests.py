@@ -53,9 +53,8 @@ def encode_prompts(
                 is_permanent=True,
             )
         if prompt.input_tokens is not None:
-            ids = tuple(
-                itertools.islice(itertools.chain(ids, itertools.cycle(ids[leader:] or ids)), prompt.input_tokens)
-            )
+            endless = itertools.chain(ids, itertools.cycle(ids[leader:] or ids))
+            ids = tuple(itertools.islice(endless, prompt.input_tokens))
         cut += len(ids) > config.max_input_tokens
         wanted = config.max_output_tokens if prompt.output_tokens is None else prompt.output_tokens
         bounded += wanted > config.max_output_tokens
@@ -109,21 +108,19 @@ class DisjointRequests:
         return [self._shapes[(2 * step + 1) * len(self._shapes) // (2 * count)] for step in range(count)]
 
     def _make(self, shape: TokenRequest) -> TokenRequest:
-        ids = self._other_ids(shape.token_ids)
-        self.is_disjoint = self.is_disjoint and ids not in self._measured
-        self._made.add(ids)
-        return replace(shape, index=next(self._indices), token_ids=ids)
-
-    def _other_ids(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        drawn = ids
+        ids = drawn = shape.token_ids
         for _ in range(MAX_DRAWS):
             body = (self._pool[int(self._rng.random() * len(self._pool))] for _ in ids[self._leader :])
             drawn = (*ids[: self._leader], *body)
             if drawn not in self._measured and drawn not in self._made:
-                return drawn
-        # Prompts of hardly any variety: any id up to the largest seen in the last place.
-        choices = ((*ids[:-1], token) for token in range(max(self._pool) + 1))
-        return next((choice for choice in choices if choice not in self._measured), drawn)
+                break
+        else:
+            # Prompts of hardly any variety: any id up to the largest seen in the last place.
+            choices = ((*ids[:-1], token) for token in range(max(self._pool) + 1))
+            drawn = next((choice for choice in choices if choice not in self._measured), drawn)
+        self.is_disjoint = self.is_disjoint and drawn not in self._measured
+        self._made.add(drawn)
+        return replace(shape, index=next(self._indices), token_ids=drawn)
 
 
 def _shape_of(request: TokenRequest) -> tuple[int, int, int]:
@@ -138,9 +135,7 @@ MAX_WAIT_S = 0.5
 
 @dataclass(frozen=True)
 class TrafficPlan:
-    """How requests arrive, and how long the window is."""
-
-    mode: str  # `poisson` or `constant` (open loop), or `closed`
+    mode: str  # `poisson` or `constant` (open loop: arrivals do not wait for completions), or `closed`
     target_qps: float  # arrivals a second in the open loop
     concurrency: int  # requests always in flight in the closed loop
     seed: int | None  # of the arrival times; None draws others each time
@@ -149,7 +144,6 @@ class TrafficPlan:
 
     @property
     def is_open(self) -> bool:
-        """Whether requests arrive regardless of completions."""
         return self.mode in ("poisson", "constant")
 
 
@@ -330,26 +324,21 @@ class TrafficQueue:
             while self._next_ns <= now_ns and (self._closed_ns is None or self._next_ns <= self._closed_ns):
                 self._arrive(self._next_ns)
                 self._next_ns = self._draw_next()
-        if self._fails_as_a_whole() and not self._is_over(now_ns):
+        # When every prompt failed, going on would only pile up failures, as fast as the engine makes them.
+        fails_as_a_whole = self._succeeded == 0 and len(self._answered) >= max(len(self._prompts), self._peak)
+        if fails_as_a_whole and not self._is_over(now_ns):
             self._opened_ns, self._closed_ns, self._has_turned_over = self._begin_ns, now_ns, True
         elif self._opened_ns is None:
             self._has_turned_over = len(self._answered) >= max(1, self._peak)
             if self._has_turned_over or seconds_between(self._begin_ns, now_ns) >= self._plan.ramp_limit_s:
-                self._open(now_ns)
+                self._opened_ns = now_ns
+                if self._plan.is_open:
+                    length_s = max(self._plan.min_window_s, len(self._prompts) / self._plan.target_qps)
+                    self._closed_ns = now_ns + math.ceil(length_s * NS_PER_S)
         elif self._closed_ns is None:
             is_long_enough = seconds_between(self._opened_ns, now_ns) >= self._plan.min_window_s
             if is_long_enough and self._answered_inside >= len(self._prompts):
                 self._closed_ns = now_ns
-
-    def _fails_as_a_whole(self) -> bool:
-        """Whether every prompt failed; going on would only pile up failures, as fast as the engine makes them."""
-        return self._succeeded == 0 and len(self._answered) >= max(len(self._prompts), self._peak)
-
-    def _open(self, now_ns: int) -> None:
-        self._opened_ns = now_ns
-        if self._plan.is_open:
-            length_s = max(self._plan.min_window_s, len(self._prompts) / self._plan.target_qps)
-            self._closed_ns = now_ns + math.ceil(length_s * NS_PER_S)
 
     def _is_over(self, now_ns: int) -> bool:
         return self._closed_ns is not None and now_ns >= self._closed_ns

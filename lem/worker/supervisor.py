@@ -39,23 +39,18 @@ def probe_environment() -> dict[str, Any]:
     A distribution or driver that is not there is None.
     """
     distributions = sorted({name for names in BACKEND_DISTRIBUTIONS.values() for name in names})
-    return {
-        "python": platform.python_version(),
-        **{name: _version(name) for name in distributions},
-        "driver": read_gpus().driver,
-        "gpus": sorted(gpu.uuid for gpu in find_gpus()),
-    }
+    versions: dict[str, str | None] = dict.fromkeys(distributions)
+    for distribution in distributions:
+        for name in (distribution, *OTHER_NAMES.get(distribution, ())):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[distribution] = importlib.metadata.version(name)
+                break
+    gpus = sorted(gpu.uuid for gpu in find_gpus())
+    return {"python": platform.python_version(), **versions, "driver": read_gpus().driver, "gpus": gpus}
 
 
 def missing_distributions(backend: str, environment: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in BACKEND_DISTRIBUTIONS.get(backend, ()) if environment.get(name) is None)
-
-
-def _version(distribution: str) -> str | None:
-    for name in (distribution, *OTHER_NAMES.get(distribution, ())):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return None
 
 
 HEARTBEAT_S = 5.0
@@ -124,7 +119,9 @@ class Supervisor:
         self._send(channel.Hello(channel.PROTOCOL_VERSION, __version__, os.getpid(), probe_environment()))
         try:
             while self._exit_code is None or self._engine is not None:
-                for key, _ in self._selector.select(self._wait_s()):
+                step_at = None if self._engine is None else self._engine.next_step_at
+                until = self._heartbeat_at if step_at is None else min(self._heartbeat_at, step_at)
+                for key, _ in self._selector.select(max(0.0, until - time.monotonic())):
                     if self._selector.get_map().get(key.fd) is key:  # not dropped on account of another one
                         key.data()
                 self._tick()
@@ -133,11 +130,6 @@ class Supervisor:
         finally:
             if self._sampler is not None:
                 self._sampler.kill()
-
-    def _wait_s(self) -> float:
-        step_at = None if self._engine is None else self._engine.next_step_at
-        until = self._heartbeat_at if step_at is None else min(self._heartbeat_at, step_at)
-        return max(0.0, until - time.monotonic())
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -275,7 +267,12 @@ class Supervisor:
         if self._engine is not None and self._engine.step is not None:
             return  # `_engine_ended` comes back here
         try:
-            self._open_log(request)
+            if self._engine is not None:
+                _drain(self._read_output, self._engine)
+            if self._log is not None:
+                self._log.close()
+            self._log = None
+            self._log = EngineLog(str(Path(request.result_dir) / LOG_FILE), request.secrets.values())
             self._start_sampler(request)
             engine = self._engine or self._new_engine()
         except (OSError, UserError) as error:
@@ -285,14 +282,6 @@ class Supervisor:
         engine.engine_key = request.engine_key
         self._is_handed_on = True
         engine.send(request.to_message())
-
-    def _open_log(self, request: RunRequest) -> None:
-        if self._engine is not None:
-            _drain(self._read_output, self._engine)
-        if self._log is not None:
-            self._log.close()
-        self._log = None
-        self._log = EngineLog(str(Path(request.result_dir) / LOG_FILE), request.secrets.values())
 
     def _new_engine(self) -> EngineChild:
         engine = self._engine = self._start_engine()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lem.base.clock import Clock, seconds_between
@@ -14,11 +14,6 @@ from lem.base.reasons import Reason
 from lem.engines.protocol import Completion, Engine, TokenRequest
 from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency, Measured, known
 
-_NO_REQUEST = Reason.of("no_request")
-_NO_ARRIVALS = Reason.of("no_arrivals")
-_NOT_OBSERVED = Reason.of("tokens_not_observed")
-_ONE_TOKEN = Reason.of("no_second_token")
-_NO_TOKEN = Reason.of("no_token")
 NOTHING_TO_COMPARE = Reason.of("no_tokens_to_compare")
 
 CLOSED_BATCH = "closed_batch"
@@ -83,24 +78,27 @@ def latency_of(requests: Sequence[Answer]) -> Latency:
     with_output = [item for item in requests if item.output_tok > 0]
     is_timed = all(item.completion.token_times_ns for item in with_output)
     timed = [item for item in with_output if item.completion.token_times_ns] if is_timed else []
-    why_not = _NO_TOKEN if is_timed else _NOT_OBSERVED
-    why_not_between = _ONE_TOKEN if timed else why_not
+    why_not = "no_token" if is_timed else "tokens_not_observed"
+    why_not_between = "no_second_token" if timed else why_not
     # TPOT = (e2e - TTFT) / (output tokens - 1)
     tpot_s = [(item.e2e_s - item.ttft_s) / (item.output_tok - 1) for item in timed if item.output_tok > 1]
     gaps = (pair for item in timed for pair in itertools.pairwise(item.completion.token_times_ns or ()))
     queue_s = [
         seconds_between(item.arrived_ns, item.completion.started_ns) for item in requests if item.arrived_ns is not None
     ]
-    values: dict[str, tuple[Sequence[float], Reason]] = {
+    values: dict[str, tuple[Sequence[float], str]] = {
         "ttft_s": ([item.ttft_s for item in timed], why_not),
         "tpot_s": (tpot_s, why_not_between),
         "itl_s": ([seconds_between(earlier, later) for earlier, later in gaps], why_not_between),
-        "e2e_s": ([item.e2e_s for item in requests], _NO_REQUEST),
-        "queue_s": (queue_s, _NO_ARRIVALS),
+        "e2e_s": ([item.e2e_s for item in requests], "no_request"),
+        "queue_s": (queue_s, "no_arrivals"),
     }
-    found = {name: distribute(seconds) for name, (seconds, _) in values.items()}
-    reasons = {name: why if requests else _NO_REQUEST for name, (_, why) in values.items() if found[name] is None}
-    return Latency(**found, null_reasons=reasons)
+    return Latency.of(
+        **{
+            name: known(distribute(seconds), why if requests else "no_request")
+            for name, (seconds, why) in values.items()
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,12 @@ class _Pass:
 def _add_up(requests: Sequence[TokenRequest], passes: Sequence[_Pass]) -> MeasuredWindow:
     lengths = {request.index: len(request.token_ids) for request in requests}
     for item in passes:
-        _check_pass(lengths.keys(), item.completions)
+        if sorted(completion.index for completion in item.completions) != sorted(lengths):
+            raise EngineError(
+                f"the backend gave {len(item.completions)} completions that do not match the {len(lengths)} requests"
+            )
+        for completion in item.completions:
+            check_completion(completion)
     everything = [completion for item in passes for completion in item.completions]
     good = [Answer(item.index, lengths[item.index], None, item) for item in everything if item.error is None]
     first_pass = good[: sum(completion.error is None for completion in passes[0].completions)]
@@ -221,16 +224,6 @@ def _add_up(requests: Sequence[TokenRequest], passes: Sequence[_Pass]) -> Measur
         outputs=tuple(sorted(first_pass, key=lambda item: item.prompt_index)),
         passes_ns=tuple((item.begin_ns, item.end_ns) for item in passes),
     )
-
-
-def _check_pass(expected: Iterable[int], completions: Sequence[Completion]) -> None:
-    answered = sorted(completion.index for completion in completions)
-    if answered != sorted(expected):
-        raise EngineError(
-            f"the backend gave {len(answered)} completions that do not match the {len(set(expected))} requests"
-        )
-    for completion in completions:
-        check_completion(completion)
 
 
 def _compare_passes(passes: Sequence[_Pass]) -> Measured[bool]:

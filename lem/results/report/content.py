@@ -35,8 +35,7 @@ _GROUPINGS = ("backend", "model.name", "fp_precision")
 _WIDTHS = {f"{backend}.{option}": option for backend, option in WIDTH_OPTIONS.items()}
 AXIS_MOST = 24  # values on an axis of the grid
 _TRACES_SHOWN, _FAULTY_FIRST = 12, 4
-_PLACE = ("run_id", "host", "order_index", "cycle_index", "attempt")
-_IN_ORDER = attrgetter(*(f"identity.{name}" for name in _PLACE))  # of execution
+_PLACE = attrgetter("run_id", "host", "order_index", "cycle_index", "attempt")  # of an identity in the execution
 _NAMED = 3  # configurations that a sentence of the verdict names
 
 
@@ -56,8 +55,6 @@ class Phase:
 
 @dataclass(frozen=True)
 class Slowdown:
-    """A time in which a GPU was slowed down."""
-
     begin_s: float
     end_s: float
     is_fault: bool  # by heat or a power brake, not by its power limit
@@ -66,16 +63,12 @@ class Slowdown:
 
 @dataclass(frozen=True)
 class Series:
-    """A line over time."""
-
     label: str  # of the device
     points: tuple[tuple[float, float] | None, ...]  # (seconds, value) in order; None where readings are missing
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One experiment over time."""
-
     phases: tuple[Phase, ...]
     power: tuple[Series, ...]  # in watts
     temperature: tuple[Series, ...]  # in °C
@@ -191,7 +184,7 @@ def compose(run: Run) -> Report:
         findings=check_run(run),
         headline=headline,
         entries=entries,
-        records=tuple(sorted(run.records, key=_IN_ORDER)),
+        records=tuple(sorted(run.records, key=lambda record: _PLACE(record.identity))),
         grouped_by=grouped_by,
         groups=meanings if groups else tuple(entry.label for entry in entries),
     )
@@ -322,7 +315,6 @@ def _without_doubles(varied: Mapping[str, tuple[str, ...]], settings: Sequence[M
 
 
 def _numbers_first(value: str) -> tuple[int, float, str]:
-    """Sorts numbers by size, then texts by name."""
     is_number = re.fullmatch(r"-?[0-9]+([.][0-9]+)?([eE]-?[0-9]+)?", value) is not None
     return (0, float(value), value) if is_number else (1, 0.0, value)
 

@@ -13,7 +13,7 @@ from lem.base.units import format_duration, format_quantity, plural
 from lem.record import Record
 from lem.results.metrics import Metric
 from lem.results.report import content, plot
-from lem.results.report.content import NOT_GIVEN, Entry, Phase, Report, Series, Trace
+from lem.results.report.content import NOT_GIVEN, Entry, Phase, Report, Trace
 from lem.results.report.plot import GROUPS_MAX, Cell, Markup, Plot, Row, Scale, join, marks, spot, table, tag, text
 from lem.results.run import ENERGY
 from lem.results.stats import DRIFT_FLAGGED, Drift, change_of, trend_of, without_means
@@ -27,17 +27,19 @@ _HALF_PAGE = 600
 
 @dataclass(frozen=True)
 class _Square:
-    """A cell of the grid: its configurations and the best value of them."""
-
     members: Sequence[Entry]
-    best: float | None
+    best: float | None  # of the members' values
 
     @property
     def is_partial(self) -> bool:
         return self.best is not None and any(entry.configuration.n_excluded for entry in self.members)
 
     @property
-    def absence(self) -> str:
+    def text(self) -> str:
+        if self.best is not None:
+            return format_quantity(self.best)
+        if not self.members:
+            return "not in the grid"
         return "no value" if any(entry.used for entry in self.members) else "failed"
 
 
@@ -107,8 +109,8 @@ def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[Entry
         caption.append("†: some attempts in this cell failed or were invalid.")
     rows: list[Row] = []
     for row in grid.rows:
-        cells = (Cell(_shown(squares.get((column, row))), is_number=True) for column in grid.columns)
-        rows.append([row, *cells])
+        found_here = [squares.get((column, row), _Square((), None)) for column in grid.columns]
+        rows.append([row, *(Cell(it.text, is_number=True) for it in found_here)])
     return Plot(
         identifier,
         heading,
@@ -149,17 +151,11 @@ def _square(square: _Square | None, x: float, y: float, hatch: str, scale: Scale
     tooltip = tag("title", ", ".join(f"{entry.number} {entry.name}" for entry in square.members[:4]))
     if square.best is None:
         plate = tag("rect", x=middle[0] - 28, y=middle[1] - 13, width=56, height=18, class_="plate")
-        return tag("g", tooltip, box("failed", f"url(#{hatch})"), plate, text(*middle, square.absence, anchor="middle"))
+        return tag("g", tooltip, box("failed", f"url(#{hatch})"), plate, text(*middle, square.text, anchor="middle"))
     fill, ink = plot.shade(scale(square.best))
     is_short = 1e-3 <= abs(square.best) < 1000
-    shown = f"{square.best:#.3g}".rstrip(".") if is_short else format_quantity(square.best)
+    shown = f"{square.best:#.3g}".rstrip(".") if is_short else square.text
     return tag("g", tooltip, box(fill=fill), text(*middle, shown + "†" * square.is_partial, ink, "middle"))
-
-
-def _shown(square: _Square | None) -> str:
-    if square is None:
-        return "not in the grid"
-    return square.absence if square.best is None else format_quantity(square.best)
 
 
 def _short(key: str) -> str:
@@ -350,16 +346,13 @@ def _panels(trace: Trace, time: Scale) -> tuple[list[Markup], float]:
         bottom = top + height
         scale = replace(plot.fitting_scale(values, bottom, top, is_from_zero=lines is trace.power), is_log=False)
         axis = plot.vertical_axis(scale, _LEFT, _RIGHT, label, count=count, rise=rise)
-        paths = (marks([_line(item, time, scale)], f"line g{index % GROUPS_MAX}") for index, item in enumerate(lines))
+        paths = []
+        for index, item in enumerate(lines):
+            strokes = (list(points) for is_there, points in itertools.groupby(item.points, bool) if is_there)
+            drawn = [plot.line_to(*((time(at[0]), scale(at[1])) for at in points if at)) for points in strokes]
+            paths.append(marks(drawn, f"line g{index % GROUPS_MAX}"))
         panels.append(join([axis, *paths]))
     return panels, bottom
-
-
-def _line(series: Series, time: Scale, scale: Scale) -> str:
-    strokes = (list(points) for is_there, points in itertools.groupby(series.points, bool) if is_there)
-    return "".join(
-        plot.line_to(*((time(point[0]), scale(point[1])) for point in points if point)) for points in strokes
-    )
 
 
 def _shades(phases: Sequence[Phase], time: Scale, bottom: float) -> Iterator[Markup]:

@@ -259,7 +259,11 @@ def environment_section(report: Report) -> Markup:
         if len(found) == 1:
             shared += [[label, value] for value in found if value]
         else:
-            differing += [[label, value, _results_of(members, report)] for value, members in _largest_first(found)]
+            ranked = sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0]))
+            if others := ranked[_VALUES_SHOWN:]:
+                rest = [record for _, members in others for record in members]
+                ranked[_VALUES_SHOWN:] = [(f"{len(others)} other values", rest)]
+            differing += [[label, value or "not given", _results_of(them, report)] for value, them in ranked]
     same = table("What all results share", ["Property", "Value"], shared)
     parts = [tag("h3", "Same for every result"), scroller("Shared environment", same)]
     if differing:
@@ -323,14 +327,6 @@ _FACTS: Mapping[str, Callable[[Record], str]] = {
     "Weights SHA-256": _fact("weights_sha256"),
     "Prompts": _prompts,
 }
-
-
-def _largest_first(found: Mapping[str, Sequence[Record]]) -> list[tuple[str, Sequence[Record]]]:
-    ranked = sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0]))
-    shown = [(value or "not given", members) for value, members in ranked[:_VALUES_SHOWN]]
-    if others := ranked[_VALUES_SHOWN:]:
-        shown.append((f"{len(others)} other values", [record for _, members in others for record in members]))
-    return shown
 
 
 def _results_of(members: Sequence[Record], report: Report) -> str:
