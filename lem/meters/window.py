@@ -27,7 +27,7 @@ from lem.base.measurement import (
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import SENSOR_LAG_S, AttemptLog, measured
-from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span
+from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span
 from lem.meters.samples import GpuSample
 from lem.record import Energy, Gpu, Idle, Measured, known
 
@@ -171,16 +171,12 @@ def _meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[Reason
         yield Reason.of("guard_short", guard_s=after.seconds, least_s=least_s)
     with contextlib.suppress(NotMeasured):  # then the energy is null for that reason, and nothing of it in doubt
         for curve in attempt.primary_curves():
-            yield from _edge_warnings(attempt, curve, window)
-
-
-def _edge_warnings(attempt: AttemptLog, curve: Curve, window: Span) -> Iterator[Reason]:
-    spacing_s = max(curve.spacing_s(window.opened_ns), curve.spacing_s(window.closed_ns))
-    if spacing_s > HOLE_PERIODS * curve.usual_spacing_s:
-        yield Reason.of("edge_unread", what=curve.what, spacing_s=spacing_s)
-    doubt_j = attempt.closing_doubt_j(curve)
-    if doubt_j > _EDGE_DOUBT * curve.between_j(window):
-        yield Reason.of("edge_doubtful", what=curve.what, doubt_j=doubt_j)
+            spacing_s = max(curve.spacing_s(window.opened_ns), curve.spacing_s(window.closed_ns))
+            if spacing_s > HOLE_PERIODS * curve.usual_spacing_s:
+                yield Reason.of("edge_unread", what=curve.what, spacing_s=spacing_s)
+            doubt_j = attempt.closing_doubt_j(curve)
+            if doubt_j > _EDGE_DOUBT * curve.between_j(window):
+                yield Reason.of("edge_doubtful", what=curve.what, doubt_j=doubt_j)
 
 
 # A sample, and the seconds of the window that it represents: half-way to both its neighbours.
@@ -199,6 +195,9 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
         nothing = Reason.of("sampler_reports", error=header.power_error)
     silent = untold if rows else nothing
     energy_j = measured(lambda: _gpu_j(attempt, number))
+    power_mean_w = _mean(rows, "power_w", nothing)
+    if energy_j.value is not None:
+        power_mean_w = Measured(energy_j.value / attempt.window.seconds)
     temps, masks = _known(rows, "temp_c"), _known(rows, "event_mask")
 
     def throttled_s(bits: int) -> Measured[float]:
@@ -208,9 +207,7 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
         uuid=header.uuid,
         name=header.name,
         energy_j=energy_j,
-        power_mean_w=_mean(rows, "power_w", nothing)
-        if energy_j.value is None
-        else energy_j.value / attempt.window.seconds,
+        power_mean_w=power_mean_w,
         power_max_w=_max(rows, "power_w", Reason.of("power_not_read") if rows else nothing),
         power_limit_w=known(header.power_limit_w, untold),
         temp_start_c=known(temps[0][0] if temps else None, silent),

@@ -159,10 +159,6 @@ def _files_of(place: Path, choice: DatasetChoice) -> tuple[Path, ...]:
 
 
 def read_rows(files: Sequence[Path]) -> Iterator[Row]:
-    """The rows of data files in their order.
-
-    Raises EngineError: kind `prompts`, a file that cannot be read or is not what its name says.
-    """
     for file in files:
         try:
             yield from _READERS[file.suffix.lower()](file)
@@ -299,9 +295,7 @@ def _draw(rows: Iterable[Row], choice: DatasetChoice) -> tuple[tuple[Prompt, ...
         shuffle(texts, choice.shuffle_seed)
     wanted = choice.sample_size
     chosen = tuple(Prompt(text) for text in texts[:wanted])
-    warnings = []
-    if skipped:
-        warnings.append(Reason.of("rows_skipped", name=choice.name, skipped=skipped))
+    warnings = [Reason.of("rows_skipped", name=choice.name, skipped=skipped)] if skipped else []
     if wanted is not None and len(chosen) < wanted:
         warnings.append(Reason.of("dataset_too_small", name=choice.name, wanted=wanted, found=len(chosen)))
     return chosen, tuple(warnings)

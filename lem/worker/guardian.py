@@ -138,11 +138,11 @@ def end_marked(mark: str, patience_s: float = LEFTOVERS_PATIENCE_S) -> tuple[int
     return found
 
 
-def find_marked(mark: str, proc: Path = Path("/proc")) -> tuple[int, ...]:
+def find_marked(mark: str) -> tuple[int, ...]:
     """The processes with this mark, except this one and zombies (which have no environment)."""
     needle = f"{MARK_VARIABLE}={mark}".encode()
     found = []
-    for folder in proc.iterdir():
+    for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and int(folder.name) != os.getpid():
             with contextlib.suppress(OSError):  # it ended, or it is another user's
                 if needle in (folder / "environ").read_bytes().split(b"\0"):

@@ -169,7 +169,7 @@ def _validity(found: Findings) -> Validity:
 
 def _window(found: Findings) -> Window:
     request, measured, residence, warmup = found.request, found.measured, found.residence, found.warmup
-    no_gap = Reason.of("gap_not_reported")
+    why_gap_ended = None if request.gap_end_code is None else Reason.of(request.gap_end_code)
     return Window.of(
         traffic_mode=measured.traffic_mode,
         window_s=measured.window_s,
@@ -179,8 +179,8 @@ def _window(found: Findings) -> Window:
         load_s=known(residence.load_s, "engine_was_loaded", load_id=residence.load_id),
         # Of the load; for a reused engine, of this experiment alone.
         compile_s=known(residence.report.compile_s, "nothing_compiled"),
-        gap_s=known(request.gap_s, no_gap),
-        gap_end_reason=known(None if request.gap_end_code is None else Reason.of(request.gap_end_code), no_gap),
+        gap_s=known(request.gap_s, "gap_not_reported"),
+        gap_end_reason=known(why_gap_ended, "gap_not_reported"),
     )
 
 

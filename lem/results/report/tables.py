@@ -337,12 +337,11 @@ def _results_of(members: Sequence[Record], report: Report) -> str:
 
 
 def _options_changed(records: Sequence[Record]) -> Markup:
-    found: dict[tuple[str, str, str], int] = {}
+    found: dict[tuple[str, ...], int] = {}
     for record in records:
         for option, pair in record.environment.engine_differs.items():
-            values = json.loads(json.dumps(pair, ensure_ascii=False, default=str))
-            asked, taken = values if isinstance(values, list) and len(values) == 2 else (values, "")
-            key = (str(option), json.dumps(asked, ensure_ascii=False), json.dumps(taken, ensure_ascii=False))
+            both = pair if isinstance(pair, list) and len(pair) == 2 else (pair, "")
+            key = (option, *(json.dumps(value, ensure_ascii=False) for value in both))
             found[key] = found.get(key, 0) + 1
     if not found:
         return Markup()
