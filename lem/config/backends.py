@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from lem.base.errors import ConfigurationError, did_you_mean
 from lem.config.kinds import Problem
@@ -20,10 +20,8 @@ _check_memory_size = matching(r"[0-9]+(\.[0-9]+)? ?([KMG]i?B)", "a size such as 
 
 
 @dataclass(frozen=True)
-class BeamSearchConfig(Section):
+class BeamSearchConfig(Section, switch="enabled"):
     """Beam search of `generate`."""
-
-    switch: ClassVar[str | None] = "enabled"
 
     enabled: bool = option(False, "Decode with beams.")
     num_beams: int | None = option(None, "Number of beams.", min=2, max=64)
@@ -127,10 +125,8 @@ class PyTorchConfig(Section):
 
 
 @dataclass(frozen=True)
-class VllmAttentionConfig(Section):
+class VllmAttentionConfig(Section, reloads=True):
     """Attention of vLLM."""
-
-    reloads: ClassVar[bool] = True
 
     backend: str | None = option(None, "Attention backend, as vLLM names it (FLASH_ATTN, FLASHINFER, …).")
     flash_version: int | None = option(None, "Version of flash attention.", min=2, max=4)
@@ -138,10 +134,8 @@ class VllmAttentionConfig(Section):
 
 
 @dataclass(frozen=True)
-class VllmSpeculativeConfig(Section):
+class VllmSpeculativeConfig(Section, reloads=True):
     """Speculative decoding of vLLM."""
-
-    reloads: ClassVar[bool] = True
 
     model: str | None = option(None, "The drafting model.")
     num_tokens: int | None = option(None, "Tokens to draft per step.", min=1, max=64, unit="tokens")
@@ -160,11 +154,8 @@ class VllmSpeculativeConfig(Section):
 
 
 @dataclass(frozen=True)
-class VllmLoraConfig(Section):
+class VllmLoraConfig(Section, switch="enabled", reloads=True):
     """LoRA adapters of vLLM."""
-
-    switch: ClassVar[str | None] = "enabled"
-    reloads: ClassVar[bool] = True
 
     enabled: bool = option(False, "Make room for LoRA adapters.")
     max_loras: int | None = option(None, "Adapters in one batch.", min=1)
@@ -172,10 +163,8 @@ class VllmLoraConfig(Section):
 
 
 @dataclass(frozen=True)
-class VllmConfig(Section):
+class VllmConfig(Section, reloads=True):
     """Options of the vllm backend, checked against the engine's own arguments when it loads."""
-
-    reloads: ClassVar[bool] = True
 
     max_num_seqs: int = option(256, "Requests computed together.", min=1, unit="requests", is_width=True)
     max_num_batched_tokens: int | None = option(None, "Tokens in one step.", min=1, unit="tokens")
@@ -213,10 +202,8 @@ class VllmConfig(Section):
 
 
 @dataclass(frozen=True)
-class TensorRTCalibrationConfig(Section):
+class TensorRTCalibrationConfig(Section, reloads=True):
     """Calibration of a quantization."""
-
-    reloads: ClassVar[bool] = True
 
     dataset: str | None = option(None, "Dataset to calibrate on. Refused: calibrate when the checkpoint is made.")
     split: str | None = option(None, "Split of that dataset. Refused.")
@@ -225,10 +212,8 @@ class TensorRTCalibrationConfig(Section):
 
 
 @dataclass(frozen=True)
-class TensorRTConfig(Section):
+class TensorRTConfig(Section, reloads=True):
     """Options of the tensorrt backend (`LLM` of TensorRT-LLM in its PyTorch flow); not yet tested on hardware."""
-
-    reloads: ClassVar[bool] = True
 
     engine_path: str | None = option(None, "A folder with a built engine. Refused: the PyTorch flow builds none.")
     engine_cache_dir: str | None = option(None, "Cache of built engines. Refused: the PyTorch flow builds none.")
@@ -266,10 +251,12 @@ class TensorRTConfig(Section):
             yield Problem(("calibration",), "has no effect without quantization")
 
 
+SECTIONS: Mapping[str, type[Section]] = dict(zip(BACKENDS, (PyTorchConfig, VllmConfig, TensorRTConfig), strict=True))
+
 # The option of each backend that bounds how many requests are computed together.
 WIDTH_OPTIONS: Mapping[str, str] = {
     backend: next(name for name, item in declared(section).items() if item.is_width)
-    for backend, section in zip(BACKENDS, (PyTorchConfig, VllmConfig, TensorRTConfig), strict=True)
+    for backend, section in SECTIONS.items()
 }
 
 

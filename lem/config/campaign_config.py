@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from lem.base import durable, units
 from lem.base.durable import INTERLEAVED, MANIFEST_FILENAME, STRUCTURES
@@ -46,6 +46,7 @@ __all__ = [
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY_GROUPS = {"weekdays": _WEEKDAYS[:5], "weekends": _WEEKDAYS[5:]}
 _check_time = matching(r"([01][0-9]|2[0-3]):[0-5][0-9]", "a time from 00:00 to 23:59")
+_check_file_name = matching(r"(?!\.\.?\Z)[^/]+", "a file name without a folder")
 _MAX_SLUG = 64
 
 # Twelve days of measuring at 10 s each. A plan of this size takes 0.4 GB of memory; a few long axes exceed any limit.
@@ -76,11 +77,6 @@ def _check_duration(text: str) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _check_file_name(text: str) -> str | None:
-    is_name = Path(text).name == text and text not in (".", "..")
-    return None if is_name else f"expected a file name without a folder, got {text!r}"
 
 
 def _check_url(text: str) -> str | None:
@@ -120,14 +116,13 @@ class CampaignGridConfig(Section):
             yield from _check_overrides(backends, backend, overrides)
 
     def check(self) -> Iterator[Problem]:
-        count = sum(map(self._count, self.backends))
+        count = 0
+        for backend in self.backends:
+            axes = [*self.shared.values(), *self.backend_overrides.get(backend, {}).values()]
+            count += math.prod(len(values) for values in (self.models or (None,), *axes) if isinstance(values, tuple))
         if count > MAX_EXPERIMENTS:
             remedy = "remove values or split the campaign"
             yield Problem((), f"makes {count:,} experiments; the limit is {MAX_EXPERIMENTS:,}; {remedy}")
-
-    def _count(self, backend: str) -> int:
-        axes = [*self.shared.values(), *self.backend_overrides.get(backend, {}).values()]
-        return math.prod(len(values) for values in (self.models or (None,), *axes) if isinstance(values, tuple))
 
 
 def _check_shared_axis(backends: Sequence[str], axis: str, values: tuple[Any, ...]) -> Iterator[Problem]:
@@ -168,11 +163,10 @@ def _check_axis(
 
 
 @dataclass(frozen=True)
-class CampaignExplicitExperiment(Section):
+class CampaignExplicitExperiment(
+    Section, alternative=ExperimentConfig, alternative_remedy="options that override the file belong under overrides"
+):
     """One experiment: a file with overrides, or the experiment itself written in place."""
-
-    alternative: ClassVar[type[Section] | None] = ExperimentConfig
-    alternative_remedy: ClassVar[str] = "options that override the file belong under overrides"
 
     config: str | None = option(None, "Experiment file, relative to the campaign file.")
     overrides: Mapping[str, Any] = option({}, "Options that override the file, nested or with dotted names.")
@@ -279,10 +273,8 @@ class CampaignColdStartConfig(Section):
 
 
 @dataclass(frozen=True)
-class CampaignDaemonConfig(Section):
+class CampaignDaemonConfig(Section, switch="enabled"):
     """Repeated runs."""
-
-    switch: ClassVar[str | None] = "enabled"
 
     enabled: bool = option(False, "Repeat the campaign.")
     at: str | None = option(None, "Time of day of the first run.", check=_check_time, form="a time HH:MM")
@@ -335,10 +327,8 @@ class CampaignNotificationConfig(Section):
 
 
 @dataclass(frozen=True)
-class CampaignConfig(Section):
+class CampaignConfig(Section, aliases={"model_name": "model"}):
     """A campaign, validated and with every default filled in."""
-
-    aliases: ClassVar[Mapping[str, str]] = {"model_name": "model"}
 
     campaign_name: str = option(REQUIRED, "Name of the campaign; file and unit names derive from it.")
     model: ModelConfig | None = option(None, "Model of experiments without one.")
@@ -405,9 +395,9 @@ def with_campaign_defaults(
                 if isinstance(holder, dict):
                     holder.pop(option or section, None)
     if campaign.model is not None:
-        _fill_named(out, "model", campaign.model.changed())
+        _fill_named(out, "model", campaign.model)
     if campaign.dataset is not None and out.get("prompts") is None:
-        _fill_named(out, "dataset", campaign.dataset.changed())
+        _fill_named(out, "dataset", campaign.dataset)
     if campaign.num_samples is not None:
         _fill_sample_size(out, campaign.num_samples)
     warmup = out.setdefault("warmup", {})
@@ -421,11 +411,10 @@ def with_campaign_defaults(
     return out
 
 
-def _fill_named(out: dict[str, Any], key: str, default: dict[str, Any]) -> None:
-    if key not in out:
-        out[key] = default
-    elif isinstance(out[key], dict) and "name" not in out[key]:  # options that belong to another name are not mixed in
-        out[key] = {**default, **out[key]}
+def _fill_named(out: dict[str, Any], key: str, default: Section) -> None:
+    own = out.get(key, {})
+    if isinstance(own, dict) and "name" not in own:  # options that belong to another name are not mixed in
+        out[key] = {**default.changed(), **own}
 
 
 def _fill_sample_size(out: dict[str, Any], num_samples: int) -> None:

@@ -7,11 +7,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from lem.base.measurement import SHORT_WINDOW_S, EnergySource, is_estimate
-from lem.config.backends import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
-from lem.config.kinds import REQUIRED, Path, Problem
+from lem.config.backends import BACKENDS, SECTIONS, PyTorchConfig, TensorRTConfig, VllmConfig
+from lem.config.kinds import REQUIRED, Problem
 from lem.config.option import Section, declared, matching, option, plain
 
 _check_gpu = matching(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+", "an index such as 0 or a UUID such as GPU-8c7a…")
@@ -49,11 +49,8 @@ def _above(name: str, value: int, limit_name: str, limit: int) -> Problem:
 
 
 @dataclass(frozen=True)
-class ModelConfig(Section):
+class ModelConfig(Section, shorthand="name", reloads=True):
     """The model."""
-
-    shorthand: ClassVar[str | None] = "name"
-    reloads: ClassVar[bool] = True
 
     name: str = option(REQUIRED, "Name on the hub, or a local folder.")
     revision: str | None = option(None, "Commit, tag or branch.")
@@ -63,10 +60,8 @@ class ModelConfig(Section):
 
 
 @dataclass(frozen=True)
-class DatasetConfig(Section):
+class DatasetConfig(Section, shorthand="name"):
     """Prompts from a dataset; looked for in the folder LEM_DATASETS_DIR first, then on the hub."""
-
-    shorthand: ClassVar[str | None] = "name"
 
     name: str = option(REQUIRED, f"An alias ({', '.join(DATASET_ALIASES)}), a name on the hub, or a folder.")
     sample_size: int | None = option(None, "Prompts to take; null takes all.", min=1, unit="prompts")
@@ -158,10 +153,8 @@ class DecoderConfig(Section):
 
 
 @dataclass(frozen=True)
-class TrafficConfig(Section):
+class TrafficConfig(Section, switch="enabled"):
     """Requests that arrive over time instead of all at once."""
-
-    switch: ClassVar[str | None] = "enabled"
 
     enabled: bool = option(False, "Let requests arrive over time.")
     mode: str = option(
@@ -241,10 +234,8 @@ class ExperimentIOConfig(Section):
 
 
 @dataclass(frozen=True)
-class ExperimentConfig(Section):
+class ExperimentConfig(Section, aliases={"model_name": "model"}):
     """An experiment, validated and with every default filled in."""
-
-    aliases: ClassVar[Mapping[str, str]] = {"model_name": "model"}
 
     model: ModelConfig = option(REQUIRED, "The model, or just its name.", reload=True)
     backend: str = option("pytorch", "The engine.", choices=BACKENDS, reload=True)
@@ -352,13 +343,6 @@ class ExperimentConfig(Section):
         section: PyTorchConfig | VllmConfig | TensorRTConfig = getattr(self, self.backend) or _DEFAULTS[self.backend]
         return section
 
-    def is_from_decoder_preset(self, path: Path) -> bool:
-        """Whether `decoder.preset` gave the value at a path that was not given itself."""
-        if path[0] != "decoder" or self.decoder.preset is None:
-            return False
-        name = str(path[1])
-        return bool(getattr(self.decoder, name) != declared(DecoderConfig)[name].default)
-
     @property
     def name(self) -> str:
         """`config_name`, else the model's short name and the backend."""
@@ -368,10 +352,7 @@ class ExperimentConfig(Section):
 
     def make_identity(self) -> dict[str, Any]:
         """What can change a measured number, the chosen backend's section filled in, as plain JSON values."""
-        out = super().make_identity()
-        for backend in BACKENDS:
-            if backend != self.backend:
-                del out[backend]
+        out = {name: value for name, value in super().make_identity().items() if name not in BACKENDS}
         out[self.backend] = self.section.identity()
         return out
 
@@ -396,7 +377,7 @@ class ExperimentConfig(Section):
         return {}
 
 
-_DEFAULTS: Mapping[str, Any] = {"pytorch": PyTorchConfig(), "vllm": VllmConfig(), "tensorrt": TensorRTConfig()}
+_DEFAULTS: Mapping[str, Any] = {backend: section() for backend, section in SECTIONS.items()}
 
 
 def _reload_options(section: Section) -> dict[str, Any]:

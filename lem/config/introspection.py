@@ -10,7 +10,7 @@ from typing import Any
 
 from lem.base.errors import ConfigurationError
 from lem.base.log import WIDTH
-from lem.config.backends import BACKENDS, PRESETS, WIDTH_OPTIONS, PyTorchConfig, TensorRTConfig, VllmConfig
+from lem.config.backends import BACKENDS, PRESETS, SECTIONS, WIDTH_OPTIONS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, CampaignHealthCheckConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import (
@@ -78,7 +78,13 @@ def _describe_all(section: type[Section], prefix: str = "") -> dict[str, dict[st
     for key, item, owner in walk(section, prefix):
         variant = declared(owner).get("type")
         entry = {**_describe(item), "variants": None if variant is None else [variant.default]}
-        out[key] = entry if key not in out else _join_variants(out[key], entry)
+        known = out.setdefault(key, entry)
+        if known is not entry:  # several variants have the option, such as `prompts.sample_size`
+            known["variants"] += entry["variants"]
+            if known["choices"]:  # `type` itself, which distinguishes the variants
+                known.update(choices=known["choices"] + entry["choices"], default=None, required=True)
+            if entry["description"] not in known["description"]:
+                known["description"] += f" {entry['variants'][0]}: {entry['description']}"
     return out
 
 
@@ -95,16 +101,6 @@ def _describe(item: Option) -> dict[str, Any]:
         "backends": None if item.backends is None else list(item.backends),
         "reload": item.reload,
     }
-
-
-def _join_variants(known: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    """An option that several variants have, such as `prompts.sample_size`, as one."""
-    joined = {**known, "variants": [*known["variants"], *entry["variants"]]}
-    if known["choices"]:  # `type` itself, which distinguishes the variants
-        joined.update(choices=[*known["choices"], *entry["choices"]], default=None, required=True)
-    if entry["description"] not in known["description"]:
-        joined["description"] = f"{known['description']} {entry['variants'][0]}: {entry['description']}"
-    return joined
 
 
 # JSON Schema
@@ -236,7 +232,7 @@ def render_page() -> str:
         "\n## Experiment\n\n`model: gpt2`, `model: {name: gpt2}` and `model_name: gpt2` mean the same.\n",
         *_table({key: entry for key, entry in params.items() if key.partition(".")[0] not in BACKENDS}),
     ]
-    for backend, section in zip(BACKENDS, (PyTorchConfig, VllmConfig, TensorRTConfig), strict=True):
+    for backend, section in SECTIONS.items():
         lines += ["", f"## {backend}", "", f"{section.__doc__} Those without a default are left to the engine.", ""]
         lines += _table({key: entry for key, entry in params.items() if key.startswith(f"{backend}.")})
     lines += ["", "## Presets", "", "| preset | what for | values |", "|---|---|---|"]

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from lem.base.errors import ConfigurationError
 from lem.config.backends import find_preset
 from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment, with_campaign_defaults
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import DecoderConfig, ExperimentConfig
 from lem.config.kinds import ConfigProblems, MapKind, Path, Problem, as_written, dotted
 from lem.config.option import Section, canonical, declared, find_option, is_secret, leaves, merge, nest
 from lem.config.yamlfile import Document, FileProblems, Located, Place, parse_value, read_document
@@ -141,29 +141,22 @@ class Loaded(Generic[S]):
     @property
     def provenance(self) -> dict[str, str]:
         """For every option by dotted name `command line`, `file`, `preset` or `default`."""
-        return {dotted(path): self._kind_of_source(path) for path, _ in leaves(self.config.to_dict())}
-
-    def _kind_of_source(self, path: Path) -> str:
-        layer = self.source.layer_of(path)
-        if layer is not None:
-            return layer.kind
-        is_derived = isinstance(self.config, ExperimentConfig) and self.config.is_from_decoder_preset(path)
-        return "preset" if is_derived else "default"
+        decoder = self.config.decoder if isinstance(self.config, ExperimentConfig) else DecoderConfig()
+        derived = {("decoder", name) for name in decoder.changed()} if decoder.preset is not None else ()
+        kinds = {}
+        for path, _ in leaves(self.config.to_dict()):
+            layer = self.source.layer_of(path)
+            kinds[dotted(path)] = layer.kind if layer is not None else "preset" if path in derived else "default"
+        return kinds
 
 
 def load_campaign(
     path: FilePath | str, sets: Sets = (), preset: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> Loaded[CampaignConfig]:
-    """A campaign file, and the experiment files it names, validated.
+    """A campaign file, and the experiment files it names, validated; `environ` is what `${VAR}` expands to.
 
-    Args:
-        sets: overrides, `"execution.cycles=5"` or `("execution.cycles", 5)`.
-        preset: values that experiments start from.
-        environ: what `${VAR}` expands to.
-
-    Raises:
-        FileProblems: everything that is wrong, with its places.
-        ConfigurationError: a file that cannot be read.
+    Overrides are `"execution.cycles=5"` or `("execution.cycles", 5)`. Raises FileProblems with everything that is wrong
+    at its places, or ConfigurationError for a file that cannot be read.
     """
     loader = _Loader(sets, preset, environ)
     source, found = loader.read(FilePath(path), CampaignConfig)
@@ -212,13 +205,13 @@ def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> st
     return "campaign" if _CAMPAIGN_ONLY & set(source.mapping) else "experiment"
 
 
+@dataclass(frozen=True)
 class _Loader:
     """Reads files and puts them together, with the same overrides, preset and environment."""
 
-    def __init__(self, sets: Sets, preset: str | None, environ: Mapping[str, str]) -> None:
-        self._sets = sets
-        self._preset = preset
-        self._environ = environ
+    sets: Sets
+    preset: str | None
+    environ: Mapping[str, str]
 
     def read(self, path: FilePath, section: type[Section]) -> tuple[Source, Located]:
         """A file over those it inherits from, over the preset, and what is wrong whatever the options are."""
@@ -226,7 +219,7 @@ class _Loader:
         found: Located = []
         following: FilePath | None = path
         while following is not None:
-            document = read_document(following, self._environ)
+            document = read_document(following, self.environ)
             if not isinstance(document.tree, Mapping):
                 found_type = "a list" if isinstance(document.tree, list) else "plain text"
                 complaint = f"expected a mapping (key: value) at the top level, got {found_type}"
@@ -244,25 +237,25 @@ class _Loader:
 
     def _start(self, section: type[Section]) -> Source:
         source = Source(section)
-        if self._preset is None or section is not ExperimentConfig:
+        if self.preset is None or section is not ExperimentConfig:
             return source
-        return source.over(Layer("preset", f"preset {self._preset}", find_preset(self._preset).values))
+        return source.over(Layer("preset", f"preset {self.preset}", find_preset(self.preset).values))
 
     def with_sets(self, source: Source) -> Source:
-        for item in self._sets:
+        for item in self.sets:
             key, equals, text = item.partition("=") if isinstance(item, str) else (item[0], "=", str(item[1]))
             key = key.strip()
             shown = "(hidden)" if equals and is_secret(source.section, tuple(key.split("."))) else text
             label = f"--set {key}{equals}{shown}"
             if not equals or not all(key.split(".")):
                 raise ConfigurationError(f"{label}: expected KEY=VALUE", "such as --set execution.cycles=5")
-            value = parse_value(text, self._environ, label) if isinstance(item, str) else item[1]
+            value = parse_value(text, self.environ, label) if isinstance(item, str) else item[1]
             source = source.over(Layer("command line", label, nest(_keys_of(source.section, key), value)))
         return source
 
     def campaign(self, source: Source, found: Located | None = None, hint: str = "") -> Loaded[CampaignConfig]:
         source = self.with_sets(source)
-        start = find_preset(self._preset).values if self._preset is not None else {}
+        start = find_preset(self.preset).values if self.preset is not None else {}
         config, problems = _validate(CampaignConfig, source)
         listed = []
         for one in self._listed(source, problems):

@@ -58,11 +58,12 @@ def matching(pattern: str, wanted: str) -> Callable[[str], str | None]:
 
 S = TypeVar("S", bound="Section")
 
-_IDENTITY = "_identity"
-
 
 class Section:
-    """A mapping of options; subclasses are frozen dataclasses whose fields are made by `option`."""
+    """A mapping of options; subclasses are frozen dataclasses whose fields are made by `option`.
+
+    What distinguishes a section is given where its class is: `class LoraConfig(Section, switch="enabled")`.
+    """
 
     # The option that a single value stands for (`model: gpt2`); None where only a mapping is accepted.
     shorthand: ClassVar[str | None] = None
@@ -77,6 +78,12 @@ class Section:
     # them that is written among this one's.
     alternative: ClassVar[type[Section] | None] = None
     alternative_remedy: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **traits: Any) -> None:
+        super().__init_subclass__()
+        for name, value in traits.items():
+            assert hasattr(Section, name), name  # noqa: S101 - a typing error in a class
+            setattr(cls, name, value)
 
     def __post_init__(self) -> None:
         sink = Sink()
@@ -129,10 +136,8 @@ class Section:
 
         Computed once: thousands of experiments of a grid share the sections that are not among its axes.
         """
-        if _IDENTITY not in self.__dict__:
-            self.__dict__[_IDENTITY] = self.make_identity()
-        known: Mapping[str, Any] = self.__dict__[_IDENTITY]
-        return known
+        known: Mapping[str, Any] | None = self.__dict__.get("_identity")
+        return self.__dict__.setdefault("_identity", self.make_identity()) if known is None else known
 
     def make_identity(self) -> dict[str, Any]:
         """As `identity`, computed every time."""
@@ -215,14 +220,7 @@ class VariantKind(SectionKind):
         return INVALID if best.problems else dict(value)
 
 
-def declared(section: Any) -> Mapping[str, Option]:
-    """The options of a section by name, in order."""
-    return _declared(section)[0]
-
-
-@functools.cache  # of Any, since mypy takes the hash of a class for that of its instances
-def _declared(section: Any) -> tuple[Mapping[str, Option], Mapping[str, Any]]:
-    """The options of a section and their defaults, once per class since a grid makes thousands of instances."""
+def _declare(section: type[Any]) -> Mapping[str, Option]:
     hints = typing.get_type_hints(section)
     options: dict[str, Option] = {}
     for field in dataclasses.fields(section):
@@ -232,13 +230,13 @@ def _declared(section: Any) -> tuple[Mapping[str, Option], Mapping[str, Any]]:
         is_nullable = types.NoneType in members
         others = tuple(member for member in members if member is not types.NoneType)
         kind = _kind_of(typing.Union[others] if is_nullable else hints[field.name], item)  # noqa: UP007
-        options[field.name] = dataclasses.replace(
-            item, name=field.name, kind=kind, is_nullable=is_nullable, reload=reload
-        )
-    defaults = {
-        name: Items(item.default) if isinstance(item.default, tuple) else item.default for name, item in options.items()
-    }
-    return options, defaults
+        of_field: dict[str, Any] = {"name": field.name, "kind": kind, "is_nullable": is_nullable, "reload": reload}
+        options[field.name] = dataclasses.replace(item, **of_field)
+    return options
+
+
+# The options of a section by name, in order. Cast, since mypy takes the hash of a class for that of its instances.
+declared = typing.cast("Callable[[type[Any]], Mapping[str, Option]]", functools.cache(_declare))
 
 
 def _read_given(section: type[Section], mapping: Mapping[Any, Any], path: Path, sink: Sink) -> dict[str, Any]:
@@ -260,18 +258,17 @@ def _read_given(section: type[Section], mapping: Mapping[Any, Any], path: Path, 
 
 def _complete(instance: Section, given: Mapping[str, Any], path: Path, sink: Sink, before: int = 0) -> None:
     """Fill an instance under construction, and check its options against each other unless one of them is invalid."""
-    section: Any = type(instance)
-    _, defaults = _declared(section)
-    for name, default in defaults.items():
-        if default is REQUIRED and name not in given:
+    options = declared(type(instance))
+    for name, item in options.items():
+        if item.default is REQUIRED and name not in given:
             sink.add((*path, name), "is required", is_about_key=True)
-    _note(section.check_given({name: value for name, value in given.items() if value is not INVALID}), path, sink)
+    _note(instance.check_given({name: value for name, value in given.items() if value is not INVALID}), path, sink)
     if len(sink.problems) > before:
         return
     values = instance.__dict__  # around the freeze
-    values.update(defaults)
-    values.update((name, {}) for name, default in defaults.items() if isinstance(default, dict))
-    values.update(given)
+    for name, item in options.items():
+        default = Items(item.default) if isinstance(item.default, tuple) else item.default
+        values[name] = given.get(name, {} if isinstance(default, dict) else default)
     values.update(instance.derive(given))
     _note(instance.check(), path, sink)
 
@@ -291,14 +288,9 @@ def _note_unknown(section: type[Section], key: Any, path: Path, sink: Sink) -> N
         message = f"unknown key; {section.alternative_remedy}"
     else:
         message = "unknown key"
-        near = nearest(key, [*declared(section), *section.aliases]) or _find_below(section, key)
+        below = [name for name, _, _ in walk(section) if name.rpartition(".")[2] == key and "[]" not in name]
+        near = nearest(key, [*declared(section), *section.aliases]) or (below[0] if len(set(below)) == 1 else None)
     sink.add((*path, key), message, near, is_about_key=True)
-
-
-def _find_below(section: type[Section], key: str) -> str | None:
-    """The dotted name of the option below a section that has this very name; None unless there is exactly one."""
-    found = {name for name, _, _ in walk(section) if name.rpartition(".")[2] == key and "[]" not in name}
-    return found.pop() if len(found) == 1 else None
 
 
 def check_partial(section: type[Section], mapping: Any, path: Path = ()) -> tuple[Problem, ...]:

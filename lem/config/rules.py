@@ -114,7 +114,9 @@ def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu]) -> Iterator[Pro
     if config.gpus is None:
         used = gpus[: config.parallel_degree]
     else:
-        used = [gpu for gpu in gpus if any(_names(name, gpu) for name in config.gpus)]
+        # By index, or by a UUID that may be shortened as for CUDA.
+        uuids = tuple(name.lower() for name in config.gpus if not name.isdecimal())
+        used = [gpu for gpu in gpus if str(gpu.index) in config.gpus or gpu.uuid.lower().startswith(uuids)]
     if not used:
         return
     if config.parallel_degree > len(gpus):
@@ -131,11 +133,6 @@ def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu]) -> Iterator[Pro
         if needed_gb > memory_gb:
             sizes: dict[str, Any] = {"billions": parameters / 1e9, "needed_gb": needed_gb, "memory_gb": memory_gb}
             yield Problem.of("model.name", "memory_short", gpu=used[0].name, **sizes)
-
-
-def _names(name: str, gpu: Gpu) -> bool:
-    """Whether a name means this GPU: its index, or its UUID, which may be shortened as for CUDA."""
-    return name == str(gpu.index) or (not name.isdecimal() and gpu.uuid.lower().startswith(name.lower()))
 
 
 def _capabilities_needed(config: ExperimentConfig) -> Iterator[tuple[str, tuple[int, int], str]]:

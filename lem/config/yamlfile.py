@@ -281,11 +281,10 @@ class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml
         self._depth -= 1
         return node
 
-    def descend_resolver(self, parent: Any, index: Any) -> None:
+    def descend_resolver(self, *_: Any) -> None:
         """Nothing: PyYAML's resolver is not used."""
 
-    def ascend_resolver(self) -> None:
-        """Nothing."""
+    ascend_resolver = descend_resolver
 
     def resolve(self, kind: Any, _value: Any, implicit: Any) -> str:
         """The tag of a node that has none of its own."""
