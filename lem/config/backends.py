@@ -21,8 +21,6 @@ _check_memory_size = matching(r"[0-9]+(\.[0-9]+)? ?([KMG]i?B)", "a size such as 
 
 @dataclass(frozen=True)
 class BeamSearchConfig(Section, switch="enabled"):
-    """Beam search of `generate`."""
-
     enabled: bool = option(False, "Decode with beams.")
     num_beams: int | None = option(None, "Number of beams.", min=2, max=64)
     length_penalty: float | None = option(None, "Above 0 favours long outputs, below 0 short.", min=-10, max=10)
@@ -126,8 +124,6 @@ class PyTorchConfig(Section):
 
 @dataclass(frozen=True)
 class VllmAttentionConfig(Section, reloads=True):
-    """Attention of vLLM."""
-
     backend: str | None = option(None, "Attention backend, as vLLM names it (FLASH_ATTN, FLASHINFER, …).")
     flash_version: int | None = option(None, "Version of flash attention.", min=2, max=4)
     disable_sliding_window: bool | None = option(None, "Ignore the window of the model.")
@@ -135,8 +131,6 @@ class VllmAttentionConfig(Section, reloads=True):
 
 @dataclass(frozen=True)
 class VllmSpeculativeConfig(Section, reloads=True):
-    """Speculative decoding of vLLM."""
-
     model: str | None = option(None, "The drafting model.")
     num_tokens: int | None = option(None, "Tokens to draft per step.", min=1, max=64, unit="tokens")
     method: str | None = option(None, "How to draft, as vLLM names it (ngram, eagle, …).")
@@ -155,8 +149,6 @@ class VllmSpeculativeConfig(Section, reloads=True):
 
 @dataclass(frozen=True)
 class VllmLoraConfig(Section, switch="enabled", reloads=True):
-    """LoRA adapters of vLLM."""
-
     enabled: bool = option(False, "Make room for LoRA adapters.")
     max_loras: int | None = option(None, "Adapters in one batch.", min=1)
     max_rank: int | None = option(None, "Highest rank of an adapter.", min=1)
@@ -203,8 +195,6 @@ class VllmConfig(Section, reloads=True):
 
 @dataclass(frozen=True)
 class TensorRTCalibrationConfig(Section, reloads=True):
-    """Calibration of a quantization."""
-
     dataset: str | None = option(None, "Dataset to calibrate on. Refused: calibrate when the checkpoint is made.")
     split: str | None = option(None, "Split of that dataset. Refused.")
     num_samples: int | None = option(None, "Samples to take. Refused.", min=1, unit="prompts")

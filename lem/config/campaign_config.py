@@ -144,7 +144,7 @@ def _check_overrides(backends: Sequence[str], backend: str, overrides: Mapping[s
         near = None if backend in BACKENDS else nearest(backend, backends)
         yield Problem(path, f"is not in grid.backends ({', '.join(backends)})", near, is_about_key=True)
         return
-    section = declared(ExperimentConfig)[backend].sections[0]
+    section = declared(ExperimentConfig)[backend].kind.sections[0]
     for key, value in overrides.items():
         yield from _check_axis(section, key, value if isinstance(value, tuple) else (value,), (*path, key))
 

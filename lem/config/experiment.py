@@ -50,8 +50,6 @@ def _above(name: str, value: int, limit_name: str, limit: int) -> Problem:
 
 @dataclass(frozen=True)
 class ModelConfig(Section, shorthand="name", reloads=True):
-    """The model."""
-
     name: str = option(REQUIRED, "Name on the hub, or a local folder.")
     revision: str | None = option(None, "Commit, tag or branch.")
     tokenizer: str | None = option(None, "Tokenizer, where it is not the model's own.")
@@ -71,8 +69,6 @@ class DatasetConfig(Section, shorthand="name"):
 
 @dataclass(frozen=True)
 class FilePrompts(Section):
-    """Prompts from a file."""
-
     type: str = option("file", "Where prompts come from.", choices=("file",))
     # Not `identity`: an experiment is known by what the file holds, not by where it lies.
     path: str = option(
@@ -119,8 +115,6 @@ class HuggingFacePrompts(Section):
 
 @dataclass(frozen=True)
 class DecoderConfig(Section):
-    """How the next token is chosen."""
-
     preset: str | None = option(
         None,
         "Defaults of the other options. deterministic: greedy; standard: temperature 1, top_p 0.95; creative: "
@@ -154,8 +148,6 @@ class DecoderConfig(Section):
 
 @dataclass(frozen=True)
 class TrafficConfig(Section, switch="enabled"):
-    """Requests that arrive over time instead of all at once."""
-
     enabled: bool = option(False, "Let requests arrive over time.")
     mode: str = option(
         "poisson",
@@ -186,8 +178,6 @@ class WarmupConfig(Section):
 
 @dataclass(frozen=True)
 class BaselineConfig(Section):
-    """Power at rest."""
-
     enabled: bool = option(True, "Measure power at rest.")
     required: bool = option(False, "Refuse to measure without it.")
     duration_sec: float = option(30.0, "Length of the measurement.", min=0.5, max=120, unit="s")
@@ -197,8 +187,6 @@ class BaselineConfig(Section):
 
 @dataclass(frozen=True)
 class TimeseriesConfig(Section):
-    """Power, temperature, clocks and memory over time."""
-
     enabled: bool = option(True, "Sample.")
     save: bool = option(True, "Keep the samples beside the result.", identity=False)
     sample_interval_ms: int = option(100, "Time between samples.", min=20, max=5000, unit="ms")
@@ -206,8 +194,6 @@ class TimeseriesConfig(Section):
 
 @dataclass(frozen=True)
 class MeasurementConfig(Section):
-    """The window and the meters."""
-
     min_window_sec: float = option(
         SHORT_WINDOW_S, "Length of the window; prompts repeat to fill it.", min=0, max=3600, unit="s"
     )
@@ -228,8 +214,6 @@ class MeasurementConfig(Section):
 
 @dataclass(frozen=True)
 class ExperimentIOConfig(Section):
-    """Where results go."""
-
     results_dir: str | None = option(None, "Folder of results; null: the campaign's, else results.")
 
 
@@ -287,7 +271,12 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}):
             if (value := getattr(self.warmup, name)) > self.warmup.max_prompts:
                 yield _above(f"warmup.{name}", value, "max_prompts", self.warmup.max_prompts)
         yield from self._check_backend()
-        yield from self._check_prompts()
+        if self.prompts is not None and self.dataset is not None:
+            yield Problem.of("prompts", "two_prompt_sources", is_about_key=True)
+        for name, limit_name in (("input_tokens", "max_input_tokens"), ("output_tokens", "max_output_tokens")):
+            wanted, limit = getattr(self.prompts, name, None), getattr(self, limit_name)
+            if wanted is not None and wanted > limit:
+                yield _above(f"prompts.{name}", wanted, limit_name, limit)
         yield from self._check_measurement()
 
     def _check_backend(self) -> Iterator[Problem]:
@@ -305,14 +294,6 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}):
         if gpus is not None and self.parallel_degree > max(len(gpus), 1):
             option_name = "vllm.tensor_parallel_size" if self.backend == "vllm" else f"{self.backend}.tp_size"
             yield Problem.of(option_name, "gpus_not_named", needed=self.parallel_degree, named=len(gpus))
-
-    def _check_prompts(self) -> Iterator[Problem]:
-        if self.prompts is not None and self.dataset is not None:
-            yield Problem.of("prompts", "two_prompt_sources", is_about_key=True)
-        for name, limit_name in (("input_tokens", "max_input_tokens"), ("output_tokens", "max_output_tokens")):
-            wanted, limit = getattr(self.prompts, name, None), getattr(self, limit_name)
-            if wanted is not None and wanted > limit:
-                yield _above(f"prompts.{name}", wanted, limit_name, limit)
 
     def _check_measurement(self) -> Iterator[Problem]:
         measurement = self.measurement

@@ -333,10 +333,10 @@ def _option_lines(name: str, item: Option, example: Any, depth: int, *, is_out: 
     is_out = is_out or example is None
     indent = "  " * depth
     head = f"{indent}{'#' if is_out else ''}{name}:"
-    limits = "" if item.sections else _constraint(_describe(item))
+    limits = "" if item.kind.sections else _constraint(_describe(item))
     yield from wrap(f"{item.description} [{limits}]" if limits else item.description, f"{indent}# ")
     is_list = isinstance(item.kind, ListKind)
-    section = item.sections[0] if len(item.sections) == 1 and not is_list else None
+    section = item.kind.sections[0] if len(item.kind.sections) == 1 and not is_list else None
     if section is not None and section.shorthand is None:
         yield head
         for key, inner in declared(section).items():

@@ -203,16 +203,11 @@ class Option:
     kind: Kind = UNSET  # of a value that is not null
     is_nullable: bool = False
 
-    @property
-    def sections(self) -> tuple[type[Any], ...]:
-        """The sections this option nests: none, one, or its variants."""
-        return self.kind.sections
-
 
 class Kind(ABC):
     name = "value"  # in the message "expected …"
     label = "value"  # in a table
-    sections: tuple[type[Any], ...] = ()  # the sections that a value of this kind is one of
+    sections: tuple[type[Any], ...] = ()  # that a value of this kind is one of: none, one, or the variants
 
     def __init__(self, item: Option, inner: Kind | None = None) -> None:
         self.item = item

@@ -81,6 +81,7 @@ class Section:
 
     def __init_subclass__(cls, **traits: Any) -> None:
         super().__init_subclass__()
+        cls.__doc__ = cls.__doc__ or cls.__name__  # `dataclass` would spend a millisecond on making one
         for name, value in traits.items():
             assert hasattr(Section, name), name  # noqa: S101 - a typing error in a class
             setattr(cls, name, value)
@@ -325,7 +326,7 @@ def find_option(section: type[Section], key: str) -> Option | None:
         found = next((item for item in options if item is not None), None)
         if found is None:
             return None
-        candidates = found.sections
+        candidates = found.kind.sections
     return found
 
 
@@ -339,9 +340,9 @@ def walk(
     for name, item in declared(section).items():
         key = f"{prefix}.{name}" if prefix else name
         honouring = item.backends or backends
-        if not item.sections:
+        if not item.kind.sections:
             yield key, dataclasses.replace(item, backends=honouring), section
-        for nested in item.sections:
+        for nested in item.kind.sections:
             yield from walk(nested, f"{key}[]" if isinstance(item.kind, ListKind) else key, honouring)
 
 
@@ -407,12 +408,12 @@ def put(section: type[Section], mapping: Mapping[str, Any], key: str, value: Any
 
 def _section_at(section: type[Section] | None, name: str, value: Any) -> type[Section] | None:
     item = declared(section).get(name) if section is not None else None
-    if item is None or not item.sections:
+    if item is None or not item.kind.sections:
         return None
     if isinstance(item.kind, VariantKind) and isinstance(value, Mapping):
         kind = value.get("type")
         return item.kind.variants.get(kind) if isinstance(kind, str) else None
-    return item.sections[0]
+    return item.kind.sections[0]
 
 
 def _kind_of(hint: Any, item: Option) -> Kind:

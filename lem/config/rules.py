@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from lem.base.errors import nearest
 from lem.config.backends import PyTorchConfig, TensorRTConfig, VllmConfig
-from lem.config.experiment import DATASET_ALIASES, DecoderConfig, ExperimentConfig, TrafficConfig
+from lem.config.experiment import DATASET_ALIASES, ExperimentConfig
 from lem.config.kinds import Problem
 
 # FP8 tensor cores came with Ada (8.9); flash attention 2 and TensorRT-LLM need Ampere (8.0).
@@ -45,8 +45,7 @@ def warnings(config: ExperimentConfig, gpus: Sequence[Gpu] | None = None) -> tup
 
     `gpus` are those of the host that will run it: None when unknown, () for a host without any.
     """
-    found = (*_sampling_warnings(config.decoder), *_traffic_warnings(config.traffic_simulation))
-    found += (*_engine_warnings(config), *_other_warnings(config))
+    found = (*_work_warnings(config), *_engine_warnings(config), *_other_warnings(config))
     return found if gpus is None else (*found, *_gpu_warnings(config, gpus))
 
 
@@ -69,7 +68,8 @@ def _other_warnings(config: ExperimentConfig) -> Iterator[Problem]:
             yield Problem.of("dataset.name", "no_dataset_alias", name=dataset.name, near=near)
 
 
-def _sampling_warnings(decoder: DecoderConfig) -> Iterator[Problem]:
+def _work_warnings(config: ExperimentConfig) -> Iterator[Problem]:
+    decoder, traffic = config.decoder, config.traffic_simulation
     if decoder.is_greedy:
         idle_values = {"temperature": (0, 1), "top_k": (0, 50), "top_p": (1,)}
         ignored = [name for name, idle in idle_values.items() if getattr(decoder, name) not in idle]
@@ -78,11 +78,7 @@ def _sampling_warnings(decoder: DecoderConfig) -> Iterator[Problem]:
             yield Problem.of(f"decoder.{ignored[0]}", code, options=" and ".join(ignored))
     elif decoder.temperature != 1 and decoder.top_p != 1:
         yield Problem.of("decoder.top_p", "sampling_compounds")
-
-
-def _traffic_warnings(traffic: TrafficConfig) -> Iterator[Problem]:
-    """Options of the other kind of traffic; an experiment whose mode is an axis of a grid may have both."""
-    if traffic.enabled:
+    if traffic.enabled:  # where the mode is an axis of a grid, an experiment may have options of the other mode
         unused = {"target_qps": 1.0, "seed": None} if traffic.mode == "closed" else {"concurrency": 1}
         for name, default in unused.items():
             if getattr(traffic, name) != default:

@@ -145,13 +145,13 @@ def _needs_reload(key: str, backend: str, given: set[str]) -> bool:
 
 
 def _reloads(option: Option) -> bool:
-    return option.reload or any(_reloads(item) for one in option.sections for item in declared(one).values())
+    return option.reload or any(_reloads(item) for one in option.kind.sections for item in declared(one).values())
 
 
 def _layer_of(key: str) -> Callable[[Mapping[str, Any], Any], dict[str, Any]]:
     """A function that lays a value of an axis over a copy of a configuration."""
     found = find_option(ExperimentConfig, key)
-    if found is None or found.sections:
+    if found is None or found.kind.sections:
         return lambda config, value: put(ExperimentConfig, config, key, value)
     # Of a plain option nothing needs merging, which matters for a grid of 10,000.
     parts = tuple(key.split("."))
