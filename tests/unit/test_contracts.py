@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,10 @@ from lem.orchestration.grid import (
 from lem.orchestration.manifest import CampaignManifest, CampaignManifestEntry, ManifestManager
 from lem.orchestration.plan import build_plan
 from lem.orchestration.resume import resume_text
-from lem.orchestration.schedule import CampaignOutcome, Scheduler, waiting_text
 from lem.results.aggregation import aggregate_campaign_results, run_document
 from lem.results.bootstrap import BootstrapResult, bootstrap_ci, compute_metric_ci
 from lem.results.run import make_run
-from tests.campaign_doubles import FakeClock, FakeStop, Place, make_campaign
+from tests.campaign_doubles import Place, make_campaign
 from tests.doubles.fake_docker import FakeDocker
 from tests.records import make_record
 
@@ -343,18 +341,3 @@ def test_texts_people_grep_for(tmp_path: Path) -> None:
     assert resume_text(manifest) == "Resuming: 3 remaining (2 completed, 1 failed)"
     summary = make_run([make_record()], campaign_name="demo", run_id="20260714T100000Z-3fa1")
     assert run_document(summary)["note"] == "Single cycle: use --cycles 3+ for confidence intervals"
-    noon, at = datetime(2026, 7, 14, 12).astimezone(), datetime(2026, 7, 14, 22, 5).astimezone()
-    waiting = waiting_text(at, noon, is_daemon=True)
-    assert waiting == "Daemon: waiting until 22:05 to start campaign"
-    daemon = CampaignDaemonConfig(enabled=True, interval="6h", total_duration="48h")
-    clock, texts = FakeClock(), list[str]()
-    stop = FakeStop(clock)
-
-    def run_for_an_hour(_deadline_s: float | None) -> CampaignOutcome:
-        stop.pass_time(3600)
-        return CampaignOutcome(manifest)
-
-    Scheduler(make_campaign(tmp_path, daemon=daemon), stop, texts.append, clock.now, clock.monotonic).run(
-        run_for_an_hour
-    )
-    assert texts[-1] == "Daemon: total duration 48h reached, stopping after 7 cycles"

@@ -1,5 +1,3 @@
-"""`lem campaign` up to the first process: options, plans, and everything a person may have written wrongly."""
-
 import json
 import re
 

@@ -1,5 +1,3 @@
-"""`lem check`: for people, programs and shells."""
-
 import dataclasses
 import json
 

@@ -1,5 +1,3 @@
-"""`lem compare`, as a person or a pipeline meets it: both streams and the exit code."""
-
 from __future__ import annotations
 
 import dataclasses
@@ -21,10 +19,6 @@ VLLM = Configuration("vllm-bfloat16", energy_per_output_tok_j=0.205, output_tok_
 FLOAT16 = Configuration("vllm-float16", precision="float16", energy_per_output_tok_j=0.2052, output_tok_per_s=2190)
 LARGE = Configuration("vllm-bfloat16-64", batch_size=64, energy_per_output_tok_j=0.216, output_tok_per_s=2300)
 BASE = Campaign((PYTORCH, VLLM, FLOAT16, LARGE), cycle_sd=0.01, load_sd=0.005, has_samples=False)
-LONG = tuple(
-    dataclasses.replace(item, name=f"{item.name}-max_num_batched_tokens=8192-enable_prefix_caching=false-seed={index}")
-    for index, item in enumerate((VLLM, FLOAT16))
-)
 
 
 def based(**changes: Any) -> Campaign:
@@ -47,10 +41,7 @@ CHANGED = (PYTORCH, *each(VLLM, energy_per_output_tok_j=0.23), FLOAT16)
 CAMPAIGNS: dict[str, tuple[Campaign, ...]] = {
     "demo": (BASE,),
     "two": (based(configurations=(PYTORCH, VLLM)),),
-    "long": (based(configurations=LONG),),
     "single": (based(cycles=1),),
-    "reused": (based(is_reused=True),),
-    "estimate": (based(configurations=each(PYTORCH, VLLM, energy_source="tdp_estimate")),),
     "no-meter": (based(configurations=each(PYTORCH, VLLM, energy_per_output_tok_j=None)),),
     "trouble": (based(configurations=TROUBLE),),
     "days": (
@@ -66,8 +57,6 @@ demo // demo // 0 // vllm-float16 uses 0.41 × the energy // of 3 configurations
 demo // demo pytorch-bfloat16 vllm-bfloat16 // 0 // 2 configurations
   // vllm-bfloat16 5 0.206 0.410 0.406–0.413 <0.001
 two // pytorch-bfloat16 vllm-bfloat16 // 0 // vllm-bfloat16 uses 0.410 × the energy per output token of pytorch
-demo // demo --baseline vllm-bfloat16 --metric energy // 0 // 2.44 ×
-  // 3 configurations 2 worse, 1 not distinguishable
 demo // demo --baseline vllm-bfloat16 --gate energy=3% --gate throughput=2% // 3
   // _tok_j=3%: worse: pytorch-bfloat16, vllm-bfloat16-64; within 3%: vllm-float16 gate
   // inconclusive: vllm-float16 (about 9 more cycles would settle it); better: vllm-bfloat16-64
@@ -77,12 +66,8 @@ demo // demo vllm-bfloat16 vllm-float16 --gate energy=0.5% --strict // 4
 demo // demo vllm-bfloat16 vllm-bfloat16-64 --gate energy=3% --markdown // 3
   // **gate energy\_per\_output\_tok\_j=3%: worse: vllm-bfloat16-64**
   // | 0.2169 | 1.05 | 1.04–1.07 | \<0.001 | worse |
-long // demo --gate energy=3% // 0 // seed=0 was found: 1.00 ×, 95 % 0.99–1.01, 5 cycles.
-  // Holm over the one comparison
 single // demo --metric energy // 0 // No verdict on energy per output token for any of 3 // use --cycles 3+
   // 1 0.2088 0.41 – –
-reused // demo --gate energy=3% // 0 // vllm-bfloat16-64 (no verdict) no verdict: cycles share an engine load
-estimate // demo --metric energy // 0 // (an estimate from TDP)
 no-meter // demo // 0 // makes 2.45 × the output tokens per second of
   // median n mean ratio t interval p pytorch-bfloat16 5 2.513 s
 no-meter // demo --gate energy=3% --strict // 4 // Nothing can be compared: not measured for pytorch-bfloat16
@@ -94,8 +79,6 @@ days // before after --gate energy=3% // 3 // vllm-bfloat16 in after uses 1.12 �
 days // before/vllm-bfloat16 20260801/vllm-bfloat16 // 0 // 95 % 1.11–1.14, 5 and 5 cycles, over the anchor pytorch
   // not compared in time to first token, median: not measured
 days // before after --anchor vllm-float16 --metric energy // 0 // anchor: vllm-float16, itself 1.018 × in energy
-days // before after --anchor vllm-bfloat16 --metric energy // 0
-  // against the earlier run. no verdict: the anchor vllm
 strangers // before after --gate energy=3% --strict // 4 // no verdict: no unchanged configuration
   // pytorch-bfloat16 → vllm-
 """

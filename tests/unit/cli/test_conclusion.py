@@ -1,5 +1,3 @@
-"""Reporting how a run ended."""
-
 import io
 import json
 import shlex

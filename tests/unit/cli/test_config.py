@@ -1,5 +1,3 @@
-"""`lem config` and `lem presets`, as a person at a terminal meets them."""
-
 from __future__ import annotations
 
 import json

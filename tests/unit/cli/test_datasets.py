@@ -1,5 +1,3 @@
-"""`lem datasets`: every alias, and where it is found."""
-
 from __future__ import annotations
 
 import argparse

@@ -1,5 +1,3 @@
-"""`lem merge`: identical results once, conflicts refused, a host is a block, and what is missing is reported."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""The plan as it is shown before a run."""
-
 import dataclasses
 
 import pytest

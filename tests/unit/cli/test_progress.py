@@ -1,5 +1,3 @@
-"""What a running campaign looks like on a terminal, off it, and to a program."""
-
 import io
 import json
 import time

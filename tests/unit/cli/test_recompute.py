@@ -1,5 +1,3 @@
-"""`lem results recompute`: from the files of the attempts alone."""
-
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,3 @@
-"""`lem report`: the file it writes, damage named and left out, sample logs drawn."""
-
 from __future__ import annotations
 
 import dataclasses

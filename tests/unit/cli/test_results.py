@@ -1,5 +1,3 @@
-"""`lem results list`, `show` and `export`: from the files alone, damaged ones included."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""`lem status`: what people and programs see of campaigns that run, ended, or crashed."""
-
 import json
 import re
 from datetime import datetime, timezone

@@ -1,5 +1,3 @@
-"""The bootstrap interval and the t interval on logs: boundary cases, formulas and coverage."""
-
 from __future__ import annotations
 
 import json

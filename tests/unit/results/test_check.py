@@ -1,5 +1,3 @@
-"""What weakens a campaign, found where it is and not where it is not."""
-
 import dataclasses
 from pathlib import Path
 
@@ -147,18 +145,6 @@ def test_what_weakens_a_campaign_is_found(kind, is_weak, campaign, text, configu
 )
 def test_what_weakens_nothing_is_not_found(kind, campaign):
     assert kind not in _found(_check(campaign))
-
-
-def test_a_finding_says_how_many_results_it_concerns_and_of_whom():
-    records = FINE.records()
-    hit = [
-        _section("validity", steady=False)(record) if record.identity.config_name == "vllm" and number < 4 else record
-        for number, record in enumerate(records)
-    ]
-    expected = sum(record.validity.steady is False for record in hit)
-    (finding,) = check_run(make_run(hit))
-    assert finding.configurations == ("vllm",)
-    assert f"in {expected} of 5 results" in finding.text
 
 
 def test_heat_that_made_results_invalid_is_found_and_told_once():

@@ -1,5 +1,3 @@
-"""Comparisons of configurations and of runs: pairs, what forbids a verdict, anchors."""
-
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,3 @@
-"""Records as rows: the same columns for all, the same bytes for the same results, nothing lost and nothing invented."""
-
 import csv
 import dataclasses
 import io

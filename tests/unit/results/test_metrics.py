@@ -1,5 +1,3 @@
-"""What is read from records: metrics, settings, and obstacles to a comparison."""
-
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,3 @@
-"""Runs: grouping, precision and the rule that is kept beside results, and how long experiments took."""
-
 from __future__ import annotations
 
 import dataclasses

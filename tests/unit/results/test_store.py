@@ -1,11 +1,7 @@
-"""The results folder: nothing is overwritten, nothing leaves it, and damage has a name."""
-
 from __future__ import annotations
 
 import errno
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,6 @@ from lem.results.store import AttemptFolder, Repository, Scan, count_failed, fol
 from tests.faulty_disk import failing
 from tests.records import make_record
 
-ROOT = Path(__file__).resolve().parents[3]
 RUN = "20260714T100000Z-3fa1"
 EXPERIMENT = "0123456789ab-c1"
 
@@ -96,25 +91,6 @@ def test_a_folder_that_cannot_be_made_in_the_middle_stops_the_campaign(repositor
     (tmp_path / "results").write_text("in the way")
     with pytest.raises(InfrastructureError, match="expected a folder, found a file"):
         repository.prepare_attempt(RUN, EXPERIMENT)
-
-
-def test_a_disk_without_room_is_told_before_the_start(tmp_path: Path) -> None:
-    """A real refusal by the kernel: the limit on the size of files stands for a disk that is nearly full."""
-    code = """
-import resource, sys
-from pathlib import Path
-from lem.base.errors import UserError
-from lem.results.store import Repository
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    Repository(Path(sys.argv[1]), "demo").check_writable()
-except UserError as error:
-    print(error.message)
-"""
-    argv = [sys.executable, "-c", code, str(tmp_path)]
-    finished = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    assert finished.stdout == f"results folder {tmp_path / 'demo'}: file too large\n"
-    assert list((tmp_path / "demo").iterdir()) == []
 
 
 @pytest.mark.parametrize("where", ["results", "results/demo"])

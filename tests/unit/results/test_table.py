@@ -1,5 +1,3 @@
-"""The table of a run, as a person reads it in a terminal of 80 columns, and one result in full."""
-
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,3 @@
-"""The messages of the channel, and the log of an experiment."""
-
 from __future__ import annotations
 
 import contextlib

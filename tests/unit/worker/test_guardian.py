@@ -1,5 +1,3 @@
-"""Whoever is killed, and whatever the engine holds meanwhile: nothing is left."""
-
 from __future__ import annotations
 
 import os

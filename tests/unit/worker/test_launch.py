@@ -1,5 +1,3 @@
-"""lem starts itself: from a folder and from a zip, whatever lies around."""
-
 from __future__ import annotations
 
 import ast

@@ -212,11 +212,6 @@ def test_without_token_times_tokens_count_at_the_end_and_the_record_says_so() ->
     assert "tokens_untimed" in codes(found.warnings)
 
 
-def test_a_slowing_engine_is_not_steady() -> None:
-    slowing = TimedBackend(SteppedClock(), slow_down=lambda batches: 1 + batches / 20)
-    assert measure(slowing, closed_loop(2, min_window_s=0.2)).steady.value is False
-
-
 @pytest.mark.parametrize("plan", [closed_loop(2, min_window_s=3600.0), open_loop(20.0, min_window_s=3600.0)])
 def test_a_load_that_fails_as_a_whole_is_not_kept_up(plan: TrafficPlan) -> None:
     found = measure(TimedBackend(SteppedClock(), width=2, fails=lambda _: True), plan)

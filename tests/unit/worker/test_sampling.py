@@ -1,5 +1,3 @@
-"""A sampler as a process: it starts, hears, ends when told or left alone, and says why where it could not go on."""
-
 from __future__ import annotations
 
 import os

@@ -1,5 +1,3 @@
-"""A tethered command, and what is left of a worker, with real processes."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""What the plots show: the frontier, the axes of the grid, drift."""
-
 from __future__ import annotations
 
 import random

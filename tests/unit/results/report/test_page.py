@@ -1,5 +1,3 @@
-"""The page as a whole: its parts and bytes, and how it shows damage, estimates and what was not measured."""
-
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,3 @@
-"""Elements escape what is not markup; scales give every value a place and round ticks."""
-
 from __future__ import annotations
 
 import pytest
