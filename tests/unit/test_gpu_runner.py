@@ -15,10 +15,8 @@ import pytest
 from lem.meters.samples import GpuHeader
 from tests.gpu.bench import Bench
 from tests.gpu.engine_client import ROOT
-from tests.gpu.extent import FULL, QUICK, REHEARSAL, REHEARSAL_QUICK, Extent
+from tests.gpu.extent import QUICK, Extent
 from tests.gpu.finding import CUT_OFF, DONE, FAILED, LEFT_OUT, Finding, LeftOut, Section
-from tests.gpu.models import SHAPES
-from tests.gpu.report import REHEARSED, Head, markdown, read_sections, shown, table, write
 from tests.gpu.run import cut_off_by_signals, run_steps
 
 GPU = GpuHeader(0, "GPU-1", "Some GPU", "580.1", vbios="96.1", power_limit_w=700.0, persistence_mode=True)
@@ -83,43 +81,6 @@ def test_no_step_begins_when_time_is_over_but_those_that_only_read(tmp_path: Pat
     found, _ = go_through(tmp_path, Scripted("one"), Scripted("two", is_brief=True), limit_s=0.0)
     assert [section.status for section in found] == [LEFT_OUT, DONE]
     assert "--only one" in found[0].message
-
-
-def test_the_table_names_everything_that_was_not_found() -> None:
-    sections = (
-        Section("a", "First", DONE, (Finding("x | y", None, "J", "nothing read", "at most 1"),)),
-        Section("b", "Second", FAILED, (), "OSError: no room"),
-    )
-    head = Head(GPU, "2026-01-01 10:00 UTC", "full", is_rehearsal=False, versions={"torch": "2.11"})
-    for page in (table(head, sections), markdown(head, sections)):
-        assert "Some GPU, driver 580.1, VBIOS 96.1, power limit 700 W, persistence mode on" in page
-        assert "torch 2.11" in page
-        assert "nothing read" in page
-        assert "at most 1" in page
-        assert "Second — failed: OSError: no room" in page.replace("**", "")
-        assert REHEARSED not in page
-    assert "x \\| y" in markdown(head, sections)
-
-
-def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
-    sections = (Section("a", "First", DONE, (Finding("x", 1.25, "J", details={"values": [1, 2]}),), took_s=2.0),)
-    assert read_sections(tmp_path) == ()
-    write(tmp_path, Head(GPU, "2026-01-01 10:00 UTC", "full", is_rehearsal=True), sections)
-    assert read_sections(tmp_path) == sections
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, "–"), (0.0, "0"), (0.99371, "0.9937"), (349.66, "349.7"), (8030.261248, "8030")]
-)
-def test_values_are_shown_with_four_digits(value: float | None, text: str) -> None:
-    assert shown(value) == text
-
-
-@pytest.mark.parametrize("extent", [FULL, QUICK, REHEARSAL, REHEARSAL_QUICK])
-def test_every_extent_names_models_that_can_be_made(extent: Extent) -> None:
-    assert set(extent.models) <= set(SHAPES)
-    names = [item.name for item in extent.configurations]
-    assert len(set(names)) == len(names)
 
 
 def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:

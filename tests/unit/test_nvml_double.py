@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
-import time
+from typing import Any
 
 import pytest
 
@@ -66,20 +65,6 @@ for index in range(said["count"] if isinstance(said["count"], int) else 0):
 said["shutdown"] = ask(pynvml.nvmlShutdown)
 said["after"] = ask(pynvml.nvmlDeviceGetCount)
 json.dump(said, sys.stdout)
-"""
-
-LOST_MEANWHILE = """
-import sys
-import pynvml
-
-pynvml.nvmlInit()
-handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-print(pynvml.nvmlDeviceGetMemoryInfo(handle).used, flush=True)
-sys.stdin.readline()
-try:
-    print(pynvml.nvmlDeviceGetMemoryInfo(handle).used, flush=True)
-except pynvml.NVMLError as error:
-    print(error, flush=True)
 """
 
 
@@ -162,21 +147,6 @@ def test_a_second_file_is_laid_over_the_first_where_it_is_there(tmp_path):
     assert _ask(double)["gpus"] == ["NVMLError_Unknown: Unknown Error"]
 
 
-def test_a_running_process_sees_what_the_script_says_now(double):
-    double.say("memory_used 5")
-    command = [sys.executable, "-c", LOST_MEANWHILE]
-    with subprocess.Popen(
-        command, env=double.environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == "5\n"
-        double.say("lost 0 999")
-        process.stdin.write("\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "Unknown Error\n"
-
-
 def test_a_line_that_is_not_understood_is_told_and_fails_everything(double):
     double.say("memory_usd 5")
     finished = _run(double, ASK)
@@ -184,24 +154,8 @@ def test_a_line_that_is_not_understood_is_told_and_fails_everything(double):
     assert json.loads(finished.stdout)["init"].startswith("NVMLError_InvalidArgument")
 
 
-def test_lem_reads_it(double):
-    double.say(*NvmlDouble.gpu(used_b=2_000_000_000, processes=[(1234, 5_000_000)]))
-    finished = subprocess.run(
-        [sys.executable, "-m", "lem", "gpus", "--json"],
-        env=double.environ(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    reading = json.loads(finished.stdout)
-    assert (reading["error"], reading["driver"]) == (None, "580.65.06")
-    (gpu,) = reading["gpus"]
-    assert (gpu["memory_used_b"], gpu["processes"]) == (2_000_000_000, [{"pid": 1234, "memory_b": 5_000_000}])
-
-
-METER = """
-import ctypes, json, os, sys, time
+AT_TIMES = """
+import json, os, sys
 import pynvml
 
 pynvml.nvmlInit()
@@ -220,30 +174,21 @@ def utilisation(handle):
     rates = pynvml.nvmlDeviceGetUtilizationRates(handle)
     return rates.gpu
 
-def stamped(function, *arguments):
-    before_ns = time.monotonic_ns()
-    said = ask(function, *arguments)
-    return [before_ns, said, time.monotonic_ns()]
-
 def look(index):
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     return {
-        "counter": stamped(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle),
-        "energy": stamped(field, handle, pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION, "ullVal"),
-        "instant": stamped(field, handle, pynvml.NVML_FI_DEV_POWER_INSTANT, "uiVal"),
-        "average": stamped(pynvml.nvmlDeviceGetPowerUsage, handle),
-        "field_average": stamped(field, handle, pynvml.NVML_FI_DEV_POWER_AVERAGE, "uiVal"),
-        "temp": stamped(pynvml.nvmlDeviceGetTemperatureV, handle, pynvml.NVML_TEMPERATURE_GPU),
-        "events": stamped(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle),
-        "sm_clock": stamped(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-        "utilisation": stamped(utilisation, handle),
-        "pids": stamped(lambda: [item.pid for item in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]),
+        "counter": ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle),
+        "energy": ask(field, handle, pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION, "ullVal"),
+        "instant": ask(field, handle, pynvml.NVML_FI_DEV_POWER_INSTANT, "uiVal"),
+        "average": ask(pynvml.nvmlDeviceGetPowerUsage, handle),
+        "field_average": ask(field, handle, pynvml.NVML_FI_DEV_POWER_AVERAGE, "uiVal"),
+        "temp": ask(pynvml.nvmlDeviceGetTemperatureV, handle, pynvml.NVML_TEMPERATURE_GPU),
+        "events": ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle),
+        "sm_clock": ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        "utilisation": ask(utilisation, handle),
+        "pids": ask(lambda: [item.pid for item in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]),
     }
-"""
 
-AT_TIMES = (
-    METER
-    + """
 looks = []
 for now_ns in json.loads(sys.argv[2]):
     with open(sys.argv[1] + ".new", "w") as file:
@@ -252,27 +197,7 @@ for now_ns in json.loads(sys.argv[2]):
     looks.append([look(index) for index in range(pynvml.nvmlDeviceGetCount())])
 json.dump(looks, sys.stdout)
 """
-)
 
-
-# Real time, with an engine of its own that works meanwhile.
-WORKING = (
-    METER
-    + """
-def be(state):
-    with open(sys.argv[1], "a") as file:
-        file.write(f"{time.monotonic_ns()} {state}\\n")
-
-looks = []
-for number in range(300):
-    if number in (50, 150):
-        be(1)
-    if number in (100, 250):
-        be(0)
-    looks.append([look(0)])
-json.dump(looks, sys.stdout)
-"""
-)
 
 ORIGIN_NS = 7_000 * NS_PER_S
 EVERYTHING = PowerSignal(
@@ -310,7 +235,8 @@ def _look_at(tmp_path, trace, times_ns):
     double.say(*trace.lines())
     finished = _run(double, AT_TIMES, str(now), json.dumps(list(times_ns)))
     assert finished.stderr == ""
-    return [[{key: said for key, (_, said, _) in gpu.items()} for gpu in gpus] for gpus in json.loads(finished.stdout)]
+    looks: list[list[dict[str, Any]]] = json.loads(finished.stdout)
+    return looks
 
 
 def test_the_library_says_what_its_twin_says_at_every_time(tmp_path):
@@ -354,107 +280,3 @@ def test_the_library_follows_the_log_of_an_engine(tmp_path):
         assert look["temp"] == worked.temp_c(at_ns)
         assert look["events"] == worked.event_mask(at_ns)
         assert look["utilisation"] == worked.utilisation_percent(at_ns)
-
-
-def test_in_real_time_it_follows_an_engine_and_its_counter_never_falls(tmp_path):
-    load = Load(str(tmp_path / "load"), 80.0, 400.0, 0.005, 0.01)
-    trace = Trace(time.monotonic_ns(), (GpuTrace(load=load, counter=Counter(0.001)),))
-    double = NvmlDouble(tmp_path / "nvml")
-    double.say(*trace.lines())
-    counts = [gpu["counter"] for (gpu,) in json.loads(_run(double, WORKING, load.path).stdout)]
-    values = [said for _, said, _ in counts]
-    assert values == sorted(values)
-    states = [line.split()[1] for line in (tmp_path / "load").read_text().splitlines()]
-    assert states == ["1", "0", "1", "0"]
-    worked = trace.after_load()
-    for before_ns, said, after_ns in counts:
-        assert worked.counter_mj(before_ns) - 1 <= said <= worked.counter_mj(after_ns) + 1
-
-
-def test_a_failure_is_of_one_gpu_and_of_its_time(tmp_path):
-    denied = dataclasses.replace(COARSE, more=("fail nvmlDeviceGetTotalEnergyConsumption 4 10 20", "fail_field 186 3"))
-    trace = Trace(ORIGIN_NS, (denied, COARSE))
-    times_ns = [ORIGIN_NS + seconds * NS_PER_S for seconds in (9, 10, 20)]
-    looks = _look_at(tmp_path, trace, times_ns)
-    assert [isinstance(gpus[0]["counter"], int) for gpus in looks] == [True, False, True]
-    assert looks[1][0]["counter"] == "Insufficient Permissions"
-    assert [gpu["instant"] for gpu in looks[0]] == ["Not Supported", 200_000]
-    assert all(isinstance(gpus[1]["counter"], int) for gpus in looks)
-
-
-COUNT = "print(*(pynvml.nvmlDeviceGetVirtualizationMode(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in (0, 1)))"
-DEPRECATED = """
-print(pynvml.nvmlDeviceGetTemperature(handle, 0))
-print(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
-"""
-BEYOND = """
-for index in (2, 8, 9, 4_000_000_000):
-    print(error_of(pynvml.nvmlDeviceGetHandleByIndex, index))
-"""
-INSTANCE = """
-handle = pynvml.nvmlDeviceGetHandleByUUID("MIG-b")
-print(pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetIndex(handle))
-print(error_of(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle), error_of(pynvml.nvmlDeviceGetMigMode, handle))
-print(error_of(pynvml.nvmlDeviceGetHandleByUUID, "MIG-c"))
-"""
-VERSIONS = """
-temperature = pynvml.c_nvmlTemperature_v1_t(version=pynvml.nvmlTemperature_v1, sensorType=0)
-call = pynvml.nvmlLib.nvmlDeviceGetTemperatureV
-print(call(handle, ctypes.byref(temperature)), temperature.temperature)
-temperature.version = 0x0200000C
-print(call(handle, ctypes.byref(temperature)))
-"""
-FIELDS = """
-values = pynvml.nvmlDeviceGetFieldValues(handle, [186, (185, 0), 83, 1])
-print([(value.fieldId, value.nvmlReturn, value.valueType) for value in values], values[1].value.uiVal)
-"""
-CUT = Trace(ORIGIN_NS, (COARSE, GpuTrace(signal=EVERYTHING, mig=True, instances=("MIG-a", "MIG-b"))))
-
-
-@pytest.mark.parametrize(
-    ("script", "program", "said"),
-    [
-        (("count 1", "temperature 44", "events -1 1e9 0x44"), DEPRECATED, "44 68"),
-        (("count 2", "gpu 1", "virtualization 2"), COUNT, "0 2"),
-        (("count 2",), BEYOND, " ".join(["Invalid Argument"] * 4)),
-        (CUT.lines(), INSTANCE, "MIG-b 1 Not Supported Not Supported Not Found"),
-        (NvmlDouble.gpu(), VERSIONS, "0 30 25"),
-        (
-            ("count 1", "point 0 100", "fail_field 186 4"),
-            FIELDS,
-            "[(186, 4, 0), (185, 0, 1), (83, 0, 3), (1, 3, 1)] 100000",
-        ),
-    ],
-    ids=["deprecated names", "virtual", "beyond the last", "MIG instance", "structure versions", "fields"],
-)
-def test_what_a_program_asks(double, script, program, said):
-    begin = """
-import ctypes, pynvml
-pynvml.nvmlInit()
-handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-def error_of(function, *arguments):
-    try:
-        return function(*arguments)
-    except pynvml.NVMLError as error:
-        return error
-"""
-    double.say(*script)
-    assert _run(double, begin + program).stdout.split() == said.split()
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ("point 1",),
-        ("level 5 1 1 x",),
-        ("counter perod 0.1",),
-        ("counter period 0",),
-        ("load /tmp/a 1 2 3",),
-        ("fail nvmlDeviceGetPowerUsage",),
-        ("point 2 1", "point 1 1"),
-    ],
-    ids=" ".join,
-)
-def test_a_line_with_other_values_is_not_understood(double, lines):
-    double.say("count 1", *lines)
-    assert f"not understood: {lines[-1]}" in _run(double, "import pynvml; pynvml.nvmlInit()").stderr

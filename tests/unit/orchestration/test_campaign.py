@@ -1,17 +1,15 @@
 """The runner: order, manifest, resume, and everything that has to be fit before a campaign begins."""
 
 import errno
-import json
 
 import pytest
 
 from lem.base.errors import ExitCode, Interrupted, LockedError, OptionRefused, UserError
 from lem.config.campaign_config import CampaignColdStartConfig
 from lem.config.load import complete_campaign
-from lem.orchestration.dispatch import WorkerUnavailable
 from lem.orchestration.plan import plan_campaign
 from lem.orchestration.resume import RunOptions
-from tests.campaign_doubles import EIGHT, ENVIRONMENT, FOUR, FakeWorker, Place, make_campaign
+from tests.campaign_doubles import EIGHT, ENVIRONMENT, FOUR, Place, make_campaign
 from tests.faulty_disk import watching
 
 RESUME = RunOptions(resume=True)
@@ -40,31 +38,7 @@ def test_the_order_from_the_grid_leaves_named_experiments_out(place):
     assert place.runner(without).generate_execution_order_from_grid() == []
 
 
-def test_a_new_manifest_holds_the_plan_and_is_not_yet_saved(place):
-    runner = place.runner(make_campaign(place.folder, execution={"structure": "shuffled", "seed": 7}))
-    order = runner.generate_execution_order()
-    manifest = runner.create_manifest(order)
-    assert [entry.exp_id for entry in manifest.experiments] == [item.exp_id for item in order]
-    assert [entry.order_index for entry in manifest.experiments] == [0, 1, 2, 3]
-    assert {(entry.status, entry.host, entry.container) for entry in manifest.experiments} == {
-        ("pending", "here", None)
-    }
-    assert (manifest.campaign_id, manifest.total_experiments, manifest.shuffle_seed) == ("fe01ce2a", 4, 7)
-    assert str(manifest.run_id).startswith("20260714T120000Z-")
-    assert not (place.folder / "state").exists()
-
-
 # --- resume
-
-
-def test_a_resume_runs_what_is_left_and_keeps_the_run_id(place):
-    place.run(GONE)
-    before, kept = place.manifest(), _results(place)
-    assert place.run(options=RESUME).manifest.is_complete
-    assert place.asked() == [(EIGHT, 1, 2), (FOUR, 2, 1), (EIGHT, 2, 1)]
-    assert place.manifest().run_id == before.run_id
-    assert set(kept) < set(_results(place))
-    assert _notes(place) == ["Resuming: 3 remaining (1 completed, 0 failed)"]
 
 
 def test_failed_experiments_count_as_neither_once_the_resume_has_begun(place):
@@ -85,21 +59,6 @@ def test_a_result_that_is_gone_or_cut_short_is_measured_again_under_a_new_attemp
     assert sorted(attempt for _, _, attempt in place.asked()) == [2, 2]
     assert place.manifest().is_complete
     assert cut.stat().st_size == 100  # nothing is overwritten
-
-
-def test_a_whole_result_that_the_manifest_missed_is_adopted(place):
-    place.run()
-    document = json.loads(_manifest_path(place).read_text())
-    entry = document["experiments"][0]
-    entry.update(status="running", result_path=None, completed_at=None)
-    entry["attempts"] = [{**entry["attempts"][0], "result_path": None, "valid": None, "completed_at": None}]
-    _manifest_path(place).write_text(json.dumps(document))
-    assert place.run(options=RESUME).manifest.is_complete
-    assert (place.requests, place.executor.calls[0]) == ([], "clear")
-    assert _notes(place) == [
-        "Results on disk that the manifest did not list: 1, adopted",
-        "Resuming: 0 remaining (4 completed, 0 failed)",
-    ]
 
 
 def test_after_an_edit_unchanged_results_stay_new_ones_run_and_removed_ones_are_skipped(place):
@@ -126,43 +85,7 @@ def test_the_seed_in_the_manifest_is_the_one_of_the_order_that_runs(place):
     assert {request.identity["shuffle_seed"] for request in place.requests} == {2}
 
 
-def test_a_fresh_start_sets_the_manifest_aside_and_keeps_the_results(place):
-    place.run()
-    old = place.manifest()
-    kept = {path: path.read_bytes() for path in _results(place)}
-    place.clock.elapsed_s += 60
-    place.run(options=RunOptions(resume=False))
-    assert place.manifest().run_id != old.run_id
-    assert {path: path.read_bytes() for path in kept} == kept
-    assert len(_results(place)) == 8
-    (aside,) = _manifest_path(place).parent.glob("campaign_manifest.2*")
-    assert json.loads(aside.read_text())["run_id"] == old.run_id
-    assert str(aside) in _notes(place)[0]
-
-
 # --- environment
-
-
-def test_a_missing_engine_is_told_before_anything_is_written(place):
-    with pytest.raises(UserError) as caught:
-        place.run(environment={**ENVIRONMENT, "torch": None})
-    assert "torch is not installed in this Python (3.11.7)" in caught.value.message
-    assert "pip install torch" in caught.value.hint
-    assert "--python" in caught.value.hint
-    assert not _manifest_path(place).exists()
-    assert place.executor.calls == ["kill", "close"]
-
-
-def test_a_worker_that_does_not_start_makes_the_host_not_fit(place):
-    class Broken(FakeWorker):
-        def open(self, stop=None, timeout_s=0.0):
-            raise WorkerUnavailable("the worker did not start", "try by hand")
-
-    runner = place.runner(make_campaign(place.folder))
-    place.executor.worker = Broken(place.clock, {})
-    with pytest.raises(UserError, match="the worker did not start") as caught:
-        runner.run()
-    assert caught.value.exit_code is ExitCode.USAGE
 
 
 def test_a_resume_under_another_environment_is_refused_unless_the_change_is_allowed(place):
@@ -237,15 +160,6 @@ def test_a_second_run_of_the_same_campaign_is_locked_out_and_another_one_on_the_
     assert len(other.requests) == 2
 
 
-def test_a_reserved_campaign_is_locked_between_its_runs_and_free_afterwards(place):
-    runner = place.runner(make_campaign(place.folder))
-    with runner.reserved():
-        runner.run()
-        with pytest.raises(LockedError):
-            Place(place.folder).run()
-    assert Place(place.folder).run().manifest.is_complete
-
-
 def test_settling_the_opening_asks_once_and_the_run_does_not_ask_again(place):
     place.run(GONE)
     questions = []
@@ -269,22 +183,6 @@ def test_a_check_starts_and_ends_a_worker_and_keeps_nothing(place):
     assert not (place.folder / "state").exists()
     with pytest.raises(UserError, match="transformers is not installed"):
         place.runner(make_campaign(place.folder), environment={**ENVIRONMENT, "transformers": None}).check()
-
-
-def test_a_signal_before_the_first_experiment_leaves_a_manifest_that_can_be_resumed(place):
-    place.stop.request(15)
-    assert place.run().signum == 15
-    assert place.requests == []
-    assert Place(place.folder).run(options=RESUME).manifest.is_complete
-
-
-def test_a_second_signal_kills_the_workers_and_the_manifest_is_whole(place):
-    def insist(request):
-        place.stop.request(2)
-        place.stop.request(2)
-
-    assert place.run({EIGHT: [insist]}).signum == 2
-    assert place.statuses() == ["completed", "pending", "pending", "pending"]
 
 
 def test_a_bug_in_the_loop_kills_the_workers(place):

@@ -62,10 +62,6 @@ def test_a_file_named_that_is_not_there_is_told(tmp_path: Path, named: str | Non
     assert caught.value.kind == "compose_file"
 
 
-def test_the_packaged_file_is_the_one_in_the_docker_folder() -> None:
-    assert packaged_compose_file() == (ROOT / "docker" / "docker-compose.yml").read_text()
-
-
 def test_every_variable_of_the_compose_files_is_known_to_the_command_line() -> None:
     texts = [path.read_text() for path in (ROOT / "docker").glob("*.yml")]
     used = {name for text in texts for name in re.findall(r"\$\{(LEM_\w+)", text)}
@@ -200,19 +196,6 @@ def experiment(**options: Any) -> ExperimentConfig:
 def targets(*configs: ExperimentConfig) -> dict[str, bool]:
     """Targets, and whether each is read-only."""
     return {mount.target: mount.is_read_only for mount in local_mounts(configs)}
-
-
-def test_a_folder_is_seen_at_its_absolute_path_read_only(here: Path) -> None:
-    (here / "models" / "a b").mkdir(parents=True)
-    (mount,) = local_mounts([experiment(model="models/a b"), experiment(model=f"{here}/models/a b")])
-    assert mount == Mount(here / "models" / "a b", f"{here}/models/a b")
-    assert mount.to_compose() == {
-        "type": "bind",
-        "source": f"{here}/models/a b",
-        "target": f"{here}/models/a b",
-        "read_only": True,
-        "bind": {"create_host_path": False},
-    }
 
 
 def test_every_path_that_an_experiment_names_is_mounted(here: Path) -> None:

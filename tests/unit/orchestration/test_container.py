@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from typing import Any
 
 import pytest
 
 from lem.meters.nvml import GpuProcess, GpuReading, GpuState
 from lem.orchestration.container import ContainerError, ContainerManager, gpu_loss, judge
-from lem.orchestration.dispatch import Worker
-from tests.doubles.fake_docker import GIB, WITH_GPU, FakeDocker, reading
+from tests.doubles.fake_docker import WITH_GPU, FakeDocker, reading
 
 
 def manager(fake: FakeDocker, file: str = "docker-compose.yml", **environ: str) -> ContainerManager:
@@ -105,19 +102,6 @@ def test_a_failing_teardown_hides_no_error(fake: FakeDocker) -> None:
         raise ValueError("the one to see")
 
 
-def test_an_experiment_gets_its_arguments_and_variables(fake: FakeDocker, started: ContainerManager) -> None:
-    output, code = started.execute_experiment("vllm", "nope.yaml", ["--cycles", "2"], {"HF_TOKEN": "hf_planted"})
-    words = fake.compose_calls("exec")[-1]
-    assert words[words.index("experiment") :] == ["experiment", "nope.yaml", "--yes", "--cycles", "2"]
-    assert "hf_planted" not in json.dumps(fake.calls())
-    assert code == 2
-    assert "nope.yaml" in output
-    message, code = started.execute_experiment("pytorch", "a.yaml")
-    assert (code, "not running" in message) == (1, True)
-    shutil.rmtree(fake.folder / "bin")
-    assert started.execute_experiment("vllm", "a.yaml")[1] == 1
-
-
 # Health
 
 
@@ -145,30 +129,6 @@ def test_a_service_without_a_reading_is_unhealthy(
     status = started.check_health("vllm")
     assert status.healthy is False
     assert reason in status.reason
-
-
-def test_memory_of_our_own_worker_does_not_count(fake: FakeDocker) -> None:
-    used = reading((4711, int(9.4 * GIB)), used_b=int(9.5 * GIB))
-    fake.change(services={"vllm": WITH_GPU}, gpus={"vllm": used}, pids={"id-vllm": [4710, 4711]})
-    found = manager(fake)
-    found.start_services(["vllm"])
-    assert not found.check_health("vllm").healthy, "no worker is open: it is a leftover"
-    worker = found.worker_in("vllm", Worker)
-    worker.open()
-    try:
-        assert found.check_health("vllm").healthy
-    finally:
-        worker.stop()
-    assert not found.check_health("vllm").healthy
-
-
-@pytest.mark.parametrize("state", [{"restart_fails": True}, {"after_restart": "exited"}])
-def test_a_container_is_replaced_if_a_restart_does_not_help(
-    fake: FakeDocker, started: ContainerManager, state: dict[str, Any]
-) -> None:
-    fake.change(silent=["vllm"], **state)
-    assert started.restart_service("vllm") is True
-    assert "--force-recreate" in fake.compose_calls("up")[-1]
 
 
 def gpu(used_b: int, *processes: tuple[int, int | None], index: int = 0, total_b: int = 100) -> GpuState:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import pytest
 
 from lem import __version__
 from lem.base import process
-from lem.base.errors import EngineError, Interrupted, UserError
+from lem.base.errors import EngineError, UserError
 from lem.orchestration.dispatch import (
     LocalExecutor,
     Outcome,
@@ -28,7 +27,6 @@ from lem.orchestration.dispatch import (
     event_of,
     outcome_of,
 )
-from lem.orchestration.schedule import StopRequest
 from lem.orchestration.status import Event
 from lem.record import read_record
 from lem.worker.channel import (
@@ -44,7 +42,7 @@ from lem.worker.channel import (
     RunRequest,
 )
 from lem.worker.launch import own_command
-from tests.processes import children_of, wait_for, wait_until_ended
+from tests.processes import children_of, wait_until_ended
 from tests.pythons import Python, find_pythons
 from tests.worker_rig import COMMAND, Rig
 
@@ -150,13 +148,6 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
         yield rig
 
 
-@pytest.fixture
-def stop() -> Iterator[StopRequest]:
-    stop = StopRequest()
-    yield stop
-    stop.close()
-
-
 class Events(list[Event]):
     """What was told, and something to do when a phase begins."""
 
@@ -223,16 +214,6 @@ def test_the_engine_is_reused_until_it_is_unloaded_or_another_is_due(rig: Rig):
     assert len(rig.marker.pids()) == 1  # the supervisor alone
     assert is_reused(worker, rig.request("e4", fp_precision="float32", keep_engine=False)) is False
     assert is_reused(worker, rig.request("e5", fp_precision="float32")) is False
-    worker.stop()
-
-
-def test_a_failed_experiment_leaves_a_worker_that_can_run_the_next(rig: Rig):
-    rig.rules = [{"at": "load", "do": "fail", "kind": "out_of_memory", "permanent": True, "when": {"gpus": []}}]
-    worker = real_worker(rig)
-    outcome = worker.run(rig.request("e1", gpus=[]), Events(), PATIENT)
-    error = failure(outcome)
-    assert (error.kind, error.is_permanent, outcome.phase) == ("out_of_memory", True, "load")
-    assert worker.run(rig.request("e2"), Events(), PATIENT).error is None
     worker.stop()
 
 
@@ -315,53 +296,6 @@ def test_a_stopped_guardian_does_not_save_an_engine_whose_supervisor_died(rig: R
 
     error = failure(worker.run(rig.request("e"), Events("window", stop_guardian_and_kill_supervisor), PATIENT))
     assert error.kind == "died"
-    assert rig.marker.survivors() == ()
-
-
-@contextlib.contextmanager
-def alarms_ask(stop: StopRequest, times: int = 1) -> Iterator[None]:
-    """Let SIGALRM do what a Ctrl-C does; the first one sets the timer for the next, and so on."""
-    left = times
-
-    def ask(*_: object) -> None:
-        nonlocal left
-        left -= 1
-        if left:
-            signal.setitimer(signal.ITIMER_REAL, 0.5)
-        stop.request(signal.SIGINT)
-
-    before = signal.signal(signal.SIGALRM, ask)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # none may come once its handler is gone
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_a_signal_wakes_a_host_that_waits_and_ends_the_experiment_and_the_worker(rig: Rig, stop: StopRequest):
-    rig.rules = [HANG]
-    worker = real_worker(rig)
-    events = Events("window", lambda: signal.setitimer(signal.ITIMER_REAL, 0.5))
-    with alarms_ask(stop), pytest.raises(Interrupted) as caught:
-        worker.run(rig.request("e"), events, PATIENT, stop)
-    assert caught.value.signum == signal.SIGINT
-    assert not worker.is_open
-    assert rig.marker.pids() == ()
-
-
-def test_a_second_signal_kills_at_once(rig: Rig, stop: StopRequest):
-    is_stubborn = rig.folder / "stubborn"
-    announce = {"at": "generate", "do": "shell", "command": f"touch '{is_stubborn}'"}
-    rig.rules = [{"at": "generate", "do": "ignore_term"}, announce, {"at": "generate", "do": "hold_gil"}]
-    worker = real_worker(rig)
-
-    def ask_soon() -> None:
-        wait_for(lambda: is_stubborn.exists() or None)
-        signal.setitimer(signal.ITIMER_REAL, 0.5)
-
-    with alarms_ask(stop, times=2), pytest.raises(Interrupted):
-        worker.run(rig.request("e"), Events("window", ask_soon), PATIENT, stop)
-    assert not worker.is_open
     assert rig.marker.survivors() == ()
 
 

@@ -96,25 +96,6 @@ def place(rig: Rig, fake: FakeDocker) -> Iterator[Place]:
         executor.close()
 
 
-def test_all_backends_are_started_in_new_containers_and_taken_down_at_the_end(place: Place) -> None:
-    executor = place.executor("pytorch", "vllm")
-    executor.stop()
-    executor.kill()
-    executor.close()
-    assert place.fake.calls() == [], "nothing before it is needed"
-    for count in (1, 2):
-        worker = executor.worker_for("pytorch")
-        worker.open()
-        executor.worker_for("vllm").open()
-        ups = place.fake.compose_calls("up")
-        assert ups == [["up", "--detach", "--no-build", "--force-recreate", "pytorch", "vllm"]] * count
-        assert executor.worker_for("pytorch") is worker
-        assert worker.environment["image"] == "sha256:img"
-        executor.stop()
-        executor.close()
-        assert place.fake.read()["containers"] == {}
-
-
 def test_a_start_that_fails_leaves_nothing_and_no_lock(place: Place) -> None:
     place.fake.change(after_up="exited")
     with pytest.raises(ContainerError, match="does not answer"):
@@ -213,15 +194,6 @@ def test_an_engine_killed_for_lack_of_memory_has_that_error(place: Place, at: st
 ENDED = {"pytorch": {"State": "exited", "ExitCode": 137}}
 
 
-def test_a_container_that_ended_between_two_experiments_is_restarted(place: Place) -> None:
-    executor = place.executor()
-    worker = executor.worker_for("pytorch")
-    place.fake.change(containers=ENDED)
-    assert place.run(executor).error is None
-    worker.stop()
-    assert len(place.fake.compose_calls("restart")) == 1
-
-
 @pytest.mark.parametrize("options", [{"max_restarts": 0}, {"restart_on_failure": False}])
 def test_a_container_that_may_not_be_restarted_stops_the_campaign(place: Place, options: dict[str, Any]) -> None:
     worker = place.executor(health_check=CampaignHealthCheckConfig(**options)).worker_for("pytorch")
@@ -230,17 +202,6 @@ def test_a_container_that_may_not_be_restarted_stops_the_campaign(place: Place, 
         worker.open()
     assert "--resume" in caught.value.hint
     assert place.fake.compose_calls("restart") == []
-
-
-def test_containers_are_replaced_before_their_next_use_if_asked_for(place: Place) -> None:
-    executor = place.executor(cold_start=CampaignColdStartConfig(restart_container=True))
-    executor.worker_for("pytorch").open()
-    executor.stop()
-    before = len(place.fake.compose_calls("up"))
-    for _ in range(2):
-        executor.worker_for("pytorch").open()
-        assert len(place.fake.compose_calls("up")) == before + 1
-    assert "--force-recreate" in place.fake.compose_calls("up")[-1]
 
 
 def test_health_is_checked_and_recovered(place: Place) -> None:

@@ -52,22 +52,6 @@ def test_the_longest_goes_first_to_the_host_with_the_least_to_do(
     assert divide(costs, count) == (anchor, tuple(map(frozenset, parts)))
 
 
-def test_cycles_of_a_configuration_stay_on_one_host_and_the_cheapest_runs_everywhere() -> None:
-    found = plan(4, 64, 512)
-    stored = fleet(found, "gpu1", "gpu2")
-    digests = {item.exp_id: item.config_hash for item in stored.experiments}
-    hosts_of: dict[str, set[str]] = {}
-    for host in stored.hosts:
-        for exp_id in host.exp_ids:
-            hosts_of.setdefault(digests[exp_id], set()).add(host.name)
-    cheapest = found.configurations[0].config_hash
-    assert stored.anchor == cheapest
-    assert {digest: len(hosts) for digest, hosts in hosts_of.items()} == {
-        item.config_hash: 2 if item.config_hash == cheapest else 1 for item in found.configurations
-    }
-    assert sorted(len(host.exp_ids) for host in stored.hosts) == [4, 4]
-
-
 def test_earlier_results_decide_what_is_long() -> None:
     found = plan(4, 64, 512)
     short, middle, long = (item.config_hash for item in found.configurations)
@@ -82,20 +66,6 @@ def test_replicated_every_host_has_everything_and_takes_over_nothing() -> None:
     assert [len(host.exp_ids) for host in stored.hosts] == [4, 4]
     with pytest.raises(UserError, match="no host can take over another's part"):
         replan(stored, ["gpu1"], set())
-
-
-@pytest.mark.parametrize("hosts", [(), ("gpu1", "gpu1")])
-def test_hosts_are_named_and_named_once(hosts: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match="each once"):
-        fleet(plan(4), *hosts)
-
-
-def test_parts_without_a_stored_plan_cover_the_campaign() -> None:
-    found = plan(4, 64, 128, 512)
-    parts = [part_of_plan(found, index, 2) for index in (1, 2)]
-    ids = [{item.exp_id for item in part.experiments} for part in parts]
-    assert ids[0] | ids[1] == {item.exp_id for item in found.experiments}
-    assert {item.rpartition("-")[0] for item in ids[0] & ids[1]} == {found.configurations[0].config_hash[:12]}
 
 
 def test_a_part_of_a_stored_plan_keeps_order_and_hash_and_is_of_the_same_campaign() -> None:

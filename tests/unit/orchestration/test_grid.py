@@ -153,13 +153,6 @@ def test_equal_engines_lie_together(axes: dict[str, Any]) -> None:
 # Validation
 
 
-def test_nothing_generated() -> None:
-    result = validate_campaign_grid([])
-    assert result.total_generated == 0
-    assert not result.valid_configs
-    assert result.summary == "Generated 0 experiments (0 filtered)."
-
-
 def test_an_invalid_one_is_left_out_with_its_reason_and_the_others_stay() -> None:
     good = {"model": "gpt2", "max_output_tokens": 8}
     result = validate_campaign_grid([{**good, "max_output_tokens": 0, "random_seed": "x"}, good])

@@ -22,7 +22,6 @@ from lem.orchestration.host_meters import (
     has_recovered,
     keep_gap,
 )
-from lem.orchestration.status import Event
 from lem.record import Idle, Record
 from lem.worker.channel import RunRequest
 from tests.records import make_record
@@ -217,15 +216,6 @@ def attend(folder: Path, executor: str, **options: Any) -> Attendance:
     config = ExperimentConfig.from_dict({"model": "any", **options})
     with meters.attending(config, request(folder, config, executor)) as attendance:
         return attendance
-
-
-def test_where_nothing_can_be_read_no_sampler_runs_and_the_worker_is_told_why(tmp_path: Path) -> None:
-    attendance = attend(tmp_path, "local")
-    assert attendance.sampler is None
-    assert (attendance.request.samples_path, attendance.request.is_worker_sampling) == (None, False)
-    assert attendance.request.meter_errors == {"gpu": "no driver", "rapl": "no powercap"}
-    event = Event("progress", data={"exp_id": "e", "phase_done": 1})
-    assert attendance.follow(event) == event
 
 
 @pytest.mark.parametrize(

@@ -91,17 +91,6 @@ def test_all_or_nothing(tmp_path: Path) -> None:
         assert_free(first)
 
 
-def test_a_lock_ends_with_its_process_however_it_ends(target: LockTarget) -> None:
-    program = (
-        "import fcntl, os, signal\n"
-        f"fd = os.open({str(target.path)!r}, os.O_RDWR | os.O_CREAT, 0o666)\n"
-        "fcntl.flock(fd, fcntl.LOCK_EX)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=False)
-    assert_free(target)
-
-
 def test_a_child_process_does_not_inherit_the_lock(target: LockTarget) -> None:
     program = [sys.executable, "-c", "print('here', flush=True); input()"]
     with hold_locks([target], ME):
@@ -115,10 +104,6 @@ def test_a_child_process_does_not_inherit_the_lock(target: LockTarget) -> None:
 
 
 # --- folders and files
-
-
-def test_a_missing_folder_is_made(tmp_path: Path) -> None:
-    assert_free(LockTarget(tmp_path / "new" / "deep" / "a.lock", "a"))
 
 
 @contextlib.contextmanager

@@ -159,19 +159,6 @@ def change(kept: int, queued: int, removed: int) -> str:
     return f"Campaign changed since the manifest was written: {counts}"
 
 
-def test_an_edit_keeps_results_queues_the_new_and_skips_the_removed() -> None:
-    manifest = manifest_of(completed("a"), completed("b"), entry("c", status="failed"))
-    assert apply_plan(manifest, [entry("d"), entry("a")], "beef") == change(1, 1, 2)
-    assert [(item.exp_id, item.status) for item in manifest.experiments] == [
-        ("d", "pending"),
-        ("a", "completed"),
-        ("b", "skipped"),
-        ("c", "skipped"),
-    ]
-    assert manifest.total_experiments == 2
-    assert manifest.config_hash == "beef"
-
-
 def test_an_experiment_that_comes_back_brings_its_result_and_one_removed_before_is_not_counted_again() -> None:
     manifest = manifest_of(completed("a"), entry("b"))
     planned = [entry("a"), entry("b")]
@@ -265,18 +252,6 @@ def test_an_unfinished_campaign_is_resumed_with_yes_and_left_alone_without_anybo
     assert "--fresh" in caught.value.hint
 
 
-@pytest.mark.parametrize("answer", [True, False])
-def test_a_person_is_asked(tmp_path, answer):
-    asked = []
-
-    def ask(question):
-        asked.append(question)
-        return answer
-
-    assert _choose(_manager(tmp_path, "completed", "running", "failed", "skipped"), ask=ask) is answer
-    assert "2 remaining (1 completed, 1 failed)" in asked[0]
-
-
 def test_an_unreadable_manifest_stops_everything_but_a_fresh_start(tmp_path):
     manager = _manager(tmp_path)
     manager.manifest_path.write_text('{"schema_version": 1, "campaign')
@@ -341,14 +316,6 @@ def test_whole_cycles_are_added_until_every_configuration_is_narrow(place):
     assert outcome.remark.endswith("after 6 cycles")
     assert [note["cycles"] for note in manifest.notes] == [6]
     assert [gap["gap"] for gap in place.told("gap")] == ["cycle"] * 5
-
-
-def test_the_most_cycles_end_it(place):
-    outcome = _run(place, {FOUR: [90.0, 110.0] * 10}, rule=_rule(max_cycles=7))
-    assert max(cycle for _, cycle, _ in place.asked()) == 7
-    assert outcome.stopped is None
-    assert "7 cycles is the maximum" in outcome.remark
-    assert FOUR in outcome.remark
 
 
 def test_a_shuffled_campaign_goes_on_in_the_order_a_longer_one_has(place):

@@ -1,17 +1,14 @@
 """What a session does with experiments that fail, with gaps, deadlines, disks and health, and what it writes down."""
 
-import errno
 import signal
 
 import pytest
 
-from lem.base.errors import EngineError, InfrastructureError, OptionRefused, UserError
-from lem.config.campaign_config import CampaignColdStartConfig, CampaignHealthCheckConfig
-from lem.orchestration.resume import RunOptions
+from lem.base.errors import EngineError, InfrastructureError, UserError
+from lem.config.campaign_config import CampaignHealthCheckConfig
 from lem.orchestration.schedule import Stopped
 from lem.orchestration.session import find_secrets
 from tests.campaign_doubles import EIGHT, FOUR, Place, make_campaign, write_result
-from tests.faulty_disk import watching
 
 ONCE = {"cycles": 1}
 DIED = EngineError("the engine died", "look at the log", kind="died")
@@ -39,12 +36,6 @@ def test_every_experiment_runs_once_in_the_order_of_the_plan_in_one_worker(place
 def test_the_engine_is_kept_for_as_long_as_the_campaign_says(place, reuse, kept):
     place.run(execution={"reuse": reuse})
     assert [request.keep_engine for request in place.requests] == kept
-
-
-def test_a_cold_start_ends_the_worker_after_each_experiment(place):
-    place.run(cold_start=CampaignColdStartConfig(force_cold_start=True))
-    assert place.executor.worker.opened == 4
-    assert not any(request.keep_engine for request in place.requests)
 
 
 # --- gaps and time
@@ -154,20 +145,6 @@ def test_a_result_that_is_never_valid_is_told_with_its_reason(place):
     assert (told["valid"], told["invalid_reasons"]) == (False, ["it was too hot"])
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OptionRefused("torch_compile is not for this engine"),
-        EngineError("out of memory at load", kind="out_of_memory", is_permanent=True),
-    ],
-)
-def test_what_would_fail_the_same_way_again_is_not_tried_again(place, error):
-    place.run({FOUR: [error]}, execution=ONCE)
-    assert place.asked() == [(FOUR, 1, 1), (EIGHT, 1, 1)]
-    entry = place.manifest().experiments[0]
-    assert (entry.status, entry.error, entry.retry_count) == ("failed", error.message, 0)
-
-
 def write_another(request):
     write_result(request, attempt=7)
     return "none"
@@ -209,46 +186,6 @@ def test_what_every_experiment_would_meet_stops_the_campaign_with_the_rest_pendi
     assert place.manifest().experiments[1].error == error.message
 
 
-@pytest.mark.parametrize("allowed_writes", [1, 2, 3, 4])
-def test_a_manifest_that_cannot_be_written_stops_the_campaign_and_a_resume_completes_it(place, allowed_writes):
-    writes = []
-
-    def fail_after(event, path):
-        if event == "lem.write" and "campaign_manifest" in path:
-            writes.append(path)
-            if len(writes) > allowed_writes:
-                raise OSError(errno.ENOSPC, "No space left on device", path)
-
-    with watching(fail_after):
-        outcome = place.run()
-    assert outcome.stopped is Stopped.INFRASTRUCTURE
-    assert outcome.error is not None
-    assert "no space left on device" in outcome.error.message
-    assert "--resume" in outcome.error.hint
-    assert all(entry.status != "running" for entry in outcome.manifest.experiments)
-    done = len(list((place.folder / "results").rglob("result.json")))
-    assert place.run(options=RunOptions(resume=True)).manifest.is_complete
-    assert len(place.requests) == 4 - done
-    assert len(list((place.folder / "results").rglob("result.json"))) == 4
-
-
-def test_fail_fast_ends_after_the_first_failure_with_the_rest_pending(place):
-    outcome = place.run({EIGHT: [OptionRefused("no")]}, options=RunOptions(is_fail_fast=True))
-    assert outcome.stopped is Stopped.FAIL_FAST
-    assert place.statuses() == ["completed", "failed", "pending", "pending"]
-
-
-def test_each_transition_is_on_disk_before_the_next_thing_happens(place):
-    seen = []
-
-    def answer(request):
-        seen.append(place.statuses())
-        return "ok"
-
-    place.run({FOUR: [answer], EIGHT: [answer]}, execution=ONCE)
-    assert seen == [["running", "pending"], ["completed", "running"]]
-
-
 # --- prompts, identity, secrets
 
 
@@ -270,30 +207,6 @@ def test_prompts_that_are_gone_or_changed_fail_their_experiment_alone_and_at_onc
     told = place.told("experiment_failed")[0]
     assert told["error_kind"] == "prompts"
     assert error in told["error"]
-
-
-def test_the_worker_is_told_all_that_the_record_will_say(place):
-    place.run(execution={"structure": "shuffled", "seed": 7})
-    first, manifest = place.requests[0], place.manifest()
-    entry = manifest.experiments[0]
-    assert first.identity == {
-        "experiment_id": entry.exp_id,
-        "config_name": entry.config_name,
-        "config_hash": entry.config_hash,
-        "campaign_id": manifest.campaign_id,
-        "campaign_name": "demo",
-        "run_id": manifest.run_id,
-        "host": "here",
-        "backend": "pytorch",
-        "model": "none",
-        "cycle_index": 0,
-        "order_index": 0,
-        "attempt": 1,
-        "shuffle_seed": 7,
-    }
-    assert (first.executor, entry.host) == ("local", "here")
-    files = sorted(path.name for path in (place.folder / first.result_dir).iterdir())
-    assert files == ["config.json", "prompts.jsonl", "result.json"]
 
 
 def test_secrets_come_from_the_environment_or_a_credential_and_from_nowhere_else(tmp_path):

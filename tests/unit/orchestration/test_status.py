@@ -248,13 +248,6 @@ def written(tmp_path):
     return _Written(tmp_path)
 
 
-def test_it_says_from_the_start_who_runs_what_and_how_to_go_on(written):
-    activity = written.read()
-    assert (activity.run_id, activity.pid, activity.host) == ("run-1", 4711, "here")
-    assert (activity.doing, activity.go_on) == ("starting", "lem campaign c.yaml --resume")
-    assert activity.since == "2026-07-14T12:00:00.000000Z"
-
-
 def test_the_phase_of_an_experiment_is_told_with_the_moment_it_began(written):
     written.tell("experiment_started", **STARTED)
     activity = written.tell("phase", after_s=3, exp_id="abc-c1", phase="window", eta_s=90.0)
