@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
 
 from tests.fuzz.running import CASES, SURFACES, cases_of, fuzz, workplace
-from tests.fuzz.trial import Find, Outcome, Surface, run_lem
+from tests.fuzz.trial import Find, Outcome, Surface
 
 BY_NAME = {surface.name: surface for surface in SURFACES}
 ALL_CASES = [(surface.name, path.name) for surface in SURFACES for path in cases_of(surface)]
@@ -55,34 +53,3 @@ def test_a_find_is_counted_kept_and_does_not_end_the_search(tmp_path: Path, erro
     ((data, text),) = tally.finds.values()
     assert len(data) == 4
     assert str(error) in text
-
-
-def test_the_inputs_of_the_suite_do_not_change_with_the_rest_of_the_project(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def inputs() -> list[bytes]:
-        seen: list[bytes] = []
-
-        def trial(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
-            assert (folder, is_thorough) == (tmp_path, False)
-            seen.append(data)
-            return Outcome.ACCEPTED
-
-        fuzz(Surface("x", lambda: st.binary(max_size=8) | st.text().map(str.encode), trial), 300, tmp_path, None)
-        return seen
-
-    before = inputs()
-    (tmp_path / "changed.py").write_text("TEXTS = 'rarely written', b'seldom', 987654321\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.import_module("changed")
-    try:
-        assert inputs() == before
-    finally:
-        del sys.modules["changed"]
-
-
-def test_a_bug_that_the_program_tells_of_is_a_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(Find, match="ended with 2"):
-        run_lem("config", "validate", "none.yaml", expected=(0,))
-    assert run_lem("presets").code == 0

@@ -1,7 +1,7 @@
 """Everything that is to be found out on a machine with an NVIDIA GPU, in one call; README.md says how.
 
     python -m tests.gpu [--quick | --small] [--out FOLDER] [--only STEP]…
-    python -m tests.gpu --rehearse [--quick]      without a GPU, against the NVML double
+    python -m tests.gpu --rehearse      without a GPU, against the NVML double
 
 Prints each figure as soon as it is known and keeps it, and prints the whole table last.
 """
@@ -21,7 +21,7 @@ from lem.meters.nvml import NvmlMeter, find_gpus, open_nvml, visible_gpus
 from lem.meters.samples import GpuHeader
 from tests.gpu.bench import Bench, Step
 from tests.gpu.engine_client import ROOT
-from tests.gpu.extent import extent_of
+from tests.gpu.extent import FULL, QUICK, REHEARSAL
 from tests.gpu.finding import CUT_OFF, FAILED, LEFT_OUT, Section
 from tests.gpu.registry import STEPS
 from tests.gpu.rehearsed import Rehearsal
@@ -47,7 +47,7 @@ def main() -> int:
     if isinstance(gpu, str):
         print(f"error: {gpu}", file=sys.stderr)
         return 2
-    extent = extent_of(is_rehearsal=rehearsal is not None, is_quick=options.quick)
+    extent = REHEARSAL if rehearsal is not None else QUICK if options.quick else FULL
     if options.small:
         extent = extent.without_largest()
     cases = tuple(options.case) if options.case else extent.options

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -110,36 +109,22 @@ QUICK = dataclasses.replace(
 )
 
 _TINY = (Configuration("tiny", 1, 2), Configuration("tiny", 4, 4))
-_ONE_SECOND: dict[str, Any] = dict.fromkeys(
-    ("window_s", "warmup_s", "baseline_s", "settle_s", "idle_s", "probe_s", "part_s", "beside_s"), 1.0
-)
 
 # The same steps against the NVML double, whose meters are those of a GPU in real time.
 REHEARSAL = dataclasses.replace(
-    FULL,
-    configurations=(*_TINY, Configuration("tiny-deep", 4, 4)),
-    input_tok=8,
-    output_tok=8,
-    guard_s=0.5,
-    edges=3,
-    waves=((0.1, 1.0), (1.0, 2.0)),
-    pairs=4,
-    pair_s=0.5,
-    option_s=0.5,
-    **_ONE_SECOND,
-)
-
-REHEARSAL_QUICK = dataclasses.replace(
-    REHEARSAL,
+    QUICK,
     configurations=_TINY,
     cycles=1,
     window_s=0.3,
     warmup_s=0.2,
     baseline_s=None,
+    input_tok=8,
+    output_tok=8,
     settle_s=0.2,
     idle_s=0.8,
     probe_s=0.6,
     guard_s=0.3,
+    part_s=1.0,
     parts=2,
     edges=1,
     waves=((0.1, 1.0), (0.5, 1.0)),
@@ -149,10 +134,3 @@ REHEARSAL_QUICK = dataclasses.replace(
     options=("plain", "8 bit"),
     option_s=0.2,
 )
-
-
-def extent_of(*, is_rehearsal: bool, is_quick: bool) -> Extent:
-    """The extent of a run."""
-    if is_rehearsal:
-        return REHEARSAL_QUICK if is_quick else REHEARSAL
-    return QUICK if is_quick else FULL

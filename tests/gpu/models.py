@@ -40,9 +40,8 @@ SHAPES = {
     # As the config.json of Llama 3.2 1B and Llama 3.1 8B.
     "llama-1b": LlamaShape(128256, 2048, 8192, 16, 32, 8, is_tied=True),
     "llama-8b": LlamaShape(128256, 4096, 14336, 32, 32, 8, is_tied=False),
-    # For rehearsals on a CPU.
+    # For a rehearsal on a CPU.
     "tiny": LlamaShape(1600, 64, 128, 2, 4, 2, is_tied=True),
-    "tiny-deep": LlamaShape(1600, 64, 128, 4, 4, 2, is_tied=False),
 }
 
 

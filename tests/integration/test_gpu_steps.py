@@ -59,7 +59,7 @@ class Rehearsed:
 
 
 def rehearse(folder: Path, *options: str) -> Rehearsed:
-    command = [sys.executable, "-m", "tests.gpu", "--rehearse", "--quick", *options]
+    command = [sys.executable, "-m", "tests.gpu", "--rehearse", *options]
     command += ["--out", str(folder / "out"), "--models", str(folder / "models")]
     ended = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S, check=False

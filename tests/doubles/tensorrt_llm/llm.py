@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from tensorrt_llm.llmapi import SamplingParams, TorchLlmArgs
 
-FAILS_AT_THE_DOOR, FAILS_ON_THE_WAY, CANCELLED, IN_PAIRS, OF_ANOTHER_CLOCK = range(900, 905)
+FAILS_AT_THE_DOOR, FAILS_ON_THE_WAY, CANCELLED, IN_PAIRS, OF_ANOTHER_CLOCK, BREAKS_THE_ENGINE = range(900, 906)
 
 
 class RequestError(RuntimeError):
@@ -57,6 +57,8 @@ class Answer:
         while len(output.token_ids) < self._parameters.max_tokens:
             if self._first_id == FAILS_ON_THE_WAY:
                 raise RequestError("no memory for\nthis request")
+            if self._first_id == BREAKS_THE_ENGINE:
+                raise AssertionError("a check of its own")
             room = self._parameters.max_tokens - len(output.token_ids)
             start = self._first_id + 1 + len(output.token_ids)
             output.token_ids += range(start, start + min(size, room))
@@ -84,6 +86,7 @@ class LLM:
         self.args: Any = TorchLlmArgs(**arguments)
         self.tokenizer = Tokenizer()
         self.requests: list[tuple[list[int], Any, bool]] = []
+        self.answers: list[Answer] = []
         self.is_shut_down = False
         LLM.made.append(self)
 
@@ -95,7 +98,8 @@ class LLM:
         self.requests.append((token_ids, sampling_params, streaming))
         if token_ids[0] == FAILS_AT_THE_DOOR:
             raise ValueError("this request is\ntoo long")
-        return Answer(token_ids, sampling_params, streaming=streaming)
+        self.answers.append(Answer(token_ids, sampling_params, streaming=streaming))
+        return self.answers[-1]
 
     def shutdown(self) -> None:
         self.is_shut_down = True

@@ -13,7 +13,6 @@ from lem.config.experiment import ExperimentConfig
 from lem.engines.common import section_of
 from lem.engines.protocol import TokenRequest
 from lem.engines.pytorch.options import (
-    EngineFacts,
     SpecialTokens,
     assistant_settings,
     compiles_steps,
@@ -86,11 +85,6 @@ def test_min_p_under_greedy_decoding_is_told() -> None:
     assert idle_options(experiment(decoder=GREEDY, pytorch={"min_p": 0.1})) != ()
     assert idle_options(experiment(pytorch={"min_p": 0.1})) == ()
     assert idle_options(experiment(decoder=GREEDY)) == ()
-
-
-@pytest.mark.parametrize(("version", "release"), [("5.23.0", (5, 23)), ("4.57.1", (4, 57)), ("5.24.0.dev0", (5, 24))])
-def test_the_release_of_transformers_is_read(version: str, release: tuple[int, int]) -> None:
-    assert EngineFacts({"transformers": version, "torch": "2.13.0"}, "cpu").release == release
 
 
 # Batches

@@ -7,10 +7,9 @@ import json
 import operator
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
-from datetime import timedelta
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +18,7 @@ from lem.base.errors import EngineError, OptionRefused
 from lem.config.backends import TensorRTConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.option import walk
-from lem.engines.common import EngineRaised
-from lem.engines.protocol import Completion, Engine, EngineReport, TokenRequest, say_nothing
+from lem.engines.protocol import Completion, Engine, EngineReport, TokenRequest
 from lem.engines.tensorrt import load
 from tests.integration.engine_answers import Arrivals
 
@@ -95,9 +93,6 @@ def test_lengths_bound_requests(bench: Bench) -> None:
     report = bench.load({"max_input_len": 5, "max_output_len": 7})
     assert (bench.arguments.max_input_len, bench.arguments.max_seq_len) == (5, 12)
     assert (report.effective["tensorrt"]["max_input_len"], report.effective["tensorrt"]["max_output_len"]) == (5, 7)
-    requests = [TokenRequest(0, (1,) * 5, 7), TokenRequest(1, (1,) * 6, 2), TokenRequest(2, (1,) * 5, 8)]
-    found = bench.engine.generate(requests, observe_tokens=False)
-    assert [item.error is None for item in found] == [True, False, False]
 
 
 REACHING: list[tuple[str, Any, str]] = [
@@ -144,21 +139,6 @@ def test_every_declared_option_is_checked_here_or_refused() -> None:
     others = {"quantization", "max_input_len", "max_output_len", "draft_model", "num_draft_tokens"}
     checked = {*(option for option, _value, _argument in REACHING), *others, "extra_runtime_args"}
     assert {key for key, _item, _section in walk(TensorRTConfig)} == checked | refused
-
-
-def test_requests_are_answered_alone_in_a_batch_and_in_traffic(bench: Bench) -> None:
-    bench.load()
-    requests = [TokenRequest(0, (10, 5), 4, 2), TokenRequest(1, (903,), 3), TokenRequest(2, (901,), 3)]
-    arrivals = Arrivals(requests[:1], requests[1:])
-    bench.engine.serve(arrivals)
-    for found in (
-        bench.engine.generate(requests, observe_tokens=False),
-        bench.engine.generate(requests, observe_tokens=True),
-        sorted(arrivals.completions, key=lambda item: item.index),
-    ):
-        assert [item.output_ids for item in found] == [(11, 12, 13, 14), (904, 905, 906), ()]
-        assert found[2].error == "no memory for this request"
-        assert all(item.started_ns <= item.finished_ns for item in found)
 
 
 def test_a_request_asks_for_what_the_experiment_asks_for(bench: Bench) -> None:
@@ -265,170 +245,67 @@ def test_too_little_memory_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch
     assert (caught.value.kind, caught.value.is_permanent) == ("out_of_memory", True)
 
 
-# Requests through `generate_async`
+# Requests
 
-S = 1_000_000_000
-
-
-class Clock:
-    """Goes on by a second whenever it is looked at."""
-
-    def __init__(self) -> None:
-        self.now_s = 100
-
-    def __call__(self) -> int:
-        self.now_s += 1
-        return self.now_s * S
+WAYS = pytest.mark.parametrize("way", ["closed", "alone", "serve"])
 
 
-class Answer:
-    """As scripted: groups of ids, then how it ends."""
-
-    def __init__(
-        self, groups: Sequence[Sequence[int]], reason: str | None, timing: Any, error: Exception | None
-    ) -> None:
-        self._groups, self._reason, self._error = groups, reason, error
-        metrics = None if timing is None else SimpleNamespace(timing_metrics=timing)
-        self.outputs = [SimpleNamespace(token_ids=[], finish_reason=None, request_perf_metrics=metrics)]
-
-    def _parts(self) -> Iterator[Answer]:
-        for group in self._groups:
-            self.outputs[0].token_ids += group
-            yield self
-        if self._error is not None:
-            raise self._error
-        self.outputs[0].finish_reason = self._reason
-
-    def result(self) -> Answer:
-        for _ in self._parts():
-            pass
-        return self
-
-    async def __aiter__(self) -> AsyncIterator[Answer]:
-        for part in self._parts():
-            await asyncio.sleep(0)
-            yield part
-
-
-class ScriptedEngine:
-    """Gives the answers it was made with, by the first id of the prompt."""
-
-    def __init__(self, **answers: Any) -> None:
-        self.handed: list[tuple[Any, Any, bool]] = []
-        self._answers = answers
-
-    def generate_async(self, inputs: Any, sampling_params: Any = None, *, streaming: bool = False) -> Answer:
-        self.handed.append((inputs, sampling_params, streaming))
-        script: dict[str, Any] = {"groups": [[5], [6], [7]], "reason": "length", "timing": None, "error": None}
-        script.update(self._answers.get(f"at_{inputs['prompt_token_ids'][0]}", {}))
-        if script.get("refused"):
-            raise ValueError("not\nthis one")
-        script.pop("refused", None)
-        return Answer(**script)
-
-
-def request(index: int, first_id: int = 1, length: int = 2, maximum: int = 3) -> TokenRequest:
-    return TokenRequest(index, (first_id, *range(length - 1)), maximum)
-
-
-def server(
-    engine: ScriptedEngine, clock: Clock | None = None, parameters: Any = lambda made: ("parameters", made.index)
-) -> Any:
-    from lem.engines.tensorrt.session import Server
-
-    return Server(engine, parameters, longest_input=10, longest=16, clock=clock or Clock())
-
-
-def run(name: str, tried: Any, requests: list[TokenRequest]) -> list[Completion]:
-    """Has a server answer requests in one of its three ways."""
-    if name != "serve":
-        return list(getattr(tried, name)(requests, say_nothing))
+def run(way: str, engine: Engine, requests: list[TokenRequest]) -> list[Completion]:
+    """Have an engine answer requests in one of its three ways."""
+    if way != "serve":
+        return list(engine.generate(requests, observe_tokens=way == "alone"))
     arrivals = Arrivals(requests[:2], requests[2:])
-    tried.serve(arrivals)
+    engine.serve(arrivals)
     return sorted(arrivals.completions, key=lambda item: item.index)
 
 
-def timing(scheduled_s: float, last_s: float) -> SimpleNamespace:
-    return SimpleNamespace(
-        first_scheduled_time=timedelta(seconds=scheduled_s), last_token_time=timedelta(seconds=last_s)
-    )
-
-
-def test_a_closed_set_is_handed_over_at_once_as_ids() -> None:
-    engine, done = ScriptedEngine(), list[int]()
-    found = server(engine).run_closed([request(0), request(1, 2)], done.append)
-    assert done == [1, 2]
-    assert engine.handed == [
-        ({"prompt_token_ids": [1, 0]}, ("parameters", 0), False),
-        ({"prompt_token_ids": [2, 0]}, ("parameters", 1), False),
-    ]
-    assert [(item.index, item.output_ids, item.token_times_ns, item.padding_tok) for item in found] == [
-        (0, (5, 6, 7), None, 0),
-        (1, (5, 6, 7), None, 0),
-    ]
-
-
-def test_in_a_closed_set_requests_are_timed_by_the_engine() -> None:
-    # Handed over at 101 s, 102 s and 103 s; looked at from 104 s on.
-    just_before = SimpleNamespace(
-        first_scheduled_time=timedelta(seconds=102, microseconds=999_999), last_token_time=None
-    )
-    engine = ScriptedEngine(
-        at_1={"timing": timing(101.5, 102.5)}, at_2={"timing": timing(500.0, 501.0)}, at_3={"timing": just_before}
-    )
-    first, second, third = server(engine).run_closed([request(0), request(1, 2), request(2, 3)], say_nothing)
-    assert (first.started_ns, first.finished_ns) == (101.5 * S, 102.5 * S)
-    assert (second.started_ns, second.finished_ns) == (102 * S, 105 * S)  # of another clock: not used
-    assert third.started_ns == 103 * S  # cut to microseconds, it seems to be before the request
-
-
-def test_alone_each_token_has_the_time_it_was_seen_at() -> None:
-    engine = ScriptedEngine(at_2={"groups": [[5], [6, 7], []]})
-    done: list[int] = []
-    first, second = server(engine).run_alone([request(0), request(1, 2)], done.append)
-    assert done == [1, 2]
-    assert first.token_times_ns == (102 * S, 103 * S, 104 * S)
-    assert first.finished_ns == 104 * S
-    assert second.token_times_ns is not None
-    assert second.output_ids == (5, 6, 7)
-    assert second.token_times_ns[1] == second.token_times_ns[2] > second.token_times_ns[0]
-    assert {streaming for _inputs, _parameters, streaming in engine.handed} == {True}
-
-
-@pytest.mark.parametrize("name", ["run_closed", "run_alone", "serve"])
-def test_a_request_that_fails_fails_alone(name: str) -> None:
-    engine = ScriptedEngine(
-        at_2={"refused": True}, at_3={"error": RuntimeError("on the way")}, at_4={"reason": "cancelled"}
-    )
-    requests = [request(0), request(1, 2), request(2, 3), request(3, 4), request(4, 5, length=11), request(5, 6, 9, 8)]
-    found = run(name, server(engine), requests)
+@WAYS
+def test_requests_are_answered_and_one_that_fails_fails_alone(bench: Bench, way: str) -> None:
+    bench.load()
+    handed = len(bench.engines[-1].requests)
+    requests = [TokenRequest(index, (first, 5), 4, 2) for index, first in enumerate((10, 903, 900, 901, 902))]
+    requests += [TokenRequest(5, (1,) * 33, 3), TokenRequest(6, (1,) * 32, 17)]
+    good, in_pairs, *failed = run(way, bench.engine, requests)
+    assert (good.output_ids, in_pairs.output_ids) == ((11, 12, 13, 14), (904, 905, 906, 907))
     cancelled = "TensorRT-LLM ended the request with 'cancelled'"
-    assert [item.error for item in found[:4]] == [None, "not this one", "on the way", cancelled]
-    assert all("max_input_len 10, 16 in total" in str(item.error) for item in found[4:])
-    assert len(engine.handed) == 4
-    times = found[0].token_times_ns
-    assert (times is None) == (name == "run_closed")
-    assert times is None or (len(times) == 3 and found[0].started_ns <= times[0] < times[1] < times[2])
+    told = [None, None, "this request is too long", "no memory for this request", cancelled]
+    assert [item.error for item in (good, in_pairs, *failed[:3])] == told
+    assert all("max_input_len 32, 48 in total" in str(item.error) for item in failed[3:])
+    assert len(bench.engines[-1].requests) == handed + 5
+    assert (good.token_times_ns is None) == (way == "closed")
+    if good.token_times_ns is not None and in_pairs.token_times_ns is not None:
+        assert good.started_ns <= good.token_times_ns[0]
+        assert list(good.token_times_ns) == sorted(good.token_times_ns)
+        assert good.finished_ns == good.token_times_ns[-1]
+        first, second, third, fourth = in_pairs.token_times_ns
+        assert first == second <= third == fourth
 
 
-def test_requests_join_while_others_run() -> None:
-    """The second arrives when the first has begun: they are answered in turns."""
+def test_in_a_closed_set_requests_are_timed_by_the_engine(bench: Bench) -> None:
+    bench.load()
+    before_ns = time.monotonic_ns()
+    own, other = bench.engine.generate([TokenRequest(0, (10,), 3), TokenRequest(1, (904,), 3)], observe_tokens=False)
+    timing = bench.engines[-1].answers[-2].outputs[0].request_perf_metrics.timing_metrics
+    by_engine_ns = [value.total_seconds() * 1e9 for value in (timing.first_scheduled_time, timing.last_token_time)]
+    assert [own.started_ns, own.finished_ns] == pytest.approx(by_engine_ns, abs=1000)
+    # Times of another clock are not used.
+    assert before_ns <= other.started_ns <= other.finished_ns <= time.monotonic_ns()
+
+
+def test_requests_join_while_others_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second arrives when the first has begun, which does not go on before that."""
+    from tensorrt_llm.llm import Answer
+
+    bench.load()
+    handed, parts = len(bench.engines[-1].requests), Answer.__aiter__
     has_begun = threading.Event()
-    seen: list[int] = []
 
-    class Slow(Answer):
-        async def __aiter__(self) -> AsyncIterator[Answer]:
-            for part in self._parts():
-                seen.append(part.outputs[0].token_ids[0])
-                has_begun.set()
-                while len(set(seen)) < 2:
-                    await asyncio.sleep(0)
-                yield part
-
-    class Watched(ScriptedEngine):
-        def generate_async(self, inputs: Any, sampling_params: Any = None, *, streaming: bool = False) -> Answer:
-            first = 10 * inputs["prompt_token_ids"][0]
-            return Slow([[first], [first + 1]], "length", None, None)
+    async def wait_for_the_second(self: Any) -> AsyncIterator[Any]:
+        async for part in parts(self):
+            has_begun.set()
+            while len(bench.engines[-1].requests) < handed + 2:
+                await asyncio.sleep(0)
+            yield part
 
     class Joining(Arrivals):
         def take(self, limit: int) -> tuple[TokenRequest, ...]:
@@ -436,9 +313,10 @@ def test_requests_join_while_others_run() -> None:
                 assert has_begun.wait(30)
             return tuple(self._groups.pop(0)) if self._groups else ()
 
-    arrivals = Joining([request(0, 1)], [request(1, 2)])
-    server(Watched()).serve(arrivals)
-    assert sorted(item.output_ids for item in arrivals.completions) == [(10, 11), (20, 21)]
+    monkeypatch.setattr(Answer, "__aiter__", wait_for_the_second)
+    arrivals = Joining([TokenRequest(0, (10,), 2)], [TokenRequest(1, (20,), 2)])
+    bench.engine.serve(arrivals)
+    assert sorted(item.output_ids for item in arrivals.completions) == [(11, 12), (21, 22)]
 
 
 class Broken(Arrivals):
@@ -453,38 +331,26 @@ class Refusing(Arrivals):
 
 
 @pytest.mark.parametrize(("kind", "reason"), [(Broken, "is broken"), (Refusing, "did not have")])
-def test_a_queue_that_fails_or_refuses_an_answer_fails_serving(kind: type[Arrivals], reason: str) -> None:
+def test_a_queue_that_fails_or_refuses_an_answer_fails_serving(bench: Bench, kind: type[Arrivals], reason: str) -> None:
+    bench.load()
     with pytest.raises(EngineError, match=reason):
-        server(ScriptedEngine()).serve(kind([request(0)], [request(1)]))
+        bench.engine.serve(kind([TokenRequest(0, (10,), 2)], [TokenRequest(1, (20,), 2)]))
 
 
-@pytest.mark.parametrize("name", ["run_closed", "run_alone", "serve"])
-def test_an_engine_that_fails_is_no_failure_of_a_request(name: str) -> None:
-    engine = ScriptedEngine(at_2={"error": AssertionError("a check of its own")})
-    with pytest.raises(EngineRaised) as caught:
-        run(name, server(engine), [request(0), request(1, 2)])
-    assert isinstance(caught.value.error, AssertionError)
+@WAYS
+def test_an_engine_that_fails_is_no_failure_of_a_request(bench: Bench, way: str) -> None:
+    bench.load()
+    with pytest.raises(EngineError, match="failed while generating: AssertionError: a check of its own"):
+        run(way, bench.engine, [TokenRequest(0, (10,), 2), TokenRequest(1, (905,), 2)])
 
 
-def test_parameters_that_the_engine_refuses_fail_the_request() -> None:
-    def refuse(_request: TokenRequest) -> Any:
-        raise EngineRaised(TypeError("no such argument"))
+def test_parameters_that_the_engine_refuses_fail_the_request(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorrt_llm import SamplingParams
 
-    (found,) = server(ScriptedEngine(), parameters=refuse).run_closed([request(0)], say_nothing)
+    def refuse(self: Any, **_given: Any) -> None:
+        raise TypeError("no such argument")
+
+    bench.load()
+    monkeypatch.setattr(SamplingParams, "__init__", refuse)
+    (found,) = bench.engine.generate([TokenRequest(0, (10,), 2)], observe_tokens=False)
     assert found.error == "no such argument"
-
-
-class WhatLemRaises(TypeError):
-    """A bug of lem that looks like something an engine raises."""
-
-
-@pytest.mark.parametrize("name", ["run_alone", "serve"])
-def test_a_bug_in_timing_tokens_is_not_the_engines(name: str) -> None:
-    class Stuck(Clock):
-        def __call__(self) -> int:
-            if self.now_s > 101:
-                raise WhatLemRaises
-            return super().__call__()
-
-    with pytest.raises(WhatLemRaises):
-        run(name, server(ScriptedEngine(), Stuck()), [request(0)])

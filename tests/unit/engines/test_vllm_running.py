@@ -233,24 +233,6 @@ class Joining(Arrivals):
         return tuple(self._groups.pop(0))
 
 
-def test_requests_join_between_steps() -> None:
-    """The second arrives when the first has one token of many: it does not wait for its end."""
-    arrivals = Joining([request(0, 10, maximum=15)], [request(1, 50, maximum=2)])
-
-    class Watched(Engine):
-        def step(self) -> list[Any]:
-            outputs = super().step()
-            arrivals.may_join.set()
-            # Python's threads take turns as they like: the next step waits until the arrival is here.
-            assert arrivals.is_in.wait(30)
-            return outputs
-
-    engine = Watched()
-    loop(engine).serve(arrivals)
-    assert [completion.index for completion in arrivals.completions] == [1, 0]
-    assert engine.steps[1] == ["lem-1", "lem-2"]
-
-
 def test_requests_reach_an_engine_apart_while_it_computes() -> None:
     """Its first step does not end before the second request is there, which no loop that waits in `step` can bring."""
     arrivals = Joining([request(0, 10)], [request(1, 50)])

@@ -12,12 +12,11 @@ from lem.meters.curve import (
     NotMeasured,
     Span,
     counter_curve,
-    load_curve,
     power_curve,
     rapl_curve,
     update_period_s,
 )
-from lem.meters.samples import CounterChange, CpuLoad, GpuSample, RaplReading
+from lem.meters.samples import CounterChange, GpuSample, RaplReading
 
 POLL_S = 0.02
 
@@ -41,12 +40,6 @@ def counted(energy_j: Callable[[float], float], times_s: Sequence[float], gpu: i
 
 def every(period_s: float, end_s: float, phase_s: float = 0.0) -> list[float]:
     return [phase_s + number * period_s for number in range(1, int((end_s - phase_s) / period_s) + 1)]
-
-
-def test_edges_between_two_changes_are_interpolated() -> None:
-    curve = counter_curve(counted(lambda at_s: 250 * at_s, every(0.1, 5, 0.01)), 0, "counter")
-    # A knot may lie half a poll beside its change: 10 ms at each edge.
-    assert curve.between_j(between(1.05, 3.55)) == pytest.approx(250 * 2.5, abs=250 * 0.02)
 
 
 def seen(times_s: Sequence[float], poll_s: float) -> list[CounterChange]:
@@ -105,13 +98,6 @@ def test_a_counter_reset_in_the_window_gives_no_energy() -> None:
     with pytest.raises(NotMeasured, match=r"the counter fell from \d+ to \d+ mJ: the driver was reloaded"):
         curve.between_j(between(1, 4))
     assert curve.between_j(between(2.5, 4.5)) == pytest.approx(500, rel=0.02)
-
-
-def test_a_hole_inside_the_window_does_not_void_a_counter() -> None:
-    times = [at_s for at_s in every(0.1, 9) if not 3 < at_s < 6]
-    assert counter_curve(counted(lambda at_s: 250 * at_s, times), 0, "c").between_j(between(1, 8)) == pytest.approx(
-        1750, rel=0.01
-    )
 
 
 def test_a_change_seen_late_came_at_most_one_update_before_it_was_seen() -> None:
@@ -189,14 +175,6 @@ def test_a_hole_of_more_than_three_periods_voids_integrated_power() -> None:
     assert curve.between_j(between(5, 8)) == pytest.approx(300)
 
 
-def test_a_sensor_that_averages_over_a_second_loses_nothing_with_a_guard_that_is_long_enough() -> None:
-    def average_w(at_s: float) -> float:
-        return stepped_j(at_s) - stepped_j(at_s - 1)
-
-    curve = power_curve(samples(every(0.1, 25), average_w), 0, 0.1, "p", lag_s=1.1)
-    assert curve.closed_j(closed_window(1.5, 60.0)) == pytest.approx(3000, rel=0.002)
-
-
 MAX_UJ = 65_532_610_987
 
 
@@ -212,17 +190,6 @@ def test_a_rapl_counter_not_read_for_so_long_that_it_may_wrap_twice_gives_nothin
     curve = rapl_curve(readings, 0, MAX_UJ, "package-0")
     with pytest.raises(NotMeasured, match="package-0 was not read for 99 s, in which it may have wrapped more than"):
         curve.between_j(between(0.5, 100.5))
-
-
-def test_an_estimate_is_design_power_times_the_busy_share() -> None:
-    loads = [CpuLoad(ns(0), None), CpuLoad(ns(1), 0.25), CpuLoad(ns(2), 1.0), CpuLoad(ns(3), 0.5)]
-    assert load_curve(loads, 200.0, "load").between_j(between(0.5, 3)) == pytest.approx(200 * (0.125 + 1.0 + 0.5))
-
-
-@pytest.mark.parametrize("period_s", [0.02, 0.1, 0.5])
-def test_the_update_period_is_what_was_seen_under_load(period_s: float) -> None:
-    changes = counted(lambda at_s: 250 * at_s, every(period_s, 20, 0.003))
-    assert update_period_s(changes, 0, between(2, 19)) == pytest.approx(period_s, rel=0.01)
 
 
 def test_a_missed_update_does_not_stretch_the_period() -> None:

@@ -68,11 +68,6 @@ def test_net_is_gross_less_the_loaded_idle_by_the_same_meter() -> None:
     assert without.null_reasons["gpu_energy_net_j"].code == "rest_not_measured"
 
 
-def test_a_steady_window_is_cut_out_of_the_load() -> None:
-    attempt = dataclasses.replace(gpu_attempt(), marks=STEADY_MARKS)
-    assert attempt.measured(is_steady_mode=True).energy.gpu_energy_j == pytest.approx(8 * LOAD_W, rel=0.003)
-
-
 def test_load_and_warmup_have_energies_of_their_own() -> None:
     energy = gpu_attempt().measured().energy
     assert energy.load_energy_j == pytest.approx(3 * LOADING_W, rel=0.03)
@@ -285,14 +280,6 @@ def test_a_counter_that_stands_still_gives_null() -> None:
     assert found.energy.primary_j.value is None
 
 
-def test_mig_leaves_energy_null_and_the_rest_of_the_section_there() -> None:
-    found = gpu_attempt(mig=True).measured()
-    assert found.energy.gpu_energy_j is None
-    assert found.energy.null_reasons["gpu_energy_j"].code == "mig_board"
-    assert (found.gpus[0].mig_mode, found.gpus[0].temp_max_c) == (True, 40.0)
-    assert found.gpus[0].null_reasons["energy_j"].code == "mig_board"
-
-
 def test_the_energy_of_a_module_is_named_and_not_held_to_the_gpus_limit() -> None:
     found = gpu_attempt(scope="module").with_gpu_header(power_limit_w=200.0).measured()
     assert found.energy.energy_scope == "module"
@@ -455,13 +442,6 @@ def test_halves_of_a_closed_window_are_whole_passes() -> None:
     assert gpu_attempt(counter=Counter(period_s=1.0)).measured().power_steady is None  # too coarse
 
 
-def test_the_middle_one_of_three_passes_is_not_compared() -> None:
-    bump = (*LEVELS, Level(18.4, LOAD_W * 2), Level(19.6, LOAD_W))
-    attempt = gpu_attempt(levels=sorted(bump, key=lambda level: level.at_s))
-    assert attempt.measured(window_repeats=3).power_steady is True
-    assert attempt.measured(window_repeats=2).power_steady is False
-
-
 def test_rapl_read_once_a_second_is_enough_to_compare_halves() -> None:
     attempt = dataclasses.replace(cpu_attempt(package()), marks=(Mark(names.WINDOW, at(15.5), at(24.5)),))
     assert attempt.measured(is_steady_mode=True).power_steady is True
@@ -526,12 +506,6 @@ def test_packages_that_were_not_all_read_are_not_summed() -> None:
     found = attempt.with_log(rapl=rows, errors=errors).measured()
     assert found.energy.cpu_package_energy_j is None
     assert found.energy.null_reasons["cpu_package_energy_j"].data["error"] == "Permission denied"
-
-
-def test_rapl_stands_beside_a_gpu_and_not_for_it() -> None:
-    found = gpu_attempt(zones=(package(), package(2, name="dram"))).measured()
-    assert found.energy.primary_j.value == found.energy.gpu_energy_j
-    assert found.energy.cpu_package_energy_j == pytest.approx(1400, rel=0.1)
 
 
 def test_an_estimate_is_labelled() -> None:

@@ -129,12 +129,6 @@ def test_counter_and_power_are_never_of_different_scopes() -> None:
     assert "module of GPU and CPU" in (meter.header.counter_error or "")
 
 
-def test_a_gpu_that_nvml_does_not_see_is_told() -> None:
-    meter = NvmlMeter(FakeNvml(), "GPU-x")
-    assert (meter.header.index, meter.header.uuid, meter.is_known) == (None, "GPU-x", False)
-    assert "lem gpus" in (meter.header.counter_error or "")
-
-
 def test_a_shortened_uuid_is_understood_while_it_is_unique() -> None:
     nvml = FakeNvml(uuids=("GPU-abc", "GPU-abd"))
     assert NvmlMeter(nvml, "GPU-abd").header.uuid == "GPU-abd"

@@ -68,7 +68,6 @@ class Rig:
     gpus: tuple[str, ...] = ("GPU-a",)
     interval_ms: int = 100
     clock: FakeClock = field(default_factory=FakeClock)
-    owner: type[ScriptedOwner] = ScriptedOwner
 
     @property
     def output(self) -> Path:
@@ -83,7 +82,7 @@ class Rig:
     ) -> SampleLog:
         """What it logged from 0 to `end_s`; times in the log count from there."""
         options = SamplerOptions(self.output, self.gpus, self.interval_ms, tdp_w)
-        owner = self.owner(self.clock, end_s, list(events), late_s)
+        owner = ScriptedOwner(self.clock, end_s, list(events), late_s)
         self.start_ns = owner.start_ns
         (self.folder / "stat").write_text("cpu 1 2 3 4 5 6 7 8 9 10\n")
         run_sampler(
@@ -351,22 +350,6 @@ def test_a_disk_that_is_full_ends_the_sampler_and_what_was_written_can_be_read(r
     with pytest.raises(SampleFileError, match="cannot be written: File too large"), small_files():
         rig.run(60.0)
     assert len(PartReader(rig.output).read().samples) > 10
-
-
-def test_a_gpu_without_a_counter_wakes_nobody_to_poll_it(rig: Rig) -> None:
-    assert isinstance(rig.nvml, FakeNvml)
-    rig.nvml.failures[COUNTER] = 3
-    woken = 0
-
-    class Watcher(ScriptedOwner):
-        def wait(self, until_ns: int) -> Sequence[str] | None:
-            nonlocal woken
-            woken += 1
-            return super().wait(until_ns)
-
-    rig.owner = Watcher
-    rig.run(1.0)
-    assert woken == 10
 
 
 FOREVER_NS = 2**62

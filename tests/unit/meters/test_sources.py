@@ -151,14 +151,6 @@ def only(found: Capabilities) -> GpuCapability:
     return gpu
 
 
-@pytest.mark.parametrize("period_s", [0.02, 0.1, 0.5])
-def test_the_update_period_is_that_of_the_counter(period_s: float) -> None:
-    clock = FakeClock()
-    gpu = only(find(counting(clock, {"GPU-a": period_s}), clock, probe_s=2.5))
-    assert gpu.counter_update_period_s == pytest.approx(period_s, rel=0.11)
-    assert gpu.describe()[0] == f"energy counter, updated every {(gpu.counter_update_period_s or 0) * 1e3:.0f} ms"
-
-
 def test_a_counter_that_stands_still_is_told_and_not_waited_for_without_end() -> None:
     clock = FakeClock(now_ns=0)
     nvml = counting(clock, {"GPU-a": 0.1, "GPU-b": 1000.0})

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lem.meters.nvml import GpuProcess, GpuReading, GpuState
-from lem.orchestration.container import ContainerError, ContainerManager, gpu_loss, judge
+from lem.orchestration.container import ContainerError, ContainerManager, judge
 from tests.doubles.fake_docker import WITH_GPU, FakeDocker, reading
 
 
@@ -161,20 +161,3 @@ def test_the_fullest_of_several_gpus_decides() -> None:
     assert "GPU 1" in status.reason
     assert "7" in status.reason
     assert (status.gpu_memory_used_gb, status.gpu_memory_total_gb) == (105e-9, 200e-9)
-
-
-@pytest.mark.parametrize(
-    ("found", "is_lost", "is_explained"),
-    [
-        (GpuReading((gpu(1),), "1"), False, False),
-        (GpuReading((), "1"), True, False),
-        (GpuReading((), None, "Unknown Error"), True, True),
-        (GpuReading((gpu(1),), "1", "Unknown Error"), True, True),
-        (GpuReading((), None, "Something New"), True, False),
-    ],
-)
-def test_a_gpu_is_lost_if_it_cannot_be_read(found: GpuReading, is_lost: bool, is_explained: bool) -> None:
-    lost = gpu_loss(found)
-    assert (lost is not None) is is_lost
-    assert judge("vllm", found, (), 90.0).healthy is not is_lost
-    assert ("daemon-reload" in str(lost)) is is_explained

@@ -105,15 +105,6 @@ def test_what_a_worker_says_moves_its_deadlines(said: list[Said], rest_s: float,
     assert words in f"{error.message} {error.hint}"
 
 
-def test_a_result_or_an_error_is_an_outcome_with_all_that_the_worker_reported():
-    assert outcome_of(REQUEST, RESULT) == Outcome()
-    outcome = outcome_of(REQUEST, ERROR)
-    error = failure(outcome)
-    assert (error.kind, error.message, error.hint) == ("out_of_memory", "does not fit", "ask for less")
-    assert error.is_permanent is True
-    assert (outcome.phase, outcome.log_tail) == ("load", "last words")
-
-
 @pytest.mark.parametrize(
     ("message", "words"),
     [
@@ -215,24 +206,6 @@ def test_the_engine_is_reused_until_it_is_unloaded_or_another_is_due(rig: Rig):
     assert is_reused(worker, rig.request("e4", fp_precision="float32", keep_engine=False)) is False
     assert is_reused(worker, rig.request("e5", fp_precision="float32")) is False
     worker.stop()
-
-
-@pytest.mark.parametrize(
-    ("rules", "token_s", "timeouts", "key"),
-    [
-        ([{"at": "load", "do": "hang"}], 0.0, Timeouts(load_s=1.0), "load_timeout_seconds"),
-        ([], 1000.0, Timeouts(experiment_s=0.5), "experiment_timeout_seconds"),
-    ],
-)
-def test_a_load_or_an_experiment_that_takes_too_long_ends_and_leaves_nothing(
-    rig: Rig, rules: list[dict[str, str]], token_s: float, timeouts: Timeouts, key: str
-):
-    rig.rules, rig.token_s = rules, token_s
-    worker = real_worker(rig)
-    error = failure(worker.run(rig.request("e"), Events(), timeouts))
-    assert (error.kind, key in error.hint) == ("timeout", True)
-    assert not worker.is_open
-    assert rig.marker.pids() == ()
 
 
 def test_an_engine_without_progress_is_silent_and_the_next_run_has_a_new_worker(rig: Rig):

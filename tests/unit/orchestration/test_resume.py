@@ -382,17 +382,6 @@ def test_the_most_cycles_lie_between_five_and_twenty(most):
         make_rule(parse_target("ci=2%"), most)
 
 
-def test_the_widest_are_named_first_and_many_are_counted():
-    records = [
-        make_record(config_name=f"c{width}", config_hash=f"{width:016x}", cycle=cycle, output_tok_per_s=rate)
-        for width in (3, 9, 5, 7)
-        for cycle, rate in enumerate([100.0 - width, 100.0 + width] * 3)
-    ]
-    is_needed, reason = needs_cycle(records, _rule(), 6)
-    assert is_needed
-    assert reason.endswith("c9 ±11 %, c7 ±8.4 %, c5 ±5.9 % and 1 more")
-
-
 def test_energy_is_looked_at_where_every_configuration_has_it():
     records = [make_record(cycle=cycle, energy_per_output_tok_j=0.5) for cycle in range(5)]
     assert "energy_per_output_tok_j" in needs_cycle(records, _rule(), 5)[1]

@@ -22,7 +22,6 @@ from lem.orchestration.schedule import (
     Stopped,
     StopRequest,
     next_start,
-    waiting_text,
 )
 from tests.campaign_doubles import FakeClock, FakeStop, make_campaign
 
@@ -76,14 +75,6 @@ def test_the_next_start(now: str, at: str, days: tuple[str, ...] | None, start: 
 def test_no_time_of_day_or_no_day(at: str, weekdays: Collection[int]) -> None:
     with pytest.raises(ValueError, match=r"."):
         next_start(datetime(2026, 7, 14, tzinfo=timezone.utc), at, weekdays)
-
-
-def test_waiting_text_has_the_time_and_the_day_when_it_is_another() -> None:
-    now = datetime(2026, 7, 14, 10).astimezone()
-    text = waiting_text(datetime(2026, 7, 14, 22).astimezone(), now, is_daemon=True)
-    assert text == "Daemon: waiting until 22:00 to start campaign"
-    later = waiting_text(datetime(2026, 7, 18, 22).astimezone(), now, is_daemon=False)
-    assert later == "Schedule: waiting until 22:00 to start campaign (Sat 2026-07-18)"
 
 
 HOUR = 3600.0

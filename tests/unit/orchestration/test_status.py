@@ -248,13 +248,6 @@ def written(tmp_path):
     return _Written(tmp_path)
 
 
-def test_the_phase_of_an_experiment_is_told_with_the_moment_it_began(written):
-    written.tell("experiment_started", **STARTED)
-    activity = written.tell("phase", after_s=3, exp_id="abc-c1", phase="window", eta_s=90.0)
-    assert (activity.doing, activity.exp_id, activity.config_name) == ("experiment", "abc-c1", "small")
-    assert (activity.phase, activity.since, activity.eta_s) == ("window", "2026-07-14T12:00:03.000000Z", 90.0)
-
-
 def test_progress_is_written_every_few_seconds_not_every_time(written):
     written.tell("phase", exp_id="abc-c1", phase="window")
     progress = {"exp_id": "abc-c1", "phase_total": 100, "text": ""}
