@@ -61,7 +61,6 @@ class FakeDocker:
         return fake
 
     def environ(self, **more: str) -> dict[str, str]:
-        """An environment in which `docker` is this one."""
         path = f"{self.folder / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
         kept = {key: value for key, value in os.environ.items() if not key.startswith("COMPOSE_")}
         return {**kept, "PATH": path, FOLDER_VARIABLE: str(self.folder), **more}
@@ -79,7 +78,6 @@ class FakeDocker:
         self.write({**self.read(), **traits})
 
     def calls(self) -> list[list[str]]:
-        """The words of every call, in order."""
         path = self.folder / "calls.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

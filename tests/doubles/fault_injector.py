@@ -64,11 +64,9 @@ class Fault:
 
     @classmethod
     def from_json(cls, text: str) -> Fault:
-        """The fault in a value of the variable."""
         return cls(**json.loads(text))
 
     def to_json(self) -> str:
-        """The value of the variable."""
         return json.dumps(dataclasses.asdict(self))
 
 

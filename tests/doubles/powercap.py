@@ -12,8 +12,6 @@ _NS_PER_S = 1_000_000_000
 
 @dataclass(frozen=True)
 class Zone:
-    """A zone whose power runs in steps."""
-
     folder: str  # `intel-rapl:0`, or `intel-rapl:0:0` for a zone inside that
     name: str  # as the kernel names it: `package-0`, `core`, `uncore`, `dram`, `psys`
     # (since when on CLOCK_MONOTONIC in ns, W); the first holds before it, too.
@@ -64,7 +62,6 @@ class Powercap:
         return cls(root, zones)
 
     def make(self, at_ns: int) -> None:
-        """Write the whole tree as it is then."""
         (self.root / "intel-rapl").mkdir(parents=True, exist_ok=True)  # the control type: a folder, but no zone
         (self.root / "intel-rapl" / "enabled").write_text("1\n", encoding="ascii")
         for zone in self.zones:
@@ -80,7 +77,6 @@ class Powercap:
             self._counter(zone).write_text(f"{zone.energy_uj(at_ns)}\n", encoding="ascii")
 
     def update(self, at_ns: int) -> None:
-        """Bring the counters that are there to that time."""
         for zone in self.zones:
             path = self._counter(zone)
             if path.is_file():

@@ -17,8 +17,6 @@ SERVED = frozenset({"lem.engines.pytorch", "lem.engines.vllm"})
 
 
 class _TrivialEngineFinder:
-    """Finds the trivial engine where the program looks for a backend."""
-
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:

@@ -50,7 +50,6 @@ VARIABLE = "LEMTEST_ENGINE_SCRIPT"
 
 
 def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> TrivialEngine:
-    """The engine as scripted by the environment."""
     return TrivialEngine(json.loads(os.environ.get(VARIABLE, "{}")), config, secrets)
 
 
@@ -61,8 +60,6 @@ def answer(request: TokenRequest) -> tuple[int, ...]:
 
 
 class TrivialEngine:
-    """The engine."""
-
     def __init__(
         self, script: Mapping[str, Any], config: ExperimentConfig, secrets: Mapping[str, str] | None = None
     ) -> None:

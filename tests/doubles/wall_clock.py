@@ -16,12 +16,7 @@ _BUILD_TIMEOUT_S = 60
 
 
 def build_library(folder: Path) -> Path:
-    """The library, for LD_PRELOAD.
-
-    Raises:
-        subprocess.CalledProcessError: the compiler refuses.
-        FileNotFoundError: there is no gcc.
-    """
+    """The library, for LD_PRELOAD."""
     library = folder / "libwallclock.so"
     command = ["gcc", "-std=gnu11", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
     subprocess.run([*command, "-o", str(library), str(_SOURCE)], check=True, timeout=_BUILD_TIMEOUT_S)

@@ -68,7 +68,6 @@ def workplace() -> Iterator[Path]:
 
 
 def cases_of(surface: Surface) -> tuple[Path, ...]:
-    """The inputs that were finds once."""
     return tuple(sorted((CASES / surface.name).glob("*"))) if (CASES / surface.name).is_dir() else ()
 
 

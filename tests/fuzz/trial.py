@@ -19,8 +19,6 @@ _LOG = re.compile(r"\(traceback in (.*)\)")
 
 
 class Outcome(enum.Enum):
-    """How an input was taken."""
-
     ACCEPTED = "accepted"
     REFUSED = "refused"
 
@@ -45,8 +43,6 @@ class Trial(Protocol):
 
 @dataclass(frozen=True)
 class Surface:
-    """Where inputs come from outside."""
-
     name: str  # of the folder of its cases
     make_inputs: Callable[[], st.SearchStrategy[bytes]]  # makes the strategy when it is needed
     trial: Trial

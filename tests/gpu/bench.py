@@ -31,11 +31,7 @@ class Sampled:
     path: Path
 
     def log(self) -> SampleLog:
-        """Its samples; whole once the stretch is over.
-
-        Raises:
-            LeftOut: the energy counter cannot be read.
-        """
+        """Its samples; whole once the stretch is over."""
         log = PartReader(self.path).read()
         error = log.header.gpus[0].counter_error
         if error is not None:
@@ -45,8 +41,6 @@ class Sampled:
 
 @dataclass
 class Bench:
-    """What steps work with."""
-
     out: Path  # the folder of everything that is kept
     models: Path  # the folder of the models, which are too large to be kept
     extent: Extent
@@ -63,21 +57,15 @@ class Bench:
         return self.extent.limit_s - (time.monotonic() - self.begun_s)
 
     def rest(self, duration_s: float) -> None:
-        """Leave the device alone."""
         self.clock.sleep(duration_s)
 
     @property
     def samples(self) -> Path:
-        """The folder of sample logs."""
         return self.out / "samples"
 
     @contextlib.contextmanager
     def sampling(self, name: str, interval_ms: int = INTERVAL_MS) -> Iterator[Sampled]:
-        """A sampler of lem's within the block.
-
-        Raises:
-            RuntimeError: it does not write.
-        """
+        """A sampler of lem's within the block."""
         self.samples.mkdir(parents=True, exist_ok=True)
         path = self.samples / f"{name}.part"
         path.unlink(missing_ok=True)
@@ -94,12 +82,7 @@ class Bench:
             sampler.stop(_STOP_S)
 
     def engine(self) -> Engine:
-        """The engine process, started when it is not there.
-
-        Raises:
-            EngineFailed: it does not come up.
-            RuntimeError: it works on another GPU than the one that is sampled.
-        """
+        """The engine process, started when it is not there."""
         if self._engine is None or not self._engine.is_running():
             rehearsed = None if self.rehearsal is None else (self.uuid, self.rehearsal.load_log)
             self._engine = Engine(self.out / "engine.log", rehearsed)
@@ -131,9 +114,4 @@ class Step(Protocol):
         """Whether it only reads what is there, so that it is gone through when time is over, too."""
 
     def run(self, bench: Bench) -> Iterator[Finding]:
-        """Findings, each as soon as it is known.
-
-        Raises:
-            LeftOut: it cannot be found out here.
-            Exception: anything; the other steps go on.
-        """
+        """Findings, each as soon as it is known; raises LeftOut where it cannot be found out here."""

@@ -21,7 +21,6 @@ _STOP_S = 30.0
 
 
 def lem(*words: str) -> list[str]:
-    """A command of this checkout's lem."""
     return [sys.executable, "-m", "lem", *words]
 
 

@@ -54,8 +54,6 @@ def _answer(channel: IO[str], answer: Mapping[str, Any]) -> None:
 
 
 class _Worker:
-    """Obeys orders."""
-
     def __init__(self, load: Load) -> None:
         self._load = load
         self._engine: Engine | None = None

@@ -53,11 +53,9 @@ class Engine:
         return self._child.poll() is None
 
     def stay_busy(self, duration_s: float) -> Busy:
-        """Work at one go."""
         return Busy(**self._ask({"do": "busy", "s": duration_s}, duration_s + LATE_S))
 
     def swing(self, period_s: float, duration_s: float) -> Busy:
-        """Work in a square wave."""
         return Busy(**self._ask({"do": "swing", "period_s": period_s, "s": duration_s}, duration_s + LATE_S))
 
     def load(self, model: Path, *, batch: int, input_tok: int, output_tok: int) -> int:

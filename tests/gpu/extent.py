@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Configuration:
-    """One of the campaign."""
-
     model: str  # a name in `tests.gpu.models.SHAPES`
     batch: int
     prompts: int  # so few that one pass over them takes seconds: a window ends with a whole pass

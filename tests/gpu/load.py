@@ -42,7 +42,6 @@ class Load(Protocol):
 
 
 def stay_busy(load: Load, duration_s: float) -> Busy:
-    """Work at one go."""
     opened_ns = time.monotonic_ns()
     done = load.work_until(opened_ns + round(duration_s * NS_PER_S))
     return Busy(opened_ns, time.monotonic_ns(), done)

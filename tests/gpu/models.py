@@ -25,8 +25,6 @@ TOKENIZER_WORDS, POSITIONS = 1500, 2048
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """What decides size and speed."""
-
     vocabulary: int
     hidden: int
     intermediate: int

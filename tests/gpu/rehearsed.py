@@ -43,11 +43,7 @@ class Rehearsal:
         return Trace(origin_ns, (gpu,))
 
     def environ(self, base: Mapping[str, str] = os.environ) -> dict[str, str]:
-        """An environment in which this is the machine's GPU, after it was made ready.
-
-        Raises:
-            FileNotFoundError, RuntimeError: the double's library cannot be built.
-        """
+        """An environment in which this is the machine's GPU, after it was made ready."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.load_log.write_text("", encoding="ascii")
         double = NvmlDouble(self.folder / "nvml")

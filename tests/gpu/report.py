@@ -29,7 +29,6 @@ class Head:
     versions: Mapping[str, str] = field(default_factory=dict)  # of lem and of the engine's packages
 
     def lines(self) -> list[str]:
-        """It in words."""
         gpu = self.gpu
         limit = "unknown" if gpu.power_limit_w is None else f"{gpu.power_limit_w:g} W"
         vbios = gpu.vbios or "unknown"
@@ -51,7 +50,6 @@ def shown(value: float | None) -> str:
 
 
 def table(head: Head, sections: Sequence[Section]) -> str:
-    """The table for a terminal."""
     lines = ["", *head.lines()]
     for section in sections:
         lines += ["", section.title + _status(section)]
@@ -62,7 +60,6 @@ def table(head: Head, sections: Sequence[Section]) -> str:
 
 
 def markdown(head: Head, sections: Sequence[Section]) -> str:
-    """The table for a page of docs/."""
     lines = [f"{line}  " for line in head.lines()]
     for section in sections:
         lines += ["", f"**{section.title}**{_status(section)}"]
@@ -82,11 +79,7 @@ def _status(section: Section) -> str:
 
 
 def write(out: Path, head: Head, sections: Sequence[Section]) -> None:
-    """Both files, each whole or not at all.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+    """Both files, each whole or not at all."""
     document = {"head": dataclasses.asdict(head), "sections": [dataclasses.asdict(item) for item in sections]}
     durable.write_json(out / FIGURES, document)
     durable.write_text(out / MARKDOWN, markdown(head, sections))

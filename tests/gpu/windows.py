@@ -40,5 +40,4 @@ def rested_w(log: SampleLog, span: Span) -> float:
 
 
 def thinned(log: SampleLog, every: int) -> tuple[GpuSample, ...]:
-    """Every so-manieth sample."""
     return log.samples[::every]

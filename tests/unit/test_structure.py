@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.structure.branches import NEW_NAMES, Taken, by_package, lower, measure
+from tests.structure.branches import Taken, by_package, measure
 from tests.structure.counts import counts_of
 from tests.structure.flows import CURRENT, FLOWS, Step, check_flows, read_flows
-from tests.structure.lines import KINDS, kinds
 from tests.structure.planting import (
     CAUGHT,
     NOT_APPLICABLE,
@@ -24,31 +23,6 @@ from tests.structure.planting import (
 )
 from tests.structure.trees import ROOT, commit_tree, modules
 
-SOURCE = '''"""Two lines
-
-of a docstring."""
-
-from a import (
-    # a comment
-    b,
-)
-
-__all__ = [
-    "f",
-]
-
-# a comment
-LIMIT = 1  # beside code
-"""What LIMIT is."""
-
-
-def f(x: int) -> str:
-    """Says so."""
-    import late
-    return """not
-    a docstring"""; import c
-'''
-
 
 def make_tree(root: Path, files: Mapping[str, str]) -> Path:
     """A folder with these files."""
@@ -57,28 +31,6 @@ def make_tree(root: Path, files: Mapping[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return root
-
-
-def test_every_line_is_of_one_kind() -> None:
-    found = kinds(SOURCE)
-    assert len(found) == len(SOURCE.splitlines())
-    assert found == [
-        *["docstring"] * 3,
-        "blank",
-        *["import"] * 4,
-        "blank",
-        *["__all__"] * 3,
-        "blank",
-        "comment",
-        "code",
-        "docstring",
-        *["blank"] * 2,
-        "code",
-        "docstring",
-        "import",
-        *["code"] * 2,
-    ]
-    assert set(found) <= set(KINDS)
 
 
 def test_cycles_importers_and_sizes_are_counted(tmp_path: Path) -> None:
@@ -177,20 +129,6 @@ def test_coverage_counts_programs_that_tests_start(tmp_path: Path) -> None:
         "": Taken(statements=4, covered_statements=0, branches=2, covered_branches=0),
         "a": Taken(statements=11, covered_statements=9, branches=6, covered_branches=3),
     }
-
-
-def test_a_package_with_less_of_its_branches_taken_is_found_under_its_new_name() -> None:
-    keys = ("statements", "covered_statements", "branches", "covered_branches")
-
-    def taken(**branches: tuple[int, int]) -> dict[str, Taken]:
-        modules = {f"lem/{name}/x.py": dict(zip(keys, (1, 1, *pair), strict=True)) for name, pair in branches.items()}
-        return by_package({"modules": modules}, NEW_NAMES)
-
-    before = taken(backends=(20, 11), cli=(4, 2))
-    assert before == {"engines": Taken(1, 1, 20, 11), "cli": Taken(1, 1, 4, 2)}
-    assert lower(before, before) == []
-    assert lower(before, taken(engines=(10, 6), cli=(40, 19))) == ["cli"]
-    assert lower(before, taken(engines=(10, 6))) == ["cli"]
 
 
 def bug(name: str, place: str, snippet: str, replacement: str, **more: Any) -> Bug:

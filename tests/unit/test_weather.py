@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests.campaign_rig import Ended
-from tests.weather.verdict import Case, find_wrongs, what_it_said
+from tests.weather.verdict import Case, find_wrongs
 
 NAMES = [f"pytorch-max_output_tokens={outputs}" for outputs in (4, 8, 16)]
 RETRIED = Case("retried", lambda _rig: Ended(0, "", ""), "it died", 0, "completed")
@@ -33,18 +31,3 @@ def _statuses(text):
 )
 def test_what_is_not_is_told(case, ended, statuses, text):
     assert [text in wrong for wrong in find_wrongs(case, ended, statuses)] == [True]
-
-
-@pytest.mark.parametrize(
-    ("out", "err", "said"),
-    [
-        ({"event": "experiment_retried", "reason": "it died of cold"}, "", "it died of cold"),
-        ({"event": "experiment_failed", "error": "it died of cold"}, "", "it died of cold"),
-        ({"event": "experiment_completed", "invalid_reasons": ["it died of cold"]}, "", "it died of cold"),
-        ({"event": "note", "text": "it died of cold"}, "", "it died of cold"),
-        ({"event": "summary", "text": "it died of cold"}, "", None),
-        ({"event": "note", "text": "all is well"}, "warm\nerror: it died\n", "error: it died"),
-    ],
-)
-def test_the_explanation_is_found_where_a_person_reads_it(out, err, said):
-    assert what_it_said(RETRIED, Ended(0, json.dumps(out), err)) == said

@@ -94,8 +94,6 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class GpuTrace:
-    """One GPU."""
-
     uuid: str = ""
     name: str = "NVIDIA Double"
     signal: PowerSignal = field(default_factory=PowerSignal)  # what it draws; a `load` comes on top
@@ -149,11 +147,7 @@ class GpuTrace:
         return [*lines, *self.more]
 
     def after_load(self, text: str, origin_ns: int) -> GpuTrace:
-        """The GPU that followed an engine which wrote that; itself without a load.
-
-        Raises:
-            ValueError: it has levels of its own besides.
-        """
+        """The GPU that followed an engine which wrote that; itself without a load."""
         if self.load is None:
             return self
         if self.signal.levels:

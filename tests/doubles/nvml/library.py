@@ -21,12 +21,7 @@ OPTIONS = ("-std=gnu11", "-shared", "-fPIC", "-O1", "-ffp-contract=off", "-Wall"
 
 
 def build_library(folder: Path = BUILD_FOLDER) -> Path:
-    """The folder that holds the library, for LD_LIBRARY_PATH; it is built once for each text of its sources.
-
-    Raises:
-        RuntimeError: the compiler refuses.
-        FileNotFoundError: there is no gcc.
-    """
+    """The folder that holds the library, for LD_LIBRARY_PATH; it is built once for each text of its sources."""
     exports = "{ global: nvml*; local: *; };\n"
     text = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))
     digest = hashlib.sha256(" ".join([*OPTIONS, exports]).encode() + text).hexdigest()[:16]
@@ -63,14 +58,12 @@ class NvmlDouble:
         fresh.replace(self.script)
 
     def variables(self) -> dict[str, str]:
-        """What makes NVML this one."""
         return {
             "LD_LIBRARY_PATH": str(build_library()),
             SCRIPT_VARIABLE: ":".join([str(self.script), *self.more]),
         }
 
     def environ(self, base: Mapping[str, str] = os.environ) -> dict[str, str]:
-        """An environment in which NVML is this one."""
         return {**base, **self.variables()}
 
     @staticmethod

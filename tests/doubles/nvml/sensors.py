@@ -37,8 +37,6 @@ class Ticks:
 
 @dataclass(frozen=True)
 class Counter:
-    """The energy counter."""
-
     period_s: float = 0.1  # when it is brought up to date; see `Ticks`
     jitter_s: float = 0.0
     phase_s: float = 0.0

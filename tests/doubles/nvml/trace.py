@@ -21,7 +21,6 @@ class Trace:
     driver: str = "580.65.06"
 
     def lines(self) -> list[str]:
-        """The script of the NVML double."""
         head = [f"driver {self.driver}", f"count {len(self.gpus)}", f"origin {self.origin_ns}"]
         return [*head, *(line for index, gpu in enumerate(self.gpus) for line in gpu.lines(index))]
 

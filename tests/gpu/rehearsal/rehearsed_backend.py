@@ -22,11 +22,7 @@ from tests.gpu.rehearsed import UUID, Rehearsal
 
 
 def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
-    """The engine.
-
-    Raises:
-        RuntimeError: this is no rehearsal.
-    """
+    """The engine."""
     from lem.engines.pytorch.session import Session
 
     rehearsal = Rehearsal.under_way()

@@ -13,8 +13,6 @@ SERVED = "lem.engines.pytorch"
 
 
 class _RehearsedBackendFinder:
-    """Finds the backend that pretends where the program looks for the one that does not."""
-
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:

@@ -47,11 +47,7 @@ class BesideZeus:
 
 
 def _monitor(uuid: str) -> Any:
-    """A monitor of zeus on the GPU, as zeus numbers it (by CUDA_VISIBLE_DEVICES where that is set).
-
-    Raises:
-        LeftOut: there is no zeus that can be imported.
-    """
+    """A monitor of zeus on the GPU, as zeus numbers it (by CUDA_VISIBLE_DEVICES where that is set)."""
     try:
         monitors: Any = importlib.import_module("zeus.monitor")
     except ImportError as error:

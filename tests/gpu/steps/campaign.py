@@ -48,7 +48,6 @@ class Campaign:
 
 
 def document(extent: Extent, models: Path) -> dict[str, Any]:
-    """The campaign file."""
     return {
         "campaign_name": CAMPAIGN,
         "model": str(models / extent.models[0]),

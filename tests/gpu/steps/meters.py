@@ -52,8 +52,6 @@ class Meters:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Changes within a span."""
-
     span: Span
     counter: Sequence[CounterChange]
     power_ns: Sequence[int]
@@ -71,7 +69,6 @@ class _Seen:
 
 
 def _look(bench: Bench, meter: NvmlMeter, probe_s: float) -> _Seen:
-    """Poll both meters."""
     watch = GpuWatch(meter, 0, bench.clock, Complaints())
     opened_ns = bench.clock.monotonic_ns()
     until_ns = opened_ns + round(probe_s * 1e9)

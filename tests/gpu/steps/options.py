@@ -79,7 +79,6 @@ class Options:
 
 
 def document(extent: Extent, models: Path) -> dict[str, Any]:
-    """The campaign file."""
     names = tuple(CASES) if extent.options is None else extent.options
     return {
         "campaign_name": CAMPAIGN,

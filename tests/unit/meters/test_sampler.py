@@ -40,7 +40,6 @@ class ScriptedOwner:
         self._waiting = sorted(self.events, key=lambda event: event[0])
 
     def wait(self, until_ns: int) -> Sequence[str] | None:
-        """As `SamplerOwner` says."""
         moment_ns = max(self.clock.now_ns, until_ns + round(self.late_s * S))
         if self._waiting and self._at(self._waiting[0][0]) <= moment_ns:
             at_s, event = self._waiting.pop(0)
@@ -61,8 +60,6 @@ class ScriptedOwner:
 
 @dataclass
 class Rig:
-    """A sampler of one test."""
-
     folder: Path
     nvml: FakeNvml | str = field(default_factory=FakeNvml)
     gpus: tuple[str, ...] = ("GPU-a",)

@@ -194,7 +194,6 @@ def experiment(**options: Any) -> ExperimentConfig:
 
 
 def targets(*configs: ExperimentConfig) -> dict[str, bool]:
-    """Targets, and whether each is read-only."""
     return {mount.target: mount.is_read_only for mount in local_mounts(configs)}
 
 

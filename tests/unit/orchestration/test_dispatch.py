@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from lem import __version__
-from lem.base import process
 from lem.base.errors import EngineError, UserError
 from lem.orchestration.dispatch import (
     LocalExecutor,
@@ -314,28 +313,6 @@ def test_what_may_be_left_elsewhere_is_looked_after_only_when_the_worker_did_not
     worker.open()
     worker.kill()
     assert calls == ["backstop"]
-
-
-def test_a_killed_host_leaves_nothing(rig: Rig):
-    rig.rules = [HANG, {"at": "load", "do": "spawn", "own_session": True}]
-    request = json.dumps(rig.request("e").to_message())
-    script = (
-        "import json\n"
-        "from lem.worker.channel import RunRequest\n"
-        "from lem.orchestration.dispatch import LocalExecutor, Timeouts\n"
-        f"request = RunRequest.from_message(json.loads({request!r}))\n"
-        "worker = LocalExecutor().worker_for('pytorch')\n"
-        "worker.run(request, lambda event: print(event.data.get('phase'), flush=True), Timeouts())\n"
-    )
-    host = process.spawn(
-        (sys.executable, "-c", script), env={**rig.environ(), "PYTHONPATH": f"{ROOT}:{rig.environ()['PYTHONPATH']}"}
-    )
-    _, stdout = process.pipes(host)
-    while stdout.readline() != b"window\n":
-        assert host.poll() is None
-    host.kill()
-    host.communicate()
-    assert rig.marker.survivors() == ()
 
 
 @pytest.mark.parametrize("python", [item for item in find_pythons() if item.is_supported], ids=str)
