@@ -223,8 +223,8 @@ def identify(source: Source, adapter: Source | None = None) -> Identity:
 def explained(what: str, failures: tuple[type[Exception], ...] = MODEL_FAILURES) -> Iterator[None]:
     """Raises the explanation of what transformers raises, and whether it would happen again.
 
-    The block must hold a single call, and no other code of lem: a bug there would be blamed on the model. The call
-    raises `failures`, ImportError and MemoryError.
+    The block must hold only the calls that raise `failures`, ImportError or MemoryError: a bug of lem in it would be
+    blamed on the model.
     """
     raised: tuple[type[Exception], ...] = (*failures, ImportError, MemoryError)
     try:
