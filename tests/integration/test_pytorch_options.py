@@ -334,7 +334,7 @@ def test_steps_that_transformers_compiles_give_the_tokens_of_the_others(bench: B
     found = [completion for pair in pairs for completion in compiling.run(pair, observe=False)]
     assert [completion.output_ids for completion in found] == expected
     assert counters["stats"]["unique_graphs"] > 0
-    effective = describe_effective(session._config, runner.loaded, compiling.settings, session._trial)
+    effective = describe_effective(session._config, runner.loaded, compiling.settings, session._cache)
     assert json.dumps(effective)  # a record keeps it
 
 
