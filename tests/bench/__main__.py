@@ -57,7 +57,6 @@ def main() -> int:
 
 
 def show(figures: Iterator[Figure]) -> None:
-    """Print each as soon as it is known."""
     for figure in figures:
         print(figure, flush=True)
 

@@ -84,8 +84,6 @@ def containers() -> Iterator[Figure]:
 
 
 class Bench:
-    """A folder with a campaign that runs in the lab's containers."""
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._places = Places.of()

@@ -43,14 +43,11 @@ NOISY = Campaign(
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many of the intervals held the truth."""
-
     hits: int
     total: int
 
     @property
     def share(self) -> float:
-        """Hits over total."""
         return self.hits / self.total
 
     def error(self, expected: float) -> float:
@@ -69,7 +66,6 @@ class Figure:
 
     @property
     def is_ok(self) -> bool:
-        """Within the tolerance, or without an expectation."""
         return self.expected is None or abs(self.found - self.expected) <= self.tolerance
 
     def __str__(self) -> str:
@@ -164,7 +160,6 @@ def false_differences_between_days(cycles: int, n_campaigns: int = N_CAMPAIGNS) 
 
 
 def figures(n_campaigns: int = N_CAMPAIGNS) -> Iterable[Figure]:
-    """Every figure, as it is made."""
     for cycles in (3, 5, 10):
         t_interval, bootstrap = interval_coverage(cycles, n_campaigns)
         label = BOOTSTRAP_COVERAGE[cycles]

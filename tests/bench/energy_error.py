@@ -88,7 +88,6 @@ class Spread:
 
 
 def errors_of(case: Case, traces: int = TRACES) -> list[Error]:
-    """The errors over that many traces."""
     return [_measure(case, seed) for seed in range(traces)]
 
 

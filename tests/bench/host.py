@@ -86,7 +86,6 @@ def run_host(folder: Path, experiments: int, *options: str, stop_after: int | No
 
 
 def command_cost(folder: Path, *words: str) -> HostCost:
-    """What a command of lem takes."""
     with open(folder / "errors", "wb") as errors:
         _start(folder, words, subprocess.DEVNULL, errors).wait(TIMEOUT_S)
     return _cost(folder, int(ExitCode.OK))

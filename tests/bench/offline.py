@@ -51,7 +51,6 @@ def main() -> int:
 
 
 def lem_side(engine: Engine) -> Measure:
-    """lem's closed window."""
     requests = [TokenRequest(index, tuple(ids), OUTPUT_TOK) for index, ids in enumerate(prompts())]
 
     def measure() -> float:
@@ -66,7 +65,6 @@ def lem_side(engine: Engine) -> Measure:
 
 
 def vllm_side(loaded: Any, model: str) -> Measure:
-    """vLLM's offline benchmark as it is."""
     from vllm import LLM
     from vllm.benchmarks.datasets import SampleRequest
     from vllm.benchmarks.throughput import _run_vllm_requests

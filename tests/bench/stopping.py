@@ -40,7 +40,6 @@ def coverage(ratio: float, trials: int, *, n_configurations: int = 1, seed: int 
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the table."""
     trials = int(argv[0]) if argv else 20_000
     print(f"true coverage of the 95 % t interval, {LEAST_CYCLES} to {MOST_CYCLES} cycles, {trials} trials")
     print(f"{'sd / target':>12}  {'1 configuration':>24}  {'4 configurations':>24}")

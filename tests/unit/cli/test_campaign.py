@@ -14,7 +14,6 @@ from tests.records import make_record
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with a campaign, in which commands run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LEM_LOCK_DIR", str(tmp_path / "locks"))
     _write(campaign_text())

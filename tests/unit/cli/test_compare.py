@@ -109,7 +109,6 @@ REFUSALS: list[tuple[str, str, str]] = [
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The results folder of each group of campaigns."""
     folders = {}
     for name, campaigns in CAMPAIGNS.items():
         folder = tmp_path_factory.mktemp(name)

@@ -33,7 +33,6 @@ def started(*command: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
 
 
 def lem(*words: str, redirection: str = "", **environ: str) -> subprocess.CompletedProcess[bytes]:
-    """A `lem` started by a shell."""
     shell = ("/bin/sh", "-c", f'exec "$@" {redirection}', "sh")
     return started(*shell, sys.executable, "-m", "lem", *words, environ=environ)
 

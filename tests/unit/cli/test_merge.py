@@ -52,7 +52,6 @@ def plan(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def merge(tmp_path: Path, hosts: tuple[Path, Path]) -> Callable[..., Output]:
-    """Merges what the hosts have into one folder."""
     return lambda *words: run_lem("merge", *hosts, "--output", tmp_path / "all", *words)
 
 

@@ -24,7 +24,6 @@ def store(results_dir: Path, record: Record, campaign: str = "demo") -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two runs of one campaign and one of another."""
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "results"
     for run_id in (RUN, LATER):

@@ -29,7 +29,6 @@ def _of(campaign, kind, **more):
 
 
 def _changed(change):
-    """The fine campaign with every record changed."""
     return check_run(make_run([change(record) for record in FINE.records()]))
 
 

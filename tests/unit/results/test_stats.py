@@ -239,15 +239,6 @@ def observations(drift: float, noise_sd: float, seed: int, cycles: int = 5) -> l
     ]
 
 
-def test_levels_of_configurations_are_no_drift() -> None:
-    grouped = [(name, 5 * index + cycle, level) for index, (name, level) in enumerate(LEVELS.items())
-               for cycle in range(5)]  # fmt: skip
-    drift = drift_of(grouped)
-    assert drift is not None
-    assert drift.change == pytest.approx(0.0, abs=1e-12)
-    assert not drift.is_flagged
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_the_interval_of_a_drift_is_that_of_least_squares_with_a_level_for_each_configuration(seed: int) -> None:
     found = observations(0.02, 0.01, seed)

@@ -69,7 +69,6 @@ def request_for(folder: Path, name: str = "e") -> RunRequest:
 
 
 def measuring(record: Record, *phases: str) -> Harness:
-    """A harness that goes through phases and has a record."""
 
     def run(request: RunRequest, engine: ResidentEngine, reporter: Reporter, clock: Clock) -> Record:
         for phase in phases:

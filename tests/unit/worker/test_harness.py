@@ -30,8 +30,6 @@ PROMPTS = [Prompt(f"prompt number {number} of eight") for number in range(8)]  #
 
 @dataclass
 class Listener:
-    """Keeps what it is told."""
-
     phases: list[str] = field(default_factory=list)
     told: list[tuple[int, int | None, str]] = field(default_factory=list)
 
@@ -44,8 +42,6 @@ class Listener:
 
 @dataclass
 class Bench:
-    """One result folder, one engine, one clock."""
-
     folder: Path
     backend: TimedBackend
     engine: ResidentEngine
@@ -332,8 +328,6 @@ class Device:
 
 
 class TrackedEngine(TrivialEngine):
-    """A trivial engine that takes room on the device until it is closed."""
-
     device: Device
 
     @property

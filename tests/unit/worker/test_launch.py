@@ -18,7 +18,6 @@ ENTRY = "import sys\nfrom lem.__main__ import run\nsys.exit(run())\n"
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """lem as one file, without third-party code."""
     path = tmp_path / "lem.pyz"
     with zipfile.ZipFile(path, "w") as zipped:
         zipped.writestr("__main__.py", ENTRY)

@@ -50,8 +50,6 @@ SHORT_IDLE = {"duration_sec": 5.0}
 
 @dataclass
 class Engine(TimedBackend):
-    """Tells when it is busy."""
-
     states: list[str] = field(default_factory=list)
 
     def generate(
@@ -81,8 +79,6 @@ def gpu_trace(counter: Counter | None = Counter(period_s=0.1), **options: Any) -
 
 @dataclass
 class Meter:
-    """One GPU, its engine, and the folder of an attempt."""
-
     folder: Path
     gpu: GpuTrace = field(default_factory=gpu_trace)
     baselines: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
@@ -168,7 +164,6 @@ def meter(tmp_path: Path) -> Meter:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Meter, Record]:
-    """An experiment as it usually is."""
     meter = Meter(tmp_path_factory.mktemp("measured"))
     return meter, meter.run()
 

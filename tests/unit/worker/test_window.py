@@ -64,8 +64,6 @@ def test_failed_requests_are_counted_their_tokens_are_not_and_a_set_of_them_is_n
 
 
 class TamperingBackend(TimedBackend):
-    """Changes what it returns."""
-
     tamper: Callable[[list[Completion]], list[Completion]]
 
     def generate(

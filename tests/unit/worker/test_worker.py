@@ -1,33 +1,10 @@
 from __future__ import annotations
 
 import os
-import platform
 
-from lem import __version__
-from lem.record import read_record
-from lem.worker.channel import PROTOCOL_VERSION
-from tests.worker_rig import PHASES, RawWorker, Rig
+from tests.worker_rig import RawWorker, Rig
 
 IN_THE_WINDOW = {"at": "generate", "when": {"max_output_tokens": 8}}
-
-
-def test_experiments_go_through_their_phases_to_results_on_disk_and_reuse_the_engine(rig: Rig):
-    worker = RawWorker(rig)
-    assert (worker.hello["protocol"], worker.hello["lem_version"]) == (PROTOCOL_VERSION, __version__)
-    assert worker.hello["pid"] == worker.child.pid
-    assert worker.hello["environment"]["python"] == platform.python_version()
-
-    found = [worker.run(rig.request("e1")), worker.run(rig.request("e2", max_output_tokens=5))]
-    records = [read_record(rig.folder / name / "result.json") for name in ("e1", "e2")]
-
-    phases = [[item["phase"] for item in messages if item["type"] == "phase"] for messages in found]
-    assert phases == [list(PHASES), [phase for phase in PHASES if phase != "load"]]
-    for name, messages, record, is_reused in zip(("e1", "e2"), found, records, (False, True), strict=True):
-        assert messages[-1] == {"type": "result", "exp_id": name, "engine_reused": is_reused}
-        assert (record.identity.experiment_id, record.validity.engine_reused) == (name, is_reused)
-    assert [record.work.output_tok for record in records] == [8, 10]
-    assert records[0].validity.engine_load_id == records[1].validity.engine_load_id
-    assert worker.close() == 0
 
 
 def test_a_child_started_for_one_experiment_prints_into_the_log_of_the_one_that_runs(rig: Rig):

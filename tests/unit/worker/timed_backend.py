@@ -142,5 +142,4 @@ class TimedBackend:
 
 
 def make_requests(count: int, input_tok: int = 3, output_tok: int = 4) -> list[TokenRequest]:
-    """Requests of one shape, all different."""
     return [TokenRequest(index, (index + 10, *range(50, 49 + input_tok)), output_tok) for index in range(count)]
