@@ -249,7 +249,6 @@ class Screen(TypedDict):
 
 
 def screen_of(out: TextIO) -> Screen:
-    """Colour where the stream wants it, and the width of its terminal."""
     return Screen(is_colour=is_colour_wanted(out), width=terminal_width(out))
 
 

@@ -159,7 +159,6 @@ def _rule(args: argparse.Namespace, campaign: CampaignConfig) -> StoppingRule | 
 
 
 def _expected_durations(plan: Plan, campaign: CampaignConfig) -> ExpectedDurations:
-    """How long this plan's experiments, engine loads and gaps took in earlier runs."""
     engines = {item.config_hash: item.engine_key for item in plan.configurations}
     scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan()
     found = earlier_times(item.record for item in scan.results if item.record.identity.config_hash in engines)

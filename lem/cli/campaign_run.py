@@ -75,11 +75,7 @@ class CampaignCommand:
         self._has_waited = False
 
     def execute(self) -> int:
-        """Run the campaign and return the exit code.
-
-        Raises:
-            LemError: the campaign, or its next run, cannot start.
-        """
+        """Run the campaign and return the exit code. Raises LemError: the campaign, or its next run, cannot start."""
         log.configure(self._console, verbosity=-1 if self._is_quiet else self._args.verbose)
         args, part = self._args, self._job.part
         is_interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()

@@ -57,11 +57,7 @@ class SelectedRun:
 
 
 def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
-    """Every run, by campaign, oldest first.
-
-    Raises:
-        UserError: the folder cannot be read.
-    """
+    """Every run, by campaign, oldest first. Raises UserError: the folder cannot be read."""
     return tuple(
         SelectedRun(results_dir, campaign, run_id)
         for campaign in folder_names(results_dir)
@@ -70,10 +66,8 @@ def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
 
 
 def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
-    """The last run of the campaign of that name, or the only run whose ID starts with it; None if there is none.
-
-    Raises:
-        UserError: several IDs start with it.
+    """The last run of the campaign of that name, or the only run whose ID starts with it; None if there is none. Raises
+    UserError: several IDs start with it.
     """
     of_campaign = [item for item in runs if item.campaign == wanted]
     if of_campaign:
@@ -87,9 +81,7 @@ def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
 
 def resolve_run(results_dir: Path, wanted: str, run_id: str | None = None) -> SelectedRun:
     """The run that `wanted` names, as in `find_run`; or the only run of that campaign whose ID starts with `run_id`.
-
-    Raises:
-        UserError: there is no such name, or it is ambiguous.
+    Raises UserError: there is no such name, or it is ambiguous.
     """
     runs = list_runs(results_dir)
     if run_id is not None:
@@ -101,10 +93,8 @@ def resolve_run(results_dir: Path, wanted: str, run_id: str | None = None) -> Se
 
 
 def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str | None]:
-    """The run that `wanted` names, and the experiment in it; None for the whole run.
-
-    Raises:
-        UserError: there is no such name, or it is ambiguous.
+    """The run that `wanted` names, and the experiment in it; None for the whole run. Raises UserError: there is no such
+    name, or it is ambiguous.
     """
     runs = list_runs(results_dir)
     campaign_runs = [item for item in runs if item.campaign == wanted]
@@ -153,11 +143,7 @@ def list_problems(err: TextIO, problems: Sequence[Problem], *, lead: str = "", r
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write the file that `--output` names, whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write the file that `--output` names, whole or not at all. Raises UserError: it cannot be written."""
     try:
         durable.write_text(path, text)
     except OSError as error:

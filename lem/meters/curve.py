@@ -145,7 +145,6 @@ class Curve:
         return statistics.median(after - before for before, after in pairwise(self.at_ns)) / NS_PER_S
 
     def _opening(self, closed: ClosedWindow) -> tuple[float, float]:
-        """A knot's time, and the energy at the window's opening."""
         opened_ns = closed.window.opened_ns
         inside = self._inside(Span(closed.before.opened_ns, opened_ns))
         # What ran before the guard may still be relaxing in it, so its own power is at most taken for power at rest.
@@ -158,7 +157,6 @@ class Curve:
         return self.at_ns[knot], self.energy_j[knot] + min(known_w) * (opened_ns - self.at_ns[knot]) / NS_PER_S
 
     def _closing(self, closed: ClosedWindow) -> tuple[float, float]:
-        """A knot's time, and the energy at the window's closing."""
         inside, outside = self._seen_from_inside(closed), self._seen_from_outside(closed)
         if inside is None or outside is None:
             if view := inside or outside:
@@ -203,7 +201,6 @@ class Curve:
         return (self.energy_j[last] - self.energy_j[first]) / (self.at_ns[last] - self.at_ns[first]) * NS_PER_S
 
     def _inside(self, span: Span) -> range:
-        """The knots that lie in the span wherever in their bounds they are."""
         return range(bisect_left(self.earliest_ns, span.opened_ns), bisect_right(self.latest_ns, span.closed_ns))
 
     def _place(self, at_ns: int) -> int:

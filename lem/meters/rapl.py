@@ -35,8 +35,6 @@ class ZoneFolder:
 
 @dataclass(frozen=True)
 class RaplCounter:
-    """A counter that can be read."""
-
     zone: RaplZone
     path: Path
 

@@ -193,7 +193,6 @@ class GpuWatch:
         return rows if sample == GpuSample(self._place, at_ns) else [*rows, sample]
 
     def look_at_processes(self) -> list[Row]:
-        """The processes, when they changed."""
         rows: list[Row] = []
         at_ns = self._clock.monotonic_ns()
         pids = self._read("processes", rows)

@@ -269,7 +269,6 @@ class ComposeProject:
 
 
 def _override_text(services: Mapping[str, Any]) -> str:
-    """The override file. It contains no secret: those go through the channel of the worker."""
     text = json.dumps({"services": services}, indent=2, ensure_ascii=False)
     # JSON is YAML, except that a dollar sign would begin a variable.
     text = text.replace("$", "$$").replace(f'"{_REPLACED}": ', '"devices": !override ')

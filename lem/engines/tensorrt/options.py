@@ -86,7 +86,6 @@ class EngineFacts(Signature):
 
 
 def lengths_of(config: ExperimentConfig) -> tuple[int, int]:
-    """The longest prompt and the longest output in tokens."""
     section = section_of(config, TensorRTConfig)
     return section.max_input_len or config.max_input_tokens, section.max_output_len or config.max_output_tokens
 

@@ -145,7 +145,6 @@ class Session(common.ServedSession):
         return is_caching and section_of(self._config, VllmConfig).enable_prefix_caching is not True
 
     def _begin(self) -> None:
-        """Empty the prefix cache, if repeated prompts must be computed again."""
         if self._gone.is_set():
             raise EngineError(f"{self._facts}: the engine's process has ended, see the log")
         if not self._is_forgetful:

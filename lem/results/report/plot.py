@@ -284,7 +284,6 @@ def shape(group: int) -> str:
 
 
 def spot(x: float, y: float, drawn: str = "") -> str:
-    """A move to a place, and what is drawn there: a marker, or a line that begins there."""
     return f"M{number_text(x)} {number_text(y)}{drawn}"
 
 
@@ -349,7 +348,6 @@ def row_labels(rows: Sequence[tuple[int, str, float]], right: float) -> Markup:
 
 
 def label_room(labels: Iterable[str]) -> float:
-    """Where the drawing of rows with these names may begin."""
     return 50 + _LETTER_WIDTH * max(map(text_width, labels), default=0)
 
 
