@@ -75,7 +75,7 @@ class CampaignCommand:
         self._has_waited = False
 
     def execute(self) -> int:
-        """Run the campaign and return the exit code. Raises LemError: the campaign, or its next run, cannot start."""
+        """Run the campaign and return the exit code; LemError where it, or its next run, cannot start."""
         log.configure(self._console, verbosity=-1 if self._is_quiet else self._args.verbose)
         args, part = self._args, self._job.part
         is_interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
@@ -266,8 +266,7 @@ def closing_lines(campaign: CampaignConfig, outcome: CampaignOutcome, console: l
 def resume_command(words: Sequence[str]) -> str:
     """The same command for a shell, with --resume instead of options that conflict with it.
 
-    Args:
-        words: the whole command line, the interpreter first (`sys.orig_argv`).
+    `words` are the whole command line, the interpreter first (`sys.orig_argv`).
     """
     # A script on PATH is named without the Python of its first line.
     script = Path(words[1]) if len(words) > 1 else Path()

@@ -16,6 +16,7 @@ from lem.cli.selection import (
     add_repeated,
     add_results_dir,
     ambiguous,
+    damaged,
     find_run,
     list_problems,
     list_runs,
@@ -69,8 +70,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     metrics = [parse_metric(text) for text in args.metric]
     comparison = _compare(args, metrics, gates)
     problems = [problem for read in comparison.runs for problem in read.problems]
-    # An attempt without a result is counted in the comparison.
-    list_problems(err, [problem for problem in problems if problem.kind != "missing"])
+    list_problems(err, damaged(problems))
     code = gate_code(comparison, is_strict=args.strict)
     if args.json:
         document = {**comparison_document(comparison), "problems": problem_documents(problems)}

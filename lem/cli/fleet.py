@@ -48,9 +48,7 @@ class FleetPart:
 def store_plan(
     args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, measured_by_config: Mapping[str, float], out: TextIO
 ) -> None:
-    """Divide the campaign among the hosts, store the plan and show it. Raises UserError: the host names are invalid, or
-    the plan cannot be stored.
-    """
+    """Divide the campaign among the hosts, store the plan and show it; UserError where it cannot be made or stored."""
     if args.shard is not None:
         hint = "--write-plan makes a plan, --shard runs a part of one"
         raise UserError("--write-plan and --shard cannot be combined", hint)
@@ -88,9 +86,7 @@ def _described(plan: FleetPlan) -> list[str]:
 
 
 def own_part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart]:
-    """The part of the plan that this host runs. Raises UserError: the options conflict, or the stored plan is for
-    another campaign.
-    """
+    """The part of the plan that this host runs; UserError for another campaign's plan or conflicting options."""
     if args.hosts is not None or args.replicate:
         raise UserError("--hosts and --replicate require --write-plan", "add --write-plan PLAN, or omit them")
     if args.plan is not None and args.shard is None:

@@ -69,17 +69,12 @@ def _as_text(verdict: Verdict, *, is_colour: bool, width: int) -> str:
         lines += [first.replace(status, paint(status, _STYLES[item.status], is_colour=is_colour), 1), *rest]
         if item.remedy and item.status != "ok":
             lines += wrapped(item.remedy, width, f"{indent}→ ")
-    lines += ["", *wrapped(_conclusion(verdict), width)]
-    return "\n".join(lines) + "\n"
-
-
-def _conclusion(verdict: Verdict) -> str:
-    if not verdict.failed:
-        return "this host can run campaigns in containers"
-    failed = ", ".join(verdict.failed)
-    if verdict.executors:
-        return f"cannot run campaigns in containers: {failed}; --executor local works"
-    return f"cannot run campaigns: {failed}"
+    failed, conclusion = ", ".join(verdict.failed), "this host can run campaigns in containers"
+    if failed:
+        conclusion = f"cannot run campaigns: {failed}"
+        if verdict.executors:
+            conclusion = f"cannot run campaigns in containers: {failed}; --executor local works"
+    return "\n".join([*lines, "", *wrapped(conclusion, width)]) + "\n"
 
 
 PROBE_S = 5.0

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import traceback
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn, TextIO
 
@@ -22,35 +21,31 @@ from lem.base.variables import COMPOSE_VARIABLES, VARIABLES
 # Each has a function `add_NAME_arguments(parser)`, which sets `run(args, out, err)`: it returns an exit code, or None
 # for 0. Only the module of the given command is imported, since imports are most of the start-up time. A command
 # without help is internal.
-COMMANDS: Mapping[str, str] = types.MappingProxyType(
-    {
-        "campaign": "run a campaign file, or several experiment files as one campaign",
-        "experiment": "run one experiment",
-        "status": "show the state of campaigns, running or crashed",
-        "check": "list what weakens a campaign's numbers, with remedies",
-        "config": "check, show and write configuration files",
-        "results": "list, show, export and recompute results",
-        "compare": "compare configurations or runs; --gate turns it into a check",
-        "report": "write a self-contained HTML report",
-        "presets": "list presets, or show one",
-        "datasets": "list data sets with a short name, and where they are",
-        "gpus": "list GPUs, their memory and processes, and the energy meters",
-        "doctor": "check that this host can run campaigns, with remedies",
-        "compose": "print the default compose file",
-        "merge": "merge the results of several hosts into one campaign",
-        "bundle": "pack lem.pyz, images, models and checksums for an offline host",
-        "completion": "print a completion script for bash, zsh or fish",
-        "worker": "",
-    }
-)
+COMMANDS: Mapping[str, str] = {
+    "campaign": "run a campaign file, or several experiment files as one campaign",
+    "experiment": "run one experiment",
+    "status": "show the state of campaigns, running or crashed",
+    "check": "list what weakens a campaign's numbers, with remedies",
+    "config": "check, show and write configuration files",
+    "results": "list, show, export and recompute results",
+    "compare": "compare configurations or runs; --gate turns it into a check",
+    "report": "write a self-contained HTML report",
+    "presets": "list presets, or show one",
+    "datasets": "list data sets with a short name, and where they are",
+    "gpus": "list GPUs, their memory and processes, and the energy meters",
+    "doctor": "check that this host can run campaigns, with remedies",
+    "compose": "print the default compose file",
+    "merge": "merge the results of several hosts into one campaign",
+    "bundle": "pack lem.pyz, images, models and checksums for an offline host",
+    "completion": "print a completion script for bash, zsh or fish",
+    "worker": "",
+}
 
 # Commands that share a module; every other command's module has its name.
-_MODULES = types.MappingProxyType(
-    {
-        **dict.fromkeys(("doctor", "gpus", "compose", "datasets", "presets"), "host"),
-        **dict.fromkeys(("merge", "bundle"), "fleet"),
-    }
-)
+_MODULES: Mapping[str, str] = {
+    **dict.fromkeys(("doctor", "gpus", "compose", "datasets", "presets"), "host"),
+    **dict.fromkeys(("merge", "bundle"), "fleet"),
+}
 
 # Errors of a standard stream on a full disk or a closed terminal; unlike errors of files, they name no file.
 _STREAM_ERRORS = DISK_FULL | {errno.EFBIG, errno.EIO}
@@ -101,17 +96,15 @@ def _execute(arguments: list[str], console: log.Console, out: TextIO, err: TextI
         console.is_colour = False
         os.environ["NO_COLOR"] = "1"  # for streams that are opened later
     log.configure(console, verbosity=-1 if args.quiet else args.verbose)
-    _warn_of_unknown_variables(console)
+    for name in sorted(os.environ):
+        if name.startswith("LEM_") and name not in VARIABLES | COMPOSE_VARIABLES:
+            label, known = console.paint("warning:", "yellow"), ", ".join(sorted(VARIABLES))
+            console.line(f"{label} unknown environment variable {name} (known: {known})", logging.WARNING)
     return int(args.run(args, out, err) or ExitCode.OK)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line.
-
-    Raises:
-        UserError: the command line is invalid.
-        SystemExit: help or the version was requested and printed.
-    """
+    """Parse the command line; UserError where it is invalid, SystemExit once help or the version is printed."""
     named = next((word for word in arguments if not word.startswith("-")), None)
     if named is not None and named not in COMMANDS:
         raise UserError(f"unknown command {named!r}{did_you_mean(named, list(COMMANDS))}", "see `lem --help`")
@@ -183,13 +176,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
                 child.description = child.description or (f"{text[:1].upper()}{text[1:]}." if text else "")
                 child.set_defaults(parser=child)
                 _add_common(child)
-
-
-def _warn_of_unknown_variables(console: log.Console) -> None:
-    for name in sorted(os.environ):
-        if name.startswith("LEM_") and name not in VARIABLES | COMPOSE_VARIABLES:
-            label, known = console.paint("warning:", "yellow"), ", ".join(sorted(VARIABLES))
-            console.line(f"{label} unknown environment variable {name} (known: {known})", logging.WARNING)
 
 
 def _report_bug(console: log.Console, error: Exception) -> None:

@@ -102,7 +102,7 @@ class LineProgress:
 
     def __call__(self, event: Event) -> None:
         self._state.update(event)
-        lines = _ending(event, _unpainted if self._console is None else self._console.paint)
+        lines = _ending(event, self._console.paint if self._console is not None else lambda text, _: text)
         is_change = event.kind in ("experiment_started", "gap") or (
             event.kind == "phase" and event.data.get("phase") in _LONG_PHASES
         )
@@ -199,10 +199,6 @@ def _count(data: Mapping[str, Any]) -> str:
     if done is None or total:
         return f"{done}/{total}" if total else text
     return text if str(done) in text else f"{done} {text}"
-
-
-def _unpainted(text: str, _colour: str) -> str:
-    return text
 
 
 def _ending(event: Event, paint: Callable[[str, str], str]) -> list[str]:

@@ -14,7 +14,15 @@ from lem.base.doc import write_json
 from lem.base.errors import UserError
 from lem.base.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
 from lem.base.units import NS_PER_S
-from lem.cli.selection import add_json, add_results_dir, list_problems, problem_documents, resolve_run, write_file
+from lem.cli.selection import (
+    add_json,
+    add_results_dir,
+    damaged,
+    list_problems,
+    problem_documents,
+    resolve_run,
+    write_file,
+)
 from lem.meters.curve import HOLE_PERIODS, may_have_wrapped_twice
 from lem.meters.rapl import PACKAGE
 from lem.meters.samples import (
@@ -51,8 +59,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     chosen = resolve_run(args.results_dir, args.campaign)
     results = chosen.read()
     text = make_report(results)
-    damaged = [problem for problem in results.problems if problem.kind != "missing"]
-    list_problems(err, damaged, lead="left out: ", rest="the page lists them")
+    list_problems(err, damaged(results.problems), lead="left out: ", rest="the page lists them")
     if args.output == "-":
         out.write(text)
         return

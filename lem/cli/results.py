@@ -16,6 +16,7 @@ from lem.base.units import format_quantity
 from lem.cli.selection import (
     add_json,
     add_results_dir,
+    damaged,
     list_problems,
     list_runs,
     problem_documents,
@@ -77,13 +78,9 @@ def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         table += [Column(label, tuple(str(count[label]) for count in counts)) for label in counts[0]]
         lines = columns("campaign", [item.campaign for item, _ in found], table, terminal_width(out))
         out.writelines(f"{line}\n" for line in lines)
-        list_problems(err, _damaged(problem for _, scan in found for problem in scan.problems))
+        list_problems(err, damaged(problem for _, scan in found for problem in scan.problems))
     else:
         err.write(f"no results in {args.results_dir}\n")
-
-
-def _damaged(problems: Iterable[Problem]) -> list[Problem]:
-    return [problem for problem in problems if problem.kind != "missing"]
 
 
 def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
@@ -114,7 +111,7 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         out.write(text)
     else:
         write_file(args.output, text)
-    list_problems(err, _damaged(problems.values()))
+    list_problems(err, damaged(problems.values()))
     whole = {(it.record.identity.run_id, it.record.identity.experiment_id) for it in found.values()}
     without = {(it.run_id, it.exp_id) for it in problems.values()} - whole
     if without:
@@ -237,12 +234,7 @@ def _write_outcomes(out: TextIO, outcomes: Sequence[Outcome]) -> None:
 
 
 def _read_config(folder: Path) -> ExperimentConfig:
-    """The resolved configuration of an attempt.
-
-    Raises:
-        OSError: its file cannot be read.
-        ValueError: its file is invalid.
-    """
+    """The resolved configuration of an attempt; OSError or ValueError where its file is not readable or not valid."""
     document = durable.read_json(folder / CONFIG_FILE)
     resolved = document.get("resolved") if isinstance(document, dict) else None
     if not isinstance(resolved, dict):

@@ -57,7 +57,7 @@ class SelectedRun:
 
 
 def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
-    """Every run, by campaign, oldest first. Raises UserError: the folder cannot be read."""
+    """Every run, by campaign, oldest first; UserError where a folder cannot be read."""
     return tuple(
         SelectedRun(results_dir, campaign, run_id)
         for campaign in folder_names(results_dir)
@@ -66,9 +66,7 @@ def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
 
 
 def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
-    """The last run of the campaign of that name, or the only run whose ID starts with it; None if there is none. Raises
-    UserError: several IDs start with it.
-    """
+    """The last run of that campaign, or the only run whose ID starts with it; UserError where several IDs do."""
     of_campaign = [item for item in runs if item.campaign == wanted]
     if of_campaign:
         return of_campaign[-1]
@@ -81,7 +79,8 @@ def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
 
 def resolve_run(results_dir: Path, wanted: str, run_id: str | None = None) -> SelectedRun:
     """The run that `wanted` names, as in `find_run`; or the only run of that campaign whose ID starts with `run_id`.
-    Raises UserError: there is no such name, or it is ambiguous.
+
+    UserError where there is no such name, or it is ambiguous.
     """
     runs = list_runs(results_dir)
     if run_id is not None:
@@ -93,9 +92,7 @@ def resolve_run(results_dir: Path, wanted: str, run_id: str | None = None) -> Se
 
 
 def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str | None]:
-    """The run that `wanted` names, and the experiment in it; None for the whole run. Raises UserError: there is no such
-    name, or it is ambiguous.
-    """
+    """The run that `wanted` names, and the experiment in it, None for the whole run; UserError as in `resolve_run`."""
     runs = list_runs(results_dir)
     campaign_runs = [item for item in runs if item.campaign == wanted]
     if campaign_runs:
@@ -134,6 +131,11 @@ def problem_documents(problems: Iterable[Problem]) -> list[dict[str, str]]:
     return [{"path": str(item.path), "kind": item.kind, "message": item.message} for item in problems]
 
 
+def damaged(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems without attempts that have no result, which are counted elsewhere."""
+    return [problem for problem in problems if problem.kind != "missing"]
+
+
 def list_problems(err: TextIO, problems: Sequence[Problem], *, lead: str = "", rest: str = "--json lists all") -> None:
     """List unusable files, one per line after `lead`; `rest` says where to find those that are not shown."""
     texts = (f"{lead}{problem.kind}: {problem.path}: {problem.message}" for problem in problems[:_PROBLEMS_SHOWN])
@@ -143,7 +145,7 @@ def list_problems(err: TextIO, problems: Sequence[Problem], *, lead: str = "", r
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write the file that `--output` names, whole or not at all. Raises UserError: it cannot be written."""
+    """Write the file that `--output` names, whole or not at all; UserError where it cannot be written."""
     try:
         durable.write_text(path, text)
     except OSError as error:

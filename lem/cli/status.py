@@ -75,11 +75,7 @@ def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> CampaignStatus:
     if given.is_dir() and find_manifest(given) is not None:
         return read_status(given, viewpoint)
     folders = {folder.name: folder for folder in find_folders(state_dir)}
-    try:
-        slug = slug_of(wanted)
-    except ValueError:
-        slug = wanted
-    named = folders.get(wanted) or folders.get(slug)
+    named = folders.get(wanted) or folders.get(slug_of(wanted))
     if named is None:
         message = f"no campaign {wanted!r} in {state_dir}{did_you_mean(wanted, list(folders))}"
         known = f"campaigns: {', '.join(folders)}" if folders else "there are no campaigns"
