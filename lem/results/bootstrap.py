@@ -96,7 +96,10 @@ def bootstrap_ci(
     if min(values) == max(values):
         # Rounding in a mean of equal values would otherwise make it differ from them.
         return BootstrapResult(values[0], 0.0, values[0], values[0], n, confidence, warning)
-    means = _sorted_means(values, n_iterations, seed)
+    # A mean does not depend on the order (`fmean` rounds once), so that of equal resamples is taken once.
+    resamples = _resamples(n, n_iterations, seed)
+    counted = sorted((statistics.fmean([values[index] for index in row]), count) for row, count in resamples)
+    means = [mean for mean, count in counted for _ in range(count)]
     low, high = (_quantile(means, (1 + sign * confidence) / 2) for sign in (-1, 1))
     return BootstrapResult(statistics.fmean(values), statistics.stdev(values), low, high, n, confidence, warning)
 
@@ -161,13 +164,6 @@ def bootstrap_coverage_label(n_samples: int, confidence: float = CONFIDENCE) -> 
     if above is None:
         return f"over {percent[below]} %"
     return f"{percent[below]} %" if below == above else f"{percent[below]} to {percent[above]} %"
-
-
-def _sorted_means(values: list[float], n_iterations: int, seed: int) -> list[float]:
-    """The means of all resamples. A mean does not depend on the order (`fmean` rounds once), so each is taken once."""
-    resamples = _resamples(len(values), n_iterations, seed)
-    counted = sorted((statistics.fmean([values[index] for index in row]), count) for row, count in resamples)
-    return [mean for mean, count in counted for _ in range(count)]
 
 
 @functools.lru_cache(maxsize=8)

@@ -36,6 +36,7 @@ _COVERED = frozenset({
 })  # fmt: skip
 
 _SAME_WORK = "set ignore_eos: true and min_output_tokens = max_output_tokens, so that all do the same work"
+_NO_EFFECT = "ignore_eos was set but had no effect: the log.txt of the experiment may show why"
 
 # What to do about a finding, by its kind. Findings that make numbers or verdicts unreliable:
 _WEAK: Mapping[str, str] = {
@@ -113,7 +114,6 @@ def check_run(run: Run) -> tuple[Finding, ...]:
 
 
 def _of_results(kind: str, what: Reason, concerns: Callable[[Record], object]) -> _OneCheck:
-
     def check(run: Run) -> Found:
         used = {item.name: item.used for item in run.with_results}
         counts = {name: sum(map(bool, map(concerns, records))) for name, records in used.items()}
@@ -185,12 +185,9 @@ def _work(run: Run) -> Found:
         if high <= (1 + LENGTH_TOLERANCE) * low:
             continue
         is_alike = False
-        code, remedy = (
-            "lengths_differ",
-            "ignore_eos was set but had no effect: the log.txt of the experiment may show why",
-        )
-        if any(name in free for name in lengths):
-            code, remedy = "free_lengths_differ", _SAME_WORK
+        code, remedy = "free_lengths_differ", _SAME_WORK
+        if not any(name in free for name in lengths):
+            code, remedy = "lengths_differ", _NO_EFFECT
         yield _finding("output_lengths", Reason.of(code, low=low, high=high), lengths, remedy=remedy)
     if free and is_alike:
         yield _finding("output_lengths", Reason.of("free_lengths"), free, is_weak=False)
@@ -280,8 +277,7 @@ def _pairs(run: Run) -> Found:
     ranked = [item for _, item in sorted(known, key=lambda entry: entry[0])]
     open_pairs = [found for pair in itertools.pairwise(ranked) if (found := _open_pair(metric, *pair)) is not None]
     yield from open_pairs[:_PAIRS_SHOWN]
-    more = len(open_pairs) - _PAIRS_SHOWN
-    if more > 0:
+    if (more := len(open_pairs) - _PAIRS_SHOWN) > 0:
         yield _finding("indistinguishable", Reason.of("more_pairs", count=more), remedy="lem compare lists them")
 
 

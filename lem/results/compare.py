@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from lem.base.errors import ExitCode, UserError
 from lem.base.reasons import Reason, alike
+from lem.base.units import some_of
 from lem.record import Record
 from lem.results.metrics import METRICS, Metric, Obstacle, blocking_reason, cycle_values, find_obstacles
 from lem.results.run import NO_INTERVAL, Configuration, Run, make_run
@@ -201,8 +202,7 @@ def exclusion_reason(*configurations: Configuration) -> Reason | None:
         groups = alike(item.invalid_reasons.items())
         causes = [f"{found[0][0]} × {sum(count for _, count in found)}" for found in groups]
         causes += [f"no result × {item.n_failed}"] if item.n_failed else []
-        more = len(causes) - _SHOWN_CAUSES
-        text = "; ".join(causes[:_SHOWN_CAUSES]) + (f" and {more} more" if more > 0 else "")
+        text = some_of(causes, _SHOWN_CAUSES, "; ")
         lost.append(f"{item.n_excluded} of {item.name}" + (f" ({text})" if text else ""))
     return Reason.of("unequal_exclusions", causes="; ".join(lost))
 

@@ -27,10 +27,8 @@ FORMATS = ("csv", "json", "jsonl", "markdown")
 _SECTIONS = ("validity", "window", "energy", "idle", "work", "throughput")
 _LATER_SECTIONS = ("compute", "efficiency", "carbon", "environment")
 _LATENCIES = tuple(f"{name}_s" for name in LATENCIES)
-_DISTRIBUTION = tuple(item.name for item in dataclasses.fields(Distribution))
 _GPU = tuple(item.name for item in dataclasses.fields(Gpu) if item.name != "null_reasons")
 _NOT_GIVEN = (None, "not given for this experiment")
-
 
 # A value and, where it is None, why.
 _Cell = tuple[Any, str]
@@ -152,7 +150,7 @@ def _distribution(name: str, record: Record) -> Iterator[tuple[str, _Cell]]:
     """`ttft_s` as `ttft_mean_s`, `ttft_p50_s` and so on, and `ttft_n`."""
     distribution: Distribution | None = getattr(record.latency, name)
     stem = name.removesuffix("_s")
-    for part in _DISTRIBUTION:
+    for part in (item.name for item in dataclasses.fields(Distribution)):
         column = f"{stem}_n" if part == "n" else f"{stem}_{part}_s"
         if distribution is None:
             yield column, (None, _why(record.latency, name))

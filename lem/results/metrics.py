@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -91,7 +91,7 @@ METRICS: tuple[Metric, ...] = (
     ),
 )  # fmt: skip
 
-METRIC_BY_NAME = types.MappingProxyType({metric.name: metric for metric in METRICS})
+METRIC_BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
 
 # Short names of what people compare most.
 _ALIASES = {
@@ -218,7 +218,6 @@ def blocking_reason(obstacles: Iterable[Obstacle], group: str) -> Reason | None:
 
 
 def _values(read: Callable[[Record], str | None]) -> Callable[[Sequence[Record], Sequence[Record]], Any]:
-
     def find(*sides: Sequence[Record]) -> tuple[str, str] | None:
         left, right = (sorted({text for item in side if (text := read(item))}) for side in sides)
         return None if not left or not right or left == right else (", ".join(left), ", ".join(right))
@@ -340,6 +339,4 @@ def _flatten(options: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
 def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_plain, value)) or "none"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
