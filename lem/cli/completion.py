@@ -29,13 +29,9 @@ class Value:
     name: str = ""
     choices: tuple[str, ...] = ()
 
-    @property
-    def is_file(self) -> bool:
-        return not self.choices and self.name in _FILES
-
-    @property
-    def is_folder(self) -> bool:
-        return not self.choices and self.name == "DIR"
+    def path(self, file: str, folder: str) -> str:
+        """How a shell is told to complete it, if it is the path of a file or a folder; else empty."""
+        return "" if self.choices else file if self.name in _FILES else folder if self.name == "DIR" else ""
 
 
 @dataclass(frozen=True)
@@ -138,8 +134,7 @@ def _bash(commands: Sequence[Command]) -> str:
 
 
 def _bash_reply(value: Value) -> str:
-    if value.is_file or value.is_folder:
-        kind = "-f" if value.is_file else "-d"
+    if kind := value.path("-f", "-d"):
         return f'compopt -o filenames; mapfile -t COMPREPLY < <(compgen {kind} -- "$current")'
     if not value.choices:
         return ":"
@@ -187,9 +182,7 @@ def _zsh_flag(flag: Flag) -> str:
 
 
 def _zsh_value(value: Value) -> str:
-    if value.choices:
-        return f"({' '.join(value.choices)})"
-    return "_files" if value.is_file else "_files -/" if value.is_folder else " "
+    return f"({' '.join(value.choices)})" if value.choices else value.path("_files", "_files -/") or " "
 
 
 def _zsh_text(text: str) -> str:
@@ -227,7 +220,7 @@ def _fish_lines(command: Command) -> list[str]:
         words += _fish_value(command.values)
     for flag in command.flags:
         names = [f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in flag.names]
-        value = [] if flag.value is None else ["-r" if flag.value.is_file else "-x", *_fish_value(flag.value)]
+        value = [] if flag.value is None else [flag.value.path("-r", "") or "-x", *_fish_value(flag.value)]
         words.append(" ".join([*names, *value, "-d", _fish_word(flag.text)]))
     return [f"complete -c {program} -n {here} {word}\n" for program in _PROGRAMS for word in words]
 
@@ -235,9 +228,7 @@ def _fish_lines(command: Command) -> list[str]:
 def _fish_value(value: Value) -> list[str]:
     if value.choices:
         return [f"-a {_fish_word(' '.join(value.choices))}"]
-    if value.is_folder:
-        return ["-a '(__fish_complete_directories)'"]
-    return ["-F"] if value.is_file else []
+    return [*filter(None, (value.path("-F", "-a '(__fish_complete_directories)'"),))]
 
 
 def _fish_word(text: str) -> str:

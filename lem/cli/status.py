@@ -22,7 +22,6 @@ from lem.config.campaign_config import slug_of
 from lem.config.load import load_campaign
 from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, SKIPPED, TOP_UP_NOTE, CampaignManifestEntry
 from lem.orchestration.status import (
-    Activity,
     CampaignStatus,
     State,
     Viewpoint,
@@ -232,7 +231,12 @@ def _facts(status: CampaignStatus, viewer: Viewer) -> Iterator[tuple[str, str]]:
     label = "now" if status.state == State.RUNNING else "last"
     activity, manifest = status.activity, status.manifest
     if activity is not None and activity.doing in ("starting", "gap"):
-        yield label, _gap_text(activity, status, viewer) if activity.doing == "gap" else "starting"
+        text = "starting"
+        if activity.doing == "gap":
+            left = activity.gap_ends_in_s if status.state == State.RUNNING else None
+            since = f"since {viewer.clock(parse_utc(activity.since))}"
+            text = "gap between experiments, " + (since if left is None else f"at most {format_duration(left)} more")
+        yield label, text
     else:
         for entry in manifest.get_by_status(RUNNING) if manifest is not None else []:
             yield label, f"{_named(entry)} · {_phase_text(entry, status, viewer)}"
@@ -249,13 +253,6 @@ def _facts(status: CampaignStatus, viewer: Viewer) -> Iterator[tuple[str, str]]:
 
 def _named(entry: CampaignManifestEntry) -> str:
     return f"{entry.config_name} · cycle {entry.cycle_index + 1}"
-
-
-def _gap_text(activity: Activity, status: CampaignStatus, viewer: Viewer) -> str:
-    left = activity.gap_ends_in_s
-    if status.state != State.RUNNING or left is None:
-        return f"gap between experiments, since {viewer.clock(parse_utc(activity.since))}"
-    return f"gap between experiments, at most {format_duration(left)} more"
 
 
 def _phase_text(entry: CampaignManifestEntry, status: CampaignStatus, viewer: Viewer) -> str:

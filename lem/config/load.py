@@ -194,9 +194,7 @@ def load_experiment(
     hint = f"{path} is a campaign: lem campaign {path}" if "campaign_name" in source.mapping else ""
     source = loader.with_sets(source)
     config, problems = _validate(ExperimentConfig, source)
-    _raise_if_any(found, problems, hint)
-    assert config is not None  # noqa: S101 - without problems there is one
-    return Loaded(config, source)
+    return Loaded(_without_problems(config, found, problems, hint), source)
 
 
 def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> str:
@@ -267,9 +265,7 @@ class _Loader:
                 ExperimentConfig.from_dict(checked)
             except ConfigProblems as error:
                 problems += one.source.locate(error.problems)
-        _raise_if_any(found or [], problems, hint)
-        assert config is not None  # noqa: S101 - without problems there is one
-        return Loaded(config, source, tuple(listed), start)
+        return Loaded(_without_problems(config, found or [], problems, hint), source, tuple(listed), start)
 
     def _listed(self, campaign: Source, problems: Located) -> Iterable[ListedExperiment]:
         """The experiments that a campaign lists, without its defaults; notes the files that cannot be read."""
@@ -351,9 +347,10 @@ def _validate(section: type[S], source: Source) -> tuple[S | None, Located]:
         return None, source.locate(error.problems)
 
 
-def _raise_if_any(found: Located, problems: Located, hint: str) -> None:
-    """Raise all problems, without those of the validation about a value that could not be read."""
+def _without_problems(config: S | None, found: Located, problems: Located, hint: str) -> S:
+    """The configuration; else FileProblems, without those of the validation about a value that could not be read."""
     unread = {place for place, _ in found if place.mark is not None}
     located = [*found, *(item for item in problems if item[0] not in unread)]
-    if located:
+    if located or config is None:
         raise FileProblems(located, hint)
+    return config

@@ -41,10 +41,7 @@ class Gpu(Protocol):
 
 
 def warnings(config: ExperimentConfig, gpus: Sequence[Gpu] | None = None) -> tuple[Problem, ...]:
-    """What a person should know about an experiment.
-
-    `gpus` are those of the host that will run it: None when unknown, () for a host without any.
-    """
+    """What a person should know about an experiment; `gpus` are those of its host, None when unknown."""
     found = (*_work_warnings(config), *_engine_warnings(config), *_other_warnings(config))
     return found if gpus is None else (*found, *_gpu_warnings(config, gpus))
 

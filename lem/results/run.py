@@ -245,7 +245,7 @@ class Run:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        return _distinct(record.identity.host for record in _in_order(self.records))
+        return tuple(dict.fromkeys(record.identity.host for record in _in_order(self.records)))
 
     @cached_property
     def configurations(self) -> tuple[Configuration, ...]:
@@ -306,9 +306,9 @@ def make_run(
     """The run with these results; `campaign_name` and `run_id` where none names them, `others` are fields of `Run`."""
     given = tuple(records)
     identities = [item.identity for item in _in_order(given)]
-    names = _distinct(item.campaign_name for item in identities)
-    run_ids = _distinct(item.run_id for item in identities) or ((run_id,) if run_id else ())
-    return Run(", ".join(names) or campaign_name, run_ids, given, failed or {}, **others)
+    name = ", ".join(dict.fromkeys(item.campaign_name for item in identities)) or campaign_name
+    run_ids = tuple(dict.fromkeys(item.run_id for item in identities)) or ((run_id,) if run_id else ())
+    return Run(name, run_ids, given, failed or {}, **others)
 
 
 def read_run(results_dir: Path, campaign: str, run_id: str) -> Run:
@@ -329,7 +329,3 @@ def read_run(results_dir: Path, campaign: str, run_id: str) -> Run:
 
 def _in_order(records: Iterable[Record]) -> list[Record]:
     return sorted(records, key=lambda it: (it.identity.order_index, it.identity.cycle_index, it.identity.attempt))
-
-
-def _distinct(values: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(values))
