@@ -101,17 +101,9 @@ class Bench:
 class Step(Protocol):
     """Something to find out about a GPU. Steps know nothing of each other; each may fail by itself."""
 
-    @property
-    def name(self) -> str:
-        """For the command line."""
-
-    @property
-    def title(self) -> str:
-        """For people."""
-
-    @property
-    def is_brief(self) -> bool:
-        """Whether it only reads what is there, so that it is gone through when time is over, too."""
+    name: str  # for the command line
+    title: str  # for people
+    is_brief: bool = False  # whether it only reads what is there, so that it runs when time is over, too
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         """Findings, each as soon as it is known; raises LeftOut where it cannot be found out here."""

@@ -12,28 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from lem.meters.samples import GpuHeader
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.engine_client import ROOT
 from tests.gpu.extent import QUICK, Extent
 from tests.gpu.finding import CUT_OFF, DONE, FAILED, LEFT_OUT, Finding, LeftOut, Section
 from tests.gpu.run import cut_off_by_signals, run_steps
 
-GPU = GpuHeader(0, "GPU-1", "Some GPU", "580.1", vbios="96.1", power_limit_w=700.0, persistence_mode=True)
 
-
-@dataclass(frozen=True)
-class Scripted:
+@dataclass
+class Scripted(Step):
     """A step that finds one thing, then does something else."""
 
     name: str
     error: BaseException | None = None
     signum: int | None = None
     is_brief: bool = False
-
-    @property
-    def title(self) -> str:
-        return f"Title of {self.name}"
+    title: str = "Title"
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         yield Finding(f"of {self.name}", 1.5, "W")

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from lem.meters.samples import SampleLog
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.finding import Finding
 from tests.gpu.load import Busy
 from tests.gpu.windows import counted_j, integrated_j, naive_j
 
 
-@dataclass(frozen=True)
-class Additivity:
+class Additivity(Step):
     """One window of 30 s among three of 10 s, all with idle guards and the same load; mean power is compared.
 
     Windows end with a whole piece of work and so are not equally long to the millisecond: their energies are divided
     by their lengths. The long one stands in the middle, since a GPU warms up.
     """
 
-    name: str = "additivity"
-    title: str = "Additivity of windows"
-    is_brief: bool = False
+    name = "additivity"
+    title = "Additivity of windows"
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         extent, engine = bench.extent, bench.engine()

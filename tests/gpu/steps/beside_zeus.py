@@ -6,23 +6,21 @@ import importlib
 import importlib.metadata
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from lem.meters.curve import Span, counter_curve
 from lem.meters.nvml import find_gpus
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.finding import Finding, LeftOut
 from tests.gpu.windows import COUNTER, counted_j
 
 
-@dataclass(frozen=True)
-class BesideZeus:
+class BesideZeus(Step):
     """Both read the energy counter: zeus at the edges, lem at its changes."""
 
-    name: str = "zeus"
-    title: str = "The same window by zeus"
-    is_brief: bool = False
+    name = "zeus"
+    title = "The same window by zeus"
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         monitor = _monitor(bench.uuid)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lem.base import process
 from lem.record import Record
 from lem.results.bootstrap import log_t_interval
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.campaigning import INTERRUPTED, experiment, lem, read_records, run_campaign
 from tests.gpu.extent import Configuration, Extent
 from tests.gpu.finding import Finding
@@ -22,13 +21,11 @@ CUT_SHORT = "; time was up: run again with --only campaign, and it is resumed"
 CROSSCHECK = "within 5 % of 1, else a warning"
 
 
-@dataclass(frozen=True)
-class Campaign:
+class Campaign(Step):
     """Configurations × cycles; what a call has not got done, the next with the same folder resumes."""
 
-    name: str = "campaign"
-    title: str = "A campaign (pytorch backend, closed batches)"
-    is_brief: bool = False
+    name = "campaign"
+    title = "A campaign (pytorch backend, closed batches)"
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         extent = bench.extent

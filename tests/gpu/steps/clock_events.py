@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from lem.base.measurement import SLOWDOWN_BITS
 from lem.meters.samples import FINISHED_FILENAME, GpuSample, PartReader, read_finished
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.finding import Finding, LeftOut
 
 # nvmlClocksEventReasons (NVML reference); the others make an experiment invalid.
@@ -21,13 +20,12 @@ BITS = {
 }
 
 
-@dataclass(frozen=True)
-class ClockEvents:
+class ClockEvents(Step):
     """Shares of the samples that all steps of this folder have left."""
 
-    name: str = "events"
-    title: str = "Clock events, temperature and clocks seen"
-    is_brief: bool = True
+    name = "events"
+    title = "Clock events, temperature and clocks seen"
+    is_brief = True
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         samples = list(_samples(bench))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from lem.base.units import NS_PER_S
 from lem.meters.curve import Curve, Span, counter_curve
 from lem.meters.sampler import COUNTER_POLL_MS
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.finding import Finding
 from tests.gpu.load import Busy
 from tests.gpu.windows import COUNTER
@@ -18,17 +17,15 @@ from tests.gpu.windows import COUNTER
 SETTLED_S, LEVEL_S = 0.4, 0.5
 
 
-@dataclass(frozen=True)
-class Edges:
+class Edges(Step):
     """Energy that is missing after a beginning, and that comes after an end, as time at the step of power.
 
     A counter that lags shows the same at both. A device that takes its time to draw its power shows it at the
     beginning alone, one that takes its time to relax at the end alone.
     """
 
-    name: str = "edges"
-    title: str = "The counter at the edges of a load"
-    is_brief: bool = False
+    name = "edges"
+    title = "The counter at the edges of a load"
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         extent, engine = bench.extent, bench.engine()

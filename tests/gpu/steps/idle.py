@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from lem.meters.curve import Span
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.finding import Finding
 from tests.gpu.windows import rested_w
 
 
-@dataclass(frozen=True)
-class Idle:
+class Idle(Step):
     """Means of the energy counter over some seconds without work."""
 
-    name: str = "idle"
-    title: str = "Power at rest (energy counter)"
-    is_brief: bool = False
+    name = "idle"
+    title = "Power at rest (energy counter)"
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         bench.close_engine()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from lem.base import process
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.engine_client import ROOT
 from tests.gpu.finding import Finding
 from tests.gpu.models import made
@@ -16,13 +15,11 @@ from tests.gpu.models import made
 TIMEOUT_S = 300.0
 
 
-@dataclass(frozen=True)
-class MakeModels:
+class MakeModels(Step):
     """Makes what is not there yet, each model in a process of its own."""
 
-    name: str = "models"
-    title: str = "Models with random weights"
-    is_brief: bool = False
+    name = "models"
+    title = "Models with random weights"
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         for shape in bench.extent.models:

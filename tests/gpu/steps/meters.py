@@ -12,20 +12,18 @@ from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.nvml import NvmlMeter, open_nvml
 from lem.meters.sampler import COUNTER_POLL_MS, Complaints, GpuWatch
 from lem.meters.samples import CounterChange
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.finding import Finding, LeftOut
 from tests.gpu.load import Busy
 
 POLL_S = 0.002
 
 
-@dataclass(frozen=True)
-class Meters:
+class Meters(Step):
     """Changes seen by a poll every 2 ms, beside what lem's sampler makes of its own."""
 
-    name: str = "meters"
-    title: str = "Update periods of the meters"
-    is_brief: bool = False
+    name = "meters"
+    title = "Update periods of the meters"
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         engine, probe_s = bench.engine(), bench.extent.probe_s

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lem.orchestration.manifest import CampaignManifestEntry
 from lem.record import Record
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.campaigning import INTERRUPTED, experiment, read_entries, read_records, run_campaign
 from tests.gpu.extent import Extent
 from tests.gpu.finding import Finding
@@ -56,13 +55,11 @@ CASES: Mapping[str, Case] = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Step):
     """One experiment an option: whether it runs, or what it is refused for; what it does to energy and throughput."""
 
-    name: str = "options"
-    title: str = "Options of the pytorch backend, one short window each"
-    is_brief: bool = False
+    name = "options"
+    title = "Options of the pytorch backend, one short window each"
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         extent = bench.extent

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from lem.results.bootstrap import log_t_interval
-from tests.gpu.bench import Bench
+from tests.gpu.bench import Bench, Step
 from tests.gpu.finding import Finding
 from tests.gpu.load import Busy
 
@@ -15,17 +14,15 @@ BATCH = 16
 TARGET_PERCENT = 0.5
 
 
-@dataclass(frozen=True)
-class SamplerCost:
+class SamplerCost(Step):
     """Pairs of runs, ABBA, with a sampler beside them and without: a GPU that is kept busy, and a model that generates.
 
     A small model waits for its Python process most of the time: where the speed of that moves by tenths, the copies
     alone can tell of half a percent.
     """
 
-    name: str = "sampler-cost"
-    title: str = "Cost of the sampler"
-    is_brief: bool = False
+    name = "sampler-cost"
+    title = "Cost of the sampler"
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         extent, first = bench.extent, bench.extent.models[0]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from lem.meters.curve import power_curve
 from lem.meters.samples import SampleLog
-from tests.gpu.bench import INTERVAL_MS, Bench
+from tests.gpu.bench import INTERVAL_MS, Bench, Step
 from tests.gpu.finding import Finding
 from tests.gpu.load import Busy
 from tests.gpu.windows import counted_j, integrated_j, span_of, thinned
@@ -15,16 +15,14 @@ from tests.gpu.windows import counted_j, integrated_j, span_of, thinned
 FINE_MS = 20
 
 
-@dataclass(frozen=True)
-class SquareWave:
+class SquareWave(Step):
     """Integrated power over the counter's energy at several periods.
 
     A sensor that sees 25 of every 100 ms (A100, H100) aliases what swings near 10 Hz (Yang et al., SC24).
     """
 
-    name: str = "square-wave"
-    title: str = "A load that swings: integrated power over the counter"
-    is_brief: bool = False
+    name = "square-wave"
+    title = "A load that swings: integrated power over the counter"
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         engine, guard_s = bench.engine(), bench.extent.guard_s

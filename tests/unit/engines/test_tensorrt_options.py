@@ -16,9 +16,7 @@ from lem.engines.tensorrt.options import (
     check_checkpoint,
     documents_of,
     engine_arguments,
-    gpus_needed,
     quantization_of,
-    sampling_settings,
     vocabulary_of,
 )
 
@@ -60,20 +58,6 @@ def test_options_become_documented_arguments() -> None:
 
 def test_what_lem_can_do_without_is_left_out_where_it_is_unknown() -> None:
     assert made(facts=dataclasses.replace(FACTS, arguments=frozenset())) == {**ALWAYS, "kv_cache_config": CACHE}
-
-
-def test_every_kind_of_parallelism_takes_gpus() -> None:
-    assert gpus_needed(experiment()) == 1
-    assert gpus_needed(experiment({"tp_size": 2, "pp_size": 3})) == 6
-    assert gpus_needed(experiment({"tp_size": 2, "extra_runtime_args": {"context_parallel_size": 2}})) == 4
-
-
-def test_greedy_decoding_takes_the_one_likeliest_token() -> None:
-    greedy = sampling_settings(experiment())
-    assert (greedy["top_k"], "temperature" in greedy) == (1, False)
-    decoder = {"temperature": 0.7, "top_k": 0, "top_p": 0.9}
-    sampled = sampling_settings(experiment(decoder=decoder, random_seed=None))
-    assert {name: sampled[name] for name in decoder} == decoder
 
 
 # Checkpoints

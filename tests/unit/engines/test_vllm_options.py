@@ -188,15 +188,6 @@ def engine(**changes: Any) -> Any:
     return made
 
 
-def test_every_engine_option_is_read_back() -> None:
-    found = effective_options(experiment(), engine())
-    assert set(found) == {*OPTIONS}
-    assert found["max_num_batched_tokens"] == 8192
-    assert found["cpu_offload_gb"] == 0.0
-    assert found["lora.enabled"] is False
-    assert found["speculative.num_tokens"] is None
-
-
 @pytest.mark.parametrize(
     ("section", "changes", "told"),
     [

@@ -111,12 +111,6 @@ def test_whatever_a_sampler_missed_every_null_has_a_reason_and_nothing_breaks(se
     assert (found.energy.primary_j.value is None) == (found.energy.primary_j.null_reason is not None)
 
 
-def test_a_log_without_the_windows_mark_gives_no_energy() -> None:
-    found = gpu_attempt().without(names.WINDOW).measured()
-    assert found.energy.primary_j.value is None
-    assert found.energy.primary_j.null_reason == Reason.of("no_window_mark")
-
-
 # Several GPUs
 
 
@@ -258,12 +252,24 @@ def test_a_process_that_is_there_all_along_is_foreign_once_the_own_ones_are_know
 # Resets, limits, MIG, scope
 
 
-def test_counter_reset_gives_null_energy() -> None:
-    found = gpu_attempt(counter=Counter(phase_s=0.037, resets_s=(20.0,))).measured()
-    assert found.energy.gpu_energy_j is None
-    assert found.energy.null_reasons["gpu_energy_j"].code == "counter_reset"
-    assert found.energy.primary_j.value is None
-    assert found.energy.energy_source is None
+AT_REST_FROM_14_S = tuple(Level(level.at_s, 0.0 if level.at_s >= 14 else level.target_w) for level in LEVELS)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "code"),
+    [
+        (gpu_attempt().without(names.WINDOW), "no_window_mark"),
+        (gpu_attempt(counter=Counter(phase_s=0.037, resets_s=(20.0,))), "counter_reset"),
+        (gpu_attempt(levels=AT_REST_FROM_14_S), "read_early"),
+        (gpu_attempt(gaps=[(23.0, 27.0)]), "edge_not_read"),
+    ],
+    ids=["no mark", "reset", "standing still", "slept over an edge"],
+)
+def test_an_energy_that_cannot_be_known_is_null_with_its_reason(attempt: Attempt, code: str) -> None:
+    energy = attempt.measured().energy
+    assert (energy.gpu_energy_j, energy.primary_j.value, energy.energy_source) == (None, None, None)
+    assert energy.primary_j.null_reason is not None
+    assert (energy.primary_j.null_reason.code, energy.null_reasons["gpu_energy_j"].code) == (code, code)
 
 
 def test_energy_beyond_the_power_limit_is_null_with_the_sum() -> None:
@@ -272,12 +278,6 @@ def test_energy_beyond_the_power_limit_is_null_with_the_sum() -> None:
     assert "1.2 x 200 W x 10.000 s" in found.energy.null_reasons["gpu_energy_j"].text
     assert found.gpus[0].power_mean_w == pytest.approx(LOAD_W, rel=0.02)
     assert gpu_attempt().with_gpu_header(power_limit_w=251.0).measured().energy.primary_j.value is not None
-
-
-def test_a_counter_that_stands_still_gives_null() -> None:
-    levels = tuple(Level(level.at_s, 0.0 if level.at_s >= 14 else level.target_w) for level in LEVELS)
-    found = gpu_attempt(levels=levels).measured()
-    assert found.energy.primary_j.value is None
 
 
 def test_the_energy_of_a_module_is_named_and_not_held_to_the_gpus_limit() -> None:
@@ -341,13 +341,6 @@ def test_a_hole_voids_the_crosscheck_and_not_the_counter() -> None:
     assert found.energy.null_reasons["energy_crosscheck_ratio"].data["gap_s"] == 1.6
     assert found.energy.sample_gap_max_s == pytest.approx(1.6)
     assert Reason.of("samples_missing", gap_s=1.6, periods=3, period_s=0.1) in found.warnings
-
-
-def test_a_counter_whose_edge_was_slept_over_gives_no_energy() -> None:
-    found = gpu_attempt(gaps=[(23.0, 27.0)]).measured()
-    assert found.energy.primary_j.null_reason is not None
-    assert found.energy.primary_j.null_reason.code == "edge_not_read"
-    assert found.energy.primary_j.null_reason.data["gap_s"] == pytest.approx(4.0, abs=0.1)
 
 
 def test_a_counter_that_slept_a_little_at_an_edge_is_a_warning() -> None:

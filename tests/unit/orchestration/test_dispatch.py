@@ -126,7 +126,6 @@ def test_events_are_those_of_this_experiment_alone():
     assert event_of(REQUEST, EngineProcess(1, 1)) is None
 
 
-ROOT = Path(__file__).resolve().parents[3]
 PATIENT = Timeouts(load_s=100.0, experiment_s=100.0, silence_s=100.0, heartbeat_s=100.0)
 HANG = {"at": "generate", "do": "hang"}
 HELLO = {"type": "hello", "protocol": PROTOCOL_VERSION, "lem_version": __version__, "pid": 1, "environment": {}}

@@ -111,13 +111,6 @@ class _Host:
         return self._outcomes.pop(0) if self._outcomes else _outcome()
 
 
-def test_without_schedule_or_daemon_it_runs_once_and_now(tmp_path):
-    host = _Host(tmp_path)
-    assert host.run() == _outcome()
-    assert (host.starts_h, host.told) == ([0.0], [])
-    assert not host.scheduler.starts_later
-
-
 def test_a_schedule_delays_the_one_run_to_its_time(tmp_path):
     host = _Host(tmp_path, schedule=CampaignScheduleConfig(at="14:30"))
     assert host.scheduler.starts_later
@@ -130,13 +123,6 @@ def test_a_wait_looks_at_the_clock_of_the_wall_again_and_again(tmp_path):
     host = _Host(tmp_path, schedule=CampaignScheduleConfig(at="12:02"))
     host.run()
     assert host.stop.waits == [30.0, 30.0, 30.0, 30.0]
-
-
-def test_a_signal_while_waiting_ends_it_before_it_began(tmp_path):
-    host = _Host(tmp_path, schedule=CampaignScheduleConfig(at="14:30"), signal_at_s=100)
-    assert host.run() is None
-    assert host.starts_h == []
-    assert host.clock.elapsed_s == 100
 
 
 def test_a_daemon_waits_for_its_time_once_and_repeats_from_end_to_start(tmp_path):
