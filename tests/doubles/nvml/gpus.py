@@ -107,12 +107,10 @@ class GpuTrace:
     events: tuple[Events, ...] = ()
     # (since, value); without the latter it is 100 × how busy the load is.
     sm_clocks_mhz: tuple[tuple[float, int], ...] = ((0.0, 1980),)
-    memory_clock_mhz: int = 2619
     utilisation_percent: tuple[tuple[float, int], ...] = ()
     power_limit_w: float = 700.0
     persistence: bool = True
     mig: bool | None = False  # None when NVML answers "Not Supported"
-    instances: tuple[str, ...] = ()  # UUIDs of its MIG instances
     # `gpu`, or `module` where only energy and power of the module (fields 185, 186, 191 at scope 1) are told.
     scope: str = "gpu"
     vbios: str = "96.00.00.00.01"
@@ -138,9 +136,8 @@ class GpuTrace:
         lines += [f"events {item.from_s!r} {item.to_s!r} {item.mask:#x}" for item in self.events]
         lines += [f"sm_clock {since_s!r} {mhz}" for since_s, mhz in self.sm_clocks_mhz]
         lines += [f"utilisation {since_s!r} {percent}" for since_s, percent in self.utilisation_percent]
-        lines += [f"memory_clock {self.memory_clock_mhz}", f"power_limit {self.power_limit_w!r}"]
+        lines += [f"power_limit {self.power_limit_w!r}"]
         lines += [f"persistence {int(self.persistence)}", f"mig {'none' if self.mig is None else int(self.mig)}"]
-        lines += [f"instance {uuid}" for uuid in self.instances]
         lines += [f"scope {self.scope}", f"vbios {self.vbios}"]
         lines += [f"memory_total {self.memory_total_b}", f"memory_used {self.memory_used_b}"]
         lines += [f"process {held.pid} {held.memory_b} {held.from_s!r} {held.to_s!r}" for held in self.processes]

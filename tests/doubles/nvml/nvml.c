@@ -12,7 +12,6 @@
  *   process 1234 5000000 [10 20]        pid and bytes, `-` where the driver does not tell; from one time to another
  *   fail nvmlDeviceGetMemoryInfo 999 [10 20]    this function answers with this error, or `*`, every one about
  *                                       the GPU; nvmlInit is a function too. From one time to another, if told
- *   fail_field 186 3                    this field does, among those of nvmlDeviceGetFieldValues
  *   delay nvmlDeviceGetPowerUsage 0.5 [10 20]   this function takes so many seconds
  *   lost 2.5 15                         from 2.5 s after the script was written on, every call about a GPU fails with
  *                                       15 (GPU is lost), or with another code
@@ -36,8 +35,6 @@
  *   sm_clock 0 1980                     since when, MHz             memory_clock 2619
  *   utilisation 0 50                    since when, percent; of a load it follows without being told
  *   power_limit 700                     enforced_limit 650          persistence 1            mig 0, 1 or none
- *   instance MIG-…                      a MIG instance of it, which has a handle and no meters
- *   virtualization 2                    a virtual GPU
  *
  * The variable may name several files, with colons between them, which are read in their order as if they were one; those
  * after the first may be missing. Without a script there is no driver. A line that is not understood is told on stderr, and every call then fails.
@@ -86,33 +83,17 @@ static int begin_initialised(Script *script, const char *function)
     return initialised > 0 ? begin(script, function) : UNINITIALIZED;
 }
 
-/* A handle is the index and one; that of an instance has the instance's number, from one, above. */
-static void *handle_of(size_t index, size_t instance) { return (void *)(index + 1 + instance * (MAX_GPUS + 1)); }
-static size_t gpu_of(const void *handle) { return (size_t)handle % (MAX_GPUS + 1) - 1; }
-static size_t instance_of(const void *handle) { return (size_t)handle / (MAX_GPUS + 1); }
-
-/* What NVML tells of a MIG instance; the meters are those of the whole board. */
-static int is_for_instances(const char *function)
-{
-    static const char *const functions[] = {"nvmlDeviceGetHandleByUUID", "nvmlDeviceGetName", "nvmlDeviceGetUUID",
-        "nvmlDeviceGetIndex", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2",
-        "nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetCudaComputeCapability"};
-    for (size_t k = 0; k < sizeof functions / sizeof *functions; k++)
-        if (!strcmp(functions[k], function))
-            return 1;
-    return 0;
-}
+/* A handle is the index and one. */
+static void *handle_of(size_t index) { return (void *)(index + 1); }
 
 static int begin_for_gpu(Script *script, const char *function, void *handle, Gpu **gpu)
 {
     int code = begin_initialised(script, function);
-    size_t index = gpu_of(handle);
+    size_t index = (size_t)handle - 1;
     if (code != SUCCESS)
         return code;
-    if (index >= script->count || instance_of(handle) > script->gpu[index].instances)
+    if (index >= script->count)
         return INVALID_ARGUMENT;
-    if (instance_of(handle) && !is_for_instances(function))
-        return NOT_SUPPORTED;
     *gpu = &script->gpu[index];
     return (*gpu)->lost_code != SUCCESS ? (*gpu)->lost_code : fare(script, function, (int)index);
 }
@@ -198,7 +179,7 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned int index, void **handle)
     Gpu *gpu;
     if (index >= MAX_GPUS)
         return INVALID_ARGUMENT;
-    *handle = handle_of(index, 0);
+    *handle = handle_of(index);
     return begin_for_gpu(&script, __func__, *handle, &gpu);
 }
 
@@ -210,13 +191,9 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, void **handle)
     if (code != SUCCESS)
         return code;
     *handle = NULL;
-    for (unsigned int index = 0; index < script.count; index++) {
+    for (unsigned int index = 0; index < script.count; index++)
         if (!strcmp(script.gpu[index].uuid, uuid))
-            *handle = handle_of(index, 0);
-        for (unsigned int k = 0; k < script.gpu[index].instances; k++)
-            if (!strcmp(script.gpu[index].instance[k], uuid))
-                *handle = handle_of(index, k + 1);
-    }
+            *handle = handle_of(index);
     return *handle ? begin_for_gpu(&script, __func__, *handle, &gpu) : NOT_FOUND;
 }
 
@@ -243,9 +220,7 @@ int nvmlDeviceGetUUID(void *handle, char *uuid, unsigned int length)
     Script script;
     Gpu *gpu;
     int code = begin_for_gpu(&script, __func__, handle, &gpu);
-    if (code != SUCCESS)
-        return code;
-    return give_text(instance_of(handle) ? gpu->instance[instance_of(handle) - 1] : gpu->uuid, uuid, length);
+    return code != SUCCESS ? code : give_text(gpu->uuid, uuid, length);
 }
 
 int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor)
@@ -371,9 +346,6 @@ static unsigned int limit_of(const Gpu *gpu, int is_enforced)
 static int give_field(const Script *script, const Gpu *gpu, FieldValue *field)
 {
     unsigned int due = gpu->is_module ? SCOPE_MODULE : SCOPE_GPU;
-    for (unsigned int k = 0; k < gpu->fields; k++)
-        if (gpu->field[k].field == field->field)
-            return gpu->field[k].code;
     field->type = TYPE_UNSIGNED_INT;
     switch (field->field) {
     case FIELD_LIMIT:
@@ -577,7 +549,7 @@ int nvmlDeviceGetVirtualizationMode(void *handle, unsigned int *mode)
     Gpu *gpu;
     int code = begin_for_gpu(&script, __func__, handle, &gpu);
     if (code == SUCCESS)
-        *mode = gpu->virtualization;
+        *mode = 0;
     return code;
 }
 

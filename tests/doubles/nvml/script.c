@@ -166,14 +166,6 @@ static int take_state(Gpu *gpu, const Line *line)
         return line->count == 1 && (gpu->persistence = n[0] != 0, 1);
     if (!strcmp(word, "mig"))
         return gpu->mig = strcmp(line->first, "none") ? atoi(line->first) != 0 : UNKNOWN, 1;
-    if (!strcmp(word, "virtualization"))
-        return line->count == 1 && (gpu->virtualization = (unsigned)n[0], 1);
-    if (!strcmp(word, "fail_field")) {
-        if (line->count != 2 || gpu->fields == MAX_FIELDS)
-            return 0;
-        gpu->field[gpu->fields].field = (unsigned)n[0], gpu->field[gpu->fields++].code = (int)n[1];
-        return 1;
-    }
     return UNKNOWN;
 }
 
@@ -185,8 +177,6 @@ static int take_identity(Gpu *gpu, const Line *line, double age_s)
         snprintf(gpu->name, TEXT, "%.90s", line->rest + strspn(line->rest, " \t"));
     else if (!strcmp(word, "uuid"))
         snprintf(gpu->uuid, TEXT, "%.90s", line->first);
-    else if (!strcmp(word, "instance"))
-        return gpu->instances < MAX_INSTANCES && snprintf(gpu->instance[gpu->instances++], TEXT, "%.90s", line->first);
     else if (!strcmp(word, "vbios"))
         snprintf(gpu->vbios, TEXT, "%.90s", line->first);
     else if (!strcmp(word, "capability"))

@@ -7,7 +7,7 @@
 enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7,
        DRIVER_NOT_LOADED = 9, GPU_IS_LOST = 15, VERSION_MISMATCH = 25 };
 enum { MAX_GPUS = 8, MAX_PROCESSES = 32, MAX_FAILURES = 32, MAX_COURSE = 192, MAX_STEPS = 32, MAX_RIPPLES = 16,
-       MAX_FIELDS = 8, MAX_INSTANCES = 7, TEXT = 96, PATH_TEXT = 256, LINE = 512 };
+       TEXT = 96, PATH_TEXT = 256, LINE = 512 };
 enum { ANY_GPU = -1, UNKNOWN = -1 };
 #define NOT_AVAILABLE (~0ULL)
 
@@ -23,17 +23,16 @@ typedef struct {
 } Load;
 
 typedef struct {
-    char name[TEXT], uuid[TEXT], vbios[TEXT], instance[MAX_INSTANCES][TEXT];
+    char name[TEXT], uuid[TEXT], vbios[TEXT];
     int major, minor;
     unsigned long long total, used;
-    unsigned int processes, points, levels, ripples, events, sm_clocks, utilisations, fields, instances, virtualization;
+    unsigned int processes, points, levels, ripples, events, sm_clocks, utilisations;
     struct { Process process; double from, to; } process[MAX_PROCESSES];
     Point point[MAX_COURSE];
     Level level[MAX_COURSE];
     Ripple ripple[MAX_RIPPLES];
     struct { double from, to; unsigned long long mask; } event[MAX_STEPS];
     Step sm_clock[MAX_STEPS], utilisation[MAX_STEPS];
-    struct { unsigned int field; int code; } field[MAX_FIELDS];
     Load load;
     Counter counter;
     Sensor instant, average;
