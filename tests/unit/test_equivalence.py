@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.equivalence import driver
 from tests.equivalence.comparing import ABSENT, Difference, Intended, compare_contents, compare_outcomes, judge
 from tests.equivalence.masks import mask_text, mask_values
 from tests.equivalence.reading import flatten
@@ -152,31 +148,3 @@ def test_intended_numbers_match_all_that_differ_and_no_others() -> None:
     old = "2 spells of 7 in 1 run\n"
     assert [entry.matches(item) for item in differences(old, "1 spell of 7 in a run\n", ignore_text=True)] == [True]
     assert [entry.matches(item) for item in differences(old, "1 spell of 8 in a run\n", ignore_text=True)] == [False]
-
-
-def test_a_step_is_what_it_wrote_and_what_it_changed(tmp_path: Path) -> None:
-    package = tmp_path / "zip" / "lem"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "__main__.py").write_text(
-        "import os, sys\n"
-        "def run():\n"
-        "    print(sys.argv[1:], os.getcwd())\n"
-        "    sys.stderr.write(open('in.txt').read())\n"
-        "    open('out.txt', 'w').write('new')\n"
-        "    return 3\n"
-    )
-    scene = {"name": "x", "files": {"in.txt": "given"}, "steps": [["a"], ["b"]]}
-    (tmp_path / "scenes").write_text(json.dumps(scene) + "\n")
-    command = [tmp_path / "zip", tmp_path / "scenes", tmp_path / "outcomes", tmp_path / "root"]
-    driver_program = Path(driver.__file__)
-    subprocess.run([sys.executable, str(driver_program), *map(str, command)], check=True)
-    name, (first, second) = json.loads((tmp_path / "outcomes").read_text())
-    assert name == "x"
-    assert first == {
-        "code": 3,
-        "out": f"['a'] {driver.PLACEHOLDER}/scene\n",
-        "err": "given",
-        "files": {"out.txt": "new"},
-    }
-    assert (second["out"], second["files"]) == (f"['b'] {driver.PLACEHOLDER}/scene\n", {})

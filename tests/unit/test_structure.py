@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.structure.branches import Taken, by_package, measure
 from tests.structure.counts import counts_of
 from tests.structure.flows import CURRENT, FLOWS, Step, check_flows, read_flows
 from tests.structure.planting import (
@@ -103,32 +102,6 @@ def test_every_declared_flow_is_one(listed_tree: tuple[str, Path]) -> None:
     flows = read_flows()[name]
     assert set(flows) == set(FLOWS)
     assert check_flows(flows, root) == {flow: [] for flow in FLOWS}
-
-
-@pytest.mark.needs("coverage")
-def test_coverage_counts_programs_that_tests_start(tmp_path: Path) -> None:
-    sign = "def sign(x):\n    if x < 0:\n        return -1\n    return 1\n"
-    root = make_tree(
-        tmp_path,
-        {
-            "lem/__init__.py": "",
-            "lem/a/__init__.py": "",
-            "lem/a/here.py": sign,
-            "lem/a/there.py": f"import os\n{sign}if __name__ == '__main__':\n    os._exit(1 + sign(-1))\n",
-            "lem/top.py": sign,
-        },
-    )
-    command = '[sys.executable, "-m", "lem.a.there"]'
-    (root / "test_it.py").write_text(
-        "import subprocess, sys\nfrom lem.a.here import sign\n"
-        f"def test_it():\n    assert sign(1) == 1\n    assert subprocess.run({command}).returncode == 0\n"
-    )
-    document = measure(root, ["test_it.py"])
-    assert document["tests_ended_with"] == 0
-    assert by_package(document, {}) == {
-        "": Taken(statements=4, covered_statements=0, branches=2, covered_branches=0),
-        "a": Taken(statements=11, covered_statements=9, branches=6, covered_branches=3),
-    }
 
 
 def bug(name: str, place: str, snippet: str, replacement: str, **more: Any) -> Bug:

@@ -19,7 +19,6 @@ from lem.engines.common import (
     importing,
     load_engine,
     pick_gpus,
-    plain,
     refuse_changes,
     section_of,
 )
@@ -120,13 +119,6 @@ def test_changed_values_are_refused_by_name_and_others_are_not() -> None:
     refuse_changes(same, "vLLM 1")
     with pytest.raises(OptionRefused, match="vLLM 1 changed requested values: d: 1 became 2; e: fp8 became auto"):
         refuse_changes({**same, "d": (1, 2), "e": ("fp8", "auto")}, "vLLM 1")
-
-
-def test_values_are_described_as_json() -> None:
-    sizes = [1, 2, 4, *range(8, 1025, 8)]  # what vLLM captures CUDA graphs for
-    assert plain(sizes) == sizes
-    assert plain(set(sizes)) == sorted(sizes, key=str)
-    assert plain({"a": Path("/x"), 1: object()}) == {"a": "/x", "1": None}
 
 
 def test_an_environment_variable_is_set_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
