@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -80,28 +79,6 @@ def test_kill_stops_the_program_just_before_the_call(tmp_path: Path, event: str,
     assert {name for name in files_in(tmp_path) if not name.startswith(".lem-tmp-")} == left
     last = read_journal(tmp_path / "journal")[-1]
     assert (last.event, last.action) == (event, "kill")
-
-
-def test_fault_happens_once_over_all_processes_of_a_run(tmp_path: Path) -> None:
-    fault = Fault(str(tmp_path / "journal"), "engine", "lem.write", 3, "enospc")
-    outputs = [run(tmp_path, fault, "worker", "--engine").stdout for _ in range(3)]
-    assert outputs == ["", f"a {errno.ENOSPC}\n", ""]
-
-
-def test_writes_that_no_durable_step_announces_count_below_the_root(tmp_path: Path) -> None:
-    inside, journal = tmp_path / "inside", tmp_path / "journal"
-    inside.mkdir()
-    code = """
-import os, pathlib
-pathlib.Path("inside/a").write_text("x")
-pathlib.Path("inside/a").read_text()
-pathlib.Path("outside").write_text("x")
-os.mkdir("inside/b"); os.rename("inside/a", "inside/b/a"); os.remove("inside/b/a"); os.rmdir(b"inside/b")
-"""
-    run_code(code, tmp_path, **{VARIABLE: Fault(str(journal), root=str(inside)).to_json()})
-    seen = [(entry.event, Path(entry.detail).name.strip("'")) for entry in read_journal(journal)]
-    expected = [("open", "a"), ("os.mkdir", "b"), ("os.rename", "a"), ("os.remove", "a"), ("os.rmdir", "b")]
-    assert seen == expected
 
 
 @pytest.mark.needs("gcc")

@@ -207,12 +207,6 @@ def test_what_the_gpus_can_tell(gpus: tuple[GpuCapability, ...], status: str, me
     assert bool(finding.remedy) is bool(remedy)
 
 
-def test_of_many_gpus_those_that_cannot_be_measured_are_shown() -> None:
-    finding = check_gpu_energy(Capabilities(CpuCapability(), (*[COUNTED] * 8, DARK)))
-    assert finding.message.startswith("GPU 2: MIG is on")
-    assert finding.message.endswith(" and 5 more")
-
-
 @pytest.mark.parametrize(
     ("cpu", "status", "message", "remedy"),
     [
