@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lem.orchestration.host_meters import (
 )
 from lem.record import Idle, Record
 from lem.worker.channel import RunRequest
+from tests.campaign_doubles import FakeClock, FakeStop
 from tests.records import make_record
 
 KEY, GPUS = "key-1", ("GPU-a",)
@@ -97,33 +99,6 @@ def test_the_reference_is_the_first_baseline_of_a_state():
     assert (GPUS, "key-3") not in book.references
 
 
-class FakeClock:
-    """Time that passes only while something waits; a stop may be asked for at a given second."""
-
-    def __init__(self, stop_at_s: float = float("inf")) -> None:
-        self.now_s = 100.0
-        self.waits: list[float] = []
-        self._stop_at_s = 100.0 + stop_at_s
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def wait(self, seconds: float) -> bool:
-        self.waits.append(seconds)
-        self.now_s = min(self.now_s + seconds, max(self._stop_at_s, self.now_s))
-        return self.now_s >= self._stop_at_s
-
-
-class FakeSensors:
-    """Answers one after the other, the last one for ever."""
-
-    def __init__(self, *answers: bool | None) -> None:
-        self._answers = list(answers)
-
-    def __call__(self) -> bool | None:
-        return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
-
-
 @pytest.mark.parametrize(
     ("cap_s", "answers", "stop_at_s", "gap_s", "code", "waits"),
     [
@@ -146,10 +121,12 @@ def test_a_gap_lasts_until_the_device_is_back_or_its_cap(
     code: str,
     waits: list[float],
 ) -> None:
-    clock = FakeClock(float("inf") if stop_at_s is None else stop_at_s)
-    sensors = None if answers is None else FakeSensors(*answers)
-    assert keep_gap(cap_s, is_recovered=sensors, monotonic=clock.monotonic, wait=clock.wait) == (gap_s, code)
-    assert clock.waits == waits
+    clock = FakeClock()
+    stop = FakeStop(clock, float("inf") if stop_at_s is None else stop_at_s)
+    told = itertools.chain(answers or (), itertools.repeat(answers[-1] if answers else None))
+    sensors = None if answers is None else lambda: next(told)
+    assert keep_gap(cap_s, is_recovered=sensors, monotonic=clock.monotonic, wait=stop.wait) == (gap_s, code)
+    assert stop.waits == waits
 
 
 REFERENCE = Reference(power_w=100.0, temp_c=40.0)
