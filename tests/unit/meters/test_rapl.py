@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lem.meters.rapl import CpuLoadMeter, find_rapl, find_tdp, zone_folders
 from tests.doubles.powercap import Powercap, Zone
+from tests.processes import ordinary_user
 
 NS_PER_S = 1_000_000_000
 
@@ -69,24 +67,12 @@ def test_a_folder_that_docker_has_masked_is_no_zone(tmp_path: Path) -> None:
     assert zone_folders(tmp_path) == ()
 
 
-@contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """A user who is not root, since root reads everything; without a change where the tests run as such a user."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-
-
 def test_counters_that_only_root_may_read_are_told_with_the_command_that_helps(
     server: Powercap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.protect()
     monkeypatch.chdir(server.root)  # the folders above it are closed to others
-    with as_nobody():
+    with ordinary_user():
         found = find_rapl(Path())
     assert found.counters == ()
     assert "(package-0, package-1) may not be read by user" in (found.error or "")

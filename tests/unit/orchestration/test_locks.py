@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import subprocess
@@ -26,6 +25,7 @@ from lem.orchestration.locks import (
     read_holder,
     take,
 )
+from tests.processes import ordinary_user
 
 ME = Holder(pid=os.getpid(), host="node3", campaign="demo", since="2026-07-14T10:00:00Z")
 OTHER = Holder(pid=1, host="node3", campaign="other", since="2026-07-14T11:00:00Z")
@@ -104,17 +104,6 @@ def test_a_child_process_does_not_inherit_the_lock(target: LockTarget) -> None:
 
 
 # --- folders and files
-
-
-@contextlib.contextmanager
-def ordinary_user() -> Iterator[None]:
-    """Without root's right to write anywhere."""
-    before = os.geteuid()
-    os.seteuid(before or 65534)
-    try:
-        yield
-    finally:
-        os.seteuid(before)
 
 
 def test_a_folder_that_is_a_file_or_read_only_is_an_error_with_its_remedy(tmp_path: Path, target: LockTarget) -> None:
