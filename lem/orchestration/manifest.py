@@ -343,6 +343,5 @@ class ManifestManager:
 
     def _unusable(self, what: str) -> UserError:
         return UserError(
-            f"the manifest {self.manifest_path} {what}",
-            "use --fresh to set it aside and start over; results are kept",
+            f"the manifest {self.manifest_path} {what}", "use --fresh to set it aside and start over; results are kept"
         )

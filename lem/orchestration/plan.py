@@ -262,10 +262,7 @@ class _Candidate:
 
 
 def _collect(
-    campaign: CampaignConfig,
-    listed: Sequence[ListedExperiment],
-    preset: Mapping[str, Any],
-    source: Source | None,
+    campaign: CampaignConfig, listed: Sequence[ListedExperiment], preset: Mapping[str, Any], source: Source | None
 ) -> list[_Candidate]:
     """The experiments named, then those of the grid, each with a name and a path of its own."""
     expanded = [] if campaign.grid is None else expand_campaign_grid(campaign.grid, preset)

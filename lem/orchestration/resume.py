@@ -269,8 +269,7 @@ def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
         raise UserError("--until cannot be combined with a daemon", "a daemon repeats the campaign as it is")
     if execution.structure == GROUPED:
         raise UserError(
-            "--until adds whole cycles, but structure grouped runs AAA BBB",
-            "use --structure interleaved or shuffled",
+            "--until adds whole cycles, but structure grouped runs AAA BBB", "use --structure interleaved or shuffled"
         )
     if execution.reuse == "campaign":
         raise UserError(
