@@ -37,11 +37,9 @@ from lem.base.units import MIB, some_of
 from lem.base.variables import CACHE_VARIABLE
 
 PYZ_NAME = "lem.pyz"
-
 SCHEMA_VERSION = 1
 SUMS, SIGNATURE, MANIFEST = "SHA256SUMS", "SHA256SUMS.sig", "manifest.json"
 NAMESPACE = "lem-bundle"
-
 _SAVE_TIMEOUT_S = 3600.0
 _TOOL_TIMEOUT_S = 120.0
 _SHOWN = 5
@@ -87,9 +85,7 @@ def provide_pyz(environ: Mapping[str, str] = os.environ) -> Path:
         if own is not None:
             _logger.debug("%s cannot be written (%s); %s itself is mounted", path, error.strerror, own.parent)
             return own
-        raise UserError(
-            f"cannot write {path}: {error.strerror}", f"set {CACHE_VARIABLE} to a writable folder"
-        ) from error
+        raise UserError(f"cannot write {path}: {error.strerror}", f"set {CACHE_VARIABLE} to another folder") from error
     return path
 
 
@@ -165,10 +161,8 @@ def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = Non
             if sign_key is not None:
                 signed = _ssh_keygen("sign", "-f", str(sign_key), str(scratch / SUMS))
                 if signed.code != 0:
-                    raise UserError(
-                        f"the bundle cannot be signed with {sign_key}: {signed.stderr.strip()}",
-                        "`ssh-keygen -t ed25519` creates a key",
-                    )
+                    message = f"the bundle cannot be signed with {sign_key}: {signed.stderr.strip()}"
+                    raise UserError(message, "`ssh-keygen -t ed25519` creates a key")
             scratch.chmod(0o755)
             durable.name_folder(scratch, target)
     except OSError as error:
@@ -266,10 +260,8 @@ def verify_bundle(folder: Path, signer: Signer | None) -> dict[str, Any]:
         raise UserError(f"bundle {error.filename or folder}: {reason_of(error)}") from error
     except ValueError as error:
         raise UserError(f"bundle {folder}: invalid {MANIFEST}: {error}") from error
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(
-            f"bundle {folder}: expected schema version {SCHEMA_VERSION}, got {manifest.get('schema_version')}"
-        )
+    if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
+        raise UserError(f"bundle {folder}: expected schema version {SCHEMA_VERSION}, got {version}")
     return manifest
 
 

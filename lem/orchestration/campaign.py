@@ -80,9 +80,7 @@ class CampaignRunner(Context):
     ) -> list[CampaignExperiment]:
         """The experiments that are still to run, in order, each with its manifest entry."""
         remaining = {entry.exp_id: entry for entry in manifest.get_remaining()}
-        return [
-            CampaignExperiment.of(item, remaining[item.exp_id]) for item in execution_order if item.exp_id in remaining
-        ]
+        return [CampaignExperiment.of(one, remaining[one.exp_id]) for one in execution_order if one.exp_id in remaining]
 
     def should_cold_start(self) -> bool:
         """Whether every experiment gets a worker of its own."""
@@ -174,15 +172,10 @@ class CampaignRunner(Context):
             activity = ActivityWriter(*who, self.observe, self.now, self.monotonic, self.options.resume_command)
             stack.enter_context(activity.ending_on_error())
             session = Session(self, plan, manager, manifest, activity)
-            session.report(
-                "campaign_started",
-                campaign=manifest.campaign_name,
-                run_id=manifest.run_id,
-                opening="fresh" if known is None else "resume",
-                remaining=len(remaining),
-                manifest=str(manager.manifest_path),
-                results=str(self.repository.folder),
-            )
+            run = {"campaign": manifest.campaign_name, "run_id": manifest.run_id}
+            opening = "fresh" if known is None else "resume"
+            places = {"manifest": str(manager.manifest_path), "results": str(self.repository.folder)}
+            session.report("campaign_started", **run, opening=opening, remaining=len(remaining), **places)
             for text in notes:
                 session.report("note", text=text)
             if not remaining:
@@ -224,9 +217,8 @@ class CampaignRunner(Context):
                 resume.apply_plan(manifest, self._new_entries(plan.experiments), plan.config_hash)
                 note = {"at": utc_text(self.now()), "kind": TOP_UP_NOTE, "cycles": cycles + 1, "reason": reason}
                 manifest.notes.append(note)
-                added = self.apply_resume_filter(
-                    manifest, [item for item in plan.experiments if item.cycle_index == cycles]
-                )
+                last_cycle = [item for item in plan.experiments if item.cycle_index == cycles]
+                added = self.apply_resume_filter(manifest, last_cycle)
                 if not has_run:
                     self._check_environment(manifest, added)
                 session.save()
@@ -289,12 +281,8 @@ class CampaignRunner(Context):
         return Holder(os.getpid(), self.host, self.campaign.campaign_name, utc_text(self.now()))
 
     def _new_manifest(self, plan: Plan) -> CampaignManifest:
-        manifest = self._manager().create_manifest(
-            self.campaign.campaign_id,
-            self.campaign.campaign_name,
-            plan.config_hash,
-            self._new_entries(plan.experiments),
-        )
+        who, entries = (self.campaign.campaign_id, self.campaign.campaign_name), self._new_entries(plan.experiments)
+        manifest = self._manager().create_manifest(*who, plan.config_hash, entries)
         manifest.run_id = self.options.run_id or make_run_id(self.now(), random.SystemRandom())
         manifest.shuffle_seed = plan.shuffle_seed
         return manifest
@@ -329,7 +317,5 @@ def _without_engine(executor: str, backend: str, missing: Sequence[str], version
 def check_supported(campaign: CampaignConfig, executor_name: str) -> None:
     """Refuse, with a UserError, what only containers can do where there are none."""
     if campaign.cold_start.restart_container and executor_name != "docker":
-        raise UserError(
-            "cold_start.restart_container requires containers, but these experiments run in this Python",
-            "use cold_start.force_cold_start, which starts a new worker for each experiment",
-        )
+        message = "cold_start.restart_container requires containers, but these experiments run in this Python"
+        raise UserError(message, "use cold_start.force_cold_start, which starts a new worker for each experiment")

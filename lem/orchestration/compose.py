@@ -62,12 +62,9 @@ def find_compose_files(
     paths = [folder / text] if (folder / text).is_file() else [folder / part for part in text.split(separator)]
     for path in paths:
         if not path.is_file():
-            origin = "" if named is not None else f" ({_FILES_VARIABLE} names it)"
-            raise ContainerError(
-                f"{path}: no such compose file{origin}",
-                "`lem compose > docker-compose.yml` writes one that works",
-                kind="compose_file",
-            )
+            message = f"{path}: no such compose file" + ("" if named is not None else f" ({_FILES_VARIABLE} names it)")
+            hint = "`lem compose > docker-compose.yml` writes one that works"
+            raise ContainerError(message, hint, kind="compose_file")
     return tuple(path.absolute() for path in paths)
 
 
@@ -188,19 +185,15 @@ class ComposeProject:
         base = self.as_written(pyz)
         version, services = base.compose_version(), base.services
         if missing := [name for name in names if name not in services]:
-            raise ContainerError(
-                f"{describe_files(self.files)} has no service {', '.join(missing)};"
-                f" it has {', '.join(services) or 'none'}",
-                ONE_SERVICE_EACH,
-                kind="service",
-            )
+            known = ", ".join(services) or "none"
+            message = f"{describe_files(self.files)} has no service {', '.join(missing)}; it has {known}"
+            raise ContainerError(message, ONE_SERVICE_EACH, kind="service")
         # The folder of models that the packaged file mounts; if it cannot be made, Compose reports that where needed.
         with contextlib.suppress(OSError):
             cache = Path(base.env.get(MODEL_CACHE_VARIABLE) or "~/.cache/huggingface")
             cache.expanduser().mkdir(parents=True, exist_ok=True)
-        override = self._write(
-            OVERRIDE_NAME, _override_text({name: self._service_override(name, pyz, version) for name in names})
-        )
+        overrides = {name: self._service_override(name, pyz, version) for name in names}
+        override = self._write(OVERRIDE_NAME, _override_text(overrides))
         images = {name: _image_id(base, services[name]) for name in names}
         return replace(base, files=(*base.files, override), pyz=PYZ_FOLDER / pyz.name, images=images)
 
@@ -277,16 +270,12 @@ def _override_text(services: Mapping[str, Any]) -> str:
 
 def _image_id(docker: Docker, service: Service) -> str:
     if service.image is None:
-        raise ContainerError(
-            f"service {service.name} has no `image`", "add one next to `build:`, and build it", kind="image"
-        )
+        raise ContainerError(f"service {service.name} has no `image`", "`build:` needs one beside it", kind="image")
     found = docker.image_id(service.image)
     if found is None:
-        raise ContainerError(
-            f"image {service.image} of service {service.name} is missing, and a campaign pulls no images",
-            f"run `docker pull {service.image}`, or build or load it; `lem doctor` shows what is missing",
-            kind="image",
-        )
+        message = f"image {service.image} of service {service.name} is missing, and a campaign pulls no images"
+        hint = f"run `docker pull {service.image}`, or build or load it; `lem doctor` shows what is missing"
+        raise ContainerError(message, hint, kind="image")
     return found
 
 

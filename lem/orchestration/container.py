@@ -70,9 +70,7 @@ def gpu_loss(reading: GpuReading) -> Reason | None:
     return None if reading.gpus else Reason.of("gpu_gone")
 
 
-def judge(
-    service: str, reading: GpuReading, own_pids: Collection[int], gpu_memory_threshold_pct: float
-) -> ContainerHealthStatus:
+def judge(service: str, reading: GpuReading, own_pids: Collection[int], threshold_pct: float) -> ContainerHealthStatus:
     """The health of a container with a GPU; memory of lem's own processes, as the host numbers them, does not count."""
     if (lost := gpu_loss(reading)) is not None:
         return ContainerHealthStatus(service, healthy=False, reason=lost.text)
@@ -80,12 +78,12 @@ def judge(
     total_gb = sum(gpu.memory_total_b for gpu in reading.gpus) / _GB
     worst = max(reading.gpus, key=lambda gpu: _foreign_pct(gpu, own_pids))
     worst_pct = _foreign_pct(worst, own_pids)
-    healthy = worst_pct < gpu_memory_threshold_pct
+    healthy = worst_pct < threshold_pct
     others = [str(item.pid) for item in worst.processes if item.pid not in own_pids]
     whose = "in use by others" if len(others) < len(worst.processes) else "in use"
     reason = f"{worst_pct:.0f} % of the memory of GPU {worst.index} is {whose}"
     if not healthy:
-        reason += f", the threshold is {gpu_memory_threshold_pct:g} %"
+        reason += f", the threshold is {threshold_pct:g} %"
         reason += f"; processes {some_of(others, _MAX_SHOWN)}" if others else ""
     return ContainerHealthStatus(service, healthy, reason, used_gb, total_gb)
 

@@ -99,11 +99,9 @@ class Watch:
             message = f"{what} longer than {format_duration(limit)} ({where})"
             return EngineError(message, f"raise execution.{key} if it needs longer", kind="timeout")
         if now >= self._sign_until:
-            return EngineError(
-                f"the engine reported no progress for {format_duration(limits.silence_s)} ({where})",
-                "raise execution.silence_timeout_seconds if it needs longer; the end of the log shows where it was",
-                kind="silent",
-            )
+            message = f"the engine reported no progress for {format_duration(limits.silence_s)} ({where})"
+            hint = "raise execution.silence_timeout_seconds if it needs longer; the end of the log shows where it was"
+            return EngineError(message, hint, kind="silent")
         if now >= self._byte_until:
             silence = format_duration(limits.heartbeat_s)
             return EngineError(f"the worker sent no heartbeat for {silence} ({where})", kind="channel")
@@ -347,11 +345,9 @@ class Worker:
             raise
         if (hello.protocol, hello.lem_version) != (channel.PROTOCOL_VERSION, __version__):
             self.kill()
-            raise WorkerUnavailable(
-                f"the worker is lem {hello.lem_version} (channel {hello.protocol}), "
-                f"this is lem {__version__} (channel {channel.PROTOCOL_VERSION})",
-                "use the same lem.pyz on both sides",
-            )
+            here = f"this is lem {__version__} (channel {channel.PROTOCOL_VERSION})"
+            message = f"the worker is lem {hello.lem_version} (channel {hello.protocol}), {here}"
+            raise WorkerUnavailable(message, "use the same lem.pyz on both sides")
         self.environment = hello.environment
         return connection
 

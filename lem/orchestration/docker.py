@@ -93,11 +93,8 @@ def explain(finished: Finished, doing: str, otherwise: str = "container") -> Con
     """The error that a failed call means; `otherwise` is its kind if the output is not a known one."""
     quoted = _essence(finished.stderr) or _essence(finished.stdout)
     if finished.has_timed_out:
-        return ContainerError(
-            f"{doing}: `{shlex.join(finished.argv)}` timed out" + (f": {quoted}" if quoted else ""),
-            "run it by hand; the machine or its disk may be overloaded",
-            kind="timeout",
-        )
+        message = f"{doing}: `{shlex.join(finished.argv)}` timed out" + (f": {quoted}" if quoted else "")
+        return ContainerError(message, "run it by hand; the machine or its disk may be overloaded", kind="timeout")
     for kind, pattern, message, hint in _FAILURES:
         if re.search(pattern, finished.stderr):
             return ContainerError(f"{doing}: {message}: {quoted}", hint, kind=kind)
@@ -125,11 +122,9 @@ class Docker:
         try:
             return process.run(("docker", *words), timeout_s=timeout_s, env=self.env)
         except UserError as error:
-            raise ContainerError(
-                f"the docker command cannot be run: {error.message}",
-                "install Docker Engine (https://docs.docker.com/engine/install/), or run with --executor local",
-                kind="docker",
-            ) from error
+            hint = "install Docker Engine (https://docs.docker.com/engine/install/), or run with --executor local"
+            message = f"the docker command cannot be run: {error.message}"
+            raise ContainerError(message, hint, kind="docker") from error
 
     def info(self) -> Mapping[str, Any]:
         """`docker info`; ContainerError if the engine does not answer."""
@@ -289,13 +284,8 @@ def decode_states(text: str) -> tuple[ContainerState, ...]:
 
 def _decode_state(item: Any) -> ContainerState:
     found = decode_hint(Mapping[str, Any], item, "container")
-    fields = {
-        "service": found.get("Service"),
-        "state": found.get("State"),
-        "container_id": found.get("ID", ""),
-        "exit_code": found.get("ExitCode") or 0,
-    }
-    return decode(ContainerState, fields, "container")
+    fields = {"service": found.get("Service"), "state": found.get("State"), "container_id": found.get("ID", "")}
+    return decode(ContainerState, {**fields, "exit_code": found.get("ExitCode") or 0}, "container")
 
 
 def _has_gpu(service: Mapping[str, Any]) -> bool:
@@ -314,11 +304,8 @@ def _has_gpu(service: Mapping[str, Any]) -> bool:
 
 
 def _unexpected(word: str, expected: str, printed: str) -> ContainerError:
-    return ContainerError(
-        f"`docker compose {word}` printed no {expected}: {printed[:120]!r}",
-        "expected the output of Docker Compose 2.17 to 5",
-        kind="compose",
-    )
+    message = f"`docker compose {word}` printed no {expected}: {printed[:120]!r}"
+    return ContainerError(message, "expected the output of Docker Compose 2.17 to 5", kind="compose")
 
 
 def parse_version(text: str) -> tuple[int, ...] | None:

@@ -206,9 +206,7 @@ def _check_foreign_processes(host: Host) -> Finding:
     found = [f"{item.pid} on GPU {gpu.index}" for gpu in host.gpus.gpus for item in gpu.processes]
     if not found:
         return Finding(OK, "no processes on the GPUs")
-    return Finding(
-        WARNING, f"processes on the GPUs: {some_of(found, _MAX_SHOWN)}", "end them, or measure on another GPU"
-    )
+    return Finding(WARNING, f"processes on the GPUs: {some_of(found, _MAX_SHOWN)}", "end them, or use another GPU")
 
 
 def _check_rights(host: Host) -> Finding:
@@ -218,9 +216,7 @@ def _check_rights(host: Host) -> Finding:
             return Finding(FAILED, f"{there} cannot be written", "change its owner, or choose another folder")
     closed = [str(path) for path in sorted(host.device_folder.glob("nvidia[0-9]*")) if not os.access(path, os.R_OK)]
     if closed:
-        return Finding(
-            FAILED, f"this user has no access to {', '.join(closed)}", "join the group that owns them (video)"
-        )
+        return Finding(FAILED, f"this user has no access to {', '.join(closed)}", "join their group (video)")
     return Finding(OK, f"results and state can be written as user {os.getuid()}")
 
 
@@ -233,9 +229,8 @@ def _check_disk(host: Host) -> Finding:
     free_b = {name: shutil.disk_usage(_existing(folder)).free for name, folder in folders.items()}
     text = ", ".join(f"{value / GIB:.1f} GiB for {name}" for name, value in free_b.items())
     if min(free_b.values()) < LEAST_DISK_B:
-        return Finding(
-            FAILED, f"the disk is nearly full: {text}", "free some space; `docker system df` shows what Docker uses"
-        )
+        remedy = "free some space; `docker system df` shows what Docker uses"
+        return Finding(FAILED, f"the disk is nearly full: {text}", remedy)
     status = WARNING if min(free_b.values()) < ENOUGH_DISK_B else OK
     return Finding(status, f"free: {text}", "an image of an engine takes 10 to 30 GB" if status == WARNING else "")
 

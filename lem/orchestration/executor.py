@@ -18,17 +18,10 @@ from lem.base.errors import EngineError, InfrastructureError, Interrupted, Locke
 from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
 from lem.meters.nvml import GpuFacts, GpuReading, find_gpus, named_gpus, visible_gpus
+from lem.orchestration import dispatch
 from lem.orchestration.compose import ComposeProject, describe_files, find_compose_files, local_mounts
 from lem.orchestration.container import ContainerManager, gpu_loss
-from lem.orchestration.dispatch import (
-    Executor,
-    LocalExecutor,
-    Outcome,
-    Timeouts,
-    Worker,
-    WorkerConnection,
-    WorkerUnavailable,
-)
+from lem.orchestration.dispatch import Outcome, WorkerUnavailable
 from lem.orchestration.docker import ContainerError, Docker, describe
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
 from lem.orchestration.plan import Plan
@@ -45,7 +38,7 @@ _EVENT_DELAY_S = 1.0  # how long after the death of a process the Docker engine 
 _POLL_S = 0.2
 
 
-class ContainerWorker(Worker):
+class ContainerWorker(dispatch.Worker):
     """The worker in the container of one service; no other worker holds its device while it runs."""
 
     def __init__(self, executor: DockerExecutor, service: str, command: Sequence[str], **options: Any) -> None:
@@ -57,14 +50,14 @@ class ContainerWorker(Worker):
         self.has_lost_gpu = False
 
     def run(
-        self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: StopRequest | None = None
+        self, request: RunRequest, on_event: Observer, timeouts: dispatch.Timeouts, stop: StopRequest | None = None
     ) -> Outcome:
         self._executor.make_way(self._service, stop)
         adapted = self.adapt(request)
         self._begun_s = time.time()
         return self._settle(adapted, super().run(adapted, on_event, timeouts, stop))
 
-    def _open(self, stop: StopRequest | None, timeout_s: float) -> WorkerConnection:
+    def _open(self, stop: StopRequest | None, timeout_s: float) -> dispatch.WorkerConnection:
         executor, service = self._executor, self._service
         if self.is_stale:
             executor.recreate(service)
@@ -117,20 +110,14 @@ class ContainerWorker(Worker):
         executor, until_s = self._executor, time.time() + _EVENT_DELAY_S
         state = executor.state(self._service)
         if state is not None and executor.compose.was_out_of_memory(state.container_id, self._begun_s, until_s):
-            return EngineError(
-                f"{error.message}; the container ran out of memory",
-                "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or let the engine use less",
-                kind="out_of_memory",
-                is_permanent=phase in LOADING_PHASES,
-            )
+            message = f"{error.message}; the container ran out of memory"
+            hint = "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or let the engine use less"
+            return EngineError(message, hint, kind="out_of_memory", is_permanent=phase in LOADING_PHASES)
         state = executor.state(self._service)
         if state is not None and state.is_running:
             return error
-        return EngineError(
-            f"{error.message}; {describe(state)}",
-            "lem did not end the container; `docker events --since 1h` shows when it ended",
-            kind=error.kind,
-        )
+        hint = "lem did not end the container; `docker events --since 1h` shows when it ended"
+        return EngineError(f"{error.message}; {describe(state)}", hint, kind=error.kind)
 
 
 class DockerExecutor(ContainerManager):
@@ -227,10 +214,9 @@ class DockerExecutor(ContainerManager):
             return
         used = self.restarts[service]
         tried = f"is still unhealthy after {used} restart{'s' if used > 1 else ''}"
-        raise InfrastructureError(
-            f"the container of {service} {tried if used else 'is unhealthy and may not be restarted'}: {status.reason}",
-            "`lem doctor` shows what is missing; then continue with --resume",
-        )
+        what = tried if used else "is unhealthy and may not be restarted"
+        hint = "`lem doctor` shows what is missing; then continue with --resume"
+        raise InfrastructureError(f"the container of {service} {what}: {status.reason}", hint)
 
     def make_way(self, service: str, stop: StopRequest | None) -> None:
         """Unload the engines of the other workers until none is on the GPU of a service; an error if one stays."""
@@ -243,10 +229,8 @@ class DockerExecutor(ContainerManager):
             self._made[name].stop()
             self.recreate(name)
         if not self._becomes_free(service, others, stop):
-            raise InfrastructureError(
-                f"the GPU of {service} is still in use by the containers of {', '.join(others)} after a restart",
-                "if a process hangs in the driver, reset the GPU or reboot",
-            )
+            message = f"the GPU of {service} is still in use by the containers of {', '.join(others)} after a restart"
+            raise InfrastructureError(message, "if a process hangs in the driver, reset the GPU or reboot")
 
     def try_to_read_gpus(self, service: str) -> GpuReading | None:
         """None if the container does not answer; it is recovered when its worker is opened."""
@@ -286,7 +270,7 @@ class ExecutorChoice(NamedTuple):
     """The chosen executor, which is made when it is needed."""
 
     name: str  # docker, local
-    make: Callable[[], Executor]
+    make: Callable[[], dispatch.Executor]
     describe: Callable[[], str]  # where, and why; may call docker
 
 
@@ -321,7 +305,7 @@ def choose_executor(
     else:
         is_local, reason = _what_is_installed(backends, environ)
     if is_local:
-        executor = LocalExecutor(python)
+        executor = dispatch.LocalExecutor(python)
         return ExecutorChoice("local", lambda: executor, lambda: f"local, {executor.python} ({reason})")
     project = campaign_project(campaign, folder or Path.cwd(), environ)
     place = f"services {', '.join(backends)} of {describe_files(project.files)}"
@@ -358,9 +342,7 @@ def _warn_of_container_options(campaign: CampaignConfig) -> None:
         ("health_check", campaign.health_check != CampaignHealthCheckConfig()),
     ):
         if is_set:
-            _logger.warning(
-                "%s has no effect: it applies to containers, and these experiments run in this Python", name
-            )
+            _logger.warning("%s has no effect: it applies to containers, but experiments run in this Python", name)
 
 
 def _images(project: ComposeProject, backends: Sequence[str]) -> str:

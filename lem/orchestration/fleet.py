@@ -22,10 +22,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
     index, count = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= index <= count:
-        raise UserError(
-            f"--shard {text}: expected I/N with I between 1 and N",
-            "for example, --shard 2/3 is the second of three hosts",
-        )
+        raise UserError(f"--shard {text}: expected I/N, I from 1 to N", "--shard 2/3 is the second of three hosts")
     return index, count
 
 
@@ -100,9 +97,7 @@ def replan(
     """
     _check_hosts(hosts)
     if stored.mode == REPLICATE:
-        raise UserError(
-            "in a replicated campaign no host can take over another's part", "run the playbook again instead"
-        )
+        raise UserError("in a replicated campaign no host can take over another's part", "run the playbook again")
     hash_of = {item.exp_id: item.config_hash for item in stored.experiments}
     cost = {digest: (costs or {}).get(digest, 1.0) for digest in hash_of.values()}
     parts = {host.name: {hash_of[exp_id] for exp_id in host.exp_ids} for host in stored.hosts}
@@ -147,10 +142,9 @@ def part_of_plan(plan: Plan, index: int, count: int, stored: FleetPlan | None = 
 def check_same(plan: Plan, stored: FleetPlan) -> None:
     """Raise UserError unless the stored plan is of this campaign."""
     if stored.config_hash != plan.config_hash:
-        raise UserError(
-            f"the stored plan is of another version of the campaign ({stored.config_hash}, here {plan.config_hash})",
-            "use the campaign file, the files that it names and the options that the plan was made with",
-        )
+        hashes = f"{stored.config_hash}, here {plan.config_hash}"
+        hint = "use the campaign file, the files that it names and the options that the plan was made with"
+        raise UserError(f"the stored plan is of another version of the campaign ({hashes})", hint)
 
 
 def costs_of(configurations: Sequence[Experiment], measured: Mapping[str, float]) -> dict[str, float]:

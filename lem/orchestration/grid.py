@@ -207,9 +207,8 @@ def validate_named(
             configs.append(None)
             continue
         configs.append(config)
-        warnings += [
-            GridValidationIssue.of(name, _coded(item), severity="warning") for item in warnings_about(config, gpus)
-        ]
+        reasons = map(_coded, warnings_about(config, gpus))
+        warnings += [GridValidationIssue.of(name, reason, severity="warning") for reason in reasons]
     return configs, Items(filtered), Items(warnings)
 
 
@@ -348,10 +347,7 @@ def _text(value: Any) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _clean(text: str) -> str:
-    return _UNFIT.sub("_", text)
-
-
-_UNFIT = re.compile(r"[^A-Za-z0-9._=+-]+")
+    return re.sub(r"[^A-Za-z0-9._=+-]+", "_", text)
 
 
 CONFIG_HASH_LENGTH = 16

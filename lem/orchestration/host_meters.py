@@ -208,12 +208,10 @@ class HostMeters:
             return
         is_due = is_wanted and request.executor == "docker" and not gpus and config.gpus != ()
         named = {"gpu": self.gpu_error, "rapl": self.rapl_error}
-        errors = {name: error if is_wanted else _NOT_WANTED for name, error in named.items()}
+        errors = {name: why for name, error in named.items() if (why := error if is_wanted else _NOT_WANTED)}
         request = dataclasses.replace(request, samples_path=str(path) if is_due else None, is_worker_sampling=is_due)
         try:
-            yield Attendance(
-                dataclasses.replace(request, meter_errors={name: error for name, error in errors.items() if error})
-            )
+            yield Attendance(dataclasses.replace(request, meter_errors=errors))
         finally:
             path.unlink(missing_ok=True)  # the worker's, also where the attempt was interrupted
 
@@ -245,11 +243,9 @@ class HostMeters:
             yield probe
 
     @contextlib.contextmanager
-    def _sampling(
-        self, path: Path, gpus: Sequence[str], interval: int, tdp_w: float | None
-    ) -> Iterator[SamplerProcess]:
+    def _sampling(self, path: Path, gpus: Sequence[str], step_ms: int, tdp_w: float | None) -> Iterator[SamplerProcess]:
         """A sampler within the block; its log is removed with it, since the worker has copied what is kept."""
-        sampler = SamplerProcess(self.command, path, gpus, interval, tdp_w)
+        sampler = SamplerProcess(self.command, path, gpus, step_ms, tdp_w)
         try:
             yield sampler
             died = sampler.death()

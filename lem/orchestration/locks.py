@@ -155,15 +155,12 @@ def _lock(descriptor: int, target: LockTarget) -> None:
     except BlockingIOError as error:
         # The holder may just have taken it and not yet have written who it is.
         holder = _decode_holder(os.pread(descriptor, _HOLDER_MAX_B, 0))
-        raise LockedError(
-            f"{target.what} is locked by {holder or 'another process, not yet identified'}",
-            f"wait until it ends, or stop it; the lock {target.path} is released when its holder ends",
-        ) from error
+        message = f"{target.what} is locked by {holder or 'another process, not yet identified'}"
+        hint = f"wait until it ends, or stop it; the lock {target.path} is released when its holder ends"
+        raise LockedError(message, hint) from error
     except OSError as error:
-        raise UserError(
-            f"cannot lock {target.path}: {error.strerror}",
-            "choose a folder on a file system with flock: io.state_dir, and LEM_LOCK_DIR for the GPUs",
-        ) from error
+        hint = "choose a folder on a file system with flock: io.state_dir, and LEM_LOCK_DIR for the GPUs"
+        raise UserError(f"cannot lock {target.path}: {error.strerror}", hint) from error
 
 
 def _open(target: LockTarget) -> int:
@@ -171,10 +168,8 @@ def _open(target: LockTarget) -> int:
         _make_folder(target.path.parent)
         descriptor = _open_or_create(target.path)
     except OSError as error:
-        raise UserError(
-            f"cannot open the lock of {target.what}, {target.path}: {error.strerror}",
-            "make the folder writable, or choose another: io.state_dir for the campaign, LEM_LOCK_DIR for the GPUs",
-        ) from error
+        hint = "make the folder writable, or choose another: io.state_dir for the campaign, LEM_LOCK_DIR for the GPUs"
+        raise UserError(f"cannot open the lock of {target.what}, {target.path}: {error.strerror}", hint) from error
     # In a folder that all may write, another user may have put a link there for us to write through.
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:

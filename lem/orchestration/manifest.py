@@ -342,6 +342,5 @@ class ManifestManager:
             path.unlink(missing_ok=True)
 
     def _unusable(self, what: str) -> UserError:
-        return UserError(
-            f"the manifest {self.manifest_path} {what}", "use --fresh to set it aside and start over; results are kept"
-        )
+        hint = "use --fresh to set it aside and start over; results are kept"
+        return UserError(f"the manifest {self.manifest_path} {what}", hint)

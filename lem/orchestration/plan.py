@@ -22,19 +22,8 @@ from lem.config.option import canonical
 from lem.config.rules import Gpu
 from lem.config.yamlfile import FileProblems
 from lem.meters.nvml import find_gpus
-from lem.orchestration.grid import (
-    GridValidationIssue,
-    campaign_config_hash,
-    config_hash,
-    count_reasons,
-    distinct_names,
-    expand_campaign_grid,
-    experiment_id,
-    file_stem,
-    name_configurations,
-    prompts_fingerprint,
-    validate_named,
-)
+from lem.orchestration import grid
+from lem.orchestration.grid import GridValidationIssue, experiment_id
 
 GapKind = Literal["configuration", "cycle"]
 
@@ -119,7 +108,7 @@ class Plan:
 
     @property
     def config_hash(self) -> str:
-        return campaign_config_hash(self.campaign, [item.config_hash for item in self.given])
+        return grid.campaign_config_hash(self.campaign, [item.config_hash for item in self.given])
 
     @property
     def shuffle_seed(self) -> int | None:
@@ -134,18 +123,16 @@ class Plan:
     @property
     def summary(self) -> str:
         """`Generated N experiments (M filtered, W warnings)`, before cycles."""
-        return (
-            f"Generated {self.total_generated} experiments "
-            f"({len(self.filtered)} filtered, {len(self.warnings)} warnings)"
-        )
+        counts = f"{len(self.filtered)} filtered, {len(self.warnings)} warnings"
+        return f"Generated {self.total_generated} experiments ({counts})"
 
     @property
     def filtered_by_reason(self) -> list[tuple[str, int]]:
-        return count_reasons(self.filtered)
+        return grid.count_reasons(self.filtered)
 
     @property
     def warnings_by_reason(self) -> list[tuple[str, int]]:
-        return count_reasons(self.warnings)
+        return grid.count_reasons(self.warnings)
 
     def with_cycles(self, cycles: int) -> Plan:
         """The plan with at least that many cycles, unless it is grouped; they are added at the end."""
@@ -174,10 +161,8 @@ class Plan:
         """
         is_grouped = self.execution.structure == GROUPED
         blocks = [item.config_hash if is_grouped else item.cycle_index for item in self.experiments]
-        kinds: list[GapKind | None] = [
-            "configuration" if one == two else "cycle" for one, two in itertools.pairwise(blocks)
-        ]
-        return [None, *kinds] if blocks else []
+        are_same = [one == two for one, two in itertools.pairwise(blocks)]
+        return [None, *("configuration" if is_same else "cycle" for is_same in are_same)] if blocks else []
 
     def gap_cap_s(self, kind: GapKind | None) -> float:
         if kind is None:
@@ -209,9 +194,8 @@ def _sum_known(names: Sequence[str], known: Mapping[str, float]) -> float | None
 
 def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
     """The plan of a loaded campaign on this host, with a warning for each option that does nothing in a campaign."""
-    plan = build_plan(
-        loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source, gpus=find_gpus() or None
-    )
+    gpus = find_gpus() or None
+    plan = build_plan(loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source, gpus=gpus)
     unused = [
         GridValidationIssue.of(
             item.config_name, Reason.of("campaign_decides", option=name, instead=instead), severity="warning"
@@ -239,7 +223,7 @@ def build_plan(
     Prompts that cannot be used are a ConfigurationError.
     """
     candidates = _collect(campaign, listed, preset or {}, source)
-    configs, filtered, warnings = validate_named([(item.name, item.config_dict) for item in candidates], gpus)
+    configs, filtered, warnings = grid.validate_named([(item.name, item.config_dict) for item in candidates], gpus)
     given, repeated = _identify(candidates, configs)
     return Plan(
         campaign=campaign,
@@ -265,15 +249,15 @@ def _collect(
     campaign: CampaignConfig, listed: Sequence[ListedExperiment], preset: Mapping[str, Any], source: Source | None
 ) -> list[_Candidate]:
     """The experiments named, then those of the grid, each with a name and a path of its own."""
-    expanded = [] if campaign.grid is None else expand_campaign_grid(campaign.grid, preset)
-    unnamed = iter(name_configurations([one.mapping for one in listed if one.name is None]))
+    expanded = [] if campaign.grid is None else grid.expand_campaign_grid(campaign.grid, preset)
+    unnamed = iter(grid.name_configurations([one.mapping for one in listed if one.name is None]))
     forced = source.forced if source is not None else ()
     of_grid = [with_campaign_defaults(campaign, item, forced) for item in expanded]
-    names = [one.name or next(unnamed) for one in listed] + name_configurations(of_grid)
+    names = [one.name or next(unnamed) for one in listed] + grid.name_configurations(of_grid)
     config_dicts = [*(dict(one.mapping) for one in listed), *of_grid]
-    names = distinct_names(names, config_dicts)
+    names = grid.distinct_names(names, config_dicts)
     folder = Path(campaign.io.configs_dir) / campaign.slug
-    stems = distinct_names([file_stem(name) for name in names], config_dicts)
+    stems = grid.distinct_names([grid.file_stem(name) for name in names], config_dicts)
     origins = [*((one.path, one.source, False) for one in listed), *[(None, source, True)] * len(of_grid)]
     return [
         _Candidate(name, config_dict, str(file or folder / f"{stem}.yaml"), file is None, origin, is_of_grid)
@@ -294,13 +278,13 @@ def _identify(
         key = (config.dataset, config.prompts)
         if key not in prompts:
             try:
-                prompts[key] = prompts_fingerprint(config)
+                prompts[key] = grid.prompts_fingerprint(config)
             except ConfigurationError as error:
                 if item.source is None:
                     raise
                 where = ("grid", "shared", "prompts", "path") if item.is_of_grid else ("prompts", "path")
                 raise FileProblems(item.source.locate([Problem(where, error.message)]), error.hint) from error
-        digest = config_hash(config, prompts[key])
+        digest = grid.config_hash(config, prompts[key])
         if digest in found:
             same = Reason.of("repeated_experiment", name=found[digest].config_name)
             repeated.append(GridValidationIssue.of(item.name, same, severity="warning"))
@@ -358,9 +342,8 @@ def write_configs(configurations: Iterable[Experiment]) -> None:
             # A file that a power cut spoils differs the next time and is written again; syncing 10,000 took 12 s.
             durable.write_bytes(path, data, is_synced=False)
         except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {error.strerror}", "make the folder writable, or set io.configs_dir"
-            ) from error
+            hint = "make the folder writable, or set io.configs_dir"
+            raise UserError(f"cannot write {path}: {error.strerror}", hint) from error
 
 
 def encode_config(config_dict: Mapping[str, Any]) -> str:

@@ -70,10 +70,8 @@ def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOpti
         return None
     if options.run_id is not None and manifest.run_id != options.run_id:
         if options.resume:
-            raise UserError(
-                f"{manager.manifest_path} belongs to run {manifest.run_id}, but the plan to run {options.run_id}",
-                CHOOSE_HINT,
-            )
+            runs = f"belongs to run {manifest.run_id}, but the plan to run {options.run_id}"
+            raise UserError(f"{manager.manifest_path} {runs}", CHOOSE_HINT)
         return None
     if options.resume or options.run_id is not None:
         return manifest
@@ -196,31 +194,26 @@ def apply_plan(manifest: CampaignManifest, planned: Iterable[CampaignManifestEnt
     """
     before = {entry.exp_id: entry for entry in manifest.experiments}
     entries = []
-    kept = queued = 0
+    kept = 0
     for entry in planned:
         known = before.pop(entry.exp_id, None)
+        entries.append(known or entry)
         if known is None:
-            queued += 1
-            entries.append(entry)
             continue
         kept += known.status != SKIPPED
-        queued += known.status == SKIPPED
         # Names, place and container do not change the numbers.
         for name in ("config_name", "config_path", "container", "order_index"):
             setattr(known, name, getattr(entry, name))
         if known.status == SKIPPED:
             known.status, known.error = COMPLETED if known.result_path else PENDING, None
-        entries.append(known)
     removed = [entry for entry in before.values() if entry.status != SKIPPED]
     for entry in removed:
         entry.status, entry.error = SKIPPED, REMOVED
     manifest.total_experiments = len(entries)
     manifest.experiments = [*entries, *before.values()]
     manifest.config_hash = config_hash
-    return (
-        f"Campaign changed since the manifest was written: {kept} experiments unchanged, "
-        f"{queued} new, {len(removed)} removed (marked skipped)"
-    )
+    counts = f"{kept} experiments unchanged, {len(entries) - kept} new, {len(removed)} removed (marked skipped)"
+    return f"Campaign changed since the manifest was written: {counts}"
 
 
 def adopt_environment(
@@ -236,10 +229,8 @@ def adopt_environment(
     lines = tuple(f"{name}: {_show(known[name])} before, {_show(current[name])} now" for name in changed)
     if changed and any(entry.result_path for entry in manifest.experiments):
         if not is_change_allowed:
-            raise UserError(
-                "the environment has changed since this campaign began: " + "; ".join(lines),
-                "restore it, start over with --fresh, or record the change with --allow-environment-change",
-            )
+            hint = "restore it, start over with --fresh, or record the change with --allow-environment-change"
+            raise UserError("the environment has changed since this campaign began: " + "; ".join(lines), hint)
         manifest.notes.append({"at": utc_text(now), "kind": "environment_change", "changes": list(lines)})
     manifest.environment = {**known, **current}
     return lines
@@ -255,10 +246,8 @@ def make_rule(target: Target, max_cycles: int | None) -> StoppingRule:
     """The rule of `--until` and `--max-cycles`; a UserError when a campaign cannot have that many cycles."""
     most = MOST_CYCLES if max_cycles is None else max_cycles
     if not LEAST_CYCLES <= most <= MOST_CYCLES:
-        raise UserError(
-            f"--max-cycles: expected {LEAST_CYCLES} to {MOST_CYCLES}, got {most}",
-            f"--until needs intervals, which need at least {LEAST_CYCLES} cycles",
-        )
+        hint = f"--until needs intervals, which need at least {LEAST_CYCLES} cycles"
+        raise UserError(f"--max-cycles: expected {LEAST_CYCLES} to {MOST_CYCLES}, got {most}", hint)
     return StoppingRule(target, LEAST_CYCLES, most)
 
 
@@ -268,19 +257,14 @@ def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
     if daemon is not None and daemon.enabled:
         raise UserError("--until cannot be combined with a daemon", "a daemon repeats the campaign as it is")
     if execution.structure == GROUPED:
-        raise UserError(
-            "--until adds whole cycles, but structure grouped runs AAA BBB", "use --structure interleaved or shuffled"
-        )
+        message = "--until adds whole cycles, but structure grouped runs AAA BBB"
+        raise UserError(message, "use --structure interleaved or shuffled")
     if execution.reuse == "campaign":
-        raise UserError(
-            "--until needs intervals, but execution.reuse campaign gives none",
-            "use --set execution.reuse=cycle, which loads the engines again in each cycle",
-        )
+        message = "--until needs intervals, but execution.reuse campaign gives none"
+        raise UserError(message, "use --set execution.reuse=cycle, which loads the engines again in each cycle")
     if execution.cycles > rule.most_cycles:
-        raise UserError(
-            f"{execution.cycles} cycles are planned, more than --max-cycles {rule.most_cycles}",
-            "lower --cycles or raise --max-cycles",
-        )
+        message = f"{execution.cycles} cycles are planned, more than --max-cycles {rule.most_cycles}"
+        raise UserError(message, "lower --cycles or raise --max-cycles")
 
 
 def needs_cycle(records: Iterable[Record], rule: StoppingRule, cycles: int) -> tuple[bool, str]:

@@ -162,19 +162,17 @@ class Session:
         total = self.manifest.total_experiments
         self.observe(dataclasses.replace(event, done=done, total=total, eta_s=self._eta_s()))
 
-    def _run(
-        self, experiments: Sequence[Experiment], deadline_s: float | None, first_gap: GapKind | None
-    ) -> Stopped | None:
-        part = dataclasses.replace(self.plan, experiments=tuple(experiments))
+    def _run(self, order: Sequence[Experiment], deadline_s: float | None, first_gap: GapKind | None) -> Stopped | None:
+        part = dataclasses.replace(self.plan, experiments=tuple(order))
         gaps, loads = [first_gap, *part.gap_kinds()[1:]], part.loads()
-        for index, experiment in enumerate(experiments):
-            self._remaining, self._since_s = len(experiments) - index, self.context.monotonic()
+        for index, experiment in enumerate(order):
+            self._remaining, self._since_s = len(order) - index, self.context.monotonic()
             gap = self._keep_gap(gaps[index], deadline_s) if self.why_stop(deadline_s) is None else None
             stopped = self.why_stop(deadline_s)
             if stopped is not None:
                 return stopped
             self._check_health(index, gaps[index])
-            is_kept = index + 1 < len(experiments) and not loads[index + 1]
+            is_kept = index + 1 < len(order) and not loads[index + 1]
             has_result = self._run_experiment(experiment, keep_engine=is_kept, gap=gap)
             if self.plan.is_cold:
                 self.context.executor.stop()
@@ -213,13 +211,8 @@ class Session:
             raise InfrastructureError(error.message, error.hint) from error
 
     def _run_experiment(self, experiment: Experiment, *, keep_engine: bool, gap: GapOutcome | None) -> bool:
-        who = {
-            "exp_id": experiment.exp_id,
-            "config_name": experiment.config_name,
-            "backend": experiment.backend,
-            "cycle": experiment.cycle_index + 1,
-            "cycles": self.plan.execution.cycles,
-        }
+        who: dict[str, Any] = {name: getattr(experiment, name) for name in ("exp_id", "config_name", "backend")}
+        who |= {"cycle": experiment.cycle_index + 1, "cycles": self.plan.execution.cycles}
         entry = self.manifest.get_entry(experiment.exp_id)
         self.report("experiment_started", **who)
         started_s = self.context.monotonic()
@@ -260,15 +253,10 @@ class Session:
         if best.record is None:
             self.report("experiment_failed", **who, error=entry.error, **best.details, elapsed_s=elapsed_s)
             return False
-        self.report(
-            "experiment_completed",
-            **who,
-            valid=best.record.validity.valid,
-            invalid_reasons=[reason.text for reason in best.record.validity.invalid_reasons],
-            output_tok_per_s=best.record.throughput.output_tok_per_s,
-            elapsed_s=elapsed_s,
-            result=best.attempt.result_path,
-        )
+        validity, speed = best.record.validity, best.record.throughput.output_tok_per_s
+        reasons = [reason.text for reason in validity.invalid_reasons]
+        ended = {"output_tok_per_s": speed, "elapsed_s": elapsed_s, "result": best.attempt.result_path}
+        self.report("experiment_completed", **who, valid=validity.valid, invalid_reasons=reasons, **ended)
         return True
 
     def _attempt(
@@ -285,16 +273,14 @@ class Session:
         self.save()
         request = self._request(experiment, folder, keep_engine=keep_engine, gap=gap)
         outcome = self._dispatch(experiment, folder, request)
-        record, error = _result_of(outcome, folder, experiment)
+        record, error = _result_of(outcome, folder, experiment.exp_id)
         context.meters.note(record, request)
-        attempt = dataclasses.replace(
-            begun,
-            result_path=str(folder.result_path) if record is not None else None,
-            valid=None if record is None else record.validity.valid,
-            error=None if error is None else error.message,
-            log_path=str(folder.log_path) if folder.log_path.exists() else None,
-            completed_at=utc_text(context.now()),
-        )
+        log_path = str(folder.log_path) if folder.log_path.exists() else None
+        attempt = dataclasses.replace(begun, log_path=log_path, completed_at=utc_text(context.now()))
+        if record is not None:
+            attempt = dataclasses.replace(attempt, result_path=str(folder.result_path), valid=record.validity.valid)
+        elif error is not None:
+            attempt = dataclasses.replace(attempt, error=error.message)
         entry.put_attempt(attempt)
         return Measurement(attempt, record, error, outcome.log_tail)
 
@@ -367,19 +353,16 @@ def _write_prompts(experiment: Experiment, folder: AttemptFolder) -> None:
         return
     fingerprint = prompts_fingerprint(experiment.config, resolved)
     if config_hash(experiment.config, fingerprint) != experiment.config_hash:
-        raise UserError(
-            f"the prompts have changed since the campaign was planned: {resolved.source.get('path')}",
-            "do not change prompts while a campaign runs; --resume plans it again with the new ones",
-        )
+        hint = "do not change prompts while a campaign runs; --resume plans it again with the new ones"
+        path = resolved.source.get("path")
+        raise UserError(f"the prompts have changed since the campaign was planned: {path}", hint)
     folder.write_prompts(
         {"prompt": item.prompt, "input_tokens": item.input_tokens, "output_tokens": item.output_tokens}
         for item in resolved.prompts
     )
 
 
-def _result_of(
-    outcome: Outcome, folder: AttemptFolder, experiment: Experiment
-) -> tuple[Record | None, EngineError | None]:
+def _result_of(outcome: Outcome, folder: AttemptFolder, exp_id: str) -> tuple[Record | None, EngineError | None]:
     path, reported = folder.result_path, outcome.error
     if reported is not None and reported.kind == "full":
         raise InfrastructureError(reported.message, reported.hint)
@@ -389,8 +372,8 @@ def _result_of(
         return None, reported or EngineError("the worker reported a result but did not write one", kind="channel")
     except (RecordError, OSError) as error:
         return None, EngineError(f"{path}: {error}", kind="channel")
-    if record.identity.experiment_id != experiment.exp_id or record.identity.attempt != folder.number:
+    if record.identity.experiment_id != exp_id or record.identity.attempt != folder.number:
         return None, EngineError(f"{path}: the result belongs to another experiment", kind="channel")
     if reported is not None:
-        _logger.warning("%s was measured, but then: %s", experiment.exp_id, reported.message)
+        _logger.warning("%s was measured, but then: %s", exp_id, reported.message)
     return record, None

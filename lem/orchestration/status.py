@@ -329,7 +329,7 @@ def _of_held(status: CampaignStatus, viewpoint: Viewpoint) -> CampaignStatus:
 def _of_free(status: CampaignStatus, manifest: CampaignManifest, viewpoint: Viewpoint) -> CampaignStatus:
     activity, left_s = status.activity, estimate_left_s(manifest)
     if manifest.get_by_status(RUNNING) or (activity is not None and activity.doing != "ended"):
-        reason, hint = _why_crashed(manifest, activity, status.holder, viewpoint)
+        reason, hint = _why_crashed(status, manifest, viewpoint)
         return replace(status, state=State.CRASHED, reason=reason, hint=hint, left_s=left_s)
     stopped, message = (activity.stopped, activity.message) if activity is not None else (None, "")
     if stopped is not None or manifest.get_by_status(PENDING):
@@ -339,11 +339,9 @@ def _of_free(status: CampaignStatus, manifest: CampaignManifest, viewpoint: View
     return replace(status, state=state, reason=message, left_s=left_s or None)
 
 
-def _why_crashed(
-    manifest: CampaignManifest, activity: Activity | None, holder: Holder | None, viewpoint: Viewpoint
-) -> tuple[str, str]:
-    last_sign = max(manifest.updated_at, activity.updated_at if activity else "")
-    last, sign, moment = activity or holder, _short(last_sign), parse_utc(last_sign)
+def _why_crashed(status: CampaignStatus, manifest: CampaignManifest, viewpoint: Viewpoint) -> tuple[str, str]:
+    last_sign = max(manifest.updated_at, status.activity.updated_at if status.activity else "")
+    last, sign, moment = status.activity or status.holder, _short(last_sign), parse_utc(last_sign)
     who = "its process" if last is None else f"process {last.pid}"
     if last is not None and last.host != viewpoint.host:
         reason = f"it ran on {last.host}, not on this host ({viewpoint.host}): last sign of life {sign}"
