@@ -281,8 +281,8 @@ class CampaignRunner(Context):
         return Holder(os.getpid(), self.host, self.campaign.campaign_name, utc_text(self.now()))
 
     def _new_manifest(self, plan: Plan) -> CampaignManifest:
-        who, entries = (self.campaign.campaign_id, self.campaign.campaign_name), self._new_entries(plan.experiments)
-        manifest = self._manager().create_manifest(*who, plan.config_hash, entries)
+        campaign, new = self.campaign, self._new_entries(plan.experiments)
+        manifest = self._manager().create_manifest(campaign.campaign_id, campaign.campaign_name, plan.config_hash, new)
         manifest.run_id = self.options.run_id or make_run_id(self.now(), random.SystemRandom())
         manifest.shuffle_seed = plan.shuffle_seed
         return manifest

@@ -345,8 +345,8 @@ class Worker:
             raise
         if (hello.protocol, hello.lem_version) != (channel.PROTOCOL_VERSION, __version__):
             self.kill()
-            here = f"this is lem {__version__} (channel {channel.PROTOCOL_VERSION})"
-            message = f"the worker is lem {hello.lem_version} (channel {hello.protocol}), {here}"
+            own = f"{__version__} (channel {channel.PROTOCOL_VERSION})"
+            message = f"the worker is lem {hello.lem_version} (channel {hello.protocol}), this is lem {own}"
             raise WorkerUnavailable(message, "use the same lem.pyz on both sides")
         self.environment = hello.environment
         return connection

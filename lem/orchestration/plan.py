@@ -161,8 +161,8 @@ class Plan:
         """
         is_grouped = self.execution.structure == GROUPED
         blocks = [item.config_hash if is_grouped else item.cycle_index for item in self.experiments]
-        are_same = [one == two for one, two in itertools.pairwise(blocks)]
-        return [None, *("configuration" if is_same else "cycle" for is_same in are_same)] if blocks else []
+        pairs = itertools.pairwise(blocks)
+        return [None, *("configuration" if one == two else "cycle" for one, two in pairs)] if blocks else []
 
     def gap_cap_s(self, kind: GapKind | None) -> float:
         if kind is None:
