@@ -23,7 +23,7 @@ from lem.orchestration.locks import Holder, campaign_lock, gpu_locks, hold_locks
 from lem.orchestration.manifest import SKIPPED, TOP_UP_NOTE, CampaignManifest, CampaignManifestEntry, ManifestManager
 from lem.orchestration.plan import Experiment, Plan, build_plan, write_configs
 from lem.orchestration.schedule import CampaignOutcome, Stopped
-from lem.orchestration.session import Context, Session
+from lem.orchestration.session import Context, Session, find_secrets
 from lem.orchestration.status import ActivityWriter
 from lem.results.store import StoppingRule, write_stopping_rule
 from lem.worker.supervisor import missing_distributions
@@ -120,6 +120,7 @@ class CampaignRunner(Context):
         plan = self._planned()
         check_supported(self.campaign, self.executor.name)
         self.repository.check_writable()
+        find_secrets(os.environ)  # raises for one that cannot be used
         with self._workers():
             self._find_environment(plan.experiments)
 
@@ -159,6 +160,7 @@ class CampaignRunner(Context):
         else:
             manifest, plan = known, plan.with_cycles(resume.added_cycles(known))
             notes = resume.update_manifest(known, plan, self._new_entries(plan.experiments), self.repository)
+        secrets = find_secrets(os.environ)  # one that cannot be used is an error before anything is written
         with contextlib.ExitStack() as stack, self._workers():
             remaining = self.apply_resume_filter(manifest, plan.experiments)
             self._check_environment(manifest, remaining)
@@ -171,11 +173,16 @@ class CampaignRunner(Context):
             who = (self._state_folder, str(manifest.run_id), self._holder())
             activity = ActivityWriter(*who, self.observe, self.now, self.monotonic, self.options.resume_command)
             stack.enter_context(activity.ending_on_error())
-            session = Session(self, plan, manager, manifest, activity)
-            run = {"campaign": manifest.campaign_name, "run_id": manifest.run_id}
-            opening = "fresh" if known is None else "resume"
-            places = {"manifest": str(manager.manifest_path), "results": str(self.repository.folder)}
-            session.report("campaign_started", **run, opening=opening, remaining=len(remaining), **places)
+            session = Session(self, plan, manager, manifest, activity, secrets)
+            session.report(
+                "campaign_started",
+                campaign=manifest.campaign_name,
+                run_id=manifest.run_id,
+                opening="fresh" if known is None else "resume",
+                remaining=len(remaining),
+                manifest=str(manager.manifest_path),
+                results=str(self.repository.folder),
+            )
             for text in notes:
                 session.report("note", text=text)
             if not remaining:

@@ -194,8 +194,10 @@ class ComposeProject:
             cache.expanduser().mkdir(parents=True, exist_ok=True)
         overrides = {name: self._service_override(name, pyz, version) for name in names}
         override = self._write(OVERRIDE_NAME, _override_text(overrides))
-        images = {name: _image_id(base, services[name]) for name in names}
-        return replace(base, files=(*base.files, override), pyz=PYZ_FOLDER / pyz.name, images=images)
+        prepared = replace(base, files=(*base.files, override), pyz=PYZ_FOLDER / pyz.name)
+        services = prepared.services  # Compose refuses an invalid combination here, before anything is started
+        prepared.images.update((name, _image_id(prepared, services[name])) for name in names)
+        return prepared
 
     def as_written(self, pyz: Path | None) -> Compose:
         if self.files:

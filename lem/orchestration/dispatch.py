@@ -366,7 +366,7 @@ class Executor(Protocol):
     name: str  # `local` or `docker`, as in the record
 
     def worker_for(self, backend: str) -> Worker:
-        """The worker that runs this backend's experiments, always the same one."""
+        """The worker that runs this backend's experiments: the same one until `close`."""
 
     def stop(self) -> None:
         """End every worker with its engine."""

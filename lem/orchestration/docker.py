@@ -222,14 +222,14 @@ class Service:
 
 @dataclass(frozen=True)
 class Compose(Docker):
-    """`docker compose` for one project."""
+    """`docker compose` for one project; `call` is still plain `docker`, `must` and `arguments` are of Compose."""
 
     project: str
     files: tuple[Path, ...]  # later ones override earlier ones
     folder: Path | None = None  # project directory, if it is not the folder of the first file
     env_file: Path | None = None
     pyz: PurePosixPath = PYZ_FOLDER / PYZ_NAME  # in every container
-    images: Mapping[str, str] = field(default_factory=dict)  # ids by service, of those that were prepared
+    images: dict[str, str] = field(default_factory=dict)  # ids by service, of those that were prepared
 
     def arguments(self, *words: str) -> tuple[str, ...]:
         """The words after `docker`."""
@@ -284,8 +284,14 @@ def decode_states(text: str) -> tuple[ContainerState, ...]:
 
 def _decode_state(item: Any) -> ContainerState:
     found = decode_hint(Mapping[str, Any], item, "container")
-    fields = {"service": found.get("Service"), "state": found.get("State"), "container_id": found.get("ID", "")}
-    return decode(ContainerState, {**fields, "exit_code": found.get("ExitCode") or 0}, "container")
+    exit_code = found.get("ExitCode") or 0
+    fields = {
+        "service": found.get("Service"),
+        "state": str(found.get("State", "")).lower() or None,
+        "container_id": str(found.get("ID") or ""),
+        "exit_code": int(exit_code) if isinstance(exit_code, str) else exit_code,
+    }
+    return decode(ContainerState, fields, "container")
 
 
 def _has_gpu(service: Mapping[str, Any]) -> bool:

@@ -180,8 +180,10 @@ class DockerExecutor(ContainerManager):
         held, self._held = self._held, None
         for known in (self._made, self._workers, self.restarts):
             known.clear()
-        if held is not None:
-            held.close()
+        try:
+            if held is not None:
+                held.close()  # takes the services down
+        finally:
             self._compose = None
 
     def clear(self) -> None:

@@ -52,7 +52,7 @@ def make_fleet_plan(
     is_replicated: bool = False,
     measured_by_config: Mapping[str, float] | None = None,
 ) -> FleetPlan:
-    """The plan divided over the hosts by earlier seconds of an experiment; replicated, every host runs all of it."""
+    """The plan divided among hosts by earlier seconds per config_hash, or with all of it on every host."""
     _check_hosts(hosts)
     costs = costs_of(plan.configurations, measured_by_config or {})
     anchor, parts = (None, (frozenset(costs),) * len(hosts)) if is_replicated else divide(costs, len(hosts))

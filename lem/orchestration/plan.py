@@ -135,7 +135,7 @@ class Plan:
         return grid.count_reasons(self.warnings)
 
     def with_cycles(self, cycles: int) -> Plan:
-        """The plan with at least that many cycles, unless it is grouped; they are added at the end."""
+        """The plan with at least that many cycles; more are added at its end, or in each group of a grouped plan."""
         if cycles <= self.execution.cycles:
             return self
         campaign = replace(self.campaign, execution=replace(self.execution, cycles=cycles))

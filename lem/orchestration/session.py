@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -122,10 +121,10 @@ class Session:
     manager: ManifestManager
     manifest: CampaignManifest
     observe: Observer
+    secrets: Mapping[str, str] = field(repr=False)
     _durations: list[float] = field(default_factory=list)
     _remaining: int = 0
     _since_s: float | None = None
-    _secrets: Mapping[str, str] = field(default_factory=lambda: find_secrets(os.environ), repr=False)
 
     def run(
         self, experiments: Sequence[Experiment], deadline_s: float | None, first_gap: GapKind | None = None
@@ -334,7 +333,7 @@ class Session:
             gap_s=None if gap is None else gap.gap_s,
             gap_end_code=None if gap is None else gap.code,
             executor=self.context.executor.name,
-            secrets=self._secrets,
+            secrets=self.secrets,
         )
 
     def _eta_s(self) -> float | None:

@@ -32,7 +32,10 @@ PS_2_26 = (
 )
 
 
-@pytest.mark.parametrize("printed", [PS_2_17, PS_2_26, PS_2_26.replace("\n", "\r\n")])
+OTHER_FORMS = PS_2_26.replace("137", '"137"').replace('"running"', '"Running"')
+
+
+@pytest.mark.parametrize("printed", [PS_2_17, PS_2_26, PS_2_26.replace("\n", "\r\n"), OTHER_FORMS])
 def test_ps_prints_an_array_or_lines(printed: str) -> None:
     one, two = decode_states(printed)
     assert one == ContainerState("vllm", "running", "3e1")

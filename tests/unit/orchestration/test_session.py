@@ -6,6 +6,7 @@ import pytest
 
 from lem.base.errors import EngineError, InfrastructureError, UserError
 from lem.config.campaign_config import CampaignHealthCheckConfig
+from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import Stopped
 from lem.orchestration.session import find_secrets
 from tests.campaign_doubles import EIGHT, FOUR, Place, make_campaign, write_result
@@ -218,6 +219,21 @@ def test_secrets_come_from_the_environment_or_a_credential_and_from_nowhere_else
     (tmp_path / "HF_TOKEN").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"credential .*HF_TOKEN: not UTF-8 text"):
         find_secrets(folder)
+
+
+def test_a_credential_that_cannot_be_used_is_found_before_anything_is_started_or_written(place, monkeypatch):
+    place.run()
+    path = place.folder / "state" / "demo" / "campaign_manifest.json"
+    before = path.read_bytes()
+    (place.folder / "HF_TOKEN").write_bytes(b"\xff\xfe")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(place.folder))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    runner = place.runner(make_campaign(place.folder), options=RunOptions(resume=False))
+    for begin in (runner.check, runner.run):
+        with pytest.raises(UserError, match="not UTF-8 text"):
+            begin()
+    assert [found.name for found in path.parent.glob("campaign_manifest*.json")] == [path.name]
+    assert path.read_bytes() == before
 
 
 # --- the health of containers
