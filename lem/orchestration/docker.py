@@ -22,7 +22,6 @@ CALL_TIMEOUT_S = 30.0
 OLDEST_COMPOSE = (2, 17)
 PYZ_FOLDER = PurePosixPath("/opt/lem")  # in every container
 _QUOTED_WIDTH = 400  # characters of the client's output in a message
-
 _INSTALL_COMPOSE = "install Docker Compose 2.17 or newer: apt-get install docker-compose-plugin, or docker-compose-v2"
 
 INSTALL_TOOLKIT = (

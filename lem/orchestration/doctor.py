@@ -30,7 +30,6 @@ PROBE_S = 2.5
 # A campaign's results are small; images and models are not.
 LEAST_DISK_B = 1 * GIB
 ENOUGH_DISK_B = 10 * GIB
-
 _MAX_SHOWN = 4
 _CLOCK_UNSYNCHRONISED = 5  # TIME_ERROR, adjtimex(2)
 _TIMEX_SIZE_B = 512  # struct timex has 208 bytes on 64-bit Linux

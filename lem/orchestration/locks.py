@@ -26,7 +26,6 @@ from lem.base.errors import LockedError, UserError
 from lem.base.variables import LOCK_FOLDER_VARIABLE
 
 CAMPAIGN_LOCK_NAME = "campaign.lock"
-
 RUN_LOCK = Path("/run/lock")
 # Not `tempfile.gettempdir()`: TMPDIR differs between users and jobs.
 TMP = Path("/tmp")  # noqa: S108 - what is made in it is checked

@@ -201,7 +201,6 @@ class CampaignManifest:
 
 
 SCHEMA_VERSION = 1
-
 _HEAD_NAMES = tuple(item.name for item in dataclasses.fields(CampaignManifest) if item.name != "experiments")
 
 

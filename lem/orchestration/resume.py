@@ -35,7 +35,6 @@ _logger = logging.getLogger(__name__)
 
 INTERRUPTED = "interrupted"
 REMOVED = "removed from the campaign file"
-
 CHOOSE_HINT = "use --resume to continue it, or --fresh to set it aside and start over"
 
 # A result that is not valid is measured once more, and then counts.

@@ -18,7 +18,6 @@ from lem.config.campaign_config import CampaignConfig, CampaignDaemonConfig
 from lem.orchestration.manifest import CampaignManifest
 
 ANY_DAY = range(7)
-
 DAEMON_WINS = "Both daemon and schedule are set; schedule is ignored"
 
 # The time of day may be set, or the machine sleep: check it again this often.

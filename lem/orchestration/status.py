@@ -48,7 +48,6 @@ class Event:
 
 
 Observer = Callable[[Event], None]
-
 ACTIVITY_NAME = "campaign.activity"
 SCHEMA_VERSION = 1
 

@@ -16,7 +16,6 @@ from typing import Any
 _logger = logging.getLogger(__name__)
 
 _VARIABLE = "NOTIFY_SOCKET"  # sd_notify(3)
-
 _TIMEOUT_S = 10.0
 
 
