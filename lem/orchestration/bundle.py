@@ -183,12 +183,8 @@ def _fill(scratch: Path, contents: Contents) -> None:
     for kind, files in (("debs", contents.debs), ("wheels", contents.wheels)):
         for file in files:
             shutil.copyfile(file, scratch / kind / file.name)
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "lem_version": __version__,
-        "images": images,
-        **{kind: sorted(path.name for path in getattr(contents, kind)) for kind in ("models", "debs", "wheels")},
-    }
+    names = {kind: sorted(path.name for path in getattr(contents, kind)) for kind in ("models", "debs", "wheels")}
+    document = {"schema_version": SCHEMA_VERSION, "lem_version": __version__, "images": images, **names}
     durable.write_json(scratch / MANIFEST, document)
 
 

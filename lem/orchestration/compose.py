@@ -86,13 +86,8 @@ class Mount:
 
     def to_compose(self) -> dict[str, Any]:
         """The long form, in which a missing source is an error; with the short one Docker creates it for root."""
-        return {
-            "type": "bind",
-            "source": str(self.source),
-            "target": self.target,
-            "read_only": self.is_read_only,
-            "bind": {"create_host_path": False},
-        }
+        mount = {"type": "bind", "source": str(self.source), "target": self.target, "read_only": self.is_read_only}
+        return {**mount, "bind": {"create_host_path": False}}
 
     def covers(self, other: Mount) -> bool:
         """Whether all of another mount is visible through this one, at the same place."""

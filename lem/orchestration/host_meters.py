@@ -159,10 +159,8 @@ class Attendance:
 
 def _power_now_w(path: Path) -> float | None:
     """The sum of the last samples of the GPUs' power; None where the log's end has none."""
-    latest: dict[int, float] = {}
-    for row in read_tail(path):
-        if isinstance(row, GpuSample) and row.power_w is not None:
-            latest[row.gpu] = row.power_w
+    rows = [row for row in read_tail(path) if isinstance(row, GpuSample)]
+    latest = {row.gpu: row.power_w for row in rows if row.power_w is not None}
     return sum(latest.values()) if latest else None
 
 
