@@ -179,10 +179,8 @@ def _cpu_method(
         return None, _NOT_WANTED
     if wanted == EnergySource.TDP_ESTIMATE:
         if user_tdp_w is None and header.cpu_tdp_w is None:
-            raise MeterRefused(
-                "measurement.energy: tdp_estimate: the design power of this CPU is unknown",
-                "set measurement.cpu_tdp_w to the sum over all packages in watts",
-            )
+            text = "measurement.energy: tdp_estimate: the design power of this CPU is unknown"
+            raise MeterRefused(text, "set measurement.cpu_tdp_w to the sum over all packages in watts")
         return EnergySource.TDP_ESTIMATE, None
     if any(zone.domain == PACKAGE for zone in header.zones):
         return EnergySource.RAPL, None

@@ -167,8 +167,7 @@ class Curve:
         outside_variance = (_RELAXES_S * (inside.power_w - outside.power_w)) ** 2
         total = inside.variance + outside_variance
         share = outside_variance / total if total > 0 else 0.0
-        energy_j = min(outside.energy_j, share * inside.energy_j + (1 - share) * outside.energy_j)
-        return outside.knot_ns, energy_j
+        return outside.knot_ns, min(outside.energy_j, share * inside.energy_j + (1 - share) * outside.energy_j)
 
     def _seen_from_inside(self, closed: ClosedWindow) -> _View | None:
         """The energy at the closing by the last two knots of the window; None without them, or where they lag.
@@ -209,8 +208,7 @@ class Curve:
         if len(self.at_ns) < 2:
             raise NotMeasured("read_once", what=self.what, times=len(self.at_ns), detail=detail)
         if at_ns < self.at_ns[0]:
-            late_s = (self.at_ns[0] - at_ns) / NS_PER_S
-            raise NotMeasured("read_late", what=self.what, late_s=late_s, detail=detail)
+            raise NotMeasured("read_late", what=self.what, late_s=(self.at_ns[0] - at_ns) / NS_PER_S, detail=detail)
         if at_ns > self.at_ns[-1]:
             detail = detail or "; the sampler had ended, or hung"
             early_s = (at_ns - self.at_ns[-1]) / NS_PER_S
@@ -281,8 +279,7 @@ def _narrowed(seen: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     counts = [0]
     for before, after in pairwise(middles):
         counts.append(counts[-1] + max(1, round((after - before) / usual_ns)))
-    begun_ns = seen[0][0]
-    period_ns = statistics.linear_regression(counts, [middle - begun_ns for middle in middles]).slope
+    period_ns = statistics.linear_regression(counts, [middle - seen[0][0] for middle in middles]).slope
     lows = [low - count * period_ns for (low, _), count in zip(seen, counts, strict=True)]
     highs = [high - count * period_ns for (_, high), count in zip(seen, counts, strict=True)]
     bounds = []

@@ -12,20 +12,11 @@ from lem.base.measurement import EnergySource
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR
 from lem.config.experiment import MeasurementConfig
+from lem.meters import window
 from lem.meters.attempt import AttemptLog, measured, need
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.external import ExternalReadings, external_energy_j
 from lem.meters.rapl import DRAM, PACKAGE
-from lem.meters.window import (
-    crosscheck_ratio,
-    describe_gpu,
-    invalid_reasons,
-    is_power_steady,
-    sample_gap_max_s,
-    samples_in,
-    slowdowns,
-    warnings_of,
-)
 from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Measured, Work, known, parts_of_source
 
 _J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
@@ -55,7 +46,7 @@ def measure(
     own meter, `own_pids` the processes of the experiment as the host numbers them; None if unknown.
     """
     sources = attempt.sources
-    gpus = tuple(describe_gpu(attempt, number) for number in range(len(sources.gpus)))
+    gpus = tuple(window.describe_gpu(attempt, number) for number in range(len(sources.gpus)))
     idle = _idle(attempt)
     energy = _energy(attempt, gpus, idle, external, window_repeats)
     absent: Measured[Any] = known(None, sources.reasons.get("gpu", "gpu_unseen"))
@@ -65,13 +56,10 @@ def measure(
         energy=energy,
         gpus=gpus,
         idle=idle,
-        power_steady=measured(lambda: is_power_steady(attempt, window_repeats)).value,
-        invalid_reasons=tuple(invalid_reasons(attempt, own_pids)),
-        warnings=tuple(warnings_of(attempt, energy, idle)),
+        power_steady=measured(lambda: window.is_power_steady(attempt, window_repeats)).value,
+        invalid_reasons=tuple(window.invalid_reasons(attempt, own_pids)),
+        warnings=tuple(window.warnings_of(attempt, energy, idle)),
     )
-
-
-# Energy
 
 
 def _energy(
@@ -100,9 +88,8 @@ def _energy(
     crosscheck: Measured[float] = known(None, sources.reasons.get("gpu", "counter_absent"))
     period = crosscheck
     if sources.gpu_method == EnergySource.COUNTER:
-        crosscheck = measured(lambda: crosscheck_ratio(attempt))
+        crosscheck = measured(lambda: window.crosscheck_ratio(attempt))
         period = measured(lambda: _update_period_s(attempt))
-
     return Energy.of(
         **parts,
         gpu_energy_net_j=measured(lambda: need(gpu_j) - need(rest_w) * attempt.window.seconds),
@@ -114,7 +101,7 @@ def _energy(
         energy_scope=primary if primary.value is None else sources.scope,
         energy_crosscheck_ratio=crosscheck,
         counter_update_period_s=period,
-        sample_gap_max_s=measured(lambda: sample_gap_max_s(attempt)),
+        sample_gap_max_s=measured(lambda: window.sample_gap_max_s(attempt)),
     )
 
 
@@ -134,8 +121,8 @@ def _span_j(attempt: AttemptLog, mark: str, missing: str, *, at_rest: bool = Fal
 
 def _update_period_s(attempt: AttemptLog) -> float:
     """Of the slowest counter, under load: in the window, and in the warm-up before it."""
-    warmup, window = attempt.span(names.WARMUP), attempt.window
-    span = window if warmup is None else Span(warmup.opened_ns, window.closed_ns)
+    warmup = attempt.span(names.WARMUP)
+    span = attempt.window if warmup is None else Span(warmup.opened_ns, attempt.window.closed_ns)
     return max(update_period_s(attempt.log.counters, place, span) for place in attempt.sources.gpus)
 
 
@@ -167,7 +154,7 @@ def _prefill_j(attempt: AttemptLog, primary: Measured[float], window_repeats: in
         raise NotMeasured("phases_overlap")
     whole_j = need(primary)
     for span, what in ((attempt.window, "window"), (prefill, "window of prefill alone")):
-        slowed = next(slowdowns(attempt, span, what), None)
+        slowed = next(window.slowdowns(attempt, span, what), None)
         if slowed is not None:
             raise NotMeasured(slowed)
     curves = attempt.primary_curves()
@@ -180,9 +167,6 @@ def _prefill_j(attempt: AttemptLog, primary: Measured[float], window_repeats: in
 
 def _passes(attempt: AttemptLog) -> int:
     return sum(mark.name == names.PREFILL for mark in attempt.marks)
-
-
-# Power and temperature at rest
 
 
 def _idle(attempt: AttemptLog) -> Idle:
@@ -216,14 +200,11 @@ def _rest_c(attempt: AttemptLog, mark: str) -> float:
         raise NotMeasured(attempt.sources.reasons.get("gpu", "gpus_not_sampled"))
     means = []
     for place in attempt.sources.gpus:
-        temps = [row.temp_c for row in samples_in(attempt.log.samples, place, span) if row.temp_c is not None]
+        temps = [row.temp_c for row in window.samples_in(attempt.log.samples, place, span) if row.temp_c is not None]
         if not temps:
             raise NotMeasured("rest_temp_not_read")
         means.append(fmean(temps))
     return max(means)
-
-
-# What follows from the energy that counts
 
 
 def efficiency_of(energy_j: Measured[float], work: Work) -> Efficiency:

@@ -218,10 +218,7 @@ _TEMPERATURE_GPU = 0
 _CLOCK_SM = 1
 _VIRTUAL_GPU = 2  # NVML_GPU_VIRTUALIZATION_MODE_VGPU
 
-_MIG_TEXT = (
-    "MIG is on, and NVML's {} is that of the whole board, not of an instance; turn MIG off to measure "
-    "(nvidia-smi -mig 0)"
-)
+_MIG_TEXT = "MIG is on, and NVML's {} is that of the whole board; turn MIG off to measure (nvidia-smi -mig 0)"
 
 
 class NvmlMeter:

@@ -100,8 +100,7 @@ def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
         above = [found[kind, numbers[:size]][1] for size in range(1, len(numbers)) if (kind, numbers[:size]) in found]
         full_name = "/".join([*above, name])
         # `package-0`, on processors of several dies `package-0-die-1`.
-        domain = PACKAGE if name.startswith(PACKAGE) else name
-        zones.setdefault(full_name, ZoneFolder(folder, full_name, domain))
+        zones.setdefault(full_name, ZoneFolder(folder, full_name, PACKAGE if name.startswith(PACKAGE) else name))
     return tuple(zones.values())
 
 
@@ -162,18 +161,15 @@ def find_tdp(asked_w: float | None, root: Path = POWERCAP) -> tuple[float | None
     if asked_w is not None:
         return asked_w, "measurement.cpu_tdp_w"
     packages = [zone for zone in zone_folders(root) if zone.domain == PACKAGE]
-    found_w = [_long_term_w(zone) for zone in packages]
-    known_w = [value for value in found_w if value]
+    known_w = [value for zone in packages if (value := _long_term_w(zone))]
     if not known_w or len(known_w) < len(packages):
         return None, None
     return sum(known_w), f"long-term limit of {', '.join(zone.name for zone in packages)} (powercap)"
 
 
 def _long_term_w(zone: ZoneFolder) -> float | None:
-    try:
+    with contextlib.suppress(OSError, ValueError):
         for path in sorted(zone.folder.glob("constraint_*_name")):
             if path.read_text(encoding="ascii").strip() == "long_term":
                 return int(path.with_name(path.name.replace("_name", "_max_power_uw")).read_bytes()) / 1e6
-    except (OSError, ValueError):
-        return None
     return None

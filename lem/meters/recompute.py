@@ -103,8 +103,7 @@ def _pairs(record: Record, config: ExperimentConfig, found: EnergyFindings) -> I
     for section, recorded, recomputed in sections:
         for item in dataclasses.fields(recorded):
             if item.name not in ("null_reasons", "name"):
-                where = f"{section}.{item.name}"
-                yield Difference(where, getattr(recorded, item.name), getattr(recomputed, item.name))
+                yield Difference(f"{section}.{item.name}", getattr(recorded, item.name), getattr(recomputed, item.name))
 
 
 def _is_same(recorded: Any, recomputed: Any) -> bool:

@@ -18,23 +18,10 @@ from typing import Any, Protocol, TextIO
 from lem.base.clock import Clock
 from lem.base.errors import ExitCode, LemError
 from lem.base.units import NS_PER_MS, NS_PER_S
+from lem.meters import samples
 from lem.meters.nvml import MeterFailure, NvmlMeter, open_nvml
 from lem.meters.rapl import POWERCAP, PROC_STAT, CpuLoadMeter, find_rapl, find_tdp
-from lem.meters.samples import (
-    SLOW_PERIOD_S,
-    ClockPair,
-    CounterChange,
-    CpuLoad,
-    GpuSample,
-    MeterError,
-    ProcessesSeen,
-    RaplReading,
-    Row,
-    SampleHeader,
-    encode_header,
-    encode_row,
-    gpu_meter,
-)
+from lem.meters.samples import ClockPair, CounterChange, CpuLoad, GpuSample, MeterError, ProcessesSeen, RaplReading, Row
 
 # As short as the shortest update period seen (20 to 100 ms), and prime: counters keep whole numbers of milliseconds,
 # and a poll in step with one (100.000 ms on an H200) would see every change equally late. 53 wakings a second cost
@@ -81,16 +68,16 @@ def run_sampler(
     """
     with _created(options.output) as descriptor:
         sampler = _Sampler(options, nvml, clock, rapl_root, proc_stat)
-        _append(options.output, descriptor, [encode_header(sampler.header)])
-        _append(options.output, descriptor, map(encode_row, sampler.everything()))
+        _append(options.output, descriptor, [samples.encode_header(sampler.header)])
+        _append(options.output, descriptor, map(samples.encode_row, sampler.everything()))
         while (orders := owner.wait(sampler.next_ns)) is not None:
             rows = [row for order in orders for row in sampler.obey(order)] + sampler.due()
             if rows:
-                _append(options.output, descriptor, map(encode_row, rows))
+                _append(options.output, descriptor, map(samples.encode_row, rows))
                 # What is written to a file that was removed is lost.
                 if os.fstat(descriptor).st_nlink == 0:
                     raise SampleFileError(f"{options.output}: the sample log was removed while it was written")
-        _append(options.output, descriptor, map(encode_row, [*sampler.everything(), sampler.clock_pair()]))
+        _append(options.output, descriptor, map(samples.encode_row, [*sampler.everything(), sampler.clock_pair()]))
 
 
 @contextlib.contextmanager
@@ -205,7 +192,7 @@ class GpuWatch:
         """Once a second: look up a GPU that does not answer again."""
         if not self._is_failing or not self._meter.is_known:
             return []
-        at_ns, name = self._clock.monotonic_ns(), gpu_meter(self._place, "handle")
+        at_ns, name = self._clock.monotonic_ns(), samples.gpu_meter(self._place, "handle")
         try:
             self._meter.renew()
         except MeterFailure as failure:
@@ -218,7 +205,7 @@ class GpuWatch:
         """What the meter reads; None if it cannot, with the row about it, if any, added to `rows`."""
         if self._is_lost or what in self._hopeless:
             return None
-        name = gpu_meter(self._place, what)
+        name = samples.gpu_meter(self._place, what)
         try:
             value = self._meter.read(what)
         except MeterFailure as failure:
@@ -265,7 +252,7 @@ class _Sampler:
         gpu_error = f"NVML is not available: {nvml}" if isinstance(nvml, str) else None
         start = self.clock_pair()
         started_ns = start.at_ns
-        self.header = SampleHeader(
+        self.header = samples.SampleHeader(
             started_ns=started_ns,
             started_utc=start.utc,
             host=platform.node(),
@@ -279,7 +266,7 @@ class _Sampler:
         )
         self._polls = _Schedule(started_ns, COUNTER_POLL_MS if any(meter.has_counter for meter in meters) else 0)
         self._samples = _Schedule(started_ns, options.interval_ms if meters else 0)
-        self._seconds = _Schedule(started_ns, SLOW_PERIOD_S * 1000)
+        self._seconds = _Schedule(started_ns, samples.SLOW_PERIOD_S * 1000)
         self._clock_pairs = _Schedule(started_ns, _CLOCK_PAIR_MS)
 
     @property

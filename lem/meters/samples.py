@@ -262,8 +262,7 @@ def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
     """Write the finished log, whole or not at all; equal logs give equal bytes. Raises as `durable.write_bytes`."""
     first = _dump({"marks": [dataclasses.astuple(mark) for mark in marks]})
     lines = [first, encode_header(log.header), *(encode_row(row) for row in log.rows())]
-    text = "".join(f"{line}\n" for line in lines)
-    durable.write_bytes(path, gzip.compress(text.encode("utf-8"), compresslevel=6, mtime=0))
+    durable.write_bytes(path, gzip.compress("".join(f"{line}\n" for line in lines).encode(), compresslevel=6, mtime=0))
 
 
 def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[Mark, ...]]:

@@ -13,17 +13,7 @@ from operator import or_
 from typing import Any
 
 from lem.base import measurement as names
-from lem.base.measurement import (
-    CROSSCHECK_TOLERANCE,
-    POWER_CAP_BIT,
-    REST_TOLERANCE,
-    SLOWDOWN_BITS,
-    STEADY_TOLERANCE,
-    THERMAL_BITS,
-    EnergyScope,
-    EnergySource,
-    is_estimate,
-)
+from lem.base.measurement import EnergyScope, EnergySource, is_estimate
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import SENSOR_LAG_S, AttemptLog, measured
@@ -84,14 +74,14 @@ def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool | None:
     if any(curve.count_in(half) < needed for curve in curves for half in halves):
         return None
     first_w, second_w = (sum(curve.mean_power_w(half) for curve in curves) for half in halves)
-    return abs(first_w - second_w) < STEADY_TOLERANCE * (first_w + second_w) / 2
+    return abs(first_w - second_w) < names.STEADY_TOLERANCE * (first_w + second_w) / 2
 
 
 def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator[Reason]:
     """One reason for every bit and GPU that makes the span invalid."""
     for place in attempt.sources.gpus:
         rows = samples_in(attempt.log.samples, place, span)
-        for bit, name in SLOWDOWN_BITS.items():
+        for bit, name in names.SLOWDOWN_BITS.items():
             seen = sum(bool((row.event_mask or 0) & bit) for row in rows)
             if seen:
                 uuid = attempt.log.header.gpus[place].uuid
@@ -148,13 +138,12 @@ def warnings_of(attempt: AttemptLog, energy: Energy, idle: Idle) -> Iterator[Rea
     if attempt.sources.scope == EnergyScope.MODULE:
         yield Reason.of("energy_of_module")
     ratio = energy.energy_crosscheck_ratio
-    if ratio is not None and abs(ratio - 1) > CROSSCHECK_TOLERANCE:
+    if ratio is not None and abs(ratio - 1) > names.CROSSCHECK_TOLERANCE:
         yield Reason.of("crosscheck", ratio=ratio)
     before_w, after_w = idle.idle_loaded_power_w, idle.idle_loaded_post_power_w
-    if before_w and after_w is not None and abs(after_w / before_w - 1) > REST_TOLERANCE:
+    if before_w and after_w is not None and abs(after_w / before_w - 1) > names.REST_TOLERANCE:
         code = "rest_power_rose" if after_w > before_w else "rest_power_fell"
-        change_percent = 100 * abs(after_w / before_w - 1)
-        yield Reason.of(code, before_w=before_w, after_w=after_w, change_percent=change_percent)
+        yield Reason.of(code, before_w=before_w, after_w=after_w, change_percent=100 * abs(after_w / before_w - 1))
     if attempt.span(names.WINDOW) is not None:
         yield from _meter_warnings(attempt, energy.sample_gap_max_s)
 
@@ -214,8 +203,8 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
         temp_end_c=known(temps[-1][0] if temps else None, silent),
         temp_max_c=_max(rows, "temp_c", silent),
         sm_clock_mean_hz=_mean(rows, "sm_clock_hz", silent),
-        throttle_power_s=throttled_s(POWER_CAP_BIT),
-        throttle_thermal_s=throttled_s(THERMAL_BITS),
+        throttle_power_s=throttled_s(names.POWER_CAP_BIT),
+        throttle_thermal_s=throttled_s(names.THERMAL_BITS),
         event_reasons_mask=known(reduce(or_, (mask for mask, _ in masks)) if masks else None, silent),
         util_mean_ratio=_mean(rows, "util_ratio", silent),
         mem_peak_b=_max(rows, "memory_b", silent),

@@ -54,17 +54,12 @@ def aggregate_campaign_results(
         ValueError: a confidence outside (0, 1).
     """
     check_confidence(confidence)
-    return {
-        name: configuration_document(
-            Configuration(
-                name,
-                distinct(_as_record(name, index, item) for index, item in enumerate(items) if item is not None),
-                sum(item is None for item in items),
-                confidence,
-            )
-        )
-        for name, items in results.items()
-    }
+    documents = {}
+    for name, items in results.items():
+        records = distinct(_as_record(name, index, item) for index, item in enumerate(items) if item is not None)
+        n_failed = sum(item is None for item in items)
+        documents[name] = configuration_document(Configuration(name, records, n_failed, confidence))
+    return documents
 
 
 def configuration_document(configuration: Configuration) -> dict[str, Any]:

@@ -6,13 +6,8 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lem.base.measurement import (
-    CROSSCHECK_TOLERANCE,
-    REST_TOLERANCE,
-    SHORT_WINDOW_S,
-    WINDOW_UPDATES,
-    is_integrated_power,
-)
+from lem.base import measurement
+from lem.base.measurement import CROSSCHECK_TOLERANCE, REST_TOLERANCE, SHORT_WINDOW_S, WINDOW_UPDATES
 from lem.base.reasons import Reason, alike
 from lem.base.units import percent, plural, some_of
 from lem.record import Record
@@ -29,6 +24,9 @@ _PAIRS_SHOWN = 5
 _DAMAGE_SHOWN = 3
 _CAPPED_FROM = 0.01
 
+_SHARED = Reason.of("shared_loads", why=SHARED_LOAD)
+_AT_CAP = Reason.of("gap_cap_reached")
+
 # Warnings of records that a check here, or its own sentence, covers.
 _COVERED = frozenset({
     "crosscheck", "energy_estimated", "mixed_configurations", "rest_power_fell", "rest_power_rose", "unsteady",
@@ -40,25 +38,17 @@ _NO_EFFECT = "ignore_eos was set but had no effect: the log.txt of the experimen
 
 # What to do about a finding, by its kind. Findings that make numbers or verdicts unreliable:
 _WEAK: Mapping[str, str] = {
-    "damaged": (
-        "restore them from a backup, or measure again: lem campaign --resume runs every experiment without a result"
-    ),
+    "damaged": "restore them from a backup, or measure again: lem campaign --resume runs what has no result",
     "failed": "lem status shows why each one failed, and its log; lem campaign --resume runs them again",
     "no_results": "run the campaign; lem status shows its state",
-    "unequal_exclusions": (
-        "find the cause and measure again: what always throttles or fails is a finding, not an outlier"
-    ),
+    "unequal_exclusions": "find the cause: what always throttles or fails is a finding, not an outlier",
     "no_valid_result": "remove the cause, then --resume",
     "unsteady": "raise measurement.min_window_sec, warm up longer, and check what else runs on the machine",
     "warmup": "raise warmup.max_prompts or warmup.timeout_seconds",
     "throttled": "improve cooling, lower the power limit, or raise execution.config_gap_seconds",
     "foreign_processes": "stop them (lem doctor lists them), or reserve the machine while it measures",
-    "crosscheck": (
-        "the sensors of A100 and H100 sample only part of the time: trust the counter; elsewhere see sample_gap_max_s"
-    ),
-    "estimate": (
-        "make RAPL readable (lem doctor shows how), or provide readings of an external meter (measurement.external_csv)"
-    ),
+    "crosscheck": "A100 and H100 sample power only part of the time: trust the counter; on others see sample_gap_max_s",
+    "estimate": "make RAPL readable (lem doctor shows how), or use an external meter (measurement.external_csv)",
     "shared_loads": "set execution.reuse: cycle, which reloads engines in every cycle",
     "output_lengths": _SAME_WORK,
     "not_comparable": "measure them the same way, or compare only those measured the same way",
@@ -79,9 +69,7 @@ _NOTES: Mapping[str, str] = {
     "gap_too_short": "raise execution.config_gap_seconds and execution.cycle_gap_seconds",
     "baseline_drift": "lengthen the gaps, and check what else draws power; gross energy is unaffected",
     "baselines_apart": "net energies are not comparable; compare gross energy, and check what else draws power",
-    "integrated_power": (
-        "a sensor that samples only part of the time is wrong under a periodic load: raise measurement.min_window_sec"
-    ),
+    "integrated_power": "a sensor may miss part of a periodic load: raise measurement.min_window_sec",
     "warning": "",
     "same_order": "use structure: shuffled, so that lem check can measure the effect of the order",
     "indistinguishable": f"{MOST_CYCLES} cycles would not separate them: treat them as equal",
@@ -109,8 +97,7 @@ _OneCheck = Callable[[Run], Found]
 
 def check_run(run: Run) -> tuple[Finding, ...]:
     """Everything that weakens the numbers of a run, the weak findings first."""
-    found = (finding for check in _CHECKS for finding in check(run))
-    return tuple(sorted(found, key=lambda item: not item.is_weak))
+    return tuple(sorted((found for check in _CHECKS for found in check(run)), key=lambda item: not item.is_weak))
 
 
 def _of_results(kind: str, what: Reason, concerns: Callable[[Record], object]) -> _OneCheck:
@@ -237,8 +224,7 @@ def _order(run: Run) -> Found:
     names = [item.identity.config_name for item in used]
     if len(set(names)) < 2:
         return
-    n_blocks = len(list(itertools.groupby(names)))
-    if n_blocks == len(set(names)) < len(names):  # the cycles of each configuration follow one another
+    if len([*itertools.groupby(names)]) == len(set(names)) < len(names):  # configuration after configuration
         yield _finding("grouped", Reason.of("blocks"))
         return
     cycles = [tuple(record.identity.config_name for record in members) for members in _by_cycle(used).values()]
@@ -292,8 +278,7 @@ def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Fi
     found = Reason.of("pair_open", **data, difference=percent(effect.ratio - 1), cycles=n_cycles)
     if further is None or n_cycles + further > MOST_CYCLES:
         return _finding("indistinguishable", found, names)
-    command = f"lem campaign … --resume --cycles {n_cycles + further}"
-    remedy = f"{further} more cycles would separate them, if the difference stays the same: {command}"
+    remedy = f"{further} more cycles should separate them: lem campaign … --resume --cycles {n_cycles + further}"
     return _finding("too_few_cycles", found, names, remedy=remedy)
 
 
@@ -317,6 +302,10 @@ def _capped_share(configuration: Configuration) -> float:
     return most if most > _CAPPED_FROM else 0.0
 
 
+def _is_integrated(record: Record) -> bool:
+    return measurement.is_integrated_power(record.energy.primary_j.source)
+
+
 def _is_short(record: Record) -> bool:
     period_s = record.energy.counter_update_period_s
     return record.window.window_s < max(SHORT_WINDOW_S, WINDOW_UPDATES * period_s if period_s else 0.0)
@@ -332,7 +321,7 @@ def _rest_changed(record: Record) -> bool:
     return bool(before_w and after_w is not None and abs(after_w / before_w - 1) > REST_TOLERANCE)
 
 
-def _baseline_spread(configuration: Configuration) -> float:
+def _rest_spread(configuration: Configuration) -> float:
     """How far the loaded idle power of the cycles is apart; 0 within the tolerance."""
     rest_w = [item.idle.idle_loaded_power_w for item in configuration.used if item.idle.idle_loaded_power_w]
     is_apart = bool(rest_w) and max(rest_w) > (1 + REST_TOLERANCE) * min(rest_w)
@@ -379,26 +368,14 @@ _CHECKS: tuple[_OneCheck, ...] = (
     _of_results("failed_requests", Reason.of("few_requests_failed"), lambda item: item.work.requests_failed),
     _throttling,
     _of_configurations("power_capped", _capped_share, lambda most: Reason.of("power_capped", share=percent(most))),
-    _of_results(
-        "gap_too_short",
-        Reason.of("gap_ended_at_cap"),
-        lambda item: item.window.gap_end_reason == Reason.of("gap_cap_reached"),
-    ),
+    _of_results("gap_too_short", Reason.of("gap_ended_at_cap"), lambda item: item.window.gap_end_reason == _AT_CAP),
     _of_results("foreign_processes", Reason.of("others_on_gpu"), lambda item: item.environment.other_gpu_processes),
     _of_results("crosscheck", Reason.of("meters_apart", tolerance=percent(CROSSCHECK_TOLERANCE)), _meters_differ),
     _of_results("baseline_drift", Reason.of("rest_power_changed", tolerance=percent(REST_TOLERANCE)), _rest_changed),
-    _of_configurations(
-        "baselines_apart", _baseline_spread, lambda most: Reason.of("baselines_apart", spread=percent(most))
-    ),
+    _of_configurations("baselines_apart", _rest_spread, lambda by: Reason.of("baselines_apart", spread=percent(by))),
     _of_results("estimate", Reason.of("estimate_only"), lambda item: item.energy.primary_j.is_estimate),
-    _of_results(
-        "integrated_power",
-        Reason.of("power_integrated"),
-        lambda item: is_integrated_power(item.energy.primary_j.source),
-    ),
-    _of_configurations(
-        "shared_loads", lambda item: item.is_load_shared, lambda _: Reason.of("shared_loads", why=SHARED_LOAD)
-    ),
+    _of_results("integrated_power", Reason.of("power_integrated"), _is_integrated),
+    _of_configurations("shared_loads", lambda it: it.is_load_shared, lambda _: _SHARED),
     _work,
     _obstacles,
     _of_configurations(

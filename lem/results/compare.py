@@ -7,11 +7,10 @@ change went through the same two days: ratios to this anchor are compared.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lem.base.errors import ExitCode, UserError
 from lem.base.reasons import Reason, alike
@@ -140,10 +139,9 @@ def compare_runs(
     matched, missing = ([chosen], []) if chosen else _match(before, after, anchors)
     shown = _metrics_to_show(metrics, gates, [item for pair in matched for item in pair])
     pairs = tuple(_pair_across(pair, anchors, shown, anchor.tolerance) for pair in matched)
-    found = dataclasses.replace(anchor, name="")
+    found = replace(anchor, name="")
     if anchors is not None:
-        logs = {metric.name: _raw(metric, *anchors) for metric in shown}
-        ratios = {name: math.exp(value) for name, value in logs.items() if value is not None}
+        ratios = {it.name: math.exp(value) for it in shown if (value := _raw(it, *anchors)) is not None}
         found = Anchor(anchors[0].name, anchor.tolerance, ratios)
     missing += [] if chosen else _without_result(before, after)
     return _finished(Comparison((before, after), pairs, shown, tuple(gates), found, missing=tuple(missing)))
@@ -166,9 +164,7 @@ def compare(a: Run | Configuration, b: Run | Configuration) -> Comparison:
     if not a.records or not b.records:
         raise UserError("a configuration without results cannot be compared")
     if a.run_id != b.run_id:
-        raise UserError(
-            "configurations of different runs share no cycles", "compare the runs, which may share an anchor"
-        )
+        raise UserError("configurations of different runs share no cycles", "compare the runs over an anchor")
     return compare_configurations(make_run(a.records, {a.name: a.n_failed}), a, [b])
 
 
@@ -186,7 +182,7 @@ def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -
         return None, Reason.of("no_ratio")
     effect = paired_effect([above[cycle] for cycle in shared], [below[cycle] for cycle in shared])
     if len(shared) > 1 and (baseline.is_load_shared or other.is_load_shared):
-        return dataclasses.replace(effect, std_error=None, df=None), NO_INTERVAL
+        return replace(effect, std_error=None, df=None), NO_INTERVAL
     return effect, Reason.of("one_cycle") if len(shared) == 1 else None
 
 
@@ -234,7 +230,7 @@ def _pair_within(baseline: Configuration, other: Configuration, metrics: Sequenc
         below, above = (item.all_attempts.geometric_mean if item.all_attempts else item.value for item in estimates)
         ratio = above / below if below and above and any(item.all_attempts for item in estimates) else None
         row = _row(metric, sides, find_effect(metric, *sides), blocking_reason(obstacles, metric.group) or excluded)
-        rows.append(dataclasses.replace(row, all_attempts_ratio=ratio))
+        rows.append(replace(row, all_attempts_ratio=ratio))
     return Pair(baseline, other, obstacles, tuple(rows))
 
 
@@ -257,7 +253,7 @@ def _pair_across(sides: _Sides, anchors: _Sides | None, metrics: Sequence[Metric
         else:
             effect = None if raw is None else Effect(raw, None, None, (before.n_cycles, after.n_cycles))
             row = _row(metric, sides, (effect, _OWN_ANCHOR if anchors else NO_ANCHOR))
-        rows.append(dataclasses.replace(row, raw_ratio=None if raw is None else math.exp(raw)))
+        rows.append(replace(row, raw_ratio=None if raw is None else math.exp(raw)))
     return Pair(before, after, obstacles, tuple(rows))
 
 
@@ -335,13 +331,9 @@ def _finished(comparison: Comparison) -> Comparison:
     p_values = {index: p_value for index, p_value in found if p_value is not None}
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     judged = iter(judge([(gates[row.metric], row.effect, row.reason) for row in rows if row.metric in gates]))
-    done = iter(
-        dataclasses.replace(
-            row, p_adjusted=adjusted.get(index), judgement=next(judged) if row.metric in gates else None
-        )
+    done = (
+        replace(row, p_adjusted=adjusted.get(index), judgement=next(judged) if row.metric in gates else None)
         for index, row in enumerate(rows)
     )
-    pairs = tuple(
-        dataclasses.replace(pair, rows=tuple(itertools.islice(done, len(pair.rows)))) for pair in comparison.pairs
-    )
-    return dataclasses.replace(comparison, pairs=pairs)
+    pairs = tuple(replace(pair, rows=tuple(itertools.islice(done, len(pair.rows)))) for pair in comparison.pairs)
+    return replace(comparison, pairs=pairs)

@@ -70,10 +70,8 @@ def with_columns(table: Table, names: Sequence[str]) -> Table:
     """The table with only these columns, in this order; UserError where there is no such column."""
     unknown = [name for name in names if name not in table.columns]
     if unknown and table.rows:
-        raise UserError(
-            f"unknown column {unknown[0]!r}{did_you_mean(unknown[0], table.columns)}",
-            "the first line of the CSV lists all columns",
-        )
+        guess = did_you_mean(unknown[0], table.columns)
+        raise UserError(f"unknown column {unknown[0]!r}{guess}", "the first line of the CSV lists all columns")
     return Table(tuple(names), tuple({name: row[name] for name in names} for row in table.rows))
 
 
@@ -84,10 +82,8 @@ def render(table: Table, form: str) -> str:
     if form == "markdown":
         return _as_markdown(table)
     documents = [
-        {
-            **{name: value for name, (value, _) in row.items()},
-            "null_reasons": {name: why for name, (value, why) in row.items() if value is None},
-        }
+        {name: value for name, (value, _) in row.items()}
+        | {"null_reasons": {name: why for name, (value, why) in row.items() if value is None}}
         for row in table.rows
     ]
     if form == "json":

@@ -16,18 +16,10 @@ from lem.base.durable import make_folder, reason_of, remedy_for, sha256_of
 from lem.base.errors import UserError
 from lem.base.units import ABSENT, plural
 from lem.record import Record, ResultKey
+from lem.results import store
 from lem.results.metrics import Metric
 from lem.results.run import ENERGY, THROUGHPUT
-from lem.results.store import (
-    Problem,
-    Repository,
-    StoredResult,
-    experiment_folder_name,
-    folder_names,
-    is_name,
-    read_stopping_rule,
-    write_stopping_rule,
-)
+from lem.results.store import Problem, Repository, StoredResult
 
 SCHEMA_VERSION = 1
 
@@ -74,9 +66,7 @@ class FleetPlan:
 def write_plan(path: Path, plan: FleetPlan) -> None:
     """Write the plan; UserError where the file exists, since a stored plan is never changed, or cannot be written."""
     if path.exists():
-        raise UserError(
-            f"{path} exists, and a stored plan is never overwritten", "name another file, or remove this one"
-        )
+        raise UserError(f"{path} exists, and a plan is never overwritten", "name another file, or remove this one")
     try:
         durable.write_json(path, {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(plan)})
     except OSError as error:
@@ -94,9 +84,7 @@ def read_plan(path: Path) -> FleetPlan:
     except OSError as error:
         raise UserError(f"plan {path}: {reason_of(error)}", "give the file that --write-plan stored") from error
     except ValueError as error:
-        raise UserError(
-            f"plan {path}: {error}", "create it again: lem campaign FILE --write-plan PLAN --hosts …"
-        ) from error
+        raise UserError(f"plan {path}: {error}", "create it again: lem campaign FILE --write-plan …") from error
     return plan
 
 
@@ -106,7 +94,7 @@ def _check(plan: FleetPlan) -> None:
     if plan.mode not in MODES:
         raise ValueError(f"unknown mode {plan.mode!r}; known: {', '.join(MODES)}")
     for text in (plan.run_id, *names, *known):
-        if not is_name(text):
+        if not store.is_name(text):
             raise ValueError(f"{text!r} cannot be used as a folder name")
     if len(set(names)) != len(names) or not names:
         raise ValueError("expected at least one host, and each host once")
@@ -148,10 +136,8 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
             conflicts.append(f"{known.path} and {item.path}")
     if conflicts:
         n_pairs = plural(len(conflicts), "pair")
-        raise UserError(
-            f"{n_pairs} of results with the same key but different content, such as {'; '.join(conflicts[:_SHOWN])}",
-            "one of each pair was altered, or two hosts have the same name; nothing was merged",
-        )
+        text = f"{n_pairs} of results with the same key but different content: {'; '.join(conflicts[:_SHOWN])}"
+        raise UserError(text, "one of each pair was altered, or two hosts have the same name; nothing was merged")
     ordered = sorted(found.items(), key=lambda entry: (entry[1].record.identity.order_index, entry[0]))
     foreign = {identity.run_id for identity, _ in stored} - {identity.run_id for identity, _ in own}
     return Gathered(slug, tuple(item for _, item in ordered), tuple(problems), tuple(sorted(foreign)))
@@ -168,15 +154,11 @@ def _results_dirs(folders: Iterable[Path]) -> list[Path]:
 
 
 def _only_campaign(results_dirs: Iterable[Path]) -> str:
-    names = sorted({name for folder in results_dirs for name in folder_names(folder)})
+    names = sorted({name for folder in results_dirs for name in store.folder_names(folder)})
     if not names:
-        raise UserError(
-            "no campaign in these folders", "expected results/<campaign>/<run>/… or <campaign>/<run>/… in each"
-        )
+        raise UserError("no campaign in these folders", "expected [results/]<campaign>/<run>/… in each")
     if len(names) > 1:
-        raise UserError(
-            f"these folders hold several campaigns: {', '.join(names[:_SHOWN])}", "choose one: --campaign NAME"
-        )
+        raise UserError(f"more than one campaign: {', '.join(names[:_SHOWN])}", "choose one: --campaign NAME")
     return names[0]
 
 
@@ -204,11 +186,9 @@ def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance:
         spread = max(by_host.values()) / min(by_host.values()) - 1 if len(by_host) > 1 else None
         if spread is not None and spread > tolerance:
             values = ", ".join(f"{host} {value:.4g} {metric.unit}" for host, value in by_host.items())
-            most = f"more than {100 * tolerance:g} %"
-            raise UserError(
-                f"the hosts differ by {100 * spread:.1f} % in {metric.name} of the anchor, {most}: {values}",
-                "they are not alike enough for one table: replicate the campaign on each, or raise --anchor-tolerance",
-            )
+            apart, most = f"{100 * spread:.1f} %", f"more than {100 * tolerance:g} %"
+            text = f"the hosts differ by {apart} in {metric.name} of the anchor, {most}: {values}"
+            raise UserError(text, "replicate the campaign on each host, or raise --anchor-tolerance")
         return AnchorCheck(metric.name, metric.unit, by_host, spread)
     return AnchorCheck()
 
@@ -279,7 +259,7 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             if item.path.is_relative_to(folder):
                 continue
             identity = item.record.identity
-            experiment = experiment_folder_name(identity.experiment_id, identity.host)
+            experiment = store.experiment_folder_name(identity.experiment_id, identity.host)
             target = folder / identity.run_id / experiment / item.path.parent.name
             if target.exists():
                 continue
@@ -287,9 +267,9 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             _copy_folder(item.path.parent, target)
             new += 1
         for run_folder in dict.fromkeys(item.path.parents[2] for item in gathered.results):
-            rule = read_stopping_rule(run_folder)
-            if rule is not None and read_stopping_rule(folder / run_folder.name) != rule:
-                write_stopping_rule(folder / run_folder.name, rule)
+            rule = store.read_stopping_rule(run_folder)
+            if rule is not None and store.read_stopping_rule(folder / run_folder.name) != rule:
+                store.write_stopping_rule(folder / run_folder.name, rule)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error, "--output")) from error
     return new

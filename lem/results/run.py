@@ -15,22 +15,10 @@ from typing import Any
 from lem.base.measurement import is_estimate, is_gpu_source
 from lem.base.reasons import Reason
 from lem.record import Record, ResultKey
+from lem.results import metrics
 from lem.results.bootstrap import BootstrapResult, LogTInterval, bootstrap_ci, log_t_interval
 from lem.results.export import cell_text, make_table
-from lem.results.metrics import (
-    METRIC_BY_NAME,
-    Cycles,
-    Metric,
-    by_cycle,
-    cycle_values,
-    distinct,
-    headline_settings,
-    parse_metric,
-    settings_of,
-    share_a_load,
-    shared_settings,
-    used_cycles,
-)
+from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric
 from lem.results.stats import CONFIDENCE
 from lem.results.store import Problem, Repository, StoppingRule, StoredResult, count_failed, read_stopping_rule
 
@@ -121,11 +109,11 @@ class Configuration:
 
     @cached_property
     def attempts(self) -> Cycles:
-        return by_cycle(self.records)
+        return metrics.by_cycle(self.records)
 
     @cached_property
     def cycles(self) -> Cycles:  # with the records that the estimates rest on
-        return used_cycles(self.attempts)
+        return metrics.used_cycles(self.attempts)
 
     @cached_property
     def used(self) -> tuple[Record, ...]:
@@ -135,7 +123,7 @@ class Configuration:
     @cached_property
     def settings(self) -> Mapping[str, str]:
         """What was configured, by label."""
-        return settings_of(self.records[0]) if self.records else {}
+        return metrics.settings_of(self.records[0]) if self.records else {}
 
     @property
     def n_cycles(self) -> int:
@@ -172,7 +160,7 @@ class Configuration:
 
     @cached_property
     def is_load_shared(self) -> bool:  # then there is no interval
-        return share_a_load(self.cycles)
+        return metrics.share_a_load(self.cycles)
 
     @property
     def is_estimate(self) -> bool:
@@ -189,7 +177,7 @@ class Configuration:
 
         One cycle is one value, since attempts within it share everything that varies between cycles.
         """
-        chosen = metric if isinstance(metric, Metric) else parse_metric(metric)
+        chosen = metric if isinstance(metric, Metric) else metrics.parse_metric(metric)
         if chosen.name not in self._estimates:
             self._estimates[chosen.name] = self._estimated(chosen)
         return self._estimates[chosen.name]
@@ -199,8 +187,8 @@ class Configuration:
         return {}
 
     def _estimated(self, metric: Metric) -> Estimate:
-        values = tuple(cycle_values(metric, self.cycles).values())
-        attempts, all_attempts = tuple(cycle_values(metric, self.attempts).values()), None
+        values = tuple(metrics.cycle_values(metric, self.cycles).values())
+        attempts, all_attempts = tuple(metrics.cycle_values(metric, self.attempts).values()), None
         if attempts and attempts != values:
             n_attempts = sum(metric.read(record)[0] is not None for record in self.records)
             geometric = math.exp(statistics.fmean(map(math.log, attempts))) if min(attempts) > 0 else None
@@ -252,7 +240,7 @@ class Run:
         """In the order in which they ran first, those without any result last."""
         # By name: a configuration that several hosts ran has a name for each host.
         groups: dict[str, list[Record]] = {}
-        for record in distinct(_in_order(self.records)):
+        for record in metrics.distinct(_in_order(self.records)):
             groups.setdefault(record.identity.config_name, []).append(record)
         found = [Configuration(name, tuple(members), self.failed.get(name, 0)) for name, members in groups.items()]
         return (*found, *(Configuration(name, (), n) for name, n in self.failed.items() if name not in groups))
@@ -265,7 +253,7 @@ class Run:
     @cached_property
     def shared(self) -> Mapping[str, str]:
         """The settings of the heading that all configurations have in common, by label."""
-        return shared_settings(map(headline_settings, _in_order(self.records)))
+        return metrics.shared_settings(map(metrics.headline_settings, _in_order(self.records)))
 
     @property
     def is_single_cycle(self) -> bool:

@@ -186,9 +186,8 @@ def paired_effect(numerators: Sequence[float], denominators: Sequence[float]) ->
             raise ValueError(f"a ratio needs positive and finite values on both sides, got {value}")
     logs = [math.log(above / below) for above, below in zip(numerators, denominators, strict=True)]
     n = len(logs)
-    centre = statistics.fmean(logs)
     std_error = statistics.stdev(logs) / math.sqrt(n) if n > 1 else None
-    return Effect(centre, std_error, n - 1 if n > 1 else None, (n,))
+    return Effect(statistics.fmean(logs), std_error, n - 1 if n > 1 else None, (n,))
 
 
 def anchored_effect(now: Effect, before: Effect) -> Effect:
@@ -197,8 +196,7 @@ def anchored_effect(now: Effect, before: Effect) -> Effect:
     Two campaigns share no cycles; what separates their days divides out of each ratio to a configuration that both
     measured. The variances add; the degrees of freedom are Welch's. [Satterthwaite 1946, Biometrics Bulletin 2:110]
     """
-    counts = (*before.n_cycles, *now.n_cycles)
-    difference = Effect(now.log_ratio - before.log_ratio, None, None, counts)
+    difference = Effect(now.log_ratio - before.log_ratio, None, None, (*before.n_cycles, *now.n_cycles))
     if now.std_error is None or now.df is None or before.std_error is None or before.df is None:
         return difference
     variances = (now.std_error**2, before.std_error**2)
@@ -259,8 +257,7 @@ class Gate:
         better, not_worse = effect.p_below(-self.bound), effect.p_below(self.bound)
         if worse is None or better is None or not_better is None or not_worse is None:
             return None
-        within = max(not_better, not_worse)
-        claims = ((worse, Verdict.WORSE), (better, Verdict.BETTER), (within, Verdict.WITHIN))
+        claims = ((worse, Verdict.WORSE), (better, Verdict.BETTER), (max(not_better, not_worse), Verdict.WITHIN))
         return min(claims, key=lambda claim: claim[0])
 
 

@@ -26,6 +26,7 @@ from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Record,
 _logger = logging.getLogger(__name__)
 
 CONFIG_SCHEMA_VERSION = 1
+_OPTION = "--results-dir"
 
 # One path component that is the same on every file system, is not hidden, and leads nowhere else.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,254}")
@@ -63,10 +64,8 @@ class AttemptFolder:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
             number = text.count("\n", 0, error.start) + 1
-            raise UserError(
-                f"prompt {number} is not Unicode text: it contains half of a surrogate pair",
-                "write the whole character instead of a lone \\ud800 to \\udfff",
-            ) from error
+            message = f"prompt {number} is not Unicode text: it contains half of a surrogate pair"
+            raise UserError(message, "write the whole character instead of a lone \\ud800 to \\udfff") from error
         with stopping_campaign(self.path / PROMPTS_FILE) as path:
             durable.write_bytes(path, data)
         return path
@@ -80,10 +79,8 @@ def is_name(text: str) -> bool:
 def check_name(text: str, what: str) -> str:
     """`text`, if it can name a folder; else UserError."""
     if not is_name(text):
-        raise UserError(
-            f"{what} {text[:80]!r} cannot be used as a folder name",
-            "use at most 255 letters, digits and . _ = + -, starting with a letter or digit",
-        )
+        hint = "use at most 255 letters, digits and . _ = + -, starting with a letter or digit"
+        raise UserError(f"{what} {text[:80]!r} cannot be used as a folder name", hint)
     return text
 
 
@@ -93,7 +90,7 @@ def stopping_campaign(path: Path) -> Iterator[Path]:
     try:
         yield path
     except OSError as error:
-        hint = remedy_for(error, "--results-dir") + "; then continue with --resume"
+        hint = remedy_for(error, _OPTION) + "; then continue with --resume"
         raise InfrastructureError(f"results: {path}: {reason_of(error)}", hint) from error
 
 
@@ -147,9 +144,7 @@ class Repository:
                 probe.flush()
                 os.fsync(probe.fileno())
         except OSError as error:
-            raise UserError(
-                f"results folder {self.folder}: {reason_of(error)}", remedy_for(error, "--results-dir")
-            ) from error
+            raise UserError(f"results folder {self.folder}: {reason_of(error)}", remedy_for(error, _OPTION)) from error
 
     def prepare_attempt(self, run_id: str, exp_id: str) -> AttemptFolder:
         """Make a folder for the next attempt at an experiment; InfrastructureError where it cannot be made."""
@@ -175,10 +170,8 @@ class Repository:
             found = list(_nested(self.folder, lambda run: _nested(run, _experiment_items)))
         else:
             found = list(_nested(self.folder / check_name(run_id, "run"), _experiment_items))
-        return Scan(
-            _apart_by_host([item for item in found if isinstance(item, StoredResult)]),
-            tuple(item for item in found if isinstance(item, Problem)),
-        )
+        results = _apart_by_host([item for item in found if isinstance(item, StoredResult)])
+        return Scan(results, tuple(item for item in found if isinstance(item, Problem)))
 
     def _experiment_folder(self, run_id: str, exp_id: str) -> Path:
         return self.folder / check_name(run_id, "run") / check_name(exp_id, "experiment")
@@ -302,7 +295,7 @@ def folder_names(folder: Path) -> tuple[str, ...]:
     try:
         return _folder_names(folder)
     except OSError as error:
-        raise UserError(f"results folder {folder}: {reason_of(error)}", remedy_for(error, "--results-dir")) from error
+        raise UserError(f"results folder {folder}: {reason_of(error)}", remedy_for(error, _OPTION)) from error
 
 
 def _folder_names(folder: Path) -> tuple[str, ...]:

@@ -57,12 +57,8 @@ class _RunTable:
         runs = f"run {run.run_id}" if len(run.run_ids) == 1 else f"{len(run.run_ids)} runs"
         cycles = {item.n_cycles for item in self._configurations}
         most = plural(max(cycles), "cycle") if max(cycles) else "no valid result"
-        title = [
-            run.campaign_name,
-            runs if run.run_ids else "",
-            plural(len(self._configurations), "configuration"),
-            most if len(cycles) == 1 else f"up to {most}",
-        ]
+        count = plural(len(self._configurations), "configuration")
+        title = [run.campaign_name, runs if run.run_ids else "", count, most if len(cycles) == 1 else f"up to {most}"]
         self._doc.text(_listed(title), "bold")
         shared = _listed([*run.shared.values(), *(run.hosts if len(run.hosts) == 1 else ())])
         for text in filter(None, (shared, self._shortener.explanation)):
@@ -80,8 +76,9 @@ class _RunTable:
             intervals = (_interval(estimate.low, estimate.high, decimals), _interval(low, high, decimals))
             rows.append((name, str(estimate.n), _number(estimate.value, decimals), *intervals))
             if every is not None:
-                number = _number(every.geometric_mean, decimals)
-                rows.append(("· over all attempts", str(every.n_cycles), number, "", ""))
+                rows.append(
+                    ("· over all attempts", str(every.n_cycles), _number(every.geometric_mean, decimals), "", "")
+                )
         headings = ("n", "geom.\nmean", f"{_CONFIDENCE}\nt interval", "bootstrap\ninterval")
         names, *cells = zip(*rows, strict=True)
         table = [Column(text, tuple(column)) for text, column in zip(headings, cells, strict=True)]
@@ -196,9 +193,8 @@ def _number(value: float | None, decimals: int | None) -> str:
 
 
 def _interval(lower: float | None, upper: float | None, decimals: int | None) -> str:
-    if lower is None or upper is None:
-        return ABSENT
-    return f"{_number(lower, decimals)} – {_number(upper, decimals)}"
+    is_known = lower is not None and upper is not None
+    return f"{_number(lower, decimals)} – {_number(upper, decimals)}" if is_known else ABSENT
 
 
 def _listed(parts: Iterable[str]) -> str:
@@ -236,9 +232,8 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     converged = {True: ", converged", False: ", not converged", None: ""}[validity.warmup_converged]
     took = _measured(window, "warmup_s", units.format_duration)
     yield "warm-up", f"{took}, {window.warmup_prompts} prompts{converged}"
-    repeats = {0: "not every prompt once", 1: "all prompts once"}.get(
-        window.window_repeats, f"all prompts {window.window_repeats} times"
-    )
+    n = window.window_repeats
+    repeats = {0: "not every prompt once", 1: "all prompts once"}.get(n, f"all prompts {n} times")
     mode, steady = window.traffic_mode.replace("_", " "), ", not steady" if validity.steady is False else ""
     yield "window", f"{units.format_duration(window.window_s)}, {mode}, {repeats}{steady}"
     requests = f"{work.requests_ok} requests, {work.requests_failed} failed"

@@ -169,15 +169,8 @@ def compose(run: Run) -> Report:
 
     ranked = sorted(enumerate(run.configurations), key=merit)
     entries = tuple(
-        Entry(
-            number=number,
-            name=printable(item.name),
-            label=labels[item.name],
-            configuration=item,
-            settings=settings[index],
-            group=groups[index] if groups else number - 1,
-        )
-        for number, (index, item) in enumerate(ranked, 1)
+        Entry(number, printable(it.name), labels[it.name], it, settings[index], groups[index] if groups else number - 1)
+        for number, (index, it) in enumerate(ranked, 1)
     )
     return Report(
         run=run,
@@ -346,9 +339,7 @@ def verdict_of(report: Report) -> Verdict:
     refused = [(entry, row.reason) for entry, row in rows if row.p_adjusted is None and row.reason is not None]
     remarks = [*_separated(compared, len(others)), *_refusals(refused), *remarks]
     ratio = _against(*compared[0]) if compared else ""
-    verb = (
-        "uses the least energy per output token" if report.has_energy else "produces the most output tokens per second"
-    )
+    verb = "uses the least energy per output token" if report.has_energy else "makes the most output tokens per second"
     found = f"“{first.name}” {verb}: {_amount(first, metric)}."
     if compared and compared[0][0] is others[0]:
         return Verdict(f"{found} {ratio}", tuple(remarks), has_winner=compared[0][1].is_found)

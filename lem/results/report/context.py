@@ -63,9 +63,8 @@ def heatmap_section(report: Report) -> Markup:
     axes = content.grid_axes(values_of, settings)
     if axes is None:
         reason = "Fewer than two settings vary, so there is no grid to draw."
-        if long := [
-            f"{key} has {len(found)} values" for key, found in values_of.items() if len(found) > content.AXIS_MOST
-        ]:
+        long = [f"{key} has {len(them)} values" for key, them in values_of.items() if len(them) > content.AXIS_MOST]
+        if long:
             why = f"an axis has at most {content.AXIS_MOST}, and fewer than two other settings vary"
             reason = f"No grid to draw: {', '.join(long)}; {why}."
         return plot.no_plot("grid", heading, reason)
@@ -200,7 +199,7 @@ def _order(metric: Metric, report: Report) -> Markup:
     reach = max(flagged, *map(abs, shares)) * 1.1
     x_scale = Scale(0, places[-1] + 1, _LEFT, _RIGHT)
     y_scale = Scale(-reach, reach, _ORDER_BOTTOM, _ORDER_TOP)
-    estimate = report.estimate_note if metric is ENERGY else ""
+    label = f"Difference from its configuration's mean, %{report.estimate_note if metric is ENERGY else ''}"
     top, bottom, half = y_scale(flagged / 2), y_scale(-flagged / 2), 100 * drift.change / 2
     fitted = [(x_scale(places[0]), y_scale(-half)), (x_scale(places[-1]), y_scale(half))]
     dots: dict[int, list[str]] = {}
@@ -218,9 +217,7 @@ def _order(metric: Metric, report: Report) -> Markup:
         [
             tag("rect", x=_LEFT, y=top, width=_RIGHT - _LEFT, height=bottom - top, class_="band window"),
             plot.horizontal_axis(x_scale, _ORDER_BOTTOM, _ORDER_TOP, "Position in the order of execution", count=8),
-            plot.vertical_axis(
-                y_scale, _LEFT, _RIGHT, f"Difference from its configuration's mean, %{estimate}", count=5
-            ),
+            plot.vertical_axis(y_scale, _LEFT, _RIGHT, label, count=5),
             *(marks(dots[group], f"dots g{group}") for group in sorted(dots)),
             marks([plot.line_to(*fitted)], "front"),
         ],
