@@ -172,13 +172,11 @@ def _counter_errors(gpus: Sequence[GpuHeader]) -> str:
     return "; ".join(f"{gpu.uuid}: {gpu.counter_error}" for gpu in gpus if gpu.counter_error is not None)
 
 
-def _cpu_method(
-    wanted: str, header: SampleHeader, user_tdp_w: float | None
-) -> tuple[EnergySource | None, Reason | None]:
+def _cpu_method(wanted: str, header: SampleHeader, tdp_w: float | None) -> tuple[EnergySource | None, Reason | None]:
     if wanted == "none":
         return None, _NOT_WANTED
     if wanted == EnergySource.TDP_ESTIMATE:
-        if user_tdp_w is None and header.cpu_tdp_w is None:
+        if tdp_w is None and header.cpu_tdp_w is None:
             text = "measurement.energy: tdp_estimate: the design power of this CPU is unknown"
             raise MeterRefused(text, "set measurement.cpu_tdp_w to the sum over all packages in watts")
         return EnergySource.TDP_ESTIMATE, None

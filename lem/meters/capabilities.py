@@ -124,7 +124,6 @@ def _probed(meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, enough: i
             break
         clock.sleep(_POLL_S)
     span = Span(opened_ns, max(now_ns, opened_ns + 1))
-
     found = [GpuCapability(meter.header) for meter in meters]
     for place in wanted:
         period = measured(partial(update_period_s, changes, place, span))

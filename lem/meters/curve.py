@@ -211,8 +211,7 @@ class Curve:
             raise NotMeasured("read_late", what=self.what, late_s=(self.at_ns[0] - at_ns) / NS_PER_S, detail=detail)
         if at_ns > self.at_ns[-1]:
             detail = detail or "; the sampler had ended, or hung"
-            early_s = (at_ns - self.at_ns[-1]) / NS_PER_S
-            raise NotMeasured("read_early", what=self.what, early_s=early_s, detail=detail)
+            raise NotMeasured("read_early", what=self.what, early_s=(at_ns - self.at_ns[-1]) / NS_PER_S, detail=detail)
         return max(1, bisect_left(self.at_ns, at_ns))
 
     def _interpolate(self, place: int, at_ns: int) -> float:

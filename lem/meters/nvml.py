@@ -400,10 +400,9 @@ class NvmlMeter:
         return self._call(function, self._handle, *arguments)
 
     def _call_or_none(self, function: str, *arguments: Any) -> Any:
-        try:
+        with contextlib.suppress(MeterFailure):
             return self._call(function, *arguments)
-        except MeterFailure:
-            return None
+        return None
 
     def _call(self, function: str, *arguments: Any) -> Any:
         called = getattr(self._nvml, function, None)

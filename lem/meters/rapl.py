@@ -134,10 +134,7 @@ class CpuLoadMeter:
         self._before: tuple[int, int] | None = None
 
     def read(self) -> float | None:
-        """The busy share of all CPU time since the last reading, 0 to 1; None at the first.
-
-        Raises OSError or ValueError: the kernel does not report it.
-        """
+        """The busy share of all CPU time since the last reading; None at the first. Raises OSError or ValueError."""
         first_line = self._path.read_text(encoding="ascii").partition("\n")[0]
         label, *words = first_line.split()
         times = [int(word) for word in words[:_COUNTED]]

@@ -361,9 +361,7 @@ class PipeOwner:
 
 def run_sampler_process(options: SamplerOptions, err: TextIO) -> int:
     """The exit code: 0 when the owner, TERM or INT ended it, 1 with a reason on `err` when the log was not written."""
-    opened: contextlib.AbstractContextManager[Any] = (
-        open_nvml() if options.gpus else contextlib.nullcontext("no GPU is sampled")
-    )
+    opened = open_nvml() if options.gpus else contextlib.nullcontext("no GPU is sampled")
     wakeup_fd, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # it only makes the pipe readable

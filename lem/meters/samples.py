@@ -228,10 +228,7 @@ class PartReader:
         self._log: SampleLog | None = None
 
     def read(self) -> SampleLog:
-        """The log as far as it is whole by now.
-
-        Raises SampleLogError: it is not a sample log, or has no header yet; OSError: it cannot be read.
-        """
+        """The log as far as it is whole by now; raises OSError, and SampleLogError: no sample log, or no header yet."""
         with self._path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()
@@ -250,11 +247,8 @@ def read_tail(path: Path, most_b: int = 8192) -> list[Row]:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - most_b))
             lines = file.read().split(b"\n")[1:-1]  # the first may have lost its beginning, the last its end
-    except OSError:
-        return []
-    try:
         return [_decode_row(json.loads(line)) for line in lines]
-    except (RecursionError, ValueError):
+    except (OSError, RecursionError, ValueError):
         return []
 
 

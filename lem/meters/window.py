@@ -1,7 +1,4 @@
-"""The window of an attempt: its GPUs, and what makes it doubtful or void.
-
-The checks follow docs/measurement.md, steps 3 and 6.
-"""
+"""The window of an attempt: its GPUs, and what makes it doubtful or void (docs/measurement.md, steps 3 and 6)."""
 
 from __future__ import annotations
 

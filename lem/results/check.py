@@ -112,11 +112,9 @@ def _of_results(kind: str, what: Reason, concerns: Callable[[Record], object]) -
     return check
 
 
-def _of_configurations(
-    kind: str, amount: Callable[[Configuration], float], what: Callable[[float], Reason]
-) -> _OneCheck:
+def _of_configurations(kind: str, size: Callable[[Configuration], float], what: Callable[[float], Reason]) -> _OneCheck:
     def check(run: Run) -> Found:
-        amounts = {item.name: found for item in run.with_results if (found := amount(item))}
+        amounts = {item.name: found for item in run.with_results if (found := size(item))}
         if amounts:
             yield _finding(kind, what(max(amounts.values())), amounts)
 

@@ -399,7 +399,7 @@ def _further(judgement: Judgement) -> str:
     more = judgement.further_cycles
     if more is None:
         return f" (at the threshold: more than {MOST_FURTHER_CYCLES} further cycles)"
-    return f" (about {more} more {'cycle' if more == 1 else 'cycles'} would settle it)"
+    return f" (about {plural(more, 'more cycle')} would settle it)"
 
 
 def _verdict(gate: Gate, verdict: Verdict) -> str:

@@ -158,7 +158,7 @@ def _only_campaign(results_dirs: Iterable[Path]) -> str:
     if not names:
         raise UserError("no campaign in these folders", "expected [results/]<campaign>/<run>/… in each")
     if len(names) > 1:
-        raise UserError(f"more than one campaign: {', '.join(names[:_SHOWN])}", "choose one: --campaign NAME")
+        raise UserError(f"several campaigns: {', '.join(names[:_SHOWN])}", "choose one: --campaign NAME")
     return names[0]
 
 

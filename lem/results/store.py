@@ -226,16 +226,14 @@ def config_of_problem(problem: Problem) -> tuple[str | None, Mapping[str, Any] |
     return name if isinstance(name, str) else None, requested if isinstance(requested, dict) else None
 
 
-def _nested(
-    folder: Path, items_of: Callable[[Path], Iterator[StoredResult | Problem]]
-) -> Iterator[StoredResult | Problem]:
+def _nested(folder: Path, read: Callable[[Path], Iterator[StoredResult | Problem]]) -> Iterator[StoredResult | Problem]:
     try:
         names = _folder_names(folder)
     except OSError as error:
         yield Problem(folder, "unreadable", reason_of(error))
         return
     for name in names:
-        yield from items_of(folder / name)
+        yield from read(folder / name)
 
 
 def _experiment_items(folder: Path) -> Iterator[StoredResult | Problem]:

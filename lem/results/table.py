@@ -76,9 +76,7 @@ class _RunTable:
             intervals = (_interval(estimate.low, estimate.high, decimals), _interval(low, high, decimals))
             rows.append((name, str(estimate.n), _number(estimate.value, decimals), *intervals))
             if every is not None:
-                rows.append(
-                    ("· over all attempts", str(every.n_cycles), _number(every.geometric_mean, decimals), "", "")
-                )
+                rows += [("· over all attempts", str(every.n_cycles), _number(every.geometric_mean, decimals), "", "")]
         headings = ("n", "geom.\nmean", f"{_CONFIDENCE}\nt interval", "bootstrap\ninterval")
         names, *cells = zip(*rows, strict=True)
         table = [Column(text, tuple(column)) for text, column in zip(headings, cells, strict=True)]

@@ -115,7 +115,7 @@ def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[Entry
         heading,
         f"{across} across, {up} down; darker means more {what}; hatched cells have no valid result.",
         (width, _GRID_TOP + _CELL_HEIGHT * len(grid.rows) + 12),
-        _grid_marks(identifier, grid, squares, left),
+        _squares(identifier, grid, squares, left),
         caption,
         table(f"{up} down, {across} across", [f"{up} \\ {across}", *grid.columns], rows),
         class_="plot small",
@@ -123,9 +123,7 @@ def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[Entry
     ).render()
 
 
-def _grid_marks(
-    identifier: str, grid: _Grid, squares: Mapping[tuple[str, str], _Square], left: float
-) -> Iterator[Markup]:
+def _squares(identifier: str, grid: _Grid, squares: Mapping[tuple[str, str], _Square], left: float) -> Iterator[Markup]:
     hatch = marks(["M-2 2L2 -2M0 8L8 0M6 10L10 6"], "hatch")
     name = f"{identifier}-hatch"
     yield tag("defs", tag("pattern", hatch, id=name, width="8", height="8", patternUnits="userSpaceOnUse"))
@@ -314,9 +312,7 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
             plot.horizontal_axis(time, bottom, bottom, "Time, s", count=8),
         ],
         [
-            plot.legend(
-                ((marks(["M0 7h28"], f"line g{index % GROUPS_MAX}"), name) for index, name in enumerate(lines)), 28
-            ),
+            plot.legend(((marks(["M0 7h28"], f"line g{n % GROUPS_MAX}"), name) for n, name in enumerate(lines)), 28),
             *_trace_caption(record, trace),
         ],
         _trace_table(phases),

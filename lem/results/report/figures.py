@@ -60,9 +60,7 @@ def pareto_section(report: Report) -> Markup:
         ]
     is_explained = report.groups and report.grouped_by != "configuration"
     note = tag("p", f"Colour and shape: {report.grouped_by}.") if is_explained else Markup()
-    key = plot.legend(
-        (marks([spot(7, 7, plot.shape(group))], f"m g{group}"), name) for group, name in enumerate(report.groups)
-    )
+    key = plot.legend((marks([spot(7, 7, plot.shape(n))], f"m g{n}"), name) for n, name in enumerate(report.groups))
     return join([note, key, tag("div", *parts, class_="pair")])
 
 

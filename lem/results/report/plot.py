@@ -111,9 +111,8 @@ def number_cell(
 def decimals_of(values: Iterable[float | None]) -> int | None:
     """How many decimals all numbers of a column get; None when they differ so much that each needs its own."""
     known = [value for value in values if value is not None and value > 0]
-    if not known or max(known) > 30 * min(known):
-        return None
-    return max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(known))))
+    is_alike = known and max(known) <= 30 * min(known)
+    return max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(known)))) if is_alike else None
 
 
 def interval_cells(estimate: Estimate, decimals: int | None, *, is_estimate: bool) -> tuple[Cell, Cell]:
@@ -238,10 +237,7 @@ class Scale:
 
 
 def fitting_scale(values: Iterable[float], begin: float, end: float, *, is_from_zero: bool = False) -> Scale:
-    """A scale that holds all (finite) values with a little room around them.
-
-    It is logarithmic where they differ by much, unless it begins at zero.
-    """
+    """A scale that holds all values with a little room; logarithmic where they differ by much, unless from zero."""
     known = list(values)
     low, high = min(known), max(known)
     if not is_from_zero and low > 0 and high / low > _LOG_FROM:
