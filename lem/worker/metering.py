@@ -20,21 +20,12 @@ from lem.base.measurement import WINDOW_UPDATES, EnergySource, is_cpu_source, is
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
+from lem.meters import samples
 from lem.meters.attempt import AttemptLog, Baselines, Sources, choose_sources, span_of
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.external import ExternalReadings, is_short_of, read_external
-from lem.meters.samples import (
-    FINISHED_FILENAME,
-    SLOW_PERIOD_S,
-    Mark,
-    PartReader,
-    Row,
-    SampleHeader,
-    SampleLog,
-    SampleLogError,
-    write_finished,
-)
+from lem.meters.samples import Mark, SampleHeader, SampleLog
 from lem.record import Measured, known
 from lem.worker.channel import RunRequest
 from lem.worker.children import READY_TIMEOUT_S, wait_until_ready
@@ -117,13 +108,13 @@ class Metering:
     sources: Sources = field(init=False)  # what gives the energy; chosen again when the engine reports its GPUs
 
     def __post_init__(self) -> None:
-        self._reader = None if self.path is None else PartReader(self.path)
+        self._reader = None if self.path is None else samples.PartReader(self.path)
 
     def read(self) -> SampleLog:
         """The log as far as it is written. Raises EngineError: kind `meter`, it cannot be read."""
         try:
             return SampleLog(self.nothing) if self._reader is None else self._reader.read()
-        except (OSError, SampleLogError) as error:
+        except (OSError, samples.SampleLogError) as error:
             raise EngineError(f"{self.path}: the samples cannot be read: {error}", kind="meter") from error
 
     @property
@@ -136,8 +127,7 @@ class Metering:
 
         Raises MeterRefused: the configuration demands energy that cannot be measured here.
         """
-        header = self.read().header
-        self.sources = choose_sources(self.config, header, gpu_uuids, foreign=self.foreign)
+        self.sources = choose_sources(self.config, self.read().header, gpu_uuids, foreign=self.foreign)
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
@@ -246,7 +236,7 @@ class Metering:
     @property
     def _guard_s(self) -> float:
         """Two readings of the slowest meter in use, and at least the lag of a sensor; 0 without any."""
-        period_s = SLOW_PERIOD_S if is_cpu_source(self.sources.cpu_method) else 0.0
+        period_s = samples.SLOW_PERIOD_S if is_cpu_source(self.sources.cpu_method) else 0.0
         if EnergySource.COUNTER in (self.sources.gpu_method, self.sources.cpu_method):
             period_s = max(period_s, self._counter_period_s())
         elif self.sources.gpu_method is not None:
@@ -319,7 +309,7 @@ class Metering:
         path = self.config.measurement.external_csv
         external = None if path is None else self._external_readings(Path(path), log, measured)
         if self.config.timeseries.save and (path is not None or self._reader is not None):
-            write_finished(folder / FINISHED_FILENAME, log, self.marks)
+            samples.write_finished(folder / samples.FINISHED_FILENAME, log, self.marks)
         return measure(
             AttemptLog(log, tuple(self.marks), self.sources, self.baselines, is_steady_mode),
             window_repeats=measured.repeats,
@@ -362,5 +352,7 @@ def _processes_of(log: SampleLog) -> dict[str, tuple[int, ...]]:
 
 
 def _latest_ns(log: SampleLog, *, is_loads: bool) -> int:
-    groups: Sequence[Sequence[Row]] = (log.loads,) if is_loads else (log.counters, log.samples, log.rapl, log.loads)
+    groups: Sequence[Sequence[samples.Row]] = (
+        (log.loads,) if is_loads else (log.counters, log.samples, log.rapl, log.loads)
+    )
     return max((rows[-1].at_ns for rows in groups if rows), default=log.header.started_ns)

@@ -16,13 +16,8 @@ from lem.base import durable
 from lem.base.errors import ConfigurationError
 from lem.base.reasons import Reason
 from lem.base.units import MIB
-from lem.config.experiment import (
-    BUNDLED_DISTRIBUTION,
-    ExperimentConfig,
-    FilePrompts,
-    HuggingFacePrompts,
-    SyntheticPrompts,
-)
+from lem.config import experiment
+from lem.config.experiment import ExperimentConfig, FilePrompts, HuggingFacePrompts, SyntheticPrompts
 from lem.record import PROMPTS_FILE
 
 # Half the chosen length to one and a half times it.
@@ -56,7 +51,7 @@ class Prompt:
 
 
 # What is measured when neither dataset nor prompts is given.
-BUNDLED = SyntheticPrompts(distribution=BUNDLED_DISTRIBUTION)
+BUNDLED = SyntheticPrompts(distribution=experiment.BUNDLED_DISTRIBUTION)
 
 
 def generate(plan: SyntheticPrompts) -> tuple[Prompt, ...]:

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lem import record
 from lem.base import __version__
 from lem.base.clock import utc_text
 from lem.base.errors import EngineError
@@ -25,20 +26,7 @@ from lem.config.option import leaves
 from lem.engines.protocol import Engine, EngineReport
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
 from lem.meters.nvml import read_gpus
-from lem.record import (
-    Compute,
-    Environment,
-    Identity,
-    Measured,
-    Record,
-    Throughput,
-    Validity,
-    Window,
-    Work,
-    decode_record,
-    encode_record,
-    known,
-)
+from lem.record import Compute, Environment, Identity, Measured, Record, Throughput, Validity, Window, Work, known
 from lem.worker.channel import RunRequest, redact
 from lem.worker.prompts import ResolvedPrompts
 from lem.worker.window import MeasuredWindow, latency_of
@@ -101,7 +89,7 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
     )
     # The user's metadata as written: a reference to the environment stays a reference.
     metadata = found.requested.get("extra_metadata")
-    record = Record(
+    composed = Record(
         identity=_identity(found),
         validity=_validity(found),
         window=_window(found),
@@ -124,7 +112,7 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
     )
     # An engine's message or an option may have carried a secret anywhere.
     words = sorted(filter(None, request.secrets.values()), key=len, reverse=True)
-    return decode_record(_redact(encode_record(record), words)) if words else record
+    return record.decode_record(_redact(record.encode_record(composed), words)) if words else composed
 
 
 def _identity(found: Findings) -> Identity:

@@ -46,12 +46,9 @@ def encode_prompts(
     for index, prompt in enumerate(prompts):
         ids = tuple(encode(prompt.prompt))
         if not ids:
-            raise EngineError(
-                f"prompt {index + 1} has no tokens: {prompt.prompt[:60]!r}",
-                "remove it: the model's tokenizer gives no tokens for it",
-                kind="prompts",
-                is_permanent=True,
-            )
+            text = f"prompt {index + 1} has no tokens: {prompt.prompt[:60]!r}"
+            hint = "remove it: the model's tokenizer gives no tokens for it"
+            raise EngineError(text, hint, kind="prompts", is_permanent=True)
         if prompt.input_tokens is not None:
             endless = itertools.chain(ids, itertools.cycle(ids[leader:] or ids))
             ids = tuple(itertools.islice(endless, prompt.input_tokens))
@@ -159,11 +156,7 @@ def arrival_offsets_s(mode: str, target_qps: float, rng: random.Random) -> Itera
 
 
 def measure_traffic(
-    engine: Engine,
-    requests: Sequence[TokenRequest],
-    plan: TrafficPlan,
-    clock: Clock,
-    report: Callable[[int], None],
+    engine: Engine, requests: Sequence[TokenRequest], plan: TrafficPlan, clock: Clock, report: Callable[[int], None]
 ) -> MeasuredWindow:
     """The window of steady traffic, opened and closed under load.
 
@@ -218,12 +211,10 @@ class TrafficQueue:
         self._waiting: deque[TokenRequest] = deque()
         self._in_flight: dict[int, TokenRequest] = {}
         self._answered: list[Answer] = []  # also before the opening and after the closing
-        self._peak = 0
+        self._peak = self._answered_inside = self._succeeded = 0
         self._begin_ns = clock.monotonic_ns()
         self._opened_ns: int | None = None
         self._closed_ns: int | None = None
-        self._answered_inside = 0
-        self._succeeded = 0
         self._has_turned_over = False
         self._offsets_s = arrival_offsets_s(plan.mode, plan.target_qps, random.Random(plan.seed))
         self._next_ns = self._draw_next()
@@ -256,9 +247,8 @@ class TrafficQueue:
             request = self._in_flight.pop(index, None)
             if request is None:
                 raise EngineError(f"the backend answered request {index}, which it did not have")
-            self._answered.append(
-                Answer(index % len(self._prompts), len(request.token_ids), self._arrived_ns[index], completion)
-            )
+            input_tok, arrived_ns = len(request.token_ids), self._arrived_ns[index]
+            self._answered.append(Answer(index % len(self._prompts), input_tok, arrived_ns, completion))
             self._answered_inside += self._opened_ns is not None and completion.finished_ns > self._opened_ns
             self._succeeded += completion.error is None
             answered = len(self._answered)
@@ -287,10 +277,8 @@ class TrafficQueue:
         # The input of a request counts when its first output token, the end of prefill, was in the window.
         prefilled = [item for item in answers if is_inside(next(_token_times(item), item.completion.finished_ns))]
         token_times = [time_ns for item in answers for time_ns in _token_times(item) if is_inside(time_ns)]
-        steady: Measured[bool] = Measured(None, NOTHING_TO_COMPARE)
-        if token_times:
-            first_half = sum(time_ns <= (opened_ns + closed_ns) // 2 for time_ns in token_times)
-            steady = are_alike(first_half, len(token_times) - first_half)
+        first_half = sum(time_ns <= (opened_ns + closed_ns) // 2 for time_ns in token_times)
+        halves = are_alike(first_half, len(token_times) - first_half)
         failures = [item.completion.error for item in finished if item.completion.error is not None]
         failures += [f"request {index}: the backend gave no answer" for index in sorted(self._in_flight)]
         return MeasuredWindow(
@@ -303,7 +291,7 @@ class TrafficQueue:
             input_tok=sum(item.input_tok for item in prefilled),
             output_tok=len(token_times),
             padding_tok=padding_of(prefilled),
-            steady=steady,
+            steady=halves if token_times else Measured(None, NOTHING_TO_COMPARE),
             outputs=good,
             warnings=tuple(self._warnings(sum(map(is_inside, self._arrived_ns)), len(finished))),
         )

@@ -54,14 +54,11 @@ def missing_distributions(backend: str, environment: Mapping[str, Any]) -> tuple
 
 
 HEARTBEAT_S = 5.0
-
 # While an engine loads, what it prints is the only sign of progress; one line of it a second is passed on.
 PRINTED_PROGRESS_S = 1.0
 _PRINTED_WIDTH = 200
-
 # Reads that empty a pipe whose writers have stopped; those that have not are not waited for.
 _DRAIN_READS = 4
-
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -242,14 +239,10 @@ class Supervisor:
     def _start_sampler(self, request: RunRequest) -> None:
         if not request.is_worker_sampling or request.samples_path is None:
             return
-        gpus = named_gpus(request.config["gpus"], visible_gpus(find_gpus(), os.environ))
-        self._sampler = SamplerProcess(
-            own_command(sys.executable),
-            Path(request.samples_path),
-            [gpu.uuid for gpu in gpus],
-            interval_ms(request.config, "prepare"),
-            request.config["measurement"]["cpu_tdp_w"],
-        )
+        config, command, log = request.config, own_command(sys.executable), Path(request.samples_path)
+        uuids = [gpu.uuid for gpu in named_gpus(config["gpus"], visible_gpus(find_gpus(), os.environ))]
+        tdp_w = config["measurement"]["cpu_tdp_w"]
+        self._sampler = SamplerProcess(command, log, uuids, interval_ms(config, "prepare"), tdp_w)
 
     def _end_sampler(self) -> None:
         if self._sampler is not None:
@@ -354,11 +347,9 @@ class Supervisor:
             self._engine_ended(engine, code)
         elif engine.is_stuck:
             self._drop(engine)
-            self._answer_error(
-                "died",
-                f"the engine process (process group {engine.identity.pid}) does not end after SIGKILL",
-                "it hangs in a driver call: see the kernel log, and restart the container or the machine",
-            )
+            text = f"the engine process (process group {engine.identity.pid}) does not end after SIGKILL"
+            hint = "it hangs in a driver call: see the kernel log, and restart the container or the machine"
+            self._answer_error("died", text, hint)
             self._finish(1, "its engine process cannot be ended")
 
     def _engine_ended(self, engine: EngineChild, code: int) -> None:

@@ -15,7 +15,6 @@ from lem.engines.protocol import Completion, Engine, TokenRequest
 from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency, Measured, known
 
 NOTHING_TO_COMPARE = Reason.of("no_tokens_to_compare")
-
 CLOSED_BATCH = "closed_batch"
 
 
@@ -80,12 +79,10 @@ def latency_of(requests: Sequence[Answer]) -> Latency:
     timed = [item for item in with_output if item.completion.token_times_ns] if is_timed else []
     why_not = "no_token" if is_timed else "tokens_not_observed"
     why_not_between = "no_second_token" if timed else why_not
-    # TPOT = (e2e - TTFT) / (output tokens - 1)
     tpot_s = [(item.e2e_s - item.ttft_s) / (item.output_tok - 1) for item in timed if item.output_tok > 1]
     gaps = (pair for item in timed for pair in itertools.pairwise(item.completion.token_times_ns or ()))
-    queue_s = [
-        seconds_between(item.arrived_ns, item.completion.started_ns) for item in requests if item.arrived_ns is not None
-    ]
+    queued = ((item.arrived_ns, item.completion.started_ns) for item in requests)
+    queue_s = [seconds_between(arrived, started) for arrived, started in queued if arrived is not None]
     values: dict[str, tuple[Sequence[float], str]] = {
         "ttft_s": ([item.ttft_s for item in timed], why_not),
         "tpot_s": (tpot_s, why_not_between),
@@ -93,12 +90,8 @@ def latency_of(requests: Sequence[Answer]) -> Latency:
         "e2e_s": ([item.e2e_s for item in requests], "no_request"),
         "queue_s": (queue_s, "no_arrivals"),
     }
-    return Latency.of(
-        **{
-            name: known(distribute(seconds), why if requests else "no_request")
-            for name, (seconds, why) in values.items()
-        }
-    )
+    found = ((name, distribute(seconds), why) for name, (seconds, why) in values.items())
+    return Latency.of(**{name: known(value, why if requests else "no_request") for name, value, why in found})
 
 
 @dataclass(frozen=True)
@@ -131,9 +124,8 @@ def check_completion(completion: Completion) -> None:
     """
     times = completion.token_times_ns
     if completion.error is None and times is not None and len(times) != len(completion.output_ids):
-        raise EngineError(
-            f"request {completion.index}: the backend gave {len(times)} times for {len(completion.output_ids)} tokens"
-        )
+        what = f"{len(times)} times for {len(completion.output_ids)} tokens"
+        raise EngineError(f"request {completion.index}: the backend gave {what}")
     if completion.finished_ns < completion.started_ns:
         raise EngineError(f"request {completion.index}: the backend reports an end before the start")
 
@@ -202,9 +194,8 @@ def _add_up(requests: Sequence[TokenRequest], passes: Sequence[_Pass]) -> Measur
     lengths = {request.index: len(request.token_ids) for request in requests}
     for item in passes:
         if sorted(completion.index for completion in item.completions) != sorted(lengths):
-            raise EngineError(
-                f"the backend gave {len(item.completions)} completions that do not match the {len(lengths)} requests"
-            )
+            what = f"{len(item.completions)} completions that do not match the {len(lengths)} requests"
+            raise EngineError(f"the backend gave {what}")
         for completion in item.completions:
             check_completion(completion)
     everything = [completion for item in passes for completion in item.completions]

@@ -28,7 +28,6 @@ from lem.engines.pytorch.options import EngineFacts, SpecialTokens
 
 # Fields of GenerationConfig that say nothing about how tokens are generated.
 GENERATION_META = ("transformers_version", "_from_model_config")
-
 # CUDA graphs warm up, record and replay: a fault of theirs shows after a few steps.
 _TRIAL_TOKENS = 8
 
@@ -89,20 +88,16 @@ class BatchRunner:
 
     def run(self, batch: Sequence[TokenRequest], *, observe: bool) -> list[Completion]:
         """A completion for each request of the batch; running out of memory only fails its requests."""
-        failed, fitting, started_ns = [], [], time.monotonic_ns()
-        for request in batch:
-            problem = self._problem_of(request)
-            if problem is None:
-                fitting.append(request)
-            else:
-                failed.append(Completion(request.index, (), started_ns, started_ns, error=problem))
+        problems, now_ns = [(request, self._problem_of(request)) for request in batch], time.monotonic_ns()
+        failed = [Completion(request.index, (), now_ns, now_ns, error=text) for request, text in problems if text]
+        fitting = [request for request, text in problems if text is None]
         if not fitting:
             return failed
         started_ns = time.monotonic_ns()
         clock = TokenClock(len(fitting)) if observe else None
         try:
             generated = self._generate(fitting, clock)
-            return failed + self._complete(fitting, generated, started_ns, clock)
+            return [*failed, *self._complete(fitting, generated, started_ns, clock)]
         except EngineRaised as raised:
             text = shortened(raised.error)
             if not is_out_of_memory(raised.error):
@@ -175,28 +170,21 @@ class BatchRunner:
 
     def _complete(
         self, batch: Sequence[TokenRequest], generated: list[list[int]], started_ns: int, clock: TokenClock | None
-    ) -> list[Completion]:
-        now_ns = time.monotonic_ns()
-        width = max(len(request.token_ids) for request in batch)
-        completions = []
+    ) -> Iterator[Completion]:
+        now_ns, width = time.monotonic_ns(), max(len(request.token_ids) for request in batch)
         for request, row in zip(batch, generated, strict=True):
             output_ids = options.cut_output(row, request.max_output_tokens, self._end_ids)
             times_ns = None if clock is None else tuple(clock.times_ns[: len(output_ids)])
             finished_ns = times_ns[-1] if times_ns else now_ns
             padding_tok = width - len(request.token_ids)
-            completions.append(
-                Completion(request.index, output_ids, started_ns, finished_ns, times_ns, padding_tok=padding_tok)
-            )
-        return completions
+            yield Completion(request.index, output_ids, started_ns, finished_ns, times_ns, padding_tok=padding_tok)
 
     def _problem_of(self, request: TokenRequest) -> str | None:
         needed, positions = len(request.token_ids) + request.max_output_tokens, self.loaded.positions
         if positions is None or needed <= positions:
             return None
-        return (
-            f"{len(request.token_ids)} prompt tokens and {request.max_output_tokens} output tokens exceed "
-            f"the {positions} positions of the model; lower max_input_tokens or max_output_tokens"
-        )
+        wanted = f"{len(request.token_ids)} prompt tokens and {request.max_output_tokens} output tokens"
+        return f"{wanted} exceed the {positions} positions of the model; lower max_input_tokens or max_output_tokens"
 
 
 def _bounds(batch: Sequence[TokenRequest]) -> tuple[int, int]:

@@ -19,18 +19,14 @@ from lem.engines.common import section_of, set_by
 from lem.engines.protocol import TokenRequest
 
 FOUR_BIT_OPTIONS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-
 # Arguments that transformers reads from the assistant's own generation config and nowhere else.
 _ASSISTANT_ARGUMENTS = (
     *("num_assistant_tokens_schedule", "assistant_confidence_threshold"),
     *("assistant_lookbehind", "target_lookbehind"),
 )
-
 _BEAM_ARGUMENTS = ("num_beams", "length_penalty", "early_stopping")
-
 # Modes of torch.compile that record CUDA graphs on a GPU (its reference, torch.compile, mode).
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
-
 # Caches that `generate` makes by name; the others it knows are old names, which it turns into one of these.
 _CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 
@@ -145,10 +141,8 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[list[list[int]
 def cut_output(generated: Sequence[int], max_tokens: int, end_ids: Set[int]) -> tuple[int, ...]:
     """A row of a batch up to and including its end (one of `end_ids`), and never beyond its bound."""
     # A row that ended before the batch is padded; one without an end was generated further.
-    for index, token in enumerate(generated[:max_tokens]):
-        if token in end_ids:
-            return tuple(generated[: index + 1])
-    return tuple(generated[:max_tokens])
+    ends = (index + 1 for index, token in enumerate(generated[:max_tokens]) if token in end_ids)
+    return tuple(generated[: next(ends, max_tokens)])
 
 
 # --- arguments
@@ -161,9 +155,8 @@ def is_assisted(section: PyTorchConfig) -> bool:
 
 def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
     """Warnings about options without effect."""
-    if section_of(config, PyTorchConfig).min_p is not None and config.decoder.is_greedy:
-        return (Reason.of("min_p_unused", backend="pytorch"),)
-    return ()
+    is_unused = section_of(config, PyTorchConfig).min_p is not None and config.decoder.is_greedy
+    return (Reason.of("min_p_unused", backend="pytorch"),) if is_unused else ()
 
 
 def compiles_steps(section: PyTorchConfig, device: str) -> bool:

@@ -99,9 +99,7 @@ class Session:
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
     ) -> list[Completion]:
         self._seed(requests)
-        batches = (
-            [(request,) for request in requests] if observe_tokens else options.plan_batches(requests, self._section)
-        )
+        batches = [(item,) for item in requests] if observe_tokens else options.plan_batches(requests, self._section)
         completions: list[Completion] = []
         for batch in batches:
             completions += self._runner.run(batch, observe=observe_tokens)
@@ -126,9 +124,8 @@ class Session:
 
     def peak_memory_b(self) -> int | None:
         """See `Engine`; bytes in tensors, model included."""
-        if self._facts.gpu_index is None:
-            return None
-        return int(torch.cuda.max_memory_allocated(self._facts.gpu_index))
+        index = self._facts.gpu_index
+        return None if index is None else int(torch.cuda.max_memory_allocated(index))
 
     def close(self) -> None:
         vars(self).clear()  # nothing else holds the weights
@@ -206,10 +203,8 @@ def _load_model(config: ExperimentConfig, facts: EngineFacts, token: str | None)
     with explained(f"model.tokenizer: {asked.tokenizer}" if asked.tokenizer else f"tokenizer of {source.name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **access)
     model, warnings = _load_weights(config, source, device, facts, access)
-    loaded = LoadedModel(
-        model, tokenizer, source, device, _special_tokens(model, tokenizer), _positions(model), _own_settings(model)
-    )
-    loaded.warnings = warnings
+    tokens, positions, left_out = _special_tokens(model, tokenizer), _positions(model), _own_settings(model)
+    loaded = LoadedModel(model, tokenizer, source, device, tokens, positions, left_out, warnings=warnings)
     # A model has its own settings for sampling and length; `generate` would fill every gap from them.
     model.generation_config = GenerationConfig()
     if asked.adapter is not None:
@@ -226,8 +221,7 @@ def _set_assistant(loaded: LoadedModel, config: ExperimentConfig, facts: EngineF
         return
     if loaded.assistant_name != name:
         source = locate(name, token, "assisted_generation.model")
-        is_trusted = config.model.trust_remote_code
-        access = {"token": token, "trust_remote_code": is_trusted, "revision": source.commit}
+        access = {"token": token, "trust_remote_code": config.model.trust_remote_code, "revision": source.commit}
         arguments = {**access, **_dtype_option(config, facts)}
         with explained(f"assisted_generation.model: {name}"):
             loaded.assistant = AutoModelForCausalLM.from_pretrained(source.name, **arguments).to(loaded.device)

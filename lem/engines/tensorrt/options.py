@@ -35,19 +35,16 @@ OPTIONS: Arguments = MappingProxyType(
     }
 )
 _CLASSES = {"": "LLM", "kv_cache_config": "KvCacheConfig", "speculative_config": "DraftTargetDecodingConfig"}
-
 # Draft models go by one of these names, depending on the version.
 _DRAFT_MODEL = ("speculative_model", "speculative_model_dir")
-
 # Arguments that help if they exist: lem bounds requests itself, and can do without the engine's times.
 _HELPFUL = frozenset({"max_input_len", "return_perf_metrics"})
 
 _BUILDING = "not supported by the PyTorch flow, TensorRT-LLM's default, which builds no engines"
 _UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(
-            ("engine_path", "engine_cache_dir", "force_rebuild", "builder_opt_level", "extra_build_args"), _BUILDING
-        ),
+        **dict.fromkeys(("engine_path", "engine_cache_dir", "force_rebuild"), _BUILDING),
+        **dict.fromkeys(("builder_opt_level", "extra_build_args"), _BUILDING),
         "calibration": "the PyTorch flow does not quantize; calibrate when you create the checkpoint (NVIDIA ModelOpt)",
     }
 )
@@ -171,8 +168,7 @@ def _unsupported(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple
     for name in sorted(sampling_settings(config).keys() - facts.sampling_arguments):
         yield f"decoder.{name}", f"SamplingParams has no {name}"
     if not decoder.is_greedy and config.random_seed is not None:
-        one_generator = "the sampler has one generator for all requests of a batch, so their seeds have no effect"
-        yield "random_seed", f"{one_generator}; use greedy decoding, or random_seed: null"
+        yield "random_seed", "all requests of a batch share one generator; use greedy decoding, or random_seed: null"
     if decoder.repetition_penalty != 1.0 and not facts.has_penalties:
         yield "decoder.repetition_penalty", "the sampler of this version has no penalties"
 
@@ -180,8 +176,7 @@ def _unsupported(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple
 def _refused_extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     extra = common.extra_of(config, _EXTRA)
     for name in extra:
-        reason = common.reason_against(name, _REFUSED, facts.arguments, "unknown argument of LLM")
-        if reason is not None:
+        if reason := common.reason_against(name, _REFUSED, facts.arguments, "unknown argument of LLM"):
             yield f"tensorrt.extra_runtime_args.{name}", reason
     overriding = extra.get("model_kwargs")
     for key in _TYPE_KEYS:
@@ -199,8 +194,7 @@ def refuse_differences(config: ExperimentConfig, arguments: Any, facts: EngineFa
         "tensorrt.max_output_len": (sum(lengths_of(config)), look_up(arguments, "max_seq_len")),
     }
     effective = common.effective_values(arguments, OPTIONS)
-    for name, value in _given(config).items():
-        pairs[f"tensorrt.{name}"] = (value, effective[name])
+    pairs |= {f"tensorrt.{name}": (value, effective[name]) for name, value in _given(config).items()}
     for name, value in common.extra_of(config, _EXTRA).items():
         if isinstance(value, (bool, int, float, str)):
             pairs[f"tensorrt.extra_runtime_args.{name}"] = (value, plain(getattr(arguments, name, None)))

@@ -117,16 +117,15 @@ class Session(common.ServedSession):
         text = f"{type(error).__name__}: {shortened(error)}"
         if isinstance(error, MemoryError) or any(mark in text.lower().replace("_", "") for mark in _OUT_OF_MEMORY):
             hint = "use a smaller model, a quantized checkpoint, shorter lengths, or a lower tensorrt.max_batch_size"
-            what = f"{self._facts}: out of memory while loading"
-            return common.out_of_memory(f"{what}: {text}", hint)
+            return common.out_of_memory(f"{self._facts}: out of memory while loading: {text}", hint)
         what = f"{self._facts} cannot load {self._config.model.name}"
         if isinstance(error, (TypeError, ValueError)):
             return OptionRefused(f"{what} with these options: {text}")
         return EngineError(f"{what}: {text}", "see the log")
 
     def _run_failure(self, error: BaseException) -> EngineError:
-        text = f"{type(error).__name__}: {shortened(error)}"
-        return EngineError(f"{self._facts} failed while generating: {text}", "see the log")
+        what = f"{self._facts} failed while generating"
+        return EngineError(f"{what}: {type(error).__name__}: {shortened(error)}", "see the log")
 
     def _rejection(self, text: str) -> EngineError:
         return OptionRefused(f"{self._facts} rejects the requests of this experiment: {text}")
@@ -153,8 +152,7 @@ def _find_facts() -> EngineFacts:
 @contextlib.contextmanager
 def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus | None) -> Iterator[tuple[str, ...]]:
     """The UUIDs of the GPUs in use; the environment decides what the engine and its processes see."""
-    before = os.environ.get(GPU_VARIABLE)
-    visible = before
+    before = visible = os.environ.get(GPU_VARIABLE)
     if config.gpus:
         seen = before.split(",") if before else []
         names = [seen[int(name)] if name.isdecimal() and int(name) < len(seen) else name for name in config.gpus]
@@ -272,10 +270,8 @@ class Server:
         """The answer to wait for; the words of an error if the request has failed already."""
         prompt_tok, output_tok = len(request.token_ids), request.max_output_tokens
         if prompt_tok > self.longest_input or prompt_tok + output_tok > self.longest:
-            return (
-                f"{prompt_tok} prompt tokens and {output_tok} output tokens exceed the limits of the engine "
-                f"(tensorrt.max_input_len {self.longest_input}, {self.longest} in total)"
-            )
+            limits = f"(tensorrt.max_input_len {self.longest_input}, {self.longest} in total)"
+            return f"{prompt_tok} prompt tokens and {output_tok} output tokens exceed the limits of the engine {limits}"
         inputs = {"prompt_token_ids": list(request.token_ids)}
         try:
             parameters = self.parameters(request)

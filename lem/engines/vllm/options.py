@@ -67,8 +67,6 @@ OPTION_OF_PARAMETER: Mapping[str, str] = MappingProxyType(
     }
 )
 
-_NO_TEXT = "lem only measures text generation"
-_TURNED_AWAY = "rejected requests would count as failed"
 # Why an argument of the engine is not taken from `extra`.
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
@@ -86,9 +84,8 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "disable_log_stats": "lem needs these statistics for the times of requests",
         "skip_tokenizer_init": "lem tokenizes prompts with the engine's tokenizer",
         "override_generation_config": "lem sets every sampling value itself",
-        "max_num_queued_reqs": _TURNED_AWAY,
-        "max_num_queued_tokens": _TURNED_AWAY,
-        **dict.fromkeys(("runner", "convert", "task", "pooler_config"), _NO_TEXT),
+        **dict.fromkeys(("max_num_queued_reqs", "max_num_queued_tokens"), "rejected requests would count as failed"),
+        **dict.fromkeys(("runner", "convert", "task", "pooler_config"), "lem only measures text generation"),
     }
 )
 _DATA_PARALLEL = ("data_parallel_", "nnodes", "node_rank", "enable_elastic_ep")
@@ -172,9 +169,8 @@ def effective_sampling(made: Any, settings: Mapping[str, Any], facts: EngineFact
         found = getattr(made, name)
         is_all_tokens = name == "top_k" and {requested, found} <= {-1, 0}
         if found != requested and not is_all_tokens:
-            raise OptionRefused(
-                f"{facts} changed requested values: {OPTION_OF_PARAMETER.get(name, name)}: {requested} became {found}"
-            )
+            option = OPTION_OF_PARAMETER.get(name, name)
+            raise OptionRefused(f"{facts} changed requested values: {option}: {requested} became {found}")
     names = (*settings, "top_k", "top_p", "min_p", "logit_bias", "presence_penalty", "frequency_penalty")
     return {name: getattr(made, name) for name in dict.fromkeys(names)}
 
@@ -283,10 +279,8 @@ def refuse_seeds(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts,
     fits = scheduler.max_num_seqs * vllm_config.model_config.max_model_len <= scheduler.max_num_batched_tokens
     is_split = scheduler.enable_chunked_prefill and not fits
     if seed_of(config, 0) is not None and is_split and not can_rewind:
-        raise OptionRefused(
-            f"random_seed: {config.random_seed}: {facts} fails when it samples with a seed and splits a prompt",
-            "use greedy decoding, random_seed: null, or vllm.enable_chunked_prefill: false",
-        )
+        text = f"random_seed: {config.random_seed}: {facts} fails when it samples with a seed and splits a prompt"
+        raise OptionRefused(text, "use greedy decoding, random_seed: null, or vllm.enable_chunked_prefill: false")
 
 
 def describe_effective(

@@ -52,10 +52,8 @@ class _Stream:
             return None
         started_ns, finished_ns = self._span(output.metrics, now_ns)
         error = None if part.finish_reason in GOOD_ENDS else f"vLLM ended the request with {part.finish_reason!r}"
-        times_ns = tuple(self.times_ns) if self.is_observed else None
-        return Completion(
-            self.request.index, tuple(self.output_ids), started_ns, finished_ns, times_ns, error, padding_tok=0
-        )
+        output_ids, times_ns = tuple(self.output_ids), tuple(self.times_ns) if self.is_observed else None
+        return Completion(self.request.index, output_ids, started_ns, finished_ns, times_ns, error, padding_tok=0)
 
     def _span(self, metrics: Any, now_ns: int) -> tuple[int, int]:
         started_s, last_s = (getattr(metrics, name, 0.0) for name in ("scheduled_ts", "last_token_ts"))
@@ -256,8 +254,7 @@ def explain_load_failure(
     name, text = _cause(error, output)
     what = f"{facts} cannot load {config.model.name}"
     if _OUT_OF_MEMORY.search(f"{text} {output if _ELSEWHERE.search(str(error)) else ''}"):
-        what = f"{facts}: out of memory while loading"
-        return common.out_of_memory(f"{what}: {text}", _MEMORY_HINT)
+        return common.out_of_memory(f"{facts}: out of memory while loading: {text}", _MEMORY_HINT)
     if killed := _KILLED.search(str(error)):
         hint = "signal 9 usually means that the host ran out of memory" if killed["signal"] == "9" else ""
         what = f"{facts}: its process {killed['name']} was killed by signal {killed['signal']} while loading"

@@ -179,10 +179,8 @@ class Session(common.ServedSession):
         def prompt(token_ids: Sequence[int], salt: str | None) -> Any:
             if tokens_input is not None:
                 return tokens_input(list(token_ids), cache_salt=salt)
-            made = TokensPrompt(prompt_token_ids=list(token_ids))
-            if salt is not None:
-                made["cache_salt"] = salt
-            return made
+            salted = {} if salt is None else {"cache_salt": salt}
+            return TokensPrompt(prompt_token_ids=list(token_ids), **salted)
 
         def make(maximum: int, minimum: int, seed: int | None, is_observed: bool) -> SamplingParams:
             kind = RequestOutputKind.DELTA if is_observed else RequestOutputKind.FINAL_ONLY
