@@ -41,9 +41,8 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *_OTHER_WEIGHTS)
 # A field of the wrong type; older versions of the hub's client check none.
 _StrictError: type[Exception] = getattr(hub_errors, "StrictDataclassError", ValueError)
 
-# What transformers and its helpers raise for a model that is missing, incomplete or unknown. All were seen with broken
-# configurations (transformers 5.23): no heads divide by zero, padding outside of the vocabulary fails an assertion, an
-# unknown activation is a KeyError.
+# What transformers and its helpers raise for a model that is missing, incomplete or unknown (seen with 5.23): no heads
+# divide by zero, padding outside of the vocabulary fails an assertion, an unknown activation is a KeyError.
 MODEL_FAILURES = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError),
     *(SafetensorError, TypeError, ValueError, pickle.UnpicklingError, _StrictError),

@@ -14,8 +14,7 @@ from lem.base.units import KIB, MIB
 
 PROTOCOL_VERSION = 2
 
-# The phases that `load_timeout_seconds` bounds; `experiment_timeout_seconds` bounds the others, which are
-# idle, warmup, window, cooldown, write.
+# `load_timeout_seconds` bounds these; `experiment_timeout_seconds` the others: idle, warmup, window, cooldown, write.
 LOAD_PHASE = "load"  # skipped when the engine is reused
 LOADING_PHASES = ("prepare", LOAD_PHASE)
 # A longer line is garbage, not a message; prompts travel as files.

@@ -45,11 +45,9 @@ class EngineChild:
             self.message_fd, message_end = _pipe(ours, theirs)
             self.output_fd, output_end = _pipe(ours, theirs)
             fds = ("--control-fd", str(control_end), "--message-fd", str(message_end))
-            self._child = process.spawn(
-                (*own_command(sys.executable), "worker", "--engine", *fds),
-                streams=(process.DEVNULL, output_end, output_end),
-                pass_fds=(control_end, message_end),
-            )
+            command = (*own_command(sys.executable), "worker", "--engine", *fds)
+            streams = (process.DEVNULL, output_end, output_end)
+            self._child = process.spawn(command, streams=streams, pass_fds=(control_end, message_end))
             ours.pop_all()
         for descriptor in (self.message_fd, self.output_fd):
             os.set_blocking(descriptor, False)

@@ -25,7 +25,7 @@ from lem.meters.attempt import AttemptLog, Baselines, Sources, choose_sources, s
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.external import ExternalReadings, is_short_of, read_external
-from lem.meters.samples import Mark, SampleHeader, SampleLog
+from lem.meters.samples import Mark, Row, SampleHeader, SampleLog
 from lem.record import Measured, known
 from lem.worker.channel import RunRequest
 from lem.worker.children import READY_TIMEOUT_S, wait_until_ready
@@ -352,7 +352,5 @@ def _processes_of(log: SampleLog) -> dict[str, tuple[int, ...]]:
 
 
 def _latest_ns(log: SampleLog, *, is_loads: bool) -> int:
-    groups: Sequence[Sequence[samples.Row]] = (
-        (log.loads,) if is_loads else (log.counters, log.samples, log.rapl, log.loads)
-    )
+    groups: Sequence[Sequence[Row]] = (log.loads,) if is_loads else (log.counters, log.samples, log.rapl, log.loads)
     return max((rows[-1].at_ns for rows in groups if rows), default=log.header.started_ns)

@@ -63,8 +63,7 @@ class Session:
     def configure(self, config: ExperimentConfig) -> None:
         common.check_same_engine(config, self._engine_key)
         options.check(config, self._facts)
-        # An experiment must not depend on the one before: neither on the shapes it compiled for, nor on the memory it
-        # fragmented, nor on the length of its static cache, which transformers would keep.
+        # An experiment must not depend on the one before: on its compiled shapes, fragmented memory or static cache.
         vars(self._loaded.model).pop("_previous_max_cache_length", None)
         free_memory()
         _set_assistant(self._loaded, config, self._facts, self._token)

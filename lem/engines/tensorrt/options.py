@@ -168,7 +168,7 @@ def _unsupported(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple
     for name in sorted(sampling_settings(config).keys() - facts.sampling_arguments):
         yield f"decoder.{name}", f"SamplingParams has no {name}"
     if not decoder.is_greedy and config.random_seed is not None:
-        yield "random_seed", "all requests of a batch share one generator; use greedy decoding, or random_seed: null"
+        yield "random_seed", "the sampler has one generator for all requests; use greedy decoding, or random_seed: null"
     if decoder.repetition_penalty != 1.0 and not facts.has_penalties:
         yield "decoder.repetition_penalty", "the sampler of this version has no penalties"
 
