@@ -48,7 +48,7 @@ _Section = TypeVar("_Section", bound="DataclassInstance")
 def reasons(section: _Section, reason: str) -> _Section:
     """The section with the same reason for every value that is None."""
     names = [item.name for item in dataclasses.fields(section) if getattr(section, item.name) is None]
-    return dataclasses.replace(section, null_reasons=dict.fromkeys(names, recognise(reason)))
+    return dataclasses.replace(section, null_reasons=dict.fromkeys(names, recognise(reason, is_null=True)))
 
 
 def sentences(*texts: str) -> tuple[Reason, ...]:
@@ -202,11 +202,11 @@ def make_environment() -> Environment:
         engine_effective={"attn_implementation": "sdpa", "batch_size": 1},
         engine_differs={},
         null_reasons={
-            "governor": recognise("not told by this kernel"),
-            "image": recognise("no container"),
-            "vbios": recognise(NO_GPU),
-            "model_revision": recognise("a local folder"),
-            "other_gpu_processes": recognise(NO_GPU),
+            "governor": recognise("not told by this kernel", is_null=True),
+            "image": recognise("no container", is_null=True),
+            "vbios": recognise(NO_GPU, is_null=True),
+            "model_revision": recognise("a local folder", is_null=True),
+            "other_gpu_processes": recognise(NO_GPU, is_null=True),
         },
     )
 

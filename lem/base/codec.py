@@ -157,7 +157,7 @@ def _decode_section(kind: Any, value: Any, where: str) -> Any:
     for name, text in texts.items():
         if plain.get(name, name) is not None:
             raise DecodeError(f"{where}: {shown(name + _REASON)} has no null beside it")
-        reasons[name] = _decode_reason(text, coded.pop(name + _REASON, None), where)
+        reasons[name] = _decode_reason(text, coded.pop(name + _REASON, None), where, is_null=True)
     for name, hint in _reason_fields(kind).items():
         if plain[name] is not None:
             sentences = decode_hint(hint, plain[name], _at(where, name))
@@ -190,10 +190,10 @@ def _decode_reasons(sentences: str | tuple[str, ...], coded: Any, where: str) ->
     return [_decode_reason(sentence, code, where) for sentence, code in zip(sentences, codes, strict=True)]
 
 
-def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:
+def _decode_reason(sentence: str, coded: Any, where: str, *, is_null: bool = False) -> Reason:
     """The reason; without a code (in older records), or with one of a newer lem, its sentence is all there is."""
     if coded is None:
-        return recognise(sentence)
+        return recognise(sentence, is_null=is_null)
     if not isinstance(coded, dict) or coded.keys() != {"code", "data"} or not isinstance(coded["data"], dict):
         raise DecodeError(f"{where}: expected code and data, got {shown(coded)}")
     code, data = decode(str, coded["code"], where), encode(coded["data"], f"{where}.data")
@@ -203,38 +203,42 @@ def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:
         return Reason.of("verbatim", text=sentence)
 
 
-# What sentences without a code are read by.
-_RECOGNISED: Mapping[str, str] = {
-    **{code: text for code, text in V1_TEXTS.items() if code != "verbatim"},
-    # A sentence of nothing but other words would match any.
-    **{code: text for code, text in NULL_TEXTS.items() if not text.startswith("{error}")},
-}
+# A value is null for reasons of its own, or for one that is also a warning.
+_RECORDED = {**V1_TEXTS, **NULL_TEXTS}
+# Sentences of nothing but other words, which would match any.
+_OF_OTHERS = {"verbatim", "sampler_reports", "external_unreadable"}
 # How data look in a sentence, by format; other formats are of floats.
 _SHAPES = {"": ".*?", "d": "-?[0-9]+", "#x": "0x[0-9a-f]+"}
 _FLOAT = "-?[0-9]+(?:[.][0-9]+)?(?:e[-+]?[0-9]+)?%?"
 
 
 @functools.lru_cache(4096)
-def recognise(text: str) -> Reason:
-    """The reason for a sentence that was recorded without a code; `verbatim` for one that lem does not know."""
-    for code, (template, formats) in _patterns().items():
+def recognise(text: str, *, is_null: bool = False) -> Reason:
+    """The reason for a sentence that was recorded without a code, why a value is null or any other; else `verbatim`."""
+    for code, template, formats in _patterns(is_null):
         match = template.fullmatch(text)
-        if match is not None:
+        if match is None:
+            continue
+        try:
             reason = Reason.of(code, **{name: parsed(match[name], formats[name]) for name in formats})
-            if reason.worded(_RECOGNISED) == text:
-                return reason
+        except ValueError:  # a number with too many digits for Python
+            continue
+        if reason.worded(_RECORDED) == text:
+            return reason
     return Reason.of("verbatim", text=text)
 
 
 @functools.cache
-def _patterns() -> Mapping[str, tuple[re.Pattern[str], Mapping[str, str]]]:
-    patterns = {}
-    for code, template in _RECOGNISED.items():
+def _patterns(is_null: bool) -> Sequence[tuple[str, re.Pattern[str], Mapping[str, str]]]:
+    patterns = []
+    for code, template in (_RECORDED if is_null else V1_TEXTS).items():
+        if code in _OF_OTHERS:
+            continue
         parts = [
             re.escape(literal) + (f"(?P<{name}>{_SHAPES.get(spec or '', _FLOAT)})" if name else "")
             for literal, name, spec, _ in string.Formatter().parse(template)
         ]
-        patterns[code] = (re.compile("".join(parts), re.DOTALL), formats_of(template))
+        patterns.append((code, re.compile("".join(parts), re.DOTALL), formats_of(template)))
     return patterns
 
 

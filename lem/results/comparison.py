@@ -175,7 +175,8 @@ class _Content:
         """The answer in one sentence, in the first metric that can be compared."""
         if self._lead is None:
             texts = "; ".join(reason.text for reason in dict.fromkeys(row.reason for row in self._rows) if reason)
-            return f"Nothing can be compared: {texts or 'there is only the baseline'}."
+            alone = "there is only the baseline" if self._anchor is None else "the runs have no configuration in common"
+            return f"Nothing can be compared: {texts or alone}."
         rows = [(pair, row) for pair, row in self._comparison.rows(self._lead) if row.effect]
         return self._of_one(*rows[0]) if len(self._pairs) == 1 else self._of_many(self._lead, rows)
 
@@ -228,7 +229,7 @@ class _Content:
         parts: list[list[Column]] = [settings] if width is None else _split(settings, width - _NAME_ROOM)
         return [
             *(Table("Differing settings", names, tuple(part)) for part in parts if part),
-            *map(self._metric_table, self._metrics),
+            *(self._metric_table(it) for it in self._metrics if self._anchor is None or self._comparison.rows(it)),
         ]
 
     def notes(self) -> Iterable[str]:

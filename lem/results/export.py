@@ -185,7 +185,7 @@ def _as_csv(table: Table) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(map(_not_a_formula, table.columns))
     for row in table.rows:
-        texts = [(value, cell_text(value)) for value, _ in row.values()]
+        texts = [(value, cell_text(value)) for value, _ in (row[name] for name in table.columns)]
         writer.writerow([text if isinstance(value, (int, float)) else _not_a_formula(text) for value, text in texts])
     return out.getvalue()
 
@@ -201,7 +201,7 @@ def _as_markdown(table: Table) -> str:
     columns = [[row[name][0] for row in table.rows if row[name][0] is not None] for name in table.columns]
     is_number = [bool(values) and all(isinstance(value, (int, float)) for value in values) for values in columns]
     lines: list[Sequence[str]] = [table.columns, ["---:" if right else "---" for right in is_number]]
-    lines += [[_markdown_cell(value) for value, _ in row.values()] for row in table.rows]
+    lines += [[_markdown_cell(row[name][0]) for name in table.columns] for row in table.rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 

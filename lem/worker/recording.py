@@ -294,7 +294,8 @@ def differing_options(config: ExperimentConfig, effective: Mapping[str, Any]) ->
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {dotted(path): list(item) if isinstance(item, tuple) else item for path, item in leaves(tree)}
+    values = ((dotted(path), item) for path, item in leaves(tree) if not isinstance(item, Mapping))  # nor empty ones
+    return {name: list(item) if isinstance(item, tuple) else item for name, item in values}
 
 
 def _find(file: Path, names: Collection[str], separator: str) -> str | None:

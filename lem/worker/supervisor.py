@@ -301,13 +301,15 @@ class Supervisor:
     def _read_messages(self, engine: EngineChild) -> bool:
         """Take what was reported; whether there may be more."""
         data = self._take(engine.message_fd)
+        if not data:  # a full buffer would report the same error again, as that of the next experiment
+            return False
         try:
             for line in self._engine_lines.feed(data):
                 self._pass_on(engine, channel.read_report(line))
         except ChannelError as error:
             engine.end(EndStep.TERM, time.monotonic())
             self._answer_error("channel", f"the engine process reported {error}")
-        return bool(data)
+        return True
 
     def _take(self, descriptor: int) -> bytes:
         """What can be read now; at the end of the file, nothing more is waited for."""

@@ -214,8 +214,12 @@ def test_a_record_of_version_1_is_the_one_of_today(code: str) -> None:
 
 
 def test_a_sentence_that_lem_never_wrote_is_kept_as_it_is() -> None:
-    for sentence in ("", "one", "3 of many requests failed, the first with: x", "integrated power is 1.0800 of it"):
+    digits = f"{'9' * 5000} of 3 requests failed, the first with: x"  # more than Python takes for a number
+    null = "The generation flag top_p is not given"  # the words of another program, like those of a null reason
+    for sentence in ("", "one", "3 of many requests failed, the first with: x", digits, null):
         assert recognise(sentence) == Reason.of("verbatim", text=sentence)
+    short = f"{'9' * 5000} of the counter were read"
+    assert recognise(short, is_null=True) == Reason.of("verbatim", text=short)
 
 
 def test_the_recorded_attempt_of_version_1_is_read_with_its_codes() -> None:

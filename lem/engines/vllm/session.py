@@ -277,9 +277,14 @@ def _check_sampling(config: ExperimentConfig, facts: EngineFacts) -> dict[str, A
 
 
 def _can_rewind(device: str) -> bool:
-    with contextlib.suppress(RuntimeError):
-        return device != "cpu" or torch.Generator(device).get_offset() >= 0
-    return False
+    """Whether random generators on this device can be rewound."""
+    if device != "cpu":
+        return True
+    try:
+        torch.Generator(device).get_offset()
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

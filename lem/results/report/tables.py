@@ -27,7 +27,7 @@ _SHOWN = 8
 _PROBLEMS_SHOWN = 200
 # Findings that the verdict, the invalid results and the plots show as well.
 _SHOWN_ELSEWHERE = frozenset({"damaged", "indistinguishable", "unequal_exclusions", "invalid"})
-_KINDS = ("missing", "half-written", "corrupt", "foreign", "unreadable")
+_KINDS = {"missing": "without a result"} | {it: it for it in ("half-written", "corrupt", "foreign", "unreadable")}
 
 
 def validity_section(report: Report) -> Markup:
@@ -100,8 +100,7 @@ def _problems(report: Report) -> Markup:
     if not problems:
         return Markup()
     kinds = [problem.kind for problem in problems]
-    counts = ", ".join(f"{count} {kind}" for kind in _KINDS if (count := kinds.count(kind)))
-    counts = counts.replace(" missing", " without a result")
+    counts = ", ".join(f"{count} {words}" for kind, words in _KINDS.items() if (count := kinds.count(kind)))
     rows = [[it.kind, "/".join(PurePath(it.path).parts[-4:]), it.message] for it in problems[:_PROBLEMS_SHOWN]]
     content = table("Attempts that were left out", ["Kind", "File", "Problem"], rows, row_head=None)
     left = len(problems) - len(rows)

@@ -48,6 +48,7 @@ CAMPAIGNS: dict[str, tuple[Campaign, ...]] = {
         based(**BEFORE, day_sd=0.01),
         based(**AFTER, day_sd=0.01, driver="580.65", gpu_serial=7, configurations=CHANGED),
     ),
+    "apart": (based(**BEFORE, configurations=(PYTORCH, VLLM)), based(**AFTER, configurations=(FLOAT16, LARGE))),
     "strangers": (based(**BEFORE, configurations=(PYTORCH,)), based(**AFTER, configurations=(VLLM,))),
 }
 
@@ -79,6 +80,7 @@ days // before after --gate energy=3% // 3 // vllm-bfloat16 in after uses 1.12 �
 days // before/vllm-bfloat16 20260801/vllm-bfloat16 // 0 // 95 % 1.11–1.14, 5 and 5 cycles, over the anchor pytorch
   // not compared in time to first token, median: not measured
 days // before after --anchor vllm-float16 --metric energy // 0 // anchor: vllm-float16, itself 1.018 × in energy
+apart // before after // 0 // Nothing can be compared: the runs have no configuration in common
 strangers // before after --gate energy=3% --strict // 4 // no verdict: no unchanged configuration
   // pytorch-bfloat16 → vllm-
 """

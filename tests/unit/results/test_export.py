@@ -134,6 +134,7 @@ def test_no_results_are_an_empty_table():
 def test_columns_are_those_named_in_that_order():
     table = make_table(_exported(make_record()))
     assert render(with_columns(table, ["valid", "config_name"]), "csv") == "valid,config_name\ntrue,small\n"
+    assert render(with_columns(table, ["valid", "config_name", "valid"]), "csv").splitlines()[1] == "true,small,true"
     with pytest.raises(UserError) as caught:
         with_columns(table, ["output_tok_pers"])
     assert str(caught.value) == "unknown column 'output_tok_pers' (did you mean 'output_tok_per_s'?)"

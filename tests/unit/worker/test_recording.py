@@ -113,10 +113,18 @@ NO_SAMPLING = {"decoder": {**GREEDY, "top_k": None, "top_p": None}}
         ),
         ({}, {"pytorch": {"batch_size": 4}}, {"pytorch.batch_size": [1, 4]}),
         ({}, {"pytorch": {"attn_implementation": "sdpa"}}, {}),
+        ({"backend": "vllm", "vllm": {"logit_bias": {}}}, {"vllm": {"logit_bias": None}}, {}),
         ({"decoder": GREEDY}, NO_SAMPLING, {}),
         ({"decoder": {**GREEDY, "top_k": 7}}, NO_SAMPLING, {"decoder.top_k": [7, None]}),
     ],
-    ids=["chosen", "default", "left to the engine", "default that does not apply", "chosen that does not apply"],
+    ids=[
+        "chosen",
+        "default",
+        "left to the engine",
+        "empty",
+        "default that does not apply",
+        "chosen that does not apply",
+    ],
 )
 def test_options_that_took_effect_otherwise_are_told_with_both_values(
     chosen: dict[str, Any], effective: dict[str, Any], told: dict[str, Any]

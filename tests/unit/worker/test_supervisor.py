@@ -16,7 +16,7 @@ from lem.base import process
 from lem.base.process import ProcessId
 from lem.config.experiment import ExperimentConfig
 from lem.meters.samples import ClockPair, read_tail
-from lem.worker.channel import LineBuffer, Outbox, RunRequest, encode_line
+from lem.worker.channel import MAX_LINE_B, LineBuffer, Outbox, RunRequest, encode_line
 from lem.worker.children import EndStep, EngineChild
 from lem.worker.supervisor import Supervisor
 from tests.processes import wait_for
@@ -111,11 +111,11 @@ class Host:
     def order(self, *messages: Mapping[str, Any]) -> None:
         os.write(self.orders, b"".join(map(encode_line, messages)))
 
-    def until(self, kind: str, /, **fields: object) -> dict[str, Any]:
+    def until(self, *kinds: str, **fields: object) -> dict[str, Any]:
         while True:
             while self._messages:
                 message = self._messages.pop(0)
-                if message["type"] == kind and all(message.get(name) == value for name, value in fields.items()):
+                if message["type"] in kinds and all(message.get(name) == value for name, value in fields.items()):
                     return message
             self._messages += map(decode_report, self._lines.feed(os.read(self._reports, 65536)))
 
@@ -187,6 +187,28 @@ def test_an_engine_process_that_talks_nonsense_is_ended_and_its_experiment_answe
     assert (error["kind"], error["exp_id"], error["engine_lost"]) == ("channel", "e", True)
     assert "CUDA initialised" in error["message"]
     assert engine.steps == [EndStep.TERM]
+
+
+def test_a_message_that_is_too_long_fails_its_own_experiment_alone(tmp_path: Path):
+    first, second = PipedEngine(), PipedEngine()
+    host = Host(first, second)
+
+    def say_too_much(_message: Mapping[str, Any]) -> None:
+        rest = memoryview(b"x" * (MAX_LINE_B + 1))
+        writer = threading.Thread(
+            target=lambda: [first.say(bytes(rest[at : at + 65536])) for at in range(0, len(rest), 65536)]
+        )
+        writer.start()
+
+    first.on_run = say_too_much
+    second.on_run = lambda _message: second.say({**RESULT, "exp_id": "e2"})
+    host.order(run_message(tmp_path, "e1"))
+    assert host.until("error")["exp_id"] == "e1"
+    host.order(run_message(tmp_path, "e2"))
+    first.exit_code = -9
+    os.write(host.signals, b"\0")
+
+    assert host.until("error", "result")["type"] == "result"
 
 
 @pytest.mark.parametrize(
