@@ -193,14 +193,11 @@ def test_a_message_that_is_too_long_fails_its_own_experiment_alone(tmp_path: Pat
     first, second = PipedEngine(), PipedEngine()
     host = Host(first, second)
 
-    def say_too_much(_message: Mapping[str, Any]) -> None:
-        rest = memoryview(b"x" * (MAX_LINE_B + 1))
-        writer = threading.Thread(
-            target=lambda: [first.say(bytes(rest[at : at + 65536])) for at in range(0, len(rest), 65536)]
-        )
-        writer.start()
+    def say_too_much() -> None:
+        for _ in range(MAX_LINE_B // 65536 + 1):
+            first.say(b"x" * 65536)
 
-    first.on_run = say_too_much
+    first.on_run = lambda _message: threading.Thread(target=say_too_much).start()
     second.on_run = lambda _message: second.say({**RESULT, "exp_id": "e2"})
     host.order(run_message(tmp_path, "e1"))
     assert host.until("error")["exp_id"] == "e1"
