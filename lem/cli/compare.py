@@ -10,19 +10,7 @@ from typing import NamedTuple, TextIO
 from lem.base.doc import screen_of, write_json
 from lem.base.errors import UserError, did_you_mean
 from lem.base.units import parse_percentage
-from lem.cli.selection import (
-    SelectedRun,
-    add_json,
-    add_repeated,
-    add_results_dir,
-    ambiguous,
-    damaged,
-    find_run,
-    list_problems,
-    list_runs,
-    no_such_name,
-    problem_documents,
-)
+from lem.cli import selection
 from lem.results.compare import Anchor, Comparison, compare_configurations, compare_runs, gate_code
 from lem.results.comparison import comparison_document, render_markdown, render_text
 from lem.results.metrics import Metric, parse_metric
@@ -41,21 +29,15 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("targets", nargs="+", metavar="TARGET", help=_TARGET)
     parser.add_argument("--baseline", metavar="NAME", help="the configuration to compare with (default: the first)")
-    parser.add_argument(
-        "--anchor", default="", metavar="NAME", help="for two runs: the configuration that is the same in both"
-    )
-    parser.add_argument(
-        "--anchor-tolerance",
-        default=_DEFAULT_TOLERANCE,
-        metavar="PERCENT%",
-        help="largest change of the anchor that still allows a verdict (default: 5%%)",
-    )
-    add_repeated(parser, "--metric", "NAME", "compare this metric")
-    add_repeated(parser, "--gate", "METRIC=PERCENT%", "judge whether the metric changed by more than this")
+    parser.add_argument("--anchor", default="", metavar="NAME", help="for two runs: the configuration common to both")
+    text = "largest change of the anchor that still allows a verdict (default: 5%%)"
+    parser.add_argument("--anchor-tolerance", default=_DEFAULT_TOLERANCE, metavar="PERCENT%", help=text)
+    selection.add_repeated(parser, "--metric", "NAME", "compare this metric")
+    selection.add_repeated(parser, "--gate", "METRIC=PERCENT%", "judge whether the metric changed by more than this")
     parser.add_argument("--strict", action="store_true", help="exit with 4 if a gate is inconclusive")
-    add_results_dir(parser, "-o")
+    selection.add_results_dir(parser, "-o")
     form = parser.add_mutually_exclusive_group()
-    add_json(form)
+    selection.add_json(form)
     form.add_argument("--markdown", action="store_true", help="print Markdown, for a comment on a pull request")
     parser.set_defaults(run=run)
 
@@ -70,10 +52,10 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     metrics = [parse_metric(text) for text in args.metric]
     comparison = _compare(args, metrics, gates)
     problems = [problem for read in comparison.runs for problem in read.problems]
-    list_problems(err, damaged(problems))
+    selection.list_problems(err, selection.damaged(problems))
     code = gate_code(comparison, is_strict=args.strict)
     if args.json:
-        document = {**comparison_document(comparison), "problems": problem_documents(problems)}
+        document = {**comparison_document(comparison), "problems": selection.problem_documents(problems)}
         write_json(out, {**document, "exit_code": int(code)})
     elif args.markdown:
         out.write(render_markdown(comparison))
@@ -83,7 +65,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 
 class _Target(NamedTuple):
-    where: SelectedRun
+    where: selection.SelectedRun
     configuration: str | None = None  # None for the whole run
 
 
@@ -107,7 +89,7 @@ def _compare(args: argparse.Namespace, metrics: Sequence[Metric], gates: Sequenc
 
 def _targets(results_dir: Path, words: Sequence[str]) -> list[_Target]:
     """What the arguments name; UserError where one names nothing, or they cannot be compared."""
-    runs = list_runs(results_dir)
+    runs = selection.list_runs(results_dir)
     first, *others = targets = [_target(runs, word) for word in words]
     if first is None and others and all(item is None for item in others):
         where = _run_with(runs, words, results_dir)
@@ -116,7 +98,7 @@ def _targets(results_dir: Path, words: Sequence[str]) -> list[_Target]:
         return [_Target(first.where, word) for word in words[1:]]
     found = [item for item in targets if item is not None]
     if len(found) < len(targets):
-        raise no_such_name(words[targets.index(None)], runs, results_dir)
+        raise selection.no_such_name(words[targets.index(None)], runs, results_dir)
     if len(found) == 1:
         return found
     are_runs = {item.configuration is None for item in found}
@@ -130,16 +112,16 @@ def _targets(results_dir: Path, words: Sequence[str]) -> list[_Target]:
     return found
 
 
-def _target(runs: Sequence[SelectedRun], word: str) -> _Target | None:
-    where = find_run(runs, word)
+def _target(runs: Sequence[selection.SelectedRun], word: str) -> _Target | None:
+    where = selection.find_run(runs, word)
     if where is not None:
         return _Target(where)
     place, slash, configuration = word.partition("/")
-    where = find_run(runs, place) if slash and configuration else None
+    where = selection.find_run(runs, place) if slash and configuration else None
     return _Target(where, configuration) if where is not None else None
 
 
-def _run_with(runs: Sequence[SelectedRun], names: Sequence[str], results_dir: Path) -> SelectedRun:
+def _run_with(runs: Sequence[selection.SelectedRun], names: Sequence[str], results_dir: Path) -> selection.SelectedRun:
     """The campaign whose last run has all these configurations."""
     last = {item.campaign: item for item in runs}
     measured = ((run, {it.record.identity.config_name for it in run.scan().results}) for run in last.values())
@@ -148,20 +130,16 @@ def _run_with(runs: Sequence[SelectedRun], names: Sequence[str], results_dir: Pa
         return found[0]
     listed = ", ".join(map(repr, names))
     if not found:
-        raise UserError(
-            f"{listed}: no such campaigns, and no campaign with these configurations, in {results_dir}",
-            "see `lem results list`",
-        )
+        message = f"{listed}: no such campaigns, and no campaign with these configurations, in {results_dir}"
+        raise UserError(message, "see `lem results list`")
     campaigns = ", ".join(item.campaign for item in found[:5])
     raise UserError(f"{listed} are configurations of {campaigns}", "name the campaign first: lem compare CAMPAIGN A B")
 
 
-def _read(where: SelectedRun) -> Run:
-    found = where.read()
+def _read(item: selection.SelectedRun) -> Run:
+    found = item.read()
     if not found.records:
-        raise UserError(
-            f"run {where.run_id} of {where.campaign} has no complete result", f"see `lem check {where.run_id}`"
-        )
+        raise UserError(f"run {item.run_id} of {item.campaign}: no complete result", f"see `lem check {item.run_id}`")
     return found
 
 
@@ -188,12 +166,10 @@ def _subject(found: Run, wanted: str) -> Configuration:
     if len(matching) == 1:
         return matching[0]
     if matching:
-        raise ambiguous(wanted, [item.name for item in matching])
+        raise selection.ambiguous(wanted, [item.name for item in matching])
     names = [item.name for item in known]
-    raise UserError(
-        f"run {found.run_id} has no configuration {wanted!r}{did_you_mean(wanted, names)}",
-        f"configurations: {', '.join(names)}",
-    )
+    message = f"run {found.run_id} has no configuration {wanted!r}{did_you_mean(wanted, names)}"
+    raise UserError(message, f"configurations: {', '.join(names)}")
 
 
 def _tolerance(text: str) -> float:

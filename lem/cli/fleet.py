@@ -21,19 +21,7 @@ from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundl
 from lem.orchestration.fleet import check_same, costs_of, make_fleet_plan, parse_shard, part_of_plan, replan
 from lem.orchestration.grid import make_run_id
 from lem.orchestration.plan import Plan
-from lem.results.merge import (
-    SHARD,
-    AnchorCheck,
-    FleetPlan,
-    Gathered,
-    Matrix,
-    check_anchor,
-    completeness,
-    gather,
-    read_plan,
-    write_merged,
-    write_plan,
-)
+from lem.results import merge
 from lem.results.store import Repository
 
 
@@ -57,24 +45,22 @@ def store_plan(
         raise UserError("--write-plan requires --hosts", "add --hosts A,B,…")
     if args.plan is None:
         run_id = make_run_id(utc_now(), random.SystemRandom())
-        fleet_plan = make_fleet_plan(
-            plan, hosts, run_id, is_replicated=args.replicate, measured_by_config=measured_by_config
-        )
+        made = make_fleet_plan(plan, hosts, run_id, is_replicated=args.replicate, measured_by_config=measured_by_config)
     else:
-        stored = read_plan(args.plan)
+        stored = merge.read_plan(args.plan)
         check_same(plan, stored)
         scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan(stored.run_id)
         identities = [item.record.identity for item in scan.results]
         present = {(identity.host, identity.experiment_id) for identity in identities}
-        fleet_plan = replan(stored, hosts, present, costs_of(plan.configurations, measured_by_config))
-    write_plan(args.write_plan, fleet_plan)
+        made = replan(stored, hosts, present, costs_of(plan.configurations, measured_by_config))
+    merge.write_plan(args.write_plan, made)
     if args.json:
-        write_json(out, dataclasses.asdict(fleet_plan))
+        write_json(out, dataclasses.asdict(made))
     else:
-        out.write("\n".join(_described(fleet_plan)) + "\n")
+        out.write("\n".join(_described(made)) + "\n")
 
 
-def _described(plan: FleetPlan) -> list[str]:
+def _described(plan: merge.FleetPlan) -> list[str]:
     experiments, hosts = plural(len(plan.experiments), "experiment"), plural(len(plan.hosts), "host")
     lines = [f"run {plan.run_id}, {plan.mode}, {experiments} on {hosts}"]
     anchors = {item.config_name for item in plan.experiments if item.config_hash == plan.anchor}
@@ -92,7 +78,7 @@ def own_part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart]:
     if args.plan is not None and args.shard is None:
         raise UserError("--plan requires --shard I/N", "the first of two hosts is --shard 1/2")
     index, count = parse_shard(args.shard)
-    stored = None if args.plan is None else read_plan(args.plan)
+    stored = None if args.plan is None else merge.read_plan(args.plan)
     part = part_of_plan(plan, index, count, stored)
     return part, FleetPart() if stored is None else FleetPart(stored.run_id, stored.part(index).name)
 
@@ -119,19 +105,17 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """Exit code 1 if planned results are missing."""
-    plan = None if args.plan is None else read_plan(args.plan)
+    plan = None if args.plan is None else merge.read_plan(args.plan)
     # Earlier merged results are one more source: they are kept, and must not conflict with the new ones.
     known = [args.output] if args.output.is_dir() else []
-    gathered = gather([*known, *args.folders], campaign=args.campaign, plan=plan)
+    gathered = merge.gather([*known, *args.folders], campaign=args.campaign, plan=plan)
     if not gathered.results:
-        raise UserError(
-            f"no complete result of campaign {gathered.campaign} in these folders; nothing was merged",
-            "see `lem results list --results-dir DIR`",
-        )
-    anchor_hash = plan.anchor if plan is not None and plan.mode == SHARD else None
-    anchor = check_anchor(gathered.results, anchor_hash, args.anchor_tolerance)
-    matrix = completeness(gathered, plan)
-    new = write_merged(gathered, args.output)
+        message = f"no complete result of campaign {gathered.campaign} in these folders; nothing was merged"
+        raise UserError(message, "see `lem results list --results-dir DIR`")
+    anchor_hash = plan.anchor if plan is not None and plan.mode == merge.SHARD else None
+    anchor = merge.check_anchor(gathered.results, anchor_hash, args.anchor_tolerance)
+    matrix = merge.completeness(gathered, plan)
+    new = merge.write_merged(gathered, args.output)
     if args.json:
         write_json(out, _document(gathered, matrix, anchor, new))
     else:
@@ -153,7 +137,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     return ExitCode.EXPERIMENT_FAILED if matrix.missing else ExitCode.OK
 
 
-def _document(gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int) -> dict[str, Any]:
+def _document(gathered: merge.Gathered, matrix: merge.Matrix, anchor: merge.AnchorCheck, new: int) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "campaign": gathered.campaign,
@@ -175,7 +159,7 @@ def _document(gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int)
     }
 
 
-def _described_anchor(anchor: AnchorCheck) -> str:
+def _described_anchor(anchor: merge.AnchorCheck) -> str:
     if anchor.spread is None:
         return "anchor: fewer than two hosts have a valid result of it; hosts cannot be compared"
     values = ", ".join(f"{host} {value:.4g} {anchor.unit}" for host, value in anchor.by_host.items())

@@ -213,10 +213,8 @@ def _ending(event: Event, paint: Callable[[str, str], str]) -> list[str]:
     if event.kind == "experiment_completed":
         mark = paint("ok", "green") if data.get("valid", True) else paint("invalid", "yellow")
         rate, elapsed = units.format_rate(data.get("output_tok_per_s")), units.format_duration(float(data["elapsed_s"]))
-        return [
-            f"{head} {mark} {name} · {rate} · {elapsed}",
-            *(f"    {why}" for why in data.get("invalid_reasons", ())),
-        ]
+        reasons = [f"    {why}" for why in data.get("invalid_reasons", ())]
+        return [f"{head} {mark} {name} · {rate} · {elapsed}", *reasons]
     if event.kind == "experiment_retried":
         return [f"{head} {paint('retrying', 'yellow')} {name}: {data['reason']}"]
     if event.kind == "experiment_interrupted":

@@ -14,27 +14,10 @@ from lem.base.doc import write_json
 from lem.base.errors import UserError
 from lem.base.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
 from lem.base.units import NS_PER_S
-from lem.cli.selection import (
-    add_json,
-    add_results_dir,
-    damaged,
-    list_problems,
-    problem_documents,
-    resolve_run,
-    write_file,
-)
+from lem.cli import selection
+from lem.meters import samples
 from lem.meters.curve import HOLE_PERIODS, may_have_wrapped_twice
 from lem.meters.rapl import PACKAGE
-from lem.meters.samples import (
-    FINISHED_FILENAME,
-    SLOW_PERIOD_S,
-    GpuSample,
-    Mark,
-    RaplReading,
-    SampleLog,
-    SampleLogError,
-    read_finished,
-)
 from lem.results.report import render_report
 from lem.results.report.content import Phase, Series, Slowdown, Trace, compose, select_traced, union
 from lem.results.run import Run
@@ -47,8 +30,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run) or a run")
     text = f"the file to write, - for stdout (default: {_FILENAME} in the campaign's folder)"
     parser.add_argument("--output", "-o", metavar="FILE", help=text)
-    add_results_dir(parser)
-    add_json(parser, "print the path and size as a JSON document")
+    selection.add_results_dir(parser)
+    selection.add_json(parser, "print the path and size as a JSON document")
     parser.set_defaults(run=run)
 
 
@@ -56,22 +39,22 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     """Exit code 0 even if results are damaged, which the page and stderr report."""
     if args.json and args.output == "-":
         raise UserError("--json and --output - both write to stdout", "Write the page to a file: --output FILE.")
-    chosen = resolve_run(args.results_dir, args.campaign)
+    chosen = selection.resolve_run(args.results_dir, args.campaign)
     results = chosen.read()
     text = make_report(results)
-    list_problems(err, damaged(results.problems), lead="left out: ", rest="the page lists them")
+    selection.list_problems(err, selection.damaged(results.problems), lead="left out: ", rest="the page lists them")
     if args.output == "-":
         out.write(text)
         return
     path = Path(args.output) if args.output else args.results_dir / chosen.campaign / _FILENAME
-    write_file(path, text)
+    selection.write_file(path, text)
     if args.json:
         document = {
             "path": str(path),
             "bytes": len(text.encode("utf-8")),
             "campaign": chosen.campaign,
             "run_id": chosen.run_id,
-            "problems": problem_documents(results.problems),
+            "problems": selection.problem_documents(results.problems),
         }
         write_json(out, document)
     else:
@@ -81,14 +64,14 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 def make_report(run: Run) -> str:
     """The page of a run; a sample log that cannot be used is named and left out."""
     report = compose(run)
-    logs = {key: path.parent / FINISHED_FILENAME for key, path in run.paths.items()}
+    logs = {key: path.parent / samples.FINISHED_FILENAME for key, path in run.paths.items()}
     with_log = [item for item in run.records if item.identity.key in logs and logs[item.identity.key].is_file()]
     traces, unread = [], []
     for record in select_traced(report.entries, with_log):
         path = logs[record.identity.key]
         try:
-            log, marks = read_finished(path)
-        except (SampleLogError, OSError) as error:
+            log, marks = samples.read_finished(path)
+        except (samples.SampleLogError, OSError) as error:
             unread.append("/".join(path.parts[-4:]) + ": " + str(error).removeprefix(f"{path}: "))
         else:
             traces.append((record, trace_of(log, marks)))
@@ -101,7 +84,7 @@ _AT_POWER_LIMIT = "at the power limit"
 _Points = list[tuple[float, float]]
 
 
-def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
+def trace_of(log: samples.SampleLog, marks: Sequence[samples.Mark]) -> Trace:
     """What a sample log shows over time, in seconds from its first mark."""
     ordered = sorted(marks, key=lambda mark: (mark.opened_ns, mark.closed_ns))
     zero_ns = ordered[0].opened_ns if ordered else log.header.started_ns
@@ -109,16 +92,16 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
     def seconds(at_ns: int) -> float:
         return (at_ns - zero_ns) / NS_PER_S
 
-    def lines(read: Callable[[GpuSample], float | None]) -> dict[str, _Points]:
+    def lines(read: Callable[[samples.GpuSample], float | None]) -> dict[str, _Points]:
         return {
             f"{log.header.gpus[gpu].label} {log.header.gpus[gpu].name}": [
-                (seconds(item.at_ns), value) for item in samples if (value := read(item)) is not None
+                (seconds(item.at_ns), value) for item in taken if (value := read(item)) is not None
             ]
-            for gpu, samples in sorted(by_gpu.items())
+            for gpu, taken in sorted(by_gpu.items())
         }
 
     interval_s = log.header.interval_ms / 1000
-    by_gpu: dict[int, list[GpuSample]] = {}
+    by_gpu: dict[int, list[samples.GpuSample]] = {}
     for sample in log.samples:
         by_gpu.setdefault(sample.gpu, []).append(sample)
     powers, packages = lines(lambda sample: sample.power_w), _package_powers(log, seconds)
@@ -131,10 +114,10 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
             _phase(mark.name, seconds(mark.opened_ns), seconds(mark.closed_ns), counted, degrees, slowdowns)
             for mark in ordered
         ),
-        power=(*_series(powers, interval_s), *_series(packages, SLOW_PERIOD_S)),
+        power=(*_series(powers, interval_s), *_series(packages, samples.SLOW_PERIOD_S)),
         temperature=_series(temperatures, interval_s),
         slowdowns=slowdowns,
-        interval_s=interval_s if by_gpu else SLOW_PERIOD_S,
+        interval_s=interval_s if by_gpu else samples.SLOW_PERIOD_S,
     )
 
 
@@ -175,10 +158,10 @@ def _extremes(bucket: _Points) -> _Points:
     return [low] if low[1] == high[1] else sorted((low, high))
 
 
-def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str, _Points]:
+def _package_powers(log: samples.SampleLog, seconds: Callable[[int], float]) -> dict[str, _Points]:
     """Mean power of each CPU package between two readings of its counter, which may have wrapped between them."""
     found: dict[str, _Points] = {}
-    before: dict[int, RaplReading] = {}
+    before: dict[int, samples.RaplReading] = {}
     for reading in log.rapl:
         last = before.get(reading.zone)
         before[reading.zone] = reading
@@ -196,16 +179,16 @@ def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str
 
 
 def _slowdowns(
-    gpus: Iterable[Sequence[GpuSample]], seconds: Callable[[int], float], interval_s: float
+    gpus: Iterable[Sequence[samples.GpuSample]], seconds: Callable[[int], float], interval_s: float
 ) -> tuple[Slowdown, ...]:
     """The times in which a bit was set on any GPU, each until the next sample; holes in the samples are bridged."""
     hole_s = HOLE_PERIODS * interval_s
     found: list[Slowdown] = []
     for mask, reason in (*SLOWDOWN_BITS.items(), (POWER_CAP_BIT, _AT_POWER_LIMIT)):
         spans: list[tuple[float, float]] = []
-        for samples in gpus:
+        for taken in gpus:
             own = []
-            for sample, following in itertools.zip_longest(samples, samples[1:]):
+            for sample, following in itertools.zip_longest(taken, taken[1:]):
                 if (sample.event_mask or 0) & mask:
                     at = seconds(sample.at_ns)
                     end = seconds(following.at_ns) if following else at + interval_s

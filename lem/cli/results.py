@@ -13,16 +13,7 @@ from lem.base import durable
 from lem.base.doc import Column, columns, printable, screen_of, terminal_width, write_json
 from lem.base.errors import ExitCode, MeterRefused
 from lem.base.units import format_quantity
-from lem.cli.selection import (
-    add_json,
-    add_results_dir,
-    damaged,
-    list_problems,
-    list_runs,
-    problem_documents,
-    resolve_experiment,
-    write_file,
-)
+from lem.cli import selection
 from lem.config.experiment import ExperimentConfig
 from lem.meters.external import ExternalReadings, read_external
 from lem.meters.recompute import Recomputed, has_energy, recompute
@@ -57,19 +48,20 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     exporting.add_argument("--attempts", choices=("used", "all"), default="used", help=text)
     text = "only these columns; markdown shows a selection by default"
     exporting.add_argument("--columns", metavar="A,B,…", help=text)
-    add_results_dir(exporting)
+    selection.add_results_dir(exporting)
     exporting.set_defaults(run=_export)
     for action in (listing, showing, again):
-        add_results_dir(action, "-o")
-        add_json(action)
+        selection.add_results_dir(action, "-o")
+        selection.add_json(action)
 
 
 def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
-    found = [(item, item.scan()) for item in list_runs(args.results_dir)]
+    found = [(item, item.scan()) for item in selection.list_runs(args.results_dir)]
     counts = [_counts(scan) for _, scan in found]
     if args.json:
         documents = [
-            {"campaign": item.campaign, "run_id": item.run_id, **count, "problems": problem_documents(scan.problems)}
+            {"campaign": item.campaign, "run_id": item.run_id, **count}
+            | {"problems": selection.problem_documents(scan.problems)}
             for (item, scan), count in zip(found, counts, strict=True)
         ]
         write_json(out, documents)
@@ -78,28 +70,28 @@ def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         table += [Column(label, tuple(str(count[label]) for count in counts)) for label in counts[0]]
         lines = columns("campaign", [item.campaign for item, _ in found], table, terminal_width(out))
         out.writelines(f"{line}\n" for line in lines)
-        list_problems(err, damaged(problem for _, scan in found for problem in scan.problems))
+        selection.list_problems(err, selection.damaged(problem for _, scan in found for problem in scan.problems))
     else:
         err.write(f"no results in {args.results_dir}\n")
 
 
 def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
-    item, exp_id = resolve_experiment(args.results_dir, args.id)
+    item, exp_id = selection.resolve_experiment(args.results_dir, args.id)
     if exp_id is not None:
         _show_experiment(args, item.scan(), exp_id, out, err)
         return
     found = item.read()
     if args.json:
-        write_json(out, {**run_document(found), "problems": problem_documents(found.problems)})
+        write_json(out, {**run_document(found), "problems": selection.problem_documents(found.problems)})
     else:
         out.write(render_run(found, **screen_of(out)))
-        list_problems(err, found.problems)
+        selection.list_problems(err, found.problems)
 
 
 def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
-    wanted = [resolve_experiment(args.results_dir, name) for name in args.ids]
+    wanted = [selection.resolve_experiment(args.results_dir, name) for name in args.ids]
     if not args.ids:
-        wanted = [(item, None) for item in list_runs(args.results_dir)]
+        wanted = [(item, None) for item in selection.list_runs(args.results_dir)]
     found: dict[Path, StoredResult] = {}
     problems: dict[Path, Problem] = {}
     for item, exp_id in wanted:
@@ -110,8 +102,8 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     if args.output is None:
         out.write(text)
     else:
-        write_file(args.output, text)
-    list_problems(err, damaged(problems.values()))
+        selection.write_file(args.output, text)
+    selection.list_problems(err, selection.damaged(problems.values()))
     whole = {(it.record.identity.run_id, it.record.identity.experiment_id) for it in found.values()}
     without = {(it.run_id, it.exp_id) for it in problems.values()} - whole
     if without:
@@ -134,25 +126,25 @@ def _show_experiment(args: argparse.Namespace, scan: Scan, exp_id: str, out: Tex
     problems = [problem for problem in scan.problems if problem.exp_id == exp_id]
     if args.json:
         attempts = [{"path": str(result.path), "record": encode_record(result.record)} for result in results]
-        write_json(out, {"exp_id": exp_id, "attempts": attempts, "problems": problem_documents(problems)})
+        write_json(out, {"exp_id": exp_id, "attempts": attempts, "problems": selection.problem_documents(problems)})
         return
     texts = [f"{render_record(item.record, **screen_of(out))}\n{item.path}\n" for item in results]
     out.write("\n".join(texts) if texts else f"{exp_id}: no complete result\n")
-    list_problems(err, problems)
+    selection.list_problems(err, problems)
 
 
 def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    item, exp_id = resolve_experiment(args.results_dir, args.id)
+    item, exp_id = selection.resolve_experiment(args.results_dir, args.id)
     scan = item.scan()
     results = [result for result in scan.results if exp_id in (None, result.record.identity.experiment_id)]
     problems = [problem for problem in scan.problems if exp_id in (None, problem.exp_id)]
     outcomes = [recompute_result(result) for result in results]
     if args.json:
         documents = [_document_of(outcome) for outcome in outcomes]
-        write_json(out, {"results": documents, "problems": problem_documents(problems)})
+        write_json(out, {"results": documents, "problems": selection.problem_documents(problems)})
     else:
         _write_outcomes(out, outcomes)
-        list_problems(err, problems)
+        selection.list_problems(err, problems)
     return ExitCode.OK if all(outcome.is_good for outcome in outcomes) else ExitCode.EXPERIMENT_FAILED
 
 

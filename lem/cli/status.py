@@ -86,13 +86,7 @@ SCHEMA_VERSION = 1
 
 _LEAD = 11
 _SHOWN = 10
-_STYLES = {
-    State.RUNNING: "bold",
-    State.CRASHED: "red",
-    State.UNREADABLE: "red",
-    State.FAILED: "red",
-    State.STOPPED: "yellow",
-}
+_STYLES = {State.CRASHED: "red", State.UNREADABLE: "red", State.FAILED: "red", State.STOPPED: "yellow"}
 _PHASE_NAMES = {
     "prepare": "preparing",
     "load": "loading the engine",

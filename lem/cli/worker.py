@@ -21,9 +21,7 @@ from lem.worker.launch import own_command
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "`lem worker`: the side of lem that runs next to the engine; started by `lem campaign`, not by people."
-    )
+    parser.description = "`lem worker`: the side of lem next to the engine; started by `lem campaign`, not by people."
     add = parser.add_argument
     add("--engine", action="store_true", help="run as the engine process of a worker")
     add("--control-fd", type=int, metavar="N", help="descriptor of the control pipe (--engine)")

@@ -10,22 +10,10 @@ from typing import Any
 
 from lem.base.errors import ConfigurationError
 from lem.base.log import WIDTH
+from lem.config import kinds
 from lem.config.backends import BACKENDS, PRESETS, SECTIONS, WIDTH_OPTIONS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, CampaignHealthCheckConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import (
-    LIMITS,
-    REQUIRED,
-    BoolKind,
-    ChoiceKind,
-    Kind,
-    ListKind,
-    MapKind,
-    NumberKind,
-    Option,
-    TextKind,
-    bounds_text,
-)
 from lem.config.option import Section, SectionKind, VariantKind, declared, plain, walk
 from lem.config.yamlfile import resolve_plain
 
@@ -88,8 +76,8 @@ def _describe_all(section: type[Section], prefix: str = "") -> dict[str, dict[st
     return out
 
 
-def _describe(item: Option) -> dict[str, Any]:
-    is_required = item.default is REQUIRED
+def _describe(item: kinds.Option) -> dict[str, Any]:
+    is_required = item.default is kinds.REQUIRED
     return {
         "type": item.kind.label,
         "default": None if is_required else plain(item.default),
@@ -125,7 +113,7 @@ def _section_schema(section: type[Section]) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": properties}
     # An option that an alias may give as well is not required under its own name.
     aliased = section.aliases.values()
-    required = [name for name, item in options.items() if item.default is REQUIRED and name not in aliased]
+    required = [name for name, item in options.items() if item.default is kinds.REQUIRED and name not in aliased]
     if required:
         schema["required"] = required
     if section.alternative is not None:
@@ -135,7 +123,7 @@ def _section_schema(section: type[Section]) -> dict[str, Any]:
     return schema
 
 
-def _option_schema(item: Option) -> dict[str, Any]:
+def _option_schema(item: kinds.Option) -> dict[str, Any]:
     notes = [item.description]
     if item.unit:
         notes.append(f"Unit: {item.unit}.")
@@ -143,31 +131,31 @@ def _option_schema(item: Option) -> dict[str, Any]:
         notes.append(f"Honoured by {', '.join(item.backends)}.")
     kind = _kind_schema(item.kind)
     if item.is_nullable:
-        is_simple = isinstance(kind.get("type"), str) and set(kind) <= {"type", "minLength", *LIMITS}
+        is_simple = isinstance(kind.get("type"), str) and set(kind) <= {"type", "minLength", *kinds.LIMITS}
         kind = {**kind, "type": [kind["type"], "null"]} if is_simple else {"anyOf": [kind, {"type": "null"}]}
     schema = {"description": " ".join(notes), **kind}
-    is_empty_list = item.default == () and isinstance(item.kind, ListKind)
-    if item.default is not REQUIRED and not isinstance(item.default, Section) and not is_empty_list:
+    is_empty_list = item.default == () and isinstance(item.kind, kinds.ListKind)
+    if item.default is not kinds.REQUIRED and not isinstance(item.default, Section) and not is_empty_list:
         schema["default"] = plain(item.default)
     return schema
 
 
-def _kind_schema(kind: Kind) -> dict[str, Any]:
+def _kind_schema(kind: kinds.Kind) -> dict[str, Any]:
     match kind:
-        case BoolKind():
+        case kinds.BoolKind():
             return {"type": "boolean"}
-        case NumberKind():
+        case kinds.NumberKind():
             return {"type": kind.label, **kind.item.bounds}
-        case TextKind():
+        case kinds.TextKind():
             return {"type": ["string", "integer"] if kind.item.takes_integer else "string", "minLength": 1}
-        case ChoiceKind():
+        case kinds.ChoiceKind():
             return {"enum": list(kind.item.choices)}
-        case ListKind():
+        case kinds.ListKind():
             items = _kind_schema(kind.inner)
             limits = {"minItems": kind.item.min_items, "uniqueItems": kind.item.is_unique}
             schema = {"type": "array", "items": items, **{word: limit for word, limit in limits.items() if limit}}
             return {"anyOf": [items, schema]} if kind.item.takes_scalar else schema
-        case MapKind():
+        case kinds.MapKind():
             return {"type": "object", "additionalProperties": _kind_schema(kind.inner)}
         case VariantKind():
             return {"oneOf": [_section_schema(section) for section in kind.sections]}
@@ -181,7 +169,7 @@ def _kind_schema(kind: Kind) -> dict[str, Any]:
 
 def _constraint(entry: Entry) -> str:
     choices = " | ".join(map(_plain_word, entry["choices"] or ()))
-    return ", ".join(filter(None, (bounds_text(entry["bounds"] or {}), choices, entry["unit"])))
+    return ", ".join(filter(None, (kinds.bounds_text(entry["bounds"] or {}), choices, entry["unit"])))
 
 
 def _plain_word(value: Any) -> str:
@@ -281,9 +269,7 @@ def template(kind: str, backend: str = "pytorch") -> str:
     else:
         example = {"model": "gpt2", "backend": backend, "max_output_tokens": 128}
         section, left_out, head = ExperimentConfig, {*BACKENDS} - {backend}, "An experiment"
-    lines = [
-        f"# {head} for lem. What is commented out shows the default.\n# Check it with: lem config validate FILE\n",
-    ]
+    lines = [f"# {head} for lem. What is commented out shows the default.\n# Check it with: lem config validate FILE\n"]
     for name, item in declared(section).items():
         if name not in left_out:
             lines += [*_option_lines(name, item, example.get(name), 0), ""]
@@ -328,14 +314,14 @@ def _lines(
             yield f"{indent}{yaml_scalar(key)}: {yaml_scalar(value)}", comments.get(where, "")
 
 
-def _option_lines(name: str, item: Option, example: Any, depth: int, *, is_out: bool = False) -> Iterator[str]:
+def _option_lines(name: str, item: kinds.Option, example: Any, depth: int, *, is_out: bool = False) -> Iterator[str]:
     """An option with what it does above it; commented out, `#name: value`, unless the example has a value for it."""
     is_out = is_out or example is None
     indent = "  " * depth
     head = f"{indent}{'#' if is_out else ''}{name}:"
     limits = "" if item.kind.sections else _constraint(_describe(item))
     yield from wrap(f"{item.description} [{limits}]" if limits else item.description, f"{indent}# ")
-    is_list = isinstance(item.kind, ListKind)
+    is_list = isinstance(item.kind, kinds.ListKind)
     section = item.kind.sections[0] if len(item.kind.sections) == 1 and not is_list else None
     if section is not None and section.shorthand is None:
         yield head

@@ -11,28 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from lem.base.errors import nearest
-from lem.config.kinds import (
-    INVALID,
-    LIMITS,
-    REQUIRED,
-    UNSET,
-    AnyKind,
-    BoolKind,
-    ChoiceKind,
-    Items,
-    Kind,
-    ListKind,
-    MapKind,
-    NumberKind,
-    Option,
-    Path,
-    Problem,
-    Sink,
-    TextKind,
-    describe,
-    dotted,
-    simple,
-)
+from lem.config import kinds
 
 _METADATA = "lem.option"
 
@@ -46,9 +25,10 @@ def option(
     **rest: Any,
 ) -> Any:
     """A dataclass field that declares an option; `above` and `below` are exclusive limits, the rest as in `Option`."""
-    limits = zip(LIMITS, (min, rest.pop("above", None), max, rest.pop("below", None)), strict=True)
-    declaration = Option(default, description, {word: limit for word, limit in limits if limit is not None}, **rest)
-    return dataclasses.field(default=UNSET, metadata={_METADATA: declaration})
+    limits = zip(kinds.LIMITS, (min, rest.pop("above", None), max, rest.pop("below", None)), strict=True)
+    bounds = {word: limit for word, limit in limits if limit is not None}
+    declaration = kinds.Option(default, description, bounds, **rest)
+    return dataclasses.field(default=kinds.UNSET, metadata={_METADATA: declaration})
 
 
 def matching(pattern: str, wanted: str) -> Callable[[str], str | None]:
@@ -87,41 +67,41 @@ class Section:
             setattr(cls, name, value)
 
     def __post_init__(self) -> None:
-        sink = Sink()
-        given = {name: value for name in declared(type(self)) if (value := self.__dict__[name]) is not UNSET}
+        sink = kinds.Sink()
+        given = {name: value for name in declared(type(self)) if (value := self.__dict__[name]) is not kinds.UNSET}
         _complete(self, _read_given(type(self), given, (), sink), (), sink)
         sink.raise_if_any()
 
     @classmethod
     def from_dict(cls: type[S], mapping: Mapping[str, Any]) -> S:
         """The section in a mapping of plain values; ConfigProblems with everything that is wrong with it."""
-        sink = Sink()
+        sink = kinds.Sink()
         section: S = cls.read(mapping, (), sink)
         sink.raise_if_any()
         return section
 
     @classmethod
-    def read(cls, value: Any, path: Path, sink: Sink) -> Any:
+    def read(cls, value: Any, path: kinds.Path, sink: kinds.Sink) -> Any:
         """The section in a mapping, or INVALID with the problems noted; of a part, the mapping itself."""
         if cls.shorthand is not None and isinstance(value, str):
             value = {cls.shorthand: value}
         if not isinstance(value, Mapping):
             wanted = "a mapping" if cls.shorthand is None else f"a {cls.shorthand} or a mapping"
             remedy = "; remove the line to use the defaults" if value is None else ""
-            got = "" if value is not None and secrets_of(cls) else f", got {describe(value)}{remedy}"
+            got = "" if value is not None and secrets_of(cls) else f", got {kinds.describe(value)}{remedy}"
             return sink.add(path, f"expected {wanted}{got}")
         before = len(sink.problems)
         given = _read_given(cls, cls.rewrite(value), path, sink)
         if sink.is_partial:
-            return INVALID if len(sink.problems) > before else value
+            return kinds.INVALID if len(sink.problems) > before else value
         switch = cls.switch
         if switch is not None and given and switch not in given:
-            where = dotted((*path, switch))
+            where = kinds.dotted((*path, switch))
             remedy = f"add {switch}: true or {switch}: false"
             sink.add((*path, next(iter(given))), f"has no effect unless {where} is set; {remedy}")
         section = object.__new__(cls)
         _complete(section, given, path, sink, before)
-        return section if len(sink.problems) == before else INVALID
+        return section if len(sink.problems) == before else kinds.INVALID
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON values, defaults included; `from_dict` gives an equal section back."""
@@ -155,11 +135,11 @@ class Section:
         return {}
 
     @classmethod
-    def check_given(cls, given: Mapping[str, Any]) -> Iterator[Problem]:  # noqa: ARG003
+    def check_given(cls, given: Mapping[str, Any]) -> Iterator[kinds.Problem]:  # noqa: ARG003
         """What is wrong with the given options that are valid by themselves, even where others are not."""
         yield from ()
 
-    def check(self) -> Iterator[Problem]:
+    def check(self) -> Iterator[kinds.Problem]:
         """What is wrong between options that are all valid by themselves; paths are relative to the section."""
         yield from ()
 
@@ -175,26 +155,26 @@ def plain(value: Any, *, is_identity: bool = False) -> Any:
     return str(value) if isinstance(value, str) else value
 
 
-class SectionKind(Kind):
+class SectionKind(kinds.Kind):
     name = "a mapping"
     label = "section"
 
-    def __init__(self, item: Option, *sections: type[Section]) -> None:
+    def __init__(self, item: kinds.Option, *sections: type[Section]) -> None:
         super().__init__(item)
         self.sections = sections
 
-    def read(self, value: Any, path: Path, sink: Sink) -> Any:
+    def read(self, value: Any, path: kinds.Path, sink: kinds.Sink) -> Any:
         return value if isinstance(value, self.sections) else self.sections[0].read(value, path, sink)
 
 
 class VariantKind(SectionKind):
     """One of several sections, distinguished by their option `type`."""
 
-    def __init__(self, item: Option, variants: Mapping[str, type[Section]]) -> None:
+    def __init__(self, item: kinds.Option, variants: Mapping[str, type[Section]]) -> None:
         super().__init__(item, *variants.values())
         self.variants = variants
 
-    def read(self, value: Any, path: Path, sink: Sink) -> Any:
+    def read(self, value: Any, path: kinds.Path, sink: kinds.Sink) -> Any:
         if isinstance(value, self.sections):
             return value
         if not isinstance(value, Mapping):
@@ -207,26 +187,26 @@ class VariantKind(SectionKind):
         kind = value["type"]
         if not isinstance(kind, str) or str(kind) not in self.variants:
             near = nearest(kind, list(self.variants)) if isinstance(kind, str) else None
-            return sink.add((*path, "type"), f"expected one of {names}, got {describe(kind)}", near)
+            return sink.add((*path, "type"), f"expected one of {names}, got {kinds.describe(kind)}", near)
         return self.variants[str(kind)].read(value, path, sink)
 
-    def _read_untyped(self, value: Mapping[str, Any], path: Path, sink: Sink) -> Any:
+    def _read_untyped(self, value: Mapping[str, Any], path: kinds.Path, sink: kinds.Sink) -> Any:
         """Check a part of a variant against every variant, and keep the problems of the best fit."""
         sinks = []
         for section in self.variants.values():
-            sinks.append(Sink(is_partial=True))
+            sinks.append(kinds.Sink(is_partial=True))
             section.read(value, path, sinks[-1])
         best = min(sinks, key=lambda tried: len(tried.problems))
         sink.problems.extend(best.problems)
-        return INVALID if best.problems else dict(value)
+        return kinds.INVALID if best.problems else dict(value)
 
 
-def _declare(section: type[Any]) -> Mapping[str, Option]:
+def _declare(section: type[Any]) -> Mapping[str, kinds.Option]:
     hints = typing.get_type_hints(section)
-    options: dict[str, Option] = {}
+    options: dict[str, kinds.Option] = {}
     for field in dataclasses.fields(section):
-        item: Option = field.metadata[_METADATA]
-        reload = section.reloads if item.reload is UNSET else item.reload
+        item: kinds.Option = field.metadata[_METADATA]
+        reload = section.reloads if item.reload is kinds.UNSET else item.reload
         members = typing.get_args(hints[field.name])
         is_nullable = types.NoneType in members
         others = tuple(member for member in members if member is not types.NoneType)
@@ -237,10 +217,12 @@ def _declare(section: type[Any]) -> Mapping[str, Option]:
 
 
 # The options of a section by name, in order. Cast, since mypy takes the hash of a class for that of its instances.
-declared = typing.cast("Callable[[type[Any]], Mapping[str, Option]]", functools.cache(_declare))
+declared = typing.cast("Callable[[type[Any]], Mapping[str, kinds.Option]]", functools.cache(_declare))
 
 
-def _read_given(section: type[Section], mapping: Mapping[Any, Any], path: Path, sink: Sink) -> dict[str, Any]:
+def _read_given(
+    section: type[Section], mapping: Mapping[Any, Any], path: kinds.Path, sink: kinds.Sink
+) -> dict[str, Any]:
     """The options in a mapping by their own names, each read; INVALID where it is not valid."""
     options = declared(section)
     given: dict[str, Any] = {}
@@ -252,35 +234,36 @@ def _read_given(section: type[Section], mapping: Mapping[Any, Any], path: Path, 
             sink.add((*path, key), f"duplicate option: {key} is another name of {name}", is_about_key=True)
         else:
             declaration = options[name]
-            is_null = declaration.is_nullable and simple(item) is None
+            is_null = declaration.is_nullable and kinds.simple(item) is None
             given[name] = None if is_null else declaration.kind.read(item, (*path, key), sink)
     return given
 
 
-def _complete(instance: Section, given: Mapping[str, Any], path: Path, sink: Sink, before: int = 0) -> None:
+def _complete(instance: Section, given: Mapping[str, Any], path: kinds.Path, sink: kinds.Sink, before: int = 0) -> None:
     """Fill an instance under construction, and check its options against each other unless one of them is invalid."""
     options = declared(type(instance))
     for name, item in options.items():
-        if item.default is REQUIRED and name not in given:
+        if item.default is kinds.REQUIRED and name not in given:
             sink.add((*path, name), "is required", is_about_key=True)
-    _note(instance.check_given({name: value for name, value in given.items() if value is not INVALID}), path, sink)
+    valid = {name: value for name, value in given.items() if value is not kinds.INVALID}
+    _note(instance.check_given(valid), path, sink)
     if len(sink.problems) > before:
         return
     values = instance.__dict__  # around the freeze
     for name, item in options.items():
-        default = Items(item.default) if isinstance(item.default, tuple) else item.default
+        default = kinds.Items(item.default) if isinstance(item.default, tuple) else item.default
         values[name] = given.get(name, {} if isinstance(default, dict) else default)
     values.update(instance.derive(given))
     _note(instance.check(), path, sink)
 
 
-def _note(problems: Iterable[Problem], path: Path, sink: Sink) -> None:
+def _note(problems: Iterable[kinds.Problem], path: kinds.Path, sink: kinds.Sink) -> None:
     sink.problems.extend(dataclasses.replace(problem, path=(*path, *problem.path)) for problem in problems)
 
 
-def _note_unknown(section: type[Section], key: Any, path: Path, sink: Sink) -> None:
+def _note_unknown(section: type[Section], key: Any, path: kinds.Path, sink: kinds.Sink) -> None:
     if not isinstance(key, str):
-        sink.add(path, f"expected a text key, got {describe(key)}")
+        sink.add(path, f"expected a text key, got {kinds.describe(key)}")
         return
     near = None
     if "." in key and find_option(section, key) is not None:
@@ -294,9 +277,9 @@ def _note_unknown(section: type[Section], key: Any, path: Path, sink: Sink) -> N
     sink.add((*path, key), message, near, is_about_key=True)
 
 
-def check_partial(section: type[Section], mapping: Any, path: Path = ()) -> tuple[Problem, ...]:
+def check_partial(section: type[Section], mapping: Any, path: kinds.Path = ()) -> tuple[kinds.Problem, ...]:
     """What is wrong with a part of a section: unknown options and invalid values; nothing is required."""
-    sink = Sink(is_partial=True)
+    sink = kinds.Sink(is_partial=True)
     section.read(mapping, path, sink)
     return tuple(sink.problems)
 
@@ -306,7 +289,7 @@ def secrets_of(section: type[Section]) -> list[str]:
     return [name for name, item, _ in walk(section) if item.secret]
 
 
-def is_secret(section: type[Section], path: Path) -> bool:
+def is_secret(section: type[Section], path: kinds.Path) -> bool:
     """Whether a secret option is at a path or below it, or is meant by an unknown name beside it or like it."""
     key = ".".join(part for part in path if isinstance(part, str))
     secrets = secrets_of(section)
@@ -317,10 +300,10 @@ def is_secret(section: type[Section], path: Path) -> bool:
     return any(name == key or name.startswith(f"{key}.") for name in secrets)
 
 
-def find_option(section: type[Section], key: str) -> Option | None:
+def find_option(section: type[Section], key: str) -> kinds.Option | None:
     """The option with a dotted name, aliases included; None when there is none."""
     candidates: tuple[type[Section], ...] = (section,)
-    found: Option | None = None
+    found: kinds.Option | None = None
     for part in key.split("."):
         options = (declared(candidate).get(candidate.aliases.get(part, part)) for candidate in candidates)
         found = next((item for item in options if item is not None), None)
@@ -332,7 +315,7 @@ def find_option(section: type[Section], key: str) -> Option | None:
 
 def walk(
     section: type[Section], prefix: str = "", backends: tuple[str, ...] | None = None
-) -> Iterator[tuple[str, Option, type[Section]]]:
+) -> Iterator[tuple[str, kinds.Option, type[Section]]]:
     """Every option that is not itself a section, with its dotted name and the section that declares it.
 
     An option without `backends` of its own has those of the option it is nested in.
@@ -343,7 +326,7 @@ def walk(
         if not item.kind.sections:
             yield key, dataclasses.replace(item, backends=honouring), section
         for nested in item.kind.sections:
-            yield from walk(nested, f"{key}[]" if isinstance(item.kind, ListKind) else key, honouring)
+            yield from walk(nested, f"{key}[]" if isinstance(item.kind, kinds.ListKind) else key, honouring)
 
 
 # Layers of configuration: plain mappings in, plain mappings out, before they are validated.
@@ -357,7 +340,7 @@ def nest(path: str | Sequence[str], value: Any) -> dict[str, Any]:
     return nested
 
 
-def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def leaves(tree: Any, path: kinds.Path = ()) -> Iterator[tuple[kinds.Path, Any]]:
     """Every value that is not a mapping with something in it, with its path."""
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
@@ -416,20 +399,20 @@ def _section_at(section: type[Section] | None, name: str, value: Any) -> type[Se
     return item.kind.sections[0]
 
 
-def _kind_of(hint: Any, item: Option) -> Kind:
+def _kind_of(hint: Any, item: kinds.Option) -> kinds.Kind:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     members = arguments if origin in (typing.Union, types.UnionType) else ()
     if members and all(isinstance(member, type) and issubclass(member, Section) for member in members):
         return VariantKind(item, {str(declared(member)["type"].default): member for member in members})
     if origin is tuple:
-        return ListKind(item, _kind_of(arguments[0], item))
+        return kinds.ListKind(item, _kind_of(arguments[0], item))
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return MapKind(item, _kind_of(arguments[1], item))
+        return kinds.MapKind(item, _kind_of(arguments[1], item))
     if item.choices:
-        return ChoiceKind(item)
+        return kinds.ChoiceKind(item)
     if isinstance(hint, type) and issubclass(hint, Section):
         return SectionKind(item, hint)
     if hint in (int, float):
-        return NumberKind(item, hint)
-    kinds: Mapping[Any, type[Kind]] = {bool: BoolKind, str: TextKind, Any: AnyKind}
-    return kinds[hint](item)
+        return kinds.NumberKind(item, hint)
+    others: Mapping[Any, type[kinds.Kind]] = {bool: kinds.BoolKind, str: kinds.TextKind, Any: kinds.AnyKind}
+    return others[hint](item)

@@ -78,9 +78,7 @@ class FileProblems(ConfigProblems):
             unique.setdefault((place, problem.message if place.mark else str(problem)), (place, problem))
         files = list(dict.fromkeys(place.label for place, _ in unique))
         # Problems without a position come before those of their file, which are in the order of its lines.
-        self.located = tuple(
-            sorted(unique.values(), key=lambda item: (files.index(item[0].label), item[0].mark or (0, 0)))
-        )
+        self.located = tuple(sorted(unique.values(), key=lambda it: (files.index(it[0].label), it[0].mark or (0, 0))))
         count = len(self.located)
         shown = [render(place, problem) for place, problem in self.located[:MAX_SHOWN_PROBLEMS]]
         if count > len(shown):

@@ -183,7 +183,7 @@ def test_a_campaign_of_one_configuration_says_that_there_is_nothing_to_compare(t
     assert "nothing to compare " in err
     for path in folder.rglob("result.json"):
         path.unlink()
-    assert "has no complete result" in compare(folder, "demo")[2]
+    assert "no complete result" in compare(folder, "demo")[2]
 
 
 def test_cycles_that_were_added_are_told_of(tmp_path: Path) -> None:
