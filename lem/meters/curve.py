@@ -316,10 +316,7 @@ def trapezoids(what: str, rows: Sequence[tuple[int, float]], longest_s: float, w
 
 
 def rapl_curve(readings: Iterable[RaplReading], zone: int, max_uj: int, what: str) -> Curve:
-    """A powercap zone, its wraps at `max_energy_range_uj` undone (Linux, Documentation/power/powercap).
-
-    Where it was not read for as long as it may need to wrap twice, the wraps cannot be counted.
-    """
+    """A powercap zone without its wraps at `max_energy_range_uj`; where it may have wrapped twice, there is a hole."""
     rows = [row for row in readings if row.zone == zone]
     energy_j, holes = [0.0] * len(rows), []
     for place, (before, after) in enumerate(pairwise(rows), start=1):

@@ -49,10 +49,7 @@ def read_external(path: Path) -> ExternalReadings:
 
 
 def external_energy_j(readings: ExternalReadings | None, log: SampleLog, span: Span) -> float:
-    """The energy of the span by trapezoids, with clocks aligned by the log's nearest pair.
-
-    Raises NotMeasured: the readings do not cover the span, have a hole in it, or could not be read.
-    """
+    """The energy of the span by trapezoids, aligned by the log's nearest pair of clocks; raises NotMeasured."""
     if readings is None:
         raise NotMeasured("external_empty")
     if readings.error:

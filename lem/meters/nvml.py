@@ -99,10 +99,7 @@ def visible_gpus(present: Sequence[GpuFacts], environ: Mapping[str, str]) -> tup
 
 
 def named_gpus(names: Sequence[str] | None, visible: Sequence[GpuFacts]) -> tuple[GpuFacts, ...]:
-    """The GPUs that an experiment's `gpus` names, in the order of `visible`; None names the first, if there is one.
-
-    A name that is not found is the engine's to refuse.
-    """
+    """The GPUs that `gpus` names, in the order of `visible`, by default the first; the engine refuses unknown names."""
     wanted = ("0",) if names is None else names
     return tuple(
         gpu
@@ -222,10 +219,7 @@ _MIG_TEXT = "MIG is on, and NVML's {} is that of the whole board; turn MIG off t
 
 
 class NvmlMeter:
-    """The meters of one GPU; what cannot be read raises `MeterFailure`.
-
-    Its `header` has what does not change, and why the counter or power cannot be read.
-    """
+    """The meters of one GPU; `header` has what does not change. What cannot be read raises `MeterFailure`."""
 
     def __init__(self, nvml: Any, name: str) -> None:
         """Find the GPU by its UUID, which may be shortened as for CUDA, and try its meters by initialised pynvml."""

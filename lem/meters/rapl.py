@@ -56,11 +56,7 @@ class RaplFound:
 
 
 def find_rapl(root: Path = POWERCAP) -> RaplFound:
-    """The counters below `root`.
-
-    Packages count together or not at all, and so do the zones of any other domain: a sum over some of them would pass
-    for the whole.
-    """
+    """The counters below `root`; those of a domain count together or not at all: a part would pass for the whole."""
     zones = zone_folders(root)
     if not any(zone.domain == PACKAGE for zone in zones):
         return RaplFound(error=f"no RAPL package in {root}", remedy=_ABSENT_REMEDY)
@@ -83,10 +79,7 @@ def find_rapl(root: Path = POWERCAP) -> RaplFound:
 
 
 def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
-    """The RAPL zones below `root`, each after the one it lies in.
-
-    A package can be reached in two ways, by registers and by memory (`intel-rapl-mmio`); it is listed once.
-    """
+    """The RAPL zones below `root`, each after the one it lies in, once even if registers and memory both have it."""
     found: dict[tuple[str, tuple[int, ...]], tuple[Path, str]] = {}
     for folder in sorted(root.glob("*")):
         if match := _ZONE.fullmatch(folder.name):

@@ -62,10 +62,7 @@ def run_sampler(
     rapl_root: Path = POWERCAP,
     proc_stat: Path = PROC_STAT,
 ) -> None:
-    """Sample until the owner ends it.
-
-    `nvml` is as from `open_nvml`. Raises SampleFileError: the log cannot be written, or was removed.
-    """
+    """Sample until the owner ends it, with `open_nvml`'s `nvml`; SampleFileError if the log cannot be written."""
     with _created(options.output) as descriptor:
         sampler = _Sampler(options, nvml, clock, rapl_root, proc_stat)
         _append(options.output, descriptor, [samples.encode_header(sampler.header)])

@@ -95,10 +95,7 @@ class SampleHeader:
 
 @dataclass(frozen=True, slots=True)
 class CounterChange:
-    """A new value of an energy counter, which changed after `before_ns`, the last poll with the old one, until `at_ns`.
-
-    In the first row of a GPU both are equal, since it is unknown when that value came.
-    """
+    """A new counter value, which came after `before_ns`, the last poll with the old one; equal in a GPU's first row."""
 
     gpu: int
     before_ns: int
@@ -260,10 +257,7 @@ def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
 
 
 def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[Mark, ...]]:
-    """A finished log and its marks.
-
-    Raises SampleLogError: it is no finished sample log, or larger than `most_b` unpacked; OSError: it cannot be read.
-    """
+    """A finished log and its marks; raises OSError, or SampleLogError: no such log, or more than `most_b` unpacked."""
     try:
         with gzip.open(path) as file:
             data = file.read(most_b + 1)

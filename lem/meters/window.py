@@ -211,10 +211,7 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
 
 
 def _gpu_j(attempt: AttemptLog, number: int) -> float:
-    """The energy of a GPU, which is possible: 0 < ΔE ≤ 1.2 × power limit × Δt.
-
-    A module draws more than its GPU's limit, so only the sign of its energy is checked.
-    """
+    """The energy of a GPU if it is possible: 0 < ΔE ≤ 1.2 × power limit × Δt; a module may draw more than the limit."""
     curve, window = attempt.gpu_curve(number), attempt.window
     window_s, seen = window.seconds, curve.count_in(window)
     # Anything may have been drawn between two samples of power.

@@ -168,10 +168,7 @@ def bootstrap_coverage_label(n_samples: int, confidence: float = CONFIDENCE) -> 
 
 @functools.lru_cache(maxsize=8)
 def _resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[tuple[int, ...], int], ...]:
-    """Which values each resample takes, sorted, and how many take the same.
-
-    It is the same for all metrics and configurations with as many cycles; five values have 126 resamples.
-    """
+    """Which values each resample takes, sorted, and how many take the same; the same for every metric."""
     generator = random.Random(seed)
     rows = (tuple(sorted(generator.choices(range(n), k=n))) for _ in range(n_iterations))
     return tuple(collections.Counter(rows).items())

@@ -187,10 +187,7 @@ def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -
 
 
 def exclusion_reason(*configurations: Configuration) -> Reason | None:
-    """Why there is no verdict between configurations that lost different numbers of cycles; None where they did not.
-
-    What throttles or fails is a finding about a configuration: what is left of it does not represent it.
-    """
+    """Why configurations that lost different numbers of cycles get no verdict: the rest does not represent them."""
     if len({item.n_excluded for item in configurations}) < 2:
         return None
     lost = []

@@ -55,10 +55,7 @@ def make_table(results: Iterable[StoredResult], *, is_every_attempt: bool = Fals
 
 
 def summary_columns(results: Iterable[StoredResult]) -> tuple[str, ...]:
-    """The columns of a Markdown table when none are named: all of them would be unreadable.
-
-    Of the energies, those that add up to the one that counts; that of the GPUs where no result has any.
-    """
+    """The columns of a Markdown table by default, with the energies that add up to the one that counts."""
     energies = [item.record.energy for item in results]
     parts = ((energy, name) for energy in energies for name in parts_of_source(energy.primary_j.source or ""))
     counted = dict.fromkeys(name for energy, name in parts if getattr(energy, name) is not None)

@@ -116,10 +116,7 @@ class Gathered:
 
 
 def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetPlan | None = None) -> Gathered:
-    """The results in the folders of the hosts, each once; with a plan only those of its run.
-
-    A UserError where there is no folder, not exactly one campaign, or two results of one key that differ.
-    """
+    """The results in the hosts' folders, each once, with a plan only its run; UserError unless they fit together."""
     results_dirs = _results_dirs(folders)
     slug = campaign or _only_campaign(results_dirs)
     scans = [Repository(folder, slug).scan() for folder in results_dirs]

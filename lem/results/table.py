@@ -170,10 +170,7 @@ class _RunTable:
 
 
 def _common_decimals(estimates: Sequence[Estimate]) -> int | None:
-    """How many decimals all numbers of a table get; None when they differ so much that each needs its own.
-
-    Enough for four significant digits of the smallest, and more where an interval would otherwise look like a point.
-    """
+    """The decimals of all numbers of a table, so that intervals show; None if each number needs its own."""
     values = [value for estimate in estimates for value in estimate.values if value > 0]
     if not values or max(values) > 30 * min(values):
         return None

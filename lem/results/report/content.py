@@ -198,10 +198,7 @@ def flat_settings(requested: Mapping[str, Any], prefix: str = "") -> dict[str, s
 
 
 def _grouping(settings: Sequence[Mapping[str, str]]) -> tuple[str, Sequence[int], tuple[str, ...]]:
-    """What colour and shape mean, those of each configuration, and the meaning of each.
-
-    Of few configurations each has its own, in the order of merit; of many they show a setting that has few values.
-    """
+    """What colour and shape mean (each configuration, or a setting with few values), each one's, and their meanings."""
     if len(settings) <= GROUPS_MAX:
         return "configuration", (), ()
     for key in (*_GROUPINGS, *sorted({key for item in settings for key in item})):
