@@ -8,7 +8,7 @@ import hashlib
 import logging
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,16 +149,24 @@ def locate(
 
 
 def fetch_all(
-    config: ExperimentConfig, token: str | None, drafter: tuple[str, str | None], *, all_formats: bool = False
+    config: ExperimentConfig,
+    token: str | None,
+    drafter: tuple[str, str | None],
+    *,
+    all_formats: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> tuple[Source, Source | None, Folders]:
     """The model, its adapter, and the folders of all that an engine is to read, with their files fetched.
 
     An engine that downloads for itself would take the token from the environment, where all its processes would have
     it; with a folder it needs none. `drafter` is the option that names the drafting model, and its value. With
-    `all_formats` weights are fetched in all formats, also beside safetensors.
+    `all_formats` weights are fetched in all formats, also beside safetensors. `check` may refuse the model before
+    anything else is fetched.
     """
     model, ignored = config.model, ("original/*",) if all_formats else _OTHER_WEIGHTS
     source = _fetch(locate(model.name, token, "model", revision=model.revision), token, "model", ignored)
+    if check is not None:
+        check(source.folder)
 
     def fetch(option: str, name: str | None, marker: str, skipped: Sequence[str] = ignored) -> Source | None:
         return None if name is None else _fetch(locate(name, token, option, marker=marker), token, option, skipped)

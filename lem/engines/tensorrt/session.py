@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import tensorrt_llm
@@ -55,9 +56,8 @@ class Session(common.ServedSession):
         self._uuids = self._restore_gpus.enter_context(_visible_gpus(config, find_gpus))
         try:
             drafter = "tensorrt.draft_model", section_of(config, TensorRTConfig).draft_model
-            source, _no_adapter, folders = fetch_all(config, secrets.get(TOKEN_VARIABLE) or None, drafter)
-            documents = options.documents_of(source.folder)
-            options.check_checkpoint(config, documents, self._facts)
+            token = secrets.get(TOKEN_VARIABLE) or None
+            source, _no_adapter, folders = fetch_all(config, token, drafter, check=self._check_checkpoint)
             arguments = options.engine_arguments(config, self._facts, folders)
             with common.raised_as(self._load_failure), engine_call():
                 made = {name: kind(**arguments[name]) for name, kind in _CONFIGURATIONS.items() if name in arguments}
@@ -67,11 +67,14 @@ class Session(common.ServedSession):
             self._set_up(config)
             self._identity = identify(source)
             self._tokenizer = self._engine.tokenizer
-            self._known_ids = options.vocabulary_of(documents)
+            self._known_ids = options.vocabulary_of(options.documents_of(source.folder))
         except BaseException:
             self.close()
             raise
         self._checks_s = common.seconds_since(began_ns)
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        options.check_checkpoint(self._config, options.documents_of(folder), self._facts)
 
     @property
     def report(self) -> EngineReport:

@@ -87,6 +87,10 @@ def test_quantization_is_that_of_the_checkpoint(bench: Bench) -> None:
     bench.write("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}})
     bench.load({"quantization": "fp8"})
     assert "is quantized to FP8" in bench.refusal({"quantization": "none"})
+    # Before anything else is fetched, such as a drafting model that does not exist.
+    assert "is quantized to FP8" in bench.refusal(
+        {"quantization": "none", "draft_model": "no/model", "num_draft_tokens": 3}
+    )
 
 
 def test_lengths_bound_requests(bench: Bench) -> None:
