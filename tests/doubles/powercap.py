@@ -19,7 +19,7 @@ class Zone:
     max_uj: int = 262_143_328_850  # it wraps there (`max_energy_range_uj`)
     begins_uj: int = 0  # the counter at `begins_ns`
     begins_ns: int = 0
-    max_power_uw: int | None = None  # of constraint 0, `long_term`; None for a zone without constraints
+    max_power_uw: int | None = None  # of constraint 1, `long_term`; None for a zone without constraints
 
     def energy_j(self, from_ns: int, to_ns: int) -> float:
         """What it truly drew between the two."""
@@ -72,8 +72,9 @@ class Powercap:
             (folder / "name").write_text(f"{zone.name}\n", encoding="ascii")
             (folder / "max_energy_range_uj").write_text(f"{zone.max_uj}\n", encoding="ascii")
             if zone.max_power_uw is not None:
-                (folder / "constraint_0_name").write_text("long_term\n", encoding="ascii")
-                (folder / "constraint_0_max_power_uw").write_text(f"{zone.max_power_uw}\n", encoding="ascii")
+                (folder / "constraint_0_name").write_text("peak_power\n", encoding="ascii")
+                (folder / "constraint_1_name").write_text("long_term\n", encoding="ascii")
+                (folder / "constraint_1_max_power_uw").write_text(f"{zone.max_power_uw}\n", encoding="ascii")
             self._counter(zone).write_text(f"{zone.energy_uj(at_ns)}\n", encoding="ascii")
 
     def update(self, at_ns: int) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,10 +107,20 @@ def test_two_runs_are_compared_over_an_anchor_and_reported(written: Written, tmp
     assert [pair.other.name for pair in comparison.pairs] == ["slow"]
 
 
-def test_a_run_and_a_configuration_cannot_be_compared(written: Written) -> None:
-    run = lem.read(written.results_dir, "Batch sizes")
-    with pytest.raises(lem.UserError, match="cannot be compared"):
-        lem.compare(run, run.configurations[0])
+def test_what_cannot_be_compared_is_refused(written: Written) -> None:
+    before, after = (lem.read(written.results_dir, "Batch sizes", run) for run in (written.run_id, LATER))
+    (one, other), (later, *_) = before.configurations, after.configurations
+    empty = dataclasses.replace(other, records=())
+    refused: list[tuple[Any, Any, str]] = [
+        (before, one, "a run cannot be compared with a configuration"),
+        (before, before, "both are the same run"),
+        (before, dataclasses.replace(after, records=()), "a run without results"),
+        (one, empty, "a configuration without results"),
+        (one, later, "share no cycles"),
+    ]
+    for a, b, problem in refused:
+        with pytest.raises(lem.UserError, match=problem):
+            lem.compare(a, b)
 
 
 def test_the_example_runs_from_load_to_report(tmp_path: Path) -> None:

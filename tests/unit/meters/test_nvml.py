@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from lem.meters.nvml import GpuFacts, MeterFailure, NvmlMeter, gpu_uuids, visible_gpus
@@ -42,6 +45,23 @@ def test_the_enforced_limit_is_asked_for_before_the_management_limit() -> None:
     assert NvmlMeter(FakeNvml(answers=answers), "GPU-a").header.power_limit_w == 700.0
     failures = {"nvmlDeviceGetEnforcedPowerLimit": 13}
     assert NvmlMeter(FakeNvml(answers=answers, failures=failures), "GPU-a").header.power_limit_w == 650.0
+    failures["nvmlDeviceGetPowerManagementLimit"] = 3
+    assert NvmlMeter(FakeNvml(failures=failures), "GPU-a").header.power_limit_w is None
+
+
+class OldNvml(FakeNvml):
+    """A pynvml from before energy counters."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name == COUNTER:
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+
+def test_a_pynvml_without_a_function_is_named_with_its_remedy() -> None:
+    error = NvmlMeter(OldNvml(), "GPU-a").header.counter_error
+    assert error is not None
+    assert f"this pynvml has no {COUNTER}: update nvidia-ml-py" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,18 @@ def test_a_row_that_is_none_is_refused_with_its_line(tmp_path: Path, line: str, 
     assert str(found.value).startswith(f"{path}:3: not a sample log: {said}")
 
 
-@pytest.mark.parametrize("change", [{"interval_ms": -1}, {"interval_ms": "1"}, {"gpus": [7]}, {"gpus": None}, {"x": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema_version": 99},
+        {"interval_ms": -1},
+        {"interval_ms": 10**30},
+        {"interval_ms": "1"},
+        {"gpus": [7]},
+        {"gpus": None},
+        {"x": 1},
+    ],
+)
 def test_a_header_that_is_none_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "samples.part"
     add(path, json.dumps({**json.loads(encode_header(HEADER)), **change}) + "\n")
