@@ -285,7 +285,7 @@ def _without_secret(word: str) -> str:
 
 
 def webhook_message(campaign: CampaignConfig, ended: CampaignOutcome | LemError) -> dict[str, Any] | None:
-    """What the webhook is told of a run, or of the error with which none started; None if it is not to be told."""
+    """The webhook message for a run, or for the error with which none started; None if none is wanted."""
     manifest, error = (None, ended) if isinstance(ended, LemError) else (ended.manifest, ended.error)
     if isinstance(ended, CampaignOutcome) and ended.stopped is Stopped.SIGNAL:
         return None

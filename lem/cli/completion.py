@@ -30,7 +30,7 @@ class Value:
     choices: tuple[str, ...] = ()
 
     def path(self, file: str, folder: str) -> str:
-        """How a shell is told to complete it, if it is the path of a file or a folder; else empty."""
+        """How a shell completes it, if it is the path of a file or a folder; else empty."""
         return "" if self.choices else file if self.name in _FILES else folder if self.name == "DIR" else ""
 
 
