@@ -103,6 +103,7 @@ def test_two_runs_are_compared_over_an_anchor_and_reported(written: Written, tmp
     comparison = lem.compare(before, after)
     assert comparison.anchor is not None
     assert comparison.anchor.name == "fast"
+    assert lem.read(written.results_dir, "Batch sizes").run_id == LATER  # the last, where none is named
     assert LATER in lem.report(after, tmp_path / "report.html").read_text(encoding="utf-8")
     assert [pair.other.name for pair in comparison.pairs] == ["slow"]
 
