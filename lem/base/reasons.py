@@ -110,7 +110,9 @@ _NEW_TEXTS: Mapping[str, str] = {
     # Sentences of version 1 in other words.
     "clocks_unwatched": "clock throttling was not monitored (timeseries.enabled: false)",
     "foreign_process": "{uuid}: used by another program (process {pids})",
-    "guard_short": "a guard of {guard_s:.2f} s is too short for the power sensor's lag of {least_s:.2f} s",
+    "guard_short": (
+        "a guard of {guard_s:.2f} s is too short for the lag of the power sensor, which takes {least_s:.2f} s"
+    ),
     "edge_doubtful": "{what}: the end of the window leaves {doubt_j:.3g} J uncertain; use a longer window",
     "warmup_overlaps": "some warm-up prompts are also measured: no others have their lengths",
     "warmup_unsettled": (
@@ -122,16 +124,26 @@ _NEW_TEXTS: Mapping[str, str] = {
         " the window, so queue times grow with its length; lower traffic_simulation.target_qps"
     ),
     "tokens_untimed": "the engine gave no time for each token: tokens count when their request finished",
-    "ramp_cut_short": "the window may include the ramp: it opened at {ramp_s:.1f} s, before one full set of requests",
-    "outputs_bounded": "{bounded:d} of {total:d} prompts want more output than max_output_tokens ({limit:d}); raise it",
+    "ramp_cut_short": (
+        "the window opened after {ramp_s:.1f} s of ramp, before a full set of concurrent requests was completed: it "
+        "may include the start of the load"
+    ),
+    "outputs_bounded": (
+        "{bounded:d} of {total:d} prompts ask for more output than max_output_tokens ({limit:d}) allows; raise it to "
+        "run them whole"
+    ),
     "dataset_too_small": "data set {name}: expected {wanted:d} prompts, found {found:d}",
     "prompt_file_too_small": "{path}: expected {wanted:d} prompts, found {found:d}",
     "weights_missing": "{count:d} weights are not in {model} and were initialised at random, among them {first}",
     "gap_no_sensors": "whole gap: no sensor, or no earlier power at rest, shows when the device is back",
     # Results under one name.
     "mixed_configurations": "results of {count:d} configurations under one name: the estimate mixes them",
-    "mixed_hosts": "results of {count:d} hosts under one name: a host's cycles are alike, so intervals are too narrow",
-    "mixed_runs": "results of {count:d} runs under one name: a run's cycles are alike, so intervals are too narrow",
+    "mixed_hosts": (
+        "results of {count:d} hosts under one name: cycles of one host are similar, so intervals are too narrow"
+    ),
+    "mixed_runs": (
+        "results of {count:d} runs under one name: cycles of one run are similar, so intervals are too narrow"
+    ),
     # What separates two configurations.
     "other_gpus": "other GPUs: {before} against {after}",
     "other_cards": "other cards: {before} against {after}; their sensors differ by up to ±5 %",
@@ -151,8 +163,14 @@ _NEW_TEXTS: Mapping[str, str] = {
     "no_common_cycle": "no cycle has a valid result of both",
     "nothing_to_compare": "there is nothing to compare",
     "own_anchor": "it is the only configuration that both runs measured unchanged, and cannot be its own anchor",
-    "no_anchor": "no unchanged configuration is common to both runs, so days may differ; measure one in both",
-    "anchor_moved": "the anchor {name} changed to {ratio:.3g} ×, over {most_percent:g} %: something else changed too",
+    "no_anchor": (
+        "no unchanged configuration is common to both runs, so a difference between days cannot be separated from one"
+        " between configurations; measure one that did not change in both"
+    ),
+    "anchor_moved": (
+        "the anchor {name} itself changed to {ratio:.3g} ×, more than {most_percent:g} %: something other than the "
+        "configurations changed"
+    ),
     # Findings of `lem check`.
     "no_results": "there is no complete result",
     "results_damaged": "damaged results are left out: {named}",
@@ -188,9 +206,13 @@ _NEW_TEXTS: Mapping[str, str] = {
     "drift": "{metric} {moved} from the first experiment to the last{interval}",
     "drift_or_chance": "{metric} {moved} from the first experiment to the last{interval}, which could be chance",
     "blocks": "each configuration ran in its own block, so a drift would look like a difference",
-    "same_order": "the order is the same in every cycle, so one experiment's heat always reaches the same next one",
+    "same_order": (
+        "the order is the same in every cycle: effects of one experiment, such as heat, always reach the same next one"
+    ),
     "place_matters": "{metric} {moved} from the first place within a cycle to the last{interval}",
-    "place_or_chance": "{metric} {moved} from first to last place within a cycle{interval}, which could be chance",
+    "place_or_chance": (
+        "{metric} {moved} from the first place within a cycle to the last{interval}, which could be chance"
+    ),
     "only_one_cycle": "one cycle has no interval",
     "only_two_cycles": "an interval of two cycles is 13 standard errors wide",
     "wide_interval": "the interval of {metric} is up to ±{width} wide",
@@ -223,10 +245,14 @@ _NEW_TEXTS: Mapping[str, str] = {
     "static_cache": "a static cache is sized for the longest sequence and costs its memory and a compilation first",
     "dynamic_batch_of_one": "a dynamic batch of 1 is not a batch; raise it",
     "memory_tight": "{share:g} leaves little room on the GPU; out of memory is likely",
-    "cached_repeats": "prompts repeat until the window is long enough, and repeats are served from the cache",
+    "cached_repeats": (
+        "prompts are repeated until the window is long enough, and repeats are then served from the cache"
+    ),
     "needs_quantized_checkpoint": "{quantization} needs a checkpoint with this quantization",
     "needs_capability": "{what} needs compute capability {needed}, {gpu} has {found}",
-    "memory_short": "{billions:.3g} billion weights (by name) need {needed_gb:.3g} GB; {gpu} has {memory_gb:.3g} GB",
+    "memory_short": (
+        "judging by its name, {billions:.3g} billion weights need {needed_gb:.3g} GB; {gpu} has {memory_gb:.3g} GB"
+    ),
     # Configurations of a campaign.
     "no_model": "no model: name one in the experiment, the grid or the campaign",
     "repeated_experiment": "is the same experiment as {name}, and runs once",

@@ -38,24 +38,35 @@ class AssistedGenerationConfig(Section):
     """Speculative decoding of `generate`: a small model drafts, the model checks."""
 
     model: str | None = option(None, "The drafting model: a name or a folder.", reload=True)
-    num_tokens: int | None = option(None, "Tokens to draft per step; without a model, prompt n-grams.", min=1, max=64)
+    num_tokens: int | None = option(
+        None, "Tokens to draft per step; without a model, n-grams of the prompt.", min=1, max=64
+    )
 
 
 @dataclass(frozen=True)
 class PyTorchConfig(Section):
     """Options of the pytorch backend (transformers)."""
 
-    batch_size: int = option(1, "Requests in a batch; at most, if dynamic.", min=1, unit="requests", is_width=True)
+    batch_size: int = option(
+        1, "Requests in a batch; the most with a dynamic strategy.", min=1, unit="requests", is_width=True
+    )
     batching_strategy: str = option(
         "static",
         "static: fixed size; dynamic: by tokens; sorted_: by length first.",
         choices=("static", "dynamic", "sorted_static", "sorted_dynamic"),
     )
-    max_tokens_per_batch: int | None = option(None, "Most tokens of a dynamic batch, padded.", min=1, unit="tokens")
-    parallelism_strategy: str | None = option(
-        None, "How to use several GPUs. Refused: not tested.", choices=("device_map", "tensor_parallel"), reload=True
+    max_tokens_per_batch: int | None = option(
+        None, "Most tokens of a dynamic batch, padding included.", min=1, unit="tokens"
     )
-    parallelism_degree: int | None = option(None, "GPUs to use. Over 1 is refused.", min=1, unit="GPUs", reload=True)
+    parallelism_strategy: str | None = option(
+        None,
+        "How to spread a model over GPUs. Refused: not tested.",
+        choices=("device_map", "tensor_parallel"),
+        reload=True,
+    )
+    parallelism_degree: int | None = option(
+        None, "GPUs to spread a model over. More than 1 is refused.", min=1, unit="GPUs", reload=True
+    )
     load_in_4bit: bool | None = option(None, "Quantize weights to 4 bit while loading (bitsandbytes).", reload=True)
     load_in_8bit: bool | None = option(None, "Quantize weights to 8 bit while loading (bitsandbytes).", reload=True)
     bnb_4bit_compute_dtype: str | None = option(
@@ -78,13 +89,15 @@ class PyTorchConfig(Section):
     low_cpu_mem_usage: bool | None = option(None, "Load weights without a second copy in CPU memory.", reload=True)
     max_memory: Mapping[str, str] | None = option(
         None,
-        "Memory by device: {0: 20GiB, cpu: 60GiB}.",
+        "Memory to use per device, such as {0: 20GiB, cpu: 60GiB}.",
         check=_check_memory_size,
         form="a size like 10GiB",
         reload=True,
     )
     min_p: float | None = option(None, "Drop tokens below this share of the likeliest.", min=0, max=1)
-    no_repeat_ngram_size: int | None = option(None, "Size of n-grams not to repeat; 0 is off.", min=0, unit="tokens")
+    no_repeat_ngram_size: int | None = option(
+        None, "Size of n-grams that must not repeat; 0 is off.", min=0, unit="tokens"
+    )
     beam_search: BeamSearchConfig = option(BeamSearchConfig(), "Beam search.")
     assisted_generation: AssistedGenerationConfig = option(AssistedGenerationConfig(), "Speculative decoding.")
     extra: Mapping[str, Any] = option({}, "Further options, passed to `generate` unchanged.")
@@ -104,7 +117,9 @@ class PyTorchConfig(Section):
         if is_dynamic and self.max_tokens_per_batch is None:
             yield Problem(("batching_strategy",), f"{self.batching_strategy} needs max_tokens_per_batch")
         if not is_dynamic and self.max_tokens_per_batch is not None:
-            yield Problem(("max_tokens_per_batch",), "has no effect without a dynamic batching_strategy")
+            yield Problem(
+                ("max_tokens_per_batch",), "has no effect without batching_strategy: dynamic or sorted_dynamic"
+            )
 
 
 @dataclass(frozen=True)
@@ -145,7 +160,9 @@ class VllmConfig(Section, reloads=True):
 
     max_num_seqs: int = option(256, "Requests computed together.", min=1, unit="requests", is_width=True)
     max_num_batched_tokens: int | None = option(None, "Tokens in one step.", min=1, unit="tokens")
-    max_model_len: int | None = option(None, "Longest sequence; null: input plus output limit.", min=1, unit="tokens")
+    max_model_len: int | None = option(
+        None, "Longest sequence; null: the input and output limits together.", min=1, unit="tokens"
+    )
     gpu_memory_utilization: float = option(0.9, "Share of GPU memory to use.", min=0.5, max=0.99)
     swap_space: float | None = option(None, "CPU swap space of older engines.", min=0, unit="GiB")
     cpu_offload_gb: float | None = option(None, "Weights to keep in CPU memory.", min=0, unit="GiB")
@@ -162,7 +179,9 @@ class VllmConfig(Section, reloads=True):
     quantization: str | None = option(None, "Quantization, as vLLM names it (awq, gptq, fp8, …).")
     min_p: float | None = option(None, "Drop tokens below this share of the likeliest.", min=0, max=1, reload=False)
     logprobs: int | None = option(None, "Log probabilities per token.", min=0, max=20, reload=False)
-    logit_bias: Mapping[str, float] | None = option(None, "Bias of tokens by id.", min=-100, max=100, reload=False)
+    logit_bias: Mapping[str, float] | None = option(
+        None, "Bias of tokens by their id.", min=-100, max=100, reload=False
+    )
     attention: VllmAttentionConfig = option(VllmAttentionConfig(), "Attention.")
     speculative: VllmSpeculativeConfig = option(VllmSpeculativeConfig(), "Speculative decoding.")
     lora: VllmLoraConfig = option(VllmLoraConfig(), "LoRA adapters.")
@@ -193,7 +212,9 @@ class TensorRTConfig(Section, reloads=True):
     max_input_len: int | None = option(None, "Longest prompt; null: max_input_tokens.", min=1, unit="tokens")
     max_output_len: int | None = option(None, "Longest output; null: max_output_tokens.", min=1, unit="tokens")
     max_num_tokens: int | None = option(None, "Tokens in one step.", min=1, unit="tokens")
-    builder_opt_level: int | None = option(None, "Optimisation. Refused: the PyTorch flow builds none.", min=0, max=5)
+    builder_opt_level: int | None = option(
+        None, "Optimisation level. Refused: the PyTorch flow builds none.", min=0, max=5
+    )
     tp_size: int | None = option(None, "GPUs to spread each layer over.", min=1, unit="GPUs")
     pp_size: int | None = option(None, "GPUs to spread the layers over.", min=1, unit="GPUs")
     quantization: str | None = option(

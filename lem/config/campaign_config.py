@@ -22,6 +22,7 @@ from lem.config.experiment import (
     DatasetConfig,
     ExperimentConfig,
     ModelConfig,
+    WarmupConfig,
 )
 from lem.config.kinds import REQUIRED, Items, Problem
 from lem.config.option import Section, canonical, check_partial, declared, matching, nest, option, put
@@ -90,8 +91,12 @@ class CampaignGridConfig(Section):
     backends: tuple[str, ...] = option(
         REQUIRED, "The backends to run.", choices=BACKENDS, min_items=1, is_unique=True, takes_scalar=True
     )
-    models: tuple[Any, ...] | None = option(None, "The models; null: the campaign's.", min_items=1, takes_scalar=True)
-    shared: Mapping[str, Any] = option({}, "Axes of all backends: dotted names, each with values.", dotted_after=0)
+    models: tuple[Any, ...] | None = option(
+        None, "The models to run; null takes the campaign's.", min_items=1, takes_scalar=True
+    )
+    shared: Mapping[str, Any] = option(
+        {}, "Axes of all backends: dotted option names, each with a list of values.", dotted_after=0
+    )
     backend_overrides: Mapping[str, Mapping[str, Any]] = option(
         {}, "Per backend, options of its section: a value, or a list of values as an axis.", dotted_after=1
     )
@@ -165,7 +170,9 @@ class CampaignExplicitExperiment(
 
     config: str | None = option(None, "Experiment file, relative to the campaign file.")
     overrides: Mapping[str, Any] = option({}, "Options that override the file, nested or with dotted names.")
-    inline: Mapping[str, Any] | None = option(None, "The experiment, if it has no file. The key may be omitted.")
+    inline: Mapping[str, Any] | None = option(
+        None, "The experiment, if it has no file. The key `inline` may be omitted."
+    )
 
     @classmethod
     def rewrite(cls, mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -199,11 +206,17 @@ class CampaignExecutionConfig(Section):
     """How often, in which order, and how long to wait."""
 
     cycles: int = option(3, "Runs of every experiment; intervals need at least 3.", min=1, max=20)
-    structure: str = option(INTERLEAVED, "Order: ABC ABC, shuffled within each cycle, or AAA BBB.", choices=STRUCTURES)
+    structure: str = option(
+        INTERLEAVED, "Order: interleaved ABC ABC; shuffled within each cycle; grouped AAA BBB.", choices=STRUCTURES
+    )
     warmup_prompts: int = option(5, "Default of an experiment's warmup.min_prompts.", min=0, max=200, unit="prompts")
     warmup_timeout_seconds: float = option(30.0, "Default of an experiment's warmup.timeout_seconds.", min=0, unit="s")
     config_gap_seconds: float = option(
-        60.0, "Longest wait between experiments; over once the device is idle.", min=0, max=units.LONGEST_S, unit="s"
+        60.0,
+        "Longest wait between experiments; ends when the device is idle again.",
+        min=0,
+        max=units.LONGEST_S,
+        unit="s",
     )
     cycle_gap_seconds: float = option(300.0, "Longest wait between cycles.", min=0, max=units.LONGEST_S, unit="s")
     load_timeout_seconds: float = option(1800.0, "Time limit for loading an engine.", above=0, unit="s")
@@ -244,7 +257,9 @@ class CampaignHealthCheckConfig(Section):
 
     enabled: bool = option(True, "Check the containers.")
     interval_experiments: int = option(0, "Experiments between checks; 0: once per cycle.", min=0, unit="experiments")
-    gpu_memory_threshold_pct: float = option(90.0, "Unhealthy use of GPU memory by others.", min=50, max=100, unit="%")
+    gpu_memory_threshold_pct: float = option(
+        90.0, "GPU memory used by others that is unhealthy.", min=50, max=100, unit="%"
+    )
     restart_on_failure: bool = option(True, "Restart an unhealthy container; false only logs it.")
     max_restarts: int = option(3, "Restarts of a container per campaign, at most.", min=0)
 
@@ -263,7 +278,9 @@ class CampaignDaemonConfig(Section, switch="enabled"):
 
     enabled: bool = option(False, "Repeat the campaign.")
     at: str | None = option(None, "Time of day of the first run.", check=_check_time, form="a time HH:MM")
-    interval: str | None = option(None, "Between runs: 90s, 30m, 6h, 2d.", check=_check_duration, form="a duration")
+    interval: str | None = option(
+        None, "Time from the end of a run to the next: 90s, 30m, 6h, 2d.", check=_check_duration, form="a duration"
+    )
     total_duration: str | None = option(None, "Stop after this long.", check=_check_duration, form="a duration")
     quiet: bool = option(True, "Log to a file in the state folder, not to the screen.")
 
@@ -285,8 +302,12 @@ class CampaignIOConfig(Section):
     results_dir: str = option("results", "Folder of results.")
     configs_dir: str = option("configs", "Folder of the experiments that a grid generates.")
     state_dir: str = option(".state", "Folder of the manifest and the log.")
-    manifest_filename: str = option(MANIFEST_FILENAME, "Manifest's name.", check=_check_file_name, form="a file name")
-    compose_file: str | None = option(None, "Compose file; null: [docker/]docker-compose.yml, else the packaged one.")
+    manifest_filename: str = option(
+        MANIFEST_FILENAME, "Name of the manifest.", check=_check_file_name, form="a file name"
+    )
+    compose_file: str | None = option(
+        None, "Compose file; null tries docker-compose.yml, docker/docker-compose.yml, the packaged one."
+    )
     env_file: str | None = option(None, "File of environment variables for compose.")
 
     @property
@@ -384,7 +405,7 @@ def with_campaign_defaults(
         prompts = campaign.execution.warmup_prompts
         is_own = "min_prompts" in warmup
         warmup.setdefault("min_prompts", prompts)
-        if not is_own and prompts > declared(ExperimentConfig)["warmup"].default.max_prompts:
+        if not is_own and prompts > declared(WarmupConfig)["max_prompts"].default:
             warmup.setdefault("max_prompts", prompts)
         warmup.setdefault("timeout_seconds", campaign.execution.warmup_timeout_seconds)
     return out

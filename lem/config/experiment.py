@@ -166,8 +166,12 @@ class WarmupConfig(Section):
     enabled: bool = option(True, "Warm up.")
     convergence_detection: bool = option(True, "Continue until latencies settle; false: exactly min_prompts.")
     cv_threshold: float = option(0.05, "Coefficient of variation below which latencies are settled.", above=0, max=1)
-    min_prompts: int = option(5, "Prompts at least, at least twice the concurrency.", min=0, max=200, unit="prompts")
-    max_prompts: int = option(50, "Prompts at most unless window_size steps need more.", min=1, max=200, unit="prompts")
+    min_prompts: int = option(
+        5, "Prompts at least, and at least twice the concurrency.", min=0, max=200, unit="prompts"
+    )
+    max_prompts: int = option(
+        50, "Prompts at most, unless window_size steps need more.", min=1, max=200, unit="prompts"
+    )
     window_size: int = option(5, "Latencies to compare.", min=3, max=20, unit="prompts")
     timeout_seconds: float = option(30.0, "Time at most; 0 sets no limit.", min=0, unit="s")
 
@@ -190,14 +194,18 @@ class TimeseriesConfig(Section):
 
 @dataclass(frozen=True)
 class MeasurementConfig(Section):
-    min_window_sec: float = option(SHORT_WINDOW_S, "Window; prompts repeat to fill it.", min=0, max=3600, unit="s")
+    min_window_sec: float = option(
+        SHORT_WINDOW_S, "Length of the window; prompts repeat to fill it.", min=0, max=3600, unit="s"
+    )
     energy: str = option(
         "auto",
         "Meter of energy; auto takes the best available.",
         choices=("auto", "nvml", EnergySource.RAPL.value, EnergySource.TDP_ESTIMATE.value, "none"),
     )
     phases: bool = option(False, "Separate energy of prefill and decode, by differenced runs.")
-    cpu_tdp_w: float | None = option(None, "Design power of the CPUs; null: the kernel's.", min=1, max=10000, unit="W")
+    cpu_tdp_w: float | None = option(
+        None, "Design power of all CPU packages, for tdp_estimate; null asks the kernel.", min=1, max=10000, unit="W"
+    )
     external_csv: str | None = option(None, "File with readings of an external meter: UTC time, watts.")
     grid_g_per_kwh: float | None = option(None, "Carbon intensity of the grid.", min=0, unit="g/kWh")
     pue: float | None = option(None, "Power usage effectiveness of the site.", min=1, max=10)
@@ -219,7 +227,9 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}):
     max_input_tokens: int = option(512, "Longer prompts are truncated.", min=1, unit="tokens")
     max_output_tokens: int = option(128, "Tokens to generate at most.", min=1, unit="tokens")
     min_output_tokens: int = option(0, "Tokens to generate at least.", min=0, unit="tokens")
-    fp_precision: str = option("float16", "Type of weights.", choices=("float16", "float32", "bfloat16"), reload=True)
+    fp_precision: str = option(
+        "float16", "Type of the weights.", choices=("float16", "float32", "bfloat16"), reload=True
+    )
     gpus: tuple[str, ...] | None = option(
         None,
         "GPUs by index or UUID; null is GPU 0 if there is one, else the CPU; [] is the CPU.",

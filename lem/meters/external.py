@@ -125,7 +125,9 @@ def _time(cell: str) -> float | None:
     if number is not None:
         return number if _EPOCH_S[0] <= number < _EPOCH_S[1] else None
     moment = parse_time(cell)
-    return None if moment is None else (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    if moment is None:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 
 def _number(cell: str) -> float | None:

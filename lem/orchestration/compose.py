@@ -267,7 +267,9 @@ def _override_text(services: Mapping[str, Any]) -> str:
 
 def _image_id(docker: Docker, service: Service) -> str:
     if service.image is None:
-        raise ContainerError(f"service {service.name} has no `image`", "`build:` needs one beside it", kind="image")
+        raise ContainerError(
+            f"service {service.name} has no `image`", "add one next to `build:`, and build it", kind="image"
+        )
     found = docker.image_id(service.image)
     if found is None:
         message = f"image {service.image} of service {service.name} is missing, and a campaign pulls no images"

@@ -210,8 +210,13 @@ class Session:
             raise InfrastructureError(error.message, error.hint) from error
 
     def _run_experiment(self, experiment: Experiment, *, keep_engine: bool, gap: GapOutcome | None) -> bool:
-        who: dict[str, Any] = {name: getattr(experiment, name) for name in ("exp_id", "config_name", "backend")}
-        who |= {"cycle": experiment.cycle_index + 1, "cycles": self.plan.execution.cycles}
+        who = {
+            "exp_id": experiment.exp_id,
+            "config_name": experiment.config_name,
+            "backend": experiment.backend,
+            "cycle": experiment.cycle_index + 1,
+            "cycles": self.plan.execution.cycles,
+        }
         entry = self.manifest.get_entry(experiment.exp_id)
         self.report("experiment_started", **who)
         started_s = self.context.monotonic()
@@ -252,10 +257,15 @@ class Session:
         if best.record is None:
             self.report("experiment_failed", **who, error=entry.error, **best.details, elapsed_s=elapsed_s)
             return False
-        validity, speed = best.record.validity, best.record.throughput.output_tok_per_s
-        reasons = [reason.text for reason in validity.invalid_reasons]
-        ended = {"output_tok_per_s": speed, "elapsed_s": elapsed_s, "result": best.attempt.result_path}
-        self.report("experiment_completed", **who, valid=validity.valid, invalid_reasons=reasons, **ended)
+        self.report(
+            "experiment_completed",
+            **who,
+            valid=best.record.validity.valid,
+            invalid_reasons=[reason.text for reason in best.record.validity.invalid_reasons],
+            output_tok_per_s=best.record.throughput.output_tok_per_s,
+            elapsed_s=elapsed_s,
+            result=best.attempt.result_path,
+        )
         return True
 
     def _attempt(

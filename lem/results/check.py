@@ -41,13 +41,17 @@ _WEAK: Mapping[str, str] = {
     "damaged": "restore them from a backup, or measure again: lem campaign --resume runs what has no result",
     "failed": "lem status shows why each one failed, and its log; lem campaign --resume runs them again",
     "no_results": "run the campaign; lem status shows its state",
-    "unequal_exclusions": "find the cause: what always throttles or fails is a finding, not an outlier",
+    "unequal_exclusions": (
+        "find the cause and measure again: what always throttles or fails is a finding, not an outlier"
+    ),
     "no_valid_result": "remove the cause, then --resume",
     "unsteady": "raise measurement.min_window_sec, warm up longer, and check what else runs on the machine",
     "warmup": "raise warmup.max_prompts or warmup.timeout_seconds",
     "throttled": "improve cooling, lower the power limit, or raise execution.config_gap_seconds",
     "foreign_processes": "stop them (lem doctor lists them), or reserve the machine while it measures",
-    "crosscheck": "A100 and H100 sample power only part of the time: trust the counter; on others see sample_gap_max_s",
+    "crosscheck": (
+        "the sensors of A100 and H100 sample only part of the time: trust the counter; elsewhere see sample_gap_max_s"
+    ),
     "estimate": "make RAPL readable (lem doctor shows how), or use an external meter (measurement.external_csv)",
     "shared_loads": "set execution.reuse: cycle, which reloads engines in every cycle",
     "output_lengths": _SAME_WORK,
@@ -69,7 +73,9 @@ _NOTES: Mapping[str, str] = {
     "gap_too_short": "raise execution.config_gap_seconds and execution.cycle_gap_seconds",
     "baseline_drift": "lengthen the gaps, and check what else draws power; gross energy is unaffected",
     "baselines_apart": "net energies are not comparable; compare gross energy, and check what else draws power",
-    "integrated_power": "a sensor may miss part of a periodic load: raise measurement.min_window_sec",
+    "integrated_power": (
+        "a sensor that samples only part of the time is wrong under a periodic load: raise measurement.min_window_sec"
+    ),
     "warning": "",
     "same_order": "use structure: shuffled, so that lem check can measure the effect of the order",
     "indistinguishable": f"{MOST_CYCLES} cycles would not separate them: treat them as equal",
@@ -276,7 +282,8 @@ def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Fi
     found = Reason.of("pair_open", **data, difference=percent(effect.ratio - 1), cycles=n_cycles)
     if further is None or n_cycles + further > MOST_CYCLES:
         return _finding("indistinguishable", found, names)
-    remedy = f"{further} more cycles should separate them: lem campaign … --resume --cycles {n_cycles + further}"
+    command = f"lem campaign … --resume --cycles {n_cycles + further}"
+    remedy = f"{further} more cycles would separate them, if the difference stays the same: {command}"
     return _finding("too_few_cycles", found, names, remedy=remedy)
 
 

@@ -277,8 +277,10 @@ class TrafficQueue:
         # The input of a request counts when its first output token, the end of prefill, was in the window.
         prefilled = [item for item in answers if is_inside(next(_token_times(item), item.completion.finished_ns))]
         token_times = [time_ns for item in answers for time_ns in _token_times(item) if is_inside(time_ns)]
-        first_half = sum(time_ns <= (opened_ns + closed_ns) // 2 for time_ns in token_times)
-        halves = are_alike(first_half, len(token_times) - first_half)
+        steady: Measured[bool] = Measured(None, NOTHING_TO_COMPARE)
+        if token_times:
+            first_half = sum(time_ns <= (opened_ns + closed_ns) // 2 for time_ns in token_times)
+            steady = are_alike(first_half, len(token_times) - first_half)
         failures = [item.completion.error for item in finished if item.completion.error is not None]
         failures += [f"request {index}: the backend gave no answer" for index in sorted(self._in_flight)]
         return MeasuredWindow(
@@ -291,7 +293,7 @@ class TrafficQueue:
             input_tok=sum(item.input_tok for item in prefilled),
             output_tok=len(token_times),
             padding_tok=padding_of(prefilled),
-            steady=halves if token_times else Measured(None, NOTHING_TO_COMPARE),
+            steady=steady,
             outputs=good,
             warnings=tuple(self._warnings(sum(map(is_inside, self._arrived_ns)), len(finished))),
         )

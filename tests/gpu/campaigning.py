@@ -15,6 +15,7 @@ from lem.orchestration.manifest import CampaignManifestEntry, ManifestManager
 from lem.record import Record
 from lem.results.store import Repository, folder_names
 from tests.gpu.bench import Bench
+from tests.gpu.load import fixed_lengths
 
 INTERRUPTED = 130
 _STOP_S = 30.0
@@ -29,12 +30,7 @@ def experiment(name: str, input_tok: int, output_tok: int, prompts: int, **other
     return {
         "config_name": name,
         "backend": "pytorch",
-        "fp_precision": "bfloat16",
-        "ignore_eos": True,
-        "max_input_tokens": input_tok,
-        "max_output_tokens": output_tok,
-        "min_output_tokens": output_tok,
-        "decoder": {"preset": "deterministic"},
+        **fixed_lengths(input_tok, output_tok),
         "prompts": {"type": "synthetic", "input_tokens": input_tok, "sample_size": prompts},
         **others,
     }

@@ -22,7 +22,7 @@ from lem.config.experiment import ExperimentConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Engine, TokenRequest
 from lem.worker.window import measure_batch
-from tests.gpu.load import CudaLoad, Load, RehearsedLoad, stay_busy, swing
+from tests.gpu.load import CudaLoad, Load, RehearsedLoad, fixed_lengths, stay_busy, swing
 
 # Ids that both tokenizer and model know, special ones left out.
 _FIRST_ID, _IDS = 3, 200
@@ -83,12 +83,7 @@ class _Worker:
         config = ExperimentConfig.from_dict(
             {
                 "model": order["model"],
-                "fp_precision": "bfloat16",
-                "ignore_eos": True,
-                "max_input_tokens": input_tok,
-                "max_output_tokens": output_tok,
-                "min_output_tokens": output_tok,
-                "decoder": {"preset": "deterministic"},
+                **fixed_lengths(input_tok, output_tok),
                 "pytorch": {"batch_size": batch},
             }
         )

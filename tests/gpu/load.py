@@ -47,6 +47,18 @@ def stay_busy(load: Load, duration_s: float) -> Busy:
     return Busy(opened_ns, time.monotonic_ns(), done)
 
 
+def fixed_lengths(input_tok: int, output_tok: int) -> dict[str, Any]:
+    """Options with which every request is the same work."""
+    return {
+        "fp_precision": "bfloat16",
+        "ignore_eos": True,
+        "max_input_tokens": input_tok,
+        "max_output_tokens": output_tok,
+        "min_output_tokens": output_tok,
+        "decoder": {"preset": "deterministic"},
+    }
+
+
 def swing(load: Load, period_s: float, duration_s: float) -> Busy:
     """Work for half of each period and rest for the other, over whole periods."""
     opened_ns, period_ns, done = time.monotonic_ns(), round(period_s * NS_PER_S), 0

@@ -27,7 +27,14 @@ _SHOWN = 8
 _PROBLEMS_SHOWN = 200
 # Findings that the verdict, the invalid results and the plots show as well.
 _SHOWN_ELSEWHERE = frozenset({"damaged", "indistinguishable", "unequal_exclusions", "invalid"})
-_KINDS = {"missing": "without a result"} | {it: it for it in ("half-written", "corrupt", "foreign", "unreadable")}
+# How each kind of problem reads after a count.
+_KINDS = {
+    "missing": "without a result",
+    "half-written": "half-written",
+    "corrupt": "corrupt",
+    "foreign": "foreign",
+    "unreadable": "unreadable",
+}
 
 
 def validity_section(report: Report) -> Markup:
