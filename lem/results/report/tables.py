@@ -27,14 +27,8 @@ _SHOWN = 8
 _PROBLEMS_SHOWN = 200
 # Findings that the verdict, the invalid results and the plots show as well.
 _SHOWN_ELSEWHERE = frozenset({"damaged", "indistinguishable", "unequal_exclusions", "invalid"})
-# How each kind of problem reads after a count.
-_KINDS = {
-    "missing": "without a result",
-    "half-written": "half-written",
-    "corrupt": "corrupt",
-    "foreign": "foreign",
-    "unreadable": "unreadable",
-}
+_KINDS = ("missing", "half-written", "corrupt", "foreign", "unreadable")
+_AFTER_A_COUNT = {"missing": "without a result"}  # where it is not the kind itself
 
 
 def validity_section(report: Report) -> Markup:
@@ -107,7 +101,8 @@ def _problems(report: Report) -> Markup:
     if not problems:
         return Markup()
     kinds = [problem.kind for problem in problems]
-    counts = ", ".join(f"{count} {words}" for kind, words in _KINDS.items() if (count := kinds.count(kind)))
+    found = ((kinds.count(kind), _AFTER_A_COUNT.get(kind, kind)) for kind in _KINDS)
+    counts = ", ".join(f"{count} {words}" for count, words in found if count)
     rows = [[it.kind, "/".join(PurePath(it.path).parts[-4:]), it.message] for it in problems[:_PROBLEMS_SHOWN]]
     content = table("Attempts that were left out", ["Kind", "File", "Problem"], rows, row_head=None)
     left = len(problems) - len(rows)
