@@ -33,6 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("lab" if needs & _ONE_AT_A_TIME else item.nodeid.partition("::")[0]))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(ids: list[str]) -> None:
+    """Refuse a run in several processes whose tests are not grouped: those with Docker would disturb each other."""
+    if not all("@" in nodeid for nodeid in ids):
+        pytest.exit("xdist has not grouped the tests: run with --dist loadgroup and the pinned versions", returncode=4)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers("needs"):
         for name in marker.args:
@@ -55,8 +62,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """List what could not run, and why, most tests first; and what was skipped here and run in another environment."""
     ran_in = _ran_elsewhere(terminalreporter)
     skipped = terminalreporter.getreports("skipped")
-    elsewhere = Counter(ran_in[report.nodeid] for report in skipped if report.nodeid in ran_in)
-    reasons = Counter(_reason(report) for report in skipped if report.nodeid not in ran_in)
+    elsewhere = Counter(ran_in[test] for report in skipped if (test := _without_group(report.nodeid)) in ran_in)
+    reasons = Counter(_reason(report) for report in skipped if _without_group(report.nodeid) not in ran_in)
     for title, counted in (("RUN IN ANOTHER ENVIRONMENT", elsewhere), ("NOT RUN ON THIS MACHINE", reasons)):
         if counted:
             count = sum(counted.values())
@@ -71,6 +78,12 @@ def _ran_elsewhere(terminalreporter: pytest.TerminalReporter) -> dict[str, str]:
     reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
     properties = [value for report in reports for name, value in report.user_properties if name == RAN_ELSEWHERE]
     return {nodeid: environment for environment, nodeids in properties for nodeid in nodeids}
+
+
+def _without_group(nodeid: str) -> str:
+    """The node id without the group that xdist adds behind an "@", as the other environment reports it."""
+    name, _, group = nodeid.rpartition("@")
+    return nodeid if "]" in group else name or nodeid
 
 
 def _reason(report: object) -> str:
