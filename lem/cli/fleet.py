@@ -15,7 +15,7 @@ from lem.base.clock import utc_now
 from lem.base.doc import Column, columns, printable, terminal_width, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.units import format_duration, parse_percentage, plural, some_of
-from lem.cli.selection import add_json, add_repeated, checked, list_problems, problem_documents
+from lem.cli.selection import add_json, add_repeated, checked, damaged, list_problems, problem_documents
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
 from lem.orchestration.fleet import check_same, costs_of, make_fleet_plan, parse_shard, part_of_plan, replan
@@ -89,7 +89,8 @@ _SHOWN = 10
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Merge the results of several hosts into one folder. Identical results are copied once; conflicts are "
-        "errors. Each host is a block: nothing is pooled across hosts. Exit code 1 if planned results are missing."
+        "errors. Each host is a block: nothing is pooled across hosts. Exit code 1 if a result is damaged, or a "
+        "planned one is missing."
     )
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="DIR", help="results folder of a host, or a folder that contains it")
@@ -104,7 +105,7 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """Exit code 1 if planned results are missing."""
+    """Exit code 1 if a result is damaged, or a planned one is missing."""
     plan = None if args.plan is None else merge.read_plan(args.plan)
     # Earlier merged results are one more source: they are kept, and must not conflict with the new ones.
     known = [args.output] if args.output.is_dir() else []
@@ -134,7 +135,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         counts = f"{plural(len(gathered.results), 'result')} of {plural(len(matrix.hosts), 'host')}"
         out.write("\n".join([*lines, f"{counts} in {args.output}, {new} of them new"]) + "\n")
         list_problems(err, gathered.problems, lead="left out: ")
-    return ExitCode.EXPERIMENT_FAILED if matrix.missing else ExitCode.OK
+    return ExitCode.EXPERIMENT_FAILED if matrix.missing or damaged(gathered.problems) else ExitCode.OK
 
 
 def _document(gathered: merge.Gathered, matrix: merge.Matrix, anchor: merge.AnchorCheck, new: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The lem.pyz that containers run, and bundles: what a host without network needs, in one folder with checksums.
 
 `lem-airgap-<version>/{pyz,images,models,debs,wheels}` with `manifest.json`, `SHA256SUMS` of everything, and
-`SHA256SUMS.sig`, a detached signature by ssh-keygen(1). The key to trust travels apart.
+`SHA256SUMS.sig`, a detached signature by ssh-keygen(1). The key to trust travels apart. `_list_files` says what else a
+bundle must not hold; `docs/fleet.md` says it to users.
 
 Schema history of manifest.json:
     1: first version.
@@ -19,17 +20,19 @@ import logging
 import os
 import re
 import shutil
+import stat
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import lem.base
 from lem.base import __version__, durable
+from lem.base.codec import decode
 from lem.base.durable import reason_of, remedy_for, sha256_of
 from lem.base.errors import UserError
 from lem.base.process import Finished, run
@@ -39,11 +42,14 @@ from lem.base.variables import CACHE_VARIABLE
 PYZ_NAME = "lem.pyz"
 SCHEMA_VERSION = 1
 SUMS, SIGNATURE, MANIFEST = "SHA256SUMS", "SHA256SUMS.sig", "manifest.json"
+FOLDERS = ("pyz", "images", "models", "debs", "wheels")
 NAMESPACE = "lem-bundle"
 _SAVE_TIMEOUT_S = 3600.0
 _TOOL_TIMEOUT_S = 120.0
 _SHOWN = 5
 _AGAIN = "copy the bundle again"
+_RENAME = "a bundle stores each under the last part of its path: rename one, or name a link to it"
+_MOST_INDEX_B = 16 * MIB  # of a JSON document in the output of `docker save`
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 _logger = logging.getLogger(__name__)
@@ -143,6 +149,23 @@ class Signer:
     identity: str  # a name in that file
 
 
+@dataclass(frozen=True)
+class BundledImage:
+    name: str
+    file: str  # in the bundle
+    ids: Mapping[str, str | None]  # by image store
+
+
+@dataclass(frozen=True)
+class BundleManifest:
+    schema_version: int
+    lem_version: str
+    images: tuple[BundledImage, ...]
+    models: tuple[str, ...]
+    debs: tuple[str, ...]
+    wheels: tuple[str, ...]
+
+
 def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = None) -> Path:
     """Make a bundle in `folder`, completely or not at all."""
     target = folder / f"lem-airgap-{__version__}"
@@ -156,14 +179,15 @@ def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = Non
         ) as name:
             scratch = Path(name)
             _fill(scratch, contents)
-            sums = [f"{sha256_of(scratch / name)}  {name}\n" for name in _files(scratch)]
-            durable.write_text(scratch / SUMS, "".join(sums))
+            _set_modes(scratch)
+            names = _list_files(scratch, "the bundle", "rename it, or leave it out")
+            durable.write_text(scratch / SUMS, "".join(f"{sha256_of(scratch / name)}  {name}\n" for name in names))
             if sign_key is not None:
                 signed = _ssh_keygen("sign", "-f", str(sign_key), str(scratch / SUMS))
                 if signed.code != 0:
                     message = f"the bundle cannot be signed with {sign_key}: {signed.stderr.strip()}"
                     raise UserError(message, "`ssh-keygen -t ed25519` creates a key")
-            scratch.chmod(0o755)
+            _set_modes(scratch)
             durable.name_folder(scratch, target)
     except OSError as error:
         raise UserError(f"{error.filename or target}: {reason_of(error)}", remedy_for(error)) from error
@@ -171,36 +195,94 @@ def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = Non
 
 
 def _fill(scratch: Path, contents: Contents) -> None:
-    for name in ("pyz", "images", "models", "debs", "wheels"):
+    for name in FOLDERS:
         (scratch / name).mkdir()
     shutil.copyfile(provide_pyz(), scratch / "pyz" / PYZ_NAME)
-    images = [_save_image(name, scratch / "images") for name in contents.images]
-    for model in contents.models:
-        if not model.is_dir():
-            raise UserError(f"model {model}: no such folder", "expected a folder of files, such as a pinned snapshot")
-        # Snapshots of the hub are links into a folder of blobs: a bundle holds what they lead to.
-        shutil.copytree(model, scratch / "models" / model.name, symlinks=False)
-    for kind, files in (("debs", contents.debs), ("wheels", contents.wheels)):
-        for file in files:
-            shutil.copyfile(file, scratch / kind / file.name)
-    names = {kind: sorted(path.name for path in getattr(contents, kind)) for kind in ("models", "debs", "wheels")}
-    document = {"schema_version": SCHEMA_VERSION, "lem_version": __version__, "images": images, **names}
-    durable.write_json(scratch / MANIFEST, document)
+    models, debs, wheels = (_by_name(kind, getattr(contents, kind)) for kind in ("models", "debs", "wheels"))
+    for name, model in models.items():
+        _copy_model(model, scratch / "models" / name, scratch)
+    for kind, files in (("debs", debs), ("wheels", wheels)):
+        for name, path in files.items():
+            _copy_file(path, scratch / kind / name)
+    images: dict[str, BundledImage] = {}  # by file
+    for name in dict.fromkeys(contents.images):
+        file = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+        if f"images/{file}.tar.gz" in images:  # `a/b:1` and `a-b:1`
+            file += f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        saved = _save_image(name, scratch / "images" / f"{file}.tar.gz")
+        images[saved.file] = saved
+    listed = (tuple(sorted(named)) for named in (models, debs, wheels))
+    manifest = BundleManifest(SCHEMA_VERSION, __version__, tuple(images.values()), *listed)
+    durable.write_json(scratch / MANIFEST, asdict(manifest))
 
 
-def _save_image(name: str, folder: Path) -> dict[str, Any]:
-    """Save an image, compressed by gzip (Docker 20.10 loads nothing newer); its entry in the manifest."""
-    file = folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", name) + ".tar.gz")
-    with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY_PREFIX, dir=folder) as scratch_name:
+def _by_name(kind: str, paths: Iterable[Path]) -> dict[str, Path]:
+    """The paths by the names that they get in the bundle; UserError where two would get the same."""
+    found: dict[str, Path] = {}
+    for given in paths:
+        path = Path(os.path.abspath(given))  # noqa: PTH100 - `.` and `a/..` have no name; a link keeps its own
+        if not path.name:
+            raise UserError(f"{given} has no name to be stored under", _RENAME)
+        if (other := found.setdefault(path.name, path)) != path:
+            raise UserError(f"two {kind} with the name {path.name}: {other} and {path}", _RENAME)
+    return found
+
+
+def _copy_model(model: Path, target: Path, scratch: Path) -> None:
+    if not model.is_dir():
+        raise UserError(f"model {model}: no such folder", "expected a folder of files, such as a pinned snapshot")
+    if scratch.resolve().is_relative_to(model.resolve()):
+        raise UserError(f"model {model}: the bundle would be made inside it", "choose a folder outside the model")
+    _copy_folder(model, target, (model.resolve(), scratch.resolve()))
+    if not target.exists():
+        raise UserError(f"model {model}: no files in it", "expected a folder of files, such as a pinned snapshot")
+
+
+def _copy_folder(source: Path, target: Path, above: tuple[Path, ...]) -> None:
+    """Copy the files below a folder. Snapshots of the hub are links into a folder of blobs: copy what they lead to."""
+    for item in sorted(source.iterdir()):
+        if not item.is_dir():
+            _copy_file(item, target / item.name)
+            continue
+        place = item.resolve()
+        if any(folder.is_relative_to(place) for folder in above):
+            raise UserError(f"{item}: a link to a folder that contains it, or the bundle", "remove the link")
+        _copy_folder(item, target / item.name, (*above, place))
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy a file, and make its folder; an empty folder is not copied."""
+    if not source.exists():
+        raise UserError(f"{source}: no such file", "check the path, and where its links lead")
+    if not source.is_file():
+        raise UserError(f"{source}: expected a file, found a folder, device or FIFO", "a bundle holds only files")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _set_modes(scratch: Path) -> None:
+    """Make everything readable for all and writable for its owner alone, whatever the umask is."""
+    for parent, _, names in os.walk(scratch):
+        Path(parent).chmod(0o755)
+        for name in names:
+            Path(parent, name).chmod(0o644)
+
+
+def _save_image(name: str, file: Path) -> BundledImage:
+    """Save an image, compressed by gzip: Docker 20.10 loads nothing newer."""
+    with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY_PREFIX, dir=file.parent) as scratch_name:
         saved = Path(scratch_name) / "image.tar"
         ended = run(["docker", "save", "--output", str(saved), name], timeout_s=_SAVE_TIMEOUT_S)
         if ended.code != 0:
             raise UserError(f"image {name} cannot be saved: {ended.stderr.strip()}", f"docker pull {name}")
-        ids = _image_ids(saved)
+        try:
+            ids = _image_ids(saved)
+        except (tarfile.TarError, EOFError) as error:
+            raise _unexpected(f"not a complete tar archive: {error}") from error
         # Without a time and a name in it, the same image gives the same bytes.
         with saved.open("rb") as source, file.open("wb") as sink, gzip.GzipFile("", "wb", 6, sink, mtime=0) as packed:
             shutil.copyfileobj(source, packed, MIB)
-    return {"name": name, "file": f"images/{file.name}", "ids": ids}
+    return BundledImage(name, f"images/{file.name}", ids)
 
 
 def _image_ids(saved: Path) -> dict[str, str | None]:
@@ -209,7 +291,7 @@ def _image_ids(saved: Path) -> dict[str, str | None]:
         images, index = (_member(archive, name) for name in ("manifest.json", "index.json"))
     config = _of_first(images, "Config")
     if config is None:
-        raise UserError("unexpected output of `docker save`: manifest.json names no configuration")
+        raise _unexpected("manifest.json names no configuration")
     return {  # only newer engines save the manifest's digest
         "overlay2": f"sha256:{PurePosixPath(config).name.removesuffix('.json')}",
         "containerd": _of_first(index.get("manifests") if isinstance(index, dict) else None, "digest"),
@@ -218,11 +300,20 @@ def _image_ids(saved: Path) -> dict[str, str | None]:
 
 def _member(archive: tarfile.TarFile, name: str) -> Any:
     """The JSON document of that name; None if it does not exist."""
-    stream = archive.extractfile(name) if name in archive.getnames() else None
+    member = next((item for item in reversed(archive.getmembers()) if item.name == name), None)
+    if member is None:
+        return None
+    stream = archive.extractfile(member) if member.isreg() and member.size <= _MOST_INDEX_B else None
+    if stream is None:
+        raise _unexpected(f"{name} is not a file of at most {_MOST_INDEX_B // MIB} MiB")
     try:
-        return None if stream is None else json.load(stream)
-    except ValueError as error:
-        raise UserError(f"unexpected output of `docker save`: {name} is invalid: {error}") from error
+        return json.load(stream)
+    except (ValueError, RecursionError) as error:
+        raise _unexpected(f"{name} is invalid: {error}") from error
+
+
+def _unexpected(what: str) -> UserError:
+    return UserError(f"unexpected output of `docker save`: {what}", "check the disk, and save the image by hand")
 
 
 def _of_first(items: Any, key: str) -> str | None:
@@ -239,26 +330,39 @@ def _ssh_keygen(action: str, *words: str, stdin: bytes = b"") -> Finished:
 def verify_bundle(folder: Path, signer: Signer | None) -> dict[str, Any]:
     """The manifest of a bundle; UserError unless every byte is as it was made. Without a signer only sums count."""
     try:
+        # First of all: a FIFO in the place of a file would be waited for.
+        present = {*_list_files(folder, f"bundle {folder}", _AGAIN)} - {SUMS, SIGNATURE}
         if signer is not None:
             _verify_signature(folder, signer)
         sums = _read_sums(folder)
-        present = set(_files(folder)) - {SUMS, SIGNATURE}
         if lost := sorted(set(sums) - present):
             raise UserError(f"bundle {folder}: missing {some_of(lost, _SHOWN)}", _AGAIN)
         if unlisted := sorted(present - set(sums)):
             raise UserError(f"bundle {folder}: {some_of(unlisted, _SHOWN)} is not listed in {SUMS}", _AGAIN)
         if changed := [name for name, digest in sums.items() if sha256_of(folder / name) != digest]:
             raise UserError(f"bundle {folder}: changed since it was made: {some_of(changed, _SHOWN)}", _AGAIN)
-        manifest = durable.read_json(folder / MANIFEST)
-        if not isinstance(manifest, dict):
-            raise ValueError("expected an object")
+        return _read_manifest(folder, present)
     except OSError as error:
         raise UserError(f"bundle {error.filename or folder}: {reason_of(error)}") from error
     except ValueError as error:
         raise UserError(f"bundle {folder}: invalid {MANIFEST}: {error}") from error
-    if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
+
+
+def _read_manifest(folder: Path, present: Iterable[str]) -> dict[str, Any]:
+    """The manifest as JSON values; ValueError unless it is valid and names exactly what the bundle holds."""
+    document = durable.read_json(folder / MANIFEST)
+    if not isinstance(document, dict):
+        raise ValueError("expected an object")
+    if (version := document.get("schema_version")) != SCHEMA_VERSION:
         raise UserError(f"bundle {folder}: expected schema version {SCHEMA_VERSION}, got {version}")
-    return manifest
+    manifest = decode(BundleManifest, document, MANIFEST)
+    named = {item.file for item in manifest.images}
+    for kind in ("models", "debs", "wheels"):
+        named |= {f"{kind}/{name}" for name in getattr(manifest, kind)}
+    paths = (PurePosixPath(name) for name in present if name not in (MANIFEST, f"pyz/{PYZ_NAME}"))
+    if strange := sorted(named ^ {str(PurePosixPath(*path.parts[:2])) for path in paths}):
+        raise ValueError(f"it and the bundle differ in {some_of(strange, _SHOWN)}")
+    return document
 
 
 def _verify_signature(folder: Path, signer: Signer) -> None:
@@ -272,20 +376,60 @@ def _verify_signature(folder: Path, signer: Signer) -> None:
 
 
 def _read_sums(folder: Path) -> dict[str, str]:
-    sums = {}
+    sums: dict[str, str] = {}
     # A byte that is not UTF-8 gives an invalid line, or a name that does not exist.
-    for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
+    text = (folder / SUMS).read_bytes().decode("utf-8", "replace")
+    for line in text.removesuffix("\n").split("\n"):
         found = _LINE.fullmatch(line)
         if found is None:
             raise UserError(f"bundle {folder}: invalid line in {SUMS}: {line[:80]!r}")
+        if found[2] in sums:
+            raise UserError(f"bundle {folder}: {found[2]} is listed twice in {SUMS}", _AGAIN)
         sums[found[2]] = found[1]
     return sums
 
 
-def _files(folder: Path) -> Iterator[str]:
-    """The names of all files below a folder; a link is refused, since it can lead out of the bundle."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            raise UserError(f"bundle {folder}: {path.relative_to(folder)} is a link", _AGAIN)
-        if path.is_file():
-            yield path.relative_to(folder).as_posix()
+def _list_files(folder: Path, subject: str, hint: str) -> list[str]:
+    """The names of all files of a bundle, sorted; UserError for anything that it must not hold.
+
+    It holds ordinary files in its folders, each under one printable name, and no empty folder in those. A link, a
+    device, a program that runs with the rights of its owner and a file that every user can write can do harm after
+    the sums were compared; a line of sums cannot express a control character.
+    """
+    found: list[str] = []
+    todo = [(PurePosixPath(), folder.stat())]
+    while todo:
+        place, status = todo.pop()
+        name = str(place)
+        if why := _objection(name, status):
+            raise UserError(f"{subject}: {name if name.isprintable() else ascii(name)} {why}", hint)
+        if stat.S_ISREG(status.st_mode):
+            found.append(name)
+            continue
+        with os.scandir(folder / place) as items:
+            below = [(place / item.name, item.stat(follow_symlinks=False)) for item in items]
+        if not below and name not in FOLDERS:
+            raise UserError(f"{subject}: {name} is an empty folder", hint)
+        todo += below
+    return sorted(found)
+
+
+def _objection(name: str, status: os.stat_result) -> str | None:
+    """Why a bundle must not hold a file or folder of that name and status; None where it may."""
+    mode, top = status.st_mode, name.partition("/")[0]
+    is_file = stat.S_ISREG(mode)
+    if not name.isprintable():
+        return "has a name with a control character or one that is not UTF-8"
+    if stat.S_ISLNK(mode):
+        return "is a link"
+    if not is_file and not stat.S_ISDIR(mode):
+        return "is a FIFO, a socket or a device"
+    if is_file and mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX):
+        return "has a setuid, setgid or sticky bit"
+    if mode & stat.S_IWOTH:
+        return "can be changed by every user (chmod -R o-w)"
+    if is_file and status.st_nlink > 1:
+        return "is a hard link: it can be changed under another name"
+    if (top not in FOLDERS and name not in (".", MANIFEST, SUMS, SIGNATURE)) or (is_file and name in FOLDERS):
+        return "does not belong in a bundle"
+    return None

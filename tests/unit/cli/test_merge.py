@@ -154,6 +154,31 @@ def test_damaged_results_and_other_runs_are_named_and_left_out(
     assert len(results_below(tmp_path / "all")) == 4
 
 
+@pytest.mark.parametrize("damage", ["cut off", "text", "of another run", "folder"])
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_a_damaged_result_is_exit_code_1_also_without_a_plan(
+    hosts: tuple[Path, Path], merge: Callable[..., Output], damage: str, words: tuple[str, ...]
+) -> None:
+    broken = hosts[0] / "results" / "demo" / RUN / f"{ANCHOR[:12]}-c1" / "attempt-1" / "result.json"
+    content = broken.read_bytes()
+    broken.unlink()
+    if damage == "folder":
+        broken.mkdir()
+    else:
+        changed = {
+            "cut off": content[:-40],
+            "text": b"x",
+            "of another run": content.replace(RUN.encode(), b"20260101T1"),
+        }
+        broken.write_bytes(changed[damage])
+    assert merge(*words).code == 1
+
+
+def test_an_experiment_that_failed_is_no_damage(hosts: tuple[Path, Path], merge: Callable[..., Output]) -> None:
+    Repository(hosts[0] / "results", "demo").prepare_attempt(RUN, f"{OTHER[:12]}-c3")
+    assert merge().code == 0
+
+
 def test_planned_results_without_measurement_are_missing(
     tmp_path: Path, hosts: tuple[Path, Path], plan: Path, merge: Callable[..., Output]
 ) -> None:

@@ -10,7 +10,9 @@ import shlex
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +61,13 @@ def test_a_bundle_holds_the_program_and_what_was_named(bundle: Path) -> None:
         (lambda folder: (folder / "SHA256SUMS").write_bytes(b"\xff\n"), "invalid line in SHA256SUMS"),
         (lambda folder: _replace(folder, b"{"), "invalid manifest.json"),
         (lambda folder: _replace(folder, b"[]"), "invalid manifest.json: expected an object"),
+        (lambda folder: _replace(folder, b"7"), "invalid manifest.json: expected an object"),
+        (lambda folder: _replace(folder, b"[" * 100_000), "invalid manifest.json: nested too deeply"),
+        (lambda folder: _replace(folder, b"{}"), "expected schema version 1, got None"),
+        (lambda folder: _edit(folder, images=[[]]), r"invalid manifest.json: .*images\[0\]"),
+        (lambda folder: _edit(folder, wheels="a-1"), "invalid manifest.json: .*wheels"),
+        (lambda folder: _edit(folder, wheels=[]), "it and the bundle differ in wheels/a-1-py3-none-any.whl"),
+        (lambda folder: _edit(folder, models=["snapshot", "../snapshot"]), "differ in models/../snapshot"),
     ],
 )
 def test_damage_is_found(bundle: Path, damage, said: str) -> None:
@@ -73,6 +82,124 @@ def test_what_is_named_and_not_there_leaves_nothing_behind(tmp_path: Path) -> No
     assert list((tmp_path / "made").iterdir()) == []
 
 
+def _pack_and_unpack(bundle: Path, add: Callable[[tarfile.TarFile], None]) -> Path:
+    """The bundle as it arrives in a tar archive to which something was added."""
+    packed, unpacked = bundle.parent / "bundle.tar", bundle.parent / "unpacked"
+    with tarfile.open(packed, "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.add(bundle, bundle.name)
+        add(archive)
+    unpacked.mkdir()
+    subprocess.run(["tar", "-xpf", packed, "-C", unpacked], check=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    return unpacked / bundle.name
+
+
+def _member(
+    name: str, kind: bytes = tarfile.REGTYPE, mode: int = 0o644, link: str = ""
+) -> Callable[[tarfile.TarFile], None]:
+    def add(archive: tarfile.TarFile) -> None:
+        member = tarfile.TarInfo(f"{archive.getnames()[0]}/{name}")
+        member.type, member.mode, member.linkname = kind, mode, link and f"{archive.getnames()[0]}/{link}"
+        archive.addfile(member, io.BytesIO())
+
+    return add
+
+
+def test_a_bundle_that_went_through_a_tar_archive_is_whole(bundle: Path) -> None:
+    unpacked = _pack_and_unpack(bundle, lambda _: None)
+    assert verify_bundle(unpacked, None)["models"] == ["snapshot"]
+
+
+@pytest.mark.parametrize(
+    ("add", "said"),
+    [
+        (_member("wheels/pipe", tarfile.FIFOTYPE), "wheels/pipe is a FIFO, a socket or a device"),
+        (_member("SHA256SUMS", tarfile.FIFOTYPE), "SHA256SUMS is a FIFO, a socket or a device"),
+        (_member("models/more", tarfile.DIRTYPE, 0o755), "models/more is an empty folder"),
+        (_member("more", tarfile.DIRTYPE, 0o755), "more "),
+        (_member("pyz/lem.pyz", mode=0o4755), "pyz/lem.pyz has a setuid, setgid or sticky bit"),
+        (_member("wheels/tool", mode=0o2755), "wheels/tool has a setuid, setgid or sticky bit"),
+        (_member("pyz/lem.pyz", mode=0o666), "pyz/lem.pyz can be changed by every user"),
+        (_member("models", tarfile.DIRTYPE, 0o777), "models can be changed by every user"),
+        (_member("models/out", tarfile.SYMTYPE, link="../.."), "models/out is a link"),
+        (_member("wheels/twin", tarfile.LNKTYPE, link="pyz/lem.pyz"), "is a hard link"),
+        (_member("run.sh", mode=0o755), "run.sh does not belong in a bundle"),
+        (_member("models/a\nb"), r"'models/a\\nb' has a name with a control character"),
+        (_member("models/a\u2028b"), r"'models/a\\u2028b' has a name with a control character"),
+    ],
+)
+def test_what_a_bundle_must_not_hold_is_refused(bundle: Path, add: Any, said: str) -> None:
+    unpacked = _pack_and_unpack(bundle, add)
+    with pytest.raises(UserError, match=f"bundle {unpacked}: .*{said}"):
+        verify_bundle(unpacked, None)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "wheels/../manifest.json", "./manifest.json"])
+def test_a_sum_leads_nowhere_else(bundle: Path, name: str) -> None:
+    with (bundle / "SHA256SUMS").open("a") as sums:
+        sums.write(f"{'0' * 64}  {name}\n")
+    with pytest.raises(UserError, match=f"missing {name}"):
+        verify_bundle(bundle, None)
+
+
+def test_a_file_has_one_sum(bundle: Path) -> None:
+    sums = bundle / "SHA256SUMS"
+    sums.write_text(f"{'0' * 64}  manifest.json\n{sums.read_text()}")
+    with pytest.raises(UserError, match=r"manifest\.json is listed twice"):
+        verify_bundle(bundle, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "said"),
+    [
+        ("wheels", ["one/a.whl", "two/a.whl"], "two wheels with the name a.whl: .*one/a.whl and .*two/a.whl"),
+        ("debs", ["one/a.whl", "two/a.whl"], "two debs with the name a.whl"),
+        ("models", ["one", "three/one"], "two models with the name one: .*one and .*three/one"),
+        ("models", ["three"], "no files in it"),
+        ("models", ["/"], "has no name"),
+        ("models", ["loop"], "loop/up: a link to a folder that contains it"),
+        ("models", ["."], "the bundle would be made inside it"),
+        ("models", ["piped"], "piped/pipe: expected a file, found a folder, device or FIFO"),
+        ("models", ["bad"], r"'models/bad/a\\nb' has a name with a control character"),
+        ("wheels", ["two"], "two: expected a file, found a folder"),
+        ("wheels", ["none.whl"], "none.whl: no such file"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, names: list[str], said: str
+) -> None:
+    monkeypatch.setenv("LEM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("one/a.whl", "two/a.whl", "loop/weights", "piped/weights", "bad/a\nb"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(name)
+    Path("three/one/empty").mkdir(parents=True)
+    Path("loop/up").symlink_to("..")
+    os.mkfifo("piped/pipe")
+    named: dict[str, Any] = {kind: tuple(map(Path, names))}
+    with pytest.raises(UserError, match=said):
+        make_bundle(tmp_path / "made", Contents(**named))
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_what_is_named_is_kept_under_the_last_part_of_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEM_CACHE_DIR", str(tmp_path / "cache"))
+    model = tmp_path / "gpt"
+    (model / "empty").mkdir(parents=True)
+    (model / "weights").write_text("weights")
+    (model / "weights").chmod(0o4777)
+    (tmp_path / "gpt-b").symlink_to(model)
+    monkeypatch.chdir(model)
+    before = os.umask(0)
+    try:
+        models = (Path(), model, Path("../gpt-b"))  # the first two are the same
+        folder = make_bundle(tmp_path / "made", Contents(models=models))
+    finally:
+        os.umask(before)
+    assert verify_bundle(folder, None)["models"] == ["gpt", "gpt-b"]
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("models/*/*")]
+    assert sorted(found) == ["models/gpt-b/weights", "models/gpt/weights"]
+
+
 def _replace(folder: Path, manifest: bytes) -> None:
     """Another manifest, with the sum of it."""
     before = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
@@ -81,18 +208,30 @@ def _replace(folder: Path, manifest: bytes) -> None:
     (folder / "SHA256SUMS").write_text(sums.replace(before, hashlib.sha256(manifest).hexdigest()))
 
 
+def _edit(folder: Path, **changes: object) -> None:
+    document = json.loads((folder / "manifest.json").read_text())
+    _replace(folder, json.dumps({**document, **changes}).encode())
+
+
 CONFIG = [{"Config": "blobs/sha256/c0ffee"}]
 INDEX = {"manifests": [{"digest": "sha256:abc"}]}
 
 
-def _save_images_as(folder: Path, monkeypatch: pytest.MonkeyPatch, **documents: str) -> None:
-    """A `docker` whose `save` writes these documents."""
+def _save_images_as(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    documents: Mapping[str, str],
+    cut_at: int | None = None,
+    kind: bytes = b"0",
+) -> None:
+    """A `docker` whose `save` writes these documents, or the beginning of their archive."""
     saved = folder / "saved.tar"
     with tarfile.open(saved, "w") as archive:
         for name, text in documents.items():
             member = tarfile.TarInfo(f"{name}.json")
-            member.size = len(text)
+            member.size, member.type, member.linkname = len(text), kind, "elsewhere"
             archive.addfile(member, io.BytesIO(text.encode()))
+    saved.write_bytes(saved.read_bytes()[:cut_at])
     (folder / "bin").mkdir()
     command = folder / "bin" / "docker"
     command.write_text(f'#!/bin/sh\n[ "$1 $2" = "save --output" ] && exec cp {shlex.quote(str(saved))} "$3"\n')
@@ -108,7 +247,7 @@ def test_an_image_is_known_by_what_the_engine_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str | None, digest: str | None
 ) -> None:
     more = {} if index is None else {"index": index}
-    _save_images_as(tmp_path, monkeypatch, manifest=json.dumps(CONFIG), **more)
+    _save_images_as(tmp_path, monkeypatch, {"manifest": json.dumps(CONFIG), **more})
     folder = make_bundle(tmp_path / "made", Contents(images=("img:1",)))
     (image,) = verify_bundle(folder, None)["images"]
     assert image["ids"] == {"overlay2": "sha256:c0ffee", "containerd": digest}
@@ -118,10 +257,39 @@ def test_an_image_is_known_by_what_the_engine_saves(
 def test_an_image_that_is_saved_otherwise_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manifest: str
 ) -> None:
-    _save_images_as(tmp_path, monkeypatch, manifest=manifest)
+    _save_images_as(tmp_path, monkeypatch, {"manifest": manifest})
     with pytest.raises(UserError, match=r"unexpected output of `docker save`: manifest\.json"):
         make_bundle(tmp_path / "made", Contents(images=("img:1",)))
     assert list((tmp_path / "made").iterdir()) == []
+
+
+@pytest.mark.parametrize("cut_at", [0, 100, 520])
+def test_an_image_that_is_saved_in_part_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_at: int
+) -> None:
+    _save_images_as(tmp_path, monkeypatch, {"manifest": json.dumps(CONFIG)}, cut_at=cut_at)
+    with pytest.raises(UserError, match="unexpected output of `docker save`: "):
+        make_bundle(tmp_path / "made", Contents(images=("img:1",)))
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
+def test_an_image_whose_index_is_no_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: bytes
+) -> None:
+    _save_images_as(tmp_path, monkeypatch, {"manifest": ""}, kind=kind)
+    with pytest.raises(UserError, match=r"manifest\.json is not a file"):
+        make_bundle(tmp_path / "made", Contents(images=("img:1",)))
+
+
+def test_images_whose_names_give_the_same_file_name_are_both_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _save_images_as(tmp_path, monkeypatch, {"manifest": json.dumps(CONFIG)})
+    folder = make_bundle(tmp_path / "made", Contents(images=("a/b:1", "a-b:1", "a/b:1")))
+    images = verify_bundle(folder, None)["images"]
+    assert [image["name"] for image in images] == ["a/b:1", "a-b:1"]
+    assert len({image["file"] for image in images}) == 2
 
 
 def _key(folder: Path, name: str) -> Path:
