@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,12 @@ def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
         OSError: the folder is missing, not writable or full; no temporary file is left.
     """
     folder = path.parent
-    descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=folder)
+    temporary = folder / f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}"
+    # Not mkstemp, whose files are 0600: results are for the lab. The kernel applies the umask; lem cannot read it
+    # without setting it, for all threads.
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with open(descriptor, "wb", buffering=0) as stream:
-            # mkstemp gives 0600; results are for the lab, so give what an ordinary open() would have given.
-            mask = os.umask(0o022)  # which is only read by setting it
-            os.umask(mask)
-            os.fchmod(descriptor, 0o666 & ~mask)
             sys.audit("lem.write", str(path))
             view = memoryview(data)
             while view:

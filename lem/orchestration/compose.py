@@ -19,8 +19,8 @@ from lem.base.durable import make_folder, reason_of
 from lem.base.errors import UserError
 from lem.base.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, MODEL_CACHE_VARIABLE
 from lem.config.experiment import ExperimentConfig
-from lem.orchestration.bundle import provide_pyz
 from lem.orchestration.docker import ONE_SERVICE_EACH, PYZ_FOLDER, Compose, ContainerError, Docker, Service
+from lem.orchestration.packing import provide_pyz
 
 # Every image lets every user write here; the user's own home folder does not exist inside.
 CONTAINER_HOME = "/tmp"  # noqa: S108 - inside a container

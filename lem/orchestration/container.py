@@ -24,10 +24,10 @@ from lem.base.units import some_of
 from lem.base.variables import MARK_VARIABLE
 from lem.config.campaign_config import slug_of
 from lem.meters.nvml import GpuReading, GpuState
-from lem.orchestration.bundle import cache_folder
 from lem.orchestration.compose import ComposeProject, Mount, find_compose_files
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.docker import Compose, ContainerError, ContainerState, describe, explain
+from lem.orchestration.packing import cache_folder, provide_pyz
 from lem.worker.guardian import new_mark
 
 __all__ = ["ContainerError", "ContainerHealthStatus", "ContainerManager"]
@@ -277,7 +277,11 @@ class ContainerManager:
             return output.read().decode("utf-8", "replace"), code
 
     def _exec_words(self, service: str, *arguments: str, mark: str | None = None) -> tuple[str, ...]:
-        """The words after `docker` that run lem in a service, all of its processes with a mark in their environment."""
+        """The words after `docker` that run lem in a service, all of its processes with a mark in their environment.
+
+        UserError if the lem.pyz that is mounted there was changed and cannot be written again.
+        """
+        provide_pyz(self.project.environ)
         options = () if mark is None else ("--env", f"{MARK_VARIABLE}={mark}")
         # -T: no terminal, so that stdin is the pipe that it is given.
         lem = ("python3", "-u", str(self.compose.pyz))
@@ -292,7 +296,7 @@ class ContainerManager:
             _logger.warning("%s: its processes cannot be ended from inside; replacing the container", service)
             self.compose.call(*self.compose.arguments("kill", service), timeout_s=KILL_TIMEOUT_S)
             self.recreate(service)
-        except ContainerError as error:
+        except UserError as error:
             _logger.warning("%s: processes of its worker may still run: %s", service, error.message)
 
     def read_gpus(self, service: str) -> GpuReading:

@@ -16,7 +16,7 @@ from lem.base import process
 from lem.base.codec import decode, decode_hint
 from lem.base.errors import UserError
 from lem.base.process import Finished
-from lem.orchestration.bundle import PYZ_NAME
+from lem.orchestration.packing import PYZ_NAME
 
 CALL_TIMEOUT_S = 30.0
 OLDEST_COMPOSE = (2, 17)

@@ -24,6 +24,7 @@ from lem.orchestration.container import ContainerManager, gpu_loss
 from lem.orchestration.dispatch import Outcome, WorkerUnavailable
 from lem.orchestration.docker import ContainerError, Docker, describe
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
+from lem.orchestration.packing import provide_pyz
 from lem.orchestration.plan import Plan
 from lem.orchestration.schedule import StopRequest
 from lem.orchestration.status import Observer
@@ -67,6 +68,7 @@ class ContainerWorker(dispatch.Worker):
         if state is None or not state.is_running or self.has_lost_gpu:
             executor.recover(service)
             self.has_lost_gpu = False
+        provide_pyz(executor.project.environ)  # checked again: the container has been running for a while
         try:
             connection = super()._open(stop, timeout_s)
         except WorkerUnavailable:

@@ -69,8 +69,8 @@ def points_of(journal: Iterable[Entry]) -> tuple[Point, ...]:
 
 
 def _is_random_name(name: str) -> bool:
-    """Whether `tempfile.mkstemp` made it for `lem.base.durable`."""
-    return re.fullmatch(re.escape(_DURABLE_PREFIX) + "[a-z0-9_]{8}", name) is not None
+    """Whether `lem.base.durable` made it up, or `tempfile` with its prefix."""
+    return re.fullmatch(re.escape(_DURABLE_PREFIX) + "([0-9a-f]{16}|[a-z0-9_]{8})", name) is not None
 
 
 def thin(points: Sequence[Point]) -> tuple[Point, ...]:

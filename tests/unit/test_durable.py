@@ -95,10 +95,20 @@ def test_reading_what_is_no_json_is_a_value_error(tmp_path: Path, data: bytes) -
         durable.read_json(tmp_path / "a.json")
 
 
-def test_permissions_are_those_of_an_ordinary_file(tmp_path: Path) -> None:
-    durable.write_bytes(tmp_path / "a", b"")
-    (tmp_path / "b").write_bytes(b"")
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_an_ordinary_file_and_the_umask_of_other_threads_stays(
+    tmp_path: Path, mask: int
+) -> None:
+    called: list[str] = []
+    before = os.umask(mask)
+    try:
+        sys.setprofile(lambda _frame, event, what: called.append(what.__name__) if event == "c_call" else None)
+        durable.write_bytes(tmp_path / "a", b"")
+    finally:
+        sys.setprofile(None)
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o666 & ~mask
+    assert ("replace" in called, "umask" in called) == (True, False)
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:

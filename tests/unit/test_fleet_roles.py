@@ -68,10 +68,21 @@ def test_only_what_ansible_core_brings_is_called() -> None:
     assert {name for name in called if not name.startswith("ansible.builtin.")} == set()
 
 
-@pytest.mark.skipif(
+needs_ansible = pytest.mark.skipif(
     not PLAYBOOK.exists(),
     reason="ansible-core is not installed in this environment (make test installs it on Python 3.11 and later)",
 )
+
+
+def play(folder: Path, variables: dict[str, Any], tasks: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
+    """A play on this machine."""
+    document = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": variables, "tasks": tasks}
+    (folder / "play.yml").write_text(yaml.safe_dump([document]), encoding="utf-8")
+    command = [str(PLAYBOOK), str(folder / "play.yml")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=folder)
+
+
+@needs_ansible
 @pytest.mark.parametrize(("text", "options"), [(None, {}), ("", {}), (" \n", {}), ('{"debug": true}', {"debug": True})])
 def test_options_of_docker_are_read_also_where_there_are_none(
     tmp_path: Path, text: str | None, options: dict[str, Any]
@@ -81,21 +92,81 @@ def test_options_of_docker_are_read_also_where_there_are_none(
     (merging,) = (task for task in block["block"] if "lem_docker_present" in task.get("vars", {}))
     found = {} if text is None else {"content": base64.b64encode(text.encode()).decode()}
     copy = {"content": "{{ lem_docker_present | to_json }}", "dest": str(tmp_path / "read"), "mode": "0600"}
-    play = {
-        "hosts": "localhost",
-        "connection": "local",
-        "gather_facts": False,
-        "vars": {**merging["vars"], "lem_docker_daemon_json": found, "lem_docker_daemon_options": {}},
-        "tasks": [{"ansible.builtin.copy": copy}],
-    }
-    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]), encoding="utf-8")
-    ended = subprocess.run(
-        [str(PLAYBOOK), str(tmp_path / "play.yml")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-    )
+    variables = {**merging["vars"], "lem_docker_daemon_json": found, "lem_docker_daemon_options": {}}
+    ended = play(tmp_path, variables, [{"ansible.builtin.copy": copy}])
     assert ended.returncode == 0, ended.stdout
     assert json.loads((tmp_path / "read").read_text()) == options
+
+
+def assertion(path: str, name: str) -> Any:
+    """The task of that name in a file, which may hold plays or tasks."""
+    items = load(ROOT / path)
+    tasks = [task for item in items for task in item.get("tasks", [item])]
+    (found,) = (task for task in tasks if task.get("name") == name)
+    return found
+
+
+_UNITS = "lem-campaign@{}.service loaded {} dead lem campaign a\n"
+_NAME = ("roles/lem_campaign/tasks/main.yml", "Check that the name is valid for a unit", "lem_campaign_name")
+_TOLERANCE = (
+    "playbooks/run_campaign.yml",
+    "Check that the anchor tolerance is a percentage",
+    "lem_fleet_anchor_tolerance",
+)
+_RUNNING = ("playbooks/uninstall.yml", "Check that no campaign is running", "lem_uninstall_units")
+
+
+@needs_ansible
+@pytest.mark.parametrize(
+    ("place", "good", "bad"),
+    [
+        (_NAME, ["demo", "0-a_b"], ["demo\n", "demo\n[Service]", "x demo", "-demo", "../demo", "demo\x1b", ""]),
+        (_TOLERANCE, ["5%", "2.5%", ".5%", "100%"], ["5%\n", "5", "x5%", "5; rm%", "..%", "5%5%", "5%\n--x %", "."]),
+        (
+            _RUNNING,
+            [{"stdout": ""}, {"stdout": _UNITS.format("a", "inactive") + "x lem-campaign@b.service loaded active x"}],
+            [{"stdout": _UNITS.format("a", "inactive") + _UNITS.format("b", "active")}],
+        ),
+    ],
+)
+def test_a_check_of_a_role_takes_the_whole_value_and_nothing_beside_it(
+    tmp_path: Path, place: tuple[str, str, str], good: list[Any], bad: list[Any]
+) -> None:
+    path, name, variable = place
+    task = assertion(path, name)
+    module = {**task["ansible.builtin.assert"], "fail_msg": "refused"}
+    tasks: list[dict[str, Any]] = [
+        {
+            "name": f"value {number}",
+            "ansible.builtin.assert": module,
+            "vars": {**task.get("vars", {}), variable: value},
+            "register": f"answer_{number}",
+            "ignore_errors": True,
+        }
+        for number, value in enumerate([*good, *bad])
+    ]
+    answers = ["{{ answer_" + str(number) + " is failed }}" for number in range(len(tasks))]
+    copy = {"content": "{{ answers | to_json }}", "dest": str(tmp_path / "answers"), "mode": "0600"}
+    ended = play(tmp_path, {}, [*tasks, {"ansible.builtin.copy": copy, "vars": {"answers": answers}}])
+    assert ended.returncode == 0, ended.stdout
+    assert json.loads((tmp_path / "answers").read_text()) == [False] * len(good) + [True] * len(bad)
+
+
+@needs_ansible
+@pytest.mark.parametrize(
+    ("state", "outcome"), [("active", "still running"), ("inactive", "ended"), ("failed", "failed: ActiveState=failed")]
+)
+def test_the_state_of_a_unit_is_read_from_its_own_line(tmp_path: Path, state: str, outcome: str) -> None:
+    """The text of the status, in which campaigns write names, is beside it."""
+    poll, record = load(ROOT / "roles/lem_campaign/tasks/wait.yml")
+    lines = [f"ActiveState={state}", "StatusText=[1/2] ActiveState=failed ActiveState=inactive"]
+    variables = {
+        "lem_campaign_seen": {"stdout": "\n".join(lines), "stdout_lines": lines},
+        "answers": [record["ansible.builtin.set_fact"]["lem_campaign_outcome"], "{{ (" + poll["until"] + ") | bool }}"],
+    }
+    copy = {"content": "{{ answers | to_json }}", "dest": str(tmp_path / "answers"), "mode": "0600"}
+    ended = play(tmp_path, variables, [{"ansible.builtin.copy": copy}])
+    assert ended.returncode == 0, ended.stdout
+    found, is_over = json.loads((tmp_path / "answers").read_text())
+    assert found.startswith(outcome)
+    assert str(is_over) == str(state != "active")

@@ -18,6 +18,7 @@ import pytest
 
 from lem.base.errors import UserError
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
+from lem.orchestration.packing import provide_pyz
 
 needs_ssh = pytest.mark.skipif(
     shutil.which("ssh-keygen") is None, reason="no ssh-keygen on this machine (apt-get install openssh-client)"
@@ -47,6 +48,17 @@ def test_a_bundle_holds_the_program_and_what_was_named(bundle: Path) -> None:
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=bundle, check=True)
     with pytest.raises(UserError, match="already exists"):
         make_bundle(bundle.parent, Contents())
+
+
+def test_a_changed_copy_in_the_cache_is_neither_packed_nor_signed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEM_CACHE_DIR", str(tmp_path / "cache"))
+    cached = provide_pyz()
+    program = cached.read_bytes()
+    cached.write_bytes(b"evil")
+    made = make_bundle(tmp_path / "made", Contents())
+    assert (made / "pyz" / "lem.pyz").read_bytes() == program
 
 
 @pytest.mark.parametrize(

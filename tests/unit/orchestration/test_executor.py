@@ -245,6 +245,24 @@ def test_a_killed_worker_is_ended_inside_or_with_its_container(place: Place) -> 
     assert "--force-recreate" in place.fake.compose_calls("up")[-1]
 
 
+def test_lem_pyz_is_checked_again_whenever_a_container_is_to_run_it(place: Place) -> None:
+    executor = place.executor()
+    executor.worker_for("pytorch").open()
+    (pyz,) = (place.root / "cache").rglob("lem.pyz")
+    program = pyz.read_bytes()
+    executor.kill()
+    for use in (executor.worker_for("pytorch").open, lambda: executor.check_health("pytorch")):
+        pyz.write_bytes(b"evil")
+        use()
+        assert pyz.read_bytes() == program
+    pyz.parent.chmod(0o755)
+    executor.kill()
+    pyz.unlink()
+    pyz.mkdir()  # so that it cannot be written again
+    with pytest.raises(UserError, match=r"cannot write .*lem\.pyz"):
+        executor.worker_for("pytorch").open()
+
+
 # Where a campaign runs; this Python has PyTorch but no TensorRT
 
 needs_torch = pytest.mark.needs("torch", "transformers")
