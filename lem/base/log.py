@@ -5,6 +5,7 @@ The rest of lem logs with the standard `logging`; this module renders it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -128,6 +129,10 @@ class _FileHandler(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
         """Drop the message."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # closing writes again what a full disk did not take
+            super().close()
 
 
 def configure(console: Console, *, verbosity: int = 0) -> None:

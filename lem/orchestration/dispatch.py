@@ -17,6 +17,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 from lem.base import __version__, process
+from lem.base.durable import reason_of
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
 from lem.base.units import format_duration
 from lem.orchestration.schedule import StopRequest
@@ -39,6 +40,10 @@ _STDERR_TAIL_B = 2000
 
 class WorkerUnavailable(InfrastructureError):
     """A worker cannot be started, or is another version of lem."""
+
+
+class WorkerSilent(WorkerUnavailable):
+    """A worker was started, but it ended or hung before its hello: another one may do better."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +226,7 @@ class Worker:
     env: Mapping[str, str] | None = None
     shares_pids: bool = True  # False in a container, where process numbers are other ones
     backstop: Callable[[], None] | None = None  # called when the worker may have outlived the loss of the channel
-    # Versions, driver and GPUs by name; empty until it was opened.
-    environment: Mapping[str, Any] = field(default_factory=dict, init=False)
+    environment: Mapping[str, Any] = field(default_factory=dict, init=False)  # versions and GPUs, once it was opened
     _connection: WorkerConnection | None = field(default=None, init=False)
     _engine: process.ProcessId | None = field(default=None, init=False)
 
@@ -239,14 +243,17 @@ class Worker:
     def run(
         self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: StopRequest | None = None
     ) -> Outcome:
-        """How the attempt ended; a worker that hangs, dies or sends invalid messages is ended: an outcome too.
+        """How the attempt ended; a worker that does not start, hangs, dies or sends invalid messages: an outcome too.
 
         Interrupted when a stop was requested, and the worker was ended.
         """
         if self._connection is not None and self._connection.has_ended:
             _logger.warning("the worker ended between two experiments; starting another one")
             self.kill()
-        connection = self._connection or self._open(stop, OPEN_TIMEOUT_S)
+        try:
+            connection = self._connection or self._open(stop, OPEN_TIMEOUT_S)
+        except WorkerSilent as error:  # the second one in a row
+            return Outcome(EngineError(error.message, error.hint, kind="died", is_permanent=True))
         try:
             watch = Watch(timeouts, time.monotonic())
             connection.send(request.to_message())
@@ -326,20 +333,37 @@ class Worker:
             self.backstop()
 
     def _open(self, stop: StopRequest | None, timeout_s: float) -> WorkerConnection:
-        connection = self._connection = WorkerConnection(self.command, self.env)
+        """Start the worker, and once more if the first one ends before it says hello."""
+        try:
+            return self._start(stop, timeout_s)
+        except WorkerSilent as error:
+            _logger.warning("%s; starting another one", error.message)
+            self._recover()
+            return self._start(stop, timeout_s)
+
+    def _recover(self) -> None:
+        """Repair what a worker that did not start runs in; here nothing."""
+
+    def _start(self, stop: StopRequest | None, timeout_s: float) -> WorkerConnection:
+        try:
+            connection = self._connection = WorkerConnection(self.command, self.env)
+        except OSError as error:  # a full or missing temporary folder, too many open files
+            message = f"no worker can be started: {error.filename or 'pipes'}: {reason_of(error)}"
+            raise WorkerUnavailable(message, "check the temporary folder (TMPDIR) and `ulimit -n`") from error
         by_hand = f"run it by hand to see why: {shlex.join(self.command)}"
         try:
             hello = connection.receive(time.monotonic() + timeout_s, stop)
             if hello is None:
                 silence = f"no message within {format_duration(timeout_s)}"
-                raise WorkerUnavailable(f"the worker did not start: {silence}", by_hand)
+                raise WorkerSilent(f"the worker did not start: {silence}", by_hand)
             if not isinstance(hello, channel.Hello):
                 raise ChannelError(f"expected hello, got {hello.type}")
         except (ChannelError, EOFError) as error:
-            connection.wait_until_gone(time.monotonic() + 1)  # its message on stderr may come last
-            reason = connection.stderr_tail() or error
+            code = connection.wait_until_gone(time.monotonic() + 1)  # its message on stderr may come last
+            ended = error if code is None or isinstance(error, ChannelError) else f"it {process.describe_exit(code)}"
+            reason = connection.stderr_tail() or ended
             self.kill()
-            raise WorkerUnavailable(f"the worker did not start: {reason}", by_hand) from error
+            raise WorkerSilent(f"the worker did not start: {reason}", by_hand) from error
         except BaseException:
             self.kill()
             raise

@@ -21,7 +21,7 @@ from lem.meters.nvml import GpuFacts, GpuReading, find_gpus, named_gpus, visible
 from lem.orchestration import dispatch
 from lem.orchestration.compose import ComposeProject, describe_files, find_compose_files, local_mounts
 from lem.orchestration.container import ContainerManager, gpu_loss
-from lem.orchestration.dispatch import Outcome, WorkerUnavailable
+from lem.orchestration.dispatch import Outcome
 from lem.orchestration.docker import ContainerError, Docker, describe
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
 from lem.orchestration.packing import provide_pyz
@@ -69,14 +69,12 @@ class ContainerWorker(dispatch.Worker):
             executor.recover(service)
             self.has_lost_gpu = False
         provide_pyz(executor.project.environ)  # checked again: the container has been running for a while
-        try:
-            connection = super()._open(stop, timeout_s)
-        except WorkerUnavailable:
-            # The container runs, but no worker starts in it: recover it once.
-            executor.recover(service)
-            connection = super()._open(stop, timeout_s)
+        connection = super()._open(stop, timeout_s)
         self.environment = {**self.environment, "image": executor.compose.images.get(service)}
         return connection
+
+    def _recover(self) -> None:
+        self._executor.recover(self._service)
 
     def adapt(self, request: RunRequest) -> RunRequest:
         """The request as it is valid inside: GPUs have other numbers there, so they are named by UUID."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from lem.base.durable import reason_of
 from lem.base.errors import UserError
 from lem.base.measurement import is_estimate, is_gpu_source
 from lem.base.units import NS_PER_S
@@ -211,7 +212,7 @@ class HostMeters:
         try:
             yield Attendance(dataclasses.replace(request, meter_errors=errors))
         finally:
-            path.unlink(missing_ok=True)  # the worker's, also where the attempt was interrupted
+            _remove(path)  # the worker's, also where the attempt was interrupted
 
     def note(self, record: Record | None, request: RunRequest) -> None:
         """Learn from an attempt: its devices at rest, and the engine that is left on them."""
@@ -251,7 +252,14 @@ class HostMeters:
                 _logger.warning("%s", died)
         finally:
             sampler.stop(_STOP_TIMEOUT_S)
-            path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # the attempt is over, and its result counts
+        _logger.warning("%s cannot be removed: %s", path, reason_of(error))
 
 
 def _ask(reader: PartReader, reference: Reference) -> bool | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from lem.base.clock import utc_now, utc_text
 from lem.base.durable import reason_of
-from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
+from lem.base.errors import DISK_FULL, EngineError, InfrastructureError, Interrupted, UserError
 from lem.base.variables import TOKEN_VARIABLE
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome, Timeouts
@@ -47,6 +48,8 @@ _FOLDER_VARIABLE = "CREDENTIALS_DIRECTORY"  # systemd.exec(5), LoadCredential=
 METERS_S = 15.0
 # An experiment that fails, or whose result is not valid, is tried once more in its cycle.
 MAX_TRIES = 2
+_CONTINUE = "then continue with --resume"
+_HOST_HINT = "see `lem doctor` and the kernel log (dmesg): a disk, a limit (`ulimit -a`) or a folder changed meanwhile"
 # How often a wait is reported, as often as a worker sends heartbeats.
 _TICK_S = 5.0
 
@@ -281,10 +284,13 @@ class Session:
         entry.retry_count = len(entry.attempts) - 1
         self.save()
         request = self._request(experiment, folder, keep_engine=keep_engine, gap=gap)
-        outcome = self._dispatch(experiment, folder, request)
+        try:
+            outcome = self._dispatch(experiment, folder, request)
+        except (OSError, MemoryError) as failure:  # of this process; what its worker meets is in the outcome
+            outcome = Outcome(_host_error(failure))
         record, error = _result_of(outcome, folder, experiment.exp_id)
         context.meters.note(record, request)
-        log_path = str(folder.log_path) if folder.log_path.exists() else None
+        log_path = str(folder.log_path) if os.path.exists(folder.log_path) else None  # noqa: PTH110 - never raises
         attempt = dataclasses.replace(begun, log_path=log_path, completed_at=utc_text(context.now()))
         if record is not None:
             attempt = dataclasses.replace(attempt, result_path=str(folder.result_path), valid=record.validity.valid)
@@ -314,7 +320,7 @@ class Session:
 
                 return worker.run(attendance.request, pass_on, timeouts, self.context.stop)
         except UserError as error:  # the program that ran before is gone
-            raise InfrastructureError(error.message, error.hint) from error
+            raise InfrastructureError(error.message, error.hint or _CONTINUE) from error
 
     def _request(
         self, experiment: Experiment, folder: AttemptFolder, *, keep_engine: bool, gap: GapOutcome | None
@@ -369,6 +375,16 @@ def _write_prompts(experiment: Experiment, folder: AttemptFolder) -> None:
         {"prompt": item.prompt, "input_tokens": item.input_tokens, "output_tokens": item.output_tokens}
         for item in resolved.prompts
     )
+
+
+def _host_error(error: OSError | MemoryError) -> EngineError:
+    """Why the host could not go on with an attempt; another attempt shows whether the cause has gone."""
+    if isinstance(error, MemoryError):
+        return EngineError("lem ran out of memory", "stop other programs, or add memory", kind="host")
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in DISK_FULL:
+        return EngineError(f"{where}{reason_of(error)}", f"free some space, {_CONTINUE}", kind="full")
+    return EngineError(f"the host failed during the attempt: {where}{reason_of(error)}", _HOST_HINT, kind="host")
 
 
 def _result_of(outcome: Outcome, folder: AttemptFolder, exp_id: str) -> tuple[Record | None, EngineError | None]:

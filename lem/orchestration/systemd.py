@@ -51,11 +51,11 @@ class ServiceManager:
         if self._address is None:
             return
         message = f"{name}={value}"
-        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)) as channel:
-            try:
+        try:
+            with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)) as channel:
                 channel.sendto(message.encode("utf-8", "backslashreplace"), self._address)
-            except OSError as error:  # a campaign must not fail because of it
-                _logger.debug("cannot send %s to the service manager: %s", message, error)
+        except OSError as error:  # a campaign must not fail because of it
+            _logger.debug("cannot send %s to the service manager: %s", message, error)
 
 
 class Notification(threading.Thread):

@@ -53,6 +53,14 @@ def test_a_reader_that_went_away_does_not_end_the_program():
     log.Console(Gone()).line("news")
 
 
+def test_a_log_on_a_full_disk_costs_its_lines_alone(tmp_path):
+    (tmp_path / "full.log").symlink_to("/dev/full")
+    handler = log.log_to_file(tmp_path / "full.log")
+    logging.getLogger("lem.test").warning("lost")
+    logging.getLogger("lem").removeHandler(handler)
+    handler.close()
+
+
 @pytest.mark.parametrize(("verbosity", "seen"), [(-1, "e"), (0, "we"), (1, "iwe"), (2, "diwe")])
 def test_verbosity_chooses_what_is_told(verbosity, seen):
     stream = io.StringIO()

@@ -290,7 +290,8 @@ def test_an_error_of_the_listener_leaves_no_worker(rig: Rig):
         (say({"type": "heartbeat"}), "expected hello, got heartbeat", sys.executable),
         ("import sys; sys.exit('lem needs Python 3.10 or newer')", "lem needs Python 3.10 or newer", sys.executable),
         ("print('Welcome to this container!')", "not a message: b'Welcome", sys.executable),
-        ("pass", "closed the channel", sys.executable),
+        ("pass", "it ended with exit code 0", sys.executable),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "it was killed by SIGKILL", sys.executable),
         ("import sys; sys.stdin.read()", "no message within", sys.executable),
     ],
 )
@@ -301,6 +302,42 @@ def test_a_worker_that_does_not_start_or_is_another_lem_is_told_with_why(rig: Ri
     assert reason in caught.value.message
     assert hint in caught.value.hint
     assert not worker.is_open
+
+
+def dying_worker(rig: Rig, deaths: int) -> Worker:
+    """A worker of which the first so many die before they say hello."""
+    script = (
+        "import os, pathlib, sys\n"
+        f"seen = pathlib.Path({str(rig.folder / 'starts')!r})\n"
+        "with seen.open('a') as file: file.write('x')\n"
+        f"if len(seen.read_text()) <= {deaths}: sys.exit('no memory for a moment')\n"
+        f"os.execv({COMMAND[0]!r}, {list(COMMAND)!r})\n"
+    )
+    return Worker((sys.executable, "-c", script), env=rig.environ())
+
+
+def test_a_worker_that_dies_before_its_hello_is_started_once_more(rig: Rig):
+    worker = dying_worker(rig, 1)
+    assert worker.run(rig.request("e"), Events(), PATIENT).error is None
+    assert (rig.folder / "starts").read_text() == "xx"
+    worker.stop()
+
+
+def test_workers_that_die_before_their_hello_fail_the_experiment_and_not_the_next_one(rig: Rig):
+    worker = dying_worker(rig, 2)
+    error = failure(worker.run(rig.request("e1"), Events(), PATIENT))
+    assert (error.kind, error.is_permanent) == ("died", True)
+    assert error.message == "the worker did not start: no memory for a moment"
+    assert worker.run(rig.request("e2"), Events(), PATIENT).error is None
+    assert (rig.folder / "starts").read_text() == "xxx"
+    worker.stop()
+
+
+def test_a_worker_for_which_there_is_no_temporary_file_is_unavailable(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tempfile.tempdir", str(rig.folder / "gone"))
+    with pytest.raises(WorkerUnavailable, match=r"no worker can be started: .*gone.*: no such file") as caught:
+        real_worker(rig).run(rig.request("e"), Events(), PATIENT)
+    assert "TMPDIR" in caught.value.hint
 
 
 def test_what_may_be_left_elsewhere_is_looked_after_only_when_the_worker_did_not_end_by_itself(rig: Rig):

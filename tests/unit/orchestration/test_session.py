@@ -1,5 +1,7 @@
 """What a session does with experiments that fail, with gaps, deadlines, disks and health, and what it writes down."""
 
+import errno
+import shutil
 import signal
 
 import pytest
@@ -185,6 +187,64 @@ def test_what_every_experiment_would_meet_stops_the_campaign_with_the_rest_pendi
     assert (outcome.error.message, outcome.error.hint) == (error.message, hint)
     assert place.statuses() == ["completed", "pending", "pending", "pending"]
     assert place.manifest().experiments[1].error == error.message
+
+
+READ_ONLY = OSError(errno.EROFS, "Read-only file system", "results/e/samples.part")
+
+
+def fail_after_the_result(request):
+    write_result(request)
+    return READ_ONLY
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "error"),
+    [
+        ([READ_ONLY, "ok"], "completed", None),
+        ([fail_after_the_result], "completed", None),
+        ([READ_ONLY], "failed", "the host failed during the attempt: results/e/samples.part: read-only file system"),
+        ([OSError(errno.EMFILE, "Too many open files")], "failed", "during the attempt: too many open files"),
+        ([MemoryError()], "failed", "lem ran out of memory"),
+    ],
+)
+def test_an_error_of_the_host_at_the_end_of_an_attempt_is_a_failed_attempt(place, answers, status, error):
+    outcome = place.run({FOUR: answers}, execution=ONCE)
+    assert (outcome.stopped, place.statuses()) == (None, [status, "completed"])
+    entry = place.manifest().experiments[0]
+    assert str(entry.error).endswith(str(error))
+    if status == "failed":
+        assert (len(entry.attempts), place.told("experiment_failed")[0]["error_kind"]) == (2, "host")
+
+
+def test_a_disk_that_is_full_at_the_end_of_an_attempt_stops_the_campaign(place):
+    outcome = place.run({EIGHT: [OSError(errno.ENOSPC, "No space left on device", "results/x")]}, execution=ONCE)
+    assert outcome.stopped is Stopped.INFRASTRUCTURE
+    assert outcome.error is not None
+    assert (outcome.error.message, "--resume" in outcome.error.hint) == ("results/x: no space left on device", True)
+    assert place.statuses() == ["completed", "pending"]
+
+
+def test_results_that_are_deleted_while_the_campaign_runs_do_not_end_it(place):
+    def delete(request):
+        shutil.rmtree(place.folder / "results")
+        return "none"
+
+    outcome = place.run({FOUR: [delete, "ok"]}, execution=ONCE)
+    assert (outcome.stopped, place.statuses()) == (None, ["completed", "completed"])
+
+
+def test_a_results_folder_that_becomes_a_file_stops_the_campaign_with_the_remedy(place):
+    def replace(request):
+        shutil.rmtree(place.folder / "results")
+        (place.folder / "results").write_text("")
+        return "none"
+
+    outcome = place.run({FOUR: [replace]}, execution=ONCE)
+    assert outcome.stopped is Stopped.INFRASTRUCTURE
+    assert outcome.error is not None
+    assert "expected a folder, found a file" in outcome.error.message
+    assert "--results-dir" in outcome.error.hint
+    assert place.statuses() == ["pending", "pending"]
 
 
 # --- prompts, identity, secrets
