@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -386,11 +387,17 @@ def write_record(path: Path, record: Record) -> None:
 
 def read_record(path: Path) -> Record:
     """The record in a file; RecordError where it is not a whole one, OSError where it cannot be read."""
+    return read_with_digest(path)[0]
+
+
+def read_with_digest(path: Path) -> tuple[Record, str]:
+    """The record in a file, and the SHA-256 of the bytes it was read from; raises as `read_record`."""
+    data = path.read_bytes()
     try:
-        document = durable.read_json(path)
+        document = durable.parse_json(data)
     except ValueError as error:
         raise RecordError(f"not JSON: {error}") from error
     try:
-        return decode_record(document)
+        return decode_record(document), hashlib.sha256(data).hexdigest()
     except RecursionError as error:
         raise RecordError("not a record: nested too deeply") from error

@@ -59,6 +59,28 @@ def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
         sync_folder(folder)
 
 
+def append_bytes(path: Path, data: bytes, *, at_b: int) -> None:
+    """Append to a file of that size and sync it; at 0 it is made, or emptied first.
+
+    Raises:
+        OSError: a part of `data`, or all of it, may be in the file; EBUSY if the file has another size.
+    """
+    sys.audit("lem.write", str(path))
+    descriptor = os.open(
+        path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | (0 if at_b else os.O_CREAT | os.O_TRUNC), 0o666
+    )
+    with open(descriptor, "ab", buffering=0) as stream:
+        if os.fstat(descriptor).st_size != at_b:
+            raise OSError(errno.EBUSY, "another process has changed it", str(path))
+        view = memoryview(data)
+        while view:
+            view = view[stream.write(view) :]
+        sys.audit("lem.fsync", str(path))
+        os.fsync(descriptor)
+    if not at_b:
+        sync_folder(path.parent)
+
+
 def utf8(text: str) -> bytes:
     """The text in UTF-8; the lone surrogates that Python makes of other bytes in file names are escaped as in JSON."""
     return text.encode("utf-8", "backslashreplace")
@@ -76,8 +98,13 @@ def write_json(path: Path, document: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The document in a JSON file; OSError if it cannot be read, ValueError if it is not JSON in UTF-8."""
+    return parse_json(path.read_bytes())
+
+
+def parse_json(data: bytes) -> Any:
+    """The document; ValueError if it is not JSON in UTF-8."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 

@@ -23,8 +23,9 @@ from lem.orchestration.locks import Holder, campaign_lock, gpu_locks, hold_locks
 from lem.orchestration.manifest import SKIPPED, TOP_UP_NOTE, CampaignManifest, CampaignManifestEntry, ManifestManager
 from lem.orchestration.plan import Experiment, Plan, build_plan, write_configs
 from lem.orchestration.schedule import CampaignOutcome, Stopped
-from lem.orchestration.session import Context, Session, find_secrets
+from lem.orchestration.session import Context, Session
 from lem.orchestration.status import ActivityWriter
+from lem.orchestration.systemd import find_secrets
 from lem.results.store import StoppingRule, write_stopping_rule
 from lem.worker.supervisor import missing_distributions
 
@@ -190,6 +191,7 @@ class CampaignRunner(Context):
             outcome = session.run(remaining, deadline_s)
             if self.options.until is not None:
                 outcome = self._top_up(session, self.options.until, outcome, deadline_s, has_run=bool(remaining))
+            outcome = session.conclude(outcome)
         stopped = outcome.stopped.value if outcome.stopped else None
         activity.end(stopped, outcome.error.message if outcome.error else outcome.remark)
         session.report("campaign_finished", stopped=stopped, **({"remark": outcome.remark} if outcome.remark else {}))

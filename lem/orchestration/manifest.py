@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import Any
 from lem.base import durable
 from lem.base.clock import utc_now, utc_stamp, utc_text
 from lem.base.codec import decode
-from lem.base.errors import LemError, UserError
+from lem.base.errors import LemError, LockedError, UserError
+from lem.orchestration import journal
+from lem.orchestration.journal import SCHEMA_VERSION, DamagedJournal, Journal
 
 __all__ = ["CampaignManifest", "CampaignManifestEntry", "ManifestManager"]
 
@@ -47,6 +49,7 @@ class Attempt:
     started_at: str | None = None
     completed_at: str | None = None
     host: str | None = None  # where it ran
+    result_sha256: str | None = None  # of the result as it was measured; None without one, or in the first build's
 
 
 @dataclass
@@ -180,10 +183,15 @@ class CampaignManifest:
         Raises:
             KeyError: there is none.
         """
-        for entry in self.experiments:
-            if entry.exp_id == exp_id:
-                return entry
-        raise KeyError(f"campaign {self.campaign_name} has no experiment {exp_id}")
+        places: dict[str, int] = self.__dict__.setdefault("_places", {})
+        place = places.get(exp_id, len(self.experiments))
+        if place >= len(self.experiments) or self.experiments[place].exp_id != exp_id:  # the list has changed
+            places.clear()
+            places.update((entry.exp_id, index) for index, entry in enumerate(self.experiments))
+        try:
+            return self.experiments[places[exp_id]]
+        except KeyError:
+            raise KeyError(f"campaign {self.campaign_name} has no experiment {exp_id}") from None
 
     def update_entry(self, exp_id: str, **fields: Any) -> CampaignManifestEntry:
         """The entry of that name, with those fields changed; in memory, `ManifestManager.save` writes it.
@@ -200,49 +208,71 @@ class CampaignManifest:
         return entry
 
 
-SCHEMA_VERSION = 1
 _HEAD_NAMES = tuple(item.name for item in dataclasses.fields(CampaignManifest) if item.name != "experiments")
 
 
 def encode_manifest(manifest: CampaignManifest) -> bytes:
-    """The manifest as JSON in UTF-8, schema version first and one line an entry."""
-    head = {"schema_version": SCHEMA_VERSION, **{name: getattr(manifest, name) for name in _HEAD_NAMES}}
+    """The manifest as JSON in UTF-8, schema version and checksum first and one line an entry."""
+    head = {name: getattr(manifest, name) for name in _HEAD_NAMES}
     lines = b"".join([b"  " + _encode(name) + b": " + _encode(value) + b",\n" for name, value in head.items()])
     entries = b",\n".join([b"    " + entry.encode() for entry in manifest.experiments])
     # In one join: of 10,000 entries every copy costs milliseconds.
-    return b"".join([b"{\n", lines, b'  "experiments": [\n', entries, b"\n  ]\n}\n"])
+    return journal.sealed(b"".join([lines, b'  "experiments": [\n', entries, b"\n  ]\n}\n"]))
 
 
-def decode_manifest(document: Any) -> CampaignManifest:
-    """The manifest in a JSON document.
+def decode_manifest(data: bytes) -> CampaignManifest:
+    """The manifest that `encode_manifest`, or that of the first build, wrote.
 
     Raises:
-        ValueError: not a whole manifest of this schema.
+        ValueError: not a whole manifest of a known schema.
     """
+    document = durable.parse_json(data)
     version = document.get("schema_version") if isinstance(document, dict) else None
     if not isinstance(version, int):
         raise ValueError("not a manifest: schema_version is missing")
-    if version != SCHEMA_VERSION:
+    if version not in (1, SCHEMA_VERSION):
         by = "a newer lem" if version > SCHEMA_VERSION else "another lem"
         raise ValueError(f"written by {by}: expected schema_version {SCHEMA_VERSION}, got {version}")
     values = {name: value for name, value in document.items() if name != "schema_version"}
+    if version == 1:
+        _add_digests(values)
+    elif values.pop("sha256", None) is None or not journal.is_intact(data):
+        raise ValueError("its content does not match its checksum: it was damaged, or edited")
     manifest = decode(CampaignManifest, values, "manifest")
     if len({entry.exp_id for entry in manifest.experiments}) != len(manifest.experiments):
         raise ValueError("an experiment is listed twice")
     return manifest
 
 
-class ManifestManager:
-    """The manifest's file.
+def _add_digests(values: Mapping[str, Any]) -> None:
+    """Bring attempts of version 1 up to date; what is not one is left for `decode` to refuse."""
+    entries = values.get("experiments")
+    for entry in entries if isinstance(entries, list) else ():
+        attempts = entry.get("attempts") if isinstance(entry, dict) else None
+        for attempt in attempts if isinstance(attempts, list) else ():
+            if isinstance(attempt, dict):
+                attempt.setdefault("result_sha256", None)
 
-    Before a save writes a changed status, it raises the audit event `lem.transition` (exp_id, old, new; see
+
+# A plan with fewer entries has its snapshot rewritten at every change, since people read it.
+JOURNALED_FROM = 200
+
+
+class ManifestManager:
+    """The manifest's files: the snapshot, and for a long plan the journal of the changes since.
+
+    Before a changed status is written, it raises the audit event `lem.transition` (exp_id, old, new; see
     `sys.audit`), so that a test can stop the program there.
     """
 
     def __init__(self, manifest_path: Path | str, *, now: Callable[[], datetime] = utc_now) -> None:
         self.manifest_path = Path(manifest_path)
         self._now = now
+        self._journal = Journal(self.manifest_path)
+        self._snapshot_b = 0
         self._saved_statuses: dict[str, str] = {}
+        # The snapshots that may be on disk unless another process wrote one; None before any was read or written.
+        self._own: frozenset[str] | None = None
 
     def exists(self) -> bool:
         """Whether there is a file, whole or not."""
@@ -261,20 +291,64 @@ class ManifestManager:
         return manifest.config_hash != current_config_hash
 
     def save(self, manifest: CampaignManifest) -> None:
-        """Write the manifest, whole or not at all, and make its folder when there is none.
+        """Write the snapshot, whole or not at all, and make its folder when there is none.
 
         Raises:
             OSError: as `durable.write_bytes`; the earlier manifest is still there.
+            LockedError: another process has written the manifest meanwhile.
         """
-        statuses = {entry.exp_id: entry.status for entry in manifest.experiments}
-        for exp_id, status in statuses.items():
-            before = self._saved_statuses.get(exp_id, status)
-            if status != before:
-                sys.audit("lem.transition", exp_id, before, status)
+        for entry in manifest.experiments:
+            self._announce(entry)
         manifest.updated_at = utc_text(self._now())
         durable.make_folder(self.manifest_path.parent)
-        durable.write_bytes(self.manifest_path, encode_manifest(manifest))
-        self._saved_statuses = statuses
+        self._check_own()
+        data = encode_manifest(manifest)
+        snapshot = journal.snapshot_of(data)
+        if self._own is not None:  # a write that fails may have replaced the file or not
+            self._own |= {snapshot}
+        self._journal.stop()
+        durable.write_bytes(self.manifest_path, data)
+        self._own, self._snapshot_b = frozenset({snapshot}), len(data)
+        self._journal.begin(snapshot)
+
+    def save_entry(self, manifest: CampaignManifest, entry: CampaignManifestEntry) -> None:
+        """Write the change of one entry, which in a long plan takes as long as in a short one.
+
+        Raises:
+            OSError, LockedError: as `save`.
+        """
+        is_short = len(manifest.experiments) < JOURNALED_FROM
+        if is_short or not self._journal.has_begun or self._journal.size_b > self._snapshot_b:
+            self.save(manifest)
+            return
+        self._announce(entry)
+        manifest.updated_at = utc_text(self._now())
+        if not self._check_own():  # somebody removed it
+            self.save(manifest)
+            return
+        self._journal.append(b'{"at": ' + _encode(manifest.updated_at) + b', "entry": ' + entry.encode() + b"}")
+
+    def settle(self, manifest: CampaignManifest) -> None:
+        """Write the snapshot unless all changes are in it; raises as `save`."""
+        if self._journal.size_b or not self._journal.has_begun:
+            self.save(manifest)
+
+    def _announce(self, entry: CampaignManifestEntry) -> None:
+        before = self._saved_statuses.get(entry.exp_id, entry.status)
+        self._saved_statuses[entry.exp_id] = entry.status
+        if entry.status != before:
+            sys.audit("lem.transition", entry.exp_id, before, entry.status)
+
+    def _check_own(self) -> bool:
+        """Whether the snapshot on disk is the one last read or written here; False when there is none.
+
+        The lock keeps others out, except on a file system where locks do not work, or not between hosts.
+        """
+        found = journal.find_snapshot(self.manifest_path)
+        if found is not None and self._own is not None and found not in self._own:
+            hint = "locks do not exclude others in this folder: choose another io.state_dir, on a local disk"
+            raise LockedError(f"{self.manifest_path} was written by another process meanwhile", hint)
+        return found is not None
 
     @contextlib.contextmanager
     def saving(self, kind: type[LemError], remedy: str) -> Iterator[None]:
@@ -304,16 +378,40 @@ class ManifestManager:
             UserError: it is unreadable, truncated, of another schema, or of another campaign than `campaign_id`.
         """
         try:
-            manifest = decode_manifest(durable.read_json(self.manifest_path))
+            manifest = self._read()
         except FileNotFoundError:
+            self._own = frozenset()
             return None
         except OSError as error:
             raise self._unusable(f"cannot be read: {error.strerror}") from error
+        except DamagedJournal as error:
+            hint = f"move {self._journal.path} away, then use --resume: complete results are found again"
+            raise UserError(f"the journal of {self.manifest_path} is broken: {error}", hint) from error
         except ValueError as error:
             raise self._unusable(f"is broken: {error}") from error
         if campaign_id is not None and manifest.campaign_id != campaign_id:
             raise self._unusable(f"belongs to another campaign, {manifest.campaign_name!r}")
         self._saved_statuses = {entry.exp_id: entry.status for entry in manifest.experiments}
+        return manifest
+
+    def _read(self, tries: int = 5) -> CampaignManifest:
+        """The snapshot with the changes in its journal."""
+        data = self.manifest_path.read_bytes()
+        manifest, snapshot = decode_manifest(data), journal.snapshot_of(data)
+        changes = self._journal.read(snapshot)
+        if tries > 1 and journal.find_snapshot(self.manifest_path) != snapshot:
+            return self._read(tries - 1)  # its process has written another, and the journal may be that one's
+        places = {entry.exp_id: place for place, entry in enumerate(manifest.experiments)}
+        for change in changes:
+            if not isinstance(change, dict) or change.keys() != {"at", "entry"}:
+                raise DamagedJournal("it holds something else than changes")
+            entry = decode(CampaignManifestEntry, change["entry"], "journal")
+            if entry.exp_id not in places:
+                raise DamagedJournal(f"it changes {entry.exp_id}, which is not in the manifest")
+            manifest.experiments[places[entry.exp_id]] = entry
+            manifest.updated_at = decode(str, change["at"], "journal")
+        self._own = frozenset({snapshot})
+        self._journal.stop()
         return manifest
 
     def set_aside(self) -> Path | None:
@@ -322,8 +420,13 @@ class ManifestManager:
         Nothing is overwritten: the new name contains the time, and a number when that name is taken. To be called
         under the campaign's lock.
         """
+        self._own = frozenset()
         if not self.exists():
             return None
+        if self._journal.path.exists():
+            manifest = self.load()
+            if manifest is not None:
+                self.save(manifest)  # so that it is one file again
         stamp = utc_stamp(self._now())
         stem, suffix = self.manifest_path.stem, self.manifest_path.suffix
         numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
@@ -331,8 +434,10 @@ class ManifestManager:
         target = next(path for path in candidates if not path.exists())
         sys.audit("lem.rename", str(target))
         self.manifest_path.rename(target)
+        if self._journal.path.exists():  # of one that cannot be read
+            self._journal.path.rename(Journal(target).path)
         durable.sync_folder(target.parent)
-        self._saved_statuses = {}
+        self._own, self._saved_statuses = frozenset(), {}
         return target
 
     def remove_leftovers(self) -> None:

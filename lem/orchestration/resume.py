@@ -7,10 +7,11 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from lem.base.clock import utc_text
-from lem.base.durable import GROUPED
+from lem.base.durable import GROUPED, sha256_of
 from lem.base.errors import UserError
 from lem.base.units import some_of
 from lem.config.campaign_config import CampaignConfig
@@ -98,8 +99,17 @@ def update_manifest(
         notes.append(change)
 
     def results_of(entry: CampaignManifestEntry) -> list[Attempt]:
-        found = [(item.record, str(item.path)) for item in repository.find_attempts(str(manifest.run_id), entry.exp_id)]
-        return [Attempt(one.identity.attempt, path, one.validity.valid, host=one.identity.host) for one, path in found]
+        found = repository.find_attempts(str(manifest.run_id), entry.exp_id)
+        return [
+            Attempt(
+                item.record.identity.attempt,
+                str(item.path),
+                item.record.validity.valid,
+                host=item.record.identity.host,
+                result_sha256=item.sha256,
+            )
+            for item in found
+        ]
 
     found = reconcile(manifest, results_of)
     for exp_id in found["lost"]:
@@ -124,7 +134,8 @@ def reconcile(
     """Correct the manifest by the whole results on disk; returns the names of the experiments changed.
 
     They are `interrupted` (were running when their process died, and run again), `adopted` (have a whole result that
-    the manifest had missed) or `lost` (were completed, but their result is gone or broken; they run again).
+    the manifest had missed) or `lost` (were completed, but their result is gone, or not as it was measured; they run
+    again).
     """
     changes: dict[str, list[str]] = {"interrupted": [], "adopted": [], "lost": []}
     for entry in manifest.experiments:
@@ -136,7 +147,11 @@ def reconcile(
 
 def _reconcile_entry(entry: CampaignManifestEntry, results: Sequence[Attempt]) -> str | None:
     was_completed, was_running = entry.status == COMPLETED, entry.status == RUNNING
+    digests = {attempt.number: attempt.result_sha256 for attempt in entry.attempts}
+    # One that was changed since it was measured is no result, neither now nor at the next resume.
+    results = [item for item in results if digests.get(item.number) in (None, item.result_sha256)]
     if was_completed and any(result.result_path == entry.result_path for result in results):
+        _add_digests(entry, results)
         return None
     known = {attempt.number for attempt in entry.attempts if attempt.result_path is not None}
     missed = [result for result in results if was_completed or result.number not in known]
@@ -157,6 +172,30 @@ def _reconcile_entry(entry: CampaignManifestEntry, results: Sequence[Attempt]) -
     return "interrupted" if was_running else None
 
 
+def _add_digests(entry: CampaignManifestEntry, results: Iterable[Attempt]) -> None:
+    """Give attempts of the first build's manifest the digests of their results as they are now."""
+    found = {result.number: result.result_sha256 for result in results}
+    for attempt in entry.attempts:
+        if attempt.result_path is not None and attempt.result_sha256 is None:
+            entry.put_attempt(dataclasses.replace(attempt, result_sha256=found.get(attempt.number)))
+
+
+def forget_lost_results(manifest: CampaignManifest) -> tuple[str, ...]:
+    """Set completed experiments whose result is gone, or not as it was measured, to pending; returns the paths."""
+    lost = []
+    for entry in manifest.get_by_status(COMPLETED):
+        path = str(entry.result_path)
+        known = next((item.result_sha256 for item in entry.attempts if item.result_path == path), None)
+        try:
+            found = sha256_of(Path(path))
+        except OSError:
+            found = ""
+        if known != found and (known is not None or not found):
+            lost.append(path)
+            _forget_result(entry)
+    return tuple(lost)
+
+
 def interrupt_entry(entry: CampaignManifestEntry) -> None:
     """Set an experiment that was stopped, or whose process died, to pending with the error "interrupted"."""
     entry.status = PENDING
@@ -167,7 +206,7 @@ def interrupt_entry(entry: CampaignManifestEntry) -> None:
 
 
 def _forget_result(entry: CampaignManifestEntry) -> None:
-    message = f"result missing or broken: {entry.result_path}"
+    message = f"result missing, or not as it was measured: {entry.result_path}"
     for attempt in entry.attempts:
         if attempt.result_path is not None and attempt.result_path == entry.result_path:
             entry.put_attempt(dataclasses.replace(attempt, result_path=None, valid=None, error=message))

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from lem.base.clock import utc_now, utc_text
 from lem.base.durable import reason_of
 from lem.base.errors import DISK_FULL, EngineError, InfrastructureError, Interrupted, UserError
-from lem.base.variables import TOKEN_VARIABLE
+from lem.base.units import plural, some_of
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome, Timeouts
 from lem.orchestration.grid import config_hash, prompts_fingerprint
@@ -32,17 +33,15 @@ from lem.orchestration.manifest import (
     ManifestManager,
 )
 from lem.orchestration.plan import Experiment, GapKind, Plan
-from lem.orchestration.resume import RunOptions, interrupt_entry
+from lem.orchestration.resume import RunOptions, forget_lost_results, interrupt_entry
 from lem.orchestration.schedule import CampaignOutcome, Stopped, StopRequest
 from lem.orchestration.status import Event, Observer
-from lem.record import Record, RecordError, read_record
-from lem.results.store import AttemptFolder, Repository
+from lem.record import Record, RecordError, read_with_digest
+from lem.results.store import AttemptFolder, Repository, StoredResult
 from lem.worker.channel import RunRequest
 from lem.worker.prompts import resolve_on_host
 
 _logger = logging.getLogger(__name__)
-
-_FOLDER_VARIABLE = "CREDENTIALS_DIRECTORY"  # systemd.exec(5), LoadCredential=
 
 # What the meters need before a load besides power at rest: starting a sampler, reading the GPUs twice, two guards.
 METERS_S = 15.0
@@ -50,23 +49,10 @@ METERS_S = 15.0
 MAX_TRIES = 2
 _CONTINUE = "then continue with --resume"
 _HOST_HINT = "see `lem doctor` and the kernel log (dmesg): a disk, a limit (`ulimit -a`) or a folder changed meanwhile"
+# How many results a message names.
+_SHOWN = 3
 # How often a wait is reported, as often as a worker sends heartbeats.
 _TICK_S = 5.0
-
-
-def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    """The secrets that are set, by name; the environment wins over a credential of systemd."""
-    folder, value = environ.get(_FOLDER_VARIABLE), environ.get(TOKEN_VARIABLE, "")
-    if folder and not value:
-        path = Path(folder, TOKEN_VARIABLE)
-        try:
-            value = path.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            return {}
-        except (OSError, UnicodeDecodeError) as error:
-            reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8 text"
-            raise UserError(f"credential {path}: {reason}") from error
-    return {TOKEN_VARIABLE: value} if value else {}
 
 
 @dataclass
@@ -125,9 +111,14 @@ class Session:
     manifest: CampaignManifest
     observe: Observer
     secrets: Mapping[str, str] = field(repr=False)
-    _durations: list[float] = field(default_factory=list)
+    _done: int = 0  # experiments ended; what every event tells must not take longer in a longer plan
+    _n_timed: int = 0
+    _timed_s: float = 0.0
     _remaining: int = 0
     _since_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self._count()
 
     def run(
         self, experiments: Sequence[Experiment], deadline_s: float | None, first_gap: GapKind | None = None
@@ -137,6 +128,7 @@ class Session:
         There is a gap before the first experiment where others ran before in the same session.
         """
         stopped, error = None, None
+        self._count()
         try:
             stopped = self._run(experiments, deadline_s, first_gap)
         except Interrupted:
@@ -154,15 +146,43 @@ class Session:
     def report(self, kind: str, **data: Any) -> None:
         self._pass_on(Event(kind, data=data))
 
-    def save(self) -> None:
-        """Write the manifest; an InfrastructureError when it cannot be written."""
-        with self.manager.saving(InfrastructureError, "free some space, then continue with --resume; results are kept"):
-            self.manager.save(self.manifest)
+    def save(self, entry: CampaignManifestEntry | None = None) -> None:
+        """Write the manifest, or the change of one entry; an InfrastructureError when it cannot be written."""
+        with self._saving():
+            if entry is None:
+                self.manager.save(self.manifest)
+            else:
+                self.manager.save_entry(self.manifest, entry)
+
+    def _saving(self) -> AbstractContextManager[None]:
+        hint = "free some space, then continue with --resume; results are kept"
+        return self.manager.saving(InfrastructureError, hint)
+
+    def conclude(self, outcome: CampaignOutcome) -> CampaignOutcome:
+        """How the run ended, once it is certain that its results are there and the manifest is written."""
+        try:
+            lost = forget_lost_results(self.manifest) if outcome.error is None else ()
+            if lost:
+                stopped = Stopped.SIGNAL if outcome.stopped is Stopped.SIGNAL else Stopped.INFRASTRUCTURE
+                what = f"{plural(len(lost), 'result')} missing, or not as measured: {some_of(lost, _SHOWN)}"
+                hint = "find out what removes or changes results; --resume measures these experiments again"
+                outcome = dataclasses.replace(outcome, stopped=stopped, error=InfrastructureError(what, hint))
+                self._count()
+                self.save()
+            with self._saving():
+                self.manager.settle(self.manifest)
+        except InfrastructureError as error:
+            return (
+                outcome if outcome.error else dataclasses.replace(outcome, stopped=Stopped.INFRASTRUCTURE, error=error)
+            )
+        return outcome
+
+    def _count(self) -> None:
+        self._done = sum(entry.status in (COMPLETED, FAILED) for entry in self.manifest.experiments)
 
     def _pass_on(self, event: Event) -> None:
-        done = sum(entry.status in (COMPLETED, FAILED) for entry in self.manifest.experiments)
         total = self.manifest.total_experiments
-        self.observe(dataclasses.replace(event, done=done, total=total, eta_s=self._eta_s()))
+        self.observe(dataclasses.replace(event, done=self._done, total=total, eta_s=self._eta_s()))
 
     def _run(self, order: Sequence[Experiment], deadline_s: float | None, first_gap: GapKind | None) -> Stopped | None:
         part = dataclasses.replace(self.plan, experiments=tuple(order))
@@ -226,7 +246,7 @@ class Session:
         try:
             tries = [self._attempt(experiment, entry, keep_engine=keep_engine, gap=gap)]
             while (reason := tries[-1].reason_to_try_again) is not None and len(tries) < MAX_TRIES:
-                self.save()
+                self.save(entry)
                 self.report("experiment_retried", **who, reason=reason, **tries[-1].details)
                 gap = self._keep_gap("configuration", None)
                 if self.context.stop.signum is not None:
@@ -253,9 +273,10 @@ class Session:
             entry.status, entry.error, entry.result_path = COMPLETED, None, best.attempt.result_path
         else:
             entry.status, entry.error = FAILED, last.attempt.error
-        self.save()
+        self.save(entry)
+        self._done += 1
         if self._since_s is not None:
-            self._durations.append(self.context.monotonic() - self._since_s)
+            self._n_timed, self._timed_s = self._n_timed + 1, self._timed_s + self.context.monotonic() - self._since_s
         self._remaining, self._since_s = self._remaining - 1, None
         if best.record is None:
             self.report("experiment_failed", **who, error=entry.error, **best.details, elapsed_s=elapsed_s)
@@ -282,18 +303,20 @@ class Session:
         entry.put_attempt(begun)
         entry.status, entry.error, entry.started_at = RUNNING, None, entry.started_at or begun.started_at
         entry.retry_count = len(entry.attempts) - 1
-        self.save()
+        self.save(entry)
         request = self._request(experiment, folder, keep_engine=keep_engine, gap=gap)
         try:
             outcome = self._dispatch(experiment, folder, request)
         except (OSError, MemoryError) as failure:  # of this process; what its worker meets is in the outcome
             outcome = Outcome(_host_error(failure))
-        record, error = _result_of(outcome, folder, experiment.exp_id)
+        result, error = _result_of(outcome, folder, experiment.exp_id)
+        record = result.record if result is not None else None
         context.meters.note(record, request)
         log_path = str(folder.log_path) if os.path.exists(folder.log_path) else None  # noqa: PTH110 - never raises
         attempt = dataclasses.replace(begun, log_path=log_path, completed_at=utc_text(context.now()))
-        if record is not None:
-            attempt = dataclasses.replace(attempt, result_path=str(folder.result_path), valid=record.validity.valid)
+        if result is not None:
+            attempt = dataclasses.replace(attempt, result_path=str(result.path), result_sha256=result.sha256)
+            attempt = dataclasses.replace(attempt, valid=result.record.validity.valid)
         elif error is not None:
             attempt = dataclasses.replace(attempt, error=error.message)
         entry.put_attempt(attempt)
@@ -354,9 +377,9 @@ class Session:
 
     def _eta_s(self) -> float | None:
         """The time left at the mean of the experiments before, less what the current one has already used of it."""
-        if not self._durations:
+        if not self._n_timed:
             return None
-        mean_s = sum(self._durations) / len(self._durations)
+        mean_s = self._timed_s / self._n_timed
         elapsed_s = 0.0 if self._since_s is None else self.context.monotonic() - self._since_s
         return self._remaining * mean_s - min(elapsed_s, mean_s)
 
@@ -387,12 +410,12 @@ def _host_error(error: OSError | MemoryError) -> EngineError:
     return EngineError(f"the host failed during the attempt: {where}{reason_of(error)}", _HOST_HINT, kind="host")
 
 
-def _result_of(outcome: Outcome, folder: AttemptFolder, exp_id: str) -> tuple[Record | None, EngineError | None]:
+def _result_of(outcome: Outcome, folder: AttemptFolder, exp_id: str) -> tuple[StoredResult | None, EngineError | None]:
     path, reported = folder.result_path, outcome.error
     if reported is not None and reported.kind == "full":
         raise InfrastructureError(reported.message, reported.hint)
     try:
-        record = read_record(path)
+        record, digest = read_with_digest(path)
     except FileNotFoundError:
         return None, reported or EngineError("the worker reported a result but did not write one", kind="channel")
     except (RecordError, OSError) as error:
@@ -401,4 +424,4 @@ def _result_of(outcome: Outcome, folder: AttemptFolder, exp_id: str) -> tuple[Re
         return None, EngineError(f"{path}: the result belongs to another experiment", kind="channel")
     if reported is not None:
         _logger.warning("%s was measured, but then: %s", exp_id, reported.message)
-    return record, None
+    return StoredResult(path, record, digest), None

@@ -1,4 +1,4 @@
-"""Messages to systemd, which shows the state of a service, and to a webhook."""
+"""Secrets from systemd, messages to it, which shows the state of a service, and to a webhook."""
 
 from __future__ import annotations
 
@@ -11,12 +11,33 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
+
+from lem.base.durable import reason_of
+from lem.base.errors import UserError
+from lem.base.variables import TOKEN_VARIABLE
 
 _logger = logging.getLogger(__name__)
 
 _VARIABLE = "NOTIFY_SOCKET"  # sd_notify(3)
+_CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"  # systemd.exec(5), LoadCredential=
 _TIMEOUT_S = 10.0
+
+
+def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """The secrets that are set, by name; the environment wins over a credential of systemd."""
+    folder, value = environ.get(_CREDENTIALS_VARIABLE), environ.get(TOKEN_VARIABLE, "")
+    if folder and not value:
+        path = Path(folder, TOKEN_VARIABLE)
+        try:
+            value = path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return {}
+        except (OSError, UnicodeDecodeError) as error:
+            reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8 text"
+            raise UserError(f"credential {path}: {reason}") from error
+    return {TOKEN_VARIABLE: value} if value else {}
 
 
 class ServiceManager:

@@ -21,7 +21,7 @@ from lem.base.codec import decode
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
 from lem.base.units import MIB, percent
-from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Record, RecordError, read_record
+from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Record, RecordError, read_with_digest
 
 _logger = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ _PROBE_B = MIB  # room for the files of a few attempts
 class StoredResult:
     path: Path
     record: Record
+    sha256: str = ""  # of the bytes that the record was read from
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _apart_by_host(results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
     for item, identity in zip(results, identities, strict=True):
         if n_hosts[identity.run_id, identity.config_hash] > 1:
             named = dataclasses.replace(identity, config_name=f"{identity.config_name} @ {identity.host}")
-            item = StoredResult(item.path, dataclasses.replace(item.record, identity=named))
+            item = dataclasses.replace(item, record=dataclasses.replace(item.record, identity=named))
         found.append(item)
     return tuple(found)
 
@@ -251,7 +252,7 @@ def _read_attempt(folder: Path, number: int) -> StoredResult | Problem:
     attempt = folder / f"attempt-{number}"
     path = attempt / RESULT_FILE
     try:
-        record = read_record(path)
+        record, digest = read_with_digest(path)
     except FileNotFoundError:
         return _describe_missing(folder, attempt)
     except OSError as error:
@@ -265,7 +266,7 @@ def _read_attempt(folder: Path, number: int) -> StoredResult | Problem:
         ("attempt", number, identity.attempt),
     )
     strange = [f"expected {what} {place}, got {str(found)!r:.80}" for what, place, found in facts if found != place]
-    return _problem(folder, path, "foreign", ", ".join(strange)) if strange else StoredResult(path, record)
+    return _problem(folder, path, "foreign", ", ".join(strange)) if strange else StoredResult(path, record, digest)
 
 
 def _describe_missing(folder: Path, attempt: Path) -> Problem:

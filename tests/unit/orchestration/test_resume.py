@@ -62,7 +62,7 @@ def completed(exp_id: str = "a", attempt: int = 1) -> CampaignManifestEntry:
 # What lies on disk against what the manifest says
 
 PATH = "attempt-1/result.json"
-BROKEN = f"result missing or broken: {PATH}"
+BROKEN = f"result missing, or not as it was measured: {PATH}"
 KNOWN = Attempt(1, PATH, valid=False)  # a result that is not valid
 DIED = entry(status="failed", error="died", attempts=[KNOWN, Attempt(2, error="died")])
 

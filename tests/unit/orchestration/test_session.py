@@ -10,7 +10,7 @@ from lem.base.errors import EngineError, InfrastructureError, UserError
 from lem.config.campaign_config import CampaignHealthCheckConfig
 from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import Stopped
-from lem.orchestration.session import find_secrets
+from lem.orchestration.systemd import find_secrets
 from tests.campaign_doubles import EIGHT, FOUR, Place, make_campaign, write_result
 
 ONCE = {"cycles": 1}

@@ -1,0 +1,137 @@
+"""How the files of a manifest are protected: the checksum of the snapshot, and the journal of the changes since.
+
+A snapshot begins with its schema version and the SHA-256 of all that follows, which also tells it from every other.
+
+The journal has a line for each change, so that a change costs the same in any plan. A line is a check, a space and a
+JSON document; the check is the beginning of the SHA-256 of the check before it and the document. So a line that is
+damaged, missing or out of place is found, wherever it is. The first line names the snapshot that the rest continues:
+a journal of another one is ignored. A crash leaves such a journal between a new snapshot, which holds its changes, and
+the journal's removal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lem.base import durable
+
+# Version 1, of the first build, had no checksum, and no digests of results.
+SCHEMA_VERSION = 2
+_START = b'{\n  "schema_version": %d,\n  "sha256": "' % SCHEMA_VERSION
+_DIGITS = 64
+_END = b'",\n'
+_CHECK_LENGTH = 16
+
+
+def sealed(rest: bytes) -> bytes:
+    """A snapshot: the rest of its JSON object, with the schema version and the checksum before it."""
+    return b"".join([_START, _sha256(rest).encode(), _END, rest])
+
+
+def is_intact(data: bytes) -> bool:
+    """Whether a snapshot is as `sealed` made it."""
+    return data == sealed(data[len(_START) + _DIGITS + len(_END) :])
+
+
+def snapshot_of(data: bytes) -> str:
+    """What tells a snapshot from every other: its checksum, or that of the whole file where it has none."""
+    return data[len(_START) :][:_DIGITS].decode("ascii", "replace") if data.startswith(_START) else _sha256(data)
+
+
+def find_snapshot(path: Path) -> str | None:
+    """As `snapshot_of`, of the file there, of which only the beginning is read; None when there is none."""
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(len(_START) + _DIGITS)
+            return snapshot_of(data if data.startswith(_START) else data + stream.read())
+    except FileNotFoundError:
+        return None
+
+
+class DamagedJournal(ValueError):
+    """A journal that is not as it was written, apart from a last line that was cut off."""
+
+
+class Journal:
+    """The file beside a manifest; `begin` it for a snapshot before the first `append`."""
+
+    def __init__(self, manifest_path: Path) -> None:
+        suffix = ".journal" if manifest_path.suffix != ".journal" else ".journal.journal"
+        self.path = manifest_path.with_suffix(suffix)
+        self.size_b = 0  # what was appended since `begin`
+        self._snapshot: str | None = None
+        self._last_check = b""
+
+    @property
+    def has_begun(self) -> bool:
+        return self._snapshot is not None
+
+    def begin(self, snapshot: str) -> None:
+        """Continue that snapshot, which is on disk and contains all changes; OSError if an older file cannot go."""
+        self.stop()
+        if self.path.exists():
+            self.path.unlink()
+        self._snapshot = snapshot
+
+    def stop(self) -> None:
+        """Refuse to append until the next `begin`."""
+        self._snapshot, self.size_b, self._last_check = None, 0, b""
+
+    def append(self, document: bytes) -> None:
+        """Add a change, a JSON document in one line, and wait until it is on disk.
+
+        Raises:
+            OSError: it may be in the file, in part or whole; nothing can be appended until the next `begin`.
+        """
+        snapshot, at_b, check, data = self._snapshot, self.size_b, self._last_check, b""
+        for text in (document,) if at_b else (_first_line(snapshot), document):
+            check = _check_of(check, text)
+            data += check + b" " + text + b"\n"
+        self.stop()
+        durable.append_bytes(self.path, data, at_b=at_b)
+        self._snapshot, self.size_b, self._last_check = snapshot, at_b + len(data), check
+
+    def read(self, snapshot: str) -> list[Any]:
+        """The changes since that snapshot, oldest first; a last line that was cut off is dropped.
+
+        Raises:
+            OSError: the file cannot be read; without a file there are no changes.
+            DamagedJournal: a line is damaged.
+        """
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        *lines, last = data.split(b"\n")
+        check, documents = b"", []
+        for number, line in enumerate([*lines, *([last] if last else [])], start=1):
+            if not _is_whole(line, check):
+                # A crash cuts a line short; one that is only one byte too long lost its newline to damage.
+                if number > len(lines) and not _is_whole(line[:-1], check):
+                    break
+                raise DamagedJournal(f"line {number} is damaged")
+            check = line[:_CHECK_LENGTH]
+            documents.append(durable.parse_json(line[_CHECK_LENGTH + 1 :]))
+            if number == 1 and line[_CHECK_LENGTH + 1 :] != _first_line(snapshot):
+                return []
+        return documents[1:]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _first_line(snapshot: str | None) -> bytes:
+    return json.dumps({"snapshot": snapshot}).encode()
+
+
+def _check_of(before: bytes, text: bytes) -> bytes:
+    return _sha256(before + text)[:_CHECK_LENGTH].encode()
+
+
+def _is_whole(line: bytes, before: bytes) -> bool:
+    text = line[_CHECK_LENGTH + 1 :]
+    return line == _check_of(before, text) + b" " + text
