@@ -101,6 +101,28 @@ def _decode_fields(kind: Any, document: Mapping[str, Any], where: str) -> dict[s
     return values
 
 
+def complete(kind: Any, document: Any, why: Reason) -> Any:
+    """A document of an older version with the fields it does not have: null for that reason, or their defaults."""
+    if not isinstance(document, dict):
+        return document
+    out, hints = dict(document), hints_of(kind)
+    for item in _fields(kind):
+        name, hint = item.name, hints[item.name]
+        inner = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+        is_new = name not in out and not (item.default is item.default_factory is dataclasses.MISSING)
+        if dataclasses.is_dataclass(inner) and inner is not Reason:
+            if inner is not hint and isinstance(out.get(name), list):
+                out[name] = [complete(inner, entry, why) for entry in out[name]]
+            elif inner is hint and (is_new or name in out):
+                out[name] = complete(inner, out.get(name, {}), why)
+        if is_new and name not in out:
+            is_absent = _keeps_reasons(kind) and item.default is None
+            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            out[name] = encode(default, name)
+            out |= {name + _REASON: why.text, name + _REASON + CODED: _codes(why, name)} if is_absent else {}
+    return out
+
+
 def decode_row(kind: type[T], values: Sequence[Any]) -> T:
     """The dataclass of these values, in the order of its fields; DecodeError for a wrong number, type or size."""
     found, good = tuple(map(type, values)), _GOOD_ROWS.setdefault(kind, set())

@@ -307,7 +307,6 @@ NULL_TEXTS: Mapping[str, str] = {
     "gpu_unreadable": "the energy counter cannot be read: {counter_errors}; nor can power be read: {power_errors}",
     "no_package": "the kernel shows no package in /sys/class/powercap",
     "no_dram": "the kernel shows no energy counter of the memory",
-    "dram_unread": "no energy counter of the memory was read",
     "dram_not_estimated": "the design power of a CPU does not include its memory",
     "tdp_unknown": "the design power of this CPU is unknown",
     "counter_absent": "the energy counter cannot be read; energy is integrated power",
@@ -328,6 +327,9 @@ NULL_TEXTS: Mapping[str, str] = {
     "counter_slow": "the counter changed fewer than three times in the window",
     "power_hole": "{what} was not read for {gap_s:.2f} s, more than {periods:d} periods of {period_s:g} s",
     "zone_hole": "{what} was not read for {gap_s:.0f} s, in which it may have wrapped more than once",
+    "zone_still": "{what} did not change for {gap_s:.2f} s",
+    "zone_leapt": "{what} rose by {step_j:.4g} J in {gap_s:.2f} s, more than {most_w:.4g} W would take",
+    "zone_fell": "{what} fell from {before_j:.3f} to {after_j:.3f} J, which is not its wrap at {max_j:.3f} J",
     "read_too_rarely": (
         "{what} was read {seen:d} times in the window of {window_s:.2f} s, expected at least {least:d}: "
         "lower timeseries.sample_interval_ms, or raise measurement.min_window_sec"

@@ -13,10 +13,11 @@ from typing import TextIO
 from lem.base.doc import write_json
 from lem.base.errors import UserError
 from lem.base.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
+from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.cli import selection
 from lem.meters import samples
-from lem.meters.curve import HOLE_PERIODS, may_have_wrapped_twice
+from lem.meters.curve import HOLE_PERIODS, distinct_zones, rapl_step_j
 from lem.meters.rapl import PACKAGE
 from lem.results.report import render_report
 from lem.results.report.content import Phase, Series, Slowdown, Trace, compose, select_traced, union
@@ -162,19 +163,18 @@ def _package_powers(log: samples.SampleLog, seconds: Callable[[int], float]) -> 
     """Mean power of each CPU package between two readings of its counter, which may have wrapped between them."""
     found: dict[str, _Points] = {}
     before: dict[int, samples.RaplReading] = {}
+    zones = enumerate(log.header.zones)
+    shown = distinct_zones(log.rapl, {place: zone.name for place, zone in zones if zone.domain == PACKAGE})
     for reading in log.rapl:
         last = before.get(reading.zone)
         before[reading.zone] = reading
         zone = log.header.zones[reading.zone]
-        if last is None or zone.domain != PACKAGE or reading.at_ns <= last.at_ns:
+        if last is None or reading.zone not in shown or reading.at_ns <= last.at_ns:
             continue
-        length_s = (reading.at_ns - last.at_ns) / NS_PER_S
-        if may_have_wrapped_twice(length_s, zone.max_uj):
-            continue
-        rise_uj = reading.energy_uj - last.energy_uj
-        rise_uj += zone.max_uj if rise_uj < 0 else 0
-        power_w = rise_uj * 1e-6 / length_s
-        found.setdefault(f"CPU {zone.name}", []).append((seconds(reading.at_ns), power_w))
+        step_j = rapl_step_j(last, reading, zone.max_uj, zone.name, zone.limit_w)
+        if not isinstance(step_j, Reason):
+            power_w = step_j / (reading.at_ns - last.at_ns) * NS_PER_S
+            found.setdefault(f"CPU {zone.name}", []).append((seconds(reading.at_ns), power_w))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Final, TypeVar
 
@@ -11,8 +12,19 @@ from lem.base import measurement as names
 from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergyScope, EnergySource, is_cpu_source, is_estimate
 from lem.base.reasons import Reason
+from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
-from lem.meters.curve import ClosedWindow, Curve, NotMeasured, Span, counter_curve, load_curve, power_curve, rapl_curve
+from lem.meters.curve import (
+    ClosedWindow,
+    Curve,
+    NotMeasured,
+    Span,
+    counter_curve,
+    distinct_zones,
+    load_curve,
+    power_curve,
+    rapl_curve,
+)
 from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.samples import GpuHeader, Mark, SampleHeader, SampleLog, gpu_meter
 from lem.record import Measured, known
@@ -87,6 +99,8 @@ def choose_sources(
     primary = gpu_method or counted_cpu_method or (EnergySource.EXTERNAL if is_external else None)
     has_dram = any(zone.domain == DRAM for zone in header.zones)
     why_no_dram = Reason.of("dram_not_estimated") if is_estimate(cpu_method) else Reason.of("no_dram")
+    if header.dram_error is not None and not is_estimate(cpu_method):
+        why_no_dram = Reason.of("sampler_reports", error=header.dram_error)
     reasons = {
         "gpu": why_no_gpu,
         "cpu": why_no_cpu,
@@ -230,9 +244,17 @@ class AttemptLog:
         """The window; `NotMeasured` without its mark."""
         return self._marked(names.WINDOW)
 
-    @property
-    def _has_dram(self) -> bool:
-        return self.sources.cpu_method == EnergySource.RAPL and any(it.domain == DRAM for it in self.log.header.zones)
+    @cached_property
+    def why_no_dram(self) -> Reason | None:
+        """Why the memory has no energy counter, so that the rest counts without it; None if it has."""
+        if "dram" in self.sources.reasons:
+            return self.sources.reasons["dram"]
+        for place, zone in enumerate(self.log.header.zones):
+            rows = [row for row in self.log.rapl if zone.domain == DRAM and row.zone == place]
+            if len(rows) > 1 and all(row.energy_uj == rows[0].energy_uj for row in rows):
+                gap_s = (rows[-1].at_ns - rows[0].at_ns) / NS_PER_S
+                return Reason.of("zone_still", what=f"the energy counter of {zone.name}", gap_s=gap_s)
+        return None
 
     def span(self, name: str) -> Span | None:
         return span_of(self.marks, name)
@@ -242,7 +264,7 @@ class AttemptLog:
         if self.sources.primary is not None and self.sources.primary == self.sources.gpu_method:
             return tuple(self.gpu_curve(number, at_rest=at_rest) for number in range(len(self.sources.gpus)))
         if is_cpu_source(self.sources.primary):
-            return self.cpu_curves(PACKAGE) + (self.cpu_curves(DRAM) if self._has_dram else ())
+            return self.cpu_curves(PACKAGE) + (() if self.why_no_dram else self.cpu_curves(DRAM))
         raise NotMeasured(self.sources.reasons.get("primary", "external_window_only"))
 
     def rest_power_w(self, span: Span) -> float:
@@ -278,8 +300,8 @@ class AttemptLog:
 
     def cpu_curves(self, domain: str) -> tuple[Curve, ...]:
         """The energy of every zone of a domain, `package` or `dram`; raises as `primary_curves`."""
-        if domain == DRAM and not self._has_dram:
-            raise NotMeasured(self.sources.reasons.get("dram", "dram_unread"))
+        if domain == DRAM and self.why_no_dram is not None:
+            raise NotMeasured(self.why_no_dram)
         if self.sources.cpu_method is None:
             raise NotMeasured(self.sources.reasons["cpu"])
         if is_estimate(self.sources.cpu_method):
@@ -288,10 +310,13 @@ class AttemptLog:
                 raise NotMeasured("tdp_unknown")
             return (self._checked(load_curve(self.log.loads, power_w, "the load of the CPU"), "cpu.load"),)
         curves = []
-        for place, zone in enumerate(self.log.header.zones):
-            if zone.domain == domain:
-                curve = rapl_curve(self.log.rapl, place, zone.max_uj, f"the energy counter of {zone.name}")
-                curves.append(self._checked(curve, f"rapl.{zone.name}"))
+        zones = self.log.header.zones
+        found = {place: zone.name for place, zone in enumerate(zones) if zone.domain == domain}
+        for place in distinct_zones(self.log.rapl, found):
+            zone = zones[place]
+            what = f"the energy counter of {zone.name}"
+            curve = rapl_curve(self.log.rapl, place, zone.max_uj, what, zone.limit_w)
+            curves.append(self._checked(curve, f"rapl.{zone.name}"))
         return tuple(curves)
 
     def window_j(self, curve: Curve, share: float | None, name: str = names.WINDOW) -> float:

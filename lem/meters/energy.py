@@ -82,7 +82,7 @@ def _energy(
     if sources.primary is None:
         primary: Measured[float] = known(None, sources.reasons["primary"])
     else:
-        without = {"dram_energy_j"} if "dram" in sources.reasons else set()  # memory without a counter is left out
+        without = {"dram_energy_j"} if attempt.why_no_dram else set()  # memory without a counter is left out
         counted = [name for name in parts_of_source(sources.primary) if name not in without]
         primary = measured(lambda: sum(need(parts[name]) for name in counted))
     crosscheck: Measured[float] = known(None, sources.reasons.get("gpu", "counter_absent"))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lem.meters.curve import SAME_COUNTER_UJ
 from lem.meters.samples import RaplZone
 
 POWERCAP = Path("/sys/class/powercap")
@@ -29,8 +32,11 @@ class ZoneFolder:
     """A zone of the kernel, whether or not its counter may be read."""
 
     folder: Path
-    name: str  # the kernel's, after those of the zones above it: `package-0`, `package-0/dram`
+    # The kernel's, after those of the zones above it: `package-0`, `package-0/dram`; the folder parts equal names.
+    name: str
     domain: str  # `package`, `dram`, `core`, `uncore`, `psys` (the whole machine, packages included) …
+    above: str = ""  # the name of the zone it lies in
+    twin: Path | None = None  # the same zone in another tree: registers (MSR) first, memory (MMIO) second
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,11 @@ class RaplFound:
     error: str | None = None  # why there is none, or why the whole CPU cannot be summed up
     remedy: str = ""  # what to do about `error`
     missing: tuple[tuple[str, str], ...] = ()  # (name, reason) of zones other than packages that cannot be read
+
+    @property
+    def dram_error(self) -> str | None:
+        """Why no energy of the memory counts; None where it does, or where the kernel shows none."""
+        return next((f"{name}: {why}" for name, why in self.missing if name.rpartition("/")[2] == DRAM), None)
 
     @property
     def explained(self) -> str | None:
@@ -70,16 +81,24 @@ def find_rapl(root: Path = POWERCAP) -> RaplFound:
             return RaplFound(error=text, remedy=_RIGHTS_REMEDY.format(root=root))
         text = f"the RAPL counters ({names}) cannot be read: {_why(error)}"
         return RaplFound(error=text, remedy="dmesg may say more; without them CPU energy is null")
-    incomplete = {zone.domain for zone in failed}
+    missing = [(zone.name, zone.domain, _why(error)) for zone, error in failed.items()]
+    with_dram = {zone.above for zone in zones if zone.domain == DRAM}
+    if with_dram:
+        without = (zone.name for zone in zones if zone.domain == PACKAGE and zone.name not in with_dram)
+        missing += [(f"{name}/{DRAM}", DRAM, "the kernel shows no such zone") for name in without]
+    incomplete = {domain for _, domain, _ in missing}
     counters = (found for found in opened.values() if isinstance(found, RaplCounter))
     return RaplFound(
         tuple(counter for counter in counters if counter.zone.domain not in incomplete),
-        missing=tuple((zone.name, _why(error)) for zone, error in failed.items()),
+        missing=tuple((name, why) for name, _, why in missing),
     )
 
 
 def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
-    """The RAPL zones below `root`, each after the one it lies in, once even if registers and memory both have it."""
+    """The RAPL zones below `root`, each after the one it lies in, once even if registers and memory both have it.
+
+    Zones of one tree that have the same name are several.
+    """
     found: dict[tuple[str, tuple[int, ...]], tuple[Path, str]] = {}
     for folder in sorted(root.glob("*")):
         if match := _ZONE.fullmatch(folder.name):
@@ -87,24 +106,54 @@ def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
                 numbers = tuple(int(number) for number in match["numbers"].split(":"))
                 if name := (folder / "name").read_text(encoding="utf-8", errors="replace").strip():
                     found[match["kind"], numbers] = (folder, name)
-    zones: dict[str, ZoneFolder] = {}
+    zones: dict[tuple[str, int], ZoneFolder] = {}
+    names: dict[tuple[str, tuple[int, ...]], str] = {}
+    seen: Counter[tuple[str, str]] = Counter()
     for kind, numbers in sorted(found):  # `intel-rapl` comes before `intel-rapl-mmio`
         folder, name = found[kind, numbers]
-        above = [found[kind, numbers[:size]][1] for size in range(1, len(numbers)) if (kind, numbers[:size]) in found]
-        full_name = "/".join([*above, name])
-        # `package-0`, on processors of several dies `package-0-die-1`.
-        zones.setdefault(full_name, ZoneFolder(folder, full_name, PACKAGE if name.startswith(PACKAGE) else name))
+        above = next(
+            (names[kind, numbers[:size]] for size in range(len(numbers) - 1, 0, -1) if (kind, numbers[:size]) in names),
+            "",
+        )
+        full_name = f"{above}/{name}" if above else name
+        place = seen[kind, full_name]
+        seen[kind, full_name] += 1
+        key = (full_name, place)
+        names[kind, numbers] = full_name if place == 0 else f"{full_name} ({folder.name})"
+        if key in zones:
+            zones[key] = replace(zones[key], twin=zones[key].twin or folder)
+        else:
+            # `package-0`, on processors of several dies `package-0-die-1`.
+            domain = PACKAGE if name.startswith(PACKAGE) else name
+            zones[key] = ZoneFolder(folder, names[kind, numbers], domain, above)
     return tuple(zones.values())
 
 
 def _open_counter(zone: ZoneFolder) -> RaplCounter | OSError | ValueError:
+    """Its counter, in the first tree in which it can be read; else why the first one cannot."""
+    counter = _open_folder(zone, zone.folder)
+    twin = _open_folder(zone, zone.twin) if zone.twin and not isinstance(counter, RaplCounter) else counter
+    return twin if isinstance(twin, RaplCounter) else counter
+
+
+def _open_folder(zone: ZoneFolder, folder: Path) -> RaplCounter | OSError | ValueError:
     try:
-        max_uj = int((zone.folder / "max_energy_range_uj").read_bytes())
-        counter = RaplCounter(RaplZone(zone.name, zone.domain, max_uj), zone.folder / "energy_uj")
+        max_uj = int((folder / "max_energy_range_uj").read_bytes())
+        found = RaplZone(zone.name, zone.domain, max_uj, _largest_limit_w(folder))
+        counter = RaplCounter(found, folder / "energy_uj")
         counter.read_uj()
     except (OSError, ValueError) as error:
         return error
     return counter
+
+
+def _largest_limit_w(folder: Path) -> float | None:
+    """The largest of a zone's limits, `constraint_*`; None without any."""
+    limits = []
+    for path in (*folder.glob("constraint_*_power_limit_uw"), *folder.glob("constraint_*_max_power_uw")):
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(path.read_bytes()) / 1e6)
+    return max((limit_w for limit_w in limits if limit_w > 0), default=None)
 
 
 def _why(error: OSError | ValueError) -> str:
@@ -150,11 +199,32 @@ def find_tdp(asked_w: float | None, root: Path = POWERCAP) -> tuple[float | None
     """
     if asked_w is not None:
         return asked_w, "measurement.cpu_tdp_w"
-    packages = [zone for zone in zone_folders(root) if zone.domain == PACKAGE]
-    known_w = [value for zone in packages if (value := _long_term_w(zone))]
-    if not known_w or len(known_w) < len(packages):
+    packages = _counted_once([zone for zone in zone_folders(root) if zone.domain == PACKAGE])
+    known_w = [value for zone in packages or () if (value := _long_term_w(zone))]
+    if not packages or len(known_w) < len(packages):
         return None, None
     return sum(known_w), f"long-term limit of {', '.join(zone.name for zone in packages)} (powercap)"
+
+
+def _counted_once(packages: Sequence[ZoneFolder]) -> list[ZoneFolder] | None:
+    """The packages without dies that repeat the counter of their socket; None if that cannot be told.
+
+    See `lem.meters.curve.distinct_zones`. A counter that is still at 0 tells nothing.
+    """
+    counted: list[tuple[ZoneFolder, int]] = []
+    for zone in packages:
+        energy_uj = 0
+        if "-die-" in zone.name:
+            opened = _open_counter(zone)
+            if not isinstance(opened, RaplCounter):
+                return None
+            energy_uj = opened.read_uj()
+            socket = zone.name.partition("-die-")[0]
+            others = (uj for other, uj in counted if other.name.startswith(f"{socket}-die-") and uj)
+            if energy_uj and any(abs(energy_uj - other_uj) <= SAME_COUNTER_UJ for other_uj in others):
+                continue
+        counted.append((zone, energy_uj))
+    return [zone for zone, _ in counted]
 
 
 def _long_term_w(zone: ZoneFolder) -> float | None:

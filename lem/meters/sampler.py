@@ -258,6 +258,7 @@ class _Sampler:
             gpu_error=gpu_error if options.gpus else "no GPU is to be sampled",
             zones=tuple(counter.zone for counter in self._rapl.counters),
             rapl_error=self._rapl.explained,
+            dram_error=self._rapl.dram_error,
             cpu_tdp_w=tdp_w,
             cpu_tdp_source=tdp_source,
         )

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from lem.base import durable
-from lem.base.codec import MOST, decode, decode_row, shown
+from lem.base.codec import MOST, complete, decode, decode_row, shown
 from lem.base.measurement import EnergyScope
+from lem.base.reasons import Reason
 from lem.base.units import GIB
 
-SAMPLES_SCHEMA = 1
+SAMPLES_SCHEMA = 2
 PART_FILENAME = "samples.part"
 FINISHED_FILENAME = "samples.jsonl.gz"
 
@@ -68,6 +69,7 @@ class RaplZone:
     name: str
     domain: str  # `package`, `dram` or another name of the kernel's
     max_uj: int  # the counter wraps here
+    limit_w: float | None = None  # the largest of its `constraint_*` limits; None without any
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class SampleHeader:
     gpu_error: str | None = None  # why no GPU is sampled
     zones: tuple[RaplZone, ...] = ()
     rapl_error: str | None = None  # why no zone is sampled
+    dram_error: str | None = None  # why no zone of the memory is, though the kernel shows some
     cpu_tdp_w: float | None = None  # the power the CPU packages are designed for
     cpu_tdp_source: str | None = None
 
@@ -317,10 +320,12 @@ class _Rows:
 
 def _decode_header(document: Any) -> SampleHeader:
     version = document.get("schema_version") if isinstance(document, dict) else None
-    if version != SAMPLES_SCHEMA:
-        raise ValueError(f"schema_version {version!r:.40}, this lem reads {SAMPLES_SCHEMA}")
+    if version not in range(1, SAMPLES_SCHEMA + 1):
+        raise ValueError(f"schema_version {version!r:.40}, this lem reads 1 to {SAMPLES_SCHEMA}")
     values = {name: value for name, value in document.items() if name != "schema_version"}
-    header = decode(SampleHeader, values, "header")
+    # Version 2 has more fields.
+    whole = values if version == SAMPLES_SCHEMA else complete(SampleHeader, values, Reason.of("not_reported"))
+    header = decode(SampleHeader, whole, "header")
     if not all(-MOST < number < MOST for number in _numbers(values)):
         raise ValueError("a number of the header is out of range")
     if header.interval_ms < 0:

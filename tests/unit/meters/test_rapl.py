@@ -152,3 +152,68 @@ def test_a_part_of_the_packages_is_not_taken_for_the_whole(tmp_path: Path, secon
     first = Zone("intel-rapl:0", "package-0", max_power_uw=205_000_000)
     Powercap(tmp_path, (first, Zone("intel-rapl:1", "package-1", max_power_uw=second_uw))).make(0)
     assert find_tdp(None, tmp_path) == find_tdp(None, tmp_path / "missing") == (None, None)
+
+
+def dies(root: Path, begins_uj: tuple[int, ...]) -> None:
+    zones = (
+        Zone(f"intel-rapl:{die}", f"package-0-die-{die}", begins_uj=begin_uj, max_power_uw=200_000_000)
+        for die, begin_uj in enumerate(begins_uj)
+    )
+    Powercap(root, tuple(zones)).make(0)
+
+
+@pytest.mark.parametrize(
+    ("begins_uj", "tdp_w"),
+    [
+        ((7_000_000_000,) * 4, 200.0),  # the counter of the socket, once for each die
+        ((7_000_000_000, 6_000_000_000), 400.0),
+        ((0, 0), 400.0),  # nothing was counted yet that could tell them apart
+    ],
+)
+def test_a_die_that_repeats_its_socket_adds_no_design_power(
+    tmp_path: Path, begins_uj: tuple[int, ...], tdp_w: float
+) -> None:
+    dies(tmp_path, begins_uj)
+    assert find_tdp(None, tmp_path)[0] == tdp_w
+
+
+def test_the_design_power_of_dies_that_cannot_be_compared_is_unknown(tmp_path: Path) -> None:
+    dies(tmp_path, (7_000_000_000,) * 2)
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    assert find_tdp(None, tmp_path) == (None, None)
+
+
+def test_a_twin_is_read_where_the_first_tree_cannot_be(tmp_path: Path) -> None:
+    zones = (
+        Zone("intel-rapl-mmio:0", "package-0"),
+        Zone("intel-rapl:0", "package-0"),
+        Zone("intel-rapl:1", "package-1"),
+    )
+    tree = Powercap(tmp_path, zones)
+    tree.make(0)
+    tree.take_away(["intel-rapl:0"])
+    assert [counter.path.parent.name for counter in find_rapl(tmp_path).counters] == [
+        "intel-rapl-mmio:0",
+        "intel-rapl:1",
+    ]
+
+
+def test_zones_of_one_name_in_one_tree_are_several(tmp_path: Path) -> None:
+    zones = (Zone("intel-rapl:0", "package-0"), Zone("intel-rapl:1", "package-0"), Zone("intel-rapl:1:0", "dram"))
+    Powercap(tmp_path, zones).make(0)
+    names = [zone.name for zone in zone_folders(tmp_path)]
+    assert names == ["package-0", "package-0 (intel-rapl:1)", "package-0 (intel-rapl:1)/dram"]
+
+
+def test_memory_of_one_package_alone_is_not_the_memory(server: Powercap) -> None:
+    for name in ("intel-rapl:1/intel-rapl:1:0/name", "intel-rapl:1:0/name"):
+        (server.root / name).unlink(missing_ok=True)
+    found = find_rapl(server.root)
+    assert "package-0/dram" not in [counter.zone.name for counter in found.counters]
+    assert found.dram_error == "package-1/dram: the kernel shows no such zone"
+
+
+def test_the_largest_limit_of_a_zone_is_known(server: Powercap) -> None:
+    (server.root / "intel-rapl:0" / "constraint_0_power_limit_uw").write_text("350000000\n")
+    limits_w = {counter.zone.name: counter.zone.limit_w for counter in find_rapl(server.root).counters}
+    assert (limits_w["package-0"], limits_w["package-1"], limits_w["psys"]) == (350.0, 205.0, None)

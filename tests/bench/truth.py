@@ -1,0 +1,270 @@
+"""Scripted meters × true joules × lem's figure × error or reason.
+
+    python -m tests.bench.truth [WORDS OF A NAME]
+
+Every row is a whole attempt on meters whose joules are known (tests/truth_rig.py). A figure must be within 1 % of the
+truth, unless the row says otherwise, or null with the reason that names the cause. A figure in a valid record that is
+further off is the one thing that must not be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lem.base.errors import LemError
+from tests.doubles.nvml.library import NvmlDouble
+from tests.truth_rig import Course, Package, Scene, play
+
+WITHIN = 0.01
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    scene: Scene
+    # How far the figure may be from the truth; None where it must be null.
+    within: float | None = WITHIN
+    reasons: tuple[str, ...] = ()  # the code of the null reason, or of an invalid record: one of these
+    warnings: tuple[str, ...] = ()  # codes that the record must have
+
+
+@dataclass(frozen=True)
+class Result:
+    name: str
+    true_j: float
+    found_j: float | None
+    source: str | None
+    is_valid: bool
+    codes: tuple[str, ...]  # of the null reason, or of what makes it invalid
+    reason: str
+    warnings: tuple[str, ...]
+
+    @property
+    def error(self) -> float | None:
+        return None if self.found_j is None else self.found_j / self.true_j - 1
+
+    def verdict(self, row: Row) -> str:
+        """`` when it is as it must be, else what is wrong with it."""
+        missing = set(row.warnings) - set(self.warnings)
+        if self.error is None or not self.is_valid:
+            if row.within is not None:
+                return "MUST GIVE A NUMBER"
+            return "" if set(self.codes) & set(row.reasons) else "WRONG REASON"
+        if row.within is None:
+            return "MUST BE NULL"
+        if abs(self.error) > row.within:
+            return "VALID AND WRONG"
+        return f"NO WARNING {', '.join(sorted(missing))}" if missing else ""
+
+
+# Meters of the CPU: 68 W at work, 12 W at rest, a reading each second.
+_POWER = Course(12.0, 68.0)
+_UJ = 1_000_000
+
+
+def _cpu(*packages: Package, **options: object) -> Scene:
+    return Scene(
+        packages=packages, options={"warmup": {"enabled": False}, "measurement": {"energy": "rapl"}, **options}
+    )
+
+
+def _package(**changes: object) -> Package:
+    return dataclasses.replace(Package("intel-rapl:0", "package-0", _POWER, limit_w=205.0), **changes)  # type: ignore[arg-type]
+
+
+def _second(**changes: object) -> Package:
+    return _package(**{"folder": "intel-rapl:1", "name": "package-1", "begins_uj": 9_000_000_000, **changes})
+
+
+def _dram(folder: str, watts: float = 8.0, **changes: object) -> Package:
+    usual = {"folder": folder, "name": "dram", "course": Course(watts / 2, watts), "begins_uj": 1_000_000_000}
+    return _package(**{**usual, **changes})
+
+
+def _dies(watts: Sequence[float], begins_uj: Sequence[int], is_counted: Sequence[bool]) -> tuple[Package, ...]:
+    return tuple(
+        _package(
+            folder=f"intel-rapl:{die}",
+            name=f"package-0-die-{die}",
+            course=Course(12.0, power_w),
+            begins_uj=begin_uj,
+            is_counted=is_own,
+        )
+        for die, (power_w, begin_uj, is_own) in enumerate(zip(watts, begins_uj, is_counted, strict=True))
+    )
+
+
+def _backwards(since_s: float, energy_uj: int) -> int:
+    """For a second it reads what it read long ago."""
+    return energy_uj - 70 * _UJ if 4.0 <= since_s < 5.0 else energy_uj
+
+
+def _glitch(since_s: float, energy_uj: int) -> int:
+    return energy_uj + 20_000 * _UJ if 4.0 <= since_s < 5.0 else energy_uj
+
+
+def _reset(since_s: float, energy_uj: int) -> int:
+    return energy_uj if since_s < 5.0 else max(0, energy_uj - 5_400 * _UJ)
+
+
+def _wraps_elsewhere(since_s: float, energy_uj: int) -> int:
+    """At 2^35 µJ, whatever max_energy_range_uj says."""
+    return energy_uj % (1 << 35)
+
+
+def _wraps_far(_since_s: float, energy_uj: int) -> int:
+    return energy_uj % (1 << 37)
+
+
+def _still(_since_s: float, _energy_uj: int) -> int:
+    return 7_000_000_000
+
+
+def _stops(since_s: float, energy_uj: int) -> int | None:
+    return energy_uj if since_s < 5.0 else None
+
+
+_held: dict[str, int] = {}
+
+
+def _freezes(since_s: float, energy_uj: int) -> int:
+    """From the middle of the window on it stays as it is."""
+    if since_s < 5.0:
+        _held["at"] = energy_uj
+    return _held["at"]
+
+
+RAPL = (
+    Row("rapl, one package", _cpu(_package())),
+    Row(
+        "rapl, two packages and their memory",
+        _cpu(_package(), _dram("intel-rapl:0:0"), _second(), _dram("intel-rapl:1:0", 9.0)),
+    ),
+    Row("rapl, real wrap in the window", _cpu(_package(begins_uj=65_532_610_987 - 450 * _UJ))),
+    Row("rapl, backwards for a second", _cpu(_package(reading=_backwards)), None, ("zone_fell",)),
+    Row("rapl, forwards for a second", _cpu(_package(reading=_glitch)), None, ("zone_leapt", "zone_fell")),
+    Row("rapl, reset in the window", _cpu(_package(reading=_reset)), None, ("zone_fell",)),
+    Row(
+        "rapl, wraps elsewhere",
+        _cpu(_package(begins_uj=(1 << 35) - 450 * _UJ, reading=_wraps_elsewhere)),
+        None,
+        ("zone_fell",),
+    ),
+    Row(
+        "rapl, wraps far above its range",
+        _cpu(_package(begins_uj=(1 << 37) - 450 * _UJ, max_uj=1 << 40, reading=_wraps_far, range_uj=1 << 36)),
+        None,
+        ("zone_fell",),
+    ),
+    Row("rapl, never changes", _cpu(_package(reading=_still)), None, ("zone_still",)),
+    Row("rapl, freezes in the window", _cpu(_package(reading=_freezes)), None, ("zone_still",)),
+    Row("rapl, one of two packages frozen", _cpu(_package(), _second(reading=_still)), None, ("zone_still",)),
+    Row("rapl, one of two stops in the middle", _cpu(_package(), _second(reading=_stops)), None, ("read_early",)),
+    Row(
+        "rapl, 1500 W and a range of 1080 J",
+        _cpu(_package(course=Course(300.0, 1500.0), limit_w=1500.0, max_uj=1_080 * _UJ, begins_uj=0)),
+        None,
+        ("zone_hole",),
+    ),
+    Row("rapl, 1500 W", _cpu(_package(course=Course(300.0, 1500.0), limit_w=1500.0))),
+    Row("rapl, four dies with one counter", _cpu(*_dies([68.0] * 4, [5_000_000_000] * 4, [True, False, False, False]))),
+    Row("rapl, two dies that differ", _cpu(*_dies([90.0, 60.0], [5_000_000_000] * 2, [True, True]))),
+    Row(
+        "rapl, two sockets of two mirrored dies",
+        _cpu(
+            *_dies([68.0] * 2, [5_000_000_000] * 2, [True, False]),
+            *(
+                dataclasses.replace(it, folder=f"intel-rapl:{2 + place}", name=f"package-1-die-{place}")
+                for place, it in enumerate(_dies([55.0] * 2, [8_000_000_000] * 2, [True, False]))
+            ),
+        ),
+    ),
+    Row(
+        "rapl, unreadable, with a readable mmio twin",
+        _cpu(_package(reading=lambda *_: None, is_counted=False), _package(folder="intel-rapl-mmio:0")),
+    ),
+    Row("rapl, readable, with an mmio twin", _cpu(_package(), _package(folder="intel-rapl-mmio:0", is_counted=False))),
+    Row("rapl, two zones of one name", _cpu(_package(), _second(name="package-0"))),
+    Row("rapl, memory of one of two packages", _cpu(_package(), _dram("intel-rapl:0:0", is_counted=False), _second())),
+    Row("rapl, memory that never changes", _cpu(_package(), _dram("intel-rapl:0:0", is_counted=False, reading=_still))),
+)
+
+
+ROWS = RAPL
+
+
+def run(row: Row, folder: Path) -> Result:
+    try:
+        outcome = play(row.scene, folder)
+    except LemError as error:
+        return Result(row.name, 0.0, None, None, False, ("refused",), error.message, ())
+    record, energy = outcome.record, outcome.record.energy
+    found = energy.measured("external_energy_j") if row.scene.csv is not None else energy.primary_j
+    reasons = record.validity.invalid_reasons
+    if found.value is None:
+        assert found.null_reason is not None
+        reasons = (found.null_reason, *reasons)
+    return Result(
+        row.name,
+        outcome.true_j,
+        found.value,
+        energy.energy_source,
+        record.validity.valid,
+        tuple(reason.code for reason in reasons),
+        "; ".join(reason.text for reason in reasons),
+        tuple(warning.code for warning in record.validity.warnings),
+    )
+
+
+def results(words: str = "") -> list[Result]:
+    """The results of the rows whose name has these words, from a process that sees the NVML double."""
+    with tempfile.TemporaryDirectory() as folder:
+        double = NvmlDouble(Path(folder) / "nvml")
+        command = [sys.executable, "-m", "tests.bench.truth", "--json", words]
+        finished = subprocess.run(command, env=double.environ(), cwd=ROOT, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise RuntimeError(finished.stderr)
+    return [
+        Result(**{**item, "codes": tuple(item["codes"]), "warnings": tuple(item["warnings"])})
+        for item in map(json.loads, finished.stdout.splitlines())
+    ]
+
+
+def _print_json(words: str) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        for number, row in enumerate(ROWS):
+            if words in row.name:
+                print(json.dumps(dataclasses.asdict(run(row, Path(folder) / str(number)))), flush=True)
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0; 1 when a row is not as it must be."""
+    if arguments[:1] == ["--json"]:
+        return _print_json(arguments[1])
+    rows = {row.name: row for row in ROWS}
+    numbers = nulls = wrong = 0
+    print(f"{'meter':<58}{'true J':>10}{'lem J':>10}{'error':>9}  reason")
+    for result in results(" ".join(arguments)):
+        verdict = result.verdict(rows[result.name])
+        is_number = result.error is not None and result.is_valid
+        numbers, nulls, wrong = numbers + is_number, nulls + (not is_number), wrong + bool(verdict)
+        found = "–" if result.found_j is None else f"{result.found_j:.1f}"
+        error = "–" if result.error is None else f"{result.error:+.2%}"
+        print(f"{result.name:<58}{result.true_j:>10.1f}{found:>10}{error:>9}  {verdict or result.reason}", flush=True)
+    print(f"{numbers} give a number, {nulls} are null or invalid with a reason, {wrong} are not as they must be")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    raise SystemExit(main(sys.argv[1:]))
