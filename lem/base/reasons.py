@@ -174,6 +174,7 @@ _NEW_TEXTS: Mapping[str, str] = {
     # Findings of `lem check`.
     "no_results": "there is no complete result",
     "results_damaged": "damaged results are left out: {named}",
+    "results_left": "{experiments} not measured yet",
     "results_missing": "{experiments} without a complete result",
     "cycles_added": "cycles were added {rule}: {unaccounted}",
     "no_overall_verdict": "no verdict between all configurations: {why}",

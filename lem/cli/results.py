@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +18,7 @@ from lem.config.experiment import ExperimentConfig
 from lem.meters.external import ExternalReadings, read_external
 from lem.meters.recompute import Recomputed, has_energy, recompute
 from lem.meters.samples import FINISHED_FILENAME, read_finished
+from lem.orchestration.status import CampaignStatus, remainder_of
 from lem.record import CONFIG_FILE, encode_record
 from lem.results.aggregation import run_document
 from lem.results.export import make_table, render, summary_columns, with_columns
@@ -53,11 +54,13 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     for action in (listing, showing, again):
         selection.add_results_dir(action, "-o")
         selection.add_json(action)
+    for action in (listing, showing):
+        selection.add_state_dir(action)
 
 
 def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     found = [(item, item.scan()) for item in selection.list_runs(args.results_dir)]
-    counts = [_counts(scan) for _, scan in found]
+    counts = [_counts(scan, item.status(args.state_dir)) for item, scan in found]
     if args.json:
         documents = [
             {"campaign": item.campaign, "run_id": item.run_id, **count}
@@ -80,7 +83,7 @@ def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     if exp_id is not None:
         _show_experiment(args, item.scan(), exp_id, out, err)
         return
-    found = item.read()
+    found = item.read(args.state_dir)
     if args.json:
         write_json(out, {**run_document(found), "problems": selection.problem_documents(found.problems)})
     else:
@@ -148,15 +151,20 @@ def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     return ExitCode.OK if all(outcome.is_good for outcome in outcomes) else ExitCode.EXPERIMENT_FAILED
 
 
-def _counts(scan: Scan) -> dict[str, int]:
+def _counts(scan: Scan, status: CampaignStatus | None) -> dict[str, int]:
+    identities = [result.record.identity for result in scan.results]
     valid = sum(result.record.validity.valid for result in scan.results)
-    names = {result.record.identity.config_name for result in scan.results}
-    failed = count_failed(scan)
+    failed: Mapping[str, int] = count_failed(scan)
+    left: Mapping[str, int] = {}
+    if status is not None:
+        rest = remainder_of(status, {identity.experiment_id for identity in identities})
+        failed, left = rest.failed, rest.left
     return {
-        "configurations": len(names | set(failed)),
+        "configurations": len({identity.config_name for identity in identities} | {*failed} | {*left}),
         "valid": valid,
         "invalid": len(scan.results) - valid,
         "failed": sum(failed.values()),
+        "left": sum(left.values()),
     }
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from lem.base import durable
+from lem.base.clock import utc_now
 from lem.base.doc import printable
 from lem.base.errors import UserError, did_you_mean
 from lem.base.units import some_of
+from lem.orchestration.status import CampaignStatus, Viewpoint, read_status, remainder_of
 from lem.results.run import Run, read_run
 from lem.results.store import Problem, Repository, Scan, folder_names
 
+STATE_DIR = Path(".state")
 _PROBLEMS_SHOWN = 10
 
 T = TypeVar("T")
@@ -23,6 +28,11 @@ T = TypeVar("T")
 def add_results_dir(parser: argparse.ArgumentParser, *names: str) -> None:
     text = "results folder (default: results)"
     parser.add_argument("--results-dir", *names, type=Path, default=Path("results"), metavar="DIR", help=text)
+
+
+def add_state_dir(parser: argparse.ArgumentParser) -> None:
+    text = f"state folder (default: {STATE_DIR})"
+    parser.add_argument("--state-dir", type=Path, default=STATE_DIR, metavar="DIR", help=text)
 
 
 def add_json(parser: argparse._ActionsContainer, text: str = "print one JSON document") -> None:
@@ -52,8 +62,19 @@ class SelectedRun:
     def scan(self) -> Scan:
         return Repository(self.results_dir, self.campaign).scan(self.run_id)
 
-    def read(self) -> Run:
-        return read_run(self.results_dir, self.campaign, self.run_id)
+    def read(self, state_dir: Path = STATE_DIR) -> Run:
+        """The results, and what is left to measure by the manifest of this run, if it is there."""
+        run = read_run(self.results_dir, self.campaign, self.run_id)
+        status = self.status(state_dir)
+        if status is None:
+            return run
+        rest = remainder_of(status, {record.identity.experiment_id for record in run.records})
+        return dataclasses.replace(run, failed=rest.failed, left=rest.left, remedy=rest.remedy)
+
+    def status(self, state_dir: Path = STATE_DIR) -> CampaignStatus | None:
+        """The status of the campaign; None unless its manifest is that of this run."""
+        status = read_status(state_dir / self.campaign, Viewpoint(utc_now(), socket.gethostname()))
+        return status if status.manifest is not None and status.manifest.run_id == self.run_id else None
 
 
 def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from lem.base.doc import NAME_WIDTH, Column, Doc, NameShortener, Table, printabl
 from lem.base.errors import UserError, did_you_mean
 from lem.base.log import WIDTH, bounded_width, is_colour_wanted
 from lem.base.units import format_duration
-from lem.cli.selection import add_json
+from lem.cli.selection import add_json, add_state_dir
 from lem.config.campaign_config import slug_of
 from lem.config.load import load_campaign
 from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, SKIPPED, TOP_UP_NOTE, CampaignManifestEntry
@@ -31,6 +30,7 @@ from lem.orchestration.status import (
     is_invalid,
     parse_utc,
     read_status,
+    remainder_of,
 )
 
 
@@ -38,8 +38,7 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "`lem status`: show the state of campaigns from their files alone, running or crashed."
     text = "a campaign's name, file or state folder (default: all)"
     parser.add_argument("campaign", nargs="?", metavar="CAMPAIGN", help=text)
-    text = "state folder (default: .state)"
-    parser.add_argument("--state-dir", type=Path, default=Path(".state"), metavar="DIR", help=text)
+    add_state_dir(parser)
     add_json(parser, "print one JSON document; without CAMPAIGN, a list")
     parser.set_defaults(run=run)
 
@@ -151,19 +150,10 @@ def render_status(status: CampaignStatus, viewer: Viewer) -> str:
     _add_failed(doc, status)
     doc.block()
     _add_configurations(doc, status)
-    command = _resume_command(status)
-    if command and status.state in (State.CRASHED, State.STOPPED, State.FAILED):
+    if status.resume_command and remainder_of(status).is_resumable:
         doc.block()
-        doc.lines(["resume with:", f"  {command}"])
+        doc.lines(["resume with:", f"  {status.resume_command}"])
     return doc.render()
-
-
-def _resume_command(status: CampaignStatus) -> str:
-    """The shell command that resumes the campaign; empty if unknown or not needed."""
-    activity = status.activity
-    if activity is None or not activity.go_on or status.state in (State.RUNNING, State.WAITING, State.DONE):
-        return ""
-    return (shlex.join(["cd", activity.cwd]) + " && " if activity.cwd else "") + activity.go_on
 
 
 def status_document(status: CampaignStatus) -> dict[str, Any]:
@@ -186,7 +176,7 @@ def status_document(status: CampaignStatus) -> dict[str, Any]:
         "left_s": status.left_s,
         "holder": None if holder is None else dataclasses.asdict(holder),
         "activity": None if activity is None else dataclasses.asdict(activity),
-        "go_on": _resume_command(status) or None,
+        "go_on": (status.resume_command or None) if remainder_of(status).is_resumable else None,
         "experiments": [] if manifest is None else [_entry_document(entry) for entry in manifest.experiments],
         "notes": [] if manifest is None else manifest.notes,
     }

@@ -6,8 +6,10 @@ import contextlib
 import enum
 import itertools
 import json
+import shlex
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -233,6 +235,43 @@ class CampaignStatus:
     def n_invalid(self) -> int:
         return sum(map(is_invalid, self.entries))
 
+    @property
+    def resume_command(self) -> str:
+        """The shell command that continues the run; empty where it is unknown."""
+        if self.activity is None or not self.activity.go_on:
+            return ""
+        return (shlex.join(["cd", self.activity.cwd]) + " && " if self.activity.cwd else "") + self.activity.go_on
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """What a run has not measured, by the name of the configuration, and what to do about it."""
+
+    failed: Mapping[str, int]  # experiments
+    left: Mapping[str, int]  # experiments that had no turn yet, were interrupted, or whose result is gone
+    is_resumable: bool  # a resume has something to do
+    remedy: str  # empty where nothing is to be done
+
+
+def remainder_of(status: CampaignStatus, whole: Container[str] | None = None) -> Remainder:
+    """What is left of a campaign; the one place that decides it, for status, results and check.
+
+    `whole` are the experiments with a whole result on disk; None believes the manifest.
+    """
+    failed = Counter(entry.config_name for entry in status.entries if entry.status == FAILED)
+    left = Counter(
+        entry.config_name
+        for entry in status.entries
+        if entry.status in (PENDING, RUNNING)
+        or (entry.status == COMPLETED and whole is not None and entry.exp_id not in whole)
+    )
+    if status.state in (State.RUNNING, State.WAITING):
+        return Remainder(failed, left, False, "wait: the campaign is running (lem status)")
+    # One that was stopped with nothing left was about to add cycles (--until).
+    is_resumable = bool(failed or left) or status.state == State.STOPPED
+    how = f"lem campaign … --resume continues the run (lem status {status.folder.name} shows the whole command)"
+    return Remainder(failed, left, is_resumable, how if is_resumable else "")
+
 
 def is_invalid(entry: CampaignManifestEntry) -> bool:
     """Whether the result that counts is not valid."""
@@ -249,7 +288,8 @@ def find_folders(state_dir: Path) -> tuple[Path, ...]:
         return ()
     except OSError as error:
         raise UserError(f"state folder {state_dir}: {(error.strerror or str(error)).lower()}") from error
-    return tuple(path for path in folders if find_manifest(path) is not None or (path / CAMPAIGN_LOCK_NAME).exists())
+    # One that could not start leaves a lock file, which nobody holds, and no manifest.
+    return tuple(path for path in folders if find_manifest(path) is not None or is_locked(path / CAMPAIGN_LOCK_NAME))
 
 
 def find_manifest(folder: Path) -> Path | None:

@@ -36,15 +36,18 @@ _COVERED = frozenset({
 _SAME_WORK = "set ignore_eos: true and min_output_tokens = max_output_tokens, so that all do the same work"
 _NO_EFFECT = "ignore_eos was set but had no effect: the log.txt of the experiment may show why"
 
+_NO_RESUME = "no manifest in the state folder (--state-dir) continues this run: a new run measures all of it"
+
 # What to do about a finding, by its kind. Findings that make numbers or verdicts unreliable:
 _WEAK: Mapping[str, str] = {
-    "damaged": "restore them from a backup, or measure again: lem campaign --resume runs what has no result",
-    "failed": "lem status shows why each one failed, and its log; lem campaign --resume runs them again",
+    "damaged": "restore them from a backup, or measure again",
+    "failed": "lem status shows why each one failed, and its log",
+    "unfinished": "",
     "no_results": "run the campaign; lem status shows its state",
     "unequal_exclusions": (
         "find the cause and measure again: what always throttles or fails is a finding, not an outlier"
     ),
-    "no_valid_result": "remove the cause, then --resume",
+    "no_valid_result": "remove the cause, then measure again (--fresh)",
     "unsteady": "raise measurement.min_window_sec, warm up longer, and check what else runs on the machine",
     "warmup": "raise warmup.max_prompts or warmup.timeout_seconds",
     "throttled": "improve cooling, lower the power limit, or raise execution.config_gap_seconds",
@@ -135,11 +138,15 @@ def _finding(
 
 
 def _missing(run: Run) -> Found:
+    more = run.remedy or _NO_RESUME
     damaged = [f"{item.path} ({item.kind})" for item in run.problems if item.kind != "missing"]
     if damaged:
-        yield _finding("damaged", Reason.of("results_damaged", named=some_of(damaged, _DAMAGE_SHOWN)))
-    if count := sum(run.failed.values()):
-        yield _finding("failed", Reason.of("results_missing", experiments=plural(count, "experiment")), run.failed)
+        reason = Reason.of("results_damaged", named=some_of(damaged, _DAMAGE_SHOWN))
+        yield _finding("damaged", reason, remedy=f"{_WEAK['damaged']}; {more}")
+    for kind, code, counts in (("failed", "results_missing", run.failed), ("unfinished", "results_left", run.left)):
+        if counts:
+            reason = Reason.of(code, experiments=plural(sum(counts.values()), "experiment"))
+            yield _finding(kind, reason, counts, remedy="; ".join(filter(None, (_WEAK[kind], more))))
     if not run.records:
         yield _finding("no_results", Reason.of("no_results"))
 

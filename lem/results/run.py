@@ -222,6 +222,8 @@ class Run:
     run_ids: tuple[str, ...]
     records: tuple[Record, ...]  # every whole result, valid or not, of all attempts
     failed: Mapping[str, int] = field(default_factory=dict)  # per configuration name, experiments without a result
+    left: Mapping[str, int] = field(default_factory=dict)  # the same for those that had no turn or were interrupted
+    remedy: str = ""  # how to measure what is missing; empty where no manifest continues the run
     problems: tuple[Problem, ...] = ()  # attempts without a usable result
     stopping: StoppingRule | None = None  # the rule by which cycles were added; None where their number was fixed
     folder: Path | None = None  # where it is: <results_dir>/<campaign>/<run>

@@ -158,6 +158,9 @@ class _RunTable:
                 where = f"{sum(n for _, (_, n) in found)} of {total}{self._of(members, 'of')}"
                 varied = "; numbers differ" if len({why for why, _ in found}) > 1 else ""
                 self._doc.labelled(lead, f"{found[0][0]} ({where}{varied})", style)
+        if left := sum(self._run.left.values()):
+            remedy = f": {self._run.remedy}" if self._run.remedy else ""
+            self._doc.labelled("left: ", f"{plural(left, 'experiment')} not measured yet{remedy}", "yellow")
         empty = [item for item in self._configurations if not item.n_cycles]
         if empty:
             self._doc.labelled("no valid result: ", self._names(empty), "red")

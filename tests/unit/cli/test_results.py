@@ -62,10 +62,10 @@ def test_list_shows_every_run_with_its_counts(folder: Path) -> None:
     code, out, err = run("list")
     assert (code, err) == (0, "")
     assert rows_of(out) == [
-        ["campaign", "run", "configurations", "valid", "invalid", "failed"],
-        ["demo", RUN, "1", "3", "0", "0"],
-        ["demo", LATER, "1", "3", "0", "0"],
-        ["other", OTHER, "1", "0", "1", "0"],
+        ["campaign", "run", "configurations", "valid", "invalid", "failed", "left"],
+        ["demo", RUN, "1", "3", "0", "0", "0"],
+        ["demo", LATER, "1", "3", "0", "0", "0"],
+        ["other", OTHER, "1", "0", "1", "0", "0"],
     ]
     documents = json.loads(run("list", "-o", str(folder), "--json").out)
     found = [[item[key] for key in ("campaign", "run_id", "valid", "invalid")] for item in documents]
@@ -83,7 +83,7 @@ def test_list_of_an_empty_or_missing_folder_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "row"),
     [
-        (("list",), ["demo", RUN, "1", "3", "0", "5"]),
+        (("list",), ["demo", RUN, "1", "3", "0", "5", "0"]),
         (("show", RUN), ["small", "250.0", "ms", "3", "0", "5"]),
         (("export", RUN, LATER, "--columns", "run_id,cycle_index"), [f"{LATER},2"]),
     ],

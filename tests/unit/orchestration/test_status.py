@@ -6,7 +6,8 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lem.base.errors import EngineError
+from lem.base.errors import EngineError, UserError
+from lem.orchestration.dispatch import WorkerUnavailable
 from lem.orchestration.locks import Holder, campaign_lock, hold_locks
 from lem.orchestration.manifest import ManifestManager
 from lem.orchestration.resume import RunOptions
@@ -22,7 +23,7 @@ from lem.orchestration.status import (
     read_activity,
     read_status,
 )
-from tests.campaign_doubles import FOUR, FakeClock, FakeStop
+from tests.campaign_doubles import FOUR, FakeClock, FakeStop, make_campaign
 
 NOON = FakeClock().now()
 HERE = Viewpoint(NOON + timedelta(minutes=2), "here")
@@ -166,6 +167,21 @@ def test_invalid_results_are_counted_among_the_done(place, folder):
     place.run({FOUR: ["invalid"]})
     status = read_status(folder, HERE)
     assert (status.count("completed"), status.n_invalid) == (4, 2)
+
+
+def test_a_start_that_failed_leaves_no_campaign(place):
+    runner = place.runner(make_campaign(place.folder))
+    place.executor.worker.open = raise_unavailable
+    for _ in range(2):
+        with pytest.raises(UserError, match="no such Python"):
+            runner.run()
+        assert find_folders(place.folder / "state") == ()
+    with runner.reserved():  # a daemon that waits for its first run
+        assert [path.name for path in find_folders(place.folder / "state")] == ["demo"]
+
+
+def raise_unavailable(*_: object) -> None:
+    raise WorkerUnavailable("no such Python")
 
 
 def test_folders_of_campaigns_are_told_from_others(place, folder):
