@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import queue
+import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,4 +56,30 @@ def serving_webhook(status: int = 204) -> Iterator[Webhook]:
     finally:
         hook.server.shutdown()
         hook.server.server_close()
+        thread.join()
+
+
+@contextmanager
+def answering(*parts: bytes, is_endless: bool = False) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that sends these bytes to who connects, whatever is asked; its URL, and what it was asked.
+
+    Args:
+        is_endless: send the last part again and again, until the client goes.
+    """
+    asked: list[bytes] = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.request.recv(65536))
+            with contextlib.suppress(OSError):
+                for part in parts:
+                    self.request.sendall(part)
+                while is_endless:
+                    self.request.sendall(parts[-1])
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/hook/{SECRET}", asked
+        server.shutdown()
         thread.join()

@@ -24,7 +24,7 @@ from lem.config.experiment import (
     ModelConfig,
     WarmupConfig,
 )
-from lem.config.kinds import REQUIRED, Items, Problem
+from lem.config.kinds import REQUIRED, Items, Problem, check_url
 from lem.config.option import Section, canonical, check_partial, declared, matching, nest, option, put
 
 __all__ = [
@@ -77,11 +77,6 @@ def _check_duration(text: str) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _check_url(text: str) -> str | None:
-    # The URL is a secret, so the complaint does not repeat it.
-    return None if re.match(r"https?://[^/\s]+", text) else "expected a URL that begins with http:// or https://"
 
 
 @dataclass(frozen=True)
@@ -320,7 +315,7 @@ class CampaignIOConfig(Section):
 class CampaignNotificationConfig(Section):
     """Messages when a campaign ends."""
 
-    webhook_url: str | None = option(None, "Where to post JSON.", check=_check_url, form="a URL", secret=True)
+    webhook_url: str | None = option(None, "Where to post JSON.", check=check_url, form="a URL", secret=True)
     on: tuple[str, ...] = option(
         ("complete", "failure"), "When to post.", choices=("complete", "failure"), takes_scalar=True
     )

@@ -389,3 +389,26 @@ _JSON_KINDS: Mapping[Any, Kind] = {
     (list, tuple): ListKind(_FREE, _ANY),
     Mapping: MapKind(_FREE, _ANY),
 }
+
+
+def check_url(text: str) -> str | None:
+    """What is wrong with the URL of a webhook. The URL is a secret, so no complaint repeats any of it."""
+    import urllib.parse  # only campaigns with a webhook need it
+
+    if not text.isascii() or not text.isprintable() or " " in text:
+        return "expected a URL without spaces, control characters and letters beyond ASCII; percent-encode them (%20)"
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host, port = parts.hostname, parts.port
+        (host or "").encode("idna")
+    except UnicodeError:
+        return "invalid host name in the URL"
+    except ValueError:
+        return "invalid host or port in the URL"
+    if parts.scheme not in ("http", "https"):
+        return "expected a URL that begins with http:// or https://"
+    if "@" in parts.netloc:
+        return "a user name or password in the URL is not supported; most services take a token in the path"
+    if not host:
+        return "the URL has no host"
+    return "invalid port in the URL" if port == 0 else None

@@ -110,10 +110,7 @@ class Source:
 
 
 def _without_secrets(section: type[Section], located: Located) -> Located:
-    return [
-        (dataclasses.replace(place, line="") if is_secret(section, item.path) else place, item)
-        for place, item in located
-    ]
+    return [(place.without_secret() if is_secret(section, item.path) else place, item) for place, item in located]
 
 
 @dataclass(frozen=True)

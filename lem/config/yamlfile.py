@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -61,9 +61,18 @@ class Place:
     label: str
     mark: Mark | None = None
     line: str = ""
+    is_masked: bool = False  # the line holds no secret
 
     def __str__(self) -> str:
         return ":".join((self.label, *map(str, self.mark or ())))
+
+    def without_secret(self) -> Place:
+        """The place of a problem with a secret, its line up to where the secret begins."""
+        before = "" if self.mark is None else self.line[: self.mark.column - 1]
+        # The mark may be behind a secret on the same line, of an option that is there twice, even with a wrong name.
+        earlier = re.sub(r"[\"']?\w+[\"']?\s*:\s*$", "", before)
+        is_behind = "://" in earlier or _may_have_secret(earlier)
+        return replace(self, line="" if is_behind else f"{before}(hidden)", is_masked=True)
 
 
 Located = list[tuple[Place, Problem]]
@@ -90,7 +99,7 @@ class FileProblems(ConfigProblems):
 
 def render(place: Place, problem: Problem) -> str:
     text = f"{place}: {problem}"
-    if place.mark is None or not place.line.strip() or _may_have_secret(place.line):
+    if place.mark is None or not place.line.strip() or (_may_have_secret(place.line) and not place.is_masked):
         return text
     begin = max(0, place.mark.column - MAX_SHOWN_LINE // 2) if len(place.line) > MAX_SHOWN_LINE else 0
     shown = place.line[begin : begin + MAX_SHOWN_LINE].replace("\t", " ").rstrip()
@@ -98,9 +107,13 @@ def render(place: Place, problem: Problem) -> str:
     return f"{text}\n{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {' ' * (place.mark.column - 1 - begin)}^"
 
 
-@functools.cache
 def _may_have_secret(line: str) -> bool:
-    return any(name.rpartition(".")[2] in line for name in secrets_of(CampaignConfig))
+    return any(name in line for name in _secret_names())
+
+
+@functools.cache
+def _secret_names() -> tuple[str, ...]:
+    return tuple(name.rpartition(".")[2] for name in secrets_of(CampaignConfig))
 
 
 @dataclass(frozen=True)

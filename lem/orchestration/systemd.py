@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import http.client
 import json
 import logging
 import os
 import socket
 import threading
-import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -22,7 +24,6 @@ _logger = logging.getLogger(__name__)
 
 _VARIABLE = "NOTIFY_SOCKET"  # sd_notify(3)
 _CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"  # systemd.exec(5), LoadCredential=
-_TIMEOUT_S = 10.0
 
 
 def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
@@ -82,9 +83,10 @@ class ServiceManager:
 class Notification(threading.Thread):
     """A JSON POST on a thread of its own; a failure is a warning, and the URL, a secret, is never logged."""
 
-    def __init__(self, url: str, payload: Mapping[str, Any]) -> None:
+    def __init__(self, url: str, payload: Mapping[str, Any], timeout_s: float = 10.0) -> None:
         super().__init__(name="webhook", daemon=True)
         self._url = url
+        self._timeout_s = timeout_s
         self._payload = payload
         self.start()
 
@@ -95,15 +97,58 @@ class Notification(threading.Thread):
             _logger.warning("the webhook has not answered yet; the campaign does not wait for it")
 
     def run(self) -> None:
-        data = json.dumps(self._payload, ensure_ascii=False).encode("utf-8")
-        headers = {"Content-Type": "application/json", "User-Agent": "lem"}
+        # The text of an error can hold the URL, so only the kind is logged.
         try:
-            # The scheme is checked with the configuration.
-            request = urllib.request.Request(self._url, data, headers, method="POST")  # noqa: S310
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310
-                answer.read(1)
-        except urllib.error.HTTPError as error:
-            _logger.warning("the webhook answered %s", error.code)
-        except (OSError, ValueError) as error:
-            # The text of these errors can hold the URL, so only the kind is logged.
+            data = json.dumps(self._payload, ensure_ascii=False).encode("utf-8", "backslashreplace")
+            status = _post(self._url, data, self._timeout_s)
+        except Exception as error:  # noqa: BLE001 - a thread would print a traceback with the URL
             _logger.warning("the webhook could not be reached (%s)", type(error).__name__)
+            return
+        if not 200 <= status < 300:
+            is_moved = 300 <= status < 400
+            _logger.warning("the webhook answered %d%s", status, "; redirects are not followed" * is_moved)
+
+
+def _post(url: str, data: bytes, timeout_s: float) -> int:
+    """The status that a server answers; the rest of the answer is not read, and redirects are not followed."""
+    headers = {"Content-Type": "application/json", "User-Agent": "lem"}
+    connection, path = _connection_for(url, headers, timeout_s)
+    connection.connect()
+    # The timeout above is that of one read; an answer may need any number of them.
+    timer = threading.Timer(timeout_s, _shut, (connection,))
+    timer.daemon = True
+    timer.start()
+    try:
+        connection.request("POST", path, data, headers)
+        return connection.getresponse().status
+    finally:
+        timer.cancel()
+        connection.close()
+
+
+def _connection_for(url: str, headers: dict[str, str], timeout_s: float) -> tuple[http.client.HTTPConnection, str]:
+    """The connection to a server and what to ask for, through the proxy of the environment if there is one."""
+    target = urllib.parse.urlsplit(url)
+    path = (target.path or "/") + (f"?{target.query}" if target.query else "")
+    is_secure = target.scheme == "https"
+    kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+    proxy = None if urllib.request.proxy_bypass(target.netloc) else urllib.request.getproxies().get(target.scheme)
+    if proxy is None:
+        return kind(target.hostname or "", target.port, timeout=timeout_s), path
+    through = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    login = {}
+    if through.username:
+        words = ":".join(urllib.parse.unquote(word or "") for word in (through.username, through.password))
+        login = {"Proxy-Authorization": f"Basic {base64.b64encode(words.encode()).decode()}"}
+    connection = kind(through.hostname or "", through.port, timeout=timeout_s)
+    if is_secure:
+        connection.set_tunnel(target.hostname or "", target.port, login)
+        return connection, path
+    headers |= login
+    return connection, f"{target.scheme}://{target.netloc}{path}"
+
+
+def _shut(connection: http.client.HTTPConnection) -> None:
+    """End whatever another thread waits for on a connection."""
+    with contextlib.suppress(OSError, AttributeError):  # it has ended
+        connection.sock.shutdown(socket.SHUT_RDWR)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import functools
 import json
 import os
+import re
+import urllib.parse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -233,14 +237,38 @@ class Outbox:
 REDACTED = b"[redacted]"
 # A shorter secret is a word that may occur in a log for another reason.
 SHORTEST_SECRET = 6
+_URL_SAFE = str.maketrans("+/", "-_")
 TAIL_LINES = 30
 _TAIL_B = 8 * KIB
 
 
+@functools.cache
+def forms_of(secret: str) -> tuple[str, ...]:
+    """The forms in which programs print a secret, the longest first; () for one that is too short to look for.
+
+    As it is, percent-encoded (the characters that need it, or all), and in Base64, also within a longer text: three
+    bytes become four characters, so there are three ways to fall into them. Characters that depend on the text before
+    and after it are left out.
+    """
+    data = secret.strip().encode("utf-8", "surrogateescape")
+    if len(secret.strip()) < SHORTEST_SECRET:
+        return ()
+    every = "".join(f"%{byte:02X}" for byte in data)
+    percent = [urllib.parse.quote(data), urllib.parse.quote(data, safe=""), urllib.parse.quote_plus(data), every]
+    percent += [re.sub("%..", lambda found: found[0].lower(), text) for text in percent]
+    base64s = [base64.b64encode(data).decode()]
+    base64s.append(base64s[0].rstrip("="))
+    for before in range(3):
+        first, last = -(-before * 8 // 6), (before + len(data)) * 8 // 6
+        base64s.append(base64.b64encode(bytes(before) + data).decode()[first:last])
+    base64s += [text.translate(_URL_SAFE) for text in base64s]
+    return tuple(sorted({secret.strip(), *percent, *base64s}, key=len, reverse=True))
+
+
 def redact(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
-        if len(secret) >= SHORTEST_SECRET:
-            text = text.replace(secret, REDACTED.decode())
+        for form in forms_of(secret):
+            text = text.replace(form, REDACTED.decode())
     return text
 
 
@@ -251,7 +279,9 @@ class EngineLog:
     """
 
     def __init__(self, path: str, secrets: Iterable[str] = ()) -> None:
-        self._secrets = tuple(secret.encode() for secret in secrets if len(secret) >= SHORTEST_SECRET)
+        forms = {form.encode("utf-8", "surrogateescape") for secret in secrets for form in forms_of(secret)}
+        self._forms = sorted(forms, key=len, reverse=True)
+        self._beginnings = frozenset(form[0] for form in forms)
         self._held = b""
         self._tail = bytearray()
         self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -259,13 +289,19 @@ class EngineLog:
     def write(self, data: bytes) -> None:
         """Append what was printed, without secrets; what may be the beginning of one is held back."""
         data = self._held + data
-        for secret in self._secrets:
-            data = data.replace(secret, REDACTED)
-        # How many bytes at the end are the beginning of a secret.
-        overlaps = (n for secret in self._secrets for n in range(1, len(secret)) if data.endswith(secret[:n]))
-        cut = len(data) - max(overlaps, default=0)
+        for form in self._forms:
+            data = data.replace(form, REDACTED)
+        cut = len(data) - self._count_held(data)
         self._held = data[cut:]
         self._append(data[:cut])
+
+    def _count_held(self, data: bytes) -> int:
+        """How many bytes at the end are the beginning of a secret."""
+        longest = len(self._forms[0]) - 1 if self._forms else 0
+        for begin in range(max(len(data) - longest, 0), len(data)):
+            if data[begin] in self._beginnings and any(form.startswith(data[begin:]) for form in self._forms):
+                return len(data) - begin
+        return 0
 
     def close(self) -> None:
         """Write what is left and close the file; the last lines stay."""

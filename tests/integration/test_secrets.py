@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,11 +17,14 @@ from tests.webhook import SECRET, Webhook, serving_webhook
 
 TOKEN = "hf_canary4713"
 
+ENCODED = (base64.b64encode(f"me:{TOKEN}".encode()).decode(), "".join(f"%{byte:02x}" for byte in TOKEN.encode()))
+
 # While the engine works, the command lines of everything that runs are kept; and whoever looks at a process as another
 # user sees no more than those.
 SNAPSHOT = "for f in /proc/[0-9]*/cmdline; do tr '\\0' ' ' < $f; echo; done >> argv 2>/dev/null; true"
 RULES: list[dict[str, Any]] = [
     {"at": "load", "do": "print", "text": "login with {secret}"},
+    {"at": "load", "do": "print", "text": f"Authorization: Basic {ENCODED[0]} or ?token={ENCODED[1]}"},
     {"at": "generate", "do": "shell", "command": SNAPSHOT},
     {"at": "load", "do": "fail", "text": "the hub refused {secret}", "once": "has failed"},
 ]
@@ -89,7 +94,7 @@ def lem(rig: CampaignRig, *words: str, **more: str) -> str:
 
 def test_no_secret_stays_anywhere_whatever_is_done_with_a_campaign(rig: CampaignRig, webhook: Webhook) -> None:
     environ = {"HOOK": webhook.url, "HF_TOKEN": TOKEN}
-    secrets = (TOKEN, SECRET, webhook.url)
+    secrets = (TOKEN, *ENCODED, SECRET, webhook.url)
     ended = rig.run("--yes", "-vv", "--json", "--executor", "local", rules=RULES, **environ)
     assert ended.code == 0, ended.err
     said = {"stdout of the campaign": ended.out, "stderr of the campaign": ended.err}
@@ -98,6 +103,7 @@ def test_no_secret_stays_anywhere_whatever_is_done_with_a_campaign(rig: Campaign
     assert webhook.next()[0] == f"/hook/{SECRET}"  # the canary was there to be found
     logs = [path.read_text() for path in rig.folder.rglob("log.txt")]
     assert any("login with [redacted]" in text for text in logs)
+    assert any(re.search(r"Basic \S*\[redacted\]\S* or \?token=\[redacted\]", text) for text in logs)
     assert "the hub refused [redacted]" in str(rig.manifest().experiments[0].attempts[0].error)
     assert "worker" in (rig.folder / "argv").read_text(errors="replace")
     for name in ("page.html", "out.csv", "out.json", "plan.json", "configs", ".state", "merged"):

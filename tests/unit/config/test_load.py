@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,9 @@ def test_sets_that_are_refused(folder: Path, item: str, option: str) -> None:
         ("campaign_name: x\nnotification: {webhook: https://hunter2}\n", []),
         ("campaign_name: x\nwebook_url: https://hunter2\n", []),
         ("campaign_name: x\nnotification:\n  webhook_url:\n    https://hunter2/${LEM_TEST_UNSET}\n", []),
+        ("campaign_name: x\nnotification: {webhook_url: https://hunter2, webhook_url: https://hunter3}\n", []),
+        ("campaign_name: x\nnotification: {webook_url: https://hunter2, webook_url: https://hunter3}\n", []),
+        ("campaign_name: x\nnotification: {'webhook_url' : 'https://u:hunter2@h'}\n", []),
         ("campaign_name: x\ngrid: {backends: [pytorch]}\n", ["notification.webhook_url=hunter2"]),
         ("campaign_name: x\ngrid: {backends: [pytorch]}\n", ["notification=hunter2"]),
         ("campaign_name: x\ngrid: {backends: [pytorch]}\n", ["notification.webhook_url=6666"]),
@@ -193,6 +197,51 @@ def test_a_secret_is_shown_neither_from_a_file_nor_from_the_command_line(
     shown = f"{error.message} {error.hint} {[problem.message for _, problem in error.located]}"
     assert "hunter" not in shown
     assert "6666" not in shown
+
+
+WITH_HOOK = "campaign_name: x\ngrid: {{backends: [pytorch]}}\nnotification: {{webhook_url: {}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("https://user:hunter2@host/x", "user name or password"),
+        ("https://hunter2@host/x", "user name or password"),
+        ("http://host:99999/hunter2", "invalid host or port"),
+        ("http://host:abc/hunter2", "invalid host or port"),
+        ("http://host:-1/hunter2", "invalid host or port"),
+        ("http://host:0/hunter2", "invalid port"),
+        ("http://[::1/hunter2", "invalid host or port"),
+        ("http://host..de/hunter2", "invalid host name"),
+        (f"http://{'a' * 64}.de/hunter2", "invalid host name"),
+        ("http:///hunter2", "no host"),
+        ("http://:80/hunter2", "no host"),
+        ("ftp://host/hunter2", "begins with http:// or https://"),
+        ("hunter2", "begins with http:// or https://"),
+        ("http:hunter2", "no host"),
+        *((f"http://host/hunter2{char}x", "without spaces, control characters") for char in " \t\n\r\x1b\x7fü\u2028"),
+        ("http://host/hunter2\0", "control character"),
+    ],
+)
+def test_a_webhook_that_cannot_work_is_refused_at_its_place_without_its_url(
+    folder: Path, url: str, complaint: str
+) -> None:
+    write(folder, c=WITH_HOOK.format(json.dumps(url)))
+    error = refusal(load_campaign, "c.yaml")
+    assert complaint in error.message
+    assert error.message.splitlines()[0].startswith("c.yaml:3:29: notification.webhook_url: ")
+    assert error.message.splitlines()[1:] == [
+        "    3 | notification: {webhook_url: (hidden)",
+        "      |                             ^",
+    ]
+
+
+@pytest.mark.parametrize(
+    "url", ["https://h/x", "HTTP://h:8080", "http://[::1]:80/a?b=c%20d#e", "http://h:/x", "https://a-b.c.de/{}'|"]
+)
+def test_a_webhook_that_can_work_is_taken(folder: Path, url: str) -> None:
+    write(folder, c=WITH_HOOK.format(json.dumps(url)))
+    assert load_campaign("c.yaml").config.notification.webhook_url == url
 
 
 # Variables

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import pytest
 
@@ -169,6 +172,38 @@ def test_a_secret_is_redacted_wherever_the_stream_is_cut(tmp_path: Path, parts: 
     log.close()
 
     assert (tmp_path / "log.txt").read_text() == logged
+
+
+ODD = "pässwörd+/? 4711%"
+
+
+def encoded(secret: str) -> list[str]:
+    """A secret as programs print it: alone, and within other text that is encoded with it."""
+    data = secret.encode()
+    around = [(b"u:"[:before] + data + b"@end"[:after]) for before in range(3) for after in range(4)]
+    base64s = [one(text).decode() for one in (base64.b64encode, base64.urlsafe_b64encode) for text in around]
+    percent = [quote(secret), quote(secret, safe=""), quote_plus(secret), "".join(f"%{byte:02X}" for byte in data)]
+    return [
+        *base64s,
+        *(text.rstrip("=") for text in base64s),
+        *percent,
+        *(re.sub("%..", lambda found: found[0].lower(), text) for text in percent),
+    ]
+
+
+@pytest.mark.parametrize("text", [*encoded(SECRET), *encoded(ODD)])
+def test_a_secret_is_redacted_in_every_encoding_and_wherever_the_stream_is_cut(tmp_path: Path, text: str):
+    secrets = [SECRET, f"{ODD}\n"]
+    # What may stay are characters that hold bits of the text beside it, too.
+    expected = re.compile(r"<[\w+/-]{0,3}\[redacted\][\w+/=-]{0,7}>")
+    assert expected.fullmatch(redact(f"<{text}>", secrets))
+    for cut in range(len(text)):
+        path = tmp_path / str(cut)
+        log = EngineLog(str(path), secrets)
+        log.write(f"<{text[:cut]}".encode())
+        log.write(f"{text[cut:]}>".encode())
+        log.close()
+        assert expected.fullmatch(path.read_text())
 
 
 def test_a_short_secret_is_not_looked_for():
