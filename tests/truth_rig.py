@@ -22,7 +22,7 @@ from lem.base.measurement import WINDOW
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, EngineReport, OnProgress, TokenRequest, say_nothing
 from lem.meters.attempt import span_of
-from lem.meters.nvml import open_nvml
+from lem.meters.nvml import find_gpus, open_nvml
 from lem.meters.sampler import SamplerOptions, run_sampler
 from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, read_finished
 from lem.record import Record
@@ -317,6 +317,8 @@ def play(scene: Scene, folder: Path) -> Outcome:
     write_prompts(folder, PROMPTS)
     uuids = tuple(gpu.uuid for gpu in scene.gpus)
     in_use = tuple(uuids[place] for place in scene.in_use if place < len(uuids))
+    seen = {gpu.uuid for gpu in find_gpus()}
+    sampled = tuple(uuid for uuid in in_use if uuid in seen)
     measurement = {"external_csv": str(world.csv_path)} if scene.csv is not None else {}
     measurement.update(scene.options.get("measurement", {}))
     options = {**OPTIONS, **scene.options, "measurement": measurement}
@@ -333,13 +335,13 @@ def play(scene: Scene, folder: Path) -> Outcome:
         engine_key=config.engine_key(),
         keep_engine=True,
         samples_path=str(folder / PART_FILENAME),
-        sampled_gpus=in_use,
+        sampled_gpus=sampled,
     )
-    sampled = SamplerOptions(folder / PART_FILENAME, in_use)
+    options_of_sampler = SamplerOptions(folder / PART_FILENAME, sampled)
     with open_nvml() as nvml:
         world.sampler.start(
             lambda: run_sampler(
-                sampled,
+                options_of_sampler,
                 nvml,
                 world,
                 world.sampler,

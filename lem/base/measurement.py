@@ -66,6 +66,7 @@ THERMAL_BITS: Final = 0x20 | 0x40
 
 # Limits, as ratios unless the name has a unit.
 CROSSCHECK_TOLERANCE: Final = 0.05  # integrated power against the counter
+CROSSCHECK_FAILED: Final = 0.25  # the same: one of the two is wrong
 REST_TOLERANCE: Final = 0.05  # power at rest before against after the window, and from cycle to cycle
 STEADY_TOLERANCE: Final = 0.02  # one half of a window against the other, in power or throughput
 MAX_FAILED_RATIO: Final = 0.01  # more failed requests make a window invalid

@@ -107,6 +107,8 @@ V1_TEXTS: Mapping[str, str] = {
 }
 
 _NEW_TEXTS: Mapping[str, str] = {
+    "slowdown_counted": "{uuid}: heat or a power brake slowed it for {slowed_s:.3g} s of the {span}, by its own count",
+    "counter_frozen": "{uuid}: {error}; energy is integrated power",
     # Sentences of version 1 in other words.
     "clocks_unwatched": "clock throttling was not monitored (timeseries.enabled: false)",
     "foreign_process": "{uuid}: used by another program (process {pids})",
@@ -328,6 +330,15 @@ NULL_TEXTS: Mapping[str, str] = {
     "counter_slow": "the counter changed fewer than three times in the window",
     "power_hole": "{what} was not read for {gap_s:.2f} s, more than {periods:d} periods of {period_s:g} s",
     "zone_hole": "{what} was not read for {gap_s:.0f} s, in which it may have wrapped more than once",
+    "mean_hole": "{what} was not read for {gap_s:.2f} s, of which it covers one",
+    "crosscheck_failed": "{uuid}: power comes to {ratio:.3f} of the counter's energy: one of the two is wrong",
+    "power_disputed": (
+        "{uuid}: its means over a second come to {ratio:.3f} of its sampled power, whose sensor may see 25 of every "
+        "100 ms: load with a rhythm near 10 Hz cannot be measured with it"
+    ),
+    "power_unconfirmed": (
+        "{uuid}: its one power sensor may see 25 of every 100 ms, and nothing confirms what it does not see"
+    ),
     "zone_still": "{what} did not change for {gap_s:.2f} s",
     "zone_leapt": "{what} rose by {step_j:.4g} J in {gap_s:.2f} s, more than {most_w:.4g} W would take",
     "zone_fell": "{what} fell from {before_j:.3f} to {after_j:.3f} J, which is not its wrap at {max_j:.3f} J",

@@ -112,8 +112,10 @@ def run_gpus(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
 
 
 def _describe(gpu: GpuState, energy: tuple[str, ...], width: int) -> str:
-    used, total = gpu.memory_used_b / GIB, gpu.memory_total_b / GIB
-    lines = [f"{gpu.index}  {gpu.name}  {gpu.uuid}  {used:.1f} of {total:.1f} GiB in use"]
+    memory = "memory shared with the machine"
+    if gpu.memory_used_b is not None and gpu.memory_total_b is not None:
+        memory = f"{gpu.memory_used_b / GIB:.1f} of {gpu.memory_total_b / GIB:.1f} GiB in use"
+    lines = [f"{gpu.index}  {gpu.name}  {gpu.uuid}  {memory}"]
     for text in energy:
         lines += textwrap.wrap(text, width, initial_indent="   ", subsequent_indent="     ", break_on_hyphens=False)
     for item in gpu.processes:

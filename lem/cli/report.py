@@ -17,8 +17,8 @@ from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.cli import selection
 from lem.meters import samples
-from lem.meters.curve import HOLE_PERIODS, distinct_zones, rapl_step_j
-from lem.meters.rapl import PACKAGE
+from lem.meters.curve import HOLE_PERIODS
+from lem.meters.rapl import PACKAGE, distinct_zones, rapl_step_j
 from lem.results.report import render_report
 from lem.results.report.content import Phase, Series, Slowdown, Trace, compose, select_traced, union
 from lem.results.run import Run

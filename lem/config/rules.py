@@ -35,9 +35,9 @@ class Gpu(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def memory_b(self) -> int: ...
+    def memory_b(self) -> int | None: ...  # None where it shares that of the machine
     @property
-    def compute_capability(self) -> tuple[int, int]: ...
+    def compute_capability(self) -> tuple[int, int] | None: ...
 
 
 def warnings(config: ExperimentConfig, gpus: Sequence[Gpu] | None = None) -> tuple[Problem, ...]:
@@ -115,14 +115,16 @@ def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu]) -> Iterator[Pro
     if config.parallel_degree > len(gpus):
         yield Problem.of(config.backend, "host_has_fewer_gpus", needed=config.parallel_degree, there=len(gpus))
     for option, needed, what in _capabilities_needed(config):
-        old = next((gpu for gpu in used if gpu.compute_capability < needed), None)
+        versions = ((gpu.name, gpu.compute_capability) for gpu in used)
+        old = next(((name, version) for name, version in versions if version and version < needed), None)
         if old is not None:
-            found, least = ("{}.{}".format(*version) for version in (old.compute_capability, needed))
-            yield Problem.of(option, "needs_capability", what=what, needed=least, gpu=old.name, found=found)
+            found, least = ("{}.{}".format(*version) for version in (old[1], needed))
+            yield Problem.of(option, "needs_capability", what=what, needed=least, gpu=old[0], found=found)
     parameters = parameters_by_name(config.model.name)
-    if parameters is not None:
+    memories_b = [gpu.memory_b for gpu in used if gpu.memory_b is not None]
+    if parameters is not None and len(memories_b) == len(used):
         needed_gb = parameters * _bytes_per_weight(config) / 1e9
-        memory_gb = sum(gpu.memory_b for gpu in used) * getattr(config.section, "gpu_memory_utilization", 1.0) / 1e9
+        memory_gb = sum(memories_b) * getattr(config.section, "gpu_memory_utilization", 1.0) / 1e9
         if needed_gb > memory_gb:
             sizes: dict[str, Any] = {"billions": parameters / 1e9, "needed_gb": needed_gb, "memory_gb": memory_gb}
             yield Problem.of("model.name", "memory_short", gpu=used[0].name, **sizes)

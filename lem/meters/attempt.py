@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
+from statistics import median
 from types import MappingProxyType
 from typing import Final, TypeVar
 
@@ -20,12 +22,11 @@ from lem.meters.curve import (
     NotMeasured,
     Span,
     counter_curve,
-    distinct_zones,
     load_curve,
+    mean_power_curve,
     power_curve,
-    rapl_curve,
 )
-from lem.meters.rapl import DRAM, PACKAGE
+from lem.meters.rapl import DRAM, PACKAGE, distinct_zones, rapl_curve
 from lem.meters.samples import GpuHeader, Mark, SampleHeader, SampleLog, gpu_meter
 from lem.record import Measured, known
 
@@ -298,6 +299,13 @@ class AttemptLog:
             self._known[key] = self._checked(curve, gpu_meter(place, "power"))
         return self._known[key]
 
+    def gpu_mean_curve(self, number: int) -> Curve | None:
+        """The energy of one GPU by its means over a second; None where they were not read."""
+        place = self.sources.gpus[number]
+        what = f"the mean power of {self.log.header.gpus[place].uuid}"
+        curve = mean_power_curve(self.log.seconds, place, what)
+        return curve if len(curve.at_ns) > 1 else None
+
     def cpu_curves(self, domain: str) -> tuple[Curve, ...]:
         """The energy of every zone of a domain, `package` or `dram`; raises as `primary_curves`."""
         if domain == DRAM and self.why_no_dram is not None:
@@ -354,6 +362,42 @@ class AttemptLog:
         if errors:
             raise NotMeasured("meter_unreadable", what=curve.what, error=errors[-1])
         raise NotMeasured("never_read_twice", what=curve.what)
+
+
+# A counter that was looked at for so long, and for so many of its own updates, without a change stands still; the
+# slowest seen is updated every second.
+_LEAST_STILL_S, _STILL_UPDATES = 3.0, 4
+
+
+def without_still_counters(log: SampleLog, window: Span | None = None) -> SampleLog:
+    """The log, whose header says of the counters that stood still in the window that they cannot be used.
+
+    Without a window, of those that stand still at its end. Power was sampled meanwhile, or there is no energy.
+    """
+    gpus = list(log.header.gpus)
+    for place, gpu in enumerate(gpus):
+        still_s = 0.0 if gpu.counter_error else _still_s(log, place, window)
+        if still_s:
+            gpus[place] = replace(gpu, counter_error=f"the energy counter did not change for {still_s:.1f} s")
+    return log if tuple(gpus) == log.header.gpus else replace(log, header=replace(log.header, gpus=tuple(gpus)))
+
+
+def _still_s(log: SampleLog, place: int, window: Span | None) -> float:
+    """For how long the counter of a GPU was read without a change, where that is too long; else 0."""
+    rows = [row for row in log.counters if row.gpu == place]
+    alive_ns = max((row.at_ns for row in log.loads[-1:]), default=0)
+    failures_ns = [row.at_ns for row in log.errors if row.meter == gpu_meter(place, "counter")]
+    spacings_s = [(after.at_ns - before.at_ns) / NS_PER_S for before, after in pairwise(rows)]
+    least_s = max(_LEAST_STILL_S, _STILL_UPDATES * median(spacings_s)) if spacings_s else _LEAST_STILL_S
+    longest_s = 0.0
+    for row, until_ns in zip(rows, [*(later.before_ns for later in rows[1:]), alive_ns], strict=True):
+        is_read = not any(row.at_ns <= at_ns <= until_ns for at_ns in failures_ns)
+        is_there = (
+            until_ns >= alive_ns if window is None else row.at_ns < window.closed_ns and until_ns > window.opened_ns
+        )
+        if is_read and is_there:
+            longest_s = max(longest_s, (until_ns - row.at_ns) / NS_PER_S)
+    return longest_s if longest_s > least_s else 0.0
 
 
 def span_of(marks: Sequence[Mark], name: str) -> Span | None:

@@ -116,7 +116,7 @@ def _probed(meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, enough: i
     changes: list[CounterChange] = []
     opened_ns = clock.monotonic_ns()
     closes_ns = opened_ns + round(probe_s * NS_PER_S)
-    wanted = [place for place, meter in enumerate(meters) if meter.has_counter]
+    wanted = [place for place, meter in enumerate(meters) if meter.has("counter")]
     while (now_ns := clock.monotonic_ns()) < closes_ns:
         changes += [row for watch in watches for row in watch.poll() if isinstance(row, CounterChange)]
         seen = [row.gpu for row in changes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -13,7 +13,7 @@ from typing import Any
 
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.meters.samples import CounterChange, CpuLoad, GpuSample, RaplReading
+from lem.meters.samples import CounterChange, CpuLoad, GpuSample, GpuSecond
 
 # A hole longer than three sampling periods voids an integration.
 HOLE_PERIODS = 3
@@ -132,6 +132,11 @@ class Curve:
         inside = self._inside(guard)
         return self._power_w(inside[-2], inside[-1]) if len(inside) > 1 else None
 
+    def whole_inside(self, span: Span) -> Span | None:
+        """From the first to the last knot within a span; None with fewer than two."""
+        inside = self._inside(span)
+        return Span(int(self.at_ns[inside[0]]), int(self.at_ns[inside[-1]])) if len(inside) > 1 else None
+
     def count_in(self, span: Span) -> int:
         return len(self._inside(span))
 
@@ -234,14 +239,8 @@ class Curve:
 # 19 polls of 19 ms, whatever whole number of milliseconds lies between updates.
 _NEIGHBOURS = 10
 
-# More than any CPU package draws whose limits are lower or unknown.
-_MOST_PACKAGE_W = 1000.0
-_LIMIT_MARGIN = 1.2
-_RAPL_UPDATE_S = 0.01  # counters are updated about every millisecond, so that a step may hold more than its time
-_LEAST_STILL_S = 0.5  # two readings that follow each other at once may be equal
-# Two readings of one counter, one right after the other, lie at most an update or two apart.
-SAME_COUNTER_UJ = 2_000_000
-_SAME_ROUND_S = 0.25  # zones are read one after the other, once a second
+_MEAN_S = 1.0  # of nvmlDeviceGetPowerUsage and field 185
+_MEAN_LATE_S = 0.2
 
 
 def counter_curve(changes: Iterable[CounterChange], gpu: int, what: str) -> Curve:
@@ -310,6 +309,22 @@ def power_curve(samples: Iterable[GpuSample], gpu: int, period_s: float, what: s
     return replace(trapezoids(what, rows, HOLE_PERIODS * period_s, why), lag_s=lag_s, period_s=period_s)
 
 
+def mean_power_curve(seconds: Iterable[GpuSecond], gpu: int, what: str) -> Curve:
+    """The energy of a GPU by the means over a second that are read once a second, whose edges are sharp at knots alone.
+
+    A mean that was read late leaves out what came before its second, so that there is a hole.
+    """
+    rows = [row for row in seconds if row.gpu == gpu and row.average_w is not None]
+    energy_j = [0.0] * len(rows)
+    holes = []
+    for place, (before, after) in enumerate(pairwise(rows), start=1):
+        length_s = (after.at_ns - before.at_ns) / NS_PER_S
+        energy_j[place] = energy_j[place - 1] + (after.average_w or 0.0) * length_s
+        if length_s > _MEAN_S + _MEAN_LATE_S:
+            holes.append(Hole(Span(before.at_ns, after.at_ns), Reason.of("mean_hole", what=what, gap_s=length_s)))
+    return exact(what, [row.at_ns for row in rows], energy_j, holes)
+
+
 def trapezoids(what: str, rows: Sequence[tuple[int, float]], longest_s: float, why: Callable[[float], Reason]) -> Curve:
     """The integral of power in W at moments in ns; a longer time between two is a hole, and `why` gives its reason."""
     energy_j, holes = [0.0] * len(rows), []
@@ -318,92 +333,7 @@ def trapezoids(what: str, rows: Sequence[tuple[int, float]], longest_s: float, w
         if length_s > longest_s:
             holes.append(Hole(Span(before_ns, after_ns), why(length_s)))
         energy_j[place] = energy_j[place - 1] + (before_w + after_w) / 2 * length_s
-    return _exact(what, [at_ns for at_ns, _ in rows], energy_j, holes)
-
-
-def most_power_w(limit_w: float | None) -> float:
-    """The most that a powercap zone can draw, by the largest of its limits, which firmware may set to any number."""
-    return max(_MOST_PACKAGE_W, _LIMIT_MARGIN * (limit_w or 0.0))
-
-
-def rapl_curve(
-    readings: Iterable[RaplReading], zone: int, max_uj: int, what: str, limit_w: float | None = None
-) -> Curve:
-    """A powercap zone without its wraps at `max_energy_range_uj`; what it cannot have drawn is a hole."""
-    rows = [row for row in readings if row.zone == zone]
-    energy_j = [0.0] * len(rows)
-    holes: list[Hole] = []
-    for place, (before, after) in enumerate(pairwise(rows), start=1):
-        step = rapl_step_j(before, after, max_uj, what, limit_w)
-        energy_j[place] = energy_j[place - 1] + (0.0 if isinstance(step, Reason) else step)
-        if isinstance(step, Reason):
-            since_ns = before.at_ns
-            if holes and holes[-1].span.closed_ns == since_ns and holes[-1].reason.code == step.code == "zone_still":
-                since_ns = holes.pop().span.opened_ns
-                step = Reason.of("zone_still", what=what, gap_s=(after.at_ns - since_ns) / NS_PER_S)
-            holes.append(Hole(Span(since_ns, after.at_ns), step))
-    return _exact(what, [row.at_ns for row in rows], energy_j, holes)
-
-
-def rapl_step_j(
-    before: RaplReading, after: RaplReading, max_uj: int, what: str, limit_w: float | None = None
-) -> float | Reason:
-    """The energy between two readings of a powercap zone; the reason if it cannot be had.
-
-    A zone cannot have drawn nothing at all, nor more than the larger of 1 kW and 1.2 x its largest limit; in a time in
-    which that is more than its range, it may have wrapped twice.
-    """
-    length_s, step_uj = (after.at_ns - before.at_ns) / NS_PER_S, after.energy_uj - before.energy_uj
-    most_w = max(_MOST_PACKAGE_W, _LIMIT_MARGIN * (limit_w or 0.0))
-    most_uj = most_w * (length_s + _RAPL_UPDATE_S) * 1e6
-    if length_s * most_w > max_uj / 1e6:
-        return Reason.of("zone_hole", what=what, gap_s=length_s)
-    if step_uj == 0 and length_s >= _LEAST_STILL_S:
-        return Reason.of("zone_still", what=what, gap_s=length_s)
-    if step_uj > most_uj:
-        return Reason.of("zone_leapt", what=what, step_j=step_uj / 1e6, gap_s=length_s, most_w=most_w)
-    if step_uj < 0 and not 0 <= step_uj + max_uj <= most_uj:
-        return Reason.of(
-            "zone_fell", what=what, before_j=before.energy_uj / 1e6, after_j=after.energy_uj / 1e6, max_j=max_uj / 1e6
-        )
-    return (step_uj if step_uj >= 0 else step_uj + max_uj) / 1e6
-
-
-def distinct_zones(readings: Iterable[RaplReading], names: Mapping[int, str]) -> tuple[int, ...]:
-    """Of zones (place: name), those without the dies whose readings are always those of another die of their socket.
-
-    Some kernels show the counter of an AMD socket once for each of its dies (mended in 2024: "perf/x86/rapl: Fix the
-    energy-pkg event for AMD CPUs"). Dies with counters of their own differ.
-    """
-    rows: dict[int, list[RaplReading]] = {place: [] for place in names}
-    for row in readings:
-        if row.zone in rows:
-            rows[row.zone].append(row)
-    kept: list[int] = []
-    for place in sorted(rows, key=lambda place: (-len(rows[place]), place)):
-        socket = _socket_of(names[place])
-        if not any(_socket_of(names[other]) == socket and _are_one(rows[place], rows[other]) for other in kept):
-            kept.append(place)
-    return tuple(sorted(kept))
-
-
-def _socket_of(name: str) -> str:
-    """`package-0` of `package-0-die-1/dram`."""
-    return name.partition("-die-")[0].partition(" (")[0]
-
-
-def _are_one(rows: Sequence[RaplReading], others: Sequence[RaplReading]) -> bool:
-    """Whether two zones were read as one counter would be, which is read again some microseconds later."""
-    times = [row.at_ns for row in others]
-    compared = 0
-    for row in rows:
-        near = others[min(bisect_left(times, row.at_ns), len(others) - 1)] if others else row
-        apart_s = abs(near.at_ns - row.at_ns) / NS_PER_S
-        if apart_s < _SAME_ROUND_S:
-            compared += 1
-            if abs(near.energy_uj - row.energy_uj) > SAME_COUNTER_UJ + _MOST_PACKAGE_W * apart_s * 1e6:
-                return False
-    return compared >= 2
+    return exact(what, [at_ns for at_ns, _ in rows], energy_j, holes)
 
 
 def load_curve(loads: Sequence[CpuLoad], design_power_w: float, what: str) -> Curve:
@@ -413,7 +343,7 @@ def load_curve(loads: Sequence[CpuLoad], design_power_w: float, what: str) -> Cu
     for place, (before, after) in enumerate(pairwise(rows), start=1):
         busy_s = (after.busy_ratio or 0.0) * (after.at_ns - before.at_ns) / NS_PER_S
         energy_j[place] = energy_j[place - 1] + design_power_w * busy_s
-    return _exact(what, [row.at_ns for row in rows], energy_j, [])
+    return exact(what, [row.at_ns for row in rows], energy_j, [])
 
 
 def update_period_s(changes: Iterable[CounterChange], gpu: int, span: Span) -> float:
@@ -431,6 +361,7 @@ def update_period_s(changes: Iterable[CounterChange], gpu: int, span: Span) -> f
     return statistics.fmean(item for item in spacings if item <= longest_ns) / NS_PER_S
 
 
-def _exact(what: str, at_ns: Sequence[int], energy_j: Sequence[float], holes: Sequence[Hole]) -> Curve:
+def exact(what: str, at_ns: Sequence[int], energy_j: Sequence[float], holes: Sequence[Hole]) -> Curve:
+    """A curve whose knots lie at known moments."""
     times = tuple(at_ns)
     return Curve(what, times, times, times, tuple(energy_j), tuple(holes))

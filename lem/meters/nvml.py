@@ -55,8 +55,8 @@ class GpuFacts:
     index: int  # NVML's order (PCI bus), which may differ from CUDA's
     uuid: str  # `GPU-…`, the one name that NVML, CUDA and containers agree on
     name: str
-    memory_b: int  # total device memory
-    compute_capability: tuple[int, int]  # (major, minor)
+    memory_b: int | None  # total device memory; None where it shares that of the machine (unified memory)
+    compute_capability: tuple[int, int] | None  # (major, minor)
 
 
 def find_gpus() -> tuple[GpuFacts, ...]:
@@ -68,10 +68,12 @@ def find_gpus() -> tuple[GpuFacts, ...]:
         for index, uuid in enumerate(gpu_uuids(nvml)):
             with contextlib.suppress(nvml.NVMLError):
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
-                name, memory = _text(nvml.nvmlDeviceGetName(handle)), nvml.nvmlDeviceGetMemoryInfo(handle)
-                capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle))
+                name = _text(nvml.nvmlDeviceGetName(handle))
+                memory = _ask_or_none(nvml, "nvmlDeviceGetMemoryInfo", handle)
+                capability = _ask_or_none(nvml, "nvmlDeviceGetCudaComputeCapability", handle)
                 if uuid is not None:
-                    found.append(GpuFacts(index, uuid, name, int(memory.total), capability))
+                    total_b = None if memory is None else int(memory.total)
+                    found.append(GpuFacts(index, uuid, name, total_b, capability and tuple(capability)))
         return tuple(found)
 
 
@@ -119,8 +121,8 @@ class GpuState:
     index: int  # NVML's
     uuid: str
     name: str
-    memory_total_b: int
-    memory_used_b: int  # by all processes and by the driver itself
+    memory_total_b: int | None  # None where it shares that of the machine (unified memory)
+    memory_used_b: int | None  # by all processes and by the driver itself
     processes: tuple[GpuProcess, ...]
 
 
@@ -144,27 +146,42 @@ def read_gpus() -> GpuReading:
         driver, error = None, None
         try:
             driver = _text(nvml.nvmlSystemGetDriverVersion())
-            gpus.extend(_state(nvml, index) for index in range(nvml.nvmlDeviceGetCount()))
+            count = int(nvml.nvmlDeviceGetCount())
         except nvml.NVMLError as failure:
-            error = str(failure)
+            count, error = 0, str(failure)
+        for index in range(count):
+            try:
+                gpus.append(_state(nvml, index))
+            except nvml.NVMLError as failure:  # noqa: PERF203 (a GPU that fails hides no other)
+                error = error or str(failure)
     return GpuReading(tuple(gpus), driver, error)
 
 
 def _state(nvml: Any, index: int) -> GpuState:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    memory = _ask_or_none(nvml, "nvmlDeviceGetMemoryInfo", handle)
     processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
     return GpuState(
         index=index,
         uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
         name=_text(nvml.nvmlDeviceGetName(handle)),
-        memory_total_b=int(memory.total),
-        memory_used_b=int(memory.used),
+        memory_total_b=None if memory is None else int(memory.total),
+        memory_used_b=None if memory is None else int(memory.used),
         processes=tuple(
             GpuProcess(int(item.pid), None if item.usedGpuMemory is None else int(item.usedGpuMemory))
             for item in processes
         ),
     )
+
+
+def _ask_or_none(nvml: Any, function: str, handle: Any) -> Any:
+    """What a function says of a GPU; None if the GPU does not support it. Raises NVMLError: the GPU is lost."""
+    try:
+        return getattr(nvml, function)(handle)
+    except nvml.NVMLError as error:
+        if error.value in _LOST:
+            raise
+        return None
 
 
 def gpu_uuids(nvml: Any) -> tuple[str | None, ...]:
@@ -208,7 +225,12 @@ def _text(value: str | bytes) -> str:
 
 # nvml.h; by number, since a pynvml beside an engine may be older than the names.
 _POWER_INSTANT = 186  # NVML_FI_DEV_POWER_INSTANT, mW
+_POWER_AVERAGE = 185  # NVML_FI_DEV_POWER_AVERAGE, mW: a mean over 1 s, on Ampere and later without GA100
 _ENERGY = 191  # NVML_FI_DEV_ENERGY, mJ
+# NVML_FI_DEV_CLOCKS_EVENT_REASON_{SW_THERM_SLOWDOWN, HW_THERM_SLOWDOWN, HW_POWER_BRAKE_SLOWDOWN}: ns in total.
+_SLOWDOWNS = (269, 270, 271)
+_THERMAL_POLICY = 1  # NVML_PERF_POLICY_THERMAL
+_FIRST_WITH_AVERAGE = (8, 6)  # before it nvmlDeviceGetPowerUsage is no mean over 1 s (NVML reference)
 _SCOPES = {EnergyScope.GPU: 0, EnergyScope.MODULE: 1}  # NVML_POWER_SCOPE_GPU, NVML_POWER_SCOPE_MODULE
 _VALUE_MEMBERS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")  # in the order of nvmlValueType_t
 _TEMPERATURE_GPU = 0
@@ -238,6 +260,7 @@ class NvmlMeter:
                 self._newer("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
             ),
             "processes": lambda: tuple(sorted(int(it.pid) for it in self._ask("nvmlDeviceGetComputeRunningProcesses"))),
+            "limit": self._power_limit_w,
         }
         self.header = self._look()
 
@@ -246,16 +269,16 @@ class NvmlMeter:
         """Whether NVML has found the GPU at least once."""
         return self._handle is not None
 
-    @property
-    def has_counter(self) -> bool:
-        return "counter" in self._readers
+    def has(self, what: str) -> bool:
+        """Whether there is such a meter."""
+        return what in self._readers
 
     def read(self, what: str) -> Any:
         """What a meter reads now.
 
         They are `counter` (mJ), `power` (W), `temperature` (°C), `sm_clock` (Hz), `utilisation` (a share of 1),
-        `memory` (bytes), `events` (the bits of nvmlClocksEventReasons), and `processes`: those with a compute context,
-        as the host numbers them, in order.
+        `memory` (bytes), `events` (the bits of nvmlClocksEventReasons), `processes`: those with a compute context, as
+        the host numbers them, in order; `limit`, `average` and `slowed`: see `GpuSecond`.
         """
         if what not in self._readers:
             why = self.header.counter_error if what == "counter" else self.header.power_error
@@ -293,6 +316,8 @@ class NvmlMeter:
             mig_mode=mig_mode,
             energy_scope=scope,
             power_source=power_source,
+            average_source=self._keep_first("average", self._averages(scope))[0] or "none",
+            counts_slowdowns=self._keep_first("slowed", self._slowdowns())[0] is not None,
             **errors,
         )
 
@@ -323,6 +348,20 @@ class NvmlMeter:
         _, counter_failure = self._keep_first("counter", counters)
         source, power_failure = self._keep_first("power", powers)
         return source, {"counter": counter_failure, "power": power_failure}
+
+    def _averages(self, scope: EnergyScope) -> dict[str, Callable[[], Any]]:
+        """The ways to read a mean over 1 s, which sees all that a sensor of 25 in 100 ms misses."""
+        ways: dict[str, Callable[[], Any]] = {"field": lambda: self._field(_POWER_AVERAGE, scope) / 1e3}
+        capability = self._call_or_none("nvmlDeviceGetCudaComputeCapability", self._handle)
+        if scope is EnergyScope.GPU and (capability is None or tuple(capability) >= _FIRST_WITH_AVERAGE):
+            ways["usage"] = lambda: float(self._ask("nvmlDeviceGetPowerUsage") / 1e3)
+        return ways
+
+    def _slowdowns(self) -> dict[str, Callable[[], Any]]:
+        return {
+            "fields": lambda: sum(self._field(field, EnergyScope.GPU) for field in _SLOWDOWNS) / 1e9,
+            "violations": lambda: self._ask("nvmlDeviceGetViolationStatus", _THERMAL_POLICY).violationTime / 1e9,
+        }
 
     def _keep_first(self, what: str, ways: Mapping[str, Callable[[], Any]]) -> tuple[str | None, MeterFailure | None]:
         """Keep the first way that gives a value; its name, or why the first of all did not."""
@@ -367,8 +406,7 @@ class NvmlMeter:
 
     def _power_limit_w(self) -> float | None:
         for function in ("nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetPowerManagementLimit"):
-            limit_mw = self._call_or_none(function, self._handle)
-            if limit_mw is not None:
+            if limit_mw := self._call_or_none(function, self._handle):  # 0 is a limit that is not known
                 return float(limit_mw) / 1e3
         return None
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
-from lem.meters.curve import SAME_COUNTER_UJ
-from lem.meters.samples import RaplZone
+from lem.base.reasons import Reason
+from lem.base.units import NS_PER_S
+from lem.meters.curve import Curve, Hole, Span, exact
+from lem.meters.samples import RaplReading, RaplZone
 
 POWERCAP = Path("/sys/class/powercap")
 PACKAGE = "package"
@@ -160,6 +164,100 @@ def _why(error: OSError | ValueError) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else f"no number: {error}"
 
 
+# Energy by the readings of a zone
+
+# More than any CPU package draws whose limits are lower or unknown.
+_MOST_PACKAGE_W = 1000.0
+_LIMIT_MARGIN = 1.2
+_RAPL_UPDATE_S = 0.01  # counters are updated about every millisecond, so that a step may hold more than its time
+_LEAST_STILL_S = 0.5  # two readings that follow each other at once may be equal
+# Two readings of one counter, one right after the other, lie at most an update or two apart.
+_SAME_COUNTER_UJ = 2_000_000
+_SAME_ROUND_S = 0.25  # zones are read one after the other, once a second
+
+
+def rapl_curve(
+    readings: Iterable[RaplReading], zone: int, max_uj: int, what: str, limit_w: float | None = None
+) -> Curve:
+    """A powercap zone without its wraps at `max_energy_range_uj`; what it cannot have drawn is a hole."""
+    rows = [row for row in readings if row.zone == zone]
+    energy_j = [0.0] * len(rows)
+    holes: list[Hole] = []
+    for place, (before, after) in enumerate(pairwise(rows), start=1):
+        step = rapl_step_j(before, after, max_uj, what, limit_w)
+        energy_j[place] = energy_j[place - 1] + (0.0 if isinstance(step, Reason) else step)
+        if isinstance(step, Reason):
+            since_ns = before.at_ns
+            if holes and holes[-1].span.closed_ns == since_ns and holes[-1].reason.code == step.code == "zone_still":
+                since_ns = holes.pop().span.opened_ns
+                step = Reason.of("zone_still", what=what, gap_s=(after.at_ns - since_ns) / NS_PER_S)
+            holes.append(Hole(Span(since_ns, after.at_ns), step))
+    return exact(what, [row.at_ns for row in rows], energy_j, holes)
+
+
+def rapl_step_j(
+    before: RaplReading, after: RaplReading, max_uj: int, what: str, limit_w: float | None = None
+) -> float | Reason:
+    """The energy between two readings of a powercap zone; the reason if it cannot be had.
+
+    A zone cannot have drawn nothing at all, nor more than the larger of 1 kW and 1.2 x its largest limit; in a time in
+    which that is more than its range, it may have wrapped twice.
+    """
+    length_s, step_uj = (after.at_ns - before.at_ns) / NS_PER_S, after.energy_uj - before.energy_uj
+    most_w = max(_MOST_PACKAGE_W, _LIMIT_MARGIN * (limit_w or 0.0))
+    most_uj = most_w * (length_s + _RAPL_UPDATE_S) * 1e6
+    if length_s * most_w > max_uj / 1e6:
+        return Reason.of("zone_hole", what=what, gap_s=length_s)
+    if step_uj == 0 and length_s >= _LEAST_STILL_S:
+        return Reason.of("zone_still", what=what, gap_s=length_s)
+    if step_uj > most_uj:
+        return Reason.of("zone_leapt", what=what, step_j=step_uj / 1e6, gap_s=length_s, most_w=most_w)
+    if step_uj < 0 and not 0 <= step_uj + max_uj <= most_uj:
+        return Reason.of(
+            "zone_fell", what=what, before_j=before.energy_uj / 1e6, after_j=after.energy_uj / 1e6, max_j=max_uj / 1e6
+        )
+    return (step_uj if step_uj >= 0 else step_uj + max_uj) / 1e6
+
+
+def distinct_zones(readings: Iterable[RaplReading], names: Mapping[int, str]) -> tuple[int, ...]:
+    """Of zones (place: name), those without the dies whose readings are always those of another die of their socket.
+
+    Some kernels show the counter of an AMD socket once for each of its dies (mended in 2024: "perf/x86/rapl: Fix the
+    energy-pkg event for AMD CPUs"). Dies with counters of their own differ.
+    """
+    rows: dict[int, list[RaplReading]] = {place: [] for place in names}
+    for row in readings:
+        if row.zone in rows:
+            rows[row.zone].append(row)
+    kept: list[int] = []
+    for place in sorted(rows, key=lambda place: (-len(rows[place]), place)):
+        socket = _socket_of(names[place])
+        if not any(_socket_of(names[other]) == socket and _are_one(rows[place], rows[other]) for other in kept):
+            kept.append(place)
+    return tuple(sorted(kept))
+
+
+def _socket_of(name: str) -> str:
+    """`package-0` of `package-0-die-1/dram`."""
+    return name.partition("-die-")[0].partition(" (")[0]
+
+
+def _are_one(rows: Sequence[RaplReading], others: Sequence[RaplReading]) -> bool:
+    """Whether two zones were read as one counter would be, which is read again some microseconds later."""
+    times = [row.at_ns for row in others]
+    compared = 0
+    for row in rows:
+        near = others[min(bisect_left(times, row.at_ns), len(others) - 1)] if others else row
+        apart_s = abs(near.at_ns - row.at_ns) / NS_PER_S
+        if apart_s < _SAME_ROUND_S:
+            compared += 1
+            if abs(near.energy_uj - row.energy_uj) > _SAME_COUNTER_UJ + _MOST_PACKAGE_W * apart_s * 1e6:
+                return False
+    return compared >= 2
+
+
+# Load and design power
+
 PROC_STAT = Path("/proc/stat")
 
 # Fields of the first line of /proc/stat (proc_stat(5)): user nice system idle iowait irq softirq steal guest …;
@@ -209,7 +307,7 @@ def find_tdp(asked_w: float | None, root: Path = POWERCAP) -> tuple[float | None
 def _counted_once(packages: Sequence[ZoneFolder]) -> list[ZoneFolder] | None:
     """The packages without dies that repeat the counter of their socket; None if that cannot be told.
 
-    See `lem.meters.curve.distinct_zones`. A counter that is still at 0 tells nothing.
+    See `distinct_zones`. A counter that is still at 0 tells nothing.
     """
     counted: list[tuple[ZoneFolder, int]] = []
     for zone in packages:
@@ -221,7 +319,7 @@ def _counted_once(packages: Sequence[ZoneFolder]) -> list[ZoneFolder] | None:
             energy_uj = opened.read_uj()
             socket = zone.name.partition("-die-")[0]
             others = (uj for other, uj in counted if other.name.startswith(f"{socket}-die-") and uj)
-            if energy_uj and any(abs(energy_uj - other_uj) <= SAME_COUNTER_UJ for other_uj in others):
+            if energy_uj and any(abs(energy_uj - other_uj) <= _SAME_COUNTER_UJ for other_uj in others):
                 continue
         counted.append((zone, energy_uj))
     return [zone for zone, _ in counted]

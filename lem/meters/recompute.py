@@ -11,7 +11,7 @@ from typing import Any
 from lem.base import measurement as names
 from lem.base.measurement import EnergySource
 from lem.config.experiment import ExperimentConfig
-from lem.meters.attempt import AttemptLog, Baselines, choose_sources, span_of
+from lem.meters.attempt import AttemptLog, Baselines, choose_sources, span_of, without_still_counters
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import Mark, SampleLog
@@ -57,6 +57,7 @@ def recompute(
     `external` are the readings of the user's own meter, if they still exist. Raises MeterRefused: the log has no meter
     that the configuration demands; it is not the log of this record.
     """
+    log = without_still_counters(log, span_of(marks, names.WINDOW))
     uuids, idle = record.environment.gpu_uuids, record.idle
     load = None if record.validity.engine_reused else span_of(marks, names.LOAD)
     # Processes that were there before the engine was loaded are not the engine's.

@@ -21,7 +21,17 @@ from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.meters import samples
 from lem.meters.nvml import MeterFailure, NvmlMeter, open_nvml
 from lem.meters.rapl import POWERCAP, PROC_STAT, CpuLoadMeter, find_rapl, find_tdp
-from lem.meters.samples import ClockPair, CounterChange, CpuLoad, GpuSample, MeterError, ProcessesSeen, RaplReading, Row
+from lem.meters.samples import (
+    ClockPair,
+    CounterChange,
+    CpuLoad,
+    GpuSample,
+    GpuSecond,
+    MeterError,
+    ProcessesSeen,
+    RaplReading,
+    Row,
+)
 
 # As short as the shortest update period seen (20 to 100 ms), and prime: counters keep whole numbers of milliseconds,
 # and a poll in step with one (100.000 ms on an H200) would see every change equally late. 53 wakings a second cost
@@ -140,7 +150,7 @@ class GpuWatch:
         self._energy_mj: int | None = None
         self._polled_ns = 0
         self._pids: tuple[int, ...] | None = None
-        self._hopeless = {"counter"} if not meter.has_counter else set()
+        self._hopeless = {what for what in ("counter", "average", "slowed") if not meter.has(what)}
         self._hopeless |= {"power"} if meter.header.power_error is not None else set()
         self._is_lost = not meter.is_known
         self._is_failing = self._is_lost
@@ -176,7 +186,14 @@ class GpuWatch:
         )
         return rows if sample == GpuSample(self._place, at_ns) else [*rows, sample]
 
-    def look_at_processes(self) -> list[Row]:
+    def look_each_second(self) -> list[Row]:
+        rows = self._look_at_processes()
+        at_ns = self._clock.monotonic_ns()
+        average_w = self._read("average", rows)
+        state = GpuSecond(self._place, at_ns, self._read("limit", rows), average_w, self._read("slowed", rows))
+        return rows if state == GpuSecond(self._place, at_ns) else [*rows, state]
+
+    def _look_at_processes(self) -> list[Row]:
         rows: list[Row] = []
         at_ns = self._clock.monotonic_ns()
         pids = self._read("processes", rows)
@@ -262,7 +279,7 @@ class _Sampler:
             cpu_tdp_w=tdp_w,
             cpu_tdp_source=tdp_source,
         )
-        self._polls = _Schedule(started_ns, COUNTER_POLL_MS if any(meter.has_counter for meter in meters) else 0)
+        self._polls = _Schedule(started_ns, COUNTER_POLL_MS if any(meter.has("counter") for meter in meters) else 0)
         self._samples = _Schedule(started_ns, options.interval_ms if meters else 0)
         self._seconds = _Schedule(started_ns, samples.SLOW_PERIOD_S * 1000)
         self._clock_pairs = _Schedule(started_ns, _CLOCK_PAIR_MS)
@@ -306,7 +323,7 @@ class _Sampler:
         return ClockPair((opened_ns + self._clock.monotonic_ns()) // 2, utc.isoformat())
 
     def _each_second(self) -> list[Row]:
-        rows = [row for gpu in self._gpus for row in (*gpu.revive(), *gpu.look_at_processes())]
+        rows = [row for gpu in self._gpus for row in (*gpu.revive(), *gpu.look_each_second())]
         return [*rows, *self._read_rapl(), *self._read_load()]
 
     def _read_rapl(self) -> Iterator[Row]:

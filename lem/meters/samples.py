@@ -55,6 +55,10 @@ class GpuHeader:
     mig_mode: bool | None = None
     energy_scope: str = EnergyScope.GPU.value  # or `module`, if the driver answers only for GPU and CPU together
     power_source: str | None = None  # of `GpuSample.power_w`: `instant` (field 186) or `average` (over 1 s on some)
+    # Of `GpuSecond.average_w`: `field` (185), `usage` (nvmlDeviceGetPowerUsage where that is a mean over 1 s), or
+    # `none`; None in logs that do not tell.
+    average_source: str | None = None
+    counts_slowdowns: bool | None = None  # whether `GpuSecond.slowed_s` is read; None in logs that do not tell
     counter_error: str | None = None  # why the energy counter cannot be read
     power_error: str | None = None  # why power cannot be read
 
@@ -121,6 +125,17 @@ class GpuSample:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuSecond:
+    """What is asked of a GPU once a second; what could not be read is None."""
+
+    gpu: int
+    at_ns: int
+    limit_w: float | None = None  # in force now: some are raised under load (Dynamic Boost)
+    average_w: float | None = None  # the mean over the second before
+    slowed_s: float | None = None  # for how long heat or a power brake slowed it, since the driver was loaded
+
+
+@dataclass(frozen=True, slots=True)
 class RaplReading:
     zone: int
     at_ns: int
@@ -161,7 +176,7 @@ class ClockPair:
     utc: str
 
 
-Row = CounterChange | GpuSample | RaplReading | CpuLoad | ProcessesSeen | MeterError | ClockPair
+Row = CounterChange | GpuSample | RaplReading | CpuLoad | ProcessesSeen | MeterError | ClockPair | GpuSecond
 
 # In the order of the fields of `SampleLog`.
 _KINDS: Mapping[str, type[Row]] = {
@@ -172,6 +187,7 @@ _KINDS: Mapping[str, type[Row]] = {
     "p": ProcessesSeen,
     "e": MeterError,
     "t": ClockPair,
+    "g": GpuSecond,
 }
 _LETTERS = {kind: letter for letter, kind in _KINDS.items()}
 # Some fifteen million rows. A damaged or hostile file must not fill the memory; a log above this is refused, never cut.
@@ -201,6 +217,7 @@ class SampleLog:
     processes: tuple[ProcessesSeen, ...] = ()
     errors: tuple[MeterError, ...] = ()
     clocks: tuple[ClockPair, ...] = ()
+    seconds: tuple[GpuSecond, ...] = ()
 
     def rows(self) -> Iterator[Row]:
         """Every row, ordered by time."""
@@ -302,7 +319,7 @@ class _Rows:
                 if self._header is None:
                     header = self._header = _decode_header(value)
                     gpus, zones = len(header.gpus), len(header.zones)
-                    self._places = {"c": gpus, "s": gpus, "p": gpus, "r": zones}
+                    self._places = {"c": gpus, "s": gpus, "p": gpus, "g": gpus, "r": zones}
                 else:
                     row, (letter, place, *_) = _decode_row(value), value
                     if letter in self._places and not 0 <= place < self._places[letter]:

@@ -15,7 +15,7 @@ from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import SENSOR_LAG_S, AttemptLog, measured
 from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span
-from lem.meters.samples import GpuSample
+from lem.meters.samples import GpuHeader, GpuSample, GpuSecond
 from lem.record import Energy, Gpu, Idle, Measured, known
 
 _LIMIT_MARGIN = 1.2  # board power may overshoot its limit briefly, and a limit is kept to a few percent
@@ -34,23 +34,33 @@ def samples_in(samples: Iterable[GpuSample], place: int, span: Span) -> list[Gpu
 
 
 def crosscheck_ratio(attempt: AttemptLog) -> float:
-    """Integrated power over the counter's energy of all GPUs; `NotMeasured` if one of the two cannot be had.
+    """Integrated power over the counter's energy, of the GPU where they differ most; raises as `gpu_crosscheck`."""
+    return max(
+        (gpu_crosscheck(attempt, number) for number in range(len(attempt.sources.gpus))), key=lambda it: abs(it - 1)
+    )
 
-    The first moments of the window are left out, since a sensor of power lags behind. A sensor that sees 25 of every
-    100 ms (A100, H100) can be off by itself on load with a rhythm (Yang et al., SC24): a deviation is only a warning.
+
+def gpu_crosscheck(attempt: AttemptLog, number: int) -> float:
+    """Power over the energy that counts of one GPU; `NotMeasured` if one of the two cannot be had.
+
+    Means over a second are taken where the driver has them. Sampled power is of a sensor that may see 25 of every
+    100 ms (A100, H100), and is off by itself on load with a rhythm near 10 Hz (Yang et al., SC24). The first moments of
+    the window are left out, since a sensor lags behind.
     """
-    window = attempt.window
-    integrated_j = counted_j = 0.0
-    for number, place in enumerate(attempt.sources.gpus):
-        lag_s = SENSOR_LAG_S.get(attempt.log.header.gpus[place].power_source or "", max(SENSOR_LAG_S.values()))
-        inner = Span(window.opened_ns + round(lag_s * NS_PER_S), window.closed_ns)
-        if inner.seconds < _LEAST_CHECKED_S:
-            raise NotMeasured("too_short_to_crosscheck", window_s=window.seconds)
-        counted_j += attempt.gpu_curve(number).between_j(inner)
-        integrated_j += attempt.gpu_power_curve(number).between_j(inner)
+    window, curve, means = attempt.window, attempt.gpu_curve(number), attempt.gpu_mean_curve(number)
+    header = attempt.log.header.gpus[attempt.sources.gpus[number]]
+    lag_s = SENSOR_LAG_S.get("average" if means else header.power_source or "", max(SENSOR_LAG_S.values()))
+    inner: Span | None = Span(window.opened_ns + round(lag_s * NS_PER_S), window.closed_ns)
+    if means is None:
+        means = attempt.gpu_power_curve(number)
+    elif inner is not None:
+        inner = means.whole_inside(inner)  # between two of its readings their means say nothing
+    if inner is None or inner.seconds < _LEAST_CHECKED_S:
+        raise NotMeasured("too_short_to_crosscheck", window_s=window.seconds)
+    counted_j = curve.between_j(inner)
     if counted_j <= 0:
         raise NotMeasured("counter_still")
-    return integrated_j / counted_j
+    return means.between_j(inner) / counted_j
 
 
 def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool | None:
@@ -83,6 +93,21 @@ def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator
             if seen:
                 uuid = attempt.log.header.gpus[place].uuid
                 yield Reason.of("slowdown", uuid=uuid, name=name, bit=bit, seen=seen, samples=len(rows), span=what)
+        slowed_s = _slowed_s(attempt.log.seconds, place, span)
+        if slowed_s > 0 and not any((row.event_mask or 0) & names.SLOWDOWN_MASK for row in rows):
+            uuid = attempt.log.header.gpus[place].uuid
+            yield Reason.of("slowdown_counted", uuid=uuid, slowed_s=slowed_s, span=what)
+
+
+def _slowed_s(seconds: Iterable[GpuSecond], place: int, span: Span) -> float:
+    """For how long a GPU was surely slowed in the span, by its own count: shorter slowdowns are between two samples."""
+    found_s = 0.0
+    rows = [(row.at_ns, row.slowed_s) for row in seconds if row.gpu == place and row.slowed_s is not None]
+    for (before_ns, before_s), (after_ns, after_s) in pairwise(rows):
+        outside_ns = max(0, span.opened_ns - before_ns) + max(0, after_ns - span.closed_ns)
+        if after_ns > span.opened_ns and before_ns < span.closed_ns:
+            found_s += max(0.0, after_s - before_s - outside_ns / NS_PER_S)
+    return found_s
 
 
 def invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> Iterator[Reason]:
@@ -130,6 +155,7 @@ def sample_gap_max_s(attempt: AttemptLog) -> float:
 def warnings_of(attempt: AttemptLog, energy: Energy, idle: Idle) -> Iterator[Reason]:
     if attempt.sources.gpus and not attempt.sources.is_watched:
         yield Reason.of("clocks_unwatched")
+    yield from _fallbacks(attempt)
     if is_estimate(attempt.sources.primary) and energy.cpu_package_energy_j is not None:
         yield Reason.of("energy_estimated")
     if attempt.sources.scope == EnergyScope.MODULE:
@@ -143,6 +169,14 @@ def warnings_of(attempt: AttemptLog, energy: Energy, idle: Idle) -> Iterator[Rea
         yield Reason.of(code, before_w=before_w, after_w=after_w, change_percent=100 * abs(after_w / before_w - 1))
     if attempt.span(names.WINDOW) is not None:
         yield from _meter_warnings(attempt, energy.sample_gap_max_s)
+
+
+def _fallbacks(attempt: AttemptLog) -> Iterator[Reason]:
+    """One reason for each GPU whose counter is there, but stood still."""
+    for place in attempt.sources.gpus:
+        gpu = attempt.log.header.gpus[place]
+        if gpu.counter_error and any(row.gpu == place for row in attempt.log.counters):
+            yield Reason.of("counter_frozen", uuid=gpu.uuid, error=gpu.counter_error)
 
 
 def _meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[Reason]:
@@ -195,7 +229,7 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
         energy_j=energy_j,
         power_mean_w=power_mean_w,
         power_max_w=_max(rows, "power_w", Reason.of("power_not_read") if rows else nothing),
-        power_limit_w=known(header.power_limit_w, untold),
+        power_limit_w=known(_limit_w(attempt, number), untold),
         temp_start_c=known(temps[0][0] if temps else None, silent),
         temp_end_c=known(temps[-1][0] if temps else None, silent),
         temp_max_c=_max(rows, "temp_c", silent),
@@ -221,12 +255,41 @@ def _gpu_j(attempt: AttemptLog, number: int) -> float:
     gpu = attempt.log.header.gpus[attempt.sources.gpus[number]]
     if found_j <= 0:
         raise NotMeasured("no_energy_drawn", energy_j=found_j, window_s=window_s)
-    if gpu.power_limit_w is not None and gpu.energy_scope == EnergyScope.GPU:
-        most_j = _LIMIT_MARGIN * gpu.power_limit_w * window_s
+    limit_w = _limit_w(attempt, number)
+    if limit_w is not None and gpu.energy_scope == EnergyScope.GPU:
+        most_j = _LIMIT_MARGIN * limit_w * window_s
         if found_j > most_j:
-            allowed = {"most_j": most_j, "margin": _LIMIT_MARGIN, "limit_w": gpu.power_limit_w}
+            allowed = {"most_j": most_j, "margin": _LIMIT_MARGIN, "limit_w": limit_w}
             raise NotMeasured("above_power_limit", energy_j=found_j, window_s=window_s, **allowed)
+    _check_against_power(attempt, number, gpu)
     return found_j
+
+
+def _limit_w(attempt: AttemptLog, number: int) -> float | None:
+    """The highest power limit of a GPU up to the window's end; None where it is unknown."""
+    place, window = attempt.sources.gpus[number], attempt.span(names.WINDOW)
+    limits_w = [attempt.log.header.gpus[place].power_limit_w or 0.0, 0.0]
+    closed_ns = 0 if window is None else window.closed_ns + NS_PER_S
+    limits_w += [
+        row.limit_w for row in attempt.log.seconds if row.gpu == place and row.limit_w and row.at_ns <= closed_ns
+    ]
+    return max(limits_w) or None
+
+
+def _check_against_power(attempt: AttemptLog, number: int, gpu: GpuHeader) -> None:
+    """Raises NotMeasured: a second sensor of the GPU says something else, or a partial one has none beside it."""
+    method = attempt.sources.gpu_method
+    if method == EnergySource.INSTANT_POWER and gpu.average_source == "none":
+        raise NotMeasured("power_unconfirmed", uuid=gpu.uuid)
+    if method == EnergySource.INSTANT_POWER and attempt.gpu_mean_curve(number) is None:
+        return
+    ratio = measured(lambda: gpu_crosscheck(attempt, number)).value
+    if ratio is None or method == EnergySource.AVERAGE_POWER:
+        return
+    if method == EnergySource.INSTANT_POWER and abs(ratio - 1) > names.CROSSCHECK_TOLERANCE:
+        raise NotMeasured("power_disputed", uuid=gpu.uuid, ratio=ratio)
+    if abs(ratio - 1) > names.CROSSCHECK_FAILED:
+        raise NotMeasured("crosscheck_failed", uuid=gpu.uuid, ratio=ratio)
 
 
 def _weighted(attempt: AttemptLog, place: int, span: Span | None) -> list[_Weighted]:

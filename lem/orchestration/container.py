@@ -73,8 +73,10 @@ def judge(service: str, reading: GpuReading, own_pids: Collection[int], threshol
     """The health of a container with a GPU; memory of lem's own processes, as the host numbers them, does not count."""
     if (lost := gpu_loss(reading)) is not None:
         return ContainerHealthStatus(service, healthy=False, reason=lost.text)
-    used_gb = sum(gpu.memory_used_b for gpu in reading.gpus) / _GB
-    total_gb = sum(gpu.memory_total_b for gpu in reading.gpus) / _GB
+    used_gb = sum(gpu.memory_used_b or 0 for gpu in reading.gpus) / _GB
+    total_gb = sum(gpu.memory_total_b or 0 for gpu in reading.gpus) / _GB
+    if not total_gb:
+        return ContainerHealthStatus(service, healthy=True, reason="it answers; its GPUs share the machine's memory")
     worst = max(reading.gpus, key=lambda gpu: _foreign_pct(gpu, own_pids))
     worst_pct = _foreign_pct(worst, own_pids)
     healthy = worst_pct < threshold_pct
@@ -93,7 +95,7 @@ def _foreign_pct(gpu: GpuState, own_pids: Collection[int]) -> float:
     NVIDIA's driver counts contexts in `memory_used_b` and in the processes' shares alike. Some drivers report no
     shares; all memory is then lem's if all processes are.
     """
-    if gpu.memory_total_b <= 0:
+    if not gpu.memory_total_b or gpu.memory_used_b is None:
         return 0.0
     own = [item for item in gpu.processes if item.pid in own_pids]
     if own and len(own) == len(gpu.processes) and any(item.memory_b is None for item in own):

@@ -6,6 +6,7 @@ A sampler in another process writes the log. Here it is only read, before and af
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.meters import samples
-from lem.meters.attempt import AttemptLog, Baselines, Sources, choose_sources, span_of
+from lem.meters.attempt import AttemptLog, Baselines, Sources, choose_sources, span_of, without_still_counters
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.external import ExternalReadings, is_short_of, read_external
@@ -127,7 +128,9 @@ class Metering:
 
         Raises MeterRefused: the configuration demands energy that cannot be measured here.
         """
-        self.sources = choose_sources(self.config, self.read().header, gpu_uuids, foreign=self.foreign)
+        self._gpu_uuids = tuple(gpu_uuids)
+        log = without_still_counters(self.read(), span_of(self.marks, measurement.WINDOW))
+        self.sources = choose_sources(self.config, log.header, gpu_uuids, foreign=self.foreign)
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
@@ -198,7 +201,11 @@ class Metering:
         return abs(last_w - before_w) < SETTLE_TOLERANCE * before_w
 
     def window_floor_s(self) -> float:
-        """The minimum length of the window: as configured, and long enough for the meter of the GPUs."""
+        """The minimum length of the window: as configured, and long enough for the meter of the GPUs.
+
+        Raises as `choose`: a counter has stood still under the load of the warm-up.
+        """
+        self.choose(self._gpu_uuids)
         period_s = 0.0
         if self.sources.gpu_method == EnergySource.COUNTER:
             period_s = self._counter_period_s()
@@ -310,12 +317,23 @@ class Metering:
         external = None if path is None else self._external_readings(Path(path), log, measured)
         if self.config.timeseries.save and (path is not None or self._reader is not None):
             samples.write_finished(folder / samples.FINISHED_FILENAME, log, self.marks)
+        log = without_still_counters(log, span_of(self.marks, measurement.WINDOW))
+        self._choose_again()
         return measure(
             AttemptLog(log, tuple(self.marks), self.sources, self.baselines, is_steady_mode),
             window_repeats=measured.repeats,
             external=external,
             own_pids=self.own_pids,
         )
+
+    def _choose_again(self) -> None:
+        """Choose after the window, in which a counter may have stood still: then there is no going back."""
+        try:
+            self.choose(self._gpu_uuids)
+        except MeterRefused as error:
+            why = Reason.of("sampler_reports", error=error.message)
+            reasons = {**self.sources.reasons, "gpu": why, "primary": why}
+            self.sources = dataclasses.replace(self.sources, gpu_method=None, primary=None, scope=None, reasons=reasons)
 
     def _external_readings(self, path: Path, log: SampleLog, measured: MeasuredWindow) -> ExternalReadings:
         """The readings of the user's own meter, waited for until they cover the window.

@@ -21,10 +21,14 @@ from pathlib import Path
 
 from lem.base.errors import LemError
 from tests.doubles.nvml.library import NvmlDouble
+from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Sensor
 from tests.truth_rig import Course, Package, Scene, play
 
 WITHIN = 0.01
 ROOT = Path(__file__).resolve().parents[2]
+UUID = "GPU-11111111-2222-3333-4444-555555555555"
+OTHER = "GPU-99999999-2222-3333-4444-555555555555"
+FROZEN = Counter(period_s=1e9)
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,75 @@ RAPL = (
 )
 
 
-ROWS = RAPL
+def _gpu(**changes: object) -> GpuTrace:
+    usual = GpuTrace(uuid=UUID, load=Load("", 90.0, 410.0, 0.01, 0.01), counter=Counter(period_s=0.1, phase_s=0.03))
+    return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
+
+
+def _on(*gpus: GpuTrace, **changes: object) -> Scene:
+    return dataclasses.replace(Scene(gpus=gpus), **changes)  # type: ignore[arg-type]
+
+
+def _boosted(_at_s: float) -> tuple[str, ...]:
+    return ("gpu 0", "power_limit 140")
+
+
+def _blink(at_s: float) -> tuple[str, ...]:
+    """20 ms of hardware thermal slowdown, between two samples."""
+    return ("gpu 0", f"events {at_s + 5.035!r} {at_s + 5.055!r} 0x40")
+
+
+_BURSTS = Load("", 90.0, 250.0, 0.0, 0.0, ripples=((160.0, 10.0, 1.6),))
+_LAPTOP = Load("", 20.0, 139.5, 0.01, 0.01)
+
+GPU = (
+    *(
+        Row(f"nvml, counter of {period_s:g} s", _on(_gpu(counter=Counter(period_s=period_s, phase_s=period_s / 3))))
+        for period_s in (0.02, 0.1, 0.5, 1.0)
+    ),
+    Row("nvml, counter 50 ms behind", _on(_gpu(counter=Counter(period_s=0.1, lag_s=0.05)))),
+    Row("nvml, counter 100 ms behind", _on(_gpu(counter=Counter(period_s=0.1, lag_s=0.1)))),
+    Row("nvml, unified memory", _on(_gpu(more=("fail nvmlDeviceGetMemoryInfo 3",)))),
+    Row("nvml, capability cannot be asked", _on(_gpu(more=("fail nvmlDeviceGetCudaComputeCapability 999",)))),
+    Row("nvml, beside a GPU that fails", _on(_gpu(uuid=OTHER, more=("fail * 999",)), _gpu(), in_use=(1,))),
+    Row("nvml, limit boosted in the window", _on(_gpu(load=_LAPTOP, power_limit_w=115.0), at_window=_boosted)),
+    Row("nvml, limit of 0", _on(_gpu(power_limit_w=0.0))),
+    Row("nvml, counter frozen, power sampled", _on(_gpu(counter=FROZEN)), 0.05, warnings=("counter_frozen",)),
+    Row(
+        "nvml, counter frozen, no power",
+        _on(_gpu(counter=FROZEN, instant=None, average=None)),
+        None,
+        ("gpu_unreadable",),
+    ),
+    Row("nvml, no counter", _on(_gpu(counter=None))),
+    Row("nvml, no counter, averages alone", _on(_gpu(counter=None, instant=None))),
+    Row(
+        "nvml, power at half the counter's rate",
+        _on(_gpu(instant=Sensor(gain=0.5), average=Sensor(window_s=1.0, gain=0.5))),
+        None,
+        ("crosscheck_failed",),
+    ),
+    Row("nvml, counter at half the power's rate", _on(_gpu(counter=Counter(gain=0.5))), None, ("crosscheck_failed",)),
+    Row("nvml, no counter, bursts of 10 Hz", _on(_gpu(counter=None, load=_BURSTS)), None, ("power_disputed",)),
+    Row(
+        "nvml, driver reloaded in the window",
+        _on(_gpu(), at_window=lambda at_s: ("gpu 0", f"reset {at_s + 5.0!r}")),
+        None,
+        ("counter_reset",),
+    ),
+    Row("nvml, slowdown between two samples", _on(_gpu(), at_window=_blink), None, ("slowdown_counted",)),
+    Row(
+        "nvml, slowdown between two samples, violations alone",
+        _on(_gpu(more=("fail nvmlDeviceGetFieldValues 13",)), at_window=_blink),
+        None,
+        ("slowdown_counted",),
+    ),
+    Row("nvml, above the power limit", _on(_gpu(power_limit_w=200.0)), None, ("above_power_limit",)),
+    Row("nvml, MIG", _on(_gpu(mig=True)), None, ("mig_board",)),
+)
+
+
+ROWS = (*RAPL, *GPU)
 
 
 def run(row: Row, folder: Path) -> Result:

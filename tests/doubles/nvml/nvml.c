@@ -32,6 +32,7 @@
  * Its state:
  *   temperature 30                      thermal 28 0.08 20          ambient, degrees per W, time constant
  *   events 10 12.5 0x40                 clock-event bits from one time to another
+ *   slowdown_counters 0                 how long they lasted is not counted, in no field and by no violation
  *   sm_clock 0 1980                     since when, MHz             memory_clock 2619
  *   utilisation 0 50                    since when, percent; of a load it follows without being told
  *   power_limit 700                     enforced_limit 650          persistence 1            mig 0, 1 or none
@@ -48,15 +49,18 @@
 #include <string.h>
 #include <time.h>
 
-enum { FIELD_ENERGY_OF_GPU = 83, FIELD_POWER_AVERAGE = 185, FIELD_POWER_INSTANT = 186, FIELD_LIMIT = 190, FIELD_ENERGY = 191 };
+enum { FIELD_ENERGY_OF_GPU = 83, FIELD_POWER_AVERAGE = 185, FIELD_POWER_INSTANT = 186, FIELD_LIMIT = 190, FIELD_ENERGY = 191,
+       FIELD_SOFT_THERMAL = 269, FIELD_HARD_THERMAL = 270, FIELD_POWER_BRAKE = 271 };
 enum { SCOPE_GPU = 0, SCOPE_MODULE = 1 };
 enum { TYPE_UNSIGNED_INT = 1, TYPE_UNSIGNED_LONG_LONG = 3 };
+enum { POLICY_THERMAL = 1 };
 enum { CLOCK_MEMORY = 2, CLOCKS = 4, FEATURE_DISABLED = 0, FEATURE_ENABLED = 1 };
 
 typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned int version; unsigned long long total, reserved, free, used; } MemoryV2;
 typedef struct { unsigned int version, sensor; int temperature; } TemperatureV1;
 typedef struct { unsigned int gpu, memory; } Utilisation;
+typedef struct { unsigned long long reference_us, violation_ns; } Violation;
 typedef struct {
     char legacy_id[16];
     unsigned int domain, bus, device, device_id, subsystem_id;
@@ -343,6 +347,28 @@ static unsigned int limit_of(const Gpu *gpu, int is_enforced)
     return (unsigned int)((is_enforced && gpu->enforced_limit > 0 ? gpu->enforced_limit : gpu->power_limit) * 1000 + 0.5);
 }
 
+/* For how long clock events with one of these bits lasted until now, in ns. */
+static unsigned long long slowed_ns(const Script *script, const Gpu *gpu, unsigned long long mask)
+{
+    double at = time_of(script), total = 0;
+    for (unsigned int k = 0; k < gpu->events; k++)
+        if (gpu->event[k].mask & mask && gpu->event[k].from < at)
+            total += fmin(at, gpu->event[k].to) - fmax(0, gpu->event[k].from);
+    return (unsigned long long)(total * 1e9);
+}
+
+int nvmlDeviceGetViolationStatus(void *handle, int policy, Violation *violation)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS && (gpu->counts_no_slowdowns || policy != POLICY_THERMAL))
+        return NOT_SUPPORTED;
+    if (code == SUCCESS)
+        *violation = (Violation){(unsigned long long)(time_of(&script) * 1e6), slowed_ns(&script, gpu, 0x60)};
+    return code;
+}
+
 static int give_field(const Script *script, const Gpu *gpu, FieldValue *field)
 {
     unsigned int due = gpu->is_module ? SCOPE_MODULE : SCOPE_GPU;
@@ -361,6 +387,12 @@ static int give_field(const Script *script, const Gpu *gpu, FieldValue *field)
         field->type = TYPE_UNSIGNED_LONG_LONG;
         return field->scope != due || (gpu->is_module && field->field == FIELD_ENERGY_OF_GPU)
             ? NOT_SUPPORTED : give_energy(script, gpu, &field->value.unsigned_long_long);
+    case FIELD_SOFT_THERMAL:
+    case FIELD_HARD_THERMAL:
+    case FIELD_POWER_BRAKE:
+        field->type = TYPE_UNSIGNED_LONG_LONG;
+        field->value.unsigned_long_long = slowed_ns(script, gpu, 0x20ULL << (field->field - FIELD_SOFT_THERMAL));
+        return gpu->counts_no_slowdowns ? NOT_SUPPORTED : SUCCESS;
     default:
         return NOT_SUPPORTED;
     }

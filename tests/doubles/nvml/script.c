@@ -152,6 +152,8 @@ static int take_state(Gpu *gpu, const Line *line)
         gpu->event[gpu->events++].mask = (unsigned long long)n[2];
         return 1;
     }
+    if (!strcmp(word, "slowdown_counters"))
+        return line->count == 1 && (gpu->counts_no_slowdowns = n[0] == 0, 1);
     if (!strcmp(word, "sm_clock"))
         return take_step(gpu->sm_clock, &gpu->sm_clocks, line);
     if (!strcmp(word, "utilisation"))

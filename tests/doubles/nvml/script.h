@@ -36,7 +36,7 @@ typedef struct {
     Load load;
     Counter counter;
     Sensor instant, average;
-    int has_power, is_module, persistence, mig; /* mig: UNKNOWN where it is not supported */
+    int has_power, is_module, counts_no_slowdowns, persistence, mig; /* mig: UNKNOWN where it is not supported */
     double ambient, per_watt, thermal_tau, temperature; /* tau 0: the temperature is constant */
     double power_limit, enforced_limit, memory_clock;   /* enforced 0: as the other */
     int lost_code;                                      /* SUCCESS while it is there */

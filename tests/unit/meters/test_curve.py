@@ -13,9 +13,9 @@ from lem.meters.curve import (
     Span,
     counter_curve,
     power_curve,
-    rapl_curve,
     update_period_s,
 )
+from lem.meters.rapl import rapl_curve
 from lem.meters.samples import CounterChange, GpuSample, RaplReading
 
 POLL_S = 0.02

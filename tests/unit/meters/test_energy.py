@@ -10,11 +10,11 @@ import pytest
 from lem.base import measurement as names
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
-from lem.meters.attempt import AttemptLog, Baselines
+from lem.meters.attempt import AttemptLog, Baselines, without_still_counters
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
-from lem.meters.samples import CpuLoad, Mark, MeterError, ProcessesSeen
+from lem.meters.samples import CpuLoad, GpuSecond, Mark, MeterError, ProcessesSeen
 from lem.record import Energy, Gpu, Idle, Measured, Work
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor
 from tests.doubles.powercap import Zone
@@ -580,3 +580,61 @@ def test_nothing_is_assumed_about_grid_site_or_price() -> None:
     assert without_site.co2e_g is None
     assert without_site.null_reasons["co2e_g"].code == "pue_not_given"
     assert carbon(None, grid_g_per_kwh=300, pue=1.5).null_reasons["co2e_g"] == LOST
+
+
+def test_a_sampler_that_paused_does_not_make_a_counter_stand_still() -> None:
+    attempt = gpu_attempt(gaps=[(16.0, 21.0)])
+    assert without_still_counters(attempt.log, Span(at(15.0), at(25.0))) == attempt.log
+
+
+def test_a_counter_that_stands_still_at_the_end_of_the_window_is_not_used() -> None:
+    attempt = gpu_attempt()
+    frozen = attempt.with_log(counters=tuple(row for row in attempt.log.counters if row.at_ns < at(20.0)))
+    settled = dataclasses.replace(frozen, log=without_still_counters(frozen.log, Span(at(15.0), at(25.0))))
+    found = settled.measured()
+    assert found.energy.energy_source == "power_instant_integral"
+    assert found.energy.gpu_energy_j == pytest.approx(3000, rel=0.01)
+    assert "counter_frozen" in [warning.code for warning in found.warnings]
+
+
+@pytest.mark.parametrize(("average_w", "code"), [(300.0, None), (330.0, "power_disputed"), (None, None)])
+def test_sampled_power_that_means_over_a_second_dispute_is_null(average_w: float | None, code: str | None) -> None:
+    attempt = gpu_attempt(counter=None)
+    seconds = tuple(GpuSecond(0, at(second), average_w=average_w) for second in range(35)) if average_w else ()
+    found = attempt.with_log(seconds=seconds).measured().energy
+    reason = found.null_reasons.get("gpu_energy_j")
+    assert (reason and reason.code) == code
+
+
+def test_one_partial_sensor_alone_is_not_believed() -> None:
+    found = gpu_attempt(counter=None).with_gpu_header(average_source="none").measured().energy
+    assert found.null_reasons["gpu_energy_j"].code == "power_unconfirmed"
+
+
+@pytest.mark.parametrize(
+    ("uuid_limits_w", "most_w"), [((115.0, 400.0), 400.0), ((0.0, None), None), ((None, 0.0), None)]
+)
+def test_the_highest_limit_in_force_is_the_limit(
+    uuid_limits_w: tuple[float | None, float | None], most_w: float | None
+) -> None:
+    before_w, within_w = uuid_limits_w
+    attempt = gpu_attempt().with_gpu_header(power_limit_w=before_w)
+    found = attempt.with_log(seconds=(GpuSecond(0, at(17.0), limit_w=within_w),)).measured()
+    assert (found.gpus[0].power_limit_w, found.energy.gpu_energy_j is not None) == (most_w, True)
+
+
+@pytest.mark.parametrize(
+    ("slowed_s", "inside_s"),
+    [
+        ((0.0, 0.0, 0.02, 0.02), 0.02),  # wholly within the window
+        ((0.0, 0.3, 0.3, 0.3), None),  # may have been before it
+        ((0.0, 0.8, 0.8, 0.8), 0.3),  # more than fits before it
+        ((0.0, 0.0, 0.0, 0.5), None),  # may have been after it
+    ],
+)
+def test_slowdowns_that_were_counted_make_a_window_invalid(slowed_s: tuple[float, ...], inside_s: float | None) -> None:
+    times = (14.5, 15.5, 24.5, 25.5)
+    seconds = tuple(GpuSecond(0, at(time_s), slowed_s=value) for time_s, value in zip(times, slowed_s, strict=True))
+    reasons = gpu_attempt().with_log(seconds=seconds).measured().invalid_reasons
+    found = [reason.data["slowed_s"] for reason in reasons if reason.code == "slowdown_counted"]
+    assert found == ([] if inside_s is None else [pytest.approx(inside_s)])

@@ -99,7 +99,7 @@ def test_a_deprecated_function_is_called_only_where_the_new_one_is_absent(
 def test_why_there_is_no_counter_is_told_with_what_to_do(code: int, words: str) -> None:
     meter = NvmlMeter(FakeNvml(failures={COUNTER: code}), "GPU-a")
     assert words in (meter.header.counter_error or "")
-    assert not meter.has_counter
+    assert not meter.has("counter")
     assert (meter.header.power_source, meter.read("power")) == ("average", 90.0)
     with pytest.raises(MeterFailure, match="the energy counter"):
         meter.read("counter")
@@ -108,7 +108,7 @@ def test_why_there_is_no_counter_is_told_with_what_to_do(code: int, words: str) 
 def test_without_power_the_counter_counts_all_the_same() -> None:
     meter = NvmlMeter(FakeNvml(failures={AVERAGE: 3}), "GPU-a")
     assert "does not support it" in (meter.header.power_error or "")
-    assert (meter.header.power_source, meter.has_counter) == (None, True)
+    assert (meter.header.power_source, meter.has("counter")) == (None, True)
     with pytest.raises(MeterFailure) as caught:
         meter.read("power")
     assert caught.value.is_lasting
@@ -145,7 +145,7 @@ def test_a_module_is_measured_where_the_driver_answers_for_nothing_else() -> Non
 
 def test_counter_and_power_are_never_of_different_scopes() -> None:
     meter = NvmlMeter(FakeNvml(failures={COUNTER: 3}, fields=MODULE | INSTANT), "GPU-a")
-    assert (meter.header.energy_scope, meter.read("power"), meter.has_counter) == ("gpu", 123.456, False)
+    assert (meter.header.energy_scope, meter.read("power"), meter.has("counter")) == ("gpu", 123.456, False)
     assert "module of GPU and CPU" in (meter.header.counter_error or "")
 
 

@@ -145,6 +145,34 @@ def test_the_gpus_are_listed_with_how_fine_their_counters_are(double: NvmlDouble
     assert "nvidia-smi -pm 1" in text
 
 
+def test_a_gpu_without_memory_of_its_own_and_one_that_fails_hide_no_other(double: NvmlDouble) -> None:
+    unified = GpuTrace(uuid="GPU-unified", more=("fail nvmlDeviceGetMemoryInfo 3",))
+    broken, usual = GpuTrace(uuid="GPU-broken", more=("fail * 999",)), GpuTrace(uuid="GPU-usual")
+    double.say(*Trace(time.monotonic_ns(), (broken, unified, usual)).lines())
+    document = json.loads(_gpus(double, "--json"))
+    assert [(gpu["uuid"], gpu["memory_total_b"]) for gpu in document["gpus"]] == [
+        ("GPU-unified", None),
+        ("GPU-usual", 80_000_000_000),
+    ]
+    assert document["error"] == "Unknown Error"
+    text = _gpus(double)
+    assert "GPU-unified  memory shared with the machine" in text
+    assert "GPU-usual  1.9 of 74.5 GiB in use" in text
+
+
+def test_each_second_limit_mean_and_slowdowns_are_read(double: NvmlDouble) -> None:
+    now_ns = time.monotonic_ns()
+    gpu = GpuTrace(
+        uuid="GPU-x",
+        signal=PowerSignal(levels=(Level(0.0, 120.0),)),
+        events=(Events(0.0, 2.5, 0x40), Events(1.0, 1.5, 0x4)),
+        power_limit_w=140.0,
+    )
+    log = sample(double, Trace(now_ns - 5_000_000_000, (gpu,)))
+    assert {(row.limit_w, row.average_w, row.slowed_s) for row in log.seconds} == {(140.0, 120.0, 2.5)}
+    assert (log.header.gpus[0].average_source, log.header.gpus[0].counts_slowdowns) == ("field", True)
+
+
 def _gpus(double: NvmlDouble, *words: str) -> str:
     command = [*COMMAND, "gpus", *words]
     finished = subprocess.run(
