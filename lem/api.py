@@ -56,7 +56,7 @@ class Campaign:
     ) -> Run:
         """Measure the campaign and return its results; those of experiments that failed are missing.
 
-        On the main thread, the first SIGINT or SIGTERM stops the campaign after writing everything, and raises
+        On the main thread, the first SIGINT, SIGTERM or SIGHUP stops the campaign after writing everything, and raises
         `Interrupted`, a LemError.
 
         Args:
@@ -103,7 +103,12 @@ def read(results_dir: str | PathLike[str], campaign: str, run: str | None = None
     Raises:
         LemError: no such campaign or run, or more than one.
     """
-    return resolve_run(Path(results_dir), slug_of(campaign), run).read()
+    slug = slug_of(campaign)
+    found = resolve_run(Path(results_dir), slug, run).read()
+    owners = {record.identity.campaign_name for record in found.records}
+    if owners and campaign not in (slug, *owners):  # as `a b` where the results are those of `a-b`
+        raise UserError(f"no campaign {campaign!r}: {found.folder} belongs to campaign {min(owners)!r}")
+    return found
 
 
 def report(run: Run, path: str | PathLike[str]) -> Path:

@@ -43,6 +43,10 @@ class FakeClock:
     def now(self) -> datetime:
         return self._start + timedelta(seconds=self.elapsed_s)
 
+    def set_ahead(self, seconds: float) -> None:
+        """Set the time of day, back if negative."""
+        self._start += timedelta(seconds=seconds)
+
     def monotonic(self) -> float:
         return 1000.0 + self.elapsed_s
 

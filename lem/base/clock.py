@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from lem.base.units import NS_PER_S
+from lem.base.units import NS_PER_S, format_duration
 
 _FRACTION = re.compile(r"\.(\d+)")
 
@@ -25,6 +27,34 @@ class Clock:
     def sleep(self, duration_s: float) -> None:
         """Wait; not at all for a negative duration."""
         time.sleep(max(0.0, duration_s))
+
+
+# Reading two clocks one after the other differs by less, also on a busy machine; slewing moves both clocks.
+_LEAST_STEP_S = 1.0
+
+
+@dataclass
+class StepWatch:
+    """Notices that the time of day was set, which moves it against the monotonic clock, as a suspend does."""
+
+    now: Callable[[], datetime]
+    monotonic: Callable[[], float]  # in seconds
+
+    def __post_init__(self) -> None:
+        self._ahead_s = self._measure()
+
+    def describe_step(self) -> str:
+        """How the time of day was moved since the last call, for a person; empty if it was not."""
+        before_s, self._ahead_s = self._ahead_s, self._measure()
+        step_s = self._ahead_s - before_s
+        if abs(step_s) < _LEAST_STEP_S:
+            return ""
+        by = format_duration(abs(step_s))
+        ahead = f"the clock moved ahead by {by}: it was set, or the machine was suspended"
+        return f"{ahead if step_s > 0 else f'the clock was set back by {by}'}; durations are not affected"
+
+    def _measure(self) -> float:
+        return self.now().timestamp() - self.monotonic()
 
 
 def seconds_between(start_ns: int, end_ns: int) -> float:

@@ -19,6 +19,7 @@ class ExitCode(enum.IntEnum):
     LOCKED = 5
     BUG = 70
     BUDGET = 124
+    SIGHUP = 129
     SIGINT = 130
     SIGTERM = 143
 

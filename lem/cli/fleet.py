@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +18,8 @@ from lem.cli.selection import add_json, add_repeated, checked, damaged, list_pro
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
 from lem.orchestration.fleet import check_same, costs_of, make_fleet_plan, parse_shard, part_of_plan, replan
-from lem.orchestration.grid import make_run_id
 from lem.orchestration.plan import Plan
+from lem.orchestration.resume import new_run_id
 from lem.results import merge
 from lem.results.store import Repository
 
@@ -43,13 +42,15 @@ def store_plan(
     hosts = [name.strip() for name in (args.hosts or "").split(",") if name.strip()]
     if not hosts:
         raise UserError("--write-plan requires --hosts", "add --hosts A,B,…")
+    repository = Repository(Path(campaign.io.results_dir), campaign.slug)
     if args.plan is None:
-        run_id = make_run_id(utc_now(), random.SystemRandom())
+        state_folder = Path(campaign.io.state_dir) / campaign.slug
+        run_id = new_run_id(repository, state_folder / campaign.io.manifest_filename, utc_now())
         made = make_fleet_plan(plan, hosts, run_id, is_replicated=args.replicate, measured_by_config=measured_by_config)
     else:
         stored = merge.read_plan(args.plan)
         check_same(plan, stored)
-        scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan(stored.run_id)
+        scan = repository.scan(stored.run_id)
         identities = [item.record.identity for item in scan.results]
         present = {(identity.host, identity.experiment_id) for identity in identities}
         made = replan(stored, hosts, present, costs_of(plan.configurations, measured_by_config))

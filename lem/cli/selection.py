@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from lem.base.errors import UserError, did_you_mean
 from lem.base.units import some_of
 from lem.orchestration.status import CampaignStatus, Viewpoint, read_status, remainder_of
 from lem.results.run import Run, read_run
-from lem.results.store import Problem, Repository, Scan, folder_names
+from lem.results.store import Problem, Repository, Scan, describe_future, folder_names, in_order
+
+_logger = logging.getLogger(__name__)
 
 STATE_DIR = Path(".state")
 _PROBLEMS_SHOWN = 10
@@ -82,15 +85,23 @@ def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
     return tuple(
         SelectedRun(results_dir, campaign, run_id)
         for campaign in folder_names(results_dir)
-        for run_id in folder_names(results_dir / campaign)
+        for run_id in in_order(folder_names(results_dir / campaign))
     )
+
+
+def _last(runs: Sequence[SelectedRun]) -> SelectedRun:
+    """The last of a campaign's runs, with a warning in the log if it is dated in the future."""
+    future = describe_future(runs[-1].run_id, utc_now())
+    if future:
+        _logger.warning("%s", future)
+    return runs[-1]
 
 
 def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
     """The last run of that campaign, or the only run whose ID starts with it; UserError where several IDs do."""
     of_campaign = [item for item in runs if item.campaign == wanted]
     if of_campaign:
-        return of_campaign[-1]
+        return _last(of_campaign)
     found = [item for item in runs if item.run_id == wanted]
     found = found or [item for item in runs if wanted and item.run_id.startswith(wanted)]
     if len(found) > 1:
@@ -117,7 +128,7 @@ def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str
     runs = list_runs(results_dir)
     campaign_runs = [item for item in runs if item.campaign == wanted]
     if campaign_runs:
-        return campaign_runs[-1], None
+        return _last(campaign_runs), None
     candidates: list[tuple[str, SelectedRun, str | None]] = []
     for item in runs:
         candidates.append((item.run_id, item, None))

@@ -69,16 +69,28 @@ def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> CampaignStatus:
     if given.suffix in (".yaml", ".yml") and given.is_file():
         campaign = load_campaign(str(given)).config
         folder = Path(campaign.io.state_dir) / campaign.slug
-        return read_status(folder, viewpoint, folder / campaign.io.manifest_filename)
+        status = read_status(folder, viewpoint, folder / campaign.io.manifest_filename)
+        return _checked(status, campaign.campaign_name)
     if given.is_dir() and find_manifest(given) is not None:
         return read_status(given, viewpoint)
     folders = {folder.name: folder for folder in find_folders(state_dir)}
-    named = folders.get(wanted) or folders.get(slug_of(wanted))
+    if wanted not in folders and slug_of(wanted) in folders:
+        return _checked(read_status(folders[slug_of(wanted)], viewpoint), wanted)
+    named = folders.get(wanted)
     if named is None:
         message = f"no campaign {wanted!r} in {state_dir}{did_you_mean(wanted, list(folders))}"
         known = f"campaigns: {', '.join(folders)}" if folders else "there are no campaigns"
         raise UserError(message, f"{known}; --state-dir sets another folder")
     return read_status(named, viewpoint)
+
+
+def _checked(status: CampaignStatus, campaign_name: str) -> CampaignStatus:
+    """The status, unless it is that of another campaign; `a b` and `a-b` would have the same folder."""
+    owner = None if status.manifest is None else status.manifest.campaign_name
+    if owner is not None and owner.lower() != campaign_name.lower():
+        message = f"no campaign {campaign_name!r}: {status.folder} belongs to campaign {owner!r}"
+        raise UserError(message, f"see its status with `lem status {status.folder.name}`")
+    return status
 
 
 SCHEMA_VERSION = 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from lem.config.load import complete_campaign
 from lem.meters.nvml import find_gpus, named_gpus, visible_gpus
 from lem.orchestration import resume
 from lem.orchestration.dispatch import WorkerUnavailable
-from lem.orchestration.grid import make_run_id
 from lem.orchestration.locks import Holder, campaign_lock, gpu_locks, hold_locks
 from lem.orchestration.manifest import SKIPPED, TOP_UP_NOTE, CampaignManifest, CampaignManifestEntry, ManifestManager
 from lem.orchestration.plan import Experiment, Plan, build_plan, write_configs
@@ -26,7 +24,7 @@ from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.session import Context, Session
 from lem.orchestration.status import ActivityWriter
 from lem.orchestration.systemd import find_secrets
-from lem.results.store import StoppingRule, write_stopping_rule
+from lem.results.store import StoppingRule, describe_future, write_stopping_rule
 from lem.worker.supervisor import missing_distributions
 
 __all__ = ["CampaignExperiment", "CampaignRunner", "check_supported"]
@@ -108,7 +106,7 @@ class CampaignRunner(Context):
         Raises:
             UserError: as `choose_manifest`.
         """
-        manifest = resume.choose_manifest(self._manager(), self.campaign.campaign_id, self.options)
+        manifest = self._choose_manifest(self._manager())
         self.options = replace(self.options, resume=manifest is not None)
 
     def check(self) -> None:
@@ -154,7 +152,7 @@ class CampaignRunner(Context):
     def _run_locked(self, plan: Plan, deadline_s: float | None) -> CampaignOutcome:
         manager = self._manager()
         manager.remove_leftovers()
-        known = resume.choose_manifest(manager, self.campaign.campaign_id, self.options)
+        known = self._choose_manifest(manager)
         if known is None:
             missed = f"Nothing to resume: no manifest at {manager.manifest_path}"
             manifest, notes = self._new_manifest(plan), [missed] if self.options.resume else []
@@ -184,7 +182,8 @@ class CampaignRunner(Context):
                 manifest=str(manager.manifest_path),
                 results=str(self.repository.folder),
             )
-            for text in notes:
+            future = describe_future(str(manifest.run_id), self.now())
+            for text in [*notes, future] if future else notes:
                 session.report("note", text=text)
             if not remaining:
                 self.executor.clear()
@@ -196,6 +195,10 @@ class CampaignRunner(Context):
         activity.end(stopped, outcome.error.message if outcome.error else outcome.remark)
         session.report("campaign_finished", stopped=stopped, **({"remark": outcome.remark} if outcome.remark else {}))
         return outcome
+
+    def _choose_manifest(self, manager: ManifestManager) -> CampaignManifest | None:
+        resume.check_own_folders(manager.manifest_path, self.repository, self.campaign.campaign_name)
+        return resume.choose_manifest(manager, self.campaign.campaign_id, self.options)
 
     def _top_up(
         self, session: Session, rule: StoppingRule, outcome: CampaignOutcome, deadline_s: float | None, *, has_run: bool
@@ -292,7 +295,8 @@ class CampaignRunner(Context):
     def _new_manifest(self, plan: Plan) -> CampaignManifest:
         campaign, new = self.campaign, self._new_entries(plan.experiments)
         manifest = self._manager().create_manifest(campaign.campaign_id, campaign.campaign_name, plan.config_hash, new)
-        manifest.run_id = self.options.run_id or make_run_id(self.now(), random.SystemRandom())
+        path = self._manager().manifest_path
+        manifest.run_id = self.options.run_id or resume.new_run_id(self.repository, path, self.now())
         manifest.shuffle_seed = plan.shuffle_seed
         return manifest
 

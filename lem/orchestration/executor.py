@@ -165,7 +165,7 @@ class DockerExecutor(ContainerManager):
     def _locked(self) -> contextlib.AbstractContextManager[object]:
         path = default_gpu_lock_folder(self.project.environ) / f"compose-{self.project.name}.lock"
         holder = Holder(os.getpid(), socket.gethostname(), self._campaign.campaign_name, utc_text(utc_now()))
-        return hold_locks([LockTarget(path, f"compose project {self.project.name}")], holder)
+        return hold_locks([LockTarget(path, f"compose project {self.project.name}", is_shared=True)], holder)
 
     def stop(self) -> None:
         for worker in self._made.values():

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import MAXYEAR, datetime, timedelta
 from typing import Any
 
 from lem.base import durable
@@ -24,6 +24,7 @@ from lem.config.kinds import ConfigProblems, Expanded, Items, Option, Problem, d
 from lem.config.option import canonical, declared, find_option, put
 from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
+from lem.results.store import run_time
 from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate, resolve_on_host
 
 __all__ = ["GridExpansionResult", "GridValidationIssue", "expand_campaign_grid", "validate_campaign_grid"]
@@ -396,11 +397,15 @@ def experiment_id(configuration_hash: str, cycle_index: int) -> str:
     return f"{configuration_hash[:_ID_HASH_LENGTH]}-c{cycle_index + 1}"
 
 
-def make_run_id(now: datetime, rng: random.Random) -> str:
+def make_run_id(now: datetime, rng: random.Random, existing: Iterable[str] = ()) -> str:
     """A name for a run of a campaign, which sorts by time: `20260714T100000Z-1f3a`.
 
-    The random end distinguishes runs that start in one second, here or on another host.
+    It sorts after the existing ones, also when the clock was set back. The random end distinguishes runs that start in
+    one second on several hosts.
     """
+    last = max(filter(None, map(run_time, existing)), default=None)
+    if last is not None and last.year < MAXYEAR:
+        now = max(now, last + timedelta(seconds=1))
     return f"{utc_stamp(now)}-{rng.getrandbits(16):04x}"
 
 

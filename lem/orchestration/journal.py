@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,21 @@ def find_snapshot(path: Path) -> str | None:
             data = stream.read(len(_START) + _DIGITS)
             return snapshot_of(data if data.startswith(_START) else data + stream.read())
     except FileNotFoundError:
+        return None
+
+
+# What comes before them is names and hashes.
+_FACTS_WITHIN_B = 65536
+
+
+def find_fact(path: Path, name: str) -> str | None:
+    """`run_id`, `campaign_name` or another text of the snapshot there, from its beginning alone; None when unknown."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(_FACTS_WITHIN_B)
+        found = re.search(rb'^  "%s": (".*"),$' % name.encode(), start, re.MULTILINE)
+        return str(durable.parse_json(found[1])) if found else None
+    except (OSError, ValueError):
         return None
 
 

@@ -3,6 +3,12 @@
 The kernel releases a lock when its holder ends, however it ends, so there are no stale locks: the file stays and
 means nothing by itself. It names its last holder, for error messages. It is never removed: another process
 may have it open, and would then hold a lock on a file that no other process finds.
+
+Lock files have mode 0600: whoever can open one can hold it, and so stop the campaigns of others. What all users of a
+host share, its GPUs, therefore has a lock file for each user. A campaign holds its user's, then checks whether that of
+another user is held: the kernel lists the locks on files that this user cannot open (proc_locks(5)). Of two campaigns
+that begin at once, at least one sees the other. A container with a process namespace of its own sees only the locks of
+files that it can open, so campaigns in such containers exclude each other only as the same user.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ import errno
 import fcntl
 import json
 import os
+import pwd
 import re
 import stat
 import time
@@ -26,6 +33,9 @@ from lem.base.errors import LockedError, UserError
 from lem.base.variables import LOCK_FOLDER_VARIABLE
 
 CAMPAIGN_LOCK_NAME = "campaign.lock"
+_MODE = 0o600
+_HINT = "choose a folder on a file system with flock: io.state_dir, and LEM_LOCK_DIR for the GPUs"
+_KERNEL_LOCKS = Path("/proc/locks")
 RUN_LOCK = Path("/run/lock")
 # Not `tempfile.gettempdir()`: TMPDIR differs between users and jobs.
 TMP = Path("/tmp")  # noqa: S108 - what is made in it is checked
@@ -61,6 +71,24 @@ class LockTarget:
 
     path: Path
     what: str
+    is_shared: bool = False  # by all users of the host; each then has a file of its own
+
+    @property
+    def own_path(self) -> Path:
+        """The file that this user locks."""
+        return (
+            self.path.with_name(f"{self.path.stem}.{os.geteuid()}{self.path.suffix}") if self.is_shared else self.path
+        )
+
+    def other_paths(self) -> list[Path]:
+        """The files of other users, and that of older versions of lem."""
+        start, suffix = self.path.stem, re.escape(self.path.suffix)
+        found = (
+            path
+            for path in self.path.parent.iterdir()
+            if re.fullmatch(rf"{re.escape(start)}(\.[0-9]+)?{suffix}", path.name)
+        )
+        return sorted(path for path in found if path != self.own_path)
 
 
 def default_gpu_lock_folder(environ: Mapping[str, str], run_lock: Path = RUN_LOCK) -> Path:
@@ -88,7 +116,7 @@ def gpu_locks(uuids: Iterable[str], environ: Mapping[str, str]) -> list[LockTarg
     folder = default_gpu_lock_folder(environ)
     # A UUID comes from the driver, or from a person.
     return [
-        LockTarget(folder / f"{re.sub('[^A-Za-z0-9._-]', '_', uuid)}.lock", f"GPU {uuid}")
+        LockTarget(folder / f"{re.sub('[^A-Za-z0-9._-]', '_', uuid)}.lock", f"GPU {uuid}", is_shared=True)
         for uuid in sorted(set(uuids))
     ]
 
@@ -101,10 +129,11 @@ def hold_locks(targets: Sequence[LockTarget], holder: Holder) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for target in targets:
-            descriptor = _open(target)
+            descriptor = _hold(target)
             stack.callback(os.close, descriptor)
-            _lock(descriptor, target)
             _write_holder(descriptor, holder)
+            if target.is_shared:
+                _check_others(target)
         yield
 
 
@@ -125,6 +154,8 @@ def is_locked(path: Path) -> bool | None:
         descriptor = os.open(path, os.O_RDONLY | _OPEN_FLAGS)
     except FileNotFoundError:
         return False
+    except PermissionError:
+        return _is_listed(path)
     except OSError:
         return None
     try:
@@ -138,6 +169,46 @@ def is_locked(path: Path) -> bool | None:
     return False
 
 
+def _is_listed(path: Path) -> bool | None:
+    """Whether the kernel lists a lock on the file, which takes no right to open it; None when unknown."""
+    try:
+        found = path.stat()
+        lines = _KERNEL_LOCKS.read_bytes().splitlines()
+    except OSError:
+        return None
+    # `1: FLOCK  ADVISORY  WRITE 4711 08:01:131 0 EOF`: device in hexadecimal, inode in decimal.
+    name = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    return any(name.encode() in line.split() for line in lines)
+
+
+def _check_others(target: LockTarget) -> None:
+    """Refuse, with a LockedError, what another user's campaign has locked."""
+    for path in target.other_paths():
+        if is_locked(path):
+            raise _locked_error(target, path, read_holder(path))
+
+
+def _locked_error(target: LockTarget, path: Path, holder: Holder | None) -> LockedError:
+    # The holder may just have taken it and not yet have written who it is, or nobody else may read that.
+    other = f"another process of user {_owner_of(path)}, not yet identified"
+    return LockedError(
+        f"{target.what} is locked by {holder or other}",
+        f"wait until it ends, or stop it; the lock {path} is released when its holder ends",
+    )
+
+
+def _owner_of(path: Path) -> str:
+    """The user that a file belongs to; empty when unknown."""
+    try:
+        number = path.stat().st_uid
+    except OSError:
+        return ""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
 def take(descriptor: int, wait: Callable[[float], None] = time.sleep) -> None:
     """Take the lock of an open file, or BlockingIOError; in more than one try: `is_locked` may have it for a moment."""
     for _ in range(_TRIES - 1):
@@ -148,32 +219,63 @@ def take(descriptor: int, wait: Callable[[float], None] = time.sleep) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _lock(descriptor: int, target: LockTarget) -> None:
+def _hold(target: LockTarget) -> int:
+    """The descriptor of the lock's file, locked."""
+    path = target.own_path
+    for _ in range(_TRIES):
+        descriptor = _open(target, path)
+        try:
+            _lock(descriptor, target, path)
+            if _is_at(path, descriptor):
+                _check_exclusive(path)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # somebody removed the file before it was locked: others would lock another one
+    raise UserError(f"the lock of {target.what}, {path}, is removed again and again", "find out what removes it")
+
+
+def _lock(descriptor: int, target: LockTarget, path: Path) -> None:
     try:
         take(descriptor)
     except BlockingIOError as error:
-        # The holder may just have taken it and not yet have written who it is.
-        holder = _decode_holder(os.pread(descriptor, _HOLDER_MAX_B, 0))
-        message = f"{target.what} is locked by {holder or 'another process, not yet identified'}"
-        hint = f"wait until it ends, or stop it; the lock {target.path} is released when its holder ends"
-        raise LockedError(message, hint) from error
+        raise _locked_error(target, path, _decode_holder(os.pread(descriptor, _HOLDER_MAX_B, 0))) from error
     except OSError as error:
-        hint = "choose a folder on a file system with flock: io.state_dir, and LEM_LOCK_DIR for the GPUs"
-        raise UserError(f"cannot lock {target.path}: {error.strerror}", hint) from error
+        raise UserError(f"cannot lock {path}: {error.strerror}", _HINT) from error
 
 
-def _open(target: LockTarget) -> int:
+def _is_at(path: Path, descriptor: int) -> bool:
     try:
-        _make_folder(target.path.parent)
-        descriptor = _open_or_create(target.path)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _check_exclusive(path: Path) -> None:
+    """Refuse a file system on which every lock succeeds: a second one on a file that is locked must not."""
+    if is_locked(path) is False:
+        raise UserError(f"locks do not work in {path.parent}: {path.name} can be locked twice", _HINT)
+
+
+def _open(target: LockTarget, path: Path) -> int:
+    try:
+        _make_folder(path.parent)
+        descriptor = _open_or_create(path)
     except OSError as error:
+        if isinstance(error, PermissionError) and is_locked(path):
+            raise _locked_error(target, path, None) from error
         hint = "make the folder writable, or choose another: io.state_dir for the campaign, LEM_LOCK_DIR for the GPUs"
-        raise UserError(f"cannot open the lock of {target.what}, {target.path}: {error.strerror}", hint) from error
+        if isinstance(error, PermissionError) and (owner := _owner_of(path)):
+            hint = f"run it as user {owner}, or choose another io.state_dir"
+        raise UserError(f"cannot open the lock of {target.what}, {path}: {error.strerror}", hint) from error
     # In a folder that all may write, another user may have put a link there for us to write through.
     found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
-        raise UserError(f"the lock of {target.what}, {target.path}, is not an ordinary file", "remove it")
+        raise UserError(f"the lock of {target.what}, {path}, is not an ordinary file", "remove it")
+    if found.st_uid == os.geteuid():
+        os.fchmod(descriptor, _MODE)  # older versions made it writable for all
     return descriptor
 
 
@@ -193,10 +295,7 @@ def _open_or_create(path: Path) -> int:
     with contextlib.suppress(FileNotFoundError):
         return _open_existing(path)
     with contextlib.suppress(FileExistsError):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o666)
-        with contextlib.suppress(PermissionError):
-            os.fchmod(descriptor, 0o666)
-        return descriptor
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, _MODE)
     # Another process has made it meanwhile, and lock files are never removed.
     return _open_existing(path)
 

@@ -27,8 +27,8 @@ PENDING, RUNNING, COMPLETED, FAILED, SKIPPED = STATUSES = ("pending", "running",
 
 _logger = logging.getLogger(__name__)
 
-# The kind of a note about an added cycle (`--until`).
-TOP_UP_NOTE = "top_up"
+# The kinds of notes about an added cycle (`--until`), and about a clock that was set.
+TOP_UP_NOTE, CLOCK_STEP_NOTE = "top_up", "clock_step"
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +17,8 @@ from lem.base.durable import GROUPED, sha256_of
 from lem.base.errors import UserError
 from lem.base.units import some_of
 from lem.config.campaign_config import CampaignConfig
+from lem.orchestration.grid import make_run_id
+from lem.orchestration.journal import find_fact
 from lem.orchestration.manifest import (
     COMPLETED,
     FAILED,
@@ -30,7 +34,7 @@ from lem.orchestration.manifest import (
 from lem.orchestration.plan import Plan
 from lem.record import Record
 from lem.results.aggregation import measure_precision
-from lem.results.store import LEAST_CYCLES, MOST_CYCLES, Repository, StoppingRule, Target
+from lem.results.store import LEAST_CYCLES, MOST_CYCLES, Repository, StoppingRule, Target, folder_names
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +61,18 @@ class RunOptions:
     run_id: str | None = None  # of a run that was planned for several hosts; None for a run of its own
     until: StoppingRule | None = None  # add cycles by this rule; None runs as many as the campaign has
     resume_command: str = ""  # the command that resumes the campaign; empty when unknown
+
+
+def check_own_folders(manifest_path: Path, repository: Repository, campaign_name: str) -> None:
+    """Refuse, with a UserError, the folders of another campaign: those of `a b` and `a-b` have one name."""
+    owners = {
+        manifest_path.parent: find_fact(manifest_path, "campaign_name"),
+        repository.folder: repository.find_campaign_name(),
+    }
+    for folder, owner in owners.items():
+        if owner not in (None, campaign_name):
+            hint = "give one of them another campaign_name, or this one another io.state_dir and io.results_dir"
+            raise UserError(f"campaign {campaign_name!r}: {folder} belongs to campaign {owner!r}", hint)
 
 
 def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOptions) -> CampaignManifest | None:
@@ -86,6 +102,16 @@ def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOpti
     if options.ask is None:
         raise UserError(found, CHOOSE_HINT)
     return manifest if options.ask(f"{found}\nContinue it? (n sets it aside and starts over)") else None
+
+
+def new_run_id(repository: Repository, manifest_path: Path, now: datetime) -> str:
+    """The ID of a new run, after those of all runs with results or with a manifest, also one that was set aside."""
+    known = set(folder_names(repository.folder))
+    with contextlib.suppress(OSError):  # there is no state folder yet, or `save` tells what is wrong with it
+        for path in manifest_path.parent.iterdir():
+            if path.name.startswith(manifest_path.stem) and path.suffix == manifest_path.suffix and path.is_file():
+                known.add(find_fact(path, "run_id") or "")
+    return make_run_id(now, random.SystemRandom(), known)
 
 
 def update_manifest(

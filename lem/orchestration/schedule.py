@@ -23,14 +23,15 @@ DAEMON_WINS = "Both daemon and schedule are set; schedule is ignored"
 # The time of day may be set, or the machine sleep: check it again this often.
 _CHECK_EVERY_S = 30.0
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
     """A flag that signals set and that waits can be woken by.
 
-    The first SIGINT or SIGTERM sets it: the campaign stops the running experiment, writes everything and prints how to
-    go on. A second one raises `Interrupted` wherever the program is, and what is running is killed on the way out.
+    The first SIGINT, SIGTERM or SIGHUP sets it: the campaign stops the running experiment, writes everything and prints
+    how to go on. A second one raises `Interrupted` wherever the program is, and what is running is killed on the way
+    out.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def installed(self, acknowledge: Callable[[], None] | None = None) -> Iterator[StopRequest]:
-        """Handle SIGINT and SIGTERM within the block; to be entered on the main thread.
+        """Handle the signals within the block, SIGHUP unless nohup(1) had it ignored; call it on the main thread.
 
         The first one calls `acknowledge` wherever the program is, so that must not touch buffered streams.
         """
@@ -69,7 +70,9 @@ class StopRequest:
             if acknowledge is not None:
                 acknowledge()
 
-        before = {item: signal.signal(item, handle) for item in _SIGNALS}
+        is_kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        handled = [item for item in _SIGNALS if item is not signal.SIGHUP or not is_kept]
+        before = {item: signal.signal(item, handle) for item in handled}
         try:
             yield self
         finally:

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lem.base.clock import utc_now, utc_text
+from lem.base.clock import StepWatch, utc_now, utc_text
 from lem.base.durable import reason_of
 from lem.base.errors import DISK_FULL, EngineError, InfrastructureError, Interrupted, UserError
 from lem.base.units import plural, some_of
@@ -24,6 +24,7 @@ from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome, Timeout
 from lem.orchestration.grid import config_hash, prompts_fingerprint
 from lem.orchestration.host_meters import GapOutcome, HostMeters, keep_gap
 from lem.orchestration.manifest import (
+    CLOCK_STEP_NOTE,
     COMPLETED,
     FAILED,
     RUNNING,
@@ -119,6 +120,8 @@ class Session:
 
     def __post_init__(self) -> None:
         self._count()
+        self._steps = StepWatch(self.context.now, self.context.monotonic)
+        self._has_new_note = False
 
     def run(
         self, experiments: Sequence[Experiment], deadline_s: float | None, first_gap: GapKind | None = None
@@ -149,8 +152,9 @@ class Session:
     def save(self, entry: CampaignManifestEntry | None = None) -> None:
         """Write the manifest, or the change of one entry; an InfrastructureError when it cannot be written."""
         with self._saving():
-            if entry is None:
+            if entry is None or self._has_new_note:
                 self.manager.save(self.manifest)
+                self._has_new_note = False
             else:
                 self.manager.save_entry(self.manifest, entry)
 
@@ -168,6 +172,7 @@ class Session:
                 hint = "find out what removes or changes results; --resume measures these experiments again"
                 outcome = dataclasses.replace(outcome, stopped=stopped, error=InfrastructureError(what, hint))
                 self._count()
+            if lost or self._has_new_note:
                 self.save()
             with self._saving():
                 self.manager.settle(self.manifest)
@@ -181,6 +186,11 @@ class Session:
         self._done = sum(entry.status in (COMPLETED, FAILED) for entry in self.manifest.experiments)
 
     def _pass_on(self, event: Event) -> None:
+        if text := self._steps.describe_step():
+            note = {"at": utc_text(self.context.now()), "kind": CLOCK_STEP_NOTE, "reason": text}
+            self.manifest.notes.append(note)
+            self._has_new_note = True
+            self.report("note", text=text)
         total = self.manifest.total_experiments
         self.observe(dataclasses.replace(event, done=self._done, total=total, eta_s=self._eta_s()))
 

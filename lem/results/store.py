@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,11 @@ class Repository:
         found = _experiment_items(self._experiment_folder(run_id, exp_id))
         return tuple(item for item in found if isinstance(item, StoredResult))
 
+    def find_campaign_name(self) -> str | None:
+        """The name of the campaign that the results belong to; None without any."""
+        found = _nested(self.folder, lambda run: _nested(run, _experiment_items))
+        return next((item.record.identity.campaign_name for item in found if isinstance(item, StoredResult)), None)
+
     def scan(self, run_id: str | None = None) -> Scan:
         """Everything in the campaign's folder, or in one run of it; damage is a value and never raised."""
         if run_id is None:
@@ -303,6 +309,35 @@ def _folder_names(folder: Path) -> tuple[str, ...]:
             return tuple(sorted(item.name for item in items if is_name(item.name) and item.is_dir()))
     except FileNotFoundError:
         return ()
+
+
+_RUN_ID = re.compile(r"([0-9]{8}T[0-9]{6}Z)-[0-9a-f]{4}")
+# Clocks of several hosts agree to a second or so.
+_CLOCK_TOLERANCE = timedelta(minutes=5)
+
+
+def run_time(run_id: str) -> datetime | None:
+    """When a run began, by its ID; None for a name that lem did not give it."""
+    match = _RUN_ID.fullmatch(run_id)
+    with contextlib.suppress(ValueError):
+        return datetime.strptime(match[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc) if match else None
+    return None
+
+
+def in_order(run_ids: Iterable[str]) -> list[str]:
+    """The runs of a campaign, the last one last, whatever the clock did: IDs only grow (`make_run_id`).
+
+    Names that lem did not give, such as that of a copy, come first.
+    """
+    return sorted(run_ids, key=lambda name: (run_time(name) is not None, name))
+
+
+def describe_future(run_id: str, now: datetime) -> str:
+    """What is wrong with a run that is dated in the future; empty if it is not."""
+    began = run_time(run_id)
+    if began is None or began <= now + _CLOCK_TOLERANCE:
+        return ""
+    return f"run {run_id} is dated in the future: the clock was wrong when it began, or is wrong now"
 
 
 # With fewer cycles a rule never stops: three that happen to lie together say nothing about the next one.

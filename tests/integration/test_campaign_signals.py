@@ -86,6 +86,22 @@ def test_ctrl_c_on_a_terminal_reaches_lem_alone_and_the_worker_through_it(rig):
     assert rig.statuses() == ["completed", "pending"]
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_terminal_that_is_closed_stops_the_campaign_in_order(rig, options):
+    rig.write(campaign_text(cycles=1))
+    terminal = rig.terminal("--yes", *options, rules=[HANG_AT_EIGHT])
+    measuring = (
+        ['"experiment_completed"', '"window"'] if options else [f"[1/2] {EIGHT} · pytorch · cycle 1/1 · measuring"]
+    )
+    for text in measuring:
+        terminal.read_until(text)
+    assert terminal.close() == 129
+    rig.assert_no_process_left()
+    assert rig.statuses() == ["completed", "pending"]
+    assert rig.manifest().experiments[1].error == "interrupted"
+    assert rig.run("--resume").code == 0
+
+
 def test_a_person_is_asked_about_an_unfinished_campaign(rig):
     rig.write(campaign_text(cycles=1))
     assert rig.run("--yes", rules=[{**HANG_AT_EIGHT, "do": "refuse"}]).code == 1

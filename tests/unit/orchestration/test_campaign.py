@@ -1,14 +1,22 @@
 """The runner: order, manifest, resume, and everything that has to be fit before a campaign begins."""
 
+import dataclasses
 import errno
+import hashlib
+import shutil
+from pathlib import Path
 
 import pytest
 
 from lem.base.errors import ExitCode, Interrupted, LockedError, OptionRefused, UserError
+from lem.cli.campaign_run import exit_code_of_outcome
+from lem.cli.selection import resolve_run
 from lem.config.campaign_config import CampaignColdStartConfig
 from lem.config.load import complete_campaign
+from lem.orchestration.manifest import ManifestManager
 from lem.orchestration.plan import plan_campaign
 from lem.orchestration.resume import RunOptions
+from lem.record import read_record, write_record
 from tests.campaign_doubles import EIGHT, ENVIRONMENT, FOUR, Place, make_campaign
 from tests.faulty_disk import watching
 
@@ -213,3 +221,136 @@ def test_options_of_lem_experiment_are_warned_about_in_a_campaign(place):
             "warning",
         ),
     ]
+
+
+# --- results that are gone or changed, the order of runs, and folders
+
+
+def test_a_campaign_whose_results_vanish_while_it_runs_does_not_report_them_as_completed(place):
+    def remove_the_others(request):
+        for path in _results(place):
+            path.unlink()
+        return "ok"
+
+    outcome = place.run({EIGHT: ["ok", remove_the_others]})
+    assert place.statuses().count("completed") == outcome.manifest.completed_count == 1
+    assert outcome.error is not None
+    assert outcome.error.message.startswith("3 results missing, or not as measured: ")
+    assert "--resume" in outcome.error.hint
+    assert exit_code_of_outcome(outcome) == ExitCode.EXPERIMENT_FAILED
+    place.run(options=RESUME)
+    assert len(place.asked()) == 3
+    assert place.manifest().is_complete
+
+
+def _edit(path):
+    """Give a result another throughput, as a person could."""
+    record = read_record(path)
+    faster = dataclasses.replace(record.throughput, output_tok_per_s=12345.0)
+    write_record(path, dataclasses.replace(record, throughput=faster))
+
+
+def test_a_result_that_was_edited_is_measured_again_and_never_counts_until_it_is_as_before(place):
+    place.run()
+    edited = _results(place)[0]
+    before = edited.read_bytes()
+    assert _digests(place)[str(edited)] == hashlib.sha256(before).hexdigest()
+    _edit(edited)
+    place.run(options=RESUME)
+    assert [attempt for _, _, attempt in place.asked()] == [2]
+    place.run(options=RESUME)
+    assert place.asked() == []
+    chosen = [entry.result_path for entry in place.manifest().experiments]
+    assert str(edited) not in chosen
+    again = next(path for path in map(Path, chosen) if path.parent.parent == edited.parent.parent)
+    again.unlink()
+    edited.write_bytes(before)
+    place.run(options=RESUME)
+    assert place.asked() == []
+    assert str(edited) in [entry.result_path for entry in place.manifest().experiments]
+
+
+def _digests(place):
+    attempts = [attempt for entry in place.manifest().experiments for attempt in entry.attempts]
+    return {attempt.result_path: attempt.result_sha256 for attempt in attempts}
+
+
+def test_results_of_a_manifest_without_digests_are_kept_and_get_theirs_at_the_resume(place):
+    place.run()
+    manifest = place.manifest()
+    for entry in manifest.experiments:
+        entry.attempts = [dataclasses.replace(attempt, result_sha256=None) for attempt in entry.attempts]
+    ManifestManager(_manifest_path(place)).save(manifest)
+    place.run(options=RESUME)
+    assert place.asked() == []
+    assert _digests(place) == {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in _results(place)}
+
+
+def test_a_whole_result_that_the_manifest_does_not_list_is_adopted_with_its_digest(place):
+    place.run()
+    manifest = place.manifest()
+    manifest.experiments[0].attempts = ()
+    manifest.experiments[0].status, manifest.experiments[0].result_path = "pending", None
+    ManifestManager(_manifest_path(place)).save(manifest)
+    place.run(options=RESUME)
+    assert place.asked() == []
+    assert _digests(place) == {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in _results(place)}
+
+
+def test_the_last_run_is_the_last_one_whatever_the_clock_did(place):
+    run_ids = []
+    for step_s in (0, -3600, -86400, 86400 * 400, 0):
+        place.clock.elapsed_s += step_s
+        place.run(options=RunOptions(resume=False))
+        run_ids.append(place.manifest().run_id)
+        assert resolve_run(place.folder / "results", "demo").run_id == run_ids[-1]
+    assert run_ids == sorted(set(run_ids))
+    place.clock.elapsed_s = 0
+    shutil.rmtree(place.folder / "results")  # manifests that were set aside are enough
+    place.run(options=RunOptions(resume=False))
+    assert place.manifest().run_id > run_ids[-1]
+    assert any("dated in the future" in note for note in _notes(place))
+
+
+def test_a_copy_of_a_run_under_another_name_is_not_the_last_run(place, caplog):
+    place.run()
+    run_id = place.manifest().run_id
+    for name in ("20990101T000000Z-copy", f"{run_id}-old", "zzz"):
+        shutil.copytree(place.folder / "results" / "demo" / run_id, place.folder / "results" / "demo" / name)
+    assert resolve_run(place.folder / "results", "demo").run_id == run_id
+    assert "future" not in caplog.text
+    (place.folder / "results" / "demo" / run_id).rename(place.folder / "results" / "demo" / "29990101T000000Z-0000")
+    resolve_run(place.folder / "results", "demo")
+    assert "run 29990101T000000Z-0000 is dated in the future" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("step_s", "text"),
+    [
+        (-3600, "the clock was set back by 1h 00m; durations are not affected"),
+        (7200, "the clock moved ahead by 2h 00m: it was set, or the machine was suspended; durations"),
+    ],
+)
+def test_a_clock_that_is_set_during_a_campaign_is_reported_once_and_noted(place, step_s, text):
+    def set_clock(request):
+        place.clock.set_ahead(step_s)
+        return "ok"
+
+    place.run({FOUR: [set_clock, "ok"]})
+    (note,) = _notes(place)
+    assert note.startswith(text)
+    assert [(item["kind"], item["reason"]) for item in place.manifest().notes] == [("clock_step", note)]
+
+
+@pytest.mark.parametrize("folder", ["state", "results"])
+def test_two_campaigns_do_not_share_a_folder(place, folder):
+    place.run(campaign_name="a-b")
+    if folder == "results":
+        shutil.rmtree(place.folder / "state")
+    before = {path: path.read_bytes() for path in place.folder.rglob("*.json")}
+    for resume in (None, True, False):
+        with pytest.raises(UserError, match="belongs to campaign 'a-b'") as caught:
+            place.run(campaign_name="a b", options=RunOptions(resume=resume))
+        assert "io.results_dir" in caught.value.hint
+    assert {path: path.read_bytes() for path in place.folder.rglob("*.json")} == before
+    place.run(campaign_name="a-b", options=RunOptions(resume=False))

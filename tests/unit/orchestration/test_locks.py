@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -192,3 +193,89 @@ def test_a_look_that_meets_the_taking_of_a_lock_does_not_refuse_it(target: LockT
         else:
             with pytest.raises(BlockingIOError):
                 take(taker.fileno(), look_away)
+
+
+# --- several users, and file systems whose locks do not work
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_lock_files_are_their_owners_alone_also_those_of_older_versions(tmp_path: Path) -> None:
+    campaign = campaign_lock(tmp_path, "demo")
+    campaign.path.touch()
+    campaign.path.chmod(0o666)
+    (gpu,) = gpu_locks(["GPU-1"], {"LEM_LOCK_DIR": str(tmp_path)})
+    with hold_locks([campaign, gpu], ME):
+        assert (mode_of(campaign.own_path), mode_of(gpu.own_path)) == (0o600, 0o600)
+
+
+def test_users_of_a_host_exclude_each_other_from_a_gpu_though_they_cannot_open_each_others_files(
+    open_folder: Path,
+) -> None:
+    open_folder.chmod(0o1777)
+    target, other = gpu_locks(["GPU-1", "GPU-10"], {"LEM_LOCK_DIR": str(open_folder)})
+    with hold_locks([target], ME):
+        with ordinary_user():
+            error = refused(target)
+            with hold_locks([other], ME):
+                pass
+        assert isinstance(error, LockedError)
+        assert "GPU GPU-1 is locked by another process of user root" in error.message
+    with ordinary_user(), hold_locks([target], OTHER):
+        os.seteuid(0)
+        error = refused(target)
+        assert isinstance(error, LockedError)
+        assert "pid 1 on node3" in error.message
+        os.seteuid(65534)
+    with hold_locks([target], ME):
+        assert len(list(open_folder.glob("GPU-1.*"))) == 2
+
+
+def test_a_gpu_lock_of_an_older_version_excludes(tmp_path: Path) -> None:
+    (target,) = gpu_locks(["GPU-1"], {"LEM_LOCK_DIR": str(tmp_path)})
+    with hold_locks([LockTarget(tmp_path / "GPU-1.lock", "GPU-1")], ME):
+        assert f"pid {os.getpid()}" in refused(target).message
+
+
+def test_another_users_campaign_lock_is_seen_to_be_held_or_named_with_its_owner(open_folder: Path) -> None:
+    target = campaign_lock(open_folder, "demo")
+    with hold_locks([target], ME), ordinary_user():
+        assert is_locked(target.path) is True
+        assert isinstance(refused(target), LockedError)
+    with ordinary_user():
+        assert is_locked(target.path) is False
+        error = refused(target)
+    assert not isinstance(error, LockedError)
+    assert "as user root" in error.hint
+
+
+def test_a_lock_whose_file_is_removed_before_it_is_locked_is_taken_on_the_new_file(target: LockTarget) -> None:
+    removals = [target.path.unlink]
+
+    def remove(event: str, _arguments: tuple[object, ...]) -> None:
+        if event == "fcntl.flock" and removals:
+            removals.pop()()
+
+    sys.addaudithook(remove)  # for good, but it does nothing once the file is removed
+    with hold_locks([target], ME):
+        assert not removals
+        assert isinstance(refused(target), LockedError)
+
+
+def test_a_file_system_on_which_every_lock_succeeds_is_refused(tmp_path: Path) -> None:
+    """Four campaigns ran at once on one manifest there."""
+    (tmp_path / "flock.c").write_text("int flock(int file, int operation) { return file < 0 || operation < 0; }")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "flock.so", tmp_path / "flock.c"], check=True)
+    program = (
+        "import sys; from pathlib import Path; from lem.orchestration.locks import *;"
+        "from lem.base.errors import UserError\n"
+        "try:\n  hold_locks([campaign_lock(Path(sys.argv[1]), 'demo')], Holder(1, 'a', 'b', 'c')).__enter__()\n"
+        "except UserError as error: print(error.message, error.hint)"
+    )
+    environ = {**os.environ, "LD_PRELOAD": str(tmp_path / "flock.so")}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    answer = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout
+    assert f"locks do not work in {tmp_path}: campaign.lock can be locked twice" in answer
+    assert "io.state_dir" in answer

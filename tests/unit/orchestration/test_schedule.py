@@ -226,7 +226,7 @@ def test_no_stop_before_a_signal(stop):
     assert select.select([stop.fileno()], [], [], 0)[0] == []
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_sets_the_flag_and_wakes_waits_for_good_the_second_raises(stop, signum):
     heard = []
     with stop.installed(lambda: heard.append(stop.signum)):
@@ -256,3 +256,14 @@ def test_handlers_are_put_back(stop):
     with stop.installed():
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_hangup_that_nohup_had_ignored_stays_ignored(stop):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop.installed():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_set()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
