@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Final
 
 DATASETS_VARIABLE: Final = "LEM_DATASETS_DIR"
@@ -14,6 +16,7 @@ MARK_VARIABLE: Final = "LEM_WORKER_MARK"
 VARIABLES: Final = frozenset({DATASETS_VARIABLE, LOCK_FOLDER_VARIABLE, CACHE_VARIABLE, MARK_VARIABLE})
 
 MODEL_CACHE_VARIABLE: Final = "LEM_MODEL_CACHE"
+READ_ONLY_VARIABLE: Final = "LEM_MODEL_CACHE_READ_ONLY"
 # What the compose file that lem carries, and its CPU overlay, let a person choose.
 COMPOSE_VARIABLES: Final = frozenset(
     {
@@ -22,13 +25,13 @@ COMPOSE_VARIABLES: Final = frozenset(
         "LEM_HEALTHCHECK_INTERVAL",
         "LEM_MEMORY_LIMIT",
         MODEL_CACHE_VARIABLE,
-        "LEM_MODEL_CACHE_READ_ONLY",
-        "LEM_PIDS_LIMIT",
+        READ_ONLY_VARIABLE,
         "LEM_PYTORCH_IMAGE",
         "LEM_PYTORCH_PACKAGES",
         "LEM_SHM_SIZE",
         "LEM_TENSORRT_IMAGE",
         "LEM_TENSORRT_PACKAGES",
+        "LEM_TMP_SIZE",
         "LEM_VLLM_CPU_LIMIT",
         "LEM_VLLM_IMAGE",
         "LEM_VLLM_KVCACHE_GIB",
@@ -42,3 +45,11 @@ TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - a name
 # Of the hub's cache (huggingface_hub) and of CUDA.
 HUB_FOLDER_VARIABLE: Final = "HF_HOME"
 GPU_VARIABLE: Final = "CUDA_VISIBLE_DEVICES"
+
+
+def is_cache_read_only(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is in a container of lem's compose file that cannot write to the cache of models."""
+    return environ.get(READ_ONLY_VARIABLE) == "true"
+
+
+DOWNLOAD_ONCE: Final = f"containers download nothing: run once with {READ_ONLY_VARIABLE}=false"

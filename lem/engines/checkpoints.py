@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import logging
@@ -25,6 +26,7 @@ from transformers.utils import cached_file
 from lem.base import durable
 from lem.base.durable import sha256_of
 from lem.base.errors import EngineError, OptionRefused
+from lem.base.variables import DOWNLOAD_ONCE, is_cache_read_only
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import Folders, model_error, out_of_memory, shortened
 
@@ -264,7 +266,10 @@ def _explain(what: str, error: BaseException) -> EngineError:
         # A network that is down may be up for the retry; offline mode stays set.
         is_permanent = bool(hub_constants.HF_HUB_OFFLINE)
         where = "offline mode is set (HF_HUB_OFFLINE)" if is_permanent else "the hub cannot be reached"
-        hint = f"not a folder in {Path.cwd()}, not in the hub's cache, and {where}: download the model first"
+        remedy = DOWNLOAD_ONCE if is_cache_read_only() else "download the model first"
+        hint = f"not a folder in {Path.cwd()}, not in the hub's cache, and {where}: {remedy}"
+    elif any(isinstance(cause, OSError) and cause.errno == errno.EROFS for cause in causes):
+        hint = DOWNLOAD_ONCE if is_cache_read_only() else "make the hub's cache writable, or download the model first"
     elif "trust_remote_code" in str(error):
         hint = "set model.trust_remote_code: true if you trust the code that comes with the model"
     else:

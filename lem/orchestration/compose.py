@@ -39,6 +39,8 @@ _REPLACED = "devices!override"
 
 # Options that name a folder to write to.
 _WRITTEN = frozenset({"engine_cache_dir", "download_dir"})
+# Of the memory of the engine's machine, for a container; the kernel then ends the engine and not the host's programs.
+_MEMORY_SHARE = 0.95
 # Files of a folder that are checked for links. No model has more; a folder with more is a home folder.
 _MAX_FILES = 10_000
 
@@ -173,11 +175,11 @@ class ComposeProject:
 
         ContainerError: engine, plugin, compose file, service or image missing. UserError: a folder cannot be written.
         """
-        Docker(self.environ).info()
+        memory_b = Docker(self.environ).info().get("MemTotal")
         pyz = provide_pyz(self.environ)
         for folder in (self.state_folder, self.results_dir):
             _make_folder(folder)  # as the user's own: the engine would make it root's
-        base = self.as_written(pyz)
+        base = self.as_written(pyz, round(_MEMORY_SHARE * memory_b) if isinstance(memory_b, int) else 0)
         version, services = base.compose_version(), base.services
         if missing := [name for name in names if name not in services]:
             known = ", ".join(services) or "none"
@@ -194,11 +196,14 @@ class ComposeProject:
         prepared.images.update((name, _image_id(prepared, services[name])) for name in names)
         return prepared
 
-    def as_written(self, pyz: Path | None) -> Compose:
+    def as_written(self, pyz: Path | None, memory_b: int = 0) -> Compose:
+        variables = self._variables(pyz)
+        if memory_b:
+            variables["LEM_HOST_MEMORY"] = str(memory_b)
         if self.files:
-            return self._compose(self.files, self.directory, pyz)
+            return self._compose(self.files, self.directory, variables)
         # In the packaged file, relative paths and a file called .env belong to the user's folder.
-        return self._compose((self._write(PACKAGED_NAME, packaged_compose_file()),), self.working_dir, pyz)
+        return self._compose((self._write(PACKAGED_NAME, packaged_compose_file()),), self.working_dir, variables)
 
     def described(self) -> Mapping[str, Service]:
         """The services of the files; nothing stays on disk; ContainerError for invalid files or no docker command."""
@@ -210,10 +215,10 @@ class ComposeProject:
         files = self.files or (self.state_folder / PACKAGED_NAME,)
         # Without any file Compose finds the containers by the name of the project.
         found = tuple(path for path in (*files, self.state_folder / OVERRIDE_NAME) if path.is_file())
-        return self._compose(found, self.directory, None)
+        return self._compose(found, self.directory, self._variables(None))
 
-    def _compose(self, files: tuple[Path, ...], folder: Path | None, pyz: Path | None) -> Compose:
-        return Compose(self._variables(pyz), self.name, files, folder, self.env_file)
+    def _compose(self, files: tuple[Path, ...], folder: Path | None, variables: Mapping[str, str]) -> Compose:
+        return Compose(variables, self.name, files, folder, self.env_file)
 
     def _write(self, name: str, text: str) -> Path:
         path = self.state_folder / name

@@ -111,7 +111,7 @@ class ContainerWorker(dispatch.Worker):
         state = executor.state(self._service)
         if state is not None and executor.compose.was_out_of_memory(state.container_id, self._begun_s, until_s):
             message = f"{error.message}; the container ran out of memory"
-            hint = "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or let the engine use less"
+            hint = "raise its limit (LEM_MEMORY_LIMIT, or the limit in your compose file), or let the engine use less"
             return EngineError(message, hint, kind="out_of_memory", is_permanent=phase in LOADING_PHASES)
         state = executor.state(self._service)
         if state is not None and state.is_running:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
+import os
 import random
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +19,13 @@ from typing import Any
 
 from lem.base.errors import EngineError
 from lem.base.reasons import Reason
-from lem.base.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, TOKEN_VARIABLE
+from lem.base.variables import (
+    DATASETS_VARIABLE,
+    DOWNLOAD_ONCE,
+    HUB_FOLDER_VARIABLE,
+    TOKEN_VARIABLE,
+    is_cache_read_only,
+)
 from lem.config.experiment import DATASET_ALIASES, DatasetConfig, ExperimentConfig, HuggingFacePrompts
 from lem.worker.prompts import Prompt, ResolvedPrompts, fingerprint, text_of_record
 
@@ -248,17 +257,36 @@ def _load_from_hub(choice: DatasetChoice, token: str | None) -> tuple[Iterable[R
     name, split = choice.hub_name, choice.split
     files = {split: DATA_FILES[name]} if name in DATA_FILES else None
     try:
-        loaded = datasets.load_dataset(name, choice.subset, split=split, data_files=files, token=token)
+        with _writable_cache(Path(datasets.config.HF_DATASETS_CACHE), datasets.config.HF_HUB_OFFLINE) as cache:
+            loaded = datasets.load_dataset(
+                name, choice.subset, split=split, data_files=files, token=token, cache_dir=cache
+            )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         # In offline mode it would fail the same way again.
         may_pass = isinstance(error, ConnectionError) and not datasets.config.HF_HUB_OFFLINE
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         message = f"data set {choice.name} ({name}, split {split}): {first_line}"
-        hint = f"check name, subset, split and network; or put a copy into the folder of {DATASETS_VARIABLE}"
+        check = DOWNLOAD_ONCE if is_cache_read_only() else "check name, subset, split and network"
+        hint = f"{check}; or put a copy into the folder of {DATASETS_VARIABLE}"
         raise _error(message, hint, is_permanent=not may_pass) from error
     # `datasets` keeps the commit in the names of what it downloaded and of its cache.
     names = [*(loaded.info.download_checksums or {}), *(item["filename"] for item in loaded.cache_files)]
     return loaded, next((found.group() for file in names if (found := _COMMIT.search(str(file)))), None)
+
+
+@contextlib.contextmanager
+def _writable_cache(folder: Path, is_offline: bool) -> Iterator[str | None]:
+    """None, or a folder in place of the cache of `datasets`, which locks what it reads, if that is read-only.
+
+    Offline it holds links to what was prepared; online, data sets are prepared again from what the hub's cache holds.
+    """
+    if not folder.is_dir() or os.access(folder, os.W_OK):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="lem-datasets-", ignore_cleanup_errors=True) as scratch:
+        for item in folder.iterdir() if is_offline else ():
+            Path(scratch, item.name).symlink_to(item)
+        yield scratch
 
 
 # Rows

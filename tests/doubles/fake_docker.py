@@ -127,7 +127,7 @@ class Command:
 
     def info(self, words: list[str]) -> None:
         found = {"ServerVersion": "20.10.24", "Runtimes": self.state.get("runtimes", {"runc": {}})}
-        print(json.dumps({**found, "DockerRootDir": str(self.fake.folder)}))
+        print(json.dumps({**found, "DockerRootDir": str(self.fake.folder), "MemTotal": 10**11}))
 
     def image(self, words: list[str]) -> None:
         if words[-1] not in self.state["images"]:

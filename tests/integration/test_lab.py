@@ -124,11 +124,64 @@ def test_results_belong_to_the_caller_and_have_the_same_path_on_both_sides(runni
     assert (path.stat().st_uid, path.stat().st_gid) == (OWNER, OWNER)
 
 
-def test_lem_pyz_and_packages_cannot_be_written(running: Project) -> None:
-    for folder in ("/opt/lem", running.variables["LEM_CPU_PACKAGES_TARGET"]):
+def test_nothing_but_results_and_temporary_files_can_be_written(running: Project) -> None:
+    for folder in (
+        "/opt/lem",
+        running.variables["LEM_CPU_PACKAGES_TARGET"],
+        "/opt/huggingface",
+        "/",
+        "/root",
+        "/var/tmp",
+    ):
         finished = running.compose("exec", "-T", "-u", "0", "pytorch", "touch", f"{folder}/x")
         assert finished.returncode != 0
         assert "Read-only file system" in finished.stderr
+
+
+def test_what_engines_compile_runs_from_their_home(running: Project) -> None:
+    words = ("exec", "-T", "pytorch", "sh", "-c", "cp /bin/true ~/compiled && ~/compiled && touch /dev/shm/x")
+    finished = running.compose(*words)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_the_cache_of_models_is_offline_while_it_is_read_only_and_both_can_be_changed(tmp_path: Path) -> None:
+    def resolved(**variables: str) -> tuple[str, bool]:
+        found = Project("lemtest", {**Places.of().variables(), **variables}).compose("config", "--format", "json")
+        service = json.loads(found.stdout)["services"]["vllm"]
+        (cache,) = (item for item in service["volumes"] if item["target"] == "/opt/huggingface")
+        return service["environment"]["HF_HUB_OFFLINE"], cache.get("read_only", False)
+
+    assert resolved() == ("true", True)
+    assert resolved(LEM_MODEL_CACHE_READ_ONLY="false") == ("false", False)
+    assert resolved(HF_HUB_OFFLINE="0") == ("0", True)
+
+
+@pytest.mark.parametrize(
+    ("limits", "variables", "expected"),
+    [
+        ("", {}, (0, 10**9, 16384)),
+        ("", {"LEM_HOST_MEMORY": "4000000000"}, (4 * 10**9, 10**9, 16384)),
+        ("", {"LEM_HOST_MEMORY": "4000000000", "LEM_MEMORY_LIMIT": "0"}, (0, 10**9, 16384)),
+        ("", {"LEM_MEMORY_LIMIT": "3g", "LEM_VLLM_CPU_LIMIT": "1.5"}, (3 * 2**30, 15 * 10**8, 16384)),
+        ("memory: 2g", {"LEM_MEMORY_LIMIT": "3g"}, (2 * 2**30, 10**9, 16384)),
+        ("memory: 2g, cpus: '0.5', pids: 900", {"LEM_HOST_MEMORY": "4000000000"}, (2 * 2**30, 5 * 10**8, 900)),
+    ],
+)
+def test_limits_take_an_overlay_with_resources_of_deploy(
+    tmp_path: Path, limits: str, variables: dict[str, str], expected: tuple[int, int, int]
+) -> None:
+    started = project(tmp_path, **variables)
+    overlay = f"services:\n  vllm: {{deploy: {{resources: {{limits: {{{limits}}}}}}}}}\n"
+    (tmp_path / "overlay.yml").write_text(overlay)
+    try:
+        finished = started.compose("-f", str(tmp_path / "overlay.yml"), "up", "-d", "vllm")
+        assert finished.returncode == 0, finished.stderr
+        words = ("docker", "inspect", "--format", "{{json .HostConfig}}", *started.containers())
+        found = json.loads(subprocess.check_output(words, text=True, timeout=TIMEOUT_S))
+        assert (found["Memory"], found["NanoCpus"], found["PidsLimit"]) == expected
+        assert found["ReadonlyRootfs"] is True
+    finally:
+        started.compose("down", "--timeout", "1")
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ def failure(model: Path | str, **options: Any) -> EngineError:
     return caught.value
 
 
-def load_offline(cache: Path, config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def load_offline(cache: Path, config: dict[str, Any], **variables: str) -> tuple[dict[str, Any], str]:
     """What a process without network makes of a load, and everything it printed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), **variables}
     command = [sys.executable, "-c", LOAD, json.dumps(config)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -157,6 +157,8 @@ def test_a_model_that_is_nowhere_says_where_it_was_looked_for(tmp_path: Path) ->
     assert "nobody/nothing" in found["message"]
     assert "HF_HUB_OFFLINE" in found["hint"]
     assert str(ROOT) in found["hint"]  # it could have been a folder
+    inside, _ = load_offline(tmp_path, {"model": "nobody/nothing"}, LEM_MODEL_CACHE_READ_ONLY="true")
+    assert "run once with LEM_MODEL_CACHE_READ_ONLY=false" in inside["hint"]
     assert "hf_verysecret" not in printed
 
 

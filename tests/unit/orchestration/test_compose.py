@@ -28,7 +28,7 @@ from tests.doubles.fake_docker import FakeDocker
 ROOT = Path(__file__).resolve().parents[3]
 
 # What lem sets itself, whatever a person set.
-SET_BY_LEM = {"LEM_PYZ_DIR", "LEM_RESULTS_DIR", "LEM_UID", "LEM_GID", "LEM_GPU_IDS"}
+SET_BY_LEM = {"LEM_PYZ_DIR", "LEM_RESULTS_DIR", "LEM_UID", "LEM_GID", "LEM_GPU_IDS", "LEM_HOST_MEMORY"}
 
 
 def write(folder: Path, *names: str) -> None:
@@ -89,6 +89,7 @@ def test_the_variables_of_the_compose_file_are_set(fake: FakeDocker, tmp_path: P
     env = project(fake, tmp_path, {"HF_HOME": str(tmp_path / "hf")}, gpus_of=gpus_of).prepare(["vllm"]).env
     assert env["LEM_GPU_IDS"] == "GPU-1,GPU-2"
     assert env["LEM_UID"] == str(os.getuid())
+    assert env["LEM_HOST_MEMORY"] == str(95 * 10**9)
     assert env["LEM_RESULTS_DIR"] == str(tmp_path / "results")
     assert Path(env["LEM_PYZ_DIR"], "lem.pyz").is_file()
     assert env["LEM_MODEL_CACHE"] == str(tmp_path / "hf")

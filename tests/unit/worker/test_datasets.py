@@ -280,10 +280,17 @@ print(json.dumps(answer))
 """
 
 
-def resolve_apart(name: str, home: Path, **variables: str) -> dict[str, Any]:
+# A command in a mount namespace of its own, in which its first argument is read-only.
+READ_ONLY = (
+    *("unshare", "--mount", "sh", "-c"),
+    'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"',
+)
+
+
+def resolve_apart(name: str, home: Path, *before: str, **variables: str) -> dict[str, Any]:
     """What a Python of its own makes of a hub name: `datasets` reads its environment when it is imported."""
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HF_HOME": str(home), **variables}
-    done = process.run([sys.executable, "-c", RESOLVE, name], timeout_s=120, env=environ, cwd=home)
+    done = process.run([*before, sys.executable, "-c", RESOLVE, name], timeout_s=120, env=environ, cwd=home)
     assert done.code == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
@@ -298,6 +305,21 @@ def test_hub_data_set_is_recorded_with_its_commit_and_found_again_offline(tmp_pa
     assert online["source"]["revision"] == COMMIT
     assert online["source"]["count"] == 2
     assert resolve_apart(HUB_NAME, tmp_path, HF_HUB_OFFLINE="1") == online
+
+
+@pytest.mark.needs("datasets")
+def test_a_data_set_is_read_from_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    if process.run([*READ_ONLY, str(tmp_path), "true"], timeout_s=10).code != 0:
+        pytest.skip("needs the right to mount")
+    read_only = (*READ_ONLY, str(tmp_path))
+    with serving_hub() as address:
+        online = resolve_apart(HUB_NAME, tmp_path, HF_ENDPOINT=address)
+        assert resolve_apart(HUB_NAME, tmp_path, *read_only, HF_ENDPOINT=address) == online
+    assert resolve_apart(HUB_NAME, tmp_path, *read_only, HF_HUB_OFFLINE="1") == online
+    asked = {"HF_HUB_OFFLINE": "true", "LEM_MODEL_CACHE_READ_ONLY": "true"}
+    absent = resolve_apart("owner/absent", tmp_path, *read_only, **asked)
+    assert (absent["kind"], absent["is_permanent"]) == ("prompts", True)
+    assert "LEM_MODEL_CACHE_READ_ONLY=false" in absent["hint"]
 
 
 @pytest.mark.needs("datasets")
