@@ -153,7 +153,8 @@ def spawn(
             raise UserError(f"{cwd}: no such folder to run {argv[0]} in") from error
         raise UserError(f"{argv[0]}: no such program", "install it, or put its folder on PATH") from error
     except OSError as error:
-        raise UserError(f"{argv[0]}: cannot be started: {error.strerror}") from error
+        hint = "check its permissions, free memory and the limits of this user (ulimit -a)"
+        raise UserError(f"{argv[0]}: cannot be started: {error.strerror}", hint) from error
 
 
 def pipes(child: Child[bytes]) -> tuple[IO[bytes], IO[bytes]]:

@@ -49,6 +49,7 @@ _MODULES: Mapping[str, str] = {
 
 # Errors of a standard stream on a full disk or a closed terminal; unlike errors of files, they name no file.
 _STREAM_ERRORS = DISK_FULL | {errno.EFBIG, errno.EIO}
+_FILE_ERRORS = _STREAM_ERRORS | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ESTALE, errno.ENAMETOOLONG}
 
 
 def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: TextIO | None = None) -> int:
@@ -75,15 +76,29 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
     except KeyboardInterrupt:
         return int(ExitCode.SIGINT)
     except Exception as error:  # noqa: BLE001 - the top of the program
-        if isinstance(error, OSError) and error.filename is None and error.errno in _STREAM_ERRORS:
-            console.error(f"cannot write the output: {os.strerror(error.errno).lower()}")
+        explained = _explain_host(error) if isinstance(error, OSError) else None
+        if explained is None:
+            _report_bug(console, error)
+            return int(ExitCode.BUG)
+        console.error(explained.message, explained.hint)
+        if isinstance(error, OSError) and error.filename is None:
             discard_output(out)
-            return int(ExitCode.USAGE)
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # Python tested whether the file exists
-            console.error(f"{log.shorten(str(error.filename), 80)}: file name too long")
-            return int(ExitCode.USAGE)
-        _report_bug(console, error)
-        return int(ExitCode.BUG)
+        return int(ExitCode.USAGE)
+
+
+def _explain_host(error: OSError) -> UserError | None:
+    """What the user can do about an error that no bug of lem's can cause; None for any other."""
+    from lem.base import durable  # imported here to keep the start-up fast
+
+    reason = durable.reason_of(error)
+    if error.filename is None:
+        if error.errno == errno.ENOENT:  # only getcwd(3) names no file
+            return UserError("the current folder no longer exists", "change to another one (cd)")
+        return UserError(f"cannot write the output: {reason}") if error.errno in _STREAM_ERRORS else None
+    hint = durable.remedy_for(error) if error.errno in _FILE_ERRORS - {errno.ENAMETOOLONG} else ""
+    # Many of them come from Python's tests whether a file exists.
+    path = log.shorten(str(error.filename), 80)
+    return UserError(f"{path}: {reason}", hint) if error.errno in _FILE_ERRORS else None
 
 
 def _execute(arguments: list[str], console: log.Console, out: TextIO, err: TextIO) -> int:

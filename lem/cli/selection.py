@@ -76,7 +76,10 @@ class SelectedRun:
 
     def status(self, state_dir: Path = STATE_DIR) -> CampaignStatus | None:
         """The status of the campaign; None unless its manifest is that of this run."""
-        status = read_status(state_dir / self.campaign, Viewpoint(utc_now(), socket.gethostname()))
+        try:
+            status = read_status(state_dir / self.campaign, Viewpoint(utc_now(), socket.gethostname()))
+        except OSError:  # somebody else's state folder
+            return None
         return status if status.manifest is not None and status.manifest.run_id == self.run_id else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -107,6 +108,29 @@ def test_a_bug_is_told_where_no_file_can_be_written() -> None:
     assert ended.returncode == 70
     assert b"Traceback" in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith(b"bug: AttributeError: ")
+
+
+def test_a_current_folder_that_is_gone_is_told(folder: Path) -> None:
+    code = (
+        "import shutil, sys\n"
+        f"shutil.rmtree({str(folder)!r})\n"
+        "from lem.cli.main import main\n"
+        "sys.exit(main(['doctor']))\n"
+    )
+    ended = started(sys.executable, "-c", code)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(b"error: the current folder no longer exists\n")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE])
+def test_a_file_that_the_host_refuses_is_no_bug(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(*_: object, **__: object) -> bool:
+        raise OSError(code, os.strerror(code), "results/demo")
+
+    monkeypatch.setattr(Path, "is_dir", refuse)  # as it does for a folder that may not be entered
+    ended = run_lem("merge", "results", "--output", "merged")
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: results/demo: {os.strerror(code).lower()}\n")
 
 
 @pytest.mark.parametrize(
