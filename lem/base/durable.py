@@ -10,17 +10,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
+import stat
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lem.base.doc import json_text
 from lem.base.errors import DISK_FULL
-from lem.base.units import MIB
+from lem.base.units import GIB, MIB
 
 TEMPORARY_PREFIX = ".lem-tmp-"
+# No file that lem reads as a whole comes near it; one that is sparse or endless must not fill the memory.
+_MOST_B = GIB
+_NOT_REGULAR = "expected a regular file"
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
@@ -96,13 +101,36 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, json_text(document))
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read; OSError for a FIFO, a device or a socket, which may block or never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, _NOT_REGULAR, str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file; OSError if it cannot be read, or is larger than 1 GiB."""
+    with open_regular(path) as stream:
+        if os.fstat(stream.fileno()).st_size > _MOST_B:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        return stream.read()
+
+
+def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
+    """As `open_regular`, as text in UTF-8, with or without a byte order mark."""
+    return io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline=newline)
+
+
 def read_json(path: Path) -> Any:
     """The document in a JSON file; OSError if it cannot be read, ValueError if it is not JSON in UTF-8."""
-    return parse_json(path.read_bytes())
+    return parse_json(read_bytes(path))
 
 
 def parse_json(data: bytes) -> Any:
-    """The document; ValueError if it is not JSON in UTF-8."""
+    """The document in JSON; ValueError if it is not JSON in UTF-8."""
     try:
         return json.loads(data.decode("utf-8"))
     except RecursionError as error:
@@ -168,7 +196,7 @@ def remedy_for(error: OSError, option: str | None = None) -> str:
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while block := stream.read(MIB):
             digest.update(block)
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
+from lem.base import durable
 from lem.base.errors import ConfigurationError
 from lem.base.units import MIB
 from lem.config.campaign_config import CampaignConfig
@@ -215,7 +216,7 @@ def expand(text: str, environ: Mapping[str, str], *, is_plain: bool) -> str:
 def read_document(path: FilePath, environ: Mapping[str, str]) -> Document:
     """A file as plain data; ConfigurationError if it cannot be read, FileProblems if it is not YAML."""
     try:
-        with path.open("rb") as stream:
+        with durable.open_regular(path) as stream:
             data = stream.read(MAX_FILE_B + 1)
     except FileNotFoundError as error:
         raise ConfigurationError(f"{path}: no such file", "the path is relative to the current directory") from error

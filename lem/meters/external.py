@@ -11,6 +11,7 @@ from datetime import timezone
 from itertools import pairwise
 from pathlib import Path
 
+from lem.base import durable
 from lem.base.clock import parse_time
 from lem.base.errors import MeterRefused
 from lem.base.reasons import Reason
@@ -40,7 +41,8 @@ def read_external(path: Path) -> ExternalReadings:
     names the line that is no reading.
     """
     try:
-        text = path.expanduser().read_text(encoding="utf-8-sig")
+        with durable.open_text(path.expanduser()) as stream:
+            text = stream.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not text in UTF-8"
         text = f"measurement.external_csv: {path}: {reason}"

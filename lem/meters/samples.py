@@ -7,12 +7,13 @@ one with the marks, so that every figure of the record can be recomputed from it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -22,7 +23,7 @@ from lem.base import durable
 from lem.base.codec import MOST, complete, decode, decode_row, shown
 from lem.base.measurement import EnergyScope
 from lem.base.reasons import Reason
-from lem.base.units import GIB
+from lem.base.units import GIB, MIB
 
 SAMPLES_SCHEMA = 2
 PART_FILENAME = "samples.part"
@@ -193,6 +194,11 @@ _LETTERS = {kind: letter for letter, kind in _KINDS.items()}
 # Some fifteen million rows. A damaged or hostile file must not fill the memory; a log above this is refused, never cut.
 _MOST_B = GIB
 
+# Nor one that unpacks too far: rows of an idle machine shrink to a ninth, of one error over and over to a thirty-fifth,
+# and a file that is made to fill the memory to a thousandth.
+_MOST_RATIO, _FREE_B = 120, MIB
+_MOST_LINE_B = 16 * MIB  # the marks of some 300,000 passes
+
 _VALUES = {kind: attrgetter(*(item.name for item in dataclasses.fields(kind))) for kind in _LETTERS}
 
 
@@ -246,7 +252,7 @@ class PartReader:
 
     def read(self) -> SampleLog:
         """The log as far as it is whole by now; raises OSError, and SampleLogError: no sample log, or no header yet."""
-        with self._path.open("rb") as file:
+        with durable.open_regular(self._path) as file:
             file.seek(self._offset)
             data = file.read()
         size = data.rfind(b"\n") + 1  # what follows the last end of line is still being written
@@ -260,7 +266,7 @@ class PartReader:
 def read_tail(path: Path, most_b: int = 8192) -> list[Row]:
     """The rows in the last bytes of a log that is being written; [] if it is missing or no log."""
     try:
-        with path.open("rb") as file:
+        with durable.open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - most_b))
             lines = file.read().split(b"\n")[1:-1]  # the first may have lost its beginning, the last its end
@@ -278,24 +284,33 @@ def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
 
 def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[Mark, ...]]:
     """A finished log and its marks; raises OSError, or SampleLogError: no such log, or more than `most_b` unpacked."""
+    rows = _Rows(path, first=2)
     try:
-        with gzip.open(path) as file:
-            data = file.read(most_b + 1)
-        if len(data) > most_b:
-            raise SampleLogError(f"{path}: more than {most_b} bytes of samples when unpacked, the most that lem reads")
-        first, *lines = data.splitlines() or [b"null"]
-        document = json.loads(first)
-        found = document.get("marks") if isinstance(document, dict) else None
-        if not isinstance(found, list) or not all(isinstance(item, list) for item in found):
-            raise ValueError("it does not start with marks")
-        marks = tuple(decode_row(Mark, item) for item in found)
+        with contextlib.closing(_unpacked_lines(path, most_b)) as lines:
+            document = json.loads(next(lines, b"null"))
+            found = document.get("marks") if isinstance(document, dict) else None
+            if not isinstance(found, list) or not all(isinstance(item, list) for item in found):
+                raise ValueError("it does not start with marks")
+            marks = tuple(decode_row(Mark, item) for item in found)
+            rows.take(lines)
     except SampleLogError:
         raise
     except (EOFError, RecursionError, ValueError, gzip.BadGzipFile, zlib.error) as error:
         raise SampleLogError(f"{path}: not a finished sample log: {error}") from error
-    rows = _Rows(path, first=2)
-    rows.take(lines)
     return rows.log(), marks
+
+
+def _unpacked_lines(path: Path, most_b: int) -> Generator[bytes, None, None]:
+    """The lines, one at a time; SampleLogError as soon as there is more than lem can have written into such a file."""
+    with durable.open_regular(path) as packed, gzip.open(packed) as file:
+        most_b = min(most_b, _FREE_B + _MOST_RATIO * os.fstat(packed.fileno()).st_size)
+        left = most_b
+        while line := file.readline(min(left + 1, _MOST_LINE_B)):
+            left -= len(line)
+            if left < 0:
+                text = f"more than {most_b} bytes of samples when unpacked, the most that lem reads from such a file"
+                raise SampleLogError(f"{path}: {text}")
+            yield line
 
 
 def _dump(value: Any) -> str:
@@ -326,6 +341,8 @@ class _Rows:
                         raise ValueError(f"a row of device {place}, which is not in the header")
                     self._found[letter].append(row)
                 self._next += 1
+        except SampleLogError:  # of the lines themselves
+            raise
         except (RecursionError, ValueError) as error:
             raise SampleLogError(f"{self._path}:{self._next}: not a sample log: {error}") from error
 

@@ -279,7 +279,7 @@ def _verify_signature(folder: Path, signer: Signer) -> None:
     if not (folder / SIGNATURE).is_file():
         raise UserError(f"bundle {folder}: it is not signed", "`lem bundle make --sign-key KEY` signs it")
     words = ("verify", "-f", str(signer.allowed_signers), "-I", signer.identity, "-s", str(folder / SIGNATURE))
-    ended = _ssh_keygen(*words, stdin=(folder / SUMS).read_bytes())
+    ended = _ssh_keygen(*words, stdin=durable.read_bytes(folder / SUMS))
     if ended.code != 0:
         details = (ended.stderr or ended.stdout).strip()
         raise UserError(f"bundle {folder}: no valid signature of {signer.identity}: {details}", "do not use the bundle")
@@ -288,7 +288,7 @@ def _verify_signature(folder: Path, signer: Signer) -> None:
 def _read_sums(folder: Path) -> dict[str, str]:
     sums: dict[str, str] = {}
     # A byte that is not UTF-8 gives an invalid line, or a name that does not exist.
-    text = (folder / SUMS).read_bytes().decode("utf-8", "replace")
+    text = durable.read_bytes(folder / SUMS).decode("utf-8", "replace")
     for line in text.removesuffix("\n").split("\n"):
         found = _LINE.fullmatch(line)
         if found is None:

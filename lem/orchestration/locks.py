@@ -140,7 +140,8 @@ def hold_locks(targets: Sequence[LockTarget], holder: Holder) -> Iterator[None]:
 def read_holder(path: Path) -> Holder | None:
     """The holder that a lock file names, whether it still runs or not; None when it names none."""
     try:
-        return _decode_holder(path.read_bytes()[:_HOLDER_MAX_B])
+        with durable.open_regular(path) as stream:
+            return _decode_holder(stream.read(_HOLDER_MAX_B))
     except OSError:
         return None
 

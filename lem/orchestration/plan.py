@@ -336,7 +336,7 @@ def write_configs(configurations: Iterable[Experiment]) -> None:
         path = Path(item.config_path)
         data = durable.utf8(encode_config({**item.config_dict, "config_name": item.config_name}))
         try:
-            if path.exists() and path.read_bytes() == data:
+            if path.exists() and durable.read_bytes(path) == data:
                 continue
             durable.make_folder(path.parent)
             # A file that a power cut spoils differs the next time and is written again; syncing 10,000 took 12 s.

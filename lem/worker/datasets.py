@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lem.base import durable
 from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.base.variables import (
@@ -176,7 +177,7 @@ def read_rows(files: Sequence[Path]) -> Iterator[Row]:
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
     # Not universal newlines: text may hold characters that splitlines() would take for the end of a line.
-    with file.open(encoding="utf-8-sig", newline="\n") as stream:
+    with durable.open_text(file, "\n") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
@@ -187,7 +188,7 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
 
 
 def _read_json(file: Path) -> Iterator[Row]:
-    document = json.loads(file.read_text(encoding="utf-8-sig"))
+    document = json.loads(durable.read_bytes(file).decode("utf-8-sig"))
     if isinstance(document, dict):
         lists = [value for value in document.values() if isinstance(value, list)]
         if len(lists) != 1:
@@ -200,13 +201,13 @@ def _read_json(file: Path) -> Iterator[Row]:
 
 def _read_csv(file: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # a prompt may be longer than the 128 KiB that csv takes by default
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    with durable.open_text(file, "") as stream:
         for row in csv.DictReader(stream, strict=True):
             yield {str(key): value for key, value in row.items() if key is not None}
 
 
 def _read_text(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig", newline="\n") as stream:
+    with durable.open_text(file, "\n") as stream:
         for line in stream:
             yield line.rstrip("\r\n")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,12 +197,11 @@ def text_of_record(record: Any) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise PromptError(f"{path}: expected a regular file", "check prompts.path")
-        if found.st_size > MAX_FILE_B:
-            raise PromptError(f"{path}: {found.st_size} bytes; the limit for prompts is {MAX_FILE_B}")
-        data = path.read_bytes()
+        with durable.open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > MAX_FILE_B:
+                raise PromptError(f"{path}: {size} bytes; the limit for prompts is {MAX_FILE_B}")
+            data = stream.read()
     except OSError as error:
         raise PromptError(f"{path}: cannot be read: {error.strerror}", "check prompts.path") from error
     try:

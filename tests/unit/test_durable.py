@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -223,3 +224,24 @@ def test_the_hash_of_a_file_is_that_of_its_whole_content(tmp_path: Path) -> None
     data = bytes(range(256)) * 8192 + b"end"  # more than one block
     (tmp_path / "file").write_bytes(data)
     assert durable.sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_what_may_block_or_never_end_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        for path in (tmp_path / "pipe", tmp_path / "link", Path("/dev/zero"), Path("/dev/stdin"), tmp_path):
+            for read in (durable.read_json, durable.read_bytes, durable.sha256_of, durable.open_text):
+                with pytest.raises(OSError, match="expected a regular file") as caught:
+                    read(path)
+                assert caught.value.filename == str(path)
+        with pytest.raises(OSError, match="No such device"):
+            durable.read_bytes(tmp_path / "socket")
+
+
+def test_a_file_larger_than_any_of_lem_is_refused_without_filling_the_memory(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(OSError, match="too large"):
+        durable.read_json(tmp_path / "sparse")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lem.meters.samples import (
     CpuLoad,
     GpuHeader,
     Mark,
+    MeterError,
     PartReader,
     SampleHeader,
     SampleLog,
@@ -143,3 +145,33 @@ def test_a_log_above_the_limit_is_an_error_that_names_the_limit(tmp_path: Path, 
     with pytest.raises(SampleLogError) as found:
         read_finished(path, most_b=size_b - fewer_b)
     assert str(found.value).startswith(f"{path}: more than {size_b - fewer_b} bytes ")
+
+
+def test_rows_of_one_error_over_and_over_are_read_and_rows_made_to_fill_the_memory_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl.gz"
+    errors = tuple(MeterError(10**15 + number * 20_000_000, "gpu0.power", "x" * 300) for number in range(30_000))
+    write_finished(path, SampleLog(HEADER, errors=errors), [])
+    size_b = len(gzip.decompress(path.read_bytes()))
+    assert size_b > 8 * 2**20
+    assert size_b / path.stat().st_size > 40
+    assert len(read_finished(path)[0].errors) == 30_000
+
+    lines = [b'{"marks":[]}', encode_header(HEADER).encode(), *[encode_row(CpuLoad(1, 0.5)).encode()] * 300_000]
+    path.write_bytes(gzip.compress(b"\n".join(lines), compresslevel=9))
+    most_b = 2**20 + 120 * path.stat().st_size
+    assert most_b < len(b"\n".join(lines))
+    tracemalloc.start()
+    with pytest.raises(SampleLogError, match=f"more than {most_b} bytes of samples"):
+        read_finished(path)
+    assert tracemalloc.get_traced_memory()[1] < 40 * most_b
+    tracemalloc.stop()
+
+
+def test_one_endless_line_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"marks":[' + b" " * (64 * 2**20)))
+    tracemalloc.start()
+    with pytest.raises(SampleLogError):
+        read_finished(path)
+    assert tracemalloc.get_traced_memory()[1] < 40 * 2**20
+    tracemalloc.stop()

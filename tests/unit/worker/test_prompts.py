@@ -115,10 +115,10 @@ def test_every_bad_line_is_named_with_its_number_and_many_are_counted(tmp_path: 
         ("p.txt", b"a\n \nb\n", "p.txt:2: "),
         ("p.txt", b"fine\n\xff\xfe\x00", "p.txt:2: not UTF-8"),
         ("missing.txt", None, "missing.txt: cannot be read"),
-        (".", None, ": expected a regular file"),
-        ("/dev/null", None, "/dev/null: expected a regular file"),
+        (".", None, ": cannot be read: expected a regular file"),
+        ("/dev/null", None, "/dev/null: cannot be read: expected a regular file"),
         ("large.txt", None, "large.txt: 1099511627776 bytes; the limit for prompts is 268435456"),
-        ("pipe", None, "pipe: expected a regular file"),  # prompts are read again for every attempt
+        ("pipe", None, "pipe: cannot be read: expected a regular file"),  # prompts are read again for every attempt
     ],
 )
 def test_a_file_without_prompts_is_refused_with_the_place(

@@ -1,0 +1,215 @@
+"""The index of a run: it saves reading, and never hides or invents a change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from lem.results.index import INDEX_FILE
+
+from lem.results.store import Repository, Scan, StoredResult
+from tests.synthetic_campaign import Campaign, Configuration, Written
+
+CAMPAIGN = Campaign(
+    (Configuration("one", ttft_s=0.05), Configuration("two", backend="pytorch", invalid_attempts={1: 1})),
+    cycles=2,
+    has_samples=False,
+)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Written:
+    return CAMPAIGN.write(tmp_path)
+
+
+def scan(written: Written, *, is_checked: bool = False) -> Scan:
+    return Repository(written.results_dir, written.campaign).scan(written.run_id, is_checked=is_checked)
+
+
+def index_of(written: Written) -> Path:
+    return written.results_dir / written.campaign / written.run_id / INDEX_FILE
+
+
+def results_of(written: Written) -> list[Path]:
+    return sorted(index_of(written).parent.glob("*/attempt-*/result.json"))
+
+
+def record_all(written: Written) -> None:
+    """What a campaign does when its results come in."""
+    index_of(written).unlink(missing_ok=True)
+    repository = Repository(written.results_dir, written.campaign)
+    for item in scan(written).results:
+        repository.record_result(written.run_id, item)
+
+
+def change(path: Path, old: str = '"valid": true', new: str = '"valid": TRUE', *, is_hidden: bool = False) -> None:
+    """Change a file in its place; hidden, it also keeps its time."""
+    before, text = path.stat(), path.read_text(encoding="utf-8")
+    assert old in text
+    with path.open("r+", encoding="utf-8") as file:
+        file.write(text.replace(old, new))
+        file.truncate()
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + (0 if is_hidden else 1)))
+
+
+def kinds(found: Scan) -> list[str]:
+    return [item.kind for item in found.problems]
+
+
+def test_a_result_is_not_opened_while_its_line_counts(written: Written) -> None:
+    first = scan(written)
+    for path in results_of(written):
+        change(path, is_hidden=True)
+    assert scan(written) == first
+    assert kinds(scan(written, is_checked=True)) == ["corrupt"] * len(first.results)
+
+
+def test_a_record_from_the_index_is_the_one_in_the_file(written: Written) -> None:
+    first, second = scan(written), scan(written)
+    assert [item.record for item in second.results] == [item.record for item in first.results]
+    assert len(second.results) == len(results_of(written)) == 5
+
+
+def test_a_changed_file_is_read_again_where_nothing_is_known_of_its_measurement(written: Written) -> None:
+    scan(written)
+    change(results_of(written)[0], '"host": "lab1"', '"host": "lab2"')
+    for _ in range(2):
+        assert {item.record.identity.host for item in scan(written).results} == {"lab1", "lab2"}
+
+
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_a_result_that_is_not_as_it_was_measured_is_not_used_and_no_reader_changes_that(
+    written: Written, is_hidden: bool
+) -> None:
+    record_all(written)
+    path = results_of(written)[0]
+    change(path, '"host": "lab1"', '"host": "lab2"', is_hidden=is_hidden)
+    for _ in range(3):
+        found = scan(written, is_checked=True)
+        assert [(item.kind, item.path) for item in found.problems] == [("altered", path)]
+        assert len(found.results) == 4
+    assert kinds(scan(written)) == ([] if is_hidden else ["altered"])  # the index has the value that was measured
+    change(path, '"host": "lab2"', '"host": "lab1"')
+    assert kinds(scan(written, is_checked=True)) == []
+
+
+def test_digests_that_were_recorded_go_with_a_copy(written: Written, tmp_path: Path) -> None:
+    record_all(written)
+    shutil.copytree(written.results_dir, tmp_path / "copy" / "results")
+    copy = Written(tmp_path / "copy" / "results", tmp_path, tmp_path, written.campaign, written.run_id)
+    assert all(item.is_recorded for item in scan(copy).results)
+    assert index_of(copy).read_bytes().count(b"\n") == 10  # the lines of the copies, too
+    assert scan(copy) == scan(copy)
+    change(results_of(copy)[2], '"host": "lab1"', '"host": "lab2"')
+    assert kinds(scan(copy)) == ["altered"]
+
+
+def test_a_reader_does_not_record_what_it_finds_as_measured(written: Written) -> None:
+    scan(written)
+    assert not any(item.is_recorded for item in scan(written).results)
+
+
+def test_a_recorded_digest_counts_whatever_line_comes_after_it(written: Written) -> None:
+    record_all(written)
+    measured = index_of(written).read_bytes()
+    index_of(written).unlink()
+    path = results_of(written)[0]
+    change(path, '"host": "lab1"', '"host": "lab2"')
+    scan(written)
+    index_of(written).write_bytes(measured + index_of(written).read_bytes())
+    assert kinds(scan(written)) == ["altered"]
+
+
+def test_a_torn_line_is_ignored_and_the_next_one_starts_anew(written: Written) -> None:
+    first = scan(written)
+    whole = index_of(written).read_bytes()
+    for cut in (1, 2, 500, len(whole) - 3):
+        index_of(written).write_bytes(whole[:-cut])
+        assert scan(written) == first
+        assert scan(written) == first
+        lines = index_of(written).read_bytes().splitlines()
+        assert sum(line in whole.splitlines() for line in lines) >= 5
+
+
+def test_any_bit_of_a_line_may_flip(written: Written) -> None:
+    record_all(written)
+    first = scan(written)
+    whole = index_of(written).read_bytes()
+    for place in range(0, len(whole) * 8, len(whole) * 8 // 150):
+        data = bytearray(whole)
+        data[place // 8] ^= 1 << place % 8
+        index_of(written).write_bytes(data)
+        found = scan(written)
+        assert [(item.path, item.record, item.sha256) for item in found.results] == [
+            (item.path, item.record, item.sha256) for item in first.results
+        ]
+        assert found.problems == ()
+
+
+def test_the_last_line_of_a_result_counts(written: Written) -> None:
+    scan(written)
+    before = index_of(written).read_bytes()
+    change(results_of(written)[0], '"host": "lab1"', '"host": "lab2"')
+    scan(written)
+    after = index_of(written).read_bytes()
+    assert after.startswith(before)
+    for path in results_of(written):
+        change(path, is_hidden=True)
+    assert sorted(item.record.identity.host for item in scan(written).results) == ["lab1"] * 4 + ["lab2"]
+
+
+@pytest.mark.parametrize("what", ["folder", "pipe", "link"])
+def test_without_an_index_that_can_be_written_everything_is_read_and_nothing_said(
+    written: Written, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = scan(written)
+    index_of(written).unlink()
+    if what == "folder":
+        index_of(written).mkdir()
+    elif what == "pipe":
+        os.mkfifo(index_of(written))
+    else:
+        (tmp_path / "elsewhere").write_bytes(b"")
+        index_of(written).symlink_to(tmp_path / "elsewhere")
+    assert scan(written) == first
+    assert caplog.records == []
+    if what == "link":
+        assert (tmp_path / "elsewhere").read_bytes() == b""
+
+
+def test_lines_of_another_lem_are_not_used_but_their_digests_are(written: Written) -> None:
+    import hashlib
+
+    record_all(written)
+    lines = []
+    for data in index_of(written).read_bytes().splitlines():
+        line = json.loads(data)
+        line = {**line, "layout": "0" * 12, "record": {"identity": "[1]"}}
+        del line["check"]
+        rest = json.dumps(line)[1:].encode() + b"\n"
+        lines.append(b'{"check":"' + hashlib.sha256(rest).hexdigest()[:16].encode() + b'",' + rest)
+    index_of(written).write_bytes(b"".join(lines))
+    assert len(scan(written).results) == 5
+    change(results_of(written)[0], '"host": "lab1"', '"host": "lab2"')
+    assert kinds(scan(written)) == ["altered"]
+
+
+def test_an_index_does_not_grow_for_ever_where_times_never_match(written: Written) -> None:
+    for number in range(12):
+        for path in results_of(written):
+            os.utime(path, ns=(0, 1_000_000 + number))
+        assert len(scan(written).results) == 5
+    assert index_of(written).read_bytes().count(b"\n") <= 20
+
+
+def test_a_result_that_cannot_be_put_into_the_index_is_a_warning(
+    written: Written, caplog: pytest.LogCaptureFixture
+) -> None:
+    index_of(written).mkdir()
+    (result, *_) = scan(written).results
+    assert isinstance(result, StoredResult)
+    Repository(written.results_dir, written.campaign).record_result(written.run_id, result)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
