@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from lem.base import durable
 from lem.base.codec import DecodeError, decode, encode, shown
 from lem.base.measurement import SLOWDOWN_MASK, EnergySource, is_estimate
 from lem.base.reasons import Reason
+from lem.identities import violations
 
 # The files of an attempt, beside its sample log (lem/meters/samples.py).
 RESULT_FILE = "result.json"
@@ -349,6 +350,21 @@ class Record:
     requested: Mapping[str, Any]
     extra_metadata: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def lazily(cls, load: Callable[[str], Any]) -> Record:
+        """A record each section of which is loaded, by its name, when it is asked for first."""
+        record = object.__new__(cls)
+        record.__dict__["_load"] = load
+        return record
+
+    if not TYPE_CHECKING:  # else every misspelt name would have a value
+
+        def __getattr__(self, name):
+            if name not in self.__dataclass_fields__ or "_load" not in self.__dict__:
+                raise AttributeError(f"a record has no {name!r}")
+            self.__dict__[name] = section = self.__dict__["_load"](name)
+            return section
+
 
 SCHEMA_VERSION = 2
 
@@ -368,16 +384,20 @@ def encode_record(record: Record) -> dict[str, Any]:
 
 
 def decode_record(document: Any) -> Record:
-    """The record in a JSON document; RecordError where it breaks the schema, or has one of a newer lem."""
+    """The record in a JSON document; RecordError where it breaks the schema, is newer, or contradicts itself."""
     if not isinstance(document, dict):
         raise RecordError("a record is a JSON object")
     if document.get("schema_version") not in (1, SCHEMA_VERSION):  # version 1 has sentences without their codes
         found = shown(document.get("schema_version"))
         raise RecordError(f"schema_version is {found}, this lem reads 1 to {SCHEMA_VERSION}")
     try:
-        return decode(Record, {name: value for name, value in document.items() if name != "schema_version"}, "")
+        record = decode(Record, {name: value for name, value in document.items() if name != "schema_version"}, "")
+        violated = next(violations(record), None)
     except DecodeError as error:
         raise RecordError(str(error)) from error
+    if violated is not None:
+        raise RecordError(violated)
+    return record
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -392,12 +412,17 @@ def read_record(path: Path) -> Record:
 
 def read_with_digest(path: Path) -> tuple[Record, str]:
     """The record in a file, and the SHA-256 of the bytes it was read from; raises as `read_record`."""
-    data = path.read_bytes()
+    data = durable.read_bytes(path)
+    return parse_record(data), hashlib.sha256(data).hexdigest()
+
+
+def parse_record(data: bytes) -> Record:
+    """The record in the bytes of a file; RecordError where they are not a whole one."""
     try:
         document = durable.parse_json(data)
     except ValueError as error:
         raise RecordError(f"not JSON: {error}") from error
     try:
-        return decode_record(document), hashlib.sha256(data).hexdigest()
+        return decode_record(document)
     except RecursionError as error:
         raise RecordError("not a record: nested too deeply") from error

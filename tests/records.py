@@ -37,6 +37,7 @@ NO_GPU = "no GPU was used"
 NO_TOKEN_TIMES = "the engine gave no time for each token"
 
 CONFIG_HASH = "0123456789abcdef"
+_INPUT_TOK, _OUTPUT_TOK = 512, 1000
 
 
 if TYPE_CHECKING:
@@ -91,11 +92,13 @@ def make_record(**fields: Any) -> Record:
     given = Described(**fields)
     load_id = f"{given.run_id}-{given.config_hash}-{given.cycle}-{given.attempt}"
     rate = given.output_tok_per_s
+    output_tok = 0 if rate == 0 else _OUTPUT_TOK
+    window_s = output_tok / rate if rate else 10.0
     record = Record(
         identity=_identity(given),
         validity=Validity(
             valid=given.is_valid,
-            invalid_reasons=sentences(*given.invalid_reasons),
+            invalid_reasons=sentences(*(given.invalid_reasons or (() if given.is_valid else ("unfit",)))),
             warnings=sentences(*given.warnings),
             warmup_converged=True,
             steady=True,
@@ -103,14 +106,27 @@ def make_record(**fields: Any) -> Record:
             engine_load_id=load_id if given.load_id is None else given.load_id,
         ),
         window=reasons(
-            Window("closed_batch", 10.0, 3, 1.5, 5, 0.8, None, 0.4, recognise("temperature and power are back")),
+            Window("closed_batch", window_s, 1, 1.5, 5, 0.8, None, 0.4, recognise("temperature and power are back")),
             "nothing was compiled for this experiment",
         ),
         energy=_energy(given.energy_per_output_tok_j, given.energy_source),
         gpus=(),
         idle=reasons(Idle(), NO_METER),
-        work=Work(given.n_requests, 0, 512, 1000, 12, "engine_ids", {"kind": "synthetic", "count": given.n_requests}),
-        throughput=reasons(Throughput(rate, None if rate is None else 1.5 * rate, 0.8), "the window holds no output"),
+        work=Work(
+            given.n_requests,
+            0,
+            _INPUT_TOK,
+            output_tok,
+            12,
+            "engine_ids",
+            {"kind": "synthetic", "count": given.n_requests},
+        ),
+        throughput=reasons(
+            Throughput(
+                rate, None if rate is None else (_INPUT_TOK + output_tok) / window_s, given.n_requests / window_s
+            ),
+            "the window holds no output",
+        ),
         latency=make_latency(given.n_requests, given.n_requests, given.ttft_p50_s, None, given.e2e_p50_s),
         compute=reasons(Compute(2e12, "2 x parameters x tokens", "estimate", 25_000_000, None), NO_GPU),
         efficiency=Efficiency(),

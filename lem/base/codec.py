@@ -16,7 +16,7 @@ import re
 import string
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from lem.base.log import shorten
@@ -96,8 +96,7 @@ def _decode_fields(kind: Any, document: Mapping[str, Any], where: str) -> dict[s
     values = {}
     for name, hint in hints.items():
         value = document[name]
-        is_good = type(value) in plain[name] and (type(value) is not float or math.isfinite(value))
-        values[name] = value if is_good else decode_hint(hint, value, _at(where, name))
+        values[name] = value if _is_good(value, plain[name]) else decode_hint(hint, value, _at(where, name))
     return values
 
 
@@ -123,6 +122,10 @@ def complete(kind: Any, document: Any, why: Reason) -> Any:
     return out
 
 
+def _is_good(value: Any, kinds: Collection[type]) -> bool:
+    return type(value) in kinds and (type(value) is not float or math.isfinite(value))
+
+
 def decode_row(kind: type[T], values: Sequence[Any]) -> T:
     """The dataclass of these values, in the order of its fields; DecodeError for a wrong number, type or size."""
     found, good = tuple(map(type, values)), _GOOD_ROWS.setdefault(kind, set())
@@ -142,6 +145,52 @@ def decode_row(kind: type[T], values: Sequence[Any]) -> T:
         if (type(value) is int or type(value) is float) and not -MOST < value < MOST:
             raise DecodeError(f"{name}: {shown(value)} is out of range")
     return kind(*values)
+
+
+def pack(value: Any) -> Any:
+    """`value` as JSON without the names of its fields and without sentences, for `unpack` where the types are equal."""
+    if isinstance(value, Reason):
+        return _codes(value, "")
+    if dataclasses.is_dataclass(value):
+        packed = [pack(getattr(value, item.name)) for item in _fields(value)]
+        return [*packed, pack(getattr(value, _REASONS))] if _REASONS in value.__dataclass_fields__ else packed
+    if isinstance(value, Mapping):
+        return {name: pack(item) for name, item in value.items()}
+    return [pack(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def unpack(hint: Any, value: Any) -> Any:
+    """What `pack` made of a value of that type; DecodeError for what it cannot have made."""
+    if hint is Reason:
+        try:
+            return _unpack_reason(value["code"], tuple(value["data"]), *value["data"].values())
+        except (KeyError, TypeError, ValueError) as error:
+            raise DecodeError(f"expected a reason, got {shown(value)}") from error
+    if dataclasses.is_dataclass(hint):
+        return _unpack_object(hint, value)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _UNIONS:
+        (other,) = (item for item in inner if item is not types.NoneType)
+        return None if value is None else unpack(other, value)
+    if origin is tuple and isinstance(value, list):
+        return tuple(unpack(inner[0], item) for item in value)
+    return decode_hint(hint, value, "packed")
+
+
+def _unpack_object(kind: Any, value: Any) -> Any:
+    hints, plain, has_reasons = hints_of(kind), _plain_types(kind), _REASONS in kind.__dataclass_fields__
+    if not isinstance(value, list) or len(value) != len(hints) + has_reasons:
+        raise DecodeError(f"{kind.__name__}: expected {len(hints)} values, got {shown(value)}")
+    pairs = zip(hints, value, strict=False)
+    values = [item if _is_good(item, plain[name]) else unpack(hints[name], item) for name, item in pairs]
+    if not has_reasons:
+        return kind(*values)
+    return kind(*values, null_reasons={name: unpack(Reason, item) for name, item in _object(value[-1], "").items()})
+
+
+@functools.lru_cache(4096, typed=True)  # 1 and 1.0 read differently
+def _unpack_reason(code: str, names: tuple[str, ...], *values: Any) -> Reason:
+    return Reason.of(code, **dict(zip(names, values, strict=True)))
 
 
 def _encode_section(section: Any, where: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import stat
 import sys
@@ -24,7 +25,7 @@ from lem.base.units import GIB, MIB
 
 TEMPORARY_PREFIX = ".lem-tmp-"
 # No file that lem reads as a whole comes near it; one that is sparse or endless must not fill the memory.
-_MOST_B = GIB
+MOST_B = GIB
 _NOT_REGULAR = "expected a regular file"
 
 
@@ -101,21 +102,21 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, json_text(document))
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file to read; OSError for a FIFO, a device or a socket, which may block or never end."""
+def open_regular(path: Path, most_b: float = math.inf) -> BinaryIO:
+    """Open a regular file to read; OSError if it is larger, or a FIFO or device, which may never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_size <= most_b:
         return open(descriptor, "rb")
     os.close(descriptor)
-    raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, _NOT_REGULAR, str(path))
+    if stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    raise OSError(errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL, _NOT_REGULAR, str(path))
 
 
 def read_bytes(path: Path) -> bytes:
     """The content of a regular file; OSError if it cannot be read, or is larger than 1 GiB."""
-    with open_regular(path) as stream:
-        if os.fstat(stream.fileno()).st_size > _MOST_B:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    with open_regular(path, MOST_B) as stream:
         return stream.read()
 
 

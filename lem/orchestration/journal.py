@@ -45,7 +45,7 @@ def snapshot_of(data: bytes) -> str:
 def find_snapshot(path: Path) -> str | None:
     """As `snapshot_of`, of the file there, of which only the beginning is read; None when there is none."""
     try:
-        with path.open("rb") as stream:
+        with durable.open_regular(path) as stream:
             data = stream.read(len(_START) + _DIGITS)
             return snapshot_of(data if data.startswith(_START) else data + stream.read())
     except FileNotFoundError:
@@ -118,7 +118,7 @@ class Journal:
             DamagedJournal: a line is damaged.
         """
         try:
-            data = self.path.read_bytes()
+            data = durable.read_bytes(self.path)
         except FileNotFoundError:
             return []
         *lines, last = data.split(b"\n")

@@ -396,7 +396,7 @@ class ManifestManager:
 
     def _read(self, tries: int = 5) -> CampaignManifest:
         """The snapshot with the changes in its journal."""
-        data = self.manifest_path.read_bytes()
+        data = durable.read_bytes(self.manifest_path)
         manifest, snapshot = decode_manifest(data), journal.snapshot_of(data)
         changes = self._journal.read(snapshot)
         if tries > 1 and journal.find_snapshot(self.manifest_path) != snapshot:

@@ -327,6 +327,7 @@ class Session:
         if result is not None:
             attempt = dataclasses.replace(attempt, result_path=str(result.path), result_sha256=result.sha256)
             attempt = dataclasses.replace(attempt, valid=result.record.validity.valid)
+            context.repository.record_result(str(self.manifest.run_id), result)
         elif error is not None:
             attempt = dataclasses.replace(attempt, error=error.message)
         entry.put_attempt(attempt)

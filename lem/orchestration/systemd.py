@@ -16,6 +16,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from lem.base import durable
 from lem.base.durable import reason_of
 from lem.base.errors import UserError
 from lem.base.variables import TOKEN_VARIABLE
@@ -32,7 +33,7 @@ def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
     if folder and not value:
         path = Path(folder, TOKEN_VARIABLE)
         try:
-            value = path.read_text(encoding="utf-8").strip()
+            value = durable.read_bytes(path).decode("utf-8").strip()
         except FileNotFoundError:
             return {}
         except (OSError, UnicodeDecodeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -22,7 +23,8 @@ from lem.base.codec import decode
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
 from lem.base.units import MIB, percent
-from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Record, RecordError, read_with_digest
+from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Record, RecordError
+from lem.results.index import AlteredError, Found, Index, record_result
 
 _logger = logging.getLogger(__name__)
 
@@ -104,6 +106,7 @@ class StoredResult:
     path: Path
     record: Record
     sha256: str = ""  # of the bytes that the record was read from
+    is_recorded: bool = False  # whether the campaign recorded that digest when the result was measured
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ class Problem:
     """An attempt without a usable result, or a folder that cannot be read.
 
     Its kinds: `missing` (the attempt failed, was interrupted or is still running), `half-written` (its write was cut
-    off), `corrupt` (no record of a known schema), `foreign` (the record of another experiment), `unreadable`.
+    off), `corrupt` (no record of a known schema, or one that contradicts itself), `altered` (not as it was measured),
+    `foreign` (the record of another experiment), `unreadable`.
     """
 
     path: Path  # of the file or folder
@@ -135,6 +139,7 @@ class Repository:
     def __init__(self, results_dir: Path, campaign: str) -> None:
         """Nothing is read or written yet; UserError where `campaign`, the slug of its name, cannot name a folder."""
         self.folder = results_dir / check_name(campaign, "campaign")
+        self._indexes: dict[Path, Index] = {}
 
     def check_writable(self) -> None:
         """Make the campaign's folder and check that there is room in it; UserError where it cannot be written."""
@@ -162,21 +167,35 @@ class Repository:
                     return AttemptFolder(path, number)
 
     def find_attempts(self, run_id: str, exp_id: str) -> tuple[StoredResult, ...]:
-        """Every whole result of an experiment, oldest first."""
-        found = _experiment_items(self._experiment_folder(run_id, exp_id))
+        """Every whole result of an experiment that is as it was measured, oldest first."""
+        folder = self._experiment_folder(run_id, exp_id)
+        if folder.parent not in self._indexes:
+            self._indexes[folder.parent] = Index(folder.parent)
+        found = _experiment_items(folder, functools.partial(self._indexes[folder.parent].read, is_checked=True))
         return tuple(item for item in found if isinstance(item, StoredResult))
 
     def find_campaign_name(self) -> str | None:
         """The name of the campaign that the results belong to; None without any."""
-        found = _nested(self.folder, lambda run: _nested(run, _experiment_items))
+        found = _nested(self.folder, lambda run: _run_items(run, is_checked=False))
         return next((item.record.identity.campaign_name for item in found if isinstance(item, StoredResult)), None)
 
-    def scan(self, run_id: str | None = None) -> Scan:
-        """Everything in the campaign's folder, or in one run of it; damage is a value and never raised."""
+    def record_result(self, run_id: str, result: StoredResult) -> None:
+        """Put a result that was just measured into the index of its run, which can be made again without it."""
+        try:
+            record_result(self.folder / run_id, result.path, result.record, result.sha256)
+        except OSError as error:
+            _logger.warning("%s: %s is not in the index: %s", self.folder / run_id, result.path, reason_of(error))
+
+    def scan(self, run_id: str | None = None, *, is_checked: bool = False) -> Scan:
+        """Everything in the campaign's folder, or in one run of it; damage is a value and never raised.
+
+        Each result is taken from the index of its run while its file has the same size, time and inode. With
+        `is_checked`, its digest must be the same, too.
+        """
         if run_id is None:
-            found = list(_nested(self.folder, lambda run: _nested(run, _experiment_items)))
+            found = list(_nested(self.folder, lambda run: _run_items(run, is_checked=is_checked)))
         else:
-            found = list(_nested(self.folder / check_name(run_id, "run"), _experiment_items))
+            found = list(_run_items(self.folder / check_name(run_id, "run"), is_checked=is_checked))
         results = _apart_by_host([item for item in found if isinstance(item, StoredResult)])
         return Scan(results, tuple(item for item in found if isinstance(item, Problem)))
 
@@ -243,7 +262,18 @@ def _nested(folder: Path, read: Callable[[Path], Iterator[StoredResult | Problem
         yield from read(folder / name)
 
 
-def _experiment_items(folder: Path) -> Iterator[StoredResult | Problem]:
+def _run_items(folder: Path, *, is_checked: bool) -> Iterator[StoredResult | Problem]:
+    index = Index(folder)
+    yield from _nested(
+        folder, lambda path: _experiment_items(path, functools.partial(index.read, is_checked=is_checked))
+    )
+    index.write()
+
+
+_Reader = Callable[[Path], Found]
+
+
+def _experiment_items(folder: Path, read: _Reader) -> Iterator[StoredResult | Problem]:
     try:
         numbers = sorted(_attempt_numbers(folder))
     except FileNotFoundError:
@@ -251,28 +281,30 @@ def _experiment_items(folder: Path) -> Iterator[StoredResult | Problem]:
     except OSError as error:
         yield _problem(folder, folder, "unreadable", reason_of(error))
         return
-    yield from (_read_attempt(folder, number) for number in numbers)
+    yield from (_read_attempt(folder, number, read) for number in numbers)
 
 
-def _read_attempt(folder: Path, number: int) -> StoredResult | Problem:
+def _read_attempt(folder: Path, number: int, read: _Reader) -> StoredResult | Problem:
     attempt = folder / f"attempt-{number}"
     path = attempt / RESULT_FILE
     try:
-        record, digest = read_with_digest(path)
+        found = read(path)
     except FileNotFoundError:
         return _describe_missing(folder, attempt)
     except OSError as error:
         return _problem(folder, path, "unreadable", reason_of(error))
+    except AlteredError as error:
+        return _problem(folder, path, "altered", str(error))
     except RecordError as error:
         return _problem(folder, path, "corrupt", str(error))
-    identity, exp_id = record.identity, folder.name.partition(_HOST_MARK)[0]
+    identity, exp_id = found.record.identity, folder.name.partition(_HOST_MARK)[0]
     facts: tuple[tuple[str, object, object], ...] = (
         ("run", folder.parent.name, identity.run_id),
         ("experiment", exp_id, identity.experiment_id),
         ("attempt", number, identity.attempt),
     )
-    strange = [f"expected {what} {place}, got {str(found)!r:.80}" for what, place, found in facts if found != place]
-    return _problem(folder, path, "foreign", ", ".join(strange)) if strange else StoredResult(path, record, digest)
+    strange = [f"expected {what} {place}, got {str(named)!r:.80}" for what, place, named in facts if named != place]
+    return _problem(folder, path, "foreign", ", ".join(strange)) if strange else StoredResult(path, *found)
 
 
 def _describe_missing(folder: Path, attempt: Path) -> Problem:

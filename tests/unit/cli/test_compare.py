@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from lem.base.doc import text_width
+from lem.record import read_record, write_record
 from lem.results.aggregation import parse_target
 from lem.results.store import StoppingRule, write_stopping_rule
 from tests.command_rig import Output, run_lem
 from tests.goldens import assert_golden
+from tests.records import completed
 from tests.synthetic_campaign import Campaign, Configuration
 
 PYTORCH = Configuration("pytorch-bfloat16", backend="pytorch", energy_per_output_tok_j=0.5, output_tok_per_s=900)
@@ -198,10 +200,11 @@ def test_cycles_that_were_added_are_told_of(tmp_path: Path) -> None:
 def test_a_value_of_zero_has_no_ratio(tmp_path: Path) -> None:
     folder = based(configurations=(PYTORCH, VLLM)).write(tmp_path).results_dir
     for path in folder.rglob("result.json"):
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["identity"]["config_name"] == VLLM.name and document["identity"]["cycle_index"] == 2:
-            document["throughput"]["output_tok_per_s"] = 0
-            path.write_text(json.dumps(document), encoding="utf-8")
+        record = read_record(path)
+        if record.identity.config_name == VLLM.name and record.identity.cycle_index == 2:
+            work, total = dataclasses.replace(record.work, output_tok=0), record.work.input_tok / record.window.window_s
+            rates = dataclasses.replace(record.throughput, output_tok_per_s=0.0, total_tok_per_s=total)
+            write_record(path, completed(dataclasses.replace(record, work=work, throughput=rates)))
     code, out, _ = compare(folder, "demo", "--metric", "throughput", "--gate", "throughput=3%", "--strict")
     assert code == 4
     assert "a value is zero or negative" in out

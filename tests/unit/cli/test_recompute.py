@@ -63,13 +63,13 @@ def test_results_that_agree_say_so_and_one_can_be_asked_for(folder: Path) -> Non
 
 def test_a_result_that_differs_is_shown_and_is_the_exit_code(folder: Path) -> None:
     record = measured_record(2)
-    store(folder, dataclasses.replace(record, energy=dataclasses.replace(record.energy, gpu_energy_j=1.5)))
+    store(folder, dataclasses.replace(record, energy=dataclasses.replace(record.energy, counter_update_period_s=1.5)))
     code, out, _ = recompute("demo", "-o", str(folder))
     assert code == 1
-    assert "energy.gpu_energy_j: recorded 1.5, recomputed " in out
+    assert "energy.counter_update_period_s: recorded 1.5, recomputed " in out
     assert out.splitlines()[-1] == "2 of 3 results agree with their samples"
     (bad,) = [item for item in documents(folder, "demo") if item["status"] == "differs"]
-    assert [item["field"] for item in bad["differences"]] == ["energy.gpu_energy_j"]
+    assert [item["field"] for item in bad["differences"]] == ["energy.counter_update_period_s"]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from lem.results.index import INDEX_FILE
 
+from lem.results.index import INDEX_FILE
 from lem.results.store import Repository, Scan, StoredResult
 from tests.synthetic_campaign import Campaign, Configuration, Written
 
