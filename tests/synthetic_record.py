@@ -96,7 +96,8 @@ class Run:
         slower, ttft_s = configuration.output_tok_per_s / self.output_tok_per_s, configuration.ttft_s
         tpot_s = None if ttft_s is None else slower * (configuration.e2e_s - ttft_s) / max(limit - 1, 1)
         ttft_s = None if ttft_s is None else slower * ttft_s
-        idle = Idle(None if self.is_engine_reused else _IDLE_BARE_W, _IDLE_LOADED_W, _IDLE_LOADED_W + 1, 0.0)
+        bare_w, loaded_w = _IDLE_BARE_W * len(self.gpus), _IDLE_LOADED_W * len(self.gpus)
+        idle = Idle(None if self.is_engine_reused else bare_w, loaded_w, loaded_w + 1, 0.0)
         return completed(
             Record(
                 identity=self.identity,

@@ -39,13 +39,15 @@ def results_of(written: Written) -> list[Path]:
 
 def record_all(written: Written) -> None:
     """What a campaign does when its results come in."""
-    index_of(written).unlink(missing_ok=True)
-    repository = Repository(written.results_dir, written.campaign)
-    for item in scan(written).results:
+    repository, results = Repository(written.results_dir, written.campaign), scan(written).results
+    index_of(written).unlink()
+    for item in results:
         repository.record_result(written.run_id, item)
 
 
-def change(path: Path, old: str = '"valid": true', new: str = '"valid": TRUE', *, is_hidden: bool = False) -> None:
+def change(
+    path: Path, old: str = '"schema_version": 2', new: str = '"schema_version": Z', *, is_hidden: bool = False
+) -> None:
     """Change a file in its place; hidden, it also keeps its time."""
     before, text = path.stat(), path.read_text(encoding="utf-8")
     assert old in text
