@@ -35,7 +35,7 @@ SMALL: Mapping[str, Any] = {
 
 
 IDENTITY: Mapping[str, Any] = {
-    "experiment_id": "abc-c1",
+    "experiment_id": "0123456789ab-c1",
     "config_name": "small",
     "config_hash": "0123456789abcdef",
     "campaign_id": "01234567",
@@ -101,7 +101,7 @@ class Rig:
         durable.write_json(result_dir / "config.json", document)
         return RunRequest(
             config.to_dict(),
-            {**IDENTITY, "experiment_id": name},
+            {**IDENTITY, "experiment_id": f"{name}-c1", "config_hash": name},
             str(result_dir),
             config.engine_key(),
             keep_engine,

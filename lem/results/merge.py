@@ -12,10 +12,10 @@ from pathlib import Path
 
 from lem.base import durable
 from lem.base.codec import decode
-from lem.base.durable import make_folder, reason_of, remedy_for, sha256_of
+from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import UserError
 from lem.base.units import ABSENT, plural
-from lem.record import Record, ResultKey
+from lem.record import RESULT_FILE, Record, ResultKey, read_with_digest
 from lem.results import store
 from lem.results.metrics import Metric
 from lem.results.run import ENERGY, THROUGHPUT
@@ -119,18 +119,18 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
     """The results in the hosts' folders, each once, with a plan only its run; UserError unless they fit together."""
     results_dirs = _results_dirs(folders)
     slug = campaign or _only_campaign(results_dirs)
-    scans = [Repository(folder, slug).scan() for folder in results_dirs]
+    scans = [Repository(folder, slug).scan(is_checked=True) for folder in results_dirs]
     stored = [(item.record.identity, item) for scan in scans for item in scan.results]
     own = [(identity, item) for identity, item in stored if plan is None or identity.run_id == plan.run_id]
     problems = [item for scan in scans for item in scan.problems if plan is None or item.run_id in ("", plan.run_id)]
     found: dict[ResultKey, StoredResult] = {}
-    digests: dict[ResultKey, str] = {}
     conflicts: list[str] = []
     for identity, item in own:
-        digest = sha256_of(item.path)
         known = found.setdefault(identity.key, item)
-        if digests.setdefault(identity.key, digest) != digest:
+        if known.sha256 != item.sha256:
             conflicts.append(f"{known.path} and {item.path}")
+        elif item.is_recorded and not known.is_recorded:
+            found[identity.key] = dataclasses.replace(known, is_recorded=True)
     if conflicts:
         n_pairs = plural(len(conflicts), "pair")
         text = f"{n_pairs} of results with the same key but different content: {'; '.join(conflicts[:_SHOWN])}"
@@ -250,7 +250,8 @@ def completeness(gathered: Gathered, plan: FleetPlan | None) -> Matrix:
 def write_merged(gathered: Gathered, output: Path) -> int:
     """Copy what the output does not have, each attempt whole or not at all; returns how many, or raises UserError."""
     new = 0
-    folder = output / gathered.campaign
+    repository = Repository(output, gathered.campaign)
+    folder = repository.folder
     try:
         for item in gathered.results:
             if item.path.is_relative_to(folder):
@@ -263,12 +264,18 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             make_folder(target.parent)
             _copy_folder(item.path.parent, target)
             new += 1
+            record, digest = read_with_digest(target / RESULT_FILE)
+            if digest != item.sha256:
+                raise UserError(f"{item.path}: it changed while it was copied", "merge again once nothing writes there")
+            if item.is_recorded:
+                repository.record_result(identity.run_id, StoredResult(target / RESULT_FILE, record, digest))
         for run_folder in dict.fromkeys(item.path.parents[2] for item in gathered.results):
             rule = store.read_stopping_rule(run_folder)
             if rule is not None and store.read_stopping_rule(folder / run_folder.name) != rule:
                 store.write_stopping_rule(folder / run_folder.name, rule)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error, "--output")) from error
+    repository.scan()  # which completes the index
     return new
 
 
