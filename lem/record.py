@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from lem.base import durable
-from lem.base.codec import DecodeError, decode, encode, shown
+from lem.base.codec import DecodeError, complete, decode, encode, shown
 from lem.base.measurement import SLOWDOWN_MASK, EnergySource, is_estimate
 from lem.base.reasons import Reason
 from lem.identities import violations
@@ -38,6 +38,7 @@ ResultKey = tuple[str, str, str, int, int]
 """What no two results share: run, host, experiment, cycle, attempt."""
 
 _NO_REASON = Reason.of("no_reason")
+_NOT_RECORDED = Reason.of("not_recorded")
 
 _Value = TypeVar("_Value")
 _Section = TypeVar("_Section", bound="Section")
@@ -76,11 +77,16 @@ class Section:
     null_reasons: Mapping[str, Reason] = field(default_factory=dict, kw_only=True)
 
     @classmethod
-    def of(cls: type[_Section], **fields: Any) -> _Section:
+    def of(cls: type[_Section], **given: Any) -> _Section:
         """The section of these fields, each a value or `Measured`, whose reason is kept where it has no value."""
-        found = {name: item if isinstance(item, Measured) else Measured(item) for name, item in fields.items()}
+        found = {name: item if isinstance(item, Measured) else Measured(item) for name, item in given.items()}
         reasons = {name: item.null_reason for name, item in found.items() if item.null_reason is not None}
         return cls(**{name: item.value for name, item in found.items()}, null_reasons=reasons)
+
+    @classmethod
+    def absent(cls: type[_Section], reason: Reason) -> _Section:
+        """A section of which nothing is known, for that reason."""
+        return cls(null_reasons={item.name: reason for item in fields(cls) if item.name != "null_reasons"})
 
     def measured(self, name: str) -> Measured[Any]:
         return known(getattr(self, name), self.why_none(name))
@@ -228,6 +234,20 @@ class Gpu(Section):
 
 
 @dataclass(frozen=True)
+class Interference(Section):
+    """What kept the engine from the CPU in the window, and who else used it; ratios are 0 when they are negligible."""
+
+    wait_ratio: float | None = None  # of the time its threads were ready or ran: without a CPU
+    wait_by_others_ratio: float | None = None  # the same without the competition of its own threads
+    foreign_ratio: float | None = None  # CPU time of programs other than the engine and lem, of all busy CPU time
+    steal_ratio: float | None = None  # CPU time that the hypervisor gave to others, of all
+    throttled_s: float | None = None  # a CPU limit of its cgroup held threads back, summed over CPUs
+    stopped_s: float | None = None  # a process of the engine was stopped, or its container paused
+    suspended_s: float | None = None  # the machine was
+    sampler_pause_max_s: float | None = None  # the longest time without any reading, its edges included
+
+
+@dataclass(frozen=True)
 class Idle(Section):
     """Power at rest: before the load, with the engine loaded, and loaded after the window."""
 
@@ -349,6 +369,7 @@ class Record:
     environment: Environment
     requested: Mapping[str, Any]
     extra_metadata: Mapping[str, Any] = field(default_factory=dict)
+    interference: Interference = field(default_factory=lambda: Interference.absent(_NOT_RECORDED))
 
     @classmethod
     def lazily(cls, load: Callable[[str], Any]) -> Record:
@@ -366,7 +387,7 @@ class Record:
             return section
 
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class RecordError(ValueError):
@@ -387,11 +408,14 @@ def decode_record(document: Any) -> Record:
     """The record in a JSON document; RecordError where it breaks the schema, is newer, or contradicts itself."""
     if not isinstance(document, dict):
         raise RecordError("a record is a JSON object")
-    if document.get("schema_version") not in (1, SCHEMA_VERSION):  # version 1 has sentences without their codes
-        found = shown(document.get("schema_version"))
-        raise RecordError(f"schema_version is {found}, this lem reads 1 to {SCHEMA_VERSION}")
+    version = document.get("schema_version")
+    values = {name: value for name, value in document.items() if name != "schema_version"}
+    if isinstance(version, bool) or version not in range(1, SCHEMA_VERSION + 1):
+        raise RecordError(f"schema_version is {shown(version)}, this lem reads 1 to {SCHEMA_VERSION}")
     try:
-        record = decode(Record, {name: value for name, value in document.items() if name != "schema_version"}, "")
+        # Version 1 has sentences without their codes; version 3 has more fields than those before.
+        whole = values if version == SCHEMA_VERSION else complete(Record, values, _NOT_RECORDED)
+        record = decode(Record, whole, "")
         violated = next(violations(record), None)
     except DecodeError as error:
         raise RecordError(str(error)) from error

@@ -15,6 +15,7 @@ from lem.base.errors import EngineError, Interrupted
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, CampaignGridConfig, CampaignIOConfig
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.dispatch import Executor, Outcome, Timeouts, Worker
+from lem.orchestration.host_meters import HostMeters
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
 from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import CampaignOutcome, StopRequest
@@ -211,7 +212,7 @@ class Place:
         """A runner with a new worker that answers like that."""
         self.executor = FakeExecutor(FakeWorker(self.clock, answers or {}, environment))
         executor: Executor = self.executor
-        return CampaignRunner(
+        runner = CampaignRunner(
             campaign,
             executor=executor,
             observe=self.events.append,
@@ -221,6 +222,8 @@ class Place:
             host="here",
             **more,
         )
+        runner.meters = HostMeters("no driver", "no powercap", "no process is watched")
+        return runner
 
     def run(
         self,

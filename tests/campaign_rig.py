@@ -39,6 +39,8 @@ def campaign_text(*, outputs: Sequence[int] = (4, 8), more: str = "", **executio
         f"    max_output_tokens: {list(outputs)}\n"
         "    warmup.enabled: [false]\n"
         "    measurement.min_window_sec: [0.01]\n"
+        "    measurement.max_wait_pct: [null]\n"  # other tests may run beside it
+        "    measurement.max_foreign_pct: [null]\n"
         "    prompts: [{type: synthetic, input_tokens: 3, sample_size: 2}]\n"
         "    gpus: [[]]\n"
         f"execution: {json.dumps(chosen)}\n"

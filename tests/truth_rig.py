@@ -25,6 +25,7 @@ from lem.meters.attempt import span_of
 from lem.meters.nvml import find_gpus, open_nvml
 from lem.meters.sampler import SamplerOptions, run_sampler
 from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, read_finished
+from lem.meters.usage import Roots
 from lem.record import Record
 from lem.worker.channel import RunRequest
 from lem.worker.harness import ResidentEngine, run_experiment
@@ -345,8 +346,7 @@ def play(scene: Scene, folder: Path) -> Outcome:
                 nvml,
                 world,
                 world.sampler,
-                rapl_root=folder / "powercap",
-                proc_stat=folder / "stat",
+                roots=Roots(proc=folder, sys=folder / "sys", powercap=folder / "powercap"),
             )
         )
         try:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from lem.base.units import NS_PER_S, format_duration
+from lem.base.units import NS_PER_MS, NS_PER_S, format_duration
 
+_READINGS = 3
 _FRACTION = re.compile(r"\.(\d+)")
 
 
@@ -19,6 +20,15 @@ class Clock:
     def monotonic_ns(self) -> int:
         """CLOCK_MONOTONIC in nanoseconds, for durations; engines stamp their tokens with it."""
         return time.monotonic_ns()
+
+    def asleep_s(self) -> float:
+        """For how long the machine was suspended so far: CLOCK_BOOTTIME goes on then, CLOCK_MONOTONIC does not."""
+        readings = []
+        for _ in range(_READINGS):
+            before_ns, boot_ns = time.monotonic_ns(), time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            after_ns = time.monotonic_ns()
+            readings.append((after_ns - before_ns, boot_ns - (before_ns + after_ns) // 2))
+        return max(0, min(readings)[1] // NS_PER_MS) / 1000  # by the quickest, in which nothing else ran
 
     def utc_now(self) -> datetime:
         """The time of day, for labels only."""

@@ -71,6 +71,9 @@ REST_TOLERANCE: Final = 0.05  # power at rest before against after the window, a
 STEADY_TOLERANCE: Final = 0.02  # one half of a window against the other, in power or throughput
 MAX_FAILED_RATIO: Final = 0.01  # more failed requests make a window invalid
 SHORT_WINDOW_S: Final = 10.0  # a naive difference over a counter period of 0.1 s is then off by less than 1 %
+INTERFERENCE_FROM: Final = (
+    0.05  # from this share on, time that the engine waited, or others computed, is worth a warning
+)
 WINDOW_UPDATES: Final = 100  # with fewer readings of the meter in a window, its edges matter
 
 # The marks of a sample log.

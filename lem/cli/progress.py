@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from lem.base import log, units
+from lem.base.measurement import INTERFERENCE_FROM
 from lem.cli.main import discard_output
 from lem.orchestration.status import Event, Observer
 from lem.orchestration.systemd import ServiceManager
@@ -151,17 +152,20 @@ class _State:
         self.experiment: dict[str, Any] = {}
         self.phase = self.activity = ""
         self.watts: float | None = None
+        self.interference = ""
 
     def update(self, event: Event) -> None:
         data = event.data
         if event.kind == "experiment_started":
             self.experiment = dict(data)
             self.phase = self.activity = "starting"
+            self.interference = ""
         elif event.kind == "phase":
             self.phase = self.activity = _PHASE_WORDS.get(str(data.get("phase")), str(data.get("phase")))
         elif event.kind == "progress":
             self.activity = f"{self.phase} {_count(data)}".rstrip()
             self.watts = data.get("power_w")
+            self.interference = _interference(data)
         elif event.kind == "gap":
             self.experiment = {}
             self.activity = f"gap, at most {units.format_duration(float(data['cap_s']))}"
@@ -184,7 +188,7 @@ class _State:
         if self.experiment:
             cycle = f"cycle {self.experiment['cycle']}/{self.experiment['cycles']}"
             parts += [name, str(self.experiment["backend"]), cycle]
-        parts.append(self.activity)
+        parts += [self.activity, self.interference]
         if self.watts is not None:
             parts.append(units.format_power(self.watts))
         if event.eta_s is not None:
@@ -199,6 +203,13 @@ def _count(data: Mapping[str, Any]) -> str:
     if done is None or total:
         return f"{done}/{total}" if total else text
     return text if str(done) in text else f"{done} {text}"
+
+
+def _interference(data: Mapping[str, Any]) -> str:
+    """The share of its time for which the engine waits for a CPU, and that of others in the load of the CPUs."""
+    words = {"wait_pct": "waits {:.0f} %", "foreign_pct": "others {:.0f} %"}
+    shares = ((text, data.get(name)) for name, text in words.items())
+    return ", ".join(text.format(share) for text, share in shares if share and share > 100 * INTERFERENCE_FROM)
 
 
 def _ending(event: Event, paint: Callable[[str, str], str]) -> list[str]:

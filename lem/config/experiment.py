@@ -206,6 +206,12 @@ class MeasurementConfig(Section):
     cpu_tdp_w: float | None = option(
         None, "Design power of all CPU packages, for tdp_estimate; null asks the kernel.", min=1, max=10000, unit="W"
     )
+    max_wait_pct: float | None = option(
+        20.0, "Most of its time that the engine may wait for a CPU; null: no limit.", min=0, max=100, unit="%"
+    )
+    max_foreign_pct: float | None = option(
+        20.0, "Most CPU time of other programs, for energy of the CPU; null: no limit.", min=0, max=100, unit="%"
+    )
     external_csv: str | None = option(None, "File with readings of an external meter: UTC time, watts.")
     grid_g_per_kwh: float | None = option(None, "Carbon intensity of the grid.", min=0, unit="g/kWh")
     pue: float | None = option(None, "Power usage effectiveness of the site.", min=1, max=10)

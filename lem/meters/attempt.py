@@ -61,6 +61,9 @@ class Sources:
     missing_uuids: tuple[str, ...] = ()  # GPUs of the experiment that the sampler does not see
     is_watched: bool = True  # GPUs are sampled in the window; else only their counters are read
     cpu_tdp_w: float | None = None  # the design power of all packages, by the user, else by the kernel
+    # Above these, waiting for a CPU makes an attempt invalid, and other programs void the energy of the CPU.
+    max_wait_ratio: float | None = None
+    max_foreign_ratio: float | None = None
 
     @property
     def least_guard_s(self) -> float:
@@ -130,7 +133,13 @@ def choose_sources(
         missing_uuids=tuple(uuid for uuid in gpu_uuids if uuid not in places),
         is_watched=config.timeseries.enabled,
         cpu_tdp_w=header.cpu_tdp_w if user_tdp_w is None else user_tdp_w,
+        max_wait_ratio=_ratio(config.measurement.max_wait_pct),
+        max_foreign_ratio=_ratio(config.measurement.max_foreign_pct),
     )
+
+
+def _ratio(percent: float | None) -> float | None:
+    return None if percent is None else percent / 100
 
 
 def _scope_of(primary: EnergySource | None, gpus: Sequence[GpuHeader]) -> EnergyScope | None:

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from lem.base import measurement as names
-from lem.base.measurement import EnergySource
+from lem.base.measurement import EnergySource, is_cpu_source
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR
 from lem.config.experiment import MeasurementConfig
@@ -16,8 +16,15 @@ from lem.meters import window
 from lem.meters.attempt import AttemptLog, measured, need
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.external import ExternalReadings, external_energy_j
+from lem.meters.interference import (
+    describe_interference,
+    holes,
+    interference_warnings,
+    refuse_foreign,
+    waited_too_long,
+)
 from lem.meters.rapl import DRAM, PACKAGE
-from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Measured, Work, known, parts_of_source
+from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Interference, Measured, Work, known, parts_of_source
 
 _J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
 
@@ -27,6 +34,7 @@ class EnergyFindings:
     energy: Energy
     gpus: tuple[Gpu, ...]
     idle: Idle
+    interference: Interference
     power_steady: bool | None  # whether the halves of the window drew the same power; None where unknown
     invalid_reasons: tuple[Reason, ...]  # why the window does not measure what it should
     warnings: tuple[Reason, ...]
@@ -48,7 +56,11 @@ def measure(
     sources = attempt.sources
     gpus = tuple(window.describe_gpu(attempt, number) for number in range(len(sources.gpus)))
     idle = _idle(attempt)
-    energy = _energy(attempt, gpus, idle, external, window_repeats)
+    span = attempt.span(names.WINDOW)
+    found = Interference.absent(Reason.of("no_window_mark"))
+    if span is not None:
+        found = describe_interference(attempt.log, span)
+    energy = _energy(attempt, gpus, idle, external, window_repeats, found)
     absent: Measured[Any] = known(None, sources.reasons.get("gpu", "gpu_unseen"))
     unseen = dict.fromkeys({item.name for item in fields(Gpu)} - {"uuid", "name", "null_reasons"}, absent)
     gpus += tuple(Gpu.of(uuid=uuid, name="unknown", **unseen) for uuid in sources.missing_uuids)
@@ -56,14 +68,24 @@ def measure(
         energy=energy,
         gpus=gpus,
         idle=idle,
+        interference=found,
         power_steady=measured(lambda: window.is_power_steady(attempt, window_repeats)).value,
-        invalid_reasons=tuple(window.invalid_reasons(attempt, own_pids)),
-        warnings=tuple(window.warnings_of(attempt, energy, idle)),
+        invalid_reasons=(
+            *window.invalid_reasons(attempt, own_pids),
+            *(() if span is None else holes(attempt, span, found)),
+            *waited_too_long(attempt, found),
+        ),
+        warnings=(*interference_warnings(attempt, found), *window.warnings_of(attempt, energy, idle)),
     )
 
 
 def _energy(
-    attempt: AttemptLog, gpus: Sequence[Gpu], idle: Idle, external: ExternalReadings | None, window_repeats: int
+    attempt: AttemptLog,
+    gpus: Sequence[Gpu],
+    idle: Idle,
+    external: ExternalReadings | None,
+    window_repeats: int,
+    found: Interference,
 ) -> Energy:
     sources = attempt.sources
     gpu_j = measured(lambda: sum((need(gpu.measured("energy_j")) for gpu in gpus), start=0.0))
@@ -72,8 +94,8 @@ def _energy(
     rest_w: Measured[float] = idle.measured("idle_loaded_power_w")
     parts = {
         "gpu_energy_j": gpu_j,
-        "cpu_package_energy_j": measured(lambda: _domain_j(attempt, PACKAGE)),
-        "dram_energy_j": measured(lambda: _domain_j(attempt, DRAM)),
+        "cpu_package_energy_j": measured(lambda: _domain_j(attempt, PACKAGE, found)),
+        "dram_energy_j": measured(lambda: _domain_j(attempt, DRAM, found)),
         "external_energy_j": measured(lambda: external_energy_j(external, attempt.log, attempt.window)),
     }
     if not sources.is_external:
@@ -105,9 +127,10 @@ def _energy(
     )
 
 
-def _domain_j(attempt: AttemptLog, domain: str) -> float:
+def _domain_j(attempt: AttemptLog, domain: str, found: Interference) -> float:
     """The window's energy by the zones of a CPU, whose share of a power at rest measured before is unknown."""
     curves = attempt.cpu_curves(domain)
+    refuse_foreign(attempt, found)
     is_only = attempt.sources.primary == attempt.sources.cpu_method and len(attempt.primary_curves()) == 1
     return sum(attempt.window_j(curve, 1.0 if is_only else None) for curve in curves)
 
@@ -157,6 +180,11 @@ def _prefill_j(attempt: AttemptLog, primary: Measured[float], window_repeats: in
         slowed = next(window.slowdowns(attempt, span, what), None)
         if slowed is not None:
             raise NotMeasured(slowed)
+    found = describe_interference(attempt.log, prefill)
+    for hole in holes(attempt, prefill, found):
+        raise NotMeasured(hole)
+    if is_cpu_source(attempt.sources.primary):
+        refuse_foreign(attempt, found)
     curves = attempt.primary_curves()
     alone_j = sum(attempt.window_j(curve, 1 / len(curves), names.PREFILL) for curve in curves)
     found_j = alone_j * window_repeats / _passes(attempt)

@@ -20,7 +20,7 @@ from lem.base.errors import ExitCode, LemError
 from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.meters import samples
 from lem.meters.nvml import MeterFailure, NvmlMeter, open_nvml
-from lem.meters.rapl import POWERCAP, PROC_STAT, CpuLoadMeter, find_rapl, find_tdp
+from lem.meters.rapl import CpuLoadMeter, find_rapl, find_tdp
 from lem.meters.samples import (
     ClockPair,
     CounterChange,
@@ -32,6 +32,7 @@ from lem.meters.samples import (
     RaplReading,
     Row,
 )
+from lem.meters.usage import HERE, Roots, UsageMeter
 
 # As short as the shortest update period seen (20 to 100 ms), and prime: counters keep whole numbers of milliseconds,
 # and a poll in step with one (100.000 ms on an H200) would see every change equally late. 53 wakings a second cost
@@ -42,6 +43,7 @@ SHORTEST_INTERVAL_MS = 10
 LONGEST_INTERVAL_MS = 60_000
 
 _CLOCK_PAIR_MS = 10_000
+_LOOK_MS = 250  # a stop of the engine is seen if it lasts this long
 
 
 class SampleFileError(LemError):
@@ -69,12 +71,11 @@ def run_sampler(
     clock: Clock,
     owner: SamplerOwner,
     *,
-    rapl_root: Path = POWERCAP,
-    proc_stat: Path = PROC_STAT,
+    roots: Roots = HERE,
 ) -> None:
     """Sample until the owner ends it, with `open_nvml`'s `nvml`; SampleFileError if the log cannot be written."""
     with _created(options.output) as descriptor:
-        sampler = _Sampler(options, nvml, clock, rapl_root, proc_stat)
+        sampler = _Sampler(options, nvml, clock, roots)
         _append(options.output, descriptor, [samples.encode_header(sampler.header)])
         _append(options.output, descriptor, map(samples.encode_row, sampler.everything()))
         while (orders := owner.wait(sampler.next_ns)) is not None:
@@ -255,14 +256,15 @@ def is_interval(interval_ms: int) -> bool:
 
 
 class _Sampler:
-    def __init__(self, options: SamplerOptions, nvml: Any, clock: Clock, rapl_root: Path, proc_stat: Path) -> None:
+    def __init__(self, options: SamplerOptions, nvml: Any, clock: Clock, roots: Roots) -> None:
         self._clock = clock
         self._complaints = Complaints()
         meters = () if isinstance(nvml, str) else tuple(NvmlMeter(nvml, name) for name in options.gpus)
         self._gpus = [GpuWatch(meter, place, clock, self._complaints) for place, meter in enumerate(meters)]
-        self._rapl = find_rapl(rapl_root)
-        self._load = CpuLoadMeter(proc_stat)
-        tdp_w, tdp_source = find_tdp(options.tdp_w, rapl_root)
+        self._rapl = find_rapl(roots.powercap)
+        self._load = CpuLoadMeter(roots.proc / "stat")
+        self._usage = UsageMeter(clock, roots, (os.getpid(), os.getppid()))
+        tdp_w, tdp_source = find_tdp(options.tdp_w, roots.powercap)
         gpu_error = f"NVML is not available: {nvml}" if isinstance(nvml, str) else None
         start = self.clock_pair()
         started_ns = start.at_ns
@@ -283,18 +285,28 @@ class _Sampler:
         self._samples = _Schedule(started_ns, options.interval_ms if meters else 0)
         self._seconds = _Schedule(started_ns, samples.SLOW_PERIOD_S * 1000)
         self._clock_pairs = _Schedule(started_ns, _CLOCK_PAIR_MS)
+        self._looks = _Schedule(started_ns, 0)  # at the engine, once it is known
 
     @property
     def next_ns(self) -> int:
-        return int(min(self._polls.next_ns, self._samples.next_ns, self._seconds.next_ns))
+        return int(min(self._polls.next_ns, self._samples.next_ns, self._seconds.next_ns, self._looks.next_ns))
 
     def obey(self, order: str) -> list[Row]:
-        """Follow an order of the owner: `interval N`, in milliseconds from now on; another is reported in the rows."""
+        """Follow an order of the owner; another is reported in the rows.
+
+        `interval N`: another phase begins, in which GPUs are sampled every N ms. `watch PID`: the engine is this
+        process and those below it.
+        """
         word, _, value = order.strip().partition(" ")
         now_ns = self._clock.monotonic_ns()
         if word == "interval" and value.isdecimal() and is_interval(int(value)):
             self._samples = _Schedule(now_ns, int(value) if self._gpus else 0)
-            return []
+            self._usage.find_processes()
+            return list(self._read_usage())
+        if word == "watch" and value.isdecimal():
+            self._usage.watch(int(value))
+            self._looks = _Schedule(now_ns, _LOOK_MS)
+            return list(self._read_usage())
         return self._complaints.of("orders", now_ns, f"not understood: {order.strip()}")
 
     def due(self) -> list[Row]:
@@ -304,6 +316,8 @@ class _Sampler:
             rows += [row for gpu in self._gpus for row in gpu.poll()]
         if self._samples.is_due(now_ns):
             rows += [row for gpu in self._gpus for row in gpu.sample()]
+        if self._looks.is_due(now_ns):
+            self._usage.look()
         if self._seconds.is_due(now_ns):
             rows += self._each_second()
         if self._clock_pairs.is_due(now_ns):
@@ -324,7 +338,7 @@ class _Sampler:
 
     def _each_second(self) -> list[Row]:
         rows = [row for gpu in self._gpus for row in (*gpu.revive(), *gpu.look_each_second())]
-        return [*rows, *self._read_rapl(), *self._read_load()]
+        return [*rows, *self._read_rapl(), *self._read_usage(), *self._read_load()]
 
     def _read_rapl(self) -> Iterator[Row]:
         for place, counter in enumerate(self._rapl.counters):
@@ -344,6 +358,13 @@ class _Sampler:
         at_ns = self._clock.monotonic_ns()
         try:
             yield CpuLoad(at_ns, self._load.read())
+        except (OSError, ValueError) as error:
+            yield from self._complaints.of("cpu_load", at_ns, str(error))
+
+    def _read_usage(self) -> Iterator[Row]:
+        at_ns = self._clock.monotonic_ns()
+        try:
+            yield self._usage.read()
         except (OSError, ValueError) as error:
             yield from self._complaints.of("cpu_load", at_ns, str(error))
 

@@ -152,6 +152,22 @@ class CpuLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class CpuUse:
+    """Who had the CPUs, in seconds that only grow, but for a new engine; None: not known, or not read this time."""
+
+    at_ns: int
+    asleep_s: float  # CLOCK_BOOTTIME less CLOCK_MONOTONIC: while the machine was suspended
+    busy_s: float  # CPU time of all programs on all CPUs, as that of the following
+    idle_s: float  # in which a CPU had nothing to do
+    steal_s: float  # that the hypervisor gave to others
+    own_s: float | None = None  # of the engine and of lem
+    run_s: float | None = None  # the engine's threads on a CPU
+    wait_s: float | None = None  # its threads ready to run, without a CPU
+    throttled_s: float | None = None  # its CPU limit kept it from running
+    stopped_s: float | None = None  # one of its processes was stopped by a signal, or its container paused
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessesSeen:
     """The processes with a compute context on a GPU, as the host numbers them; a row whenever they change."""
 
@@ -177,7 +193,7 @@ class ClockPair:
     utc: str
 
 
-Row = CounterChange | GpuSample | RaplReading | CpuLoad | ProcessesSeen | MeterError | ClockPair | GpuSecond
+Row = CounterChange | GpuSample | RaplReading | CpuLoad | ProcessesSeen | MeterError | ClockPair | GpuSecond | CpuUse
 
 # In the order of the fields of `SampleLog`.
 _KINDS: Mapping[str, type[Row]] = {
@@ -189,6 +205,7 @@ _KINDS: Mapping[str, type[Row]] = {
     "e": MeterError,
     "t": ClockPair,
     "g": GpuSecond,
+    "u": CpuUse,
 }
 _LETTERS = {kind: letter for letter, kind in _KINDS.items()}
 # Some fifteen million rows. A damaged or hostile file must not fill the memory; a log above this is refused, never cut.
@@ -224,6 +241,7 @@ class SampleLog:
     errors: tuple[MeterError, ...] = ()
     clocks: tuple[ClockPair, ...] = ()
     seconds: tuple[GpuSecond, ...] = ()
+    usage: tuple[CpuUse, ...] = ()
 
     def rows(self) -> Iterator[Row]:
         """Every row, ordered by time."""

@@ -228,7 +228,8 @@ class Worker:
     backstop: Callable[[], None] | None = None  # called when the worker may have outlived the loss of the channel
     environment: Mapping[str, Any] = field(default_factory=dict, init=False)  # versions and GPUs, once it was opened
     _connection: WorkerConnection | None = field(default=None, init=False)
-    _engine: process.ProcessId | None = field(default=None, init=False)
+    # The process above all those of the engine, by its number where the worker runs.
+    engine: process.ProcessId | None = field(default=None, init=False)
 
     @property
     def is_open(self) -> bool:
@@ -323,7 +324,7 @@ class Worker:
 
     def kill(self) -> None:
         connection, self._connection = self._connection, None
-        engine, self._engine = self._engine, None
+        engine, self.engine = self.engine, None
         if connection is None:
             return
         has_ended = connection.end()
@@ -380,7 +381,7 @@ class Worker:
         message = connection.receive(deadline, stop)
         if isinstance(message, channel.EngineProcess):
             pgid, ticks = message.pgid, message.started_ticks
-            self._engine = None if pgid is None or ticks is None else process.ProcessId(pgid, ticks)
+            self.engine = None if pgid is None or ticks is None else process.ProcessId(pgid, ticks)
         return message
 
 

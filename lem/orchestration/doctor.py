@@ -14,11 +14,12 @@ from typing import Any
 
 from lem.base.clock import Clock
 from lem.base.errors import UserError
-from lem.base.measurement import EnergySource
+from lem.base.measurement import INTERFERENCE_FROM, EnergySource
 from lem.base.units import GIB, some_of
 from lem.meters.capabilities import Capabilities, CpuCapability, find_capabilities
 from lem.meters.nvml import GpuReading, open_nvml, read_gpus
 from lem.meters.rapl import POWERCAP
+from lem.meters.usage import HERE, Limits, Roots, watch_machine
 from lem.orchestration.compose import ComposeProject, describe_files, find_compose_files
 from lem.orchestration.docker import CPU_OVERRIDE, INSTALL_TOOLKIT, ContainerError, Docker, Service
 
@@ -26,6 +27,9 @@ OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 
 # Long enough for three changes of a counter that is updated every half second; most take a quarter of that.
 PROBE_S = 2.5
+
+# A moment of another program is no interference.
+INTERFERENCE_S = 1.0
 
 # A campaign's results are small; images and models are not.
 LEAST_DISK_B = 1 * GIB
@@ -69,6 +73,8 @@ class Host:
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
     device_folder: Path = Path("/dev")
     rapl_root: Path = POWERCAP
+    roots: Roots = HERE
+    clock: Clock = field(default_factory=Clock)
 
     @functools.cached_property
     def engine(self) -> Mapping[str, Any]:
@@ -208,6 +214,31 @@ def _check_foreign_processes(host: Host) -> Finding:
     return Finding(WARNING, f"processes on the GPUs: {some_of(found, _MAX_SHOWN)}", "end them, or use another GPU")
 
 
+def _check_interference(host: Host) -> Finding:
+    """What would keep an engine from the CPUs if it ran now."""
+    try:
+        load = watch_machine(host.clock, host.roots, os.getpid(), INTERFERENCE_S)
+    except (OSError, ValueError) as error:
+        return Finding(SKIPPED, f"the use of the CPUs cannot be read: {error}")
+    found, remedies = [], []
+    if load.foreign > INTERFERENCE_FROM * load.cpus:
+        named = [f"{name} {cpus:.2f}" for name, cpus in load.programs]
+        found.append(f"other programs use {load.foreign:.1f} of {load.cpus:.0f} CPUs: {some_of(named, _MAX_SHOWN)}")
+        remedies.append("end them, or measure when they have ended")
+    if load.stolen > INTERFERENCE_FROM * load.cpus:
+        found.append(f"the hypervisor gives {load.stolen:.1f} of {load.cpus:.0f} CPUs to other machines (steal)")
+        remedies.append("use a machine with dedicated CPUs")
+    limit = Limits(host.roots, os.getpid()).cpus
+    if limit is not None and limit < load.cpus:
+        found.append(
+            f"a cgroup limits lem to {limit:g} of {load.cpus:.0f} CPUs, and with it engines of --executor local"
+        )
+        remedies.append("raise the limit (CPUQuota= of systemd, --cpus of docker)")
+    if found:
+        return Finding(WARNING, "; ".join(found), "; ".join(remedies))
+    return Finding(OK, f"other programs use {load.foreign:.2f} of {load.cpus:.0f} CPUs")
+
+
 def _check_rights(host: Host) -> Finding:
     for folder in (host.folder / host.results_dir, host.folder / host.state_dir):
         there = _existing(folder)
@@ -260,6 +291,7 @@ CHECKS: Mapping[str, Callable[[Host], Finding]] = {
     "driver": _check_driver,
     "gpu_runtime": _check_gpu_runtime,
     "gpu_processes": _check_foreign_processes,
+    "interference": _check_interference,
     "gpu_energy": lambda host: check_gpu_energy(host.capabilities),
     "cpu_energy": lambda host: check_cpu_energy(host.capabilities.cpu),
     "rights": _check_rights,

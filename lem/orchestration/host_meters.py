@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +21,18 @@ from typing import NamedTuple
 from lem.base.durable import reason_of
 from lem.base.errors import UserError
 from lem.base.measurement import is_estimate, is_gpu_source
-from lem.base.units import NS_PER_S
+from lem.base.units import KIB, NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import Baselines
+from lem.meters.interference import interference_now
 from lem.meters.nvml import find_gpus, named_gpus, open_nvml, visible_gpus
 from lem.meters.rapl import find_rapl
-from lem.meters.samples import PART_FILENAME, GpuSample, PartReader, SampleLog, SampleLogError, read_tail
+from lem.meters.samples import PART_FILENAME, CpuUse, GpuSample, PartReader, Row, SampleLog, SampleLogError, read_tail
+from lem.meters.usage import HERE, find_by_namespace, read_cpu_times
+from lem.orchestration.dispatch import Worker
 from lem.orchestration.status import Event
 from lem.record import Record
-from lem.worker.channel import RunRequest
+from lem.worker.channel import FIRST_PHASE, RunRequest
 from lem.worker.children import SamplerProcess, interval_ms
 from lem.worker.launch import own_command
 
@@ -138,6 +142,8 @@ RECOVERED_POWER_RATIO = 0.05
 RECOVERED_OVER_S = 3.0
 
 _GAP_INTERVAL_MS = 100
+# Holds the readings of two seconds of a few GPUs.
+_TAIL_B = 16 * KIB
 _STOP_TIMEOUT_S = 5.0
 _NOT_WANTED = "neither energy nor a time series was asked for"
 
@@ -147,21 +153,37 @@ class Attendance:
     request: RunRequest  # with what its worker has to know about the meters
     sampler: SamplerProcess | None = None  # the host's own
 
-    def follow(self, event: Event) -> Event:
-        """The event with the current power; a phase that begins sets the sampling interval."""
-        if self.sampler is None:
-            return event
-        if event.kind == "phase":
+    _usage: deque[CpuUse] = field(default_factory=lambda: deque(maxlen=2))  # the last two readings
+
+    def follow(self, event: Event, worker: Worker) -> Event:
+        """The event with the current power and interference; a phase that begins has the sampler follow the engine."""
+        if event.kind == "phase" and self.sampler is not None:
+            if event.data["phase"] == FIRST_PHASE and (pid := _find_engine(worker)) is not None:
+                self.sampler.watch(pid)
             self.sampler.set_interval(interval_ms(self.request.config, event.data["phase"]))
-        if event.kind == "progress" and self.request.sampled_gpus:
-            return dataclasses.replace(event, data={**event.data, "power_w": _power_now_w(self.sampler.output)})
+        if event.kind == "progress" and self.request.samples_path is not None:
+            rows = read_tail(Path(self.request.samples_path), _TAIL_B)
+            last_ns = self._usage[-1].at_ns if self._usage else 0
+            used = (row for row in rows if isinstance(row, CpuUse) and row.run_s is not None)
+            self._usage.extend(row for row in used if row.at_ns > last_ns)
+            now = {"power_w": _power_now_w(rows), **interference_now(self._usage)}
+            return dataclasses.replace(event, data={**event.data, **now})
         return event
 
 
-def _power_now_w(path: Path) -> float | None:
-    """The sum of the last samples of the GPUs' power; None where the log's end has none."""
-    rows = [row for row in read_tail(path) if isinstance(row, GpuSample)]
-    latest = {row.gpu: row.power_w for row in rows if row.power_w is not None}
+def _find_engine(worker: Worker) -> int | None:
+    """The process above all those of a worker's engine, by its number here; None for another machine's."""
+    engine = worker.engine
+    if engine is None or worker.shares_pids:
+        return None if engine is None else engine.pid
+    with contextlib.suppress(OSError):
+        return find_by_namespace(HERE.proc, engine.pid, engine.started_ticks)
+    return None
+
+
+def _power_now_w(rows: Sequence[Row]) -> float | None:
+    """The sum of the last samples of the GPUs' power; None where there are none."""
+    latest = {row.gpu: row.power_w for row in rows if isinstance(row, GpuSample) and row.power_w is not None}
     return sum(latest.values()) if latest else None
 
 
@@ -171,6 +193,7 @@ class HostMeters:
 
     gpu_error: str | None  # why it cannot read GPUs; None when it can
     rapl_error: str | None  # why it cannot read CPU packages; None when it can
+    usage_error: str | None = None  # why it cannot read who uses the CPUs; None when it can
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)  # names the visible GPUs
     command: Sequence[str] = field(default_factory=lambda: own_command(sys.executable))  # runs this lem
     monotonic: Callable[[], float] = time.monotonic  # in seconds
@@ -183,7 +206,12 @@ class HostMeters:
             gpu_error = nvml if isinstance(nvml, str) else None
             if gpu_error is None and not find_gpus():
                 gpu_error = "NVML sees no GPU"
-        return cls(gpu_error, find_rapl().explained, environ)
+        usage_error = None
+        try:
+            read_cpu_times(HERE.proc)
+        except (OSError, ValueError) as error:
+            usage_error = str(error)
+        return cls(gpu_error, find_rapl().explained, usage_error, environ)
 
     @contextlib.contextmanager
     def attending(self, config: ExperimentConfig, request: RunRequest) -> Iterator[Attendance]:
@@ -208,9 +236,14 @@ class HostMeters:
         is_due = is_wanted and request.executor == "docker" and not gpus and config.gpus != ()
         named = {"gpu": self.gpu_error, "rapl": self.rapl_error}
         errors = {name: why for name, error in named.items() if (why := error if is_wanted else _NOT_WANTED)}
-        request = dataclasses.replace(request, samples_path=str(path) if is_due else None, is_worker_sampling=is_due)
+        has_usage = is_wanted and not is_due and self.usage_error is None
+        samples_path = str(path) if is_due or has_usage else None
+        request = dataclasses.replace(
+            request, samples_path=samples_path, is_worker_sampling=is_due, meter_errors=errors
+        )
         try:
-            yield Attendance(dataclasses.replace(request, meter_errors=errors))
+            with self._sampling(path, (), 0, None) if has_usage else contextlib.nullcontext() as sampler:
+                yield Attendance(request, sampler)
         finally:
             _remove(path)  # the worker's, also where the attempt was interrupted
 

@@ -350,7 +350,7 @@ class Session:
             with self.context.meters.attending(experiment.config, request) as attendance:
 
                 def pass_on(event: Event) -> None:
-                    self._pass_on(attendance.follow(event))
+                    self._pass_on(attendance.follow(event, worker))
 
                 return worker.run(attendance.request, pass_on, timeouts, self.context.stop)
         except UserError as error:  # the program that ran before is gone

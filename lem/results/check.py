@@ -36,10 +36,28 @@ _COVERED = frozenset({
 _SAME_WORK = "set ignore_eos: true and min_output_tokens = max_output_tokens, so that all do the same work"
 _NO_EFFECT = "ignore_eos was set but had no effect: the log.txt of the experiment may show why"
 
+_EXTENTS = frozenset({"share", "starved_s", "stopped_s", "suspended_s", "pause_s"})
+_ALONE = (
+    "end the other programs (lem doctor names them) or raise the CPU limit, and reserve the machine while it measures"
+)
+_STOPPED = "do not stop or pause the engine while it is measured: signals, debuggers, docker pause"
+_SUSPENDED = "keep the machine from suspending, as with systemd-inhibit"
+# What kept an engine from its work, as warnings and invalid results have it, with what to do about it.
+INTERFERENCE: Mapping[str, str] = {
+    "engine_waited_too_long": _ALONE,
+    "engine_waited": _ALONE,
+    "foreign_cpu": _ALONE,
+    "engine_starved": _ALONE,
+    "sampler_starved": _ALONE,
+    "engine_stopped": _STOPPED,
+    "host_suspended": _SUSPENDED,
+}
+
 _NO_RESUME = "no manifest in the state folder (--state-dir) continues this run: a new run measures all of it"
 
 # What to do about a finding, by its kind. Findings that make numbers or verdicts unreliable:
 _WEAK: Mapping[str, str] = {
+    "interference": "",
     "damaged": "restore them from a backup, or measure again",
     "failed": "lem status shows why each one failed, and its log",
     "unfinished": "",
@@ -137,6 +155,25 @@ def _finding(
     return Finding(kind, weak, reason, {**_WEAK, **_NOTES}[kind] if remedy is None else remedy, tuple(whom))
 
 
+def _interference(run: Run) -> Found:
+    """What kept engines from their work, in valid and invalid results."""
+    seen: dict[str, list[tuple[Reason, Record]]] = {}
+    for record in run.records:
+        for why in (*record.validity.invalid_reasons, *record.validity.warnings):
+            if why.code in INTERFERENCE:
+                seen.setdefault(INTERFERENCE[why.code], []).append((why, record))
+    for remedy, found in seen.items():
+        worst = max((why for why, _ in found), key=_extent)
+        records = {record.identity.key: record for _, record in found}
+        what = Reason.of("interfered", count=len(records), total=len(run.records), worst=worst)
+        yield _finding("interference", what, _names(records.values()), remedy=remedy)
+
+
+def _extent(why: Reason) -> float:
+    """The size of an interference, among those of one remedy: a share, or how many seconds."""
+    return max(float(value) for name, value in why.data.items() if name in _EXTENTS)
+
+
 def _missing(run: Run) -> Found:
     more = run.remedy or _NO_RESUME
     damaged = [f"{item.path} ({item.kind})" for item in run.problems if item.kind != "missing"]
@@ -155,9 +192,10 @@ def _exclusions(run: Run) -> Found:
     if reason := exclusion_reason(*run.with_results):
         yield _finding("unequal_exclusions", Reason.of("no_overall_verdict", why=reason))
     invalid = [record for record in run.records if not record.validity.valid and not _is_slowed(record)]
-    for found in alike((why, record) for record in invalid for why in record.validity.invalid_reasons):
-        first = found[0][1].validity.invalid_reasons[0]
-        what = Reason.of("results_invalid", count=len(found), total=len(run.records), why=first)
+    for found in alike(
+        (why, record) for record in invalid for why in record.validity.invalid_reasons if why.code not in INTERFERENCE
+    ):
+        what = Reason.of("results_invalid", count=len(found), total=len(run.records), why=found[0][0])
         yield _finding("invalid", what, _names(record for _, record in found), is_weak=bool(reason))
 
 
@@ -205,7 +243,7 @@ def _obstacles(run: Run) -> Found:
 
 def _warnings(run: Run) -> Found:
     own = ((reason, item.name) for item in run.with_results for reason in item.warnings)
-    for found in alike((reason, name) for reason, name in own if reason.code not in _COVERED):
+    for found in alike((reason, name) for reason, name in own if reason.code not in _COVERED | INTERFERENCE.keys()):
         yield _finding("warning", found[0][0], dict.fromkeys(name for _, name in found))
 
 
@@ -371,6 +409,7 @@ def _by_cycle(records: Iterable[Record]) -> Mapping[int, Sequence[Record]]:
 
 # In the order in which findings of the same weight are shown.
 _CHECKS: tuple[_OneCheck, ...] = (
+    _interference,
     _missing,
     _exclusions,
     _of_configurations("no_valid_result", lambda item: not item.cycles, lambda _: Reason.of("no_valid_result")),

@@ -20,7 +20,8 @@ PROTOCOL_VERSION = 2
 
 # `load_timeout_seconds` bounds these; `experiment_timeout_seconds` the others: idle, warmup, window, cooldown, write.
 LOAD_PHASE = "load"  # skipped when the engine is reused
-LOADING_PHASES = ("prepare", LOAD_PHASE)
+FIRST_PHASE = "prepare"
+LOADING_PHASES = (FIRST_PHASE, LOAD_PHASE)
 # A longer line is garbage, not a message; prompts travel as files.
 MAX_LINE_B = 8 * MIB
 # The capacity of a pipe on Linux, and so the most that one read can return.

@@ -172,11 +172,19 @@ class SamplerProcess:
         return self._stdin.closed
 
     def set_interval(self, interval_ms: int) -> None:
-        """Sample the GPUs with another interval from now on; one that is gone is left alone."""
+        """A phase begins, in which GPUs are sampled with this interval."""
+        self._order(f"interval {interval_ms}")
+
+    def watch(self, pid: int) -> None:
+        """The engine is this process, as the sampler numbers it, and those below it."""
+        self._order(f"watch {pid}")
+
+    def _order(self, order: str) -> None:
+        """Give it an order; one that is gone is left alone."""
         if not self._stdin.closed:
             # The pipe is full only when the sampler has hung through thousands of orders.
             with contextlib.suppress(BrokenPipeError, BlockingIOError):
-                os.write(self._stdin.fileno(), f"interval {interval_ms}\n".encode())
+                os.write(self._stdin.fileno(), f"{order}\n".encode())
 
     def hang_up(self) -> None:
         """Have it write its last rows and end; do not wait for it."""

@@ -89,6 +89,7 @@ def open_metering(
         raise EngineError(f"{path}: no sampler has written to it for {READY_TIMEOUT_S:g} s", kind="meter")
     baselines = {by: Baselines(**fields) for by, fields in request.baselines.items() if config.baseline.enabled}
     metering = Metering(path, nothing, config, baselines, clock, reporter)
+    metering.gpu_error = None if request.is_worker_sampling else request.meter_errors.get("gpu")
     if not is_resident:
         metering.foreign = metering.find_processes()
     metering.choose([gpu.uuid for gpu in metering.read().header.gpus])
@@ -104,6 +105,7 @@ class Metering:
     clock: Clock
     reporter: Reporter
     foreign: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # {uuid: pids} of before the engine's load
+    gpu_error: str | None = None  # why the host cannot read GPUs
     marks: list[Mark] = field(default_factory=list)
     own_pids: frozenset[int] | None = None  # the engine's as the sampler numbers them; None while unknown
     sources: Sources = field(init=False)  # what gives the energy; chosen again when the engine reports its GPUs
@@ -114,7 +116,12 @@ class Metering:
     def read(self) -> SampleLog:
         """The log as far as it is written. Raises EngineError: kind `meter`, it cannot be read."""
         try:
-            return SampleLog(self.nothing) if self._reader is None else self._reader.read()
+            if self._reader is None:
+                return SampleLog(self.nothing)
+            log = self._reader.read()
+            # A sampler without GPUs does not know why there are none.
+            known = dataclasses.replace(log.header, gpu_error=self.gpu_error or log.header.gpu_error)
+            return log if log.header.gpus else dataclasses.replace(log, header=known)
         except (OSError, samples.SampleLogError) as error:
             raise EngineError(f"{self.path}: the samples cannot be read: {error}", kind="meter") from error
 
@@ -370,5 +377,7 @@ def _processes_of(log: SampleLog) -> dict[str, tuple[int, ...]]:
 
 
 def _latest_ns(log: SampleLog, *, is_loads: bool) -> int:
-    groups: Sequence[Sequence[Row]] = (log.loads,) if is_loads else (log.counters, log.samples, log.rapl, log.loads)
+    groups: Sequence[Sequence[Row]] = (
+        (log.loads,) if is_loads else (log.counters, log.samples, log.rapl, log.loads, log.usage)
+    )
     return max((rows[-1].at_ns for rows in groups if rows), default=log.header.started_ns)

@@ -109,6 +109,7 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
         environment=describe_environment(request, host, found.residence.report, found.config, found.surroundings),
         requested=found.requested,
         extra_metadata=metadata if isinstance(metadata, dict) else found.config.extra_metadata,
+        interference=energy.interference,
     )
     # An engine's message or an option may have carried a secret anywhere.
     words = sorted(filter(None, request.secrets.values()), key=len, reverse=True)

@@ -273,6 +273,8 @@ class Supervisor:
             self._answer_error(kind, f"the experiment could not be started: {error}", is_engine_lost=False)
             return
         engine.engine_key = request.engine_key
+        if self._sampler is not None:
+            self._sampler.watch(engine.identity.pid)
         self._is_handed_on = True
         engine.send(request.to_message())
 

@@ -163,5 +163,6 @@ grid:
     prompts: [{{type: synthetic, input_tokens: 16, sample_size: 8}}]
     warmup.convergence_detection: [false]
     measurement.min_window_sec: [1.0]
+    measurement.max_wait_pct: [null]
 execution: {{cycles: {CYCLES}, config_gap_seconds: 0, cycle_gap_seconds: 0}}
 """

@@ -137,6 +137,7 @@ grid:
     gpus: [[]]
     warmup.enabled: [false]
     measurement.min_window_sec: [0.01]
+    measurement.max_wait_pct: [null]
     prompts: [{{type: file, path: prompts.txt}}]
   backend_overrides:
     pytorch:

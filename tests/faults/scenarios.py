@@ -92,7 +92,12 @@ class Scenario:
             build_library()
 
 
-_AT_ONCE = {"warmup.enabled": False, "measurement.min_window_sec": 0.02, "gpus": []}
+_AT_ONCE: dict[str, object] = {
+    "warmup.enabled": False,
+    "measurement.min_window_sec": 0.02,
+    "measurement.max_wait_pct": None,
+    "gpus": [],
+}
 
 PLAIN = Scenario("plain", experiments=4, cycles=2, outputs=(4, 8), experiment=_AT_ONCE)
 
@@ -116,6 +121,7 @@ METERED = Scenario(
     outputs=(4,),
     experiment={
         "measurement.min_window_sec": 0.2,
+        "measurement.max_wait_pct": None,
         "gpus": ["0"],
         # Long enough to see how often the counter changes, which says how long a window has to be.
         "warmup": {"timeout_seconds": 0.5},

@@ -92,6 +92,7 @@ class Controller:
             "warmup.enabled": [False],
             "baseline.enabled": [False],
             "measurement.min_window_sec": [0.01],
+            "measurement.max_wait_pct": [None],
             "fp_precision": ["float32"],
             "prompts": [{"type": "synthetic", "input_tokens": 3, "sample_size": 2}],
             "gpus": [[]],

@@ -66,7 +66,7 @@ class MeteredRig:
 def campaign(*, cycles: int = 2, gap_s: float = 0.0, **experiment: Any) -> str:
     shared = {
         "gpus": [["0"]],
-        "measurement": [{"min_window_sec": 1.0}],
+        "measurement": [{"min_window_sec": 1.0, "max_wait_pct": None, "max_foreign_pct": None}],
         "prompts": [{"type": "synthetic", "input_tokens": 3, "sample_size": 4}],
         "max_output_tokens": [8],
         "warmup": [{"timeout_seconds": 1.0}],

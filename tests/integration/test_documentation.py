@@ -52,8 +52,17 @@ CODES: Mapping[str, tuple[int, ...]] = {
 }
 
 # So little that an experiment takes a moment.
-QUICK = {"measurement": {"min_window_sec": 0.01}, "warmup": {"enabled": False}, "gpus": []}
-QUICK_AXES = {"measurement.min_window_sec": [0.01], "warmup.enabled": [False], "gpus": [[]]}
+QUICK = {
+    "measurement": {"min_window_sec": 0.01, "max_wait_pct": None, "max_foreign_pct": None},
+    "warmup": {"enabled": False},
+    "gpus": [],
+}
+QUICK_AXES = {
+    "measurement.max_wait_pct": [None],
+    "measurement.min_window_sec": [0.01],
+    "warmup.enabled": [False],
+    "gpus": [[]],
+}
 CYCLES = 2
 
 

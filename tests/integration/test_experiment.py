@@ -16,7 +16,7 @@ model: none
 max_output_tokens: 4
 gpus: []
 warmup: {enabled: false}
-measurement: {min_window_sec: 0.01}
+measurement: {min_window_sec: 0.01, max_wait_pct: null, max_foreign_pct: null}
 prompts: {type: synthetic, input_tokens: 3, sample_size: 2}
 """
 

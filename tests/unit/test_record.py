@@ -123,7 +123,7 @@ def _drop(section: str, name: str) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda document: document.update(schema_version=3), "schema_version is 3, this lem reads 1 to 2"),
+        (lambda document: document.update(schema_version=4), "schema_version is 4, this lem reads 1 to 3"),
         (lambda document: document.pop("schema_version"), "schema_version is None"),
         (lambda document: document.pop("window"), "record: missing window"),
         (lambda document: document.update(colour="red"), "record: unknown 'colour'"),

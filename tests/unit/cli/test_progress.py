@@ -59,6 +59,22 @@ def test_live_line_names_experiment_backend_cycle_phase_and_end(live):
     assert lines[-1] == "[3/12] gpt2-b4 · pytorch · cycle 2/3 · measuring 5/10 · 312.4 W · ETA 13:00"
 
 
+@pytest.mark.parametrize(
+    ("wait_pct", "foreign_pct", "shown"),
+    [
+        (None, None, "312.4 W"),
+        (4.9, 5.0, "312.4 W"),
+        (23.4, None, "waits 23 % · 312.4 W"),
+        (23.4, 41.2, "waits 23 %, others 41 "),
+    ],
+)
+def test_the_live_line_shows_interference_from_5_percent_on(live, wait_pct, foreign_pct, shown):
+    how_far = {"phase_done": 5, "phase_total": 10, "text": "", "power_w": 312.4}
+    disturbed = _event("progress", **how_far, wait_pct=wait_pct, foreign_pct=foreign_pct)
+    lines = live(STARTED, _event("phase", phase="window"), disturbed)
+    assert lines[-1].startswith(f"[3/12] gpt2-b4 · pytorch · cycle 2/3 · measuring 5/10 · {shown}")
+
+
 def test_a_long_name_gives_way_on_the_live_line(live, monkeypatch):
     name = "pytorch-" + "x" * 200 + "-b64"
     last = live(_event("experiment_started", 3600, **{**WHO, "config_name": name}))[-1]

@@ -16,6 +16,7 @@ import pytest
 
 from lem.meters.sampler import PipeOwner, SampleFileError, SamplerOptions, run_sampler
 from lem.meters.samples import PartReader, SampleLog
+from lem.meters.usage import Roots
 from tests.doubles.powercap import Powercap
 from tests.unit.meters.nvml_stand_in import FakeClock, FakeNvml
 
@@ -82,9 +83,8 @@ class Rig:
         owner = ScriptedOwner(self.clock, end_s, list(events), late_s)
         self.start_ns = owner.start_ns
         (self.folder / "stat").write_text("cpu 1 2 3 4 5 6 7 8 9 10\n")
-        run_sampler(
-            options, self.nvml, self.clock, owner, rapl_root=self.folder / "powercap", proc_stat=self.folder / "stat"
-        )
+        roots = Roots(proc=self.folder, sys=self.folder / "sys", powercap=self.folder / "powercap")
+        run_sampler(options, self.nvml, self.clock, owner, roots=roots)
         return PartReader(self.output).read()
 
     def counts(self, joule_per_s: float, period_s: float) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from lem.orchestration.compose import packaged_compose_file
 from lem.orchestration.doctor import CHECKS, Finding, Host, check_cpu_energy, check_gpu_energy, examine
 from tests.command_rig import run_lem
 from tests.doubles.fake_docker import WITH_GPU, FakeDocker
+from tests.doubles.machine import Machine, Process
 from tests.doubles.powercap import Powercap
+from tests.unit.meters.nvml_stand_in import FakeClock
 
 
 @pytest.fixture
@@ -29,6 +33,7 @@ def host(fake: FakeDocker, **more: Any) -> Host:
     (fake.folder / "dev").mkdir(exist_ok=True)
     environ = fake.environ(LEM_CACHE_DIR=str(fake.folder / "cache"))
     dev, powercap = fake.folder / "dev", fake.folder / "powercap"
+    more = {"clock": FakeClock(), **more}  # no test waits to see what else runs here
     return Host(folder=fake.folder, environ=environ, device_folder=dev, rapl_root=powercap, **more)
 
 
@@ -181,6 +186,55 @@ def test_what_the_gpus_are_doing_can_be_read_back() -> None:
     assert set(reading.pop("energy")) == {"gpus", "gpu_error", "cpu"}
     assert json.loads(json.dumps(dataclasses.asdict(GpuReading.from_dict(reading)))) == reading
     assert run_lem("gpus")[0] == 0
+
+
+# Interference
+
+
+@dataclasses.dataclass
+class Passing(FakeClock):
+    """A clock on which something happens while it sleeps."""
+
+    happens: Callable[[float], None] = lambda _: None
+
+    def sleep(self, duration_s: float) -> None:
+        super().sleep(duration_s)
+        self.happens(duration_s)
+
+
+@pytest.mark.parametrize(
+    ("others", "stolen", "quota", "status", "said"),
+    [
+        (0.05, 0.0, "max", "ok", "other programs use 0.05 of 2 CPUs"),
+        (0.9, 0.0, "max", "warning", "other programs use 0.9 of 2 CPUs: ffmpeg (99) 0.90"),
+        (0.0, 0.2, "max", "warning", "the hypervisor gives 0.2 of 2 CPUs to other machines (steal)"),
+        (0.0, 0.0, "150000", "warning", "a cgroup limits lem to 1.5 of 2 CPUs"),
+        (0.0, 0.0, "400000", "ok", "other programs use 0.00 of 2 CPUs"),
+    ],
+)
+def test_what_would_disturb_an_engine_is_named_before_a_run(
+    fake: FakeDocker, tmp_path: Path, others: float, stolen: float, quota: str, status: str, said: str
+) -> None:
+    own = os.getpid()
+    machine = Machine(tmp_path, processes={own: Process(1), 99: Process(1, name="ffmpeg")})
+    machine.files["lem.slice/engine/cpu.max"] = f"{quota} 100000\n"
+    machine.write()
+
+    def pass_time(elapsed_s: float) -> None:
+        machine.processes[own].cpu_s += 0.1 * elapsed_s  # lem's own is no interference
+        machine.processes[99].cpu_s += others * elapsed_s
+        machine.busy_s += (0.1 + others) * elapsed_s
+        machine.steal_s += stolen * elapsed_s
+        machine.idle_s += (1.9 - others - stolen) * elapsed_s
+        machine.write()
+
+    found = look(host(fake, roots=machine.roots, clock=Passing(happens=pass_time)))["interference"]
+    assert (found.status, said in found.message) == (status, True)
+    assert bool(found.remedy) is (status == "warning")
+
+
+def test_a_machine_that_does_not_show_its_cpus_is_not_judged(fake: FakeDocker, tmp_path: Path) -> None:
+    assert look(host(fake, roots=Machine(tmp_path).roots))["interference"].status == "skipped"
 
 
 # Energy meters

@@ -3,17 +3,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lem.base.clock import Clock
 from lem.base.measurement import EnergySource
+from lem.base.process import identify
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import Baselines
-from lem.meters.samples import GpuHeader, GpuSample, SampleHeader, SampleLog
+from lem.meters.samples import GpuHeader, GpuSample, PartReader, SampleHeader, SampleLog
+from lem.orchestration.dispatch import Worker
 from lem.orchestration.host_meters import (
     BARE,
     Attendance,
@@ -23,8 +28,10 @@ from lem.orchestration.host_meters import (
     has_recovered,
     keep_gap,
 )
+from lem.orchestration.status import Event
 from lem.record import Idle, Record
 from lem.worker.channel import RunRequest
+from lem.worker.children import wait_until_ready
 from tests.campaign_doubles import FakeClock, FakeStop
 from tests.records import make_record
 
@@ -189,7 +196,7 @@ def request(folder: Path, config: ExperimentConfig, executor: str) -> RunRequest
 
 def attend(folder: Path, executor: str, **options: Any) -> Attendance:
     """An attempt on a host that can read nothing."""
-    meters = HostMeters(gpu_error="no driver", rapl_error="no powercap", command=("false",))
+    meters = HostMeters("no driver", "no powercap", "no /proc", command=("false",))
     config = ExperimentConfig.from_dict({"model": "any", **options})
     with meters.attending(config, request(folder, config, executor)) as attendance:
         return attendance
@@ -210,6 +217,31 @@ def test_a_worker_in_a_container_samples_what_is_wanted(
     assert asked.is_worker_sampling is is_sampling
     assert asked.samples_path == (str(tmp_path / "samples.part") if is_sampling else None)
     assert set(asked.meter_errors) == {"gpu", "rapl"}
+
+
+def test_a_host_without_meters_still_watches_who_uses_the_cpus(tmp_path: Path) -> None:
+    meters = HostMeters(gpu_error="no driver", rapl_error="no powercap")
+    config = ExperimentConfig.from_dict({"model": "any", "gpus": []})
+    clock, path = Clock(), tmp_path / "samples.part"
+    with meters.attending(config, request(tmp_path, config, "local")) as attendance:
+        assert attendance.request.samples_path == str(path)
+        assert attendance.request.meter_errors == {"gpu": "no driver", "rapl": "no powercap"}
+        assert wait_until_ready(path, clock.monotonic_ns() + 60 * S, clock)
+        before = Event("progress", data={})
+        phase = Event("phase", data={"phase": "prepare"})
+        worker = Worker(())
+        worker.engine = identify(os.getpid())
+        assert attendance.follow(phase, worker) is phase
+        deadline_s = time.monotonic() + 60
+        while (seen := attendance.follow(before, worker).data)["wait_pct"] is None:
+            assert time.monotonic() < deadline_s
+            clock.sleep(0.05)
+        assert seen.keys() == {"power_w", "wait_pct", "foreign_pct"}
+        assert 0 <= seen["foreign_pct"] <= 100
+        rows = PartReader(path).read().usage
+        assert rows[-1].run_s is not None
+        assert rows[-1].run_s > 0
+    assert not path.exists()
 
 
 def test_what_the_host_learned_is_told_to_the_worker(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from lem.base.reasons import Reason
-from lem.results.check import check_run, position_effect
+from lem.base.reasons import TEXTS, Reason, formats_of
+from lem.results.check import INTERFERENCE, check_run, position_effect
 from lem.results.run import make_run
 from lem.results.store import Problem
 from tests.records import make_record, sentences
@@ -42,6 +42,33 @@ def _section(name, **changes):
 
 def _with(*configurations, **changes):
     return dataclasses.replace(FINE, configurations=configurations, **changes)
+
+
+WAITED = Reason.of("engine_waited_too_long", share=0.4, causes="100% by other programs", limit=20.0)
+BARELY = Reason.of("engine_waited", share=0.06, causes="100% by other programs")
+
+
+def test_interference_comes_first_in_valid_and_invalid_results_and_names_the_worst() -> None:
+    first, second, *rest = FINE.records()
+    invalid = _section("validity", valid=False, invalid_reasons=(WAITED, Reason.of("no_output")))(first)
+    noted = _section("validity", warnings=(BARELY, Reason.of("foreign_cpu", share=0.3)), steady=False)(second)
+    check = check_run(make_run([invalid, noted, *rest]))
+    assert [item.kind for item in check].index("interference") == 0
+    assert sum(item.kind == "interference" for item in check) == 1
+    assert check[0].reason == Reason.of("interfered", count=2, total=len(rest) + 2, worst=WAITED)
+    assert set(check[0].configurations) == {first.identity.config_name, second.identity.config_name}
+    assert check[0].is_weak
+    assert "lem doctor" in check[0].remedy
+    assert [item.reason.data["why"].code for item in check if item.kind == "invalid"] == ["no_output"]
+
+
+@pytest.mark.parametrize("code", INTERFERENCE)
+def test_each_interference_is_one_finding_and_no_warning_beside_it(code: str) -> None:
+    numbers = {name: 3.5 for name in formats_of(TEXTS[code]) if name != "causes"}
+    why = Reason.of(code, **numbers, **({"causes": "a reason"} if "causes" in TEXTS[code] else {}))
+    check = _changed(_section("validity", warnings=(why,)))
+    assert [item.kind for item in check] == ["interference"]
+    assert check[0].remedy == INTERFERENCE[code]
 
 
 @pytest.mark.parametrize(

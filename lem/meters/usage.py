@@ -1,0 +1,377 @@
+"""Who used the CPUs: the engine, lem, other programs, the hypervisor; and whether the engine was kept from running.
+
+Everything is a counter of the kernel that is read now and then. One walk over /proc finds the processes of the engine
+when it is named and when a phase begins; between those, only these processes are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from lem.base.clock import Clock
+from lem.base.units import NS_PER_S
+from lem.meters.rapl import POWERCAP
+from lem.meters.samples import CpuUse
+
+# /proc/PID/stat counts in ticks of USER_HZ (proc_pid_stat(5)).
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+# Stopped by a signal, or by a tracer such as gdb.
+_STOPPED = frozenset(b"Tt")
+# Threads are read as often as keeps that below a thousandth of a CPU, but at least this often.
+_THREADS_SHARE = 1000
+_THREADS_AT_MOST_NS = 5 * NS_PER_S
+_READ_B = 4096
+_STAT_FIELDS = 20  # after the name, up to the start time
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Where the kernel shows its files; a test passes trees of its own."""
+
+    proc: Path = Path("/proc")
+    sys: Path = Path("/sys")
+    powercap: Path = POWERCAP
+
+    @property
+    def cgroup(self) -> Path:
+        return self.sys / "fs" / "cgroup"
+
+
+HERE = Roots()
+
+
+@dataclass(frozen=True)
+class CpuTimes:
+    """CPU time of the whole machine since it started."""
+
+    busy_s: float
+    idle_s: float  # waiting for a disk included
+    steal_s: float  # this virtual machine wanted to run, and the hypervisor ran something else
+
+
+def read_cpu_times(proc: Path) -> CpuTimes:
+    """From the first line of /proc/stat, also inside a container. Raises OSError, or ValueError: not understood."""
+    label, *words = _read(proc / "stat").partition(b"\n")[0].split()
+    # user nice system idle iowait irq softirq steal (proc_stat(5)); user and nice hold what guests took.
+    user, nice, system, idle, iowait, irq, softirq, steal = (int(word) * _TICK_S for word in words[:8])
+    if label != b"cpu":
+        raise ValueError(f"{proc / 'stat'}: expected a line of cpu, got {label!r}")
+    return CpuTimes(user + nice + system + irq + softirq, idle + iowait, steal)
+
+
+@dataclass(frozen=True)
+class ProcessStat:
+    """Fields of /proc/PID/stat."""
+
+    state: int  # the code of its letter
+    parent: int
+    cpu_s: float  # user and system time of all its threads, ended ones included
+    started_ticks: int
+    name: str
+
+
+def read_process(proc: Path, pid: int) -> ProcessStat | None:
+    """None for a process that is gone, or hidden from this user."""
+    try:
+        text = _read(proc / str(pid) / "stat")
+        # The name in parentheses may hold blanks and parentheses itself.
+        start, end = text.index(b"(") + 1, text.rindex(b")")
+        fields = text[end + 2 :].split()
+        if len(fields) < _STAT_FIELDS:
+            return None
+        cpu_s = (int(fields[11]) + int(fields[12])) * _TICK_S
+        return ProcessStat(
+            fields[0][0], int(fields[1]), cpu_s, int(fields[19]), text[start:end].decode(errors="replace")
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def list_processes(proc: Path) -> dict[int, ProcessStat]:
+    """Every process; on a busy server this takes some milliseconds."""
+    return {pid: found for pid in _numbers(proc) if (found := read_process(proc, pid)) is not None}
+
+
+def tree_of(pid: int, processes: Mapping[int, ProcessStat]) -> frozenset[int]:
+    """A process and everything below it."""
+    children: dict[int, list[int]] = {}
+    for other, stat in processes.items():
+        children.setdefault(stat.parent, []).append(other)
+    found, todo = set(), [pid] if pid in processes else []
+    while todo:
+        found.add(todo[-1])
+        todo += children.get(todo.pop(), [])
+    return frozenset(found)
+
+
+def find_by_namespace(proc: Path, pid: int, started_ticks: int) -> int | None:
+    """The number here of a process that a container knows as `pid`; None if it is not there.
+
+    The last number of `NSpid` is that in its innermost namespace; the start time tells apart those of several.
+    """
+    for number in _numbers(proc):
+        with contextlib.suppress(OSError, ValueError):  # it has ended, or this kernel has no such line
+            (line,) = (line for line in _read(proc / str(number) / "status").splitlines() if line.startswith(b"NSpid:"))
+            found = read_process(proc, number) if int(line.split()[-1]) == pid else None
+            if found is not None and found.started_ticks == started_ticks:
+                return number
+    return None
+
+
+class Limits:
+    """The CPU limits of a process's cgroup and those above it, as far as they are visible from here."""
+
+    def __init__(self, roots: Roots, pid: int | str) -> None:
+        self._folders: tuple[Path, ...] = ()
+        self._freezers: tuple[Path, ...] = ()
+        with contextlib.suppress(OSError):
+            for line in _read(roots.proc / str(pid) / "cgroup").decode(errors="replace").splitlines():
+                _, controllers, path = line.split(":", 2)
+                names = controllers.split(",")
+                if controllers == "" or "cpu" in names:
+                    self._folders += tuple(_levels(roots.cgroup, controllers, path))
+                if controllers == "" or "freezer" in names:  # a cgroup shows it also if one above is frozen
+                    self._freezers += (next(_levels(roots.cgroup, controllers, path)),)
+        self._before_s: dict[Path, float] = {}
+
+    def throttled_s(self) -> float:
+        """For how long a limit held threads back since the last call, over all CPUs; of nested limits the longest."""
+        longest_s = 0.0
+        for folder in self._folders:
+            values = _pairs(folder / "cpu.stat")
+            # Version 2 counts in microseconds, version 1 in nanoseconds.
+            if (now := values.get("throttled_usec")) is not None:
+                now_s = now / 1e6
+            elif (now := values.get("throttled_time")) is not None:
+                now_s = now / NS_PER_S
+            else:
+                continue
+            longest_s = max(longest_s, now_s - self._before_s.get(folder, now_s))
+            self._before_s[folder] = now_s
+        return longest_s
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the cgroup is frozen now, as by `docker pause`."""
+        return any(
+            _pairs(folder / "cgroup.events").get("frozen") == 1 or _text(folder / "freezer.state") == "FROZEN"
+            for folder in self._freezers
+        )
+
+    @property
+    def cpus(self) -> float | None:
+        """How many CPUs the narrowest limit allows; None without one."""
+        allowed = []
+        for folder in self._folders:
+            quota, _, period = _text(folder / "cpu.max").partition(" ")  # version 2
+            quota, period = quota or _text(folder / "cpu.cfs_quota_us"), period or _text(folder / "cpu.cfs_period_us")
+            if quota.isdigit() and period.isdigit() and int(period):
+                allowed.append(int(quota) / int(period))
+        return min(allowed, default=None)
+
+
+def _levels(root: Path, controllers: str, path: str) -> Iterator[Path]:
+    """The folder of a cgroup and those above it; inside a container its path may be that of the host."""
+    bases = [root / controllers, *(root / name for name in controllers.split(","))] if controllers else []
+    base = next((base for base in bases if base.is_dir()), root / "unified" if not controllers else root)
+    base = base if base.is_dir() else root
+    parts = Path(path.lstrip("/")).parts
+    if ".." in parts or not (base / Path(*parts)).is_dir():
+        parts = ()
+    for size in range(len(parts), -1, -1):
+        yield base.joinpath(*parts[:size])
+
+
+def _pairs(path: Path) -> dict[str, int]:
+    words = (line.split() for line in _text(path).splitlines())
+    return {pair[0]: int(pair[1]) for pair in words if len(pair) == 2 and pair[1].isdigit()}
+
+
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return _read(path).decode("ascii", "replace").strip()
+    return ""
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(name) for name in os.listdir(folder) if name.isdigit()]  # noqa: PTH208 - a path for each would cost
+
+
+def _read(path: Path | str) -> bytes:
+    """A small file of the kernel; a third of the time of `Path.read_bytes`, which counts in a process that samples."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, _READ_B)
+    finally:
+        os.close(descriptor)
+
+
+_Key = TypeVar("_Key")
+
+
+class _Growth(Generic[_Key]):
+    """How much counters have grown altogether since the first reading; one that appears later began at 0."""
+
+    def __init__(self) -> None:
+        self.total_s = 0.0
+        self._before_s: Mapping[_Key, float] | None = None
+
+    def add(self, now_s: Mapping[_Key, float]) -> None:
+        before_s = now_s if self._before_s is None else self._before_s
+        self.total_s += sum(max(0.0, value - before_s.get(key, 0.0)) for key, value in now_s.items())
+        self._before_s = now_s
+
+
+class _Engine:
+    """An engine that is watched, by the process above all its others."""
+
+    def __init__(self, roots: Roots, pid: int, now_ns: int) -> None:
+        self.limits = Limits(roots, pid)
+        self.limits.throttled_s()
+        self.throttled_s = self.stopped_s = 0.0
+        self.looked_ns = now_ns
+        self._proc = roots.proc
+        self._pid = pid
+        self._run: _Growth[tuple[int, int]] = _Growth()
+        self._wait: _Growth[tuple[int, int]] = _Growth()
+        self._cpu: _Growth[int] = _Growth()
+        self.find_processes()
+
+    def find_processes(self) -> None:
+        """Find its processes again, since it may have started some, and its supervisor, which is lem's."""
+        processes = list_processes(self._proc)
+        self.pids = tree_of(self._pid, processes)
+        self._supervisor = (processes[self._pid].parent,) if self._pid in processes else ()
+        self.threads_due_ns = 0
+
+    def cpu_s(self) -> float:
+        """CPU time since the first call."""
+        found = ((pid, read_process(self._proc, pid)) for pid in (*self.pids, *self._supervisor))
+        self._cpu.add({pid: stat.cpu_s for pid, stat in found if stat is not None})
+        return self._cpu.total_s
+
+    def thread_times_s(self) -> tuple[float, float] | None:
+        """How long its threads ran, and waited for a CPU, since the first call; None where the kernel does not count.
+
+        /proc/PID/task/TID/schedstat: nanoseconds on a CPU and on a run queue (sched-stats.rst in the kernel's
+        documentation). Whether the latter covers the time in which a limit kept a thread from running depends on the
+        kernel.
+        """
+        run_s, wait_s = {}, {}
+        for pid in self.pids:
+            folder = self._proc / str(pid) / "task"
+            with contextlib.suppress(OSError):
+                for tid in _numbers(folder):
+                    with contextlib.suppress(OSError, ValueError):  # the thread has ended, or there is no such file
+                        run, wait, _ = _read(f"{folder}/{tid}/schedstat").split()
+                        run_s[pid, tid], wait_s[pid, tid] = int(run) / NS_PER_S, int(wait) / NS_PER_S
+        if not any(run_s.values()):  # all 0 where the kernel was told not to count (kernel.sched_schedstats)
+            return None
+        self._run.add(run_s)
+        self._wait.add(wait_s)
+        return self._run.total_s, self._wait.total_s
+
+    def is_stopped(self) -> bool:
+        stats = (read_process(self._proc, pid) for pid in self.pids)
+        return any(stat is not None and stat.state in _STOPPED for stat in stats) or self.limits.is_frozen
+
+
+class UsageMeter:
+    """Reads `CpuUse`. `lem_pids` are processes of lem, which are not other programs."""
+
+    def __init__(self, clock: Clock, roots: Roots, lem_pids: Sequence[int] = ()) -> None:
+        self._clock = clock
+        self._roots = roots
+        self._lem_pids = tuple(lem_pids)
+        self._lem: _Growth[int] = _Growth()
+        self._engine: _Engine | None = None
+
+    @property
+    def is_watching(self) -> bool:
+        return self._engine is not None
+
+    def watch(self, pid: int) -> None:
+        """Count for the engine whose processes are this one and those below it, from 0 on."""
+        self._engine, self._lem = _Engine(self._roots, pid, self._clock.monotonic_ns()), _Growth()
+
+    def find_processes(self) -> None:
+        if self._engine is not None:
+            self._engine.find_processes()
+
+    def look(self) -> None:
+        """See whether the engine is stopped; to be called some times a second, and quick."""
+        if self._engine is not None:
+            now_ns = self._clock.monotonic_ns()
+            if self._engine.is_stopped():
+                self._engine.stopped_s += (now_ns - self._engine.looked_ns) / NS_PER_S
+            self._engine.looked_ns = now_ns
+
+    def read(self) -> CpuUse:
+        """All of it now. Raises OSError, or ValueError: /proc/stat cannot be read."""
+        at_ns = self._clock.monotonic_ns()
+        times = read_cpu_times(self._roots.proc)
+        row = CpuUse(at_ns, *map(_rounded, (self._clock.asleep_s(), times.busy_s, times.idle_s, times.steal_s)))
+        engine = self._engine
+        if engine is None or not engine.pids:
+            return row
+        found = ((pid, read_process(self._roots.proc, pid)) for pid in self._lem_pids)
+        self._lem.add({pid: stat.cpu_s for pid, stat in found if stat is not None})
+        engine.throttled_s += engine.limits.throttled_s()
+        threads_s = self._thread_times_s(engine)
+        return dataclasses.replace(
+            row,
+            own_s=_rounded(self._lem.total_s + engine.cpu_s()),
+            throttled_s=_rounded(engine.throttled_s),
+            stopped_s=_rounded(engine.stopped_s),
+            run_s=None if threads_s is None else _rounded(threads_s[0]),
+            wait_s=None if threads_s is None else _rounded(threads_s[1]),
+        )
+
+    def _thread_times_s(self, engine: _Engine) -> tuple[float, float] | None:
+        """Those of the threads, as often as costs little: an engine may have hundreds."""
+        begin_ns = self._clock.monotonic_ns()
+        if begin_ns < engine.threads_due_ns:
+            return None
+        times_s = engine.thread_times_s()
+        cost_ns = self._clock.monotonic_ns() - begin_ns
+        engine.threads_due_ns = begin_ns + min(_THREADS_SHARE * cost_ns, _THREADS_AT_MOST_NS)
+        return times_s
+
+
+def _rounded(seconds: float) -> float:
+    return round(seconds, 6)
+
+
+@dataclass(frozen=True)
+class MachineLoad:
+    """What the CPUs did over some seconds, in CPUs: 1.5 is one and a half of them."""
+
+    cpus: float  # that there are
+    foreign: float  # used by other programs than this one
+    stolen: float  # that the hypervisor gave to others
+    programs: tuple[tuple[str, float], ...]  # (name and number, CPUs), the greatest first, without this one
+
+
+def watch_machine(clock: Clock, roots: Roots, own_pid: int, duration_s: float) -> MachineLoad:
+    """Raises OSError, or ValueError: /proc/stat cannot be read."""
+    begin_ns, times, before = clock.monotonic_ns(), read_cpu_times(roots.proc), list_processes(roots.proc)
+    clock.sleep(duration_s)
+    now, after = read_cpu_times(roots.proc), list_processes(roots.proc)
+    elapsed_s = (clock.monotonic_ns() - begin_ns) / NS_PER_S
+    used = {
+        pid: (stat.cpu_s - (before[pid].cpu_s if pid in before else 0.0)) / elapsed_s for pid, stat in after.items()
+    }
+    busy, stolen = (now.busy_s - times.busy_s) / elapsed_s, (now.steal_s - times.steal_s) / elapsed_s
+    programs = sorted(((cpus, pid) for pid, cpus in used.items() if pid != own_pid and cpus > 0), reverse=True)
+    return MachineLoad(
+        cpus=busy + stolen + (now.idle_s - times.idle_s) / elapsed_s,
+        foreign=max(0.0, busy - used.get(own_pid, 0.0)),
+        stolen=stolen,
+        programs=tuple((f"{after[pid].name} ({pid})", cpus) for cpus, pid in programs),
+    )
