@@ -46,7 +46,7 @@ def record_all(written: Written) -> None:
 
 
 def change(
-    path: Path, old: str = '"schema_version": 2', new: str = '"schema_version": Z', *, is_hidden: bool = False
+    path: Path, old: str = '"schema_version": ', new: str = '"schema_versiom": ', *, is_hidden: bool = False
 ) -> None:
     """Change a file in its place; hidden, it also keeps its time."""
     before, text = path.stat(), path.read_text(encoding="utf-8")
