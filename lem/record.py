@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from lem.base import durable
 from lem.base.codec import DecodeError, complete, decode, encode, shown
-from lem.base.measurement import SLOWDOWN_MASK, EnergySource, is_estimate
+from lem.base.measured import Measured, Section, known
+from lem.base.measurement import SLOWDOWN_MASK, EnergySource
 from lem.base.reasons import Reason
 from lem.identities import violations
 
@@ -37,63 +38,12 @@ _PARTS: Final[Mapping[str, tuple[str, ...]]] = {
 ResultKey = tuple[str, str, str, int, int]
 """What no two results share: run, host, experiment, cycle, attempt."""
 
-_NO_REASON = Reason.of("no_reason")
 _NOT_RECORDED = Reason.of("not_recorded")
-
-_Value = TypeVar("_Value")
-_Section = TypeVar("_Section", bound="Section")
-
-
-@dataclass(frozen=True)
-class Measured(Generic[_Value]):
-    """A value, or None with the reason why it is absent."""
-
-    value: _Value | None
-    null_reason: Reason | None = None
-    source: str | None = None  # of an energy: the meter it comes from (`Energy.energy_source`)
-    scope: str | None = None  # of an energy: what that meter covers
-
-    @property
-    def is_estimate(self) -> bool:
-        return is_estimate(self.source)
-
-
-def known(value: _Value | None, reason: Reason | str, /, **data: Any) -> Measured[_Value]:
-    """The value; where it is None, absent for that reason, which may be a code with its data."""
-    if value is not None:
-        return Measured(value)
-    return Measured(None, Reason.of(reason, **data) if isinstance(reason, str) else reason)
 
 
 def parts_of_source(source: str) -> tuple[str, ...]:
     """The fields of `Energy` that add up to the energy that counts; not every machine can read `dram_energy_j`."""
     return _PARTS.get(source, ())
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the record in which fields can be absent."""
-
-    null_reasons: Mapping[str, Reason] = field(default_factory=dict, kw_only=True)
-
-    @classmethod
-    def of(cls: type[_Section], **given: Any) -> _Section:
-        """The section of these fields, each a value or `Measured`, whose reason is kept where it has no value."""
-        found = {name: item if isinstance(item, Measured) else Measured(item) for name, item in given.items()}
-        reasons = {name: item.null_reason for name, item in found.items() if item.null_reason is not None}
-        return cls(**{name: item.value for name, item in found.items()}, null_reasons=reasons)
-
-    @classmethod
-    def absent(cls: type[_Section], reason: Reason) -> _Section:
-        """A section of which nothing is known, for that reason."""
-        return cls(null_reasons={item.name: reason for item in fields(cls) if item.name != "null_reasons"})
-
-    def measured(self, name: str) -> Measured[Any]:
-        return known(getattr(self, name), self.why_none(name))
-
-    def why_none(self, name: str) -> Reason:
-        """Why a field has no value."""
-        return self.null_reasons.get(name, _NO_REASON)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 from lem.base import measurement as names
 from lem.base.errors import MeterRefused
+from lem.base.measured import Measured, known
 from lem.base.measurement import EnergyScope, EnergySource, is_cpu_source, is_estimate
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
@@ -28,7 +29,6 @@ from lem.meters.curve import (
 )
 from lem.meters.rapl import DRAM, PACKAGE, distinct_zones, rapl_curve
 from lem.meters.samples import GpuHeader, Mark, SampleHeader, SampleLog, gpu_meter
-from lem.record import Measured, known
 
 # The method that integrates each kind of `GpuHeader.power_source`.
 POWER_METHODS: Final = MappingProxyType({"instant": EnergySource.INSTANT_POWER, "average": EnergySource.AVERAGE_POWER})

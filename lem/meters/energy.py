@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from lem.base import measurement as names
+from lem.base.measured import Measured, known
 from lem.base.measurement import EnergySource, is_cpu_source
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR
@@ -24,7 +25,7 @@ from lem.meters.interference import (
     waited_too_long,
 )
 from lem.meters.rapl import DRAM, PACKAGE
-from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Interference, Measured, Work, known, parts_of_source
+from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Interference, Work, parts_of_source
 
 _J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from lem.base.measured import Measured, known
 from lem.base.measurement import INTERFERENCE_FROM
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import AttemptLog, measured
 from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span
 from lem.meters.samples import SLOW_PERIOD_S, CpuUse, SampleLog
-from lem.record import Interference, Measured, known
+from lem.record import Interference
 
 # Less of the window, in threads or in CPUs, can hardly have changed it; a ratio of two such times says nothing.
 _NEGLIGIBLE = 0.02

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.base import measurement as names
+from lem.base.measured import Section
 from lem.base.measurement import EnergySource
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import AttemptLog, Baselines, choose_sources, span_of, without_still_counters
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import Mark, SampleLog
-from lem.record import Record, Section
+from lem.record import Record
 
 # The same sums over the same rows differ by rounding at most.
 _TOLERANCE = 1e-9

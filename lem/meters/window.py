@@ -10,13 +10,14 @@ from operator import or_
 from typing import Any
 
 from lem.base import measurement as names
+from lem.base.measured import Measured, known
 from lem.base.measurement import EnergyScope, EnergySource, is_estimate
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import SENSOR_LAG_S, AttemptLog, measured
 from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span
 from lem.meters.samples import GpuHeader, GpuSample, GpuSecond
-from lem.record import Energy, Gpu, Idle, Measured, known
+from lem.record import Energy, Gpu, Idle
 
 _LIMIT_MARGIN = 1.2  # board power may overshoot its limit briefly, and a limit is kept to a few percent
 _LEAST_SAMPLES = 10  # an integral over fewer may miss a tenth of the window at each edge

@@ -10,8 +10,9 @@ from pathlib import PurePath
 from typing import Any
 
 from lem.base.errors import UserError, did_you_mean
+from lem.base.measured import Section
 from lem.base.reasons import Reason
-from lem.record import Record, ResultKey, Section
+from lem.record import Record, ResultKey
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from typing import Any
 from lem.base import durable, measurement
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import ConfigurationError, EngineError
+from lem.base.measured import Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.backends import WIDTH_OPTIONS
 from lem.config.experiment import ExperimentConfig, WarmupConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Completion, Engine, TokenRequest
-from lem.record import CONFIG_FILE, OUTPUTS_FILE, PROMPTS_FILE, Measured, Record, known
+from lem.record import CONFIG_FILE, OUTPUTS_FILE, PROMPTS_FILE, Record
 from lem.worker.channel import RunRequest
 from lem.worker.datasets import resolve_dataset
 from lem.worker.metering import Metering, Reporter, open_metering

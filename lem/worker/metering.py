@@ -17,6 +17,7 @@ from typing import Protocol
 from lem.base import measurement
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError, MeterRefused
+from lem.base.measured import Measured, known
 from lem.base.measurement import WINDOW_UPDATES, EnergySource, is_cpu_source, is_gpu_source
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
@@ -27,7 +28,6 @@ from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.external import ExternalReadings, is_short_of, read_external
 from lem.meters.samples import Mark, Row, SampleHeader, SampleLog
-from lem.record import Measured, known
 from lem.worker.channel import RunRequest
 from lem.worker.children import READY_TIMEOUT_S, wait_until_ready
 from lem.worker.window import MeasuredWindow

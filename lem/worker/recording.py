@@ -17,6 +17,7 @@ from lem import record
 from lem.base import __version__
 from lem.base.clock import utc_text
 from lem.base.errors import EngineError
+from lem.base.measured import Measured, known
 from lem.base.measurement import MAX_FAILED_RATIO
 from lem.base.reasons import Reason
 from lem.base.units import KIB
@@ -26,7 +27,7 @@ from lem.config.option import leaves
 from lem.engines.protocol import Engine, EngineReport
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
 from lem.meters.nvml import read_gpus
-from lem.record import Compute, Environment, Identity, Measured, Record, Throughput, Validity, Window, Work, known
+from lem.record import Compute, Environment, Identity, Record, Throughput, Validity, Window, Work
 from lem.worker.channel import RunRequest, redact
 from lem.worker.prompts import ResolvedPrompts
 from lem.worker.window import MeasuredWindow, latency_of

@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError
+from lem.base.measured import Measured
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, Engine, TokenRequest
-from lem.record import Measured
 from lem.worker.prompts import Prompt
 from lem.worker.window import NOTHING_TO_COMPARE, Answer, MeasuredWindow, are_alike, check_completion, padding_of
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError
+from lem.base.measured import Measured, known
 from lem.base.measurement import STEADY_TOLERANCE
 from lem.base.reasons import Reason
 from lem.engines.protocol import Completion, Engine, TokenRequest
-from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency, Measured, known
+from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency
 
 NOTHING_TO_COMPARE = Reason.of("no_tokens_to_compare")
 CLOSED_BATCH = "closed_batch"

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from lem.base.measured import Measured, known
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import EngineReport
-from lem.record import Measured, known
 from lem.worker.channel import RunRequest
 from lem.worker.recording import (
     describe_environment,
