@@ -100,8 +100,8 @@ def grid() -> Iterator[Figure]:
 
 
 def manifest() -> Iterator[Figure]:
-    """One transition: an entry is changed and the manifest saved, until it is on disk."""
-    for count, target_ms in ((1_000, 10), (10_000, 100)):
+    """One transition: an entry is changed, until that is on disk."""
+    for count, target_ms in ((1_000, 10), (10_000, 10)):
         with tempfile.TemporaryDirectory() as folder:
             elapsed_s = transition_time(Path(folder), count)
         yield Figure(f"manifest of {count:,}: one transition", 1000 * elapsed_s, "ms", target_ms)
@@ -128,8 +128,8 @@ def transition_time(folder: Path, count: int) -> float:
     times_s = []
     for index in range(SAVES):
         begin_s = time.perf_counter()
-        state.update_entry(entries[index // 2].exp_id, status=("running", "completed")[index % 2])
-        manager.save(state)
+        entry = state.update_entry(entries[index // 2].exp_id, status=("running", "completed")[index % 2])
+        manager.save_entry(state, entry)
         times_s.append(time.perf_counter() - begin_s)
     return statistics.median(times_s)
 

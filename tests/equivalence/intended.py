@@ -44,5 +44,6 @@ INTENDED: tuple[Intended, ...] = (
     ),
     Intended("As in recorded scenes: schema version 2.", "", r"schema_version$", suite="live"),
     Intended("As in recorded scenes: codes beside sentences.", "", r"_coded\b", suite="live"),
+    Intended("The manifest has a checksum, and those of its results.", "", r"sha256$", suite="live"),
     Intended("The example in a hint is 5%, not 2%.", "--until ci=2", r"-2 \+5"),
 )

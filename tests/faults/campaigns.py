@@ -29,7 +29,7 @@ def enumerate_points(folder: Path, tools: Tools, scenario: Scenario) -> tuple[tu
     scenario.build()
     sandbox = Sandbox(folder, tools, scenario)
     begin = time.monotonic()
-    code = sandbox.run("--fresh", fault=sandbox.fault())
+    code = sandbox.run(scenario.opening, fault=sandbox.fault())
     elapsed_s = time.monotonic() - begin
     outcome = sandbox.look()
     if code != 0 or _incomplete(outcome, scenario) or sandbox.processes_left():
@@ -40,7 +40,7 @@ def enumerate_points(folder: Path, tools: Tools, scenario: Scenario) -> tuple[tu
 
 def try_point(point: Point, action: str, scenario: Scenario, sandbox: Sandbox) -> Verdict:
     begin = time.monotonic()
-    code = sandbox.run("--fresh", fault=sandbox.fault(point.process, point.event, point.nth, action))
+    code = sandbox.run(scenario.opening, fault=sandbox.fault(point.process, point.event, point.nth, action))
     has_happened = any(entry.action for entry in read_journal(sandbox.journal))
     what = f"{scenario.name}, {point.process}: {action}"
     # A clock that steps back is no reason not to go on.
@@ -53,7 +53,7 @@ def try_point(point: Point, action: str, scenario: Scenario, sandbox: Sandbox) -
 def try_moment(moment: Moment, scenario: Scenario, sandbox: Sandbox) -> Verdict:
     """What SIGKILL at that moment cost; a process that is not there yet is waited for."""
     begin = time.monotonic()
-    started = sandbox.start("--fresh")
+    started = sandbox.start(scenario.opening)
     deadline = begin + moment.after_s
     victim = None
     while not started.has_ended_within(max(0.002, deadline - time.monotonic())):

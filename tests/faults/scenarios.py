@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lem.config.campaign_config import generate_campaign_id
+from lem.config.experiment import ExperimentConfig
+from lem.config.option import put
+from lem.orchestration.manifest import JOURNALED_FROM, SKIPPED, CampaignManifestEntry, ManifestManager
 from tests.doubles import wall_clock
 from tests.doubles.fault_injector import WALL_CLOCK_OFFSET
 from tests.doubles.nvml.library import NvmlDouble, build_library
@@ -40,6 +44,14 @@ class Scenario:
     is_stepping: bool = False  # the wall clock goes back by an hour within each window
     # so many experiments at its start write what those of PLAIN do; one fault is tried at a point there
     like_plain: int = 0
+    # it continues a long manifest, and its names have so many letters: changes go to a journal, which is soon longer
+    # than the manifest
+    long_name: int = 0
+
+    @property
+    def opening(self) -> str:
+        """How an undisturbed run begins."""
+        return "--resume" if self.long_name else "--fresh"
 
     @property
     def processes(self) -> tuple[str, ...]:
@@ -48,26 +60,29 @@ class Scenario:
     @property
     def campaign(self) -> str:
         """The campaign file. The trivial engine generates at once."""
-        shared = {
+        shared: dict[str, Any] = {
             "max_output_tokens": list(self.outputs),
             "prompts": [{"type": "file", "path": "prompts.txt"}],
             **{name: [value] for name, value in self.experiment.items()},
         }
+        what: dict[str, Any] = {"grid": {"backends": ["pytorch"], "shared": shared}}
+        if self.long_name:
+            what = {"experiments": [self._named(number, shared) for number in self.outputs]}
         execution = {"cycles": self.cycles, "config_gap_seconds": 0, "cycle_gap_seconds": 0}
-        return json.dumps(
-            {
-                "campaign_name": "faults",
-                "model": "trivial",
-                "grid": {"backends": ["pytorch"], "shared": shared},
-                "execution": execution,
-            },
-            indent=2,
-        )
+        return json.dumps({"campaign_name": "faults", "model": "trivial", **what, "execution": execution}, indent=2)
+
+    def _named(self, number: int, shared: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        experiment: dict[str, Any] = {"config_name": f"{number}-{'x' * self.long_name}"}
+        for name, (value, *_) in {**shared, "max_output_tokens": [number]}.items():
+            experiment = put(ExperimentConfig, experiment, name, value)
+        return experiment
 
     def prepare(self, work: Path, rig: Path, tools: Tools) -> dict[str, str]:
         """Write the campaign, and aside what it stands on; the environment in which it runs."""
         (work / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
         (work / "faults.yaml").write_text(self.campaign, encoding="utf-8")
+        if self.long_name and not (work / ".state").exists():
+            _write_long_manifest(work / ".state" / "faults" / "campaign_manifest.json")
         environ = wall_clock.prepare(tools.clock, rig / _CLOCK)
         if self.is_stepping:
             # Written in place: a file that is cut short under a mapping is a SIGBUS for its readers.
@@ -90,6 +105,18 @@ class Scenario:
         """Build what `prepare` then finds, before several of them run at a time."""
         if self.is_metered:
             build_library()
+
+
+def _write_long_manifest(path: Path) -> None:
+    """The manifest of a campaign from which so many experiments were removed that it has a journal."""
+    entries = [
+        CampaignManifestEntry(f"{number:012x}-c1", "a", "a", "a", "pytorch", None, 0, status=SKIPPED)
+        for number in range(JOURNALED_FROM)
+    ]
+    manager = ManifestManager(path)
+    manifest = manager.create_manifest(generate_campaign_id("faults"), "faults", "", entries)
+    manifest.run_id = "20260714T100000Z-1f3a"
+    manager.save(manifest)
 
 
 _AT_ONCE: dict[str, object] = {
@@ -131,4 +158,7 @@ METERED = Scenario(
     is_metered=True,
 )
 
-SCENARIOS = (PLAIN, TOPPED_UP, METERED)
+# The journal becomes longer than the manifest once half of the experiments are completed.
+JOURNALED = Scenario("journal", experiments=4, cycles=2, outputs=(4, 8), experiment=_AT_ONCE, long_name=40_000)
+
+SCENARIOS = (PLAIN, TOPPED_UP, METERED, JOURNALED)

@@ -21,7 +21,7 @@ from tests.faults.campaigns import Case, enumerate_points, try_all, try_moment, 
 from tests.faults.commands import COMMANDS, Command, command_points, try_command
 from tests.faults.points import Point, random_moments, spread, thin
 from tests.faults.sandbox import Setting, copy_program
-from tests.faults.scenarios import METERED, PLAIN, STEPPING, TOPPED_UP, Scenario, Tools
+from tests.faults.scenarios import JOURNALED, METERED, PLAIN, STEPPING, TOPPED_UP, Scenario, Tools
 from tests.faults.verdict import Verdict, format_table
 
 # Hundreds of campaigns, about a second of CPU time each.
@@ -90,9 +90,10 @@ def test_a_campaign_passes_through_every_kind_of_event_on_both_sides(lab: Lab) -
 
 
 def test_between_them_the_campaigns_write_every_file_there_is(lab: Lab) -> None:
-    names = {point.kind[2] for scenario in (PLAIN, TOPPED_UP, METERED) for point in lab.points(scenario)}
+    names = {point.kind[2] for scenario in (PLAIN, TOPPED_UP, METERED, JOURNALED) for point in lab.points(scenario)}
     assert names >= {
         "campaign_manifest.json",
+        "campaign_manifest.journal",
         ".lem-tmp-campaign.activity",
         "campaign.lock",
         "config.json",
@@ -104,6 +105,15 @@ def test_between_them_the_campaigns_write_every_file_there_is(lab: Lab) -> None:
         "result.json",
         "stopping.json",
     }
+
+
+def test_a_long_campaign_compacts_its_journal_while_it_runs(lab: Lab) -> None:
+    points = lab.points(JOURNALED)
+    appended = [point.detail for point in points if point.event == "lem.write" and "manifest" in point.detail]
+    names = [Path(name).suffix for name in appended]
+    assert names.index(".json", names.index(".journal")) < len(names) - 1 - names[::-1].index(".journal")
+    removals = [point for point in points if point.event == "os.remove" and point.detail.endswith(".journal")]
+    assert len(removals) == 2  # then, and at the end
 
 
 def test_kill_at_every_kind_of_event_costs_nothing(lab: Lab, tried: Trial) -> None:
@@ -121,7 +131,7 @@ def test_a_fault_at_every_kind_of_event_costs_nothing(lab: Lab, tried: Trial, ac
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("scenario", [TOPPED_UP, METERED], ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("scenario", [TOPPED_UP, METERED, JOURNALED], ids=lambda scenario: scenario.name)
 def test_faults_where_only_other_campaigns_write_cost_nothing(lab: Lab, tried: Trial, scenario: Scenario) -> None:
     known = {point.kind[1:] for point in lab.points(PLAIN)}
     points = [point for point in thin(lab.points(scenario)) if point.kind[1:] not in known]

@@ -13,11 +13,12 @@ from lem.cli.campaign_run import exit_code_of_outcome
 from lem.cli.selection import resolve_run
 from lem.config.campaign_config import CampaignColdStartConfig
 from lem.config.load import complete_campaign
-from lem.orchestration.manifest import ManifestManager
+from lem.orchestration.manifest import JOURNALED_FROM, ManifestManager
 from lem.orchestration.plan import plan_campaign
 from lem.orchestration.resume import RunOptions
 from lem.record import read_record, write_record
-from tests.campaign_doubles import EIGHT, ENVIRONMENT, FOUR, Place, make_campaign
+from lem.results.store import Repository
+from tests.campaign_doubles import EIGHT, ENVIRONMENT, FOUR, FakeStop, Place, make_campaign
 from tests.faulty_disk import watching
 
 RESUME = RunOptions(resume=True)
@@ -244,10 +245,9 @@ def test_a_campaign_whose_results_vanish_while_it_runs_does_not_report_them_as_c
 
 
 def _edit(path):
-    """Give a result another throughput, as a person could."""
+    """Change a result, as a person could, in a way that contradicts nothing in it."""
     record = read_record(path)
-    faster = dataclasses.replace(record.throughput, output_tok_per_s=12345.0)
-    write_record(path, dataclasses.replace(record, throughput=faster))
+    write_record(path, dataclasses.replace(record, window=dataclasses.replace(record.window, warmup_s=99.0)))
 
 
 def test_a_result_that_was_edited_is_measured_again_and_never_counts_until_it_is_as_before(place):
@@ -258,6 +258,7 @@ def test_a_result_that_was_edited_is_measured_again_and_never_counts_until_it_is
     _edit(edited)
     place.run(options=RESUME)
     assert [attempt for _, _, attempt in place.asked()] == [2]
+    assert 99.0 not in {item.record.window.warmup_s for item in _scan(place).results}
     place.run(options=RESUME)
     assert place.asked() == []
     chosen = [entry.result_path for entry in place.manifest().experiments]
@@ -268,6 +269,10 @@ def test_a_result_that_was_edited_is_measured_again_and_never_counts_until_it_is
     place.run(options=RESUME)
     assert place.asked() == []
     assert str(edited) in [entry.result_path for entry in place.manifest().experiments]
+
+
+def _scan(place):
+    return Repository(place.folder / "results", "demo").scan()
 
 
 def _digests(place):
@@ -295,6 +300,27 @@ def test_a_whole_result_that_the_manifest_does_not_list_is_adopted_with_its_dige
     place.run(options=RESUME)
     assert place.asked() == []
     assert _digests(place) == {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in _results(place)}
+
+
+def _writes(place, run):
+    """How often each file of the manifest was written by a run."""
+    names = []
+    with watching(
+        lambda event, path: names.append(Path(path).suffix) if event == "lem.write" and "manifest" in path else None
+    ):
+        run()
+    return {suffix: names.count(suffix) for suffix in (".json", ".journal")}
+
+
+def test_a_long_campaign_writes_a_line_for_each_change_and_the_snapshot_when_it_starts_stops_and_ends(place):
+    outputs, once = range(1, JOURNALED_FROM + 1), {"cycles": 1}
+    for options, completed in ((RunOptions(), 9), (RESUME, 18)):
+        place.stop = FakeStop(place.clock, signal_at_s=place.clock.elapsed_s + 95)  # in the tenth experiment
+        written = _writes(place, lambda options=options: place.run(outputs=outputs, execution=once, options=options))
+        assert written == {".json": 2, ".journal": 9 * 2 + 1}
+        assert not _manifest_path(place).with_suffix(".journal").exists()
+        assert place.statuses().count("completed") == completed
+        assert place.statuses().count("pending") == JOURNALED_FROM - completed
 
 
 def test_the_last_run_is_the_last_one_whatever_the_clock_did(place):
