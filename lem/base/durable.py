@@ -16,6 +16,7 @@ import math
 import os
 import stat
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,7 @@ from lem.base.units import GIB, MIB
 TEMPORARY_PREFIX = ".lem-tmp-"
 # No file that lem reads as a whole comes near it; one that is sparse or endless must not fill the memory.
 MOST_B = GIB
+_SEAL = "sha256"
 _NOT_REGULAR = "expected a regular file"
 
 
@@ -128,6 +130,25 @@ def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
 def read_json(path: Path) -> Any:
     """The document in a JSON file; OSError if it cannot be read, ValueError if it is not JSON in UTF-8."""
     return parse_json(read_bytes(path))
+
+
+def seal(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with the SHA-256 of its content, which `read_sealed` compares."""
+    return {**document, _SEAL: _digest_of(document)}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """An object that was written with `seal`, or by the first build; raises as `read_json`, or if it was changed."""
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise ValueError("expected an object")
+    if document.pop(_SEAL, None) not in (None, _digest_of(document)):
+        raise ValueError("its content does not match its checksum: it was damaged, or edited")
+    return document
+
+
+def _digest_of(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def parse_json(data: bytes) -> Any:

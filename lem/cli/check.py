@@ -34,7 +34,7 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - all commands get both
     """Exit code 4 if something is weak."""
-    checked = resolve_run(args.results_dir, args.campaign).read(args.state_dir)
+    checked = resolve_run(args.results_dir, args.campaign).read(args.state_dir, is_checked=True)
     findings = check_run(checked)
     if args.json:
         write_json(out, check_document(checked, findings))

@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, str] = {
     "check": "list what weakens a campaign's numbers, with remedies",
     "config": "check, show and write configuration files",
     "results": "list, show, export and recompute results",
+    "verify": "check that results are as measured and agree with their raw data",
     "compare": "compare configurations or runs; --gate turns it into a check",
     "report": "write a self-contained HTML report",
     "presets": "list presets, or show one",

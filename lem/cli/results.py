@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from lem.base import durable
 from lem.base.doc import Column, columns, printable, screen_of, terminal_width, write_json
-from lem.base.errors import ExitCode, MeterRefused
-from lem.base.units import format_quantity
+from lem.base.errors import ExitCode
 from lem.cli import selection
-from lem.config.experiment import ExperimentConfig
-from lem.meters.external import ExternalReadings, read_external
-from lem.meters.recompute import Recomputed, has_energy, recompute
-from lem.meters.samples import FINISHED_FILENAME, read_finished
+from lem.cli.verify import Outcome, recompute_result, shown
 from lem.orchestration.status import CampaignStatus, remainder_of
-from lem.record import CONFIG_FILE, encode_record
+from lem.record import encode_record
 from lem.results.aggregation import run_document
 from lem.results.export import make_table, render, summary_columns, with_columns
 from lem.results.store import Problem, Scan, StoredResult, count_failed
@@ -168,45 +162,8 @@ def _counts(scan: Scan, status: CampaignStatus | None) -> dict[str, int]:
     }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    result: StoredResult
-    status: str  # agrees, differs, unmeasured (no energy in the record, and no samples) or impossible
-    message: str = ""  # why it is impossible, or a note
-    recomputed: Recomputed | None = None
-
-    @property
-    def is_good(self) -> bool:
-        return self.status in ("agrees", "unmeasured")
-
-
-def recompute_result(result: StoredResult) -> Outcome:
-    folder = result.path.parent
-    try:
-        log, marks = read_finished(folder / FINISHED_FILENAME)
-        config = _read_config(folder)
-    except FileNotFoundError as error:
-        name = Path(error.filename).name
-        if name == FINISHED_FILENAME and not has_energy(result.record):
-            return Outcome(result, "unmeasured", "no energy was measured, and there are no samples")
-        return Outcome(result, "impossible", f"no such file: {name} (samples are kept unless timeseries.save is false)")
-    except OSError as error:
-        return Outcome(result, "impossible", f"{error.filename}: {durable.reason_of(error)}")
-    except ValueError as error:
-        return Outcome(result, "impossible", str(error))
-    external: ExternalReadings | None = None
-    if config.measurement.external_csv is not None:
-        with contextlib.suppress(MeterRefused):  # which the outcome reports
-            external = read_external(Path(config.measurement.external_csv))
-    try:
-        found = recompute(result.record, config, log, marks, external)
-    except MeterRefused as error:
-        return Outcome(result, "impossible", error.message)
-    return Outcome(result, "agrees" if found.agrees else "differs", "; ".join(found.notes), found)
-
-
 def _document_of(outcome: Outcome) -> dict[str, Any]:
-    identity, found = outcome.result.record.identity, outcome.recomputed
+    identity = outcome.result.record.identity
     return {
         "experiment_id": identity.experiment_id,
         "config_name": identity.config_name,
@@ -214,8 +171,8 @@ def _document_of(outcome: Outcome) -> dict[str, Any]:
         "path": str(outcome.result.path),
         "status": outcome.status,
         "message": outcome.message,
-        "compared": found.compared if found else 0,
-        "differences": [asdict(item) for item in found.differences] if found else [],
+        "compared": outcome.compared,
+        "differences": [asdict(item) for item in outcome.differences],
     }
 
 
@@ -226,21 +183,8 @@ def _write_outcomes(out: TextIO, outcomes: Sequence[Outcome]) -> None:
         text = f"{outcome.status}, {found.compared} figures" if found else outcome.status
         message = f": {outcome.message}" if outcome.message else ""
         out.write(printable(f"{name}: {text}{message}") + "\n")
-        for item in found.differences if found else ():
-            was, now = _shown(item.recorded), _shown(item.recomputed)
+        for item in outcome.differences:
+            was, now = shown(item.recorded), shown(item.recomputed)
             out.write(printable(f"  {item.field}: recorded {was}, recomputed {now}") + "\n")
     good = sum(outcome.is_good for outcome in outcomes)
     out.write(f"{good} of {len(outcomes)} results agree with their samples\n")
-
-
-def _read_config(folder: Path) -> ExperimentConfig:
-    """The resolved configuration of an attempt; OSError or ValueError where its file is not readable or not valid."""
-    document = durable.read_json(folder / CONFIG_FILE)
-    resolved = document.get("resolved") if isinstance(document, dict) else None
-    if not isinstance(resolved, dict):
-        raise ValueError(f"{folder / CONFIG_FILE}: no resolved configuration in it")
-    return ExperimentConfig.from_dict(resolved)
-
-
-def _shown(value: Any) -> str:
-    return format_quantity(value, digits=9) if isinstance(value, float) else "none" if value is None else str(value)

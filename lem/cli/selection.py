@@ -65,9 +65,9 @@ class SelectedRun:
     def scan(self) -> Scan:
         return Repository(self.results_dir, self.campaign).scan(self.run_id)
 
-    def read(self, state_dir: Path = STATE_DIR) -> Run:
+    def read(self, state_dir: Path = STATE_DIR, *, is_checked: bool = False) -> Run:
         """The results, and what is left to measure by the manifest of this run, if it is there."""
-        run = read_run(self.results_dir, self.campaign, self.run_id)
+        run = read_run(self.results_dir, self.campaign, self.run_id, is_checked=is_checked)
         status = self.status(state_dir)
         if status is None:
             return run

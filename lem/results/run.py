@@ -301,10 +301,13 @@ def make_run(
     return Run(name, run_ids, given, failed or {}, **others)
 
 
-def read_run(results_dir: Path, campaign: str, run_id: str) -> Run:
-    """The results of a run; what cannot be used is in `problems`. UserError for a name that cannot name a folder."""
+def read_run(results_dir: Path, campaign: str, run_id: str, *, is_checked: bool = False) -> Run:
+    """The results of a run; what cannot be used is in `problems`. UserError for a name that cannot name a folder.
+
+    With `is_checked`, each result is compared with the digest that is known of it.
+    """
     repository = Repository(results_dir, campaign)
-    scan = repository.scan(run_id)
+    scan = repository.scan(run_id, is_checked=is_checked)
     return make_run(
         [item.record for item in scan.results],
         count_failed(scan),

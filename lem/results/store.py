@@ -53,7 +53,7 @@ class AttemptFolder:
         """Write the configuration as given, `${VAR}` unexpanded, and with every default."""
         document = {"schema_version": CONFIG_SCHEMA_VERSION, "requested": requested, "resolved": resolved}
         with stopping_campaign(self.path / CONFIG_FILE) as path:
-            durable.write_json(path, document)
+            durable.write_json(path, durable.seal(document))
         return path
 
     def write_prompts(self, prompts: Iterable[Mapping[str, Any]]) -> Path:
@@ -168,11 +168,16 @@ class Repository:
 
     def find_attempts(self, run_id: str, exp_id: str) -> tuple[StoredResult, ...]:
         """Every whole result of an experiment that is as it was measured, oldest first."""
+        return self.check(run_id, exp_id).results
+
+    def check(self, run_id: str, exp_id: str) -> Scan:
+        """What the folder of an experiment holds, oldest first, each result compared with its digest."""
         folder = self._experiment_folder(run_id, exp_id)
         if folder.parent not in self._indexes:
             self._indexes[folder.parent] = Index(folder.parent)
-        found = _experiment_items(folder, functools.partial(self._indexes[folder.parent].read, is_checked=True))
-        return tuple(item for item in found if isinstance(item, StoredResult))
+        found = list(_experiment_items(folder, functools.partial(self._indexes[folder.parent].read, is_checked=True)))
+        results = tuple(item for item in found if isinstance(item, StoredResult))
+        return Scan(results, tuple(item for item in found if isinstance(item, Problem)))
 
     def find_campaign_name(self) -> str | None:
         """The name of the campaign that the results belong to; None without any."""
@@ -243,10 +248,9 @@ def config_of_problem(problem: Problem) -> tuple[str | None, Mapping[str, Any] |
     """The name of the configuration and its options as given, in `config.json` beside a missing result."""
     folder = problem.path if problem.path.is_dir() else problem.path.parent
     try:
-        document = durable.read_json(folder / CONFIG_FILE)
+        found = durable.read_sealed(folder / CONFIG_FILE)
     except (OSError, ValueError):
         return None, None
-    found = document if isinstance(document, dict) else {}
     resolved, requested = found.get("resolved"), found.get("requested")
     name = resolved.get("config_name") if isinstance(resolved, dict) else None
     return name if isinstance(name, str) else None, requested if isinstance(requested, dict) else None
@@ -415,16 +419,15 @@ def write_stopping_rule(run_folder: Path, rule: StoppingRule) -> None:
     """Keep the rule with the results of the run; InfrastructureError where it cannot be written."""
     with stopping_campaign(run_folder / STOPPING_FILE) as path:
         make_folder(run_folder)
-        durable.write_json(path, {"schema_version": _STOPPING_SCHEMA_VERSION, **dataclasses.asdict(rule)})
+        durable.write_json(path, durable.seal({"schema_version": _STOPPING_SCHEMA_VERSION, **dataclasses.asdict(rule)}))
 
 
 def read_stopping_rule(run_folder: Path) -> StoppingRule | None:
     """The rule by which a run ended; None where its number of cycles was fixed. A broken file is logged."""
     path = run_folder / STOPPING_FILE
     try:
-        document = durable.read_json(path)
-        if isinstance(document, dict):
-            document = {name: document.get(name) for name in ("target", "least_cycles", "most_cycles")}
+        found = durable.read_sealed(path)
+        document = {name: found.get(name) for name in ("target", "least_cycles", "most_cycles")}
         return decode(StoppingRule, document, "rule")
     except FileNotFoundError:
         return None

@@ -139,10 +139,9 @@ def _read_requested(folder: Path) -> Mapping[str, Any]:
     """The configuration as the user wrote it, `${VAR}` unexpanded, from the `config.json` that the host wrote."""
     path = folder / CONFIG_FILE
     try:
-        document = durable.read_json(path)
+        requested = durable.read_sealed(path).get("requested")
     except (OSError, ValueError) as error:
         raise EngineError(f"{path}: cannot be read: {error}", kind="channel") from error
-    requested = document.get("requested") if isinstance(document, dict) else None
     if not isinstance(requested, dict):
         raise EngineError(f"{path}: it does not hold the requested configuration", kind="channel")
     return requested

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lem.base import durable
 from lem.base.errors import InfrastructureError, UserError
 from lem.record import Record, write_record
 from lem.results.store import AttemptFolder, Repository, Scan, count_failed, folder_names
@@ -54,11 +55,14 @@ def test_attempts_are_ordered_by_number_not_by_text(repository: Repository) -> N
 def test_config_and_prompts_are_written_whole(repository: Repository) -> None:
     attempt = repository.prepare_attempt(RUN, EXPERIMENT)
     config = attempt.write_config({"model": "${MODEL}"}, {"model": {"name": "tiny"}})
-    assert json.loads(config.read_text(encoding="utf-8")) == {
+    assert durable.read_sealed(config) == {
         "schema_version": 1,
         "requested": {"model": "${MODEL}"},
         "resolved": {"model": {"name": "tiny"}},
     }
+    config.write_bytes(config.read_bytes().replace(b"tiny", b"tinz"))
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        durable.read_sealed(config)
     prompts: list[dict[str, Any]] = [
         {"prompt": "Grüße\nund mehr", "input_tokens": None, "output_tokens": 5},
         {"prompt": "", "input_tokens": 3, "output_tokens": None},

@@ -1,0 +1,305 @@
+"""`lem verify`: whether results are as they were measured, and agree with their raw data."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import enum
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from lem.base import durable
+from lem.base.doc import Column, Doc, Table, terminal_width, write_json
+from lem.base.errors import ExitCode, MeterRefused, UserError
+from lem.base.units import format_quantity, plural, some_of
+from lem.cli import selection
+from lem.config.experiment import ExperimentConfig
+from lem.meters.external import ExternalReadings, read_external
+from lem.meters.recompute import Difference, Recomputed, has_energy, recompute
+from lem.meters.samples import FINISHED_FILENAME, read_finished
+from lem.orchestration.manifest import ManifestManager
+from lem.orchestration.status import find_manifest
+from lem.record import CONFIG_FILE, RESULT_FILE
+from lem.results.store import Problem, Repository, Scan, StoredResult
+
+SCHEMA_VERSION = 1
+
+# What the folder of an attempt, experiment, run and campaign hold, in this order.
+_BELOW = (RESULT_FILE, "attempt-*/", "*/attempt-*/", "*/*/attempt-*/")
+_RUN, _CAMPAIGN = 2, 3
+_SHOWN = 5  # differences of a result in the text
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compare results with the digests that were recorded when they were measured, and recompute every figure that "
+        "their raw data allow."
+    )
+    parser.epilog = (
+        "exit codes: 0 all agree, 1 a result is damaged or differs, 2 no such result, 4 nothing differs, but a result "
+        "has no recorded digest or nothing to recompute it from"
+    )
+    text = f"a {RESULT_FILE}, the folder of an attempt, run or campaign, or a name as for `lem results show`"
+    parser.add_argument("results", nargs="+", metavar="RESULT", help=text)
+    selection.add_results_dir(parser, "-o")
+    selection.add_state_dir(parser)
+    selection.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+class Verdict(enum.Enum):
+    AGREES = "agrees"
+    DIFFERS = "differs"
+    UNVERIFIED = "not verified"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the figures of a result."""
+
+    result: StoredResult
+    status: str  # agrees, differs, unmeasured (no energy in the record, and no samples) or impossible
+    message: str = ""  # why it is impossible, or a note
+    recomputed: Recomputed | None = None
+
+    @property
+    def is_good(self) -> bool:
+        return self.status in ("agrees", "unmeasured")
+
+    @property
+    def differences(self) -> tuple[Difference, ...]:
+        return self.recomputed.differences if self.recomputed else ()
+
+    @property
+    def compared(self) -> int:
+        return self.recomputed.compared if self.recomputed else 0
+
+
+@dataclass(frozen=True)
+class Verified:
+    outcome: Outcome
+    digests: Mapping[str, bool]  # by the file that records one, whether the result has it
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.outcome.status == "differs" or not all(self.digests.values()):
+            return Verdict.DIFFERS
+        return Verdict.AGREES if self.digests and self.outcome.status == "agrees" else Verdict.UNVERIFIED
+
+    @property
+    def remarks(self) -> Iterator[str]:
+        """What differs or is missing, one sentence each."""
+        for name, is_same in self.digests.items():
+            if not is_same:
+                yield f"its SHA-256 is not the one in the {name}: it was changed after it was measured"
+        if not self.digests:
+            yield "no digest of it was recorded"
+        for item in self.outcome.differences[:_SHOWN]:
+            yield f"{item.field}: recorded {shown(item.recorded)}, recomputed {shown(item.recomputed)}"
+        if (more := len(self.outcome.differences) - _SHOWN) > 0:
+            yield f"and {plural(more, 'figure')} more: --json lists all"
+        if self.outcome.status in ("unmeasured", "impossible"):
+            yield f"nothing was recomputed: {self.outcome.message}"
+        elif self.outcome.message:
+            yield self.outcome.message
+
+
+_COUNTED = ((Verdict.DIFFERS, "differ or are damaged"), (Verdict.UNVERIFIED, "could not be verified"))
+
+
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    """Exit code 0 only if all agree."""
+    results, problems = _chosen(args)
+    found = [_verify(item, args.state_dir) for item in results]
+    counts = Counter(item.verdict for item in found)
+    counts[Verdict.DIFFERS] += len(problems)
+    if args.json:
+        write_json(out, _document(found, problems, counts))
+    else:
+        _write(out, found, counts)
+        selection.list_problems(err, problems)
+    if counts[Verdict.DIFFERS]:
+        return ExitCode.EXPERIMENT_FAILED
+    return ExitCode.INCONCLUSIVE if counts[Verdict.UNVERIFIED] else ExitCode.OK
+
+
+# The results that an argument names
+
+
+def _chosen(args: argparse.Namespace) -> tuple[list[StoredResult], list[Problem]]:
+    results: dict[Path, StoredResult] = {}
+    problems: dict[Path, Problem] = {}
+    for wanted in args.results:
+        for scan in _by_path(Path(wanted)) if Path(wanted).exists() else _by_name(args.results_dir, wanted):
+            results |= {item.path: item for item in scan.results}
+            problems |= {item.path: item for item in selection.damaged(scan.problems)}
+    if not results and not problems:
+        raise UserError(f"no complete result in {some_of(args.results, 3)}", "see `lem results list`")
+    return list(results.values()), list(problems.values())
+
+
+def _by_name(results_dir: Path, wanted: str) -> Iterator[Scan]:
+    item, exp_id = selection.resolve_experiment(results_dir, wanted)
+    repository = Repository(results_dir, item.campaign)
+    yield repository.scan(item.run_id, is_checked=True) if exp_id is None else repository.check(item.run_id, exp_id)
+
+
+def _by_path(path: Path) -> Iterator[Scan]:
+    """What is below a path; UserError where that is no part of a results folder."""
+    folder = (path if path.is_dir() else path.parent).resolve()
+    depth = next((depth for depth, pattern in enumerate(_BELOW) if next(folder.glob(pattern), None) is not None), None)
+    if depth is None or len(folder.parts) < len(_BELOW) + 1:
+        known = f"a {RESULT_FILE}, or the folder of an attempt, experiment, run or campaign"
+        raise UserError(f"{path}: no results in it", f"name {known}")
+    if depth == _CAMPAIGN:
+        yield Repository(folder.parent, folder.name).scan(is_checked=True)
+    elif depth == _RUN:
+        yield Repository(folder.parents[1], folder.parent.name).scan(folder.name, is_checked=True)
+    else:
+        experiment = folder if depth else folder.parent
+        repository = Repository(experiment.parents[2], experiment.parents[1].name)
+        scan = repository.check(experiment.parent.name, experiment.name)
+        yield dataclasses.replace(
+            scan,
+            results=tuple(item for item in scan.results if item.path.is_relative_to(folder)),
+            problems=tuple(item for item in scan.problems if item.path.is_relative_to(folder)),
+        )
+
+
+# Digests and figures
+
+
+def _verify(result: StoredResult, state_dir: Path) -> Verified:
+    identity, digests = result.record.identity, {"index": True} if result.is_recorded else {}
+    recorded = _in_manifests(state_dir / result.path.absolute().parents[3].name).get(
+        (identity.run_id, identity.experiment_id, identity.attempt, identity.host)
+    )
+    if recorded is not None:
+        digests["manifest"] = recorded == result.sha256
+    return Verified(recompute_result(result), digests)
+
+
+@functools.cache
+def _in_manifests(folder: Path) -> Mapping[tuple[str, str, int, str | None], str]:
+    """The digests in the manifest of a state folder, and in those that were set aside."""
+    usual = find_manifest(folder)
+    others = [] if usual is None else sorted(folder.glob(f"{usual.stem}.*{usual.suffix}"))
+    manifests = [manifest for path in (usual, *others) if path and (manifest := ManifestManager(path).load())]
+    return {
+        (str(manifest.run_id), entry.exp_id, attempt.number, attempt.host): attempt.result_sha256
+        for manifest in manifests
+        for entry in manifest.experiments
+        for attempt in entry.attempts
+        if attempt.result_sha256 is not None
+    }
+
+
+def recompute_result(result: StoredResult) -> Outcome:
+    folder = result.path.parent
+    try:
+        log, marks = read_finished(folder / FINISHED_FILENAME)
+        config = _read_config(folder)
+    except FileNotFoundError as error:
+        name = Path(error.filename).name
+        if name == FINISHED_FILENAME and not has_energy(result.record):
+            return Outcome(result, "unmeasured", "no energy was measured, and there are no samples")
+        return Outcome(result, "impossible", f"no such file: {name} (samples are kept unless timeseries.save is false)")
+    except OSError as error:
+        return Outcome(result, "impossible", f"{error.filename}: {durable.reason_of(error)}")
+    except ValueError as error:
+        return Outcome(result, "impossible", str(error))
+    external: ExternalReadings | None = None
+    if config.measurement.external_csv is not None:
+        with contextlib.suppress(MeterRefused):  # which the outcome reports
+            external = read_external(Path(config.measurement.external_csv))
+    try:
+        found = recompute(result.record, config, log, marks, external)
+    except MeterRefused as error:
+        return Outcome(result, "impossible", error.message)
+    return Outcome(result, "agrees" if found.agrees else "differs", "; ".join(found.notes), found)
+
+
+def _read_config(folder: Path) -> ExperimentConfig:
+    """The resolved configuration of an attempt; OSError or ValueError where its file is not readable or not valid."""
+    resolved = durable.read_sealed(folder / CONFIG_FILE).get("resolved")
+    if not isinstance(resolved, dict):
+        raise ValueError(f"{folder / CONFIG_FILE}: no resolved configuration in it")
+    return ExperimentConfig.from_dict(resolved)
+
+
+# Output
+
+
+def shown(value: Any) -> str:
+    return format_quantity(value, digits=9) if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _document(found: Sequence[Verified], problems: Sequence[Problem], counts: Counter[Verdict]) -> dict[str, Any]:
+    results = []
+    for item in found:
+        outcome, identity = item.outcome, item.outcome.result.record.identity
+        figures: dict[str, Any] = {"status": outcome.status, "message": outcome.message}
+        figures |= {"compared": outcome.compared, "differences": [asdict(each) for each in outcome.differences]}
+        results.append({
+            "experiment_id": identity.experiment_id,
+            "config_name": identity.config_name,
+            "attempt": identity.attempt,
+            "path": str(outcome.result.path),
+            "verdict": item.verdict.value,
+            "sha256": outcome.result.sha256,
+            "digests": {name: "agrees" if is_same else "differs" for name, is_same in item.digests.items()},
+            "figures": figures,
+        })  # fmt: skip
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "counts": {verdict.value: counts[verdict] for verdict in Verdict},
+        "results": results,
+        "problems": selection.problem_documents(problems),
+    }
+
+
+def _write(out: TextIO, found: Sequence[Verified], counts: Counter[Verdict]) -> None:
+    doc = Doc(terminal_width(out))
+    if found:
+        names = tuple(item.outcome.result.record.identity.config_name for item in found)
+        doc.table(Table("configuration", names, tuple(_columns(found))))
+    doc.block()
+    for item in found:
+        if item.verdict is Verdict.DIFFERS:
+            for text in item.remarks:
+                doc.text(f"{_id(item)}: {text}")
+    missing = Counter(text for item in found if item.verdict is Verdict.UNVERIFIED for text in item.remarks)
+    for text, count in missing.items():
+        doc.text(f"{plural(count, 'result')}: {text}")
+    doc.block()
+    total = sum(counts.values())
+    parts = [f"{counts[Verdict.AGREES]} of {plural(total, 'result')} agree with digest and raw data"]
+    parts += [f"{counts[verdict]} {what}" for verdict, what in _COUNTED if counts[verdict]]
+    doc.text("; ".join(parts) + ".")
+    out.write(doc.render())
+
+
+def _id(item: Verified) -> str:
+    identity = item.outcome.result.record.identity
+    return f"{identity.experiment_id}/{identity.attempt}"
+
+
+def _columns(found: Sequence[Verified]) -> Iterator[Column]:
+    yield Column("result", tuple(map(_id, found)))
+    digests = (
+        "differs" if not all(item.digests.values()) else " and ".join(item.digests) or "none recorded" for item in found
+    )
+    yield Column("digest", tuple(digests))
+    yield Column("figures", tuple(_figures(item.outcome) for item in found))
+
+
+def _figures(outcome: Outcome) -> str:
+    if outcome.recomputed is None:
+        return "not recomputed"
+    differing, compared = len(outcome.differences), outcome.recomputed.compared
+    return f"{differing} of {compared} differ" if differing else f"{compared} agree"
