@@ -6,9 +6,10 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
+from lem.base import log
 from lem.cli.main import main
 
-__all__ = ["Output", "run_lem"]
+__all__ = ["Output", "on_terminal", "run_lem"]
 
 
 class Output(NamedTuple):
@@ -17,6 +18,13 @@ class Output(NamedTuple):
     code: int
     out: str
     err: str
+
+
+def on_terminal(text: str) -> str:
+    """A coloured text as a terminal receives it."""
+    stream = io.StringIO()
+    log.Output.over(stream).write(text)
+    return stream.getvalue()
 
 
 def run_lem(*words: str | Path) -> Output:

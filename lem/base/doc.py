@@ -27,7 +27,8 @@ _NAME_MIN = 16
 
 # Names are cut and wrapped after these and blanks; `_`, `=` and `.` hold words and values together.
 SEPARATORS = "-,/;:|·"
-_MARKDOWN_SPECIAL = "\\`*_{}[]<>|~#"
+# Some renderers of Markdown take no backslash before `<`, and show HTML.
+_MARKDOWN = str.maketrans({char: f"\\{char}" for char in "\\`*_{}[]|~#"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _TOKEN = re.compile(rf"[^{SEPARATORS} ]*[{SEPARATORS} ]*")
 
 
@@ -121,7 +122,7 @@ class Doc:
 
 def markdown_escaped(text: str) -> str:
     """`text` so that Markdown shows it as it is: names come from files, and `_`, `*`, `<` and `|` have a meaning."""
-    return "".join(f"\\{char}" if char in _MARKDOWN_SPECIAL else char for char in printable(text))
+    return printable(text).translate(_MARKDOWN)
 
 
 def markdown_table(table: Table) -> list[str]:

@@ -6,21 +6,32 @@ The rest of lem logs with the standard `logging`; this module renders it.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import re
 import shutil
 import time
-import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 # Columns for text that goes to no terminal, and their bounds on one: a terminal can claim 0 columns, and lines over 120
 # are hard to read.
 WIDTH = 80
 NARROWEST, WIDEST = 72, 120
 
+# What begins lem's own control sequences until they are written: a private character that no file can know, which tells
+# them apart from those in its text.
+_MARK = chr(0xF0000 + int.from_bytes(os.urandom(2), "big") % 0xFFFE)
 _STYLES = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}
-_CLEAR_LINE = "\r\x1b[2K"
+_CLEAR_LINE = f"{_MARK}2K"
+# Unicode's control and format characters (Cc, Cf), separators of lines and paragraphs, and lone surrogates.
+_CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b-\u200f"
+    r"\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001-\U000e007f]"
+)
 # Levels of syslog(3), which the journal reads from `<N>` at the beginning of a line (sd-daemon(3)).
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 
@@ -41,7 +52,7 @@ def is_journal(stream: TextIO) -> bool:
 
 def paint(text: str, style: str, *, is_colour: bool) -> str:
     """`text` in a colour, bold or dim where colour is wanted."""
-    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if is_colour and text else text
+    return f"{_MARK}{_STYLES[style]}m{text}{_MARK}0m" if is_colour and text else text
 
 
 def bounded_width(width: int) -> int:
@@ -54,18 +65,41 @@ def shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 
 
-def harmless(text: str) -> str:
-    """`text` without control characters: a file must not steer the terminal that shows it."""
-    if text.isprintable():
-        return text
-    return "".join(char if unicodedata.category(char) not in ("Cc", "Cf") or char in "\n\t" else "�" for char in text)
+def escaped(text: str) -> str:
+    """`text` with control characters but newline and tab as JSON escapes them: text must not steer what shows it.
+
+    A JSON document stays the same one, since only its strings can hold them.
+    """
+    return text if text.isascii() and text.isprintable() else _CONTROLS.sub(lambda it: json.dumps(it[0])[1:-1], text)
+
+
+class Output:
+    """A stream for text from anywhere, of whose control sequences only lem's own are written as such."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @classmethod
+    def over(cls, stream: TextIO) -> TextIO:
+        return stream if isinstance(stream, cls) else cast(TextIO, cls(stream))
+
+    def write(self, text: str) -> int:
+        shown = escaped(text)
+        return self._stream.write(shown.replace(_CLEAR_LINE, "\r\x1b[2K").replace(_MARK, "\x1b["))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Console:
     """A stream for people: whole lines, and on a terminal one live line below them that is redrawn."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream = Output.over(stream)
         self._live = ""
         self.is_colour = self.is_live = is_colour_wanted(stream)
         self.is_journal = is_journal(stream)  # every line begins with its priority
@@ -85,9 +119,9 @@ class Console:
     def error(self, message: str, hint: str = "") -> None:
         """Clear the live line, and write an error and its hint."""
         self.close()
-        self.line(f"{self.paint('error:', 'red')} {harmless(message)}", logging.ERROR)
+        self.line(f"{self.paint('error:', 'red')} {message}", logging.ERROR)
         if hint:
-            self.line(f"{self.paint('hint:', 'cyan')} {harmless(hint)}", logging.ERROR)
+            self.line(f"{self.paint('hint:', 'cyan')} {hint}", logging.ERROR)
 
     def live(self, text: str) -> None:
         """Replace the live line; '' clears it."""
@@ -115,13 +149,22 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = harmless(record.getMessage())
+        message = record.getMessage()
         if record.levelno >= logging.WARNING:
             colour = "red" if record.levelno >= logging.ERROR else "yellow"
             message = f"{self._console.paint(f'{record.levelname.lower()}:', colour)} {message}"
         if not self._console.is_live and not self._console.is_journal:  # the journal has times of its own
             message = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {message}"
         self._console.line(message, record.levelno)
+
+
+class _Formatter(logging.Formatter):
+    """Writes what a log may be shown with by `cat` or `tail`."""
+
+    converter = staticmethod(time.gmtime)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
 
 
 class _FileHandler(logging.FileHandler):
@@ -152,9 +195,8 @@ def log_to_file(path: Path) -> logging.Handler:
     path.parent.mkdir(parents=True, exist_ok=True)
     # A path that is not UTF-8 is logged with its bytes escaped.
     handler = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
+    form = "%(asctime)sZ %(levelname)s %(name)s: %(message)s"
+    handler.setFormatter(_Formatter(form, datefmt="%Y-%m-%dT%H:%M:%S"))
     handler.setLevel(logging.DEBUG)
     logging.getLogger("lem").addHandler(handler)
     return handler

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     prepare_streams()
-    out, err = out or sys.stdout, err or sys.stderr
+    out, err = log.Output.over(out or sys.stdout), log.Output.over(err or sys.stderr)
     console = log.Console(err)
     try:
         code = _execute(arguments, console, out, err)
@@ -212,4 +212,4 @@ def _report_bug(console: log.Console, error: Exception) -> None:
         console.line(text)
         where = ""
     summary = f"{type(error).__name__}: {error}".splitlines()[0]
-    console.line(f"{console.paint('bug:', 'red')} {log.shorten(log.harmless(summary), 200)}{where}", logging.CRITICAL)
+    console.line(f"{console.paint('bug:', 'red')} {log.shorten(summary, 200)}{where}", logging.CRITICAL)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from lem.base import log, units
+from lem.base.doc import printable
 from lem.base.measurement import INTERFERENCE_FROM
 from lem.cli.main import discard_output
 from lem.orchestration.status import Event, Observer
@@ -174,7 +175,7 @@ class _State:
 
     def describe(self, event: Event, now: float, width: int | None = None) -> str:
         """The line; the name of the experiment loses its middle to fit `width`, since names differ at their ends."""
-        name = str(self.experiment.get("config_name", ""))
+        name = printable(str(self.experiment.get("config_name", "")))
         line = self._join(event, now, name)
         if width is not None and len(line) > width:
             room = max(len(name) - (len(line) - width), _NAME_AT_LEAST)
@@ -220,15 +221,20 @@ def _ending(event: Event, paint: Callable[[str, str], str]) -> list[str]:
     if event.kind not in ("experiment_completed", "experiment_failed", "experiment_retried", "experiment_interrupted"):
         return []
     head = f"[{event.done}/{event.total}]"
-    name = f"{data['config_name']} · cycle {data['cycle']}/{data['cycles']}"
+    name = f"{printable(str(data['config_name']))} · cycle {data['cycle']}/{data['cycles']}"
     if event.kind == "experiment_completed":
         mark = paint("ok", "green") if data.get("valid", True) else paint("invalid", "yellow")
         rate, elapsed = units.format_rate(data.get("output_tok_per_s")), units.format_duration(float(data["elapsed_s"]))
-        reasons = [f"    {why}" for why in data.get("invalid_reasons", ())]
+        reasons = [f"    {printable(why)}" for why in data.get("invalid_reasons", ())]
         return [f"{head} {mark} {name} · {rate} · {elapsed}", *reasons]
     if event.kind == "experiment_retried":
-        return [f"{head} {paint('retrying', 'yellow')} {name}: {data['reason']}"]
+        return [f"{head} {paint('retrying', 'yellow')} {name}: {_indented(data['reason'])}"]
     if event.kind == "experiment_interrupted":
         return [f"{head} {paint('interrupted', 'yellow')} {name}"]
-    more = [f"    {key}: {data[key]}" for key in ("hint", "log") if data.get(key)]
-    return [f"{head} {paint('failed', 'red')} {name}: {data['error']}", *more]
+    more = [f"    {key}: {_indented(data[key])}" for key in ("hint", "log") if data.get(key)]
+    return [f"{head} {paint('failed', 'red')} {name}: {_indented(data['error'])}", *more]
+
+
+def _indented(text: str) -> str:
+    """Further lines of a text behind those of its experiment, so that they cannot pass for lines of lem."""
+    return "\n    ".join(text.splitlines())

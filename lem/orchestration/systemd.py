@@ -19,6 +19,7 @@ from typing import Any
 from lem.base import durable
 from lem.base.durable import reason_of
 from lem.base.errors import UserError
+from lem.base.log import escaped
 from lem.base.variables import TOKEN_VARIABLE
 
 _logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class ServiceManager:
 
     def status(self, text: str) -> None:
         """Set the line that `systemctl status` shows."""
-        self._send("STATUS", " ".join(text.split()))
+        self._send("STATUS", escaped(" ".join(text.split())))
 
     def _send(self, name: str, value: str) -> None:
         if self._last.get(name) == value:

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem.base.doc import json_text, printable
+from lem.base.doc import json_text, markdown_escaped
 from lem.base.errors import UserError, did_you_mean
+from lem.base.log import escaped
 from lem.base.reasons import Reason
 from lem.record import Distribution, Gpu, Record, ResultKey, parts_of_source
 from lem.results.metrics import LATENCIES, used_records
@@ -30,6 +31,8 @@ _LATENCIES = tuple(f"{name}_s" for name in LATENCIES)
 _GPU = tuple(item.name for item in dataclasses.fields(Gpu) if item.name != "null_reasons")
 _NOT_GIVEN = (None, "not given for this experiment")
 
+# What begins a formula in a spreadsheet, also after blanks that it removes, or in its wide form.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 # A value and, where it is None, why.
 _Cell = tuple[Any, str]
 
@@ -84,9 +87,9 @@ def render(table: Table, form: str) -> str:
         for row in table.rows
     ]
     if form == "json":
-        return json_text(documents)
+        return escaped(json_text(documents))
     if form == "jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in documents)
+        return escaped("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in documents))
     raise ValueError(f"unknown format {form!r}; known: {', '.join(FORMATS)}")
 
 
@@ -192,7 +195,7 @@ def _as_csv(table: Table) -> str:
 
 def _not_a_formula(text: str) -> str:
     """The text, with an apostrophe before it if a spreadsheet would run it: results come from other hosts too."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return escaped(f"'{text}" if text.startswith(_FORMULA) else text)
 
 
 def _as_markdown(table: Table) -> str:
@@ -200,14 +203,17 @@ def _as_markdown(table: Table) -> str:
         return ""
     columns = [[row[name][0] for row in table.rows if row[name][0] is not None] for name in table.columns]
     is_number = [bool(values) and all(isinstance(value, (int, float)) for value in values) for values in columns]
-    lines: list[Sequence[str]] = [table.columns, ["---:" if right else "---" for right in is_number]]
+    lines: list[Sequence[str]] = [
+        [*map(markdown_escaped, table.columns)],
+        ["---:" if right else "---" for right in is_number],
+    ]
     lines += [[_markdown_cell(row[name][0]) for name in table.columns] for row in table.rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _markdown_cell(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else cell_text(value)
-    return printable(text).replace("\\", "\\\\").replace("|", "\\|")
+    return markdown_escaped(text)
 
 
 def cell_text(value: Any) -> str:

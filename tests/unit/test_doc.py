@@ -6,6 +6,7 @@ import pytest
 
 from lem.base.doc import Column, NameShortener, columns, printable, text_width, wrapped
 from lem.base.log import paint
+from tests.command_rig import on_terminal
 
 LONG = [f"pytorch-tiny-llama-batch_size={size}-max_output_tokens=128-cpu" for size in (1, 16)]
 
@@ -80,7 +81,7 @@ def test_a_path_longer_than_the_line_stays_whole_to_be_copied() -> None:
 
 
 def test_colour_is_written_only_where_it_is_wanted() -> None:
-    assert paint("x", "bold", is_colour=True) == "\x1b[1mx\x1b[0m"
+    assert on_terminal(paint("x", "bold", is_colour=True)) == "\x1b[1mx\x1b[0m"
     assert paint("x", "bold", is_colour=False) == "x"
     assert paint("", "bold", is_colour=True) == ""
 

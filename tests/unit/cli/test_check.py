@@ -13,7 +13,7 @@ from lem.orchestration.resume import RunOptions
 from lem.results.check import check_run
 from lem.results.run import make_run
 from tests.campaign_doubles import EIGHT, FOUR, Place
-from tests.command_rig import run_lem
+from tests.command_rig import on_terminal, run_lem
 from tests.synthetic_campaign import Campaign, Configuration
 
 FINE = Campaign(
@@ -56,7 +56,7 @@ def test_findings_are_shown_with_what_to_do_the_weak_ones_first():
     assert "WEAK unsteady: throughput or power moved by 2 % or more within the window in 3 of 3 results (vllm" in shown
     assert "do: raise measurement.min_window_sec" in shown
     assert "note warning: 3 of 128 prompts were cut to 512 tokens (vllm" in shown
-    assert "\x1b[31mWEAK\x1b[0m" in render_check(run, check_run(run), is_colour=True)
+    assert "\x1b[31mWEAK\x1b[0m" in on_terminal(render_check(run, check_run(run), is_colour=True))
     assert max(map(len, narrow)) <= 80 < max(map(len, wide))
 
 

@@ -68,7 +68,7 @@ demo // demo vllm-bfloat16 vllm-float16 --gate energy=0.5% --strict // 4
   // No difference in energy per output token between vllm-float16 and vllm-bfloat16 was found // about 16 more
 demo // demo vllm-bfloat16 vllm-bfloat16-64 --gate energy=3% --markdown // 3
   // **gate energy\_per\_output\_tok\_j=3%: worse: vllm-bfloat16-64**
-  // | 0.2169 | 1.05 | 1.04–1.07 | \<0.001 | worse |
+  // | 0.2169 | 1.05 | 1.04–1.07 | &lt;0.001 | worse |
 single // demo --metric energy // 0 // No verdict on energy per output token for any of 3 // use --cycles 3+
   // 1 0.2088 0.41 – –
 no-meter // demo // 0 // makes 2.45 × the output tokens per second of

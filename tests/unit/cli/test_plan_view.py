@@ -9,6 +9,7 @@ from lem.orchestration.executor import ExecutorChoice
 from lem.orchestration.grid import GridValidationIssue
 from lem.orchestration.plan import ExpectedDurations, build_plan
 from tests.campaign_doubles import make_campaign
+from tests.command_rig import on_terminal
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_findings_are_the_counts_and_each_reason_once_and_many_are_cut_short(cam
         "filtered: no model",
     ]
     assert lines[3:] == [*(f"warning: reason {number}" for number in range(10)), "warning: and 4 more reasons"]
-    assert "\x1b[33mwarning:\x1b[0m reason 1" in render_findings(plan, is_colour=True)
+    assert "\x1b[33mwarning:\x1b[0m reason 1" in on_terminal(render_findings(plan, is_colour=True))
 
 
 @pytest.mark.parametrize(

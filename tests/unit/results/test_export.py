@@ -48,7 +48,7 @@ def test_markdown_has_a_few_columns_numbers_at_the_right():
     results = _exported(*_fixed())
     table = with_columns(make_table(results), summary_columns(results))
     head, rule, first, second = render(table, "markdown").splitlines()
-    assert head.startswith("| config_name | cycle_index | attempt | valid | output_tok_per_s |")
+    assert head.startswith(r"| config\_name | cycle\_index | attempt | valid | output\_tok\_per\_s |")
     assert rule.startswith("| --- | ---: | ---: |")
     assert first.startswith("| pytorch \\| bfloat16 | 0 | 1 |")
     assert second.startswith("| vllm-bfloat16 | 0 | 2 |")

@@ -13,6 +13,7 @@ from lem.record import Record
 from lem.results.aggregation import run_document
 from lem.results.run import Run, make_run
 from lem.results.table import render_record, render_run
+from tests.command_rig import on_terminal
 from tests.goldens import assert_golden
 from tests.records import make_record
 
@@ -107,7 +108,7 @@ def test_the_table_fits_80_columns_and_colour_changes_nothing_else(name: str) ->
     assert max(map(text_width, text.splitlines())) <= 80
     assert [line for line in text.splitlines() if line != line.rstrip()] == []
     assert re.search(r"[^\n]\n\Z", text)
-    assert re.sub(r"\x1b\[[0-9]*m", "", render_run(SUMMARIES[name], is_colour=True)) == text
+    assert re.sub(r"\x1b\[[0-9]*m", "", on_terminal(render_run(SUMMARIES[name], is_colour=True))) == text
 
 
 def test_an_interval_is_shown_as_a_point_only_where_it_is_one() -> None:
@@ -165,7 +166,7 @@ def test_the_window_says_how_often_the_prompts_were_run_and_that_it_was_not_stea
 def test_one_result_fits_80_columns_and_colour_changes_nothing_else(name: str) -> None:
     text = render_record(RECORDS[name])
     assert max(map(text_width, text.splitlines())) <= 80
-    assert re.sub(r"\x1b\[[0-9]*m", "", render_record(RECORDS[name], is_colour=True)) == text
+    assert re.sub(r"\x1b\[[0-9]*m", "", on_terminal(render_record(RECORDS[name], is_colour=True))) == text
 
 
 @pytest.mark.parametrize(
