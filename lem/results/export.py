@@ -31,8 +31,6 @@ _LATENCIES = tuple(f"{name}_s" for name in LATENCIES)
 _GPU = tuple(item.name for item in dataclasses.fields(Gpu) if item.name != "null_reasons")
 _NOT_GIVEN = (None, "not given for this experiment")
 
-# What begins a formula in a spreadsheet, also after blanks that it removes, or in its wide form.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 # A value and, where it is None, why.
 _Cell = tuple[Any, str]
 
@@ -195,7 +193,8 @@ def _as_csv(table: Table) -> str:
 
 def _not_a_formula(text: str) -> str:
     """The text, with an apostrophe before it if a spreadsheet would run it: results come from other hosts too."""
-    return escaped(f"'{text}" if text.startswith(_FORMULA) else text)
+    formulas = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last four are wide
+    return escaped(f"'{text}" if text.startswith(formulas) else text)
 
 
 def _as_markdown(table: Table) -> str:
