@@ -14,9 +14,10 @@ import io
 import json
 import math
 import os
+import shutil
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -170,6 +171,20 @@ def make_folder(folder: Path) -> None:
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` for the length of the block; what cannot be removed is left.
+
+    Of a parent that has become read-only, `tempfile.TemporaryDirectory` makes a RecursionError (seen on CPython 3.11).
+    """
+    folder = parent / f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}"
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def name_folder(folder: Path, target: Path) -> None:

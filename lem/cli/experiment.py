@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TextIO
 
-from lem.base import log
+from lem.base import durable, log
 from lem.base.doc import screen_of, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.cli.campaign import render_findings
@@ -54,8 +54,8 @@ def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     loaded = load_experiment(args.file, [*given_flags(args, {**_MODEL, **_CYCLES, **_RESULTS}), *args.set], args.preset)
-    with tempfile.TemporaryDirectory(prefix="lem-experiment-") as state_dir:
-        campaign, plan = _as_campaign(loaded, args, state_dir)
+    with durable.scratch_folder(Path(tempfile.gettempdir())) as state_dir:
+        campaign, plan = _as_campaign(loaded, args, str(state_dir))
         if plan.warnings and not args.quiet:
             err.write(render_findings(plan, is_colour=log.is_colour_wanted(err)))
         executor = LocalExecutor(args.python)

@@ -93,7 +93,9 @@ def _explain_host(error: OSError) -> UserError | None:
 
     reason = durable.reason_of(error)
     if error.filename is None:
-        if error.errno == errno.ENOENT:  # only getcwd(3) names no file
+        if error.errno == errno.ENOENT:  # two calls of Python name no file: getcwd, and the search for a place
+            if "temporary" in reason:
+                return UserError(reason, "free some space, or set TMPDIR to another folder")
             return UserError("the current folder no longer exists", "change to another one (cd)")
         return UserError(f"cannot write the output: {reason}") if error.errno in _STREAM_ERRORS else None
     hint = durable.remedy_for(error) if error.errno in _FILE_ERRORS - {errno.ENAMETOOLONG} else ""

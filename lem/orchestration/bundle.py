@@ -18,7 +18,6 @@ import re
 import shutil
 import stat
 import tarfile
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -84,10 +83,7 @@ def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = Non
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The folder is renamed at the end, so that there is nothing left to clean up.
-        with tempfile.TemporaryDirectory(
-            prefix=durable.TEMPORARY_PREFIX, dir=folder, ignore_cleanup_errors=True
-        ) as name:
-            scratch = Path(name)
+        with durable.scratch_folder(folder) as scratch:
             _fill(scratch, contents)
             _set_modes(scratch)
             names = _list_files(scratch, "the bundle", "rename it, or leave it out")
@@ -180,8 +176,8 @@ def _set_modes(scratch: Path) -> None:
 
 def _save_image(name: str, file: Path) -> BundledImage:
     """Save an image, compressed by gzip: Docker 20.10 loads nothing newer."""
-    with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY_PREFIX, dir=file.parent) as scratch_name:
-        saved = Path(scratch_name) / "image.tar"
+    with durable.scratch_folder(file.parent) as scratch:
+        saved = scratch / "image.tar"
         ended = run(["docker", "save", "--output", str(saved), name], timeout_s=_SAVE_TIMEOUT_S)
         if ended.code != 0:
             raise UserError(f"image {name} cannot be saved: {ended.stderr.strip()}", f"docker pull {name}")

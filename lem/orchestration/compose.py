@@ -207,8 +207,8 @@ class ComposeProject:
 
     def described(self) -> Mapping[str, Service]:
         """The services of the files; nothing stays on disk; ContainerError for invalid files or no docker command."""
-        with tempfile.TemporaryDirectory(prefix="lem-compose-") as scratch:
-            return replace(self, state_folder=Path(scratch)).as_written(None).services
+        with durable.scratch_folder(Path(tempfile.gettempdir())) as scratch:
+            return replace(self, state_folder=scratch).as_written(None).services
 
     def existing(self) -> Compose:
         """The project as an earlier start left it, to check it and take it down."""

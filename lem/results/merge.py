@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -280,12 +279,9 @@ def write_merged(gathered: Gathered, output: Path) -> int:
 
 
 def _copy_folder(source: Path, target: Path) -> None:
-    scratch = Path(tempfile.mkdtemp(prefix=durable.TEMPORARY_PREFIX, dir=target.parent))
-    try:
+    with durable.scratch_folder(target.parent) as scratch:
         for path in sorted(source.iterdir()):
             if path.is_file() and not path.is_symlink() and not path.name.startswith(durable.TEMPORARY_PREFIX):
                 shutil.copyfile(path, scratch / path.name)
         scratch.chmod(0o755)
         durable.name_folder(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -10,7 +10,8 @@ uncounted. It is driven by the environment, so it reaches every process of a run
     event     one of EVENTS
     nth       which of them in that kind of process, from 1, counted over the whole run
     action    `kill`, `term`; `enospc`, `eacces`, `eio`: the call fails; `readonly`: no folder below root can be
-              written from here on; `clock`: the wall clock goes back by an hour (see wall_clock.py)
+              written from here on; `clock`: the wall clock goes back by an hour (see wall_clock.py); `vanish`: the
+              folder `results` below root is removed
 
 Without `event` the run is only written down; the journal then is the list of the points to try.
 """
@@ -22,6 +23,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -35,10 +37,11 @@ WALL_CLOCK_VARIABLE = "LEMTEST_WALL_CLOCK"
 WALL_CLOCK_OFFSET = struct.Struct("=q")
 DURABLE_EVENTS = ("lem.write", "lem.fsync", "lem.rename", "lem.fsync_dir", "lem.transition")
 PYTHON_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-EVENTS = (*DURABLE_EVENTS, *PYTHON_EVENTS)
+START = "start"  # a process of lem begins: a worker that ends here has not said hello
+EVENTS = (START, *DURABLE_EVENTS, *PYTHON_EVENTS)
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
 ERRORS = {"enospc": errno.ENOSPC, "eacces": errno.EACCES, "eio": errno.EIO}
-ACTIONS = (*SIGNALS, *ERRORS, "readonly", "clock")
+ACTIONS = (*SIGNALS, *ERRORS, "readonly", "clock", "vanish")
 
 # Where only its owner, and not root with all its rights, is kept from writing.
 _READ_ONLY = 0o555
@@ -85,7 +88,17 @@ def install(environ: Mapping[str, str] = os.environ) -> None:
     """Listen for the fault that the environment names; nothing without one."""
     text = environ.get(VARIABLE)
     if text:
-        sys.addaudithook(_Injector(Fault.from_json(text)))
+        injector = _Injector(Fault.from_json(text))
+        sys.addaudithook(injector)
+        injector(START, (" ".join(without_interpreter(sys.orig_argv)[:3]),))
+
+
+def without_interpreter(words: Sequence[str]) -> list[str]:
+    """`[program, argument, …]` of `python -u program argument …` or `python -m lem argument …`."""
+    rest = list(words[1:])
+    while rest and rest[0] != "-m" and rest[0].startswith("-"):
+        rest = rest[1:]
+    return rest[1:] if rest[:1] == ["-m"] else rest
 
 
 def step_wall_clock(seconds: int, environ: Mapping[str, str] = os.environ) -> None:
@@ -150,13 +163,15 @@ class _Injector:
                 os.chmod(folder, _READ_ONLY)  # noqa: PTH101 - as os.walk gives them
         elif action == "clock":
             step_wall_clock(-_HOUR_S)
+        elif action == "vanish":
+            shutil.rmtree(os.path.join(self._fault.root, "results"), ignore_errors=True)  # noqa: PTH118 - root is text
         elif action:
             code = ERRORS[action]
             raise OSError(code, f"{os.strerror(code)} (fault injected)", str(arguments[0]) if arguments else None)
 
     def _write_down(self, event: str, detail: str) -> str:
         """Add the event to the journal and say what to do at it. One process at a time has the file."""
-        process = process_of(sys.argv)
+        process = process_of(without_interpreter(sys.orig_argv))  # sys.argv is not set yet at the start
         descriptor = os.open(self._fault.journal, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         with open(descriptor, "r+", encoding="utf-8") as journal:
             fcntl.flock(journal, fcntl.LOCK_EX)

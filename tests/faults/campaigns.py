@@ -102,6 +102,7 @@ def _resume_and_judge(
         **after.costs_since(before),
         incomplete=_incomplete(after, scenario) + (_incomplete(before, scenario) if is_over else 0) + (status != 0),
         wrong_times=sum(not 0 <= seconds <= elapsed_s for seconds in after.durations_s),
+        wrong_ends=sandbox.bugs + (code == 0 and _incomplete(before, scenario) > 0),
         processes_left=left,
         notes=f"exit codes {code}, {resumed}, status {status}; in {sandbox.folder.parent}",
     )

@@ -119,7 +119,8 @@ def try_command(point: Point, action: str, command: Command, due: Pieces, sandbo
     code = sandbox.start_lem(*command.words, fault=sandbox.fault(point.process, point.event, point.nth, action)).wait()
     left = sandbox.processes_left()
     sandbox.make_writable()
-    partial = _unlike(command.look(sandbox.folder), due)
+    found = command.look(sandbox.folder)
+    partial = _unlike(found, due)
     if action in ERRORS:  # the program was there to clean up
         partial += sum(1 for _ in sandbox.folder.rglob(f"{TEMPORARY_PREFIX}*"))
     again = sandbox.start_lem(*command.words).wait()
@@ -131,6 +132,7 @@ def try_command(point: Point, action: str, command: Command, due: Pieces, sandbo
         lost=_inputs(sandbox) != inputs,
         partial=partial + _unlike(after, due),
         incomplete=len(due.keys() - after.keys()),
+        wrong_ends=sandbox.bugs + (code == 0 and found.keys() != due.keys()),
         processes_left=left + sandbox.processes_left(),
         notes=f"exit codes {code}, {again} in {time.monotonic() - begin:.1f} s; in {sandbox.folder.parent}",
     )

@@ -10,10 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.doubles.fault_injector import DURABLE_EVENTS, SIGNALS, Entry
+from tests.doubles.fault_injector import ACTIONS, DURABLE_EVENTS, SIGNALS, START, Entry
 
 # What is a signal, or happens to the machine, needs no call that could fail.
-WITHOUT_CALL = (*SIGNALS, "clock")
+WITHOUT_CALL = (*SIGNALS, "clock", "vanish")
+
+# A transition is no call that could fail, and at its start a process has done nothing yet.
+_POSSIBLE = {"lem.transition": WITHOUT_CALL, START: tuple(SIGNALS)}
 
 # Each one is gone before `lem.write` of the same file, or is the step that `lem.rename` has told of.
 _DURABLE_PREFIX = ".lem-tmp-"
@@ -95,18 +98,16 @@ def after_completed(points: Sequence[Point], experiments: int) -> tuple[Point, .
 def spread(points: Sequence[Point], actions: Sequence[str], passes: int = 1) -> list[tuple[Point, str]]:
     """Each point with one of the actions in turn, pass by pass, in each pass with the next one.
 
-    As many passes as actions try every action at every point; a transition is no call that could fail.
+    As many passes as actions try every action at every point.
     """
-    others = [action for action in actions if action in WITHOUT_CALL]
     pairs = []
     for number in range(min(passes, len(actions))):
-        turns = itertools.cycle([*actions[number:], *actions[:number]])
-        turns_of_transitions = itertools.cycle([*others[number:], *others[:number]])
+        turns: Counter[tuple[str, ...]] = Counter()
         for point in points:
-            if point.event != "lem.transition":
-                pairs.append((point, next(turns)))
-            elif number < len(others):
-                pairs.append((point, next(turns_of_transitions)))
+            possible = tuple(action for action in actions if action in _POSSIBLE.get(point.event, ACTIONS))
+            if number < len(possible):
+                pairs.append((point, possible[(turns[possible] + number) % len(possible)]))
+                turns[possible] += 1
     return pairs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import select
 import shutil
 import signal
@@ -23,7 +24,7 @@ from lem.meters.samples import FINISHED_FILENAME, SampleLogError, read_finished
 from lem.orchestration.manifest import ManifestManager
 from lem.record import RecordError, read_record
 from tests.doubles import wall_clock
-from tests.doubles.fault_injector import VARIABLE, Fault, process_of
+from tests.doubles.fault_injector import VARIABLE, Fault, process_of, without_interpreter
 from tests.faults.scenarios import Tools
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,6 +191,12 @@ class Sandbox:
                 os.kill(pid, signal.SIGKILL)
         return len(left)
 
+    @property
+    def bugs(self) -> int:
+        """How many commands reported a bug of lem, or printed a traceback."""
+        text = self.output.read_text(encoding="utf-8", errors="replace")
+        return len(re.findall(r"^(?:.*\x1b\[[0-9;]*m)?bug: |^Traceback ", text, re.MULTILINE))
+
     def look(self) -> Outcome:
         return look_at(self.folder, "faults")
 
@@ -204,7 +211,7 @@ class Sandbox:
                 if wanted in (folder / "environ").read_bytes().split(b"\0"):
                     words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
                     if words != [""]:
-                        yield int(folder.name), _without_interpreter(words)
+                        yield int(folder.name), without_interpreter(words)
 
 
 @dataclass(frozen=True)
@@ -247,14 +254,6 @@ def _durations_s(section: Mapping[str, Any]) -> Iterator[float]:
             yield from (found for item in value if isinstance(item, Mapping) for found in _durations_s(item))
         elif name.endswith("_s") and not name.endswith("per_s") and isinstance(value, (int, float)):
             yield float(value)
-
-
-def _without_interpreter(words: list[str]) -> list[str]:
-    """`[program, argument, …]` of `python -u program argument …` or `python -m lem argument …`."""
-    rest = words[1:]
-    while rest and rest[0] != "-m" and rest[0].startswith("-"):
-        rest = rest[1:]
-    return rest[1:] if rest[:1] == ["-m"] else rest
 
 
 def _parent(pid: int) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_COLUMNS = ("tried", "struck", "results lost", "partial", "duplicates", "incomplete", "wrong times", "processes left")
+_FILES = ("results lost", "partial", "duplicates", "incomplete")
+_COLUMNS = ("tried", "struck", *_FILES, "wrong times", "wrong ends", "processes left")
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class Verdict:
     duplicates: int = 0  # experiments with more than one result at the end
     incomplete: int = 0  # experiments without a result, or not marked completed, at the end
     wrong_times: int = 0  # durations in the results that are negative, or longer than everything took
+    wrong_ends: int = 0  # commands that end with a bug of lem, or with success although results are missing
     processes_left: int = 0  # processes alive after the fault or after the resume
     notes: str = ""  # exit codes, and what else a person needs who looks into it
 
     @property
     def costs(self) -> tuple[int, ...]:
-        return (self.lost, self.partial, self.duplicates, self.incomplete, self.wrong_times, self.processes_left)
+        files = (self.lost, self.partial, self.duplicates, self.incomplete)
+        return (*files, self.wrong_times, self.wrong_ends, self.processes_left)
 
     @property
     def is_good(self) -> bool:

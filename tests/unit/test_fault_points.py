@@ -8,19 +8,21 @@ from tests.faults.points import Point, points_of, spread, thin
 WRITES = tuple(Point("host", "lem.write", nth, f"run/{nth}/result.json") for nth in range(1, 6))
 CHANGES = ("e-c1 pending running", "e-c1 running completed", "e-c2 pending running", "e-c2 running completed")
 TRANSITIONS = tuple(Point("host", "lem.transition", nth, detail) for nth, detail in enumerate(CHANGES, 1))
-POINTS = (*WRITES[:2], *TRANSITIONS, *WRITES[2:])
+STARTS = (Point("supervisor", "start", 1, "launch.py worker"),)
+POINTS = (*STARTS, *WRITES[:2], *TRANSITIONS, *WRITES[2:])
 
 
 def test_as_many_passes_as_actions_try_each_once_at_every_point() -> None:
     pairs = spread(POINTS, ACTIONS, len(ACTIONS))
     expected = {(point, action) for point in WRITES for action in ACTIONS}
-    expected |= {(point, action) for point in TRANSITIONS for action in ("kill", "term", "clock")}
+    expected |= {(point, action) for point in TRANSITIONS for action in ("kill", "term", "clock", "vanish")}
+    expected |= {(point, action) for point in STARTS for action in ("kill", "term")}
     assert len(pairs) == len(expected)
     assert set(pairs) == expected
 
 
 def test_of_each_kind_the_first_and_the_last_are_kept() -> None:
-    assert thin(POINTS) == (WRITES[0], *TRANSITIONS, WRITES[4])
+    assert thin(POINTS) == (*STARTS, WRITES[0], *TRANSITIONS, WRITES[4])
 
 
 def test_steps_of_a_temporary_file_are_counted_and_not_tried_twice() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ import pytest
 from lem.base.errors import UserError
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
 from lem.orchestration.packing import provide_pyz
+from tests.faulty_disk import watching
 
 needs_ssh = pytest.mark.skipif(
     shutil.which("ssh-keygen") is None, reason="no ssh-keygen on this machine (apt-get install openssh-client)"
@@ -191,6 +193,22 @@ def test_what_cannot_be_kept_is_refused_and_leaves_nothing_behind(
     with pytest.raises(UserError, match=said):
         make_bundle(tmp_path / "made", Contents(**named))
     assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_disk_that_becomes_read_only_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEM_CACHE_DIR", str(tmp_path / "cache"))
+
+    def refuse(event: str, path: str) -> None:
+        if event == "lem.write" and path.endswith("SHA256SUMS"):
+            monkeypatch.setattr(os, "rmdir", _refuse)
+            raise OSError(errno.EROFS, "Read-only file system", path)
+
+    with watching(refuse), pytest.raises(UserError, match="SHA256SUMS: read-only file system"):
+        make_bundle(tmp_path / "made", Contents())
+
+
+def _refuse(path: str, **_: Any) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied", path)
 
 
 def test_what_is_named_is_kept_under_the_last_part_of_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
