@@ -176,11 +176,34 @@ class Gpu(Section):
     mem_peak_b: int | None = None
     persistence_mode: bool | None = None
     mig_mode: bool | None = None
+    # Settings, as found before the experiment; see `lem.meters.disclosure.GpuSettings`.
+    power_limit_default_w: float | None = None
+    sm_clock_max_hz: float | None = None
+    sm_clock_app_hz: float | None = None
+    clocks_set: bool | None = None  # a setting (application or locked clocks) limited its clocks in the window
+    ecc_mode: bool | None = None
+    pcie_gen: int | None = None
+    pcie_width: int | None = None
+    pcie_width_max: int | None = None
+    nvlinks: int | None = None
+    numa_node: int | None = None
 
     @property
     def was_slowed(self) -> bool:
         """Whether heat or the hardware slowed its clocks in the window; its power limit does not count."""
         return bool(self.throttle_thermal_s) or bool((self.event_reasons_mask or 0) & SLOWDOWN_MASK)
+
+
+@dataclass(frozen=True)
+class Machine(Section):
+    """Settings and state of the machine, as found before the experiment; see `lem.meters.disclosure.MachineFacts`."""
+
+    governor: str | None = None
+    turbo: bool | None = None
+    smt: bool | None = None
+    numa_nodes: int | None = None
+    load_1min: float | None = None
+    ambient_temp_c: float | None = None
 
 
 @dataclass(frozen=True)
@@ -320,6 +343,7 @@ class Record:
     requested: Mapping[str, Any]
     extra_metadata: Mapping[str, Any] = field(default_factory=dict)
     interference: Interference = field(default_factory=lambda: Interference.absent(_NOT_RECORDED))
+    machine: Machine = field(default_factory=lambda: Machine.absent(_NOT_RECORDED))
 
     @classmethod
     def lazily(cls, load: Callable[[str], Any]) -> Record:

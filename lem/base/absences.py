@@ -22,6 +22,8 @@ NULL_TEXTS: Mapping[str, str] = {
     "weight_files_not_reported": "the engine does not report which weight files it read",
     "no_meminfo": "not in /proc/meminfo",
     "no_governor": "the kernel exposes no frequency governor, as in most virtual machines",
+    "not_shown": "the kernel does not show it, as in many virtual machines and containers",
+    "no_ambient_sensor": "the kernel shows no sensor of the temperature around the machine",
     "no_container": "not run in a container",
     "no_gpu_in_use": "no GPU in use",
     "own_processes_unknown": "the engine's own processes are unknown",

@@ -55,6 +55,7 @@ def is_cpu_source(source: str | None) -> bool:
 # Bits of nvmlClocksEventReasons (NVML reference). The power cap is normal under load; a window with one of the others
 # is invalid.
 POWER_CAP_BIT: Final = 0x4
+CLOCKS_SET_BIT: Final = 0x2  # nvmlClocksEventReasonApplicationsClocksSetting: application or locked clocks
 SLOWDOWN_BITS: Final = {
     0x8: "hardware slowdown",
     0x20: "software thermal slowdown",

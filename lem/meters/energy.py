@@ -16,6 +16,7 @@ from lem.config.experiment import MeasurementConfig
 from lem.meters import window
 from lem.meters.attempt import AttemptLog, measured, need
 from lem.meters.curve import NotMeasured, Span, update_period_s
+from lem.meters.disclosure import MachineFacts
 from lem.meters.external import ExternalReadings, external_energy_j
 from lem.meters.interference import (
     describe_interference,
@@ -25,7 +26,7 @@ from lem.meters.interference import (
     waited_too_long,
 )
 from lem.meters.rapl import DRAM, PACKAGE
-from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Interference, Work, parts_of_source
+from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Interference, Machine, Work, parts_of_source
 
 _J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
 
@@ -36,6 +37,7 @@ class EnergyFindings:
     gpus: tuple[Gpu, ...]
     idle: Idle
     interference: Interference
+    machine: Machine
     power_steady: bool | None  # whether the halves of the window drew the same power; None where unknown
     invalid_reasons: tuple[Reason, ...]  # why the window does not measure what it should
     warnings: tuple[Reason, ...]
@@ -70,6 +72,7 @@ def measure(
         gpus=gpus,
         idle=idle,
         interference=found,
+        machine=_machine(attempt.log.header.machine),
         power_steady=measured(lambda: window.is_power_steady(attempt, window_repeats)).value,
         invalid_reasons=(
             *window.invalid_reasons(attempt, own_pids),
@@ -78,6 +81,12 @@ def measure(
         ),
         warnings=(*interference_warnings(attempt, found), *window.warnings_of(attempt, energy, idle)),
     )
+
+
+def _machine(facts: MachineFacts) -> Machine:
+    reasons = {"ambient_temp_c": "no_ambient_sensor", "governor": "no_governor"}
+    named = ((item.name, getattr(facts, item.name)) for item in fields(facts))
+    return Machine.of(**{name: known(value, reasons.get(name, "not_shown")) for name, value in named})
 
 
 def _energy(

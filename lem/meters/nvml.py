@@ -318,7 +318,8 @@ class NvmlMeter:
             power_source=power_source,
             average_source=self._keep_first("average", self._averages(scope))[0] or "none",
             counts_slowdowns=self._keep_first("slowed", self._slowdowns())[0] is not None,
-            **errors,
+            counter_error=errors["counter_error"],
+            power_error=errors["power_error"],
         )
 
     def _try_meters(self) -> tuple[EnergyScope, str | None, dict[str, str | None]]:

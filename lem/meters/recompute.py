@@ -104,7 +104,7 @@ def _pairs(record: Record, config: ExperimentConfig, found: EnergyFindings) -> I
             yield Difference(f"gpus[{place}].uuid", gpu.uuid, None)
     for section, recorded, recomputed in sections:
         for item in dataclasses.fields(recorded):
-            if item.name not in ("null_reasons", "name"):
+            if item.name not in ("null_reasons", "name") and recorded.why_none(item.name).code != "not_recorded":
                 yield Difference(f"{section}.{item.name}", getattr(recorded, item.name), getattr(recomputed, item.name))
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -19,6 +19,7 @@ from lem.base.clock import Clock
 from lem.base.errors import ExitCode, LemError
 from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.meters import samples
+from lem.meters.disclosure import read_gpu_settings, read_machine
 from lem.meters.nvml import MeterFailure, NvmlMeter, open_nvml
 from lem.meters.rapl import CpuLoadMeter, find_rapl, find_tdp
 from lem.meters.samples import (
@@ -273,7 +274,11 @@ class _Sampler:
             started_utc=start.utc,
             host=platform.node(),
             interval_ms=options.interval_ms,
-            gpus=tuple(meter.header for meter in meters),
+            gpus=tuple(
+                replace(meter.header, settings=read_gpu_settings(nvml, meter.header.uuid, roots.sys))
+                for meter in meters
+            ),
+            machine=read_machine(roots.proc, roots.sys),
             gpu_error=gpu_error if options.gpus else "no GPU is to be sampled",
             zones=tuple(counter.zone for counter in self._rapl.counters),
             rapl_error=self._rapl.explained,

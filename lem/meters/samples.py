@@ -14,7 +14,7 @@ import json
 import os
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lem.base.codec import MOST, complete, decode, decode_row, shown
 from lem.base.measurement import EnergyScope
 from lem.base.reasons import Reason
 from lem.base.units import GIB, MIB
+from lem.meters.disclosure import GpuSettings, MachineFacts
 
 SAMPLES_SCHEMA = 2
 PART_FILENAME = "samples.part"
@@ -59,6 +60,7 @@ class GpuHeader:
     # Of `GpuSecond.average_w`: `field` (185), `usage` (nvmlDeviceGetPowerUsage where that is a mean over 1 s), or
     # `none`; None in logs that do not tell.
     average_source: str | None = None
+    settings: GpuSettings = field(default_factory=GpuSettings)
     counts_slowdowns: bool | None = None  # whether `GpuSecond.slowed_s` is read; None in logs that do not tell
     counter_error: str | None = None  # why the energy counter cannot be read
     power_error: str | None = None  # why power cannot be read
@@ -92,6 +94,7 @@ class SampleHeader:
     dram_error: str | None = None  # why no zone of the memory is, though the kernel shows some
     cpu_tdp_w: float | None = None  # the power the CPU packages are designed for
     cpu_tdp_source: str | None = None
+    machine: MachineFacts = field(default_factory=MachineFacts)
 
     def describe_meter(self, meter: str) -> str:
         """The meter of a `MeterError` in words, such as `counter of GPU 1`; other names stay as they are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import fields
 from functools import reduce
 from itertools import pairwise
 from operator import or_
@@ -242,6 +243,8 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
         mem_peak_b=_max(rows, "memory_b", silent),
         persistence_mode=known(header.persistence_mode, untold),
         mig_mode=known(header.mig_mode, untold),
+        clocks_set=known(any(mask & names.CLOCKS_SET_BIT for mask, _ in masks) if masks else None, silent),
+        **{item.name: known(getattr(header.settings, item.name), untold) for item in fields(header.settings)},
     )
 
 

@@ -238,6 +238,10 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     yield "work", f"{requests}; {work.input_tok} tokens in, {work.output_tok} out ({work.token_source})"
     yield "throughput", _throughput(record)
     yield "energy", _energy(record)
+    disturbed = record.interference
+    if disturbed.wait_ratio is not None and disturbed.foreign_ratio is not None:
+        waited, others = units.percent(disturbed.wait_ratio), units.percent(disturbed.foreign_ratio)
+        yield "CPU", f"waited for {waited} of its time; other programs were {others} of the load"
     yield "memory", _measured(record.compute, "peak_memory_b", units.format_bytes)
 
 

@@ -25,9 +25,11 @@ from lem.config.experiment import ExperimentConfig
 from lem.meters import samples
 from lem.meters.attempt import AttemptLog, Baselines, Sources, choose_sources, span_of, without_still_counters
 from lem.meters.curve import NotMeasured, Span, update_period_s
+from lem.meters.disclosure import read_machine
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.external import ExternalReadings, is_short_of, read_external
 from lem.meters.samples import Mark, Row, SampleHeader, SampleLog
+from lem.meters.usage import HERE
 from lem.worker.channel import RunRequest
 from lem.worker.children import READY_TIMEOUT_S, wait_until_ready
 from lem.worker.window import MeasuredWindow
@@ -80,6 +82,7 @@ def open_metering(
         started_utc=clock.utc_now().isoformat(),
         host=str(request.identity.get("host", "")),
         interval_ms=0,
+        machine=read_machine(HERE.proc, HERE.sys),
         gpu_error=request.meter_errors.get("gpu", "the host did not start a sampler"),
         rapl_error=request.meter_errors.get("rapl", "the host did not start a sampler"),
     )

@@ -111,6 +111,7 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
         requested=found.requested,
         extra_metadata=metadata if isinstance(metadata, dict) else found.config.extra_metadata,
         interference=energy.interference,
+        machine=energy.machine,
     )
     # An engine's message or an option may have carried a secret anywhere.
     words = sorted(filter(None, request.secrets.values()), key=len, reverse=True)

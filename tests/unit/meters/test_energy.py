@@ -13,6 +13,7 @@ from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import AttemptLog, Baselines, without_still_counters
 from lem.meters.curve import NotMeasured, Span
+from lem.meters.disclosure import GpuSettings
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import CpuLoad, GpuSecond, Mark, MeterError, ProcessesSeen
@@ -161,7 +162,9 @@ def test_a_gpu_the_sampler_does_not_see_stands_in_the_record() -> None:
 
 
 def test_the_section_of_a_gpu() -> None:
-    (gpu,) = gpu_attempt(sm_clocks_mhz=((0.0, 1000), (20.0, 2000)), temp_c=55).measured().gpus
+    settings = GpuSettings(700.0, 1.98e9, 1.98e9, True, 5, 16, 16, 18, 0)
+    attempt = gpu_attempt(sm_clocks_mhz=((0.0, 1000), (20.0, 2000)), temp_c=55).with_gpu_header(settings=settings)
+    (gpu,) = attempt.measured().gpus
     assert gpu.power_mean_w == pytest.approx(LOAD_W, rel=0.002)
     assert gpu.power_max_w == pytest.approx(LOAD_W)
     assert gpu.power_limit_w == 700.0

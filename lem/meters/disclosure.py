@@ -1,0 +1,119 @@
+"""Settings of the machine and of its GPUs that change what is measured, as found before an experiment.
+
+The sampler reads them, which runs on the host if it can: a container may see less. What cannot be read is None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SM = 1  # NVML_CLOCK_SM
+_MOST_LINKS = 18  # NVML_NVLINK_MAX_LINKS
+_AMBIENT = re.compile(r"ambient|inlet|intake", re.IGNORECASE)
+_COLDEST_C, _HOTTEST_C = -40.0, 80.0  # of a room; a sensor that is not connected often shows 127 or -128
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    governor: str | None = None  # of the clock frequency; several if CPUs differ
+    turbo: bool | None = None  # whether CPUs may exceed their base clock
+    smt: bool | None = None  # whether two threads share a core
+    numa_nodes: int | None = None
+    load_1min: float | None = None  # mean number of threads that ran or were ready, before the engine was loaded
+    ambient_temp_c: float | None = None
+
+
+@dataclass(frozen=True)
+class GpuSettings:
+    power_limit_default_w: float | None = None
+    sm_clock_max_hz: float | None = None
+    sm_clock_app_hz: float | None = None  # the application clock that is set, or the default one
+    ecc_mode: bool | None = None
+    pcie_gen: int | None = None  # the best that GPU and slot have in common; at rest the link may be slower
+    pcie_width: int | None = None  # lanes in use
+    pcie_width_max: int | None = None  # lanes that GPU and slot have in common
+    nvlinks: int | None = None  # links that are up
+    numa_node: int | None = None  # of the CPUs next to it
+
+
+def read_machine(proc: Path, sys: Path) -> MachineFacts:
+    cpu, load = sys / "devices/system/cpu", _text(proc / "loadavg").split()
+    no_turbo, boost = _text(cpu / "intel_pstate/no_turbo"), _text(cpu / "cpufreq/boost")
+    turbo = {"0": True, "1": False}.get(no_turbo) if no_turbo else {"1": True, "0": False}.get(boost)
+    governors = {_text(path) for path in cpu.glob("cpu[0-9]*/cpufreq/scaling_governor")} - {""}
+    return MachineFacts(
+        governor=", ".join(sorted(governors)) or None,
+        turbo=turbo,
+        smt={"1": True, "0": False}.get(_text(cpu / "smt/active")),
+        numa_nodes=len([*(sys / "devices/system/node").glob("node[0-9]*")]) or None,
+        load_1min=_number(load[0]) if load else None,
+        ambient_temp_c=next(_ambient_temps_c(sys), None),
+    )
+
+
+def _ambient_temps_c(sys: Path) -> Iterator[float]:
+    """From sensors whose label says so, in millidegrees (Documentation/hwmon/sysfs-interface.rst of the kernel)."""
+    labels = sorted((sys / "class/hwmon").glob("hwmon*/temp*_label"))
+    sensors = [(path, path.with_name(path.name.replace("_label", "_input"))) for path in labels]
+    zones = sorted((sys / "class/thermal").glob("thermal_zone*/type"))
+    sensors += [(path, path.with_name("temp")) for path in zones]
+    for label, value in sensors:
+        milli_c = _number(_text(value)) if _AMBIENT.search(_text(label)) else None
+        if milli_c is not None and _COLDEST_C <= milli_c / 1000 <= _HOTTEST_C:
+            yield milli_c / 1000
+
+
+def read_gpu_settings(nvml: Any, uuid: str, sys: Path) -> GpuSettings:
+    """Those of a GPU by initialised pynvml; all None where NVML does not find it."""
+
+    def ask(function: str, *arguments: Any) -> Any:
+        with contextlib.suppress(nvml.NVMLError, AttributeError):  # an older pynvml has fewer functions
+            return getattr(nvml, function)(*arguments)
+        return None
+
+    handle = ask("nvmlDeviceGetHandleByUUID", uuid)
+    if handle is None:
+        return GpuSettings()
+    ecc, limit_mw = ask("nvmlDeviceGetEccMode", handle), ask("nvmlDeviceGetPowerManagementDefaultLimit", handle)
+    links = [ask("nvmlDeviceGetNvLinkState", handle, link) for link in range(_MOST_LINKS)]
+    return GpuSettings(
+        power_limit_default_w=limit_mw / 1e3 if limit_mw else None,
+        sm_clock_max_hz=_hz(ask("nvmlDeviceGetMaxClockInfo", handle, _SM)),
+        sm_clock_app_hz=_hz(ask("nvmlDeviceGetApplicationsClock", handle, _SM)),
+        ecc_mode=None if ecc is None else bool(ecc[0]),
+        pcie_gen=ask("nvmlDeviceGetMaxPcieLinkGeneration", handle),
+        pcie_width=ask("nvmlDeviceGetCurrPcieLinkWidth", handle),
+        pcie_width_max=ask("nvmlDeviceGetMaxPcieLinkWidth", handle),
+        nvlinks=None if all(link is None for link in links) else sum(bool(link) for link in links),
+        numa_node=_numa_node(lambda: ask("nvmlDeviceGetPciInfo", handle), sys),
+    )
+
+
+def _numa_node(find_pci: Callable[[], Any], sys: Path) -> int | None:
+    """The node of a PCI device; the kernel says -1 on a machine with one node, or if the firmware does not say."""
+    bus_id = getattr(find_pci(), "busId", None)
+    text = bus_id.decode() if isinstance(bus_id, bytes) else str(bus_id or "")
+    # NVML writes the domain in eight digits, the kernel in four.
+    node = _text(sys / "bus/pci/devices" / text.lower()[-len("0000:00:00.0") :] / "numa_node")
+    return int(node) if node.isdecimal() else None
+
+
+def _hz(mhz: int | None) -> float | None:
+    return mhz * 1e6 if mhz else None
+
+
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    return ""
+
+
+def _number(text: str) -> float | None:
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return None
