@@ -18,8 +18,17 @@ _TOLERANCE = 1e-9  # both sides are computed from the same numbers
 # What cannot be negative, by section.
 _COUNTS: Final[Mapping[str, tuple[str, ...]]] = {
     "identity": ("cycle_index", "order_index"),
-    "window": ("window_repeats", "warmup_s", "warmup_prompts", "load_s", "compile_s", "gap_s"),
-    "work": ("requests_ok", "requests_failed", "input_tok", "output_tok", "padding_tok"),
+    "window": (
+        "in_flight_mean",
+        "fill_drain_ratio",
+        "window_repeats",
+        "warmup_s",
+        "warmup_prompts",
+        "load_s",
+        "compile_s",
+        "gap_s",
+    ),
+    "work": ("requests_ok", "requests_failed", "requests_good", "input_tok", "output_tok", "padding_tok"),
     "compute": ("flops_total", "model_parameters", "peak_memory_b"),
     "energy": ("gpu_energy_j", "counter_update_period_s", "sample_gap_max_s"),
     "environment": ("cpu_count", "memory_b"),
@@ -28,7 +37,7 @@ _GPU_COUNTS = (
     "energy_j", "power_mean_w", "power_max_w", "power_limit_w", "sm_clock_mean_hz", "throttle_power_s",
     "throttle_thermal_s", "event_reasons_mask", "util_mean_ratio", "mem_peak_b",
 )  # fmt: skip
-_LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s")
+_LATENCIES = ("ttft_s", "tpot_s", "icl_s", "itl_s", "e2e_s", "queue_s")
 
 
 def violations(record: Any) -> Iterator[str]:
@@ -126,12 +135,22 @@ _IDENTITIES: Final[tuple[tuple[str, str, Callable[[Any], float | None]], ...]] =
         lambda it: _total_tok(it) / it.window.window_s,
     ),
     ("throughput.requests_per_s", "requests_ok / window_s", lambda it: it.work.requests_ok / it.window.window_s),
+    (
+        "throughput.good_requests_per_s",
+        "requests_good / window_s",
+        lambda it: None if it.work.requests_good is None else it.work.requests_good / it.window.window_s,
+    ),
     ("energy.gpu_energy_j", "the sum of energy_j of the GPUs", lambda it: _sum_of(it.gpus)),
     ("energy.gpu_energy_j", "gpu_energy_net_j + idle_loaded_power_w x window_s", _gross_j),
     ("energy.primary_j.value", "prefill_energy_j + decode_energy_j", lambda it: _phases_j(it.energy)),
     ("efficiency.energy_per_output_tok_j", "energy / output_tok", lambda it: _per(it, it.work.output_tok)),
     ("efficiency.energy_per_total_tok_j", "energy / (input_tok + output_tok)", lambda it: _per(it, _total_tok(it))),
     ("efficiency.energy_per_request_j", "energy / requests_ok", lambda it: _per(it, it.work.requests_ok)),
+    (
+        "efficiency.energy_per_good_request_j",
+        "energy / requests_good",
+        lambda it: _per(it, it.work.requests_good or 0),
+    ),
     ("efficiency.output_tok_per_j", "output_tok / energy", lambda it: _over(it.work.output_tok, it)),
     ("carbon.co2e_g", "energy x pue x grid_g_per_kwh", lambda it: _at_site(it, it.carbon.grid_g_per_kwh)),
     ("carbon.cost", "energy x pue x price_per_kwh", lambda it: _at_site(it, it.carbon.price_per_kwh)),

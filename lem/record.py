@@ -22,8 +22,11 @@ PROMPTS_FILE = "prompts.jsonl"
 OUTPUTS_FILE = "outputs.jsonl"
 LOG_FILE = "log.txt"
 
-# Fewer observations than this leave a percentile to one or two values, so it is None.
-OBSERVATIONS_NEEDED: Final[Mapping[str, int]] = {"p90": 10, "p95": 20, "p99": 100}
+# Until version 2 of the schema, observations were counted.
+_OBSERVATIONS_NEEDED: Final[Mapping[str, int]] = {"p90": 10, "p95": 20, "p99": 100}
+# A percentile is None for fewer requests with different prompts: one or two of them would decide it, and a prompt that
+# is repeated says little new.
+PROMPTS_NEEDED: Final[Mapping[str, int]] = {"p90": 10, "p95": 100, "p99": 500}
 
 # The fields of `Energy` that add up to the energy that counts, by the meter it comes from.
 _PARTS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -48,7 +51,7 @@ def parts_of_source(source: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Percentiles of one latency in seconds; None where `OBSERVATIONS_NEEDED` were not there."""
+    """Percentiles of one latency in seconds; None for fewer prompts than `PROMPTS_NEEDED`."""
 
     mean: float
     p50: float
@@ -56,15 +59,15 @@ class Distribution:
     p95: float | None
     p99: float | None
     n: int
+    n_prompts: int | None = None  # different prompts behind the observations; None in records before version 3
 
     @property
     def null_reasons(self) -> Mapping[str, Reason]:
-        """Why percentiles are None: always too few observations."""
-        return {
-            name: Reason.of("too_few_observations", needed=needed, n=self.n)
-            for name, needed in OBSERVATIONS_NEEDED.items()
-            if getattr(self, name) is None
-        }
+        needed, code, n = PROMPTS_NEEDED, "too_few_prompts", self.n_prompts
+        if n is None:
+            needed, code, n = _OBSERVATIONS_NEEDED, "too_few_observations", self.n
+        absent = {it: Reason.of(code, needed=least, n=n) for it, least in needed.items() if getattr(self, it) is None}
+        return absent | ({"n_prompts": _NOT_RECORDED} if self.n_prompts is None else {})
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,9 @@ class Window(Section):
     compile_s: float | None
     gap_s: float | None  # the gap before this experiment
     gap_end_reason: Reason | None
+    in_flight_mean: float | None = None  # requests that the engine worked on at once, over the time of the window
+    in_flight_peak: int | None = None
+    fill_drain_ratio: float | None = None  # share of the window with fewer than 90 % of the peak
 
 
 @dataclass(frozen=True)
@@ -243,6 +249,7 @@ class Work(Section):
     padding_tok: int | None  # padding that the engine computed beside the input
     token_source: str  # `engine_ids` or `retokenized`
     prompt_source: Mapping[str, Any]  # where the prompts came from: kind, revision, sha256, count
+    requests_good: int | None = None  # completed requests that met `traffic_simulation.slo`
 
 
 @dataclass(frozen=True)
@@ -252,17 +259,25 @@ class Throughput(Section):
     output_tok_per_s: float | None
     total_tok_per_s: float | None
     requests_per_s: float | None
+    good_requests_per_s: float | None = None  # goodput
+    tok_per_step: float | None = None  # tokens of a request in one step of the engine, its first step left out
+    draft_accepted_ratio: float | None = None  # accepted draft tokens over `num_tokens` of every step
 
 
 @dataclass(frozen=True)
 class Latency(Section):
-    """Latencies in seconds. TPOT = (e2e - ttft) / (output_tok - 1); a token time not observed makes None."""
+    """Latencies in seconds; a token time that was not observed makes None.
+
+    TPOT = (e2e - ttft) / (output_tok - 1), one for each request. ICL is the time between successive chunks of a
+    request, where a chunk is what one step of the engine gave it: one token or several.
+    """
 
     ttft_s: Distribution | None
     tpot_s: Distribution | None
-    itl_s: Distribution | None
     e2e_s: Distribution | None
     queue_s: Distribution | None
+    icl_s: Distribution | None = None
+    itl_s: Distribution | None = None  # read only: until version 2, the time between tokens, 0 within a chunk
 
 
 @dataclass(frozen=True)
@@ -274,6 +289,7 @@ class Compute(Section):
     flops_confidence: str | None
     model_parameters: int | None
     peak_memory_b: int | None
+    active_parameters: int | None = None  # of them, those that a token uses: of a mixture of experts, some experts
 
 
 @dataclass(frozen=True)
@@ -283,6 +299,7 @@ class Efficiency(Section):
     energy_per_output_tok_j: float | None = None
     energy_per_total_tok_j: float | None = None
     energy_per_request_j: float | None = None
+    energy_per_good_request_j: float | None = None
     output_tok_per_j: float | None = None
 
 
@@ -363,6 +380,13 @@ class Record:
 
 SCHEMA_VERSION = 3
 
+ITL_REPLACED = Reason.of("itl_replaced")
+_NO_ITL: Final = {
+    "itl_s": None,
+    "itl_s_null_reason": ITL_REPLACED.text,
+    "itl_s_null_reason_coded": {"code": ITL_REPLACED.code, "data": {}},
+}
+
 
 class RecordError(ValueError):
     """A document that is not a whole record of this schema."""
@@ -374,6 +398,9 @@ def encode_record(record: Record) -> dict[str, Any]:
         document = {"schema_version": SCHEMA_VERSION, **encode(record, "")}
     except DecodeError as error:
         raise RecordError(str(error)) from error
+    latency = document["latency"]
+    if record.latency.null_reasons.get("itl_s") == ITL_REPLACED:  # no longer written
+        document["latency"] = {key: item for key, item in latency.items() if not key.startswith("itl_s")}
     decode_record(document)  # The writer knows best what to do about a wrong type, so it meets it, not the reader.
     return document
 
@@ -386,8 +413,10 @@ def decode_record(document: Any) -> Record:
     values = {name: value for name, value in document.items() if name != "schema_version"}
     if isinstance(version, bool) or version not in range(1, SCHEMA_VERSION + 1):
         raise RecordError(f"schema_version is {shown(version)}, this lem reads 1 to {SCHEMA_VERSION}")
+    # Version 1 has sentences without their codes; version 3 has more fields than those before, but no `itl_s`.
+    if isinstance(latency := values.get("latency"), dict) and "itl_s" not in latency:
+        values["latency"] = {**latency, **_NO_ITL}
     try:
-        # Version 1 has sentences without their codes; version 3 has more fields than those before.
         whole = values if version == SCHEMA_VERSION else complete(Record, values, _NOT_RECORDED)
         record = decode(Record, whole, "")
         violated = next(violations(record), None)

@@ -14,7 +14,8 @@ from lem.config.experiment import MeasurementConfig
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
 from lem.orchestration.grid import experiment_id
 from lem.record import (
-    OBSERVATIONS_NEEDED,
+    ITL_REPLACED,
+    PROMPTS_NEEDED,
     Carbon,
     Compute,
     Distribution,
@@ -34,6 +35,7 @@ from lem.record import (
 
 NO_METER = "no energy meter was used"
 NO_GPU = "no GPU was used"
+NO_SLO = "no service level is given (traffic_simulation.slo)"
 NO_TOKEN_TIMES = "the engine gave no time for each token"
 
 CONFIG_HASH = "0123456789abcdef"
@@ -106,20 +108,36 @@ def make_record(**fields: Any) -> Record:
             engine_load_id=load_id if given.load_id is None else given.load_id,
         ),
         window=reasons(
-            Window("closed_batch", window_s, 1, 1.5, 5, 0.8, None, 0.4, recognise("temperature and power are back")),
+            Window(
+                "closed_batch",
+                window_s,
+                1,
+                1.5,
+                5,
+                0.8,
+                None,
+                0.4,
+                recognise("temperature and power are back"),
+                1.0,
+                1,
+                0.0,
+            ),
             "nothing was compiled for this experiment",
         ),
         energy=_energy(given.energy_per_output_tok_j, given.energy_source),
         gpus=(),
         idle=reasons(Idle(), NO_METER),
-        work=Work(
-            given.n_requests,
-            0,
-            _INPUT_TOK,
-            output_tok,
-            12,
-            "engine_ids",
-            {"kind": "synthetic", "count": given.n_requests},
+        work=reasons(
+            Work(
+                given.n_requests,
+                0,
+                _INPUT_TOK,
+                output_tok,
+                12,
+                "engine_ids",
+                {"kind": "synthetic", "count": given.n_requests},
+            ),
+            NO_SLO,
         ),
         throughput=reasons(
             Throughput(
@@ -128,7 +146,7 @@ def make_record(**fields: Any) -> Record:
             "the window holds no output",
         ),
         latency=make_latency(given.n_requests, given.n_requests, given.ttft_p50_s, None, given.e2e_p50_s),
-        compute=reasons(Compute(2e12, "2 x parameters x tokens", "estimate", 25_000_000, None), NO_GPU),
+        compute=reasons(Compute(2e12, "2 x parameters x tokens", "estimate", 25_000_000, None, 25_000_000), NO_GPU),
         efficiency=Efficiency(),
         carbon=Carbon(),
         environment=make_environment(),
@@ -181,17 +199,19 @@ def with_measured(record: Record, found: EnergyFindings, measurement: Measuremen
 
 def make_latency(n: int, n_tok: int, ttft_s: float | None, tpot_s: float | None, e2e_s: float) -> Latency:
     """Latencies around their medians, of `n` requests and `n_tok` tokens; None where token times were not observed."""
-    ttft, tpot, itl = (
-        None if p50 is None else _distribution(p50, count) for p50, count in ((ttft_s, n), (tpot_s, n), (tpot_s, n_tok))
+    ttft, tpot, icl = (
+        None if p50 is None else _distribution(p50, count, n)
+        for p50, count in ((ttft_s, n), (tpot_s, n), (tpot_s, n_tok))
     )
-    return reasons(Latency(ttft, tpot, itl, _distribution(e2e_s, n), None), NO_TOKEN_TIMES)
+    found = reasons(Latency(ttft, tpot, _distribution(e2e_s, n, n), None, icl), NO_TOKEN_TIMES)
+    return dataclasses.replace(found, null_reasons={**found.null_reasons, "itl_s": ITL_REPLACED})
 
 
-def _distribution(p50: float, n: int) -> Distribution:
-    """With the percentiles that `n` observations allow."""
+def _distribution(p50: float, n: int, prompts: int) -> Distribution:
+    """With the percentiles that the prompts allow."""
     factors = {"p90": 1.5, "p95": 1.7, "p99": 2.0}
-    allowed = {name: p50 * factor for name, factor in factors.items() if n >= OBSERVATIONS_NEEDED[name]}
-    return Distribution(mean=1.1 * p50, p50=p50, n=n, **{**dict.fromkeys(factors), **allowed})
+    allowed = {name: p50 * factor if prompts >= PROMPTS_NEEDED[name] else None for name, factor in factors.items()}
+    return Distribution(mean=1.1 * p50, p50=p50, n=n, n_prompts=prompts, **allowed)
 
 
 def make_environment() -> Environment:

@@ -25,7 +25,7 @@ from lem.record import (
     Window,
     Work,
 )
-from tests.records import completed, make_environment, make_latency, reasons, sentences
+from tests.records import NO_SLO, NO_TOKEN_TIMES, completed, make_environment, make_latency, reasons, sentences
 from tests.synthetic_log import EVENT_POWER_CAP, EVENT_THERMAL
 
 _IDLE_BARE_W = 70.0
@@ -106,10 +106,14 @@ class Run:
                 energy=self._energy(energy_j, window_s),
                 gpus=tuple(self._gpu(gpu, energy_j, window_s) for gpu in self.gpus),
                 idle=reasons(Idle(), _NO_METER) if energy_j is None else reasons(idle, "the engine was loaded already"),
-                work=Work(requests, 0, input_tok, output_tok, 0, "engine_ids", source),
-                throughput=Throughput(self.output_tok_per_s, total_tok / window_s, requests / window_s),
+                work=reasons(Work(requests, 0, input_tok, output_tok, 0, "engine_ids", source), NO_SLO),
+                throughput=reasons(
+                    Throughput(self.output_tok_per_s, total_tok / window_s, requests / window_s), NO_TOKEN_TIMES
+                ),
                 latency=make_latency(requests, output_tok, ttft_s, tpot_s, configuration.e2e_s * slower),
-                compute=Compute(2 * 7.5e9 * total_tok, "2 x parameters x tokens", "medium", 8_030_261_248, 60 << 30),
+                compute=Compute(
+                    2 * 7.5e9 * total_tok, "2 x parameters x tokens", "medium", 8_030_261_248, 60 << 30, 8_030_261_248
+                ),
                 efficiency=Efficiency(),
                 carbon=Carbon(),
                 environment=self._environment(),
@@ -138,7 +142,7 @@ class Run:
     def _window(self, window_s: float, repeats: int) -> Window:
         load_s = None if self.is_engine_reused else _LOAD_S[self.configuration.backend]
         (gap_end_reason,) = sentences("temperature and power are back")
-        section = Window("closed_batch", window_s, repeats, 5.0, 8, load_s, None, 12.0, gap_end_reason)
+        section = Window("closed_batch", window_s, repeats, 5.0, 8, load_s, None, 12.0, gap_end_reason, 8.0, 8, 0.1)
         nothing, loaded = sentences(
             "nothing was compiled for this experiment", f"the engine was loaded before (load {self.load_id})"
         )

@@ -108,11 +108,13 @@ def complete(kind: Any, document: Any, why: Reason) -> Any:
     out, hints = dict(document), hints_of(kind)
     for item in _fields(kind):
         name, hint = item.name, hints[item.name]
-        inner = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+        inner = typing.get_args(hint)[0] if typing.get_origin(hint) in (tuple, *_UNIONS) else hint
         is_new = name not in out and not (item.default is item.default_factory is dataclasses.MISSING)
         if dataclasses.is_dataclass(inner) and inner is not Reason:
             if inner is not hint and isinstance(out.get(name), list):
                 out[name] = [complete(inner, entry, why) for entry in out[name]]
+            elif inner is not hint and isinstance(out.get(name), dict):
+                out[name] = complete(inner, out[name], why)
             elif inner is hint and (is_new or name in out):
                 out[name] = complete(inner, out.get(name, {}), why)
         if is_new and name not in out:

@@ -154,6 +154,12 @@ _NEW_TEXTS: Mapping[str, str] = {
     "sampler_starved": (
         "the sampler did not run for {pause_s:.1f} s in the window or at its edge, expected at most {most_s:.1f} s"
     ),
+    # What makes a window's work unfit.
+    "none_completed": "no request was completed in the window; {arrived:d} arrived",
+    "queue_grew": (
+        "requests arrived faster than they were completed throughout the window: {before:d} were unfinished at its "
+        "start, {after:d} at its end; lower traffic_simulation.target_qps, or set allow_overload: true"
+    ),
     # Results under one name.
     "mixed_configurations": "results of {count:d} configurations under one name: the estimate mixes them",
     "mixed_hosts": (
@@ -203,6 +209,11 @@ _NEW_TEXTS: Mapping[str, str] = {
     "window_moved": "throughput or power moved by 2 % or more within the window",
     "warmup_did_not_settle": "warm-up did not settle",
     "window_short": "a window under {least_s:g} s or {updates:d} updates of the energy counter",
+    "filled_and_drained": (
+        "requests in flight were under 90 % of their peak for up to {share} of a window: a closed batch fills and "
+        "drains in every pass, at more energy per token"
+    ),
+    "none_good": "no request met its service levels",
     "few_requests_failed": "requests failed (1 % or less of a window)",
     "throttled": "the GPU was slowed down by heat or hardware in {count:d} of {total:d} results",
     "throttled_for": (

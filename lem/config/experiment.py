@@ -147,6 +147,15 @@ class DecoderConfig(Section):
 
 
 @dataclass(frozen=True)
+class SloConfig(Section):
+    """Service levels: a request is good if it meets all that are given."""
+
+    ttft_ms: float | None = option(None, "Time to the first token, at most.", above=0, unit="ms")
+    tpot_ms: float | None = option(None, "Time per output token after the first, at most.", above=0, unit="ms")
+    e2e_ms: float | None = option(None, "End-to-end latency, at most.", above=0, unit="ms")
+
+
+@dataclass(frozen=True)
 class TrafficConfig(Section, switch="enabled"):
     enabled: bool = option(False, "Let requests arrive over time.")
     mode: str = option(
@@ -157,6 +166,8 @@ class TrafficConfig(Section, switch="enabled"):
     target_qps: float = option(1.0, "Mean arrivals (poisson, constant).", above=0, unit="requests/s")
     concurrency: int = option(1, "Requests in flight (closed).", min=1, unit="requests")
     seed: int | None = option(None, "Seed of the arrivals; null takes random_seed.", min=0)
+    allow_overload: bool = option(False, "Accept a queue that grows throughout the window (poisson, constant).")
+    slo: SloConfig = option(SloConfig(), "Service levels, for goodput and energy per good request.")
 
 
 @dataclass(frozen=True)
@@ -323,6 +334,26 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}):
         if isinstance(section, TensorRTConfig):
             return (section.tp_size or 1) * (section.pp_size or 1)
         return section.parallelism_degree or 1
+
+    @property
+    def is_speculative(self) -> bool:
+        """Whether the engine drafts tokens and verifies them."""
+        section = self.section
+        if isinstance(section, VllmConfig):
+            return section.speculative.method is not None or section.speculative.model is not None
+        if isinstance(section, TensorRTConfig):
+            return section.draft_model is not None
+        return section.assisted_generation.model is not None or section.assisted_generation.num_tokens is not None
+
+    @property
+    def drafted_tok(self) -> int | None:
+        """The tokens that are drafted in each step, if their number is fixed."""
+        section = self.section
+        if isinstance(section, VllmConfig):
+            return section.speculative.num_tokens
+        if isinstance(section, TensorRTConfig):
+            return section.num_draft_tokens
+        return section.assisted_generation.num_tokens
 
     @property
     def section(self) -> PyTorchConfig | VllmConfig | TensorRTConfig:

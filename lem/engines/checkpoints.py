@@ -107,6 +107,40 @@ def count_embedding_parameters(model: Any) -> int | None:
     return sum(int(matrix.numel()) for matrix in {id(matrix): matrix for matrix in matrices}.values())
 
 
+# The fields of model configurations (transformers 5.23) with the number of routed experts of a layer, and with how many
+# of them a token is routed to.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_USED = (*("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts"),)
+
+
+def count_active_parameters(model: Any, parameters: int) -> int | None:
+    """Of all the parameters of a model, those that a token uses; None for experts that are not where they usually are.
+
+    A token uses everything but the routed experts, and of these as many in each layer as it is routed to.
+    """
+    shape = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    experts, used = (
+        next((value for name in names if isinstance(value := getattr(shape, name, None), int)), 0)
+        for names in (_EXPERTS, _EXPERTS_USED)
+    )
+    if experts < 2:
+        return parameters
+    routed = {
+        id(parameter): _size_of(parameter)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
+        for parameter in module.parameters()
+    }
+    total = sum(routed.values())
+    return parameters - total // experts * (experts - used) if total and total % experts == 0 and used > 0 else None
+
+
+def _size_of(parameter: Any) -> int:
+    """Its number of values; bitsandbytes packs two of them into a byte."""
+    packed = 2 * int(parameter.element_size()) if type(parameter).__name__ == "Params4bit" else 1
+    return packed * int(parameter.numel())
+
+
 # --- sources
 
 
@@ -200,6 +234,7 @@ class Identity:
     weights_sha256: str | None
     model_parameters: int | None = None
     embedding_parameters: int | None = None
+    active_parameters: int | None = None
 
 
 def identify(source: Source, adapter: Source | None = None) -> Identity:
@@ -218,7 +253,8 @@ def identify(source: Source, adapter: Source | None = None) -> Identity:
     except (*MODEL_FAILURES, ImportError) as error:
         _logger.info("transformers cannot count the parameters of %s: %s", source.folder, shortened(error))
         return Identity(source.commit, digest)
-    return Identity(source.commit, digest, parameters, count_embedding_parameters(model))
+    embeddings, active = count_embedding_parameters(model), count_active_parameters(model, parameters)
+    return Identity(source.commit, digest, parameters, embeddings, active)
 
 
 # --- failures

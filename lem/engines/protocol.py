@@ -62,6 +62,7 @@ class EngineReport:
     weights_sha256: str | None = None  # over a line `<sha256 of the file>  <name>` per weight file, in name order
     model_parameters: int | None = None
     embedding_parameters: int | None = None  # of input and output embeddings
+    active_parameters: int | None = None  # those that a token uses: all but of a mixture of experts; None if unknown
     warnings: tuple[Reason, ...] = ()
     compile_s: float | None = None  # part of the load spent on compiling; None if nothing was compiled
     checks_s: float = 0.0  # part of the load spent on a trial run and on hashing the weights

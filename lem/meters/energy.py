@@ -258,6 +258,11 @@ def efficiency_of(energy_j: Measured[float], work: Work) -> Efficiency:
         energy_per_output_tok_j=per(work.output_tok, "output tokens"),
         energy_per_total_tok_j=per(work.input_tok + work.output_tok, "tokens"),
         energy_per_request_j=per(work.requests_ok, "completed requests"),
+        energy_per_good_request_j=(
+            known(None, work.why_none("requests_good"))
+            if work.requests_good is None
+            else per(work.requests_good, "good requests")
+        ),
         output_tok_per_j=known(work.output_tok / total_j if total_j else None, "zero_energy"),
     )
 

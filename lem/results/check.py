@@ -23,6 +23,7 @@ _LEAST_CYCLES = 3
 _PAIRS_SHOWN = 5
 _DAMAGE_SHOWN = 3
 _CAPPED_FROM = 0.01
+_THIN_FROM = 0.1
 
 _SHARED = Reason.of("shared_loads", why=SHARED_LOAD)
 _AT_CAP = Reason.of("gap_cap_reached")
@@ -89,6 +90,8 @@ _WEAK: Mapping[str, str] = {
 _NOTES: Mapping[str, str] = {
     "invalid": "remove the cause; lem results show RUN/EXPERIMENT shows what was measured",
     "short_window": f"set measurement.min_window_sec to {SHORT_WINDOW_S:g} or more, or use more prompts",
+    "fill_drain": "use more prompts, or traffic_simulation with mode: closed for figures to publish",
+    "none_good": "lower the load, or see in requests.jsonl.gz which limit was missed",
     "failed_requests": "the log.txt of the experiment shows why; failed requests cost energy and give no tokens",
     "power_capped": "normal under load; compare only at the same limit (power_limit_w in the record)",
     "gap_too_short": "raise execution.config_gap_seconds and execution.cycle_gap_seconds",
@@ -352,6 +355,13 @@ def _capped_share(configuration: Configuration) -> float:
     return most if most > _CAPPED_FROM else 0.0
 
 
+def _thin_share(configuration: Configuration) -> float:
+    """The largest share of a closed batch in which it fills or drains; 0 where it is small."""
+    batches = (record.window for record in configuration.used if record.window.traffic_mode == "closed_batch")
+    most = max((window.fill_drain_ratio or 0.0 for window in batches), default=0.0)
+    return most if most > _THIN_FROM else 0.0
+
+
 def _is_integrated(record: Record) -> bool:
     return measurement.is_integrated_power(record.energy.primary_j.source)
 
@@ -416,6 +426,8 @@ _CHECKS: tuple[_OneCheck, ...] = (
     _of_results("unsteady", Reason.of("window_moved"), lambda item: item.validity.steady is False),
     _of_results("warmup", Reason.of("warmup_did_not_settle"), lambda item: item.validity.warmup_converged is False),
     _of_results("short_window", Reason.of("window_short", least_s=SHORT_WINDOW_S, updates=WINDOW_UPDATES), _is_short),
+    _of_configurations("fill_drain", _thin_share, lambda most: Reason.of("filled_and_drained", share=percent(most))),
+    _of_results("none_good", Reason.of("none_good"), lambda item: item.work.requests_good == 0),
     _of_results("failed_requests", Reason.of("few_requests_failed"), lambda item: item.work.requests_failed),
     _throttling,
     _of_configurations("power_capped", _capped_share, lambda most: Reason.of("power_capped", share=percent(most))),

@@ -23,7 +23,10 @@ from lem.results.stats import Effect, Gate, Judgement, Verdict, anchored_effect,
 # A difference is found when its p value is below this, after Holm.
 SIGNIFICANCE = 0.05
 
-_DEFAULT_METRICS = ("energy_per_output_tok_j", "output_tok_per_s", "ttft_p50_s", "e2e_p50_s")
+_DEFAULT_METRICS = (
+    *("energy_per_output_tok_j", "output_tok_per_s", "ttft_p50_s", "e2e_p50_s"),
+    *("good_requests_per_s", "energy_per_good_request_j"),
+)
 _SHOWN_CAUSES = 2
 
 _OWN_ANCHOR = Reason.of("own_anchor")

@@ -114,7 +114,7 @@ def _cells(item: StoredResult, *, is_used: bool) -> Iterator[tuple[str, _Cell]]:
     yield "used", (is_used, "")
     for name in _SECTIONS:
         yield from _section(getattr(record, name))
-    for name in _LATENCIES:
+    for name in (*_LATENCIES, *(("itl_s",) if record.latency.itl_s else ())):
         yield from _distribution(name, record)
     for name in _LATER_SECTIONS:
         yield from _section(getattr(record, name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -49,13 +49,23 @@ def _lowered(label: str) -> str:
     return label if label[:2].isupper() else label[0].lower() + label[1:]
 
 
+# ITL, the time between tokens, is read from records before schema version 3 only.
+ITL = "itl", "Inter-token latency"
 LATENCIES = {
     "ttft": "Time to first token",
     "tpot": "Time per output token",
-    "itl": "Inter-token latency",
+    "icl": "Inter-chunk latency",
     "e2e": "End-to-end latency",
     "queue": "Queueing time",
 }
+
+
+def _latencies(kind: str, words: str) -> Iterator[Metric]:
+    for percentile, called in (("p50", "median"), ("p95", "p95")):
+        label, relation = f"{words}, {called}", f"has {{}} the {called} {words.lower()} of"
+        yield Metric(
+            f"{kind}_{percentile}_s", "latency", "s", "latency", f"{kind}_s", percentile, False, label, relation
+        )
 
 
 METRICS: tuple[Metric, ...] = (
@@ -68,6 +78,7 @@ METRICS: tuple[Metric, ...] = (
             ("energy_per_output_tok_j", "efficiency", "J/tok", "Energy per output token"),
             ("energy_per_total_tok_j", "efficiency", "J/tok", "Energy per token"),
             ("energy_per_request_j", "efficiency", "J", "Energy per request"),
+            ("energy_per_good_request_j", "efficiency", "J", "Energy per good request"),
         )
     ),
     *(
@@ -76,30 +87,26 @@ METRICS: tuple[Metric, ...] = (
             ("output_tok_per_s", "tok/s", "Output throughput", "output tokens"),
             ("total_tok_per_s", "tok/s", "Total throughput", "tokens"),
             ("requests_per_s", "1/s", "Requests", "requests"),
+            ("good_requests_per_s", "1/s", "Goodput", "good requests"),
         )
     ),
     *(
         Metric(name, "tokens", "tok", "work", name, None, None, label, f"has {{}} the {_lowered(label)} of")
         for name, label in (("input_tok", "Input tokens"), ("output_tok", "Output tokens"))
     ),
-    *(
-        Metric(
-            f"{kind}_{percentile}_s", "latency", "s", "latency", f"{kind}_s", percentile, False,
-            f"{words}, {called}", f"has {{}} the {called} {words.lower()} of",
-        )
-        for kind, words in LATENCIES.items()
-        for percentile, called in (("p50", "median"), ("p95", "p95"))
-    ),
-)  # fmt: skip
+    *(metric for kind, words in LATENCIES.items() for metric in _latencies(kind, words)),
+)
 
-METRIC_BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
+METRIC_BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in (*METRICS, *_latencies(*ITL))}
 
 # Short names of what people compare most.
 _ALIASES = {
     "energy": "energy_per_output_tok_j",
     "throughput": "output_tok_per_s",
+    "goodput": "good_requests_per_s",
     "ttft": "ttft_p50_s",
     "tpot": "tpot_p50_s",
+    "icl": "icl_p50_s",
     "itl": "itl_p50_s",
     "e2e": "e2e_p50_s",
 }
@@ -107,7 +114,11 @@ _ALIASES = {
 
 def parse_metric(text: str, *, is_for_gate: bool = False) -> Metric:
     """The metric of that name or alias; UserError where it is unknown, or has no better direction and is for a gate."""
-    known = {metric.name: metric for metric in METRICS if not is_for_gate or metric.is_higher_better is not None}
+    known = {
+        name: metric
+        for name, metric in METRIC_BY_NAME.items()
+        if not is_for_gate or metric.is_higher_better is not None
+    }
     name = text.strip()
     metric = known.get(_ALIASES.get(name, name))
     if metric is not None:

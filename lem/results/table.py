@@ -20,6 +20,7 @@ from lem.results.store import UNACCOUNTED
 
 _LATENCIES = (("TTFT", "ttft_p50_s"), ("e2e", "e2e_p50_s"))
 _INTERVALS = (("Output throughput", "output_tok_per_s"), ("Energy per output token", "energy_per_output_tok_j"))
+_GOODPUT = (("Goodput", "good_requests_per_s"), ("Energy per good request", "energy_per_good_request_j"))
 _CONFIDENCE = f"{100 * CONFIDENCE:g} %"
 _LABEL_WIDTH = 12
 _PERCENTILES = ("mean", "p50", "p90", "p95", "p99")
@@ -44,6 +45,8 @@ class _RunTable:
         self._estimates("output_tok_per_s", "Output throughput, tok/s")
         note = estimate_note(self._configurations)
         self._estimates("energy_per_output_tok_j", f"Energy per output token, J\n{note}".rstrip())
+        self._estimates("good_requests_per_s", "Goodput, good requests/s")
+        self._estimates("energy_per_good_request_j", f"Energy per good request, J\n{note}".rstrip())
         self._outcomes()
         self._notes()
         self._warnings()
@@ -107,7 +110,8 @@ class _RunTable:
             notes.append(
                 "Energy: board sensors are off by up to ±5 % per card: compare configurations on one card, not cards."
             )
-        for label, metric in (*_LATENCIES, *_INTERVALS):
+        has_slo = any(record.work.requests_good is not None for it in self._configurations for record in it.used)
+        for label, metric in (*_LATENCIES, *_INTERVALS, *(_GOODPUT if has_slo else ())):
             notes += self._gaps(label, metric)
         self._doc.block()
         for note in notes:
@@ -234,7 +238,11 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     repeats = {0: "not every prompt once", 1: "all prompts once"}.get(n, f"all prompts {n} times")
     mode, steady = window.traffic_mode.replace("_", " "), ", not steady" if validity.steady is False else ""
     yield "window", f"{units.format_duration(window.window_s)}, {mode}, {repeats}{steady}"
-    requests = f"{work.requests_ok} requests, {work.requests_failed} failed"
+    if window.in_flight_mean is not None and window.fill_drain_ratio is not None:
+        thin = f"under 90 % of the peak for {units.percent(window.fill_drain_ratio)} of the window"
+        yield "in flight", f"{window.in_flight_mean:.3g} requests on average, {window.in_flight_peak} at most; {thin}"
+    good = "" if work.requests_good is None else f", {work.requests_good} good"
+    requests = f"{work.requests_ok} requests{good}, {work.requests_failed} failed"
     yield "work", f"{requests}; {work.input_tok} tokens in, {work.output_tok} out ({work.token_source})"
     yield "throughput", _throughput(record)
     yield "energy", _energy(record)
@@ -251,7 +259,13 @@ def _throughput(record: Record) -> str:
     if throughput.total_tok_per_s is None or throughput.requests_per_s is None:
         return output
     requests = units.format_quantity(throughput.requests_per_s, "requests/s")
-    return f"{output}, with input {units.format_rate(throughput.total_tok_per_s)}, {requests}"
+    parts = [output, f"with input {units.format_rate(throughput.total_tok_per_s)}", requests]
+    if throughput.good_requests_per_s is not None:
+        parts.append(f"goodput {units.format_quantity(throughput.good_requests_per_s, 'requests/s')}")
+    if throughput.draft_accepted_ratio is not None and throughput.tok_per_step is not None:
+        accepted = units.percent(throughput.draft_accepted_ratio)
+        parts.append(f"{throughput.tok_per_step:.3g} tokens per step, {accepted} of drafts accepted")
+    return ", ".join(parts)
 
 
 def _energy(record: Record) -> str:
@@ -260,12 +274,14 @@ def _energy(record: Record) -> str:
         return f"not measured: {energy_j.null_reason}"
     parts = [units.format_energy(energy_j.value) + (" (an estimate)" if energy_j.is_estimate else "")]
     parts += [f"{per_tok:.4g} J per output token"] if per_tok is not None else []
+    per_good = record.efficiency.energy_per_good_request_j
+    parts += [f"{per_good:.4g} J per good request"] if per_good is not None else []
     return ", ".join([*parts, f"by {energy_j.source}"])
 
 
 def _add_latency(doc: Doc, record: Record) -> None:
     latency = record.latency
-    kinds = {name: getattr(latency, f"{name}_s") for name in LATENCIES}
+    kinds = {name: getattr(latency, f"{name}_s") for name in (*LATENCIES, *(("itl",) if latency.itl_s else ()))}
     seen: dict[str, Distribution] = {name: value for name, value in kinds.items() if value is not None}
     if seen:
         found = seen.values()

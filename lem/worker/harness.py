@@ -24,8 +24,9 @@ from lem.config.backends import WIDTH_OPTIONS
 from lem.config.experiment import ExperimentConfig, WarmupConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Completion, Engine, TokenRequest
+from lem.meters.requestlog import REQUESTS_FILENAME, write_requests
 from lem.record import CONFIG_FILE, OUTPUTS_FILE, PROMPTS_FILE, Record
-from lem.worker.channel import RunRequest
+from lem.worker.channel import RunRequest, redact
 from lem.worker.datasets import resolve_dataset
 from lem.worker.metering import Metering, Reporter, open_metering
 from lem.worker.prompts import ResolvedPrompts, resolve_on_host, write_prompts
@@ -125,6 +126,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
         metering.rest_after()
 
     reporter.phase("write")
+    write_requests(folder / REQUESTS_FILENAME, measured, lambda text: redact(text, request.secrets.values()))
     energy = metering.close(folder, measured, is_steady_mode=config.traffic_simulation.enabled)
     if config.save_outputs:
         _write_outputs(folder, measured.outputs, loaded.decode)
@@ -225,11 +227,11 @@ def _at_intervals(reporter: Reporter, clock: Clock, text: str, total: int = 0) -
 def _write_outputs(folder: Path, outputs: Sequence[Answer], decode: Callable[[Sequence[int]], str]) -> None:
     rows = [
         {
-            "index": output.prompt_index,
-            "input_tok": output.input_tok,
-            "output_tok": output.output_tok,
-            "output_ids": list(output.completion.output_ids),
-            "text": decode(output.completion.output_ids),
+            "index": output.request.prompt,
+            "input_tok": output.request.input_tok,
+            "output_tok": output.request.output_tok,
+            "output_ids": list(output.output_ids),
+            "text": decode(output.output_ids),
         }
         for output in outputs
     ]

@@ -27,10 +27,11 @@ from lem.config.option import leaves
 from lem.engines.protocol import Engine, EngineReport
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
 from lem.meters.nvml import read_gpus
-from lem.record import Compute, Environment, Identity, Record, Throughput, Validity, Window, Work
+from lem.meters.work import describe_work, unfit_reasons
+from lem.record import Compute, Environment, Identity, Record, Validity, Window, Work
 from lem.worker.channel import RunRequest, redact
 from lem.worker.prompts import ResolvedPrompts
-from lem.worker.window import MeasuredWindow, latency_of
+from lem.worker.window import MeasuredWindow
 
 
 class Residence(NamedTuple):
@@ -75,35 +76,20 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
     Raises EngineError: kind `channel`, the host left out part of the identity.
     """
     request, measured, energy = found.request, found.measured, found.energy
-
-    def rate(amount: int) -> Measured[float]:
-        return known(amount / measured.window_s if measured.window_s > 0 else None, "window_too_short")
-
-    work = Work.of(
-        requests_ok=len(measured.requests),
-        requests_failed=len(measured.failures),
-        input_tok=measured.input_tok,
-        output_tok=measured.output_tok,
-        padding_tok=known(measured.padding_tok, "padding_not_reported"),
-        token_source="engine_ids",  # noqa: S106 (no password)
-        prompt_source=found.prompts.source,
-    )
+    done = describe_work(measured, found.config)
+    work = Work.of(**done.work, token_source="engine_ids", prompt_source=found.prompts.source)  # noqa: S106
     # The user's metadata as written: a reference to the environment stays a reference.
     metadata = found.requested.get("extra_metadata")
     composed = Record(
         identity=_identity(found),
         validity=_validity(found),
-        window=_window(found),
+        window=_window(found, done.window),
         energy=energy.energy,
         gpus=energy.gpus,
         idle=energy.idle,
         work=work,
-        throughput=Throughput.of(
-            output_tok_per_s=rate(measured.output_tok),
-            total_tok_per_s=rate(measured.input_tok + measured.output_tok),
-            requests_per_s=rate(len(measured.requests)),
-        ),
-        latency=latency_of(measured.requests),
+        throughput=done.throughput,
+        latency=done.latency,
         compute=_compute(measured, found.residence.report, found.peak_memory_b),
         efficiency=efficiency_of(energy.energy.primary_j, work),
         carbon=carbon_of(energy.energy.primary_j, found.config.measurement),
@@ -129,11 +115,12 @@ def _identity(found: Findings) -> Identity:
 
 def _validity(found: Findings) -> Validity:
     measured, energy, warmup = found.measured, found.energy, found.warmup
-    failed, total = len(measured.failures), len(measured.failures) + len(measured.requests)
+    failed, total = len(measured.failures), len(measured.failures) + len(measured.completed)
     failures = (Reason.of("requests_failed", failed=failed, total=total, first=measured.failures[0]),) if failed else ()
     is_invalid = failed > MAX_FAILED_RATIO * total
-    no_output = (Reason.of("no_output"),) if measured.output_tok == 0 else ()
-    invalid = (*(failures if is_invalid else ()), *no_output, *energy.invalid_reasons)
+    no_output = (Reason.of("no_output"),) if measured.completed and not measured.output_tok else ()
+    unfit = unfit_reasons(measured, allows_overload=found.config.traffic_simulation.allow_overload)
+    invalid = (*(failures if is_invalid else ()), *no_output, *unfit, *energy.invalid_reasons)
     # The window was one state when throughput and, where it is known, power were.
     states = (("throughput", measured.steady.value), ("power", energy.power_steady))
     unsteady = [what for what, is_steady in states if is_steady is False]
@@ -158,13 +145,11 @@ def _validity(found: Findings) -> Validity:
     )
 
 
-def _window(found: Findings) -> Window:
-    request, measured, residence, warmup = found.request, found.measured, found.residence, found.warmup
+def _window(found: Findings, measured: Mapping[str, Any]) -> Window:
+    request, residence, warmup = found.request, found.residence, found.warmup
     why_gap_ended = None if request.gap_end_code is None else Reason.of(request.gap_end_code)
     return Window.of(
-        traffic_mode=measured.traffic_mode,
-        window_s=measured.window_s,
-        window_repeats=measured.repeats,
+        **measured,
         warmup_s=warmup.elapsed_s,
         warmup_prompts=warmup.prompts,
         load_s=known(residence.load_s, "engine_was_loaded", load_id=residence.load_id),
@@ -178,21 +163,23 @@ def _window(found: Findings) -> Window:
 def _compute(measured: MeasuredWindow, report: EngineReport, peak_memory_b: int | None) -> Compute:
     """Forward passes only: 2 FLOPs for each non-embedding parameter and token (Kaplan et al. 2020, section 2.1).
 
-    Attention over the context is left out, and parameters that a token does not use (experts) are counted in.
+    Of a mixture of experts, the parameters that a token uses. Attention over the context is left out.
     """
-    parameters, embeddings = report.model_parameters, report.embedding_parameters
-    counted = "all parameters (embeddings unknown)" if embeddings is None else "non-embedding parameters"
+    active, embeddings = report.active_parameters, report.embedding_parameters
+    counted = "all active parameters (embeddings unknown)" if embeddings is None else "active non-embedding parameters"
     flops = method = confidence = None
-    if parameters is not None:
-        flops = 2.0 * (parameters - (embeddings or 0)) * (measured.input_tok + measured.output_tok)
+    if active is not None:
+        flops = 2.0 * (active - (embeddings or 0)) * (measured.input_tok + measured.output_tok)
         method = f"2 x {counted} x (input + output tokens)"
         confidence = "low" if embeddings is None else "medium"
-    why = Reason.of("parameters_not_reported")
+    missing = Reason.of("parameters_not_reported")
+    why = missing if report.model_parameters is None else Reason.of("experts_uncounted")
     return Compute.of(
         flops_total=known(flops, why),
         flops_method=known(method, why),
         flops_confidence=known(confidence, why),
-        model_parameters=known(parameters, why),
+        model_parameters=known(report.model_parameters, missing),
+        active_parameters=known(active, why),
         peak_memory_b=known(peak_memory_b, "peak_memory_not_reported", device=report.device),
     )
 

@@ -21,13 +21,14 @@ from dataclasses import dataclass, replace
 
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError
-from lem.base.measured import Measured
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, Engine, TokenRequest
+from lem.meters.requestlog import OPEN_LOOP, Request
+from lem.meters.work import load_warnings
 from lem.worker.prompts import Prompt
-from lem.worker.window import NOTHING_TO_COMPARE, Answer, MeasuredWindow, are_alike, check_completion, padding_of
+from lem.worker.window import Answer, MeasuredWindow, as_request, check_completion
 
 
 def encode_prompts(
@@ -141,7 +142,7 @@ class TrafficPlan:
 
     @property
     def is_open(self) -> bool:
-        return self.mode in ("poisson", "constant")
+        return self.mode in OPEN_LOOP
 
 
 def arrival_offsets_s(mode: str, target_qps: float, rng: random.Random) -> Iterator[float]:
@@ -248,7 +249,8 @@ class TrafficQueue:
             if request is None:
                 raise EngineError(f"the backend answered request {index}, which it did not have")
             input_tok, arrived_ns = len(request.token_ids), self._arrived_ns[index]
-            self._answered.append(Answer(index % len(self._prompts), input_tok, arrived_ns, completion))
+            found = as_request(index % len(self._prompts), input_tok, arrived_ns, completion)
+            self._answered.append(Answer(found, completion.output_ids))
             self._answered_inside += self._opened_ns is not None and completion.finished_ns > self._opened_ns
             self._succeeded += completion.error is None
             answered = len(self._answered)
@@ -268,45 +270,28 @@ class TrafficQueue:
             return self._add_up(opened_ns, closed_ns)
 
     def _add_up(self, opened_ns: int, closed_ns: int) -> MeasuredWindow:
-        def is_inside(time_ns: int) -> bool:
-            return opened_ns < time_ns <= closed_ns
-
-        finished = [item for item in self._answered if is_inside(item.completion.finished_ns)]
-        good = tuple(item for item in finished if item.completion.error is None)
-        answers = [item for item in self._answered if item.completion.error is None]
-        # The input of a request counts when its first output token, the end of prefill, was in the window.
-        prefilled = [item for item in answers if is_inside(next(_token_times(item), item.completion.finished_ns))]
-        token_times = [time_ns for item in answers for time_ns in _token_times(item) if is_inside(time_ns)]
-        steady: Measured[bool] = Measured(None, NOTHING_TO_COMPARE)
-        if token_times:
-            first_half = sum(time_ns <= (opened_ns + closed_ns) // 2 for time_ns in token_times)
-            steady = are_alike(first_half, len(token_times) - first_half)
-        failures = [item.completion.error for item in finished if item.completion.error is not None]
-        failures += [f"request {index}: the backend gave no answer" for index in sorted(self._in_flight)]
-        return MeasuredWindow(
+        unanswered = [
+            self._unanswered(request, f"request {request.index}: the backend gave no answer")
+            for request in self._in_flight.values()
+        ]
+        unanswered += [self._unanswered(request, None) for request in self._waiting]
+        is_untimed = any(it.is_good and it.output_tok and it.token_times_ns is None for it, _ in self._answered)
+        warnings = [] if self._has_turned_over else [Reason.of("ramp_cut_short", ramp_s=self._plan.ramp_limit_s)]
+        warnings += [Reason.of("tokens_untimed")] if is_untimed else []
+        window = MeasuredWindow(
             traffic_mode=self._plan.mode,
             opened_ns=opened_ns,
             closed_ns=closed_ns,
-            repeats=len(finished) // len(self._prompts),
-            requests=good,
-            failures=tuple(failures),
-            input_tok=sum(item.input_tok for item in prefilled),
-            output_tok=len(token_times),
-            padding_tok=padding_of(prefilled),
-            steady=steady,
-            outputs=good,
-            warnings=tuple(self._warnings(sum(map(is_inside, self._arrived_ns)), len(finished))),
+            prompts=len(self._prompts),
+            requests=(*(item.request for item in self._answered), *unanswered),
         )
+        outputs = (item for item in self._answered if item.request.is_good)
+        counting = tuple(item for item in outputs if window.is_inside(item.request.finished_ns))
+        return replace(window, outputs=counting, warnings=(*warnings, *load_warnings(window)))
 
-    def _warnings(self, arrived: int, finished: int) -> Iterator[Reason]:
-        if not self._has_turned_over:
-            yield Reason.of("ramp_cut_short", ramp_s=self._plan.ramp_limit_s)
-        # More than a tenth, and than two deviations of a Poisson count.
-        if self._plan.is_open and arrived - finished > max(0.1 * arrived, 2 * math.sqrt(arrived)):
-            yield Reason.of("load_too_high", arrived=arrived, finished=finished)
-        done = (item.completion for item in self._answered if item.completion.error is None)
-        if any(completion.token_times_ns is None and completion.output_ids for completion in done):
-            yield Reason.of("tokens_untimed")
+    def _unanswered(self, request: TokenRequest, error: str | None) -> Request:
+        arrived_ns, number = self._arrived_ns[request.index], request.index % len(self._prompts)
+        return Request(number, len(request.token_ids), arrived_ns=arrived_ns, error=error)
 
     def _advance(self, now_ns: int) -> None:
         """Let happen what happens by now: arrivals, the opening of the window and, in the closed loop, its closing."""
@@ -352,9 +337,3 @@ class TrafficQueue:
 
     def _draw_next(self) -> int:
         return self._begin_ns + math.ceil(next(self._offsets_s) * NS_PER_S)
-
-
-def _token_times(answer: Answer) -> Iterator[int]:
-    """When each output token was there; untimed tokens when the request was finished."""
-    times = answer.completion.token_times_ns
-    return itertools.repeat(answer.completion.finished_ns, answer.output_tok) if times is None else iter(times)

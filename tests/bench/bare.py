@@ -72,7 +72,7 @@ def harness_side(model: Path) -> tuple[list[TokenRequest], Side]:
         measured = measure_batch(
             engine, requests, min_window_s=0.0, observe_tokens=False, clock=Clock(), report=lambda _done: None
         )
-        return measured.output_tok / measured.window_s, [list(item.completion.output_ids) for item in measured.outputs]
+        return measured.output_tok / measured.window_s, [list(item.output_ids) for item in measured.outputs]
 
     return requests, measure
 

@@ -82,6 +82,7 @@ class TrivialEngine:
             effective={self._config.backend: {"batch_size": getattr(self._config.section, "batch_size", None)}},
             model_parameters=1_000,
             embedding_parameters=100,
+            active_parameters=1_000,
         )
 
     def configure(self, config: ExperimentConfig) -> None:

@@ -84,7 +84,7 @@ EMPTY = {**make_record().energy.null_reasons, "gpu_energy_j": recognise("")}
     [
         ("energy", {"null_reasons": EMPTY}, "gpu_energy_j"),
         ("work", {"null_reasons": {"input_tok": REASON}}, r"work\.input_tok has a value"),
-        ("work", {"null_reasons": {"watts": REASON}}, r"work: .*watts"),
+        ("work", {"null_reasons": {**make_record().work.null_reasons, "watts": REASON}}, r"work: .*watts"),
         ("work", {"input_tok": 512.5}, r"work\.input_tok: expected an integer, got 512.5"),
         ("window", {"window_s": float("nan")}, r"window\.window_s: expected a finite number"),
         ("window", {"window_s": -float("inf")}, r"window\.window_s: expected a finite number"),
@@ -109,7 +109,7 @@ def test_a_failed_write_leaves_no_part_of_a_record(tmp_path: Path) -> None:
 def test_too_few_observations_are_the_reason_of_a_percentile() -> None:
     e2e = encode_record(make_record(n_requests=12))["latency"]["e2e_s"]
     assert e2e["p90"] is not None
-    assert e2e["p95_null_reason"] == "needs 20 observations, there are 12"
+    assert e2e["p95_null_reason"] == "needs requests with 100 different prompts, there are 12"
 
 
 def _set(section: str, name: str, value: object) -> Callable[[dict[str, Any]], None]:
@@ -142,7 +142,7 @@ def _drop(section: str, name: str) -> Callable[[dict[str, Any]], None]:
         (_set("energy", "gpu_energy_j_null_reason", 5), r"energy\.gpu_energy_j is null without a reason"),
         (_set("window", "window_s_null_reason", "why"), "window: 'window_s_null_reason' has no null beside it"),
         (_set("window", "x_null_reason", "why"), "window: 'x_null_reason' has no null beside it"),
-        (_set("latency", "e2e_s", {"mean": 1.0}), r"latency\.e2e_s: missing n, p50"),
+        (_set("latency", "e2e_s", {"mean": 1.0}), r"latency\.e2e_s: missing n, n_prompts, p50"),
         (_set("window", "window_s", float("nan")), r"window\.window_s: expected a finite number"),
         (_set("extra_metadata", "x", float("inf")), r"extra_metadata\.x: expected a finite number"),
     ],

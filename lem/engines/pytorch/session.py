@@ -20,7 +20,15 @@ from lem.base.variables import TOKEN_VARIABLE
 from lem.config.backends import PyTorchConfig
 from lem.config.experiment import ExperimentConfig
 from lem.engines import common
-from lem.engines.checkpoints import Identity, Source, count_embedding_parameters, explained, hash_weights, locate
+from lem.engines.checkpoints import (
+    Identity,
+    Source,
+    count_active_parameters,
+    count_embedding_parameters,
+    explained,
+    hash_weights,
+    locate,
+)
 from lem.engines.common import section_of
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.engines.pytorch import options
@@ -51,11 +59,13 @@ class Session:
         _compile(loaded.model, section_of(config, PyTorchConfig), self._facts.device)
         trial_s = self._set_up(config)
         began_ns = time.monotonic_ns()
+        parameters = int(loaded.model.num_parameters())
         self._identity = Identity(
             loaded.source.commit,
             hash_weights(loaded.source, loaded.adapter),
-            int(loaded.model.num_parameters()),
+            parameters,
             count_embedding_parameters(loaded.model),
+            count_active_parameters(loaded.model, parameters),
         )
         hashing_s = common.seconds_since(began_ns)
         self._checks_s = hashing_s if self._compile_s is not None else hashing_s + trial_s

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lem.base.units import format_latency, format_quantity, plural, some_of
-from lem.record import OBSERVATIONS_NEEDED, Distribution
-from lem.results.metrics import LATENCIES, Metric
+from lem.record import PROMPTS_NEEDED, Distribution
+from lem.results.metrics import ITL, LATENCIES, Metric
 from lem.results.report import plot
 from lem.results.report.content import Entry, Report
 from lem.results.report.plot import Cell, Markup, Plot, Row, Scale, join, marks, number_cell, spot, table, tag, text
@@ -344,7 +344,7 @@ _Percentiles = Mapping[str, float]
 def latency_section(report: Report) -> Markup:
     """A plot for each kind that any configuration has, and why the others are missing."""
     parts, absences = [], []
-    for short, name in LATENCIES.items():
+    for short, name in (*LATENCIES.items(), ITL):
         kind = f"{short}_s"
         found = {entry.number: _percentiles(entry, kind) for entry in report.entries}
         if any(found.values()):
@@ -352,7 +352,7 @@ def latency_section(report: Report) -> Markup:
             continue
         reasons = (record.latency.null_reasons.get(kind) for record in report.records)
         reason = "; ".join(dict.fromkeys(reason.text for reason in reasons if reason)) or "no valid result"
-        absences.append(tag("p", f"{name}: not measured: {reason}"))
+        absences += [tag("p", f"{name}: not measured: {reason}")] if short in LATENCIES else []
     if not parts:
         parts.append(plot.no_plot("latency", "Latency percentiles", "No latency was measured."))
     left_out = tag("div", *absences, class_="absent") if absences else Markup()
@@ -397,7 +397,9 @@ def _latency(kind: str, name: str, entries: Sequence[Entry], found: Mapping[int,
             ],
             [
                 _LATENCY_KEY,
-                "p95 needs {p95} requests, p99 {p99}. Geometric means over the cycles.".format_map(OBSERVATIONS_NEEDED),
+                "p95 needs {p95} different prompts, p99 {p99}. Geometric means over the cycles.".format_map(
+                    PROMPTS_NEEDED
+                ),
             ],
             _latency_table(name, kind, page, found),
             heading=f"{name}, percentiles",
@@ -435,12 +437,12 @@ def _latency_table(name: str, kind: str, entries: Sequence[Entry], found: Mappin
     head = ["No.", "Configuration", "Mean", *_LEVELS, "Requests"]
     rows: list[Row] = []
     for entry in entries:
-        counts = [item.n for item in _distributions(entry, kind)]
+        distributions = _distributions(entry, kind)
+        counts = [item.n for item in distributions]
         reason = next(filter(None, (item.latency.null_reasons.get(kind) for item in entry.records)), None)
         cells = []
         for level in ("mean", *_LEVELS):
-            needed = OBSERVATIONS_NEEDED.get(level, 1)
-            few = f"needs {needed} requests, got {min(counts)}" if counts and min(counts) < needed else None
+            few = next((why.text for item in distributions if (why := item.null_reasons.get(level))), None)
             cells.append(number_cell(found[entry.number].get(level), few or reason, format_latency))
         requests = sum(counts) if counts else Cell("none", is_number=True)
         rows.append([entry.number, entry.label, *cells, requests])

@@ -205,22 +205,31 @@ def _of_gpus(record: Record, read: Callable[[Gpu], float | None], fold: Callable
     return fold(values) if values and len(values) == len(record.gpus) else None
 
 
+def _field(heading: str, section: str, name: str, *, is_energy: bool = False) -> _Figure:
+    def why(record: Record) -> Reason | None:
+        reasons: Mapping[str, Reason] = getattr(record, section).null_reasons
+        return reasons.get(name)
+
+    return _Figure(heading, lambda record: getattr(getattr(record, section), name), why, is_energy)
+
+
 _FIGURES = (
     _Figure(
         "Net energy per output token, J", _net_per_token, lambda r: r.energy.null_reasons.get("gpu_energy_net_j"), True
     ),
-    _Figure(
-        "Energy per request, J",
-        lambda r: r.efficiency.energy_per_request_j,
-        lambda r: r.efficiency.null_reasons.get("energy_per_request_j"),
-        is_energy=True,
-    ),
+    _field("Energy per request, J", "efficiency", "energy_per_request_j", is_energy=True),
+    _field("Energy per good request, J", "efficiency", "energy_per_good_request_j", is_energy=True),
+    _field("Goodput, good requests/s", "throughput", "good_requests_per_s"),
+    _field("Tokens per step", "throughput", "tok_per_step"),
+    _field("Drafts accepted, ratio", "throughput", "draft_accepted_ratio"),
+    _field("Requests in flight, mean", "window", "in_flight_mean"),
+    _field("Filling or draining, ratio", "window", "fill_drain_ratio"),
     _Figure("Prefill, J", lambda r: r.energy.prefill_energy_j, is_energy=True),
     _Figure("Decode, J", lambda r: r.energy.decode_energy_j, is_energy=True),
     _Figure("CPU packages, J", lambda r: r.energy.cpu_package_energy_j, is_energy=True),
     _Figure("GPU power, mean, W", lambda r: _of_gpus(r, lambda gpu: gpu.power_mean_w, math.fsum)),
     _Figure("GPU temperature, maximum, °C", lambda r: _of_gpus(r, lambda gpu: gpu.temp_max_c, max)),
-    _Figure("Engine load, s", lambda r: r.window.load_s, lambda r: r.window.null_reasons.get("load_s")),
+    _field("Engine load, s", "window", "load_s"),
     _Figure("CO₂e, g", lambda r: r.carbon.co2e_g, is_energy=True),
     _Figure("Cost", lambda r: r.carbon.cost, is_energy=True),
 )

@@ -546,9 +546,10 @@ def work(**changes: Any) -> Work:
 
 
 def test_energy_per_unit_of_work() -> None:
-    found = efficiency_of(Measured(3000.0), work())
+    found = efficiency_of(Measured(3000.0), work(requests_good=6))
     assert (found.energy_per_output_tok_j, found.energy_per_total_tok_j) == (2.0, 1.5)
     assert (found.energy_per_request_j, found.output_tok_per_j) == (300.0, 0.5)
+    assert found.energy_per_good_request_j == 500.0
     assert found.null_reasons == {}
 
 
@@ -559,8 +560,10 @@ def test_a_zero_denominator_is_null() -> None:
     assert found.energy_per_request_j is None
     assert found.null_reasons["energy_per_output_tok_j"] == Reason.of("no_work", what="output tokens")
     assert found.output_tok_per_j == 0.0
+    none_good = efficiency_of(Measured(3000.0), work(requests_good=0))
+    assert none_good.null_reasons == {"energy_per_good_request_j": Reason.of("no_work", what="good requests")}
     without = efficiency_of(Measured(None, LOST), work())
-    assert (set(without.null_reasons.values()), len(without.null_reasons)) == ({LOST}, 4)
+    assert (set(without.null_reasons.values()), len(without.null_reasons)) == ({LOST}, 5)
 
 
 def carbon(primary_j: float | None, **measurement: float) -> Any:

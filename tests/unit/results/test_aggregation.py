@@ -67,7 +67,7 @@ def test_a_metric_measured_nowhere_carries_its_reason() -> None:
     assert aggregate["energy"]["gpu_energy_j"]["null_reason"] == NO_METER
     assert aggregate["energy"]["gpu_energy_j"]["bootstrap"] is None
     assert aggregate["latency"]["ttft_p50_s"]["null_reason"] == NO_TOKEN_TIMES
-    assert aggregate["latency"]["e2e_p95_s"]["null_reason"] == "needs 20 observations, there are 8"
+    assert aggregate["latency"]["e2e_p95_s"]["null_reason"] == "needs requests with 100 different prompts, there are 8"
 
 
 def test_a_metric_measured_in_some_cycles_says_in_how_many() -> None:

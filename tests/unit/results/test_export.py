@@ -75,7 +75,7 @@ def test_json_says_why_a_value_is_missing():
     assert row["gpu_energy_j"] is None
     assert row["null_reasons"]["gpu_energy_j"] == "no energy meter was used"
     assert row["null_reasons"]["ttft_p50_s"] == "the engine gave no time for each token"
-    assert row["null_reasons"]["e2e_p99_s"] == "needs 100 observations, there are 8"
+    assert row["null_reasons"]["e2e_p99_s"] == "needs requests with 500 different prompts, there are 8"
     missing = {name for name, value in row.items() if value is None}
     assert set(row["null_reasons"]) == missing
     assert all(row["null_reasons"].values())

@@ -175,7 +175,7 @@ def test_one_result_fits_80_columns_and_colour_changes_nothing_else(name: str) -
         ("detail_cpu", ["valid       yes", "warm-up     1.5 s, 5 prompts, converged", "latency"]),
         (
             "detail_cpu",
-            ["energy      not measured: no energy meter was used", "tpot, itl, queue: not measured: the engine"],
+            ["energy      not measured: no energy meter was used", "tpot, icl, queue: not measured: the engine"],
         ),
         ("detail_invalid", ["valid       no: 5 of 10 requests failed", "warning: warm-up did not converge"]),
         ("detail_invalid", ["load        none, engine reused: 20260714", "throughput  output not measured"]),

@@ -137,10 +137,10 @@ def test_warmup_is_not_measured_and_shares_no_prompt_with_the_window(bench: Benc
 def test_streaming_measures_each_request_alone(bench: Bench) -> None:
     record = bench.run(streaming=True, measurement={"min_window_sec": 0})
     assert {len(batch) for batch in bench.backend.batches} == {1}
-    ttft_s, itl_s = record.latency.ttft_s, record.latency.itl_s
+    ttft_s, icl_s = record.latency.ttft_s, record.latency.icl_s
     assert ttft_s is not None
-    assert itl_s is not None
-    assert (ttft_s.mean, itl_s.mean, ttft_s.n) == pytest.approx((0.011, 0.001, 8))
+    assert icl_s is not None
+    assert (ttft_s.mean, icl_s.mean, ttft_s.n) == pytest.approx((0.011, 0.001, 8))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_no_output_at_all_is_invalid(bench: Bench) -> None:
 def test_flops_leave_known_embeddings_out(
     bench: Bench, parameters: int | None, embeddings: int | None, counted: int | None, confidence: str | None
 ) -> None:
-    sizes = {"model_parameters": parameters, "embedding_parameters": embeddings}
+    sizes = {"model_parameters": parameters, "embedding_parameters": embeddings, "active_parameters": parameters}
     bench.backend.report = replace(bench.backend.report, **sizes)  # type: ignore[arg-type]
     compute = bench.run(measurement={"min_window_sec": 0}).compute
     assert compute.flops_total == (None if counted is None else 2 * counted * (8 * 6 + 8 * 128))

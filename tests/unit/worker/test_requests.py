@@ -153,26 +153,26 @@ def test_closed_loop_window_opens_after_one_turn_and_closes_under_load() -> None
     assert {len(batch) for batch in backend.batches} == {2}, "as many in flight as configured"
     edges_ms = [(time_ns - clock.start_ns) / NS_PER_MS for time_ns in (found.opened_ns, found.closed_ns)]
     assert edges_ms == [14, 70]
-    assert (len(found.requests), found.output_tok, found.input_tok, found.repeats) == (8, 8 * 4, 8 * 3, 2)
+    assert (len(found.completed), found.output_tok, found.input_tok, found.repeats) == (8, 8 * 4, 8 * 3, 2)
     assert (found.steady.value, found.warnings) == (True, ())
 
 
 def test_closed_loop_answers_as_many_requests_as_there_are_prompts() -> None:
     found = measure(TimedBackend(SteppedClock(), width=2), closed_loop(2, min_window_s=0.0), make_requests(10))
-    assert len(found.requests) == 10
+    assert len(found.completed) == 10
 
 
 def test_closed_loop_latency_counts_from_the_hand_in_before_it() -> None:
     found = measure(TimedBackend(SteppedClock(), width=1), closed_loop(2))
     # of two in flight, one waits for the other's turn of 14 ms
-    assert {item.completion.started_ns - (item.arrived_ns or 0) for item in found.requests} == {14 * NS_PER_MS}
-    assert {item.completion.finished_ns - (item.arrived_ns or 0) for item in found.requests} == {28 * NS_PER_MS}
+    assert {(item.started_ns or 0) - (item.arrived_ns or 0) for item in found.completed} == {14 * NS_PER_MS}
+    assert {(item.finished_ns or 0) - (item.arrived_ns or 0) for item in found.completed} == {28 * NS_PER_MS}
 
 
 def test_open_loop_latency_counts_from_the_scheduled_time() -> None:
     clock = SteppedClock()
     found = measure(TimedBackend(clock, width=1), open_loop(100.0, ramp_limit_s=0.0, min_window_s=0.05))
-    times = [(item.arrived_ns, item.completion.started_ns, item.completion.finished_ns) for item in found.requests]
+    times = [(item.arrived_ns, item.started_ns, item.finished_ns) for item in found.completed]
     # arrivals at 0, 10, 20 ms; a turn takes 14 ms, so each waits 4 ms more than the one before
     assert [
         tuple((stamp - clock.start_ns) // NS_PER_MS for stamp in stamps if stamp is not None) for stamps in times
@@ -182,9 +182,9 @@ def test_open_loop_latency_counts_from_the_scheduled_time() -> None:
 
 def test_an_idle_engine_waits_for_the_next_arrival() -> None:
     found = measure(TimedBackend(SteppedClock()), open_loop(1.0, min_window_s=3.0))
-    assert all(item.completion.started_ns == item.arrived_ns for item in found.requests)
+    assert all(item.started_ns == item.arrived_ns for item in found.completed)
     assert found.window_s == pytest.approx(4.0)  # the time it takes to offer four prompts
-    assert len(found.requests) == 4
+    assert len(found.completed) == 4
 
 
 def test_load_above_capacity_is_told_and_load_below_is_not() -> None:
@@ -202,13 +202,13 @@ def test_tokens_count_by_their_own_time_and_requests_by_their_end() -> None:
     # opened at the first hand-in, 120 ms; closed at 320 ms; tokens at 150, 180, 210, 240, 270, 300 | 330, 360
     assert (found.opened_ns - clock.start_ns, found.closed_ns - clock.start_ns) == (120 * NS_PER_MS, 320 * NS_PER_MS)
     assert found.output_tok == 6
-    assert len(found.requests) == 1
+    assert len(found.completed) == 1
     assert found.input_tok == 2 * 3, "two prefills were done in the window"
 
 
 def test_without_token_times_tokens_count_at_the_end_and_the_record_says_so() -> None:
     found = measure(TimedBackend(SteppedClock(), is_timing_tokens=False), closed_loop(2))
-    assert found.output_tok == len(found.requests) * 4
+    assert found.output_tok == len(found.completed) * 4
     assert "tokens_untimed" in codes(found.warnings)
 
 
@@ -216,7 +216,7 @@ def test_without_token_times_tokens_count_at_the_end_and_the_record_says_so() ->
 def test_a_load_that_fails_as_a_whole_is_not_kept_up(plan: TrafficPlan) -> None:
     found = measure(TimedBackend(SteppedClock(), width=2, fails=lambda _: True), plan)
     assert 4 <= len(found.failures) <= 6
-    assert found.requests == ()
+    assert found.completed == ()
     assert found.window_s < 10
     assert found.steady.value is None
 
@@ -225,7 +225,7 @@ def test_prompts_are_offered_in_turn_by_requests_of_their_own_and_each_answer_is
     backend = TimedBackend(SteppedClock(), width=8)
     done: list[int] = []
     found = measure_traffic(backend, make_requests(3), closed_loop(6), backend.clock, done.append)
-    indices = [item.prompt_index for item in found.outputs]
+    indices = [item.request.prompt for item in found.outputs]
     assert indices == [(indices[0] + offset) % 3 for offset in range(len(indices))]
     assert all(len({request.index for request in batch}) == len(batch) for batch in backend.batches)
     assert done == list(range(1, len(done) + 1))
@@ -324,5 +324,5 @@ def test_real_threads_answer_every_request_once_and_take_requests_while_they_wor
     found = measure_traffic(backend, make_requests(5), plan, Clock(), lambda _: None)
     assert backend.has_taken_meanwhile.is_set() or not is_open, "no request arrived while the first was worked on"
     assert found.failures == ()
-    assert len(found.requests) >= 5
-    assert all(item.completion.started_ns >= (item.arrived_ns or 0) for item in found.requests)
+    assert len(found.completed) >= 5
+    assert all((item.started_ns or 0) >= (item.arrived_ns or 0) for item in found.completed)

@@ -63,6 +63,7 @@ class TimedBackend:
             device="cpu",
             model_parameters=1000,
             embedding_parameters=400,
+            active_parameters=1000,
         )
     )
     memory_b: int | None = None
