@@ -110,29 +110,32 @@ def count_embedding_parameters(model: Any) -> int | None:
 # The fields of model configurations (transformers 5.23) with the number of routed experts of a layer, and with how many
 # of them a token is routed to.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_USED = (*("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts"),)
+_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
 
 
 def count_active_parameters(model: Any, parameters: int) -> int | None:
-    """Of all the parameters of a model, those that a token uses; None for experts that are not where they usually are.
+    """Of all the parameters of a model, those that a token uses; None for experts that cannot be counted.
 
     A token uses everything but the routed experts, and of these as many in each layer as it is routed to.
     """
-    shape = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    experts, used = (
-        next((value for name in names if isinstance(value := getattr(shape, name, None), int)), 0)
-        for names in (_EXPERTS, _EXPERTS_USED)
-    )
-    if experts < 2:
-        return parameters
     routed = {
         id(parameter): _size_of(parameter)
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
         for parameter in module.parameters()
     }
+    shape = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    experts, used = (
+        next((value for name in names if isinstance(value := getattr(shape, name, None), int)), 0)
+        for names in (_EXPERTS, _USED)
+    )
     total = sum(routed.values())
-    return parameters - total // experts * (experts - used) if total and total % experts == 0 and used > 0 else None
+    if not total and experts < 2:
+        return parameters
+    has_empty_experts = bool(getattr(shape, "zero_expert_num", 0))  # LongCat: a token may be routed to nothing
+    if not 0 < used <= experts or not total or total % experts or has_empty_experts:
+        return None
+    return parameters - total // experts * (experts - used)
 
 
 def _size_of(parameter: Any) -> int:

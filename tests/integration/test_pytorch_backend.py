@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 
+from lem.base.clock import Clock
 from lem.base.errors import EngineError, OptionRefused
 from lem.engines.protocol import Engine, TokenRequest
 from lem.engines.pytorch import load
+from lem.meters.work import describe_work
+from lem.worker.window import measure_batch
 from tests.integration.engine_answers import (
     LENGTHS,
     SAMPLING,
@@ -276,6 +279,21 @@ def test_every_token_of_a_request_alone_has_its_time(engine: Engine, tiny_model:
     unobserved = answers(engine, prompts())
     assert {completion.token_times_ns for completion in unobserved} == {None}
     assert [item.output_ids for item in unobserved] == [item.output_ids for item in completions]
+
+
+def test_tokens_of_one_assisted_step_are_one_chunk(tiny_model: Path) -> None:
+    """A model that drafts for itself has all drafts accepted: each step brings three of them and a token of its own."""
+    config = experiment(tiny_model, pytorch={"assisted_generation": {"model": str(tiny_model), "num_tokens": 3}})
+    with loaded(config) as engine:
+        window = measure_batch(
+            engine, prompts(), min_window_s=0.0, observe_tokens=True, clock=Clock(), report=lambda _: None
+        )
+    assert {tuple(tok for _, tok in item.chunks) for item in window.completed} == {(4, 4, 4, 4)}
+    found = describe_work(window, config)
+    assert found.latency.icl_s is not None
+    assert found.latency.icl_s.n == 3 * len(window.completed)
+    assert found.latency.icl_s.p50 > 0
+    assert (found.throughput.tok_per_step, found.throughput.draft_accepted_ratio) == (4.0, 1.0)
 
 
 # Traffic

@@ -45,7 +45,49 @@ def checkpoint(folder: Path, text: str) -> Any:
 def test_parameters_are_counted_without_weights_in_memory(tmp_path: Path) -> None:
     found = identify(checkpoint(tmp_path, json.dumps(LLAMA)))
     assert (found.model_parameters, found.embedding_parameters) == (95_040, 12_800)
+    assert found.active_parameters == 95_040
     assert found.weights_sha256 is not None
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 4}
+# Of each layer: the parameters of an expert (three matrices of 8 x 16), experts, and those that a token uses.
+MIXTURES = {
+    "mixtral": ({"intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, 4 - 2),
+    "qwen2_moe": (
+        {"moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 4, "num_key_value_heads": 2},
+        2,
+    ),
+    "granitemoe": ({"intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 1}, 7),
+    "deepseek_v3": (
+        {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 1, "first_k_dense_replace": 1},
+        3,
+    ),
+    "llama": ({}, 0),
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_of_a_mixture_of_experts_those_count_that_a_token_uses(kind: str, tmp_path: Path) -> None:
+    options, unused = MIXTURES[kind]
+    found = identify(checkpoint(tmp_path, json.dumps({"model_type": kind, **SMALL, **options})))
+    assert found.model_parameters is not None
+    assert found.active_parameters is not None
+    layers = 1 if kind == "deepseek_v3" else 2
+    assert found.model_parameters - found.active_parameters == layers * unused * 3 * 8 * 16
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"model_type": "deepseek_v2", "n_routed_experts": 4, "num_experts_per_tok": None},
+        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 8},
+        {"model_type": "doge", "num_experts": 4, "num_experts_per_tok": 2},  # experts that are rows of an embedding
+    ],
+)
+def test_experts_that_cannot_be_counted_leave_the_active_parameters_unknown(shape: Any, tmp_path: Path) -> None:
+    found = identify(checkpoint(tmp_path, json.dumps({**SMALL, **shape})))
+    assert (found.model_parameters or 0) > 0
+    assert found.active_parameters is None
 
 
 BROKEN = {

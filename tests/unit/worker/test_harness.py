@@ -15,6 +15,7 @@ from lem.base.errors import EngineError, OptionRefused
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig, WarmupConfig
 from lem.engines.protocol import Completion, EngineReport, TokenRequest
+from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
 from lem.record import Record, decode_record, encode_record
 from lem.worker.channel import RunRequest
 from lem.worker.harness import ResidentEngine, run_experiment, variation_of, warm_up
@@ -22,7 +23,7 @@ from lem.worker.prompts import Prompt, read_prompt_file, write_prompts
 from lem.worker.recording import WarmupOutcome
 from lem.worker.requests import DisjointRequests
 from tests.doubles.trivial_engine import TrivialEngine
-from tests.unit.worker.timed_backend import SteppedClock, TimedBackend, make_requests
+from tests.unit.worker.timed_backend import NS_PER_MS, SteppedClock, TimedBackend, make_requests
 from tests.worker_rig import IDENTITY, PHASES
 
 PROMPTS = [Prompt(f"prompt number {number} of eight") for number in range(8)]  # 6 tokens each
@@ -202,6 +203,67 @@ def test_flops_leave_known_embeddings_out(
     assert compute.flops_total == (None if counted is None else 2 * counted * (8 * 6 + 8 * 128))
     assert (compute.model_parameters, compute.flops_confidence) == (parameters, confidence)
     assert ("flops_total" in compute.null_reasons) == (counted is None)
+
+
+def test_flops_of_a_mixture_count_the_experts_that_a_token_uses_or_are_absent(bench: Bench) -> None:
+    bench.backend.report = replace(bench.backend.report, active_parameters=700)  # of 1,000, 400 in embeddings
+    compute = bench.run(measurement={"min_window_sec": 0}).compute
+    assert (compute.flops_total, compute.active_parameters) == (2 * 300 * (8 * 6 + 8 * 128), 700)
+    bench.engine.unload()
+    bench.backend.report = replace(bench.backend.report, active_parameters=None)
+    compute = bench.run(measurement={"min_window_sec": 0}).compute
+    assert (compute.flops_total, compute.model_parameters) == (None, 1000)
+    assert compute.null_reasons["flops_total"].code == "experts_uncounted"
+
+
+def test_requests_are_kept_beside_the_result_and_without_secrets(bench: Bench) -> None:
+    bench.backend.fails = lambda request: request.index == 3
+    record = bench.run(streaming=True, measurement={"min_window_sec": 1}, secrets={"HF_TOKEN": "scripted"})
+    log = read_requests(bench.folder / REQUESTS_FILENAME)
+    assert (log.traffic_mode, log.prompts, log.repeats) == ("closed_batch", 8, record.window.window_repeats)
+    assert (len(log.completed), len(log.failures)) == (record.work.requests_ok, record.work.requests_failed)
+    assert "scripted" not in "".join(log.failures)
+    assert log.requests[0].token_times_ns == tuple(log.opened_ns + ms * NS_PER_MS for ms in range(11, 139))
+    assert (record.window.in_flight_mean, record.window.in_flight_peak) == (1.0, 1)
+
+
+def test_a_window_of_traffic_without_a_completed_request_is_invalid(bench: Bench) -> None:
+    bench.backend.token_ms = 1000.0  # an answer takes longer than the window
+    record = bench.run(
+        traffic_simulation={"enabled": True, "target_qps": 9, "allow_overload": True},
+        max_output_tokens=99,
+        measurement={"min_window_sec": 10},
+        warmup={"enabled": False},
+    )
+    assert record.work.output_tok > 0
+    (reason,) = record.validity.invalid_reasons
+    assert (record.work.requests_ok, reason.code) == (0, "none_completed")
+    assert reason.data["arrived"] > 50
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_a_queue_that_grows_throughout_the_window_is_invalid_unless_it_is_wanted(bench: Bench, is_wanted: bool) -> None:
+    # two at once take 0.138 s, so 14.5 requests a second
+    record = bench.run(
+        traffic_simulation={"enabled": True, "target_qps": 30, "allow_overload": is_wanted},
+        measurement={"min_window_sec": 20},
+    )
+    assert record.validity.valid is is_wanted
+    assert [reason.code for reason in record.validity.invalid_reasons] == ([] if is_wanted else ["queue_grew"])
+    assert "load_too_high" in [reason.code for reason in record.validity.warnings]
+
+
+def test_goodput_is_recorded_with_its_limits(bench: Bench) -> None:
+    record = bench.run(
+        traffic_simulation={"enabled": True, "mode": "closed", "concurrency": 3, "slo": {"e2e_ms": 200}},
+        measurement={"min_window_sec": 10},
+        max_output_tokens=90,
+    )
+    # Two of three are answered in 100 ms; the third waits for another turn.
+    work, rates = record.work, record.throughput
+    assert 0 < (work.requests_good or 0) <= work.requests_ok
+    assert rates.good_requests_per_s == (work.requests_good or 0) / record.window.window_s
+    assert record.efficiency.null_reasons["energy_per_good_request_j"].code == "sampler_reports"
 
 
 def test_peak_memory_is_that_of_the_window(bench: Bench) -> None:
