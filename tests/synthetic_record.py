@@ -173,7 +173,7 @@ class Run:
         each_j = energy_j / len(self.gpus)
         capped_s, throttled_s = self.configuration.capped_ratio * window_s, self._throttled_s(window_s)
         warmer_c = 12.0 if self.is_throttled else 0.0
-        return Gpu(
+        found = Gpu(
             uuid=gpu.uuid,
             name=gpu.name,
             energy_j=each_j,
@@ -192,6 +192,7 @@ class Run:
             persistence_mode=gpu.persistence_mode,
             mig_mode=gpu.mig_mode,
         )
+        return reasons(found, "not told by this driver")
 
     def _environment(self) -> Environment:
         engine, version = _ENGINE[self.configuration.backend]
