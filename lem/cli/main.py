@@ -208,7 +208,7 @@ def _report_bug(console: log.Console, error: Exception) -> None:
     try:
         descriptor, path = tempfile.mkstemp(prefix="lem-bug-", suffix=".log")
         with open(descriptor, "wb") as stream:
-            stream.write(durable.utf8(text))
+            stream.write(durable.utf8(log.escaped(text)))
         where = f" (traceback in {path})"
     except OSError:
         console.line(text)

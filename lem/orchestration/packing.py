@@ -74,7 +74,7 @@ def program_bytes() -> bytes:
 
 
 def _is_open_to_others(found: os.stat_result) -> bool:
-    """Whether every user can replace what is in a folder; in a sticky one they can not (/tmp)."""
+    """Whether every user can replace what is in a folder; in a sticky one (/tmp) only the owner can."""
     return bool(found.st_mode & stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
 
 

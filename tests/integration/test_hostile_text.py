@@ -97,6 +97,7 @@ def commands(run_id: str) -> Iterator[tuple[str, ...]]:
         ("results", "show", path.name) for path in sorted(Path("results/demo", run_id).iterdir()) if path.is_dir()
     )
     yield from (("results", "show", "demo", "--json"), ("results", "recompute", "demo"))
+    yield from (("verify", f"results/demo/{run_id}"), ("verify", "results", "--json"), ("verify", HOSTILE))
     for form in ("csv", "json", "jsonl", "markdown"):
         yield from (("results", "export", "demo", "--format", form), ("results", "export", "-o", f"out.{form}"))
         yield "results", "export", "demo", "--attempts", "all", "--format", form, "-o", f"all.{form}"

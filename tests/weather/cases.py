@@ -42,6 +42,12 @@ def _at(at: str, do: str, **more: Any) -> dict[str, Any]:
     return {"at": at, "do": do, "when": {"max_output_tokens": VICTIM}, **more}
 
 
+LITTLE_MEMORY: Mapping[str, Any] = {
+    "deploy": {"resources": {"limits": {"memory": "192m"}}},
+    "memswap_limit": "192m",  # without it, what swaps is not killed but slow
+}
+
+
 def _engine(*rules: Mapping[str, Any], once: bool = False, **options: Any) -> Callable[[WeatherRig], Ended]:
     def strike(rig: WeatherRig) -> Ended:
         rig.options.update(options)
@@ -247,14 +253,14 @@ CASES: tuple[Case, ...] = (
     Case("container paused", _measuring(_pause_container), "reported no progress", 0, "completed", execution=BRIEF),
     Case(
         "container out of memory",
-        _engine(_at("generate", "allocate", bytes=600 * MIB), mem_limit="192m", memswap_limit="192m"),
+        _engine(_at("generate", "allocate", bytes=600 * MIB), **LITTLE_MEMORY),
         "ran out of memory",
         1,
         "failed",
     ),
     Case(
         "container out of memory at load",
-        _engine(_at("load", "allocate", bytes=600 * MIB), mem_limit="192m", memswap_limit="192m"),
+        _engine(_at("load", "allocate", bytes=600 * MIB), **LITTLE_MEMORY),
         "ran out of memory",
         1,
         "failed",
