@@ -188,14 +188,17 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _wrap_name(name: str, width: int) -> list[str]:
     """The name in lines of `width`, broken after separators where it can be, following lines indented."""
     indent = "  "
-    lines = [""]
+    lines, used = [""], 0
     for token in name_tokens(name):
-        if text_width(lines[-1] + token.rstrip()) > width and lines[-1].strip():
+        if used + text_width(token.rstrip()) > width and lines[-1].strip():
             lines.append(indent)
-        lines[-1] += token
-        while text_width(lines[-1].rstrip()) > width:  # one word longer than the column
-            fitting = sum(used <= width for used in itertools.accumulate(map(text_width, lines[-1])))
-            lines[-1:] = [lines[-1][:fitting], indent + lines[-1][fitting:]]
+            used = len(indent)
+        for char in token:
+            used += text_width(char)
+            if used > width and not char.isspace():  # one word longer than the column
+                lines.append(indent)
+                used = len(indent) + text_width(char)
+            lines[-1] += char
     return [line.rstrip() for line in lines]
 
 

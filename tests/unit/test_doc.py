@@ -96,3 +96,10 @@ def test_one_word_longer_than_its_column_is_broken_where_the_columns_end(name: s
     assert max(map(text_width, lines)) <= 40
     assert all(line.strip() for line in lines)
     assert "".join("".join(line.split()) for line in lines[1:]).replace("1", "", 1) == name
+
+
+def test_a_name_of_any_length_is_wrapped_in_a_time_that_grows_with_it() -> None:
+    name = "x" * 1_000_000  # took minutes when each line measured all that was left
+    lines = columns("configuration", [name], [], 80)
+    assert "".join(line.strip() for line in lines[1:]) == name
+    assert max(map(len, lines)) == 80
