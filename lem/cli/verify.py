@@ -115,7 +115,7 @@ _COUNTED = ((Verdict.DIFFERS, "differ or are damaged"), (Verdict.UNVERIFIED, "co
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """Exit code 0 only if all agree."""
     results, problems = _chosen(args)
-    found = [_verify(item, args.state_dir) for item in results]
+    found = [verify_result(item, args.state_dir) for item in results]
     counts = Counter(item.verdict for item in found)
     counts[Verdict.DIFFERS] += len(problems)
     if args.json:
@@ -174,7 +174,7 @@ def _by_path(path: Path) -> Iterator[Scan]:
 # Digests and figures
 
 
-def _verify(result: StoredResult, state_dir: Path) -> Verified:
+def verify_result(result: StoredResult, state_dir: Path) -> Verified:
     identity, digests = result.record.identity, {"index": True} if result.is_recorded else {}
     recorded = _in_manifests(state_dir / result.path.absolute().parents[3].name).get(
         (identity.run_id, identity.experiment_id, identity.attempt, identity.host)
