@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import gzip
+import hashlib
 import json
 import shutil
 import tempfile
@@ -19,8 +20,10 @@ from hypothesis import strategies as st
 from lem.base.errors import UserError
 from lem.config.experiment import ExperimentConfig
 from lem.meters.samples import FINISHED_FILENAME, PartReader, SampleLogError, read_tail
+from lem.orchestration.journal import Journal, sealed, snapshot_of
 from lem.orchestration.locks import CAMPAIGN_LOCK_NAME
 from lem.orchestration.manifest import ManifestManager
+from lem.results.index import INDEX_FILE
 from lem.results.merge import FleetPlan, HostPart, PlannedExperiment, read_plan
 from lem.results.store import Repository
 from tests.fuzz.mutation import bytes_near, gzipped, json_lines_near, json_near
@@ -153,18 +156,55 @@ def try_part(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
 def try_manifest(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
     """A manifest, as `lem status` and a resume read it."""
     written = _write(folder)
-    (folder / "c.yaml").write_text(json.dumps(_RESUMED))
-    ways = (("status",), ("status", "demo"), ("status", "--json"), ("campaign", "c.yaml", "--resume", "--dry-run"))
     with replaced(written.manifest_path, data):
-        for words in ways if is_thorough else (ways[zlib.crc32(data) % len(ways)],):
-            more = ("--executor", "local") if words[0] == "campaign" else ()
-            run_lem(*words, *more, expected=_ANY)
-        try:
-            ManifestManager(written.manifest_path).load_strict()
-        except UserError as error:
-            if str(written.manifest_path) not in error.message:
-                raise Find("place", error.message) from error
-            return Outcome.REFUSED
+        return _try_state_of_campaign(written, data, is_thorough=is_thorough)
+
+
+def try_journal(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
+    """The journal of a manifest: each line a change, with the right check before it or, for a first byte `!`, as is."""
+    written = _write(folder)
+    lines, check = data, b""
+    if not data.startswith(b"!"):
+        lines = b""
+        first = json.dumps({"snapshot": snapshot_of(written.manifest_path.read_bytes())}).encode()
+        for text in [first, *data.split(b"\n")]:
+            check = hashlib.sha256(check + text).hexdigest()[:16].encode()
+            lines += check + b" " + text + b"\n"
+    with replaced(Journal(written.manifest_path).path, lines):
+        return _try_state_of_campaign(written, data, is_thorough=is_thorough)
+
+
+def _try_state_of_campaign(written: Written, data: bytes, *, is_thorough: bool) -> Outcome:
+    Path("c.yaml").write_text(json.dumps(_RESUMED))
+    ways = (
+        ("status",),
+        ("status", "demo"),
+        ("status", "--json"),
+        ("check", "demo"),
+        ("results", "list"),
+        ("campaign", "c.yaml", "--resume", "--dry-run"),
+    )
+    for words in ways if is_thorough else (ways[zlib.crc32(data) % len(ways)],):
+        more = ("--executor", "local") if words[0] == "campaign" else ()
+        run_lem(*words, *more, expected=_ANY)
+    try:
+        ManifestManager(written.manifest_path).load_strict()
+    except UserError as error:
+        if str(written.manifest_path) not in error.message:
+            raise Find("place", error.message) from error
+        return Outcome.REFUSED
+    return Outcome.ACCEPTED
+
+
+def try_index(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
+    """The index of a run, each line with the right check: it is a cache, so that it is never a reason to refuse."""
+    written = _write(folder)
+    lines = b""
+    for text in data.split(b"\n"):
+        rest = text[1:] + b"\n"
+        lines += b'{"check":"' + hashlib.sha256(rest).hexdigest()[:16].encode() + b'",' + rest
+    with replaced(written.results_dir / "demo" / written.run_id / INDEX_FILE, lines):
+        _read_all(data, is_thorough=is_thorough)
     return Outcome.ACCEPTED
 
 
@@ -239,6 +279,31 @@ def _nothing_written_elsewhere(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder / "merged", ignore_errors=True)
 
 
+@st.composite
+def _manifests(draw: st.DrawFn) -> bytes:
+    """A manifest with the right checksum, one of the first build, which had none, or one that is damaged."""
+    is_old = draw(st.booleans())
+    document = {name: value for name, value in _sample()[2].items() if name not in ("schema_version", "sha256")}
+    data = draw(json_near({"schema_version": 1, **document} if is_old else document))
+    return sealed(b"  " + data[1:]) if data[:1] == b"{" and not is_old else data
+
+
+def _journal_lines() -> st.SearchStrategy[bytes]:
+    entries = _sample()[2]["experiments"]
+    changes = [{"at": "2026-07-14T10:00:00.000000Z", "entry": {**entry, "status": "running"}} for entry in entries[:3]]
+    return json_lines_near(changes, [{**changes[0], "extra": 1}], [{"snapshot": "x"}]) | bytes_near(b"!0123 {}\n")
+
+
+@functools.cache
+def _index_lines() -> list[Any]:
+    with tempfile.TemporaryDirectory() as name:
+        written = _CAMPAIGN.write(Path(name))
+        Repository(written.results_dir, "demo").scan(written.run_id)
+        text = (written.results_dir / "demo" / written.run_id / INDEX_FILE).read_text(encoding="utf-8")
+    documents = [json.loads(line) for line in text.splitlines()]
+    return [{key: value for key, value in item.items() if key != "check"} for item in documents]
+
+
 def _state_documents() -> tuple[dict[str, Any], ...]:
     activity = {
         "schema_version": 1, "run_id": _CAMPAIGN.run_id, "pid": 1, "host": "lab1", "started_at": "2026-07-14T10:00:00Z",
@@ -272,7 +337,9 @@ SURFACES = (
     Surface("config-json", lambda: json_near(_config_document()), try_config, in_suite=30),
     Surface("samples", lambda: gzipped(json_lines_near(_sample()[1])), try_samples, share=2, in_suite=40),
     Surface("samples-part", _part_bytes, try_part, share=2),
-    Surface("manifest", lambda: json_near(_sample()[2]), try_manifest, share=4, in_suite=100),
+    Surface("manifest", _manifests, try_manifest, share=4, in_suite=100),
+    Surface("journal", _journal_lines, try_journal, share=2, in_suite=60),
+    Surface("index", lambda: json_lines_near(_index_lines()), try_index, share=2, in_suite=40),
     Surface("plan", lambda: json_near(_plan_document()), try_plan, share=2, in_suite=100),
     Surface("state", lambda: json_near(*_state_documents()), try_state, share=2, in_suite=60),
 )

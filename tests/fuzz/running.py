@@ -15,10 +15,10 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
-from tests.fuzz import channel, configurations, results
+from tests.fuzz import bundles, channel, configurations, results
 from tests.fuzz.trial import Find, Outcome, Surface
 
-SURFACES: tuple[Surface, ...] = (*configurations.SURFACES, *results.SURFACES, *channel.SURFACES)
+SURFACES: tuple[Surface, ...] = (*configurations.SURFACES, *results.SURFACES, *channel.SURFACES, *bundles.SURFACES)
 CASES = Path(__file__).parent / "cases"
 STEADY = "lem-steady"
 
