@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lem.base.clock import Clock
+from lem.base.durable import reason_of
 from lem.base.errors import DISK_FULL, EngineError, LemError
 from lem.record import RESULT_FILE, Record, write_record
 from lem.worker import channel
@@ -122,7 +123,7 @@ def describe_failure(error: Exception, exp_id: str, phase: str | None, secrets: 
         # An error in the user's configuration or files is there the next time too.
         kind, is_permanent, message, hint = "option", True, error.message, error.hint
     elif isinstance(error, OSError) and error.errno in DISK_FULL:
-        kind, message = "full", f"cannot write {error.filename or 'the result'}: {error.strerror}"
+        kind, message = "full", f"cannot write {error.filename or 'the result'}: {reason_of(error)}"
         hint = "free some space, then continue with --resume"
     else:
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from lem.base import measurement
+from lem.base import durable, measurement
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError, MeterRefused
 from lem.base.measured import Measured, known
@@ -126,7 +126,8 @@ class Metering:
             known = dataclasses.replace(log.header, gpu_error=self.gpu_error or log.header.gpu_error)
             return log if log.header.gpus else dataclasses.replace(log, header=known)
         except (OSError, samples.SampleLogError) as error:
-            raise EngineError(f"{self.path}: the samples cannot be read: {error}", kind="meter") from error
+            reason = durable.reason_of(error) if isinstance(error, OSError) else error
+            raise EngineError(f"{self.path}: the samples cannot be read: {reason}", kind="meter") from error
 
     @property
     def baselines(self) -> Baselines:
