@@ -8,6 +8,7 @@ the window are known.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import queue
 import threading
@@ -90,7 +91,7 @@ class CsvMeter:
     factor: float = 1.0  # what it writes for a watt
     base_w: float = 150.0  # what the machine draws besides what the scene meters
     share: float = 1.0  # of what the scene meters
-    from_s: float = -1000.0  # since the start; rows before and after are missing
+    swing_w: float = 0.0  # of a load of its own, in periods of 37 s
     hole_s: tuple[float, float] = (0.0, 0.0)  # since the window opened
 
 
@@ -167,6 +168,7 @@ class World(SteppedClock):
         self.states: list[tuple[int, float]] = [(START_NS, 0.0)]
         self.sampler = LockStep()
         self.window_ns: int | None = None
+        (self.folder / "proc").mkdir()
         self._load = self.folder / "load"
         self._load.touch()
         self._now = os.open(self.folder / "now", os.O_CREAT | os.O_WRONLY, 0o644)
@@ -184,7 +186,7 @@ class World(SteppedClock):
         self.powercap = Powercap(self.folder / "powercap", zones)
         self.powercap.make(0)
         self.csv_path = self.folder / "meter.csv"
-        self._csv_next_ns = START_NS
+        self._csv_next_ns = START_NS - 60 * S  # it has run for a while
         if self.scene.csv is not None:
             self.csv_path.write_text(f"{self.scene.csv.header}\n" if self.scene.csv.header else "")
         self._say(())
@@ -253,7 +255,7 @@ class World(SteppedClock):
         # No second: its times of processes stay as they are.
         busy_s = sum(max(0, min(end, self.now_ns) - start) * busy for (start, busy), (end, _) in self._spans()) / S
         ticks = (round(100 * busy_s), round(100 * ((self.now_ns - START_NS) / S - busy_s)))
-        (self.folder / "stat").write_text("cpu {} 0 0 {} 0 0 0 0 0 0\n".format(*ticks))
+        (self.folder / "proc" / "stat").write_text("cpu {} 0 0 {} 0 0 0 0 0 0\n".format(*ticks))
         for it in self.scene.packages:
             self._write_zone(it)
         if self.scene.csv is not None:
@@ -282,9 +284,10 @@ class World(SteppedClock):
             at_ns, mean_ns = self._csv_next_ns, round(meter.mean_s * S)
             self._csv_next_ns += round(meter.period_s * S)
             into_s = self._since_window_s()
-            if (at_ns - START_NS) / S < meter.from_s or meter.hole_s[0] <= into_s < meter.hole_s[1]:
+            if meter.hole_s[0] <= into_s < meter.hole_s[1]:
                 continue
             power_w = self.machine_j(at_ns - mean_ns, at_ns) / meter.mean_s
+            power_w += meter.swing_w * math.sin(2 * math.pi * at_ns / S / 37)
             utc_s = START_UTC.timestamp() + (at_ns - START_NS) / S + meter.ahead_s
             rows.append(f"{utc_s:.3f},{power_w * meter.factor:.6g}\n")
         if rows:
@@ -359,6 +362,6 @@ def play(scene: Scene, folder: Path) -> Outcome:
     edges = window.opened_ns, window.closed_ns
     places = [place for place in scene.in_use if place < len(uuids)]
     true_j = world.gpus_j(*edges, places) if in_use else world.packages_j(*edges)
-    if not in_use and not scene.packages:
+    if scene.csv is not None:
         true_j = world.machine_j(*edges)
     return Outcome(true_j, record)

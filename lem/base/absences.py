@@ -132,6 +132,12 @@ NULL_TEXTS: Mapping[str, str] = {
     "external_empty": "measurement.external_csv has no readings",
     "external_window_only": "an external meter covers only the window",
     "external_short": "{source} does not cover the window: {how}",
+    "external_few": "{source} has {n:d} readings in the window, {needed:d} are needed",
+    "external_unaligned": (
+        "{source}: its readings do not follow the work that the meters of this machine saw: its clock is unknown"
+    ),
+    "external_clock": "{source}: its clock is more than {most_s:g} s off",
+    "external_below_parts": "{source} comes to {energy_j:.4g} J, less than its parts: {parts_j:.4g} J",
     "external_hole": "{source} has a hole of {gap_s:.1f} s in the window",
     "no_utc": "the sample log has no UTC time to align with: {utc!r}",
     # What follows from energy and work.

@@ -110,6 +110,9 @@ V1_TEXTS: Mapping[str, str] = {
 
 _NEW_TEXTS: Mapping[str, str] = {
     "slowdown_counted": "{uuid}: heat or a power brake slowed it for {slowed_s:.3g} s of the {span}, by its own count",
+    "external_corrected": (
+        "{source}: its clock is {ahead_s:.1f} s ahead, and a reading is the mean of {mean_s:.1f} s: both are corrected"
+    ),
     "counter_frozen": "{uuid}: {error}; energy is integrated power",
     # Sentences of version 1 in other words.
     "clocks_unwatched": "clock throttling was not monitored (timeseries.enabled: false)",

@@ -216,7 +216,7 @@ def recompute_result(result: StoredResult) -> Outcome:
     external: ExternalReadings | None = None
     if config.measurement.external_csv is not None:
         with contextlib.suppress(MeterRefused):  # which the outcome reports
-            external = read_external(Path(config.measurement.external_csv))
+            external = read_external(Path(config.measurement.external_csv), config.measurement.external_unit)
     try:
         found = recompute(result.record, config, log, marks, external)
     except MeterRefused as error:

@@ -223,7 +223,10 @@ class MeasurementConfig(Section):
     max_foreign_pct: float | None = option(
         20.0, "Most CPU time of other programs, for energy of the CPU; null: no limit.", min=0, max=100, unit="%"
     )
-    external_csv: str | None = option(None, "File with readings of an external meter: UTC time, watts.")
+    external_csv: str | None = option(None, "File with readings of an external meter: UTC time, power.")
+    external_unit: str | None = option(
+        None, "Unit of its power; null: as its first line says.", choices=("W", "kW", "mW"), identity=False
+    )
     grid_g_per_kwh: float | None = option(None, "Carbon intensity of the grid.", min=0, unit="g/kWh")
     pue: float | None = option(None, "Power usage effectiveness of the site.", min=1, max=10)
     price_per_kwh: float | None = option(None, "Price of energy, in any currency.", min=0, unit="1/kWh")

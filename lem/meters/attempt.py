@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -335,6 +336,20 @@ class AttemptLog:
             curve = rapl_curve(self.log.rapl, place, zone.max_uj, what, zone.limit_w)
             curves.append(self._checked(curve, f"rapl.{zone.name}"))
         return tuple(curves)
+
+    def reference_curves(self) -> tuple[Curve, ...]:
+        """The curves of meters that saw the work of the window, by which the clock of another one is found."""
+        ways: tuple[Callable[[], tuple[Curve, ...]], ...] = (
+            lambda: tuple(self.gpu_curve(number) for number in range(len(self.sources.gpus))),
+            lambda: self.cpu_curves(PACKAGE) if self.sources.cpu_method == EnergySource.RAPL else (),
+            lambda: (self._checked(load_curve(self.log.loads, 1.0, "the load of the CPU"), "cpu.load"),),
+        )
+        for way in ways:
+            with contextlib.suppress(NotMeasured):
+                curves = way()
+                if curves and all(curve.between_j(self.window) > 0 for curve in curves):
+                    return curves
+        return ()
 
     def window_j(self, curve: Curve, share: float | None, name: str = names.WINDOW) -> float:
         """The energy of a window by one curve; `share` is its part of a power at rest that was measured before."""

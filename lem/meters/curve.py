@@ -102,6 +102,10 @@ class Curve:
         self._check_edges(span, span.opened_ns, span.closed_ns)
         return self._interpolate(last, span.closed_ns) - self._interpolate(first, span.opened_ns)
 
+    def value_j(self, at_ns: int) -> float:
+        """The energy since some moment, interpolated; raises NotMeasured beyond the first and last knot."""
+        return self._interpolate(self._place(at_ns), at_ns)
+
     def closed_j(self, closed: ClosedWindow) -> float:
         """The energy of a window with idle guards; raises as `between_j`.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
 
 from lem.base import measurement as names
 from lem.base.measured import Measured, known
-from lem.base.measurement import EnergySource, is_cpu_source
+from lem.base.measurement import EnergySource, is_cpu_source, is_estimate
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR
 from lem.config.experiment import MeasurementConfig
@@ -17,7 +17,7 @@ from lem.meters import window
 from lem.meters.attempt import AttemptLog, measured, need
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.disclosure import MachineFacts
-from lem.meters.external import ExternalReadings, external_energy_j
+from lem.meters.external import External, ExternalReadings, measure_external
 from lem.meters.interference import (
     describe_interference,
     holes,
@@ -27,6 +27,9 @@ from lem.meters.interference import (
 )
 from lem.meters.rapl import DRAM, PACKAGE
 from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Interference, Machine, Work, parts_of_source
+
+# From here on a correction of the user's own meter is told.
+_CLOCK_NOTED_S, _MEAN_NOTED_S = 0.5, 1.5
 
 _J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
 
@@ -63,7 +66,10 @@ def measure(
     found = Interference.absent(Reason.of("no_window_mark"))
     if span is not None:
         found = describe_interference(attempt.log, span)
-    energy = _energy(attempt, gpus, idle, external, window_repeats, found)
+    plug: Measured[External] = known(None, sources.reasons.get("external", "external_empty"))
+    if sources.is_external:
+        plug = measured(lambda: measure_external(external, attempt.log, attempt.window, attempt.reference_curves()))
+    energy = _energy(attempt, gpus, idle, plug, window_repeats, found)
     absent: Measured[Any] = known(None, sources.reasons.get("gpu", "gpu_unseen"))
     unseen = dict.fromkeys({item.name for item in fields(Gpu)} - {"uuid", "name", "null_reasons"}, absent)
     gpus += tuple(Gpu.of(uuid=uuid, name="unknown", **unseen) for uuid in sources.missing_uuids)
@@ -79,7 +85,11 @@ def measure(
             *(() if span is None else holes(attempt, span, found)),
             *waited_too_long(attempt, found),
         ),
-        warnings=(*interference_warnings(attempt, found), *window.warnings_of(attempt, energy, idle)),
+        warnings=(
+            *interference_warnings(attempt, found),
+            *window.warnings_of(attempt, energy, idle),
+            *_corrections(plug, energy),
+        ),
     )
 
 
@@ -89,11 +99,19 @@ def _machine(facts: MachineFacts) -> Machine:
     return Machine.of(**{name: known(value, reasons.get(name, "not_shown")) for name, value in named})
 
 
+def _corrections(plug: Measured[External], energy: Energy) -> Iterator[Reason]:
+    """What was wrong with the user's own meter, where its energy is known all the same."""
+    if plug.value is not None and energy.external_energy_j is not None:
+        ahead_s, mean_s = plug.value.ahead_s, plug.value.mean_s
+        if abs(ahead_s) > _CLOCK_NOTED_S or mean_s > _MEAN_NOTED_S:
+            yield Reason.of("external_corrected", source=plug.value.source, ahead_s=ahead_s, mean_s=mean_s)
+
+
 def _energy(
     attempt: AttemptLog,
     gpus: Sequence[Gpu],
     idle: Idle,
-    external: ExternalReadings | None,
+    external: Measured[External],
     window_repeats: int,
     found: Interference,
 ) -> Energy:
@@ -106,10 +124,8 @@ def _energy(
         "gpu_energy_j": gpu_j,
         "cpu_package_energy_j": measured(lambda: _domain_j(attempt, PACKAGE, found)),
         "dram_energy_j": measured(lambda: _domain_j(attempt, DRAM, found)),
-        "external_energy_j": measured(lambda: external_energy_j(external, attempt.log, attempt.window)),
     }
-    if not sources.is_external:
-        parts["external_energy_j"] = known(None, sources.reasons["external"])
+    parts["external_energy_j"] = _external_j(attempt, external, list(parts.values()))
     # The energy that counts: of the GPUs, else of CPU packages and memory, else by the user's own meter.
     if sources.primary is None:
         primary: Measured[float] = known(None, sources.reasons["primary"])
@@ -135,6 +151,18 @@ def _energy(
         counter_update_period_s=period,
         sample_gap_max_s=measured(lambda: window.sample_gap_max_s(attempt)),
     )
+
+
+def _external_j(attempt: AttemptLog, external: Measured[External], parts: Sequence[Measured[float]]) -> Measured[float]:
+    """The energy by the user's own meter, which also covers what the other meters do, estimates aside."""
+    if external.value is None:
+        return known(None, external.null_reason or "no_reason")
+    found_j = external.value.energy_j
+    values_j = [part.value for part in parts if part.value is not None]
+    parts_j = 0.0 if is_estimate(attempt.sources.cpu_method) else sum(values_j)
+    if found_j < parts_j:
+        return known(None, "external_below_parts", source=external.value.source, energy_j=found_j, parts_j=parts_j)
+    return Measured(found_j)
 
 
 def _domain_j(attempt: AttemptLog, domain: str, found: Interference) -> float:

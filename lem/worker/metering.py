@@ -27,7 +27,7 @@ from lem.meters.attempt import AttemptLog, Baselines, Sources, choose_sources, s
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.disclosure import read_machine
 from lem.meters.energy import EnergyFindings, measure
-from lem.meters.external import ExternalReadings, is_short_of, read_external
+from lem.meters.external import LEAST_READINGS, LONGEST_WINDOW_S, ExternalReadings, is_short_of, read_external
 from lem.meters.samples import Mark, Row, SampleHeader, SampleLog
 from lem.meters.usage import HERE
 from lem.worker.channel import RunRequest
@@ -76,7 +76,8 @@ def open_metering(
     write.
     """
     if config.measurement.external_csv is not None:
-        read_external(Path(config.measurement.external_csv))  # refused now, not after an hour
+        # Refused now, not after an hour.
+        read_external(Path(config.measurement.external_csv), config.measurement.external_unit)
     nothing = SampleHeader(
         started_ns=clock.monotonic_ns(),
         started_utc=clock.utc_now().isoformat(),
@@ -222,7 +223,20 @@ class Metering:
             period_s = self._counter_period_s()
         elif self.sources.gpu_method is not None:
             period_s = max(SENSOR_PERIOD_S, self.sources.sample_period_s)
-        return max(self.config.measurement.min_window_sec, WINDOW_UPDATES * period_s)
+        return max(self.config.measurement.min_window_sec, WINDOW_UPDATES * period_s, self._external_floor_s())
+
+    def _external_floor_s(self) -> float:
+        """How long a window is with enough readings of the user's own meter."""
+        return (LEAST_READINGS + 1) * self._external_period_s()
+
+    def _external_period_s(self) -> float:
+        """The time between two readings of the user's own meter; 0 without one, and where it is unknown or too long."""
+        wanted = self.config.measurement
+        with contextlib.suppress(MeterRefused):  # the file is read again after the window
+            if wanted.external_csv is not None:
+                period_s = read_external(Path(wanted.external_csv), wanted.external_unit).period_s or 0.0
+                return period_s if (LEAST_READINGS + 1) * period_s <= LONGEST_WINDOW_S else 0.0
+        return 0.0
 
     def measure_closed(self, run: Callable[[], MeasuredWindow]) -> MeasuredWindow:
         measured = self._between_guards(measurement.GUARD_BEFORE, run, measurement.GUARD_AFTER)
@@ -253,13 +267,16 @@ class Metering:
 
     @property
     def _guard_s(self) -> float:
-        """Two readings of the slowest meter in use, and at least the lag of a sensor; 0 without any."""
+        """Two readings of the slowest meter in use, and at least the lag of a sensor; 0 without any.
+
+        A meter of the user's own counts as far as its readings do not make a window too long.
+        """
         period_s = samples.SLOW_PERIOD_S if is_cpu_source(self.sources.cpu_method) else 0.0
         if EnergySource.COUNTER in (self.sources.gpu_method, self.sources.cpu_method):
             period_s = max(period_s, self._counter_period_s())
         elif self.sources.gpu_method is not None:
             period_s = max(period_s, self.sources.sample_period_s)
-        return max(GUARD_PERIODS * period_s, self.sources.least_guard_s)
+        return max(GUARD_PERIODS * max(period_s, self._external_period_s()), self.sources.least_guard_s)
 
     def _counter_period_s(self) -> float:
         """The time between two updates of the slowest counter under the load of the warm-up."""
@@ -323,19 +340,23 @@ class Metering:
         Raises OSError: the log cannot be written.
         """
         self._catch_up(self.clock.monotonic_ns())
-        log = self.read()
+        self._choose_again()
         path = self.config.measurement.external_csv
-        external = None if path is None else self._external_readings(Path(path), log, measured)
+        external = None if path is None else self._external_readings(Path(path), is_steady_mode=is_steady_mode)
+        log = self.read()
         if self.config.timeseries.save and (path is not None or self._reader is not None):
             samples.write_finished(folder / samples.FINISHED_FILENAME, log, self.marks)
-        log = without_still_counters(log, span_of(self.marks, measurement.WINDOW))
-        self._choose_again()
         return measure(
-            AttemptLog(log, tuple(self.marks), self.sources, self.baselines, is_steady_mode),
+            self._attempt(log, is_steady_mode=is_steady_mode),
             window_repeats=measured.repeats,
             external=external,
             own_pids=self.own_pids,
         )
+
+    def _attempt(self, log: SampleLog, *, is_steady_mode: bool) -> AttemptLog:
+        """A marked log with its sources; counters that stood still in the window are not used."""
+        usable = without_still_counters(log, span_of(self.marks, measurement.WINDOW))
+        return AttemptLog(usable, tuple(self.marks), self.sources, self.baselines, is_steady_mode)
 
     def _choose_again(self) -> None:
         """Choose after the window, in which a counter may have stood still: then there is no going back."""
@@ -346,21 +367,22 @@ class Metering:
             reasons = {**self.sources.reasons, "gpu": why, "primary": why}
             self.sources = dataclasses.replace(self.sources, gpu_method=None, primary=None, scope=None, reasons=reasons)
 
-    def _external_readings(self, path: Path, log: SampleLog, measured: MeasuredWindow) -> ExternalReadings:
+    def _external_readings(self, path: Path, *, is_steady_mode: bool) -> ExternalReadings:
         """The readings of the user's own meter, waited for until they cover the window.
 
         A file that cannot be read any more costs its own figure and not the whole measurement.
         """
-        window = Span(measured.opened_ns, measured.closed_ns)
         begin_ns = self.clock.monotonic_ns()
-        try:
-            readings = read_external(path)
-            while is_short_of(readings, log, window) and self._seconds_since(begin_ns) < _EXTERNAL_LAG_S:
-                self._rest(_REPORT_S, f"waiting for {path.name}")
-                readings = read_external(path)
-        except MeterRefused as error:
-            return ExternalReadings(str(path), error=error.message)
-        return readings
+        while True:
+            try:
+                readings = read_external(path, self.config.measurement.external_unit)
+            except MeterRefused as error:
+                return ExternalReadings(str(path), error=error.message)
+            attempt = self._attempt(self.read(), is_steady_mode=is_steady_mode)
+            is_short = is_short_of(readings, attempt.log, attempt.window, attempt.reference_curves())
+            if not is_short or self._seconds_since(begin_ns) >= _EXTERNAL_LAG_S:
+                return readings
+            self._rest(_REPORT_S, f"waiting for {path.name}")
 
     def _catch_up(self, until_ns: int, *, is_loads: bool = False) -> None:
         """Wait until the sampler has written what it read up to a moment; one that is too late is not waited for."""

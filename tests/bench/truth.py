@@ -22,7 +22,7 @@ from pathlib import Path
 from lem.base.errors import LemError
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Sensor
-from tests.truth_rig import Course, Package, Scene, play
+from tests.truth_rig import Course, CsvMeter, Package, Scene, play
 
 WITHIN = 0.01
 ROOT = Path(__file__).resolve().parents[2]
@@ -271,7 +271,38 @@ GPU = (
 )
 
 
-ROWS = (*RAPL, *GPU)
+def _plug(meter: CsvMeter, beside: Scene = Scene(cpu=_POWER), unit: str | None = None) -> Scene:  # noqa: B008
+    return dataclasses.replace(beside, csv=meter, options={"measurement": {"external_unit": unit}})
+
+
+_ON_GPU = Scene(gpus=(_gpu(),))
+_ON_CPU = Scene(packages=(_package(),))
+
+EXTERNAL = (
+    Row("plug, each second", _plug(CsvMeter())),
+    Row("plug, each second, beside a GPU", _plug(CsvMeter(), _ON_GPU)),
+    Row("plug, ten times a second, beside a package", _plug(CsvMeter(period_s=0.1), _ON_CPU)),
+    Row("plug, means of the last 5 s", _plug(CsvMeter(mean_s=5.0))),
+    Row("plug, means of the last 5 s, beside a GPU", _plug(CsvMeter(mean_s=5.0), _ON_GPU)),
+    Row("plug, means of 5 s, every 5 s", _plug(CsvMeter(period_s=5.0, mean_s=5.0))),
+    Row("plug, clock 2 s ahead", _plug(CsvMeter(ahead_s=2.0)), warnings=("external_corrected",)),
+    Row(
+        "plug, clock 3 s behind, beside a GPU", _plug(CsvMeter(ahead_s=-3.0), _ON_GPU), warnings=("external_corrected",)
+    ),
+    Row("plug, clock a minute ahead", _plug(CsvMeter(ahead_s=60.0)), None, ("external_short", "external_unaligned")),
+    Row("plug, follows nothing", _plug(CsvMeter(share=0.0, swing_w=40.0), _ON_GPU), None, ("external_unaligned",)),
+    Row("plug, a reading every hour", _plug(CsvMeter(period_s=3600.0)), None, ("external_short", "external_few")),
+    Row("plug, a reading every 15 s", _plug(CsvMeter(period_s=15.0)), None, ("external_short", "external_few")),
+    Row("plug, kilowatts, as its header says", _plug(CsvMeter(header="time,power_kw", factor=1e-3))),
+    Row("plug, kilowatts read as watts", _plug(CsvMeter(factor=1e-3), _ON_GPU), None, ("external_below_parts",)),
+    Row("plug, no unit", _plug(CsvMeter(header="")), None, ("refused",)),
+    Row("plug, unit by option", _plug(CsvMeter(header="", factor=1e3), unit="mW")),
+    Row("plug, less than its GPU", _plug(CsvMeter(share=0.5, base_w=1.0), _ON_GPU), None, ("external_below_parts",)),
+    Row("plug, less than its CPU", _plug(CsvMeter(share=0.5, base_w=1.0), _ON_CPU), None, ("external_below_parts",)),
+    Row("plug, a hole of 8 s", _plug(CsvMeter(hole_s=(3.0, 11.0))), None, ("external_hole",)),
+)
+
+ROWS = (*RAPL, *GPU, *EXTERNAL)
 
 
 def run(row: Row, folder: Path) -> Result:

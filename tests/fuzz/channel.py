@@ -12,7 +12,7 @@ from lem import __version__
 from lem.base.errors import LemError, MeterRefused, UserError
 from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import NotMeasured, Span
-from lem.meters.external import external_energy_j, read_external
+from lem.meters.external import measure_external, read_external
 from lem.meters.samples import SampleHeader, SampleLog
 from lem.orchestration.dispatch import Timeouts, Worker
 from lem.worker.channel import PROTOCOL_VERSION, ChannelError, Failure, LineBuffer, RunRequest, read_report
@@ -116,13 +116,13 @@ def _no_engine() -> NoReturn:
 
 
 def try_csv(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
-    """A CSV of UTC times and watts."""
+    """A CSV of UTC times and power."""
     del is_thorough
     path = folder / "meter.csv"
     path.write_bytes(data)
     log = SampleLog(SampleHeader(1_000_000_000, "2026-07-14T10:00:00.000000Z", "lab1", 100))
     try:
-        external_energy_j(read_external(path), log, Span(2_000_000_000, 5_000_000_000))
+        measure_external(read_external(path), log, Span(2_000_000_000, 5_000_000_000), ())
     except (MeterRefused, NotMeasured) as error:
         if "meter.csv" not in str(error):
             raise Find("place", str(error)) from error

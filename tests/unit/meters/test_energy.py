@@ -519,7 +519,7 @@ def test_an_estimate_is_labelled() -> None:
 
 def plug(power_w: float, begin_s: float = 0.0, end_s: float = 34.0) -> ExternalReadings:
     origin_utc_s = 1767225600.0 + 1.0  # 2026-01-01, when the double's log begins, a second before the script
-    times = [origin_utc_s + begin_s + second for second in range(int(end_s - begin_s) + 1)]
+    times = [origin_utc_s + begin_s + place / 10 for place in range(round(10 * (end_s - begin_s)) + 1)]
     return ExternalReadings("plug.csv", tuple(times), (power_w,) * len(times))
 
 

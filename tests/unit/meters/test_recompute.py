@@ -89,7 +89,7 @@ def test_the_log_of_another_gpu_does_not_agree() -> None:
 
 def test_what_a_lost_csv_said_is_left_out_and_told() -> None:
     options = {"measurement": {"external_csv": "plug.csv"}}
-    readings = ExternalReadings("plug.csv", tuple(1767225600.0 + second for second in range(40)), (500.0,) * 40)
+    readings = ExternalReadings("plug.csv", tuple(1767225600.0 + place / 10 for place in range(400)), (500.0,) * 400)
     for attempt, least in ((gpu_attempt(), 40), (cpu_attempt(), 15)):
         record = recorded(attempt, options, external=readings)
         assert record.energy.external_energy_j == pytest.approx(5000)

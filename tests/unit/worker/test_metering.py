@@ -408,8 +408,9 @@ def test_a_meter_at_the_plug_is_waited_for_and_costs_its_own_figure_alone(
     path = meter.folder / "plug.csv"
 
     def write(until_s: float) -> None:
-        """One reading a second, from the begin of a log of 2026 on."""
-        path.write_text("".join(f"{NEW_YEAR_S + second},{PLUG_W}\n" for second in range(-1, round(until_s))))
+        """One reading a second, from before the begin of a log of 2026 on."""
+        lines = (f"{NEW_YEAR_S + second},{PLUG_W}\n" for second in range(-20, round(until_s)))
+        path.write_text("time,watts\n" + "".join(lines))
 
     def go_on() -> None:
         Meter.write(meter)
