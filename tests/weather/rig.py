@@ -31,7 +31,7 @@ CALL_TIMEOUT_S = 60
 IDLE = ("sleep", "docker-init", "tini")
 
 # What NVML says in one container alone, until that is replaced; a restart keeps it.
-LOCAL_NVML = "/tmp/weather-nvml"
+LOCAL_NVML = "/var/tmp/weather-nvml"
 
 # A device whose name says that it is a GPU's, which the engine gives a container without any toolkit.
 GPU_DEVICE = Path("/dev/nvidia-lemtest")
@@ -80,7 +80,8 @@ class WeatherRig(CampaignRig):
             "LEMTEST_MARKER": self.inside.value,
         }
         mounts = [(DOUBLES, True), (self.shared, False)]
-        service: dict[str, Any] = {"environment": environment, **self.options}
+        # What is put into one container, outside of /tmp, stays over a restart and goes with the container.
+        service: dict[str, Any] = {"environment": environment, "read_only": False, **self.options}
         if self.has_gpu:
             environment |= self.nvml.variables()
             mounts.append((build_library(), True))
