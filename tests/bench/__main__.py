@@ -33,6 +33,9 @@ BESIDE = """
 Beside others, in ABBA pairs, for some minutes on a machine that does nothing else:
   a bare loop around `generate` of transformers:
     {python} -m tests.bench.bare
+  a second program beside a campaign, and quiet windows of real engines:
+    {python} -m tests.bench.interference disturbed
+    {python} -m tests.bench.interference quiet
   vLLM's own offline benchmark, once the lab is up:
     {lab}/environments/vllm/bin/python -m tests.bench.offline {lab}/models/demo"""
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from lem.meters.samples import PART_FILENAME, PartReader
 from tests.campaign_rig import EIGHT, FOUR
 from tests.container_rig import ContainerRig, container_campaign, docker
 from tests.doubles.fault_injector import VARIABLE, Fault
 from tests.processes import wait_for
+from tests.records import codes
 from tests.webhook import SECRET, serving_webhook
 
 pytestmark = [pytest.mark.needs("lab"), pytest.mark.timeout(600)]
@@ -40,9 +42,33 @@ def test_two_backends_take_turns_in_containers_of_their_own(rig):
     image = docker("image", "inspect", "--format", "{{.Id}}", "lem-lab-base").strip()
     for record in rig.records():
         assert (record.environment.executor, record.environment.image) == ("docker", image)
+        assert (record.interference.stopped_s, record.interference.suspended_s) == (0.0, 0.0)
+        assert record.interference.foreign_ratio is not None
     assert rig.containers(is_all=True) == {}
     rig.assert_nothing_inside()
     rig.assert_no_process_left()
+
+
+def test_a_container_that_is_paused_in_the_window_makes_the_result_invalid_and_it_is_measured_again(rig):
+    # On the CPU the sampler runs on the host, which finds the engine by its number in the container.
+    rig.write(container_campaign(cycles=1, outputs=(4,)).replace("    prompts:", "    gpus: [[]]\n    prompts:"))
+    rules = [{"at": "generate", "do": "sleep", "seconds": 5.0, "once": "/tmp/slept"}]
+    running = rig.start("--yes", "--json", rules=rules)
+    running.wait_for_event("phase", phase="window")
+    (container,) = rig.containers().values()
+    docker("pause", container)
+    wait_for(lambda: _has_seen_a_stop(rig.folder) or None)
+    docker("unpause", container)
+    ended = running.wait()
+    assert ended.code == 0, ended.err
+    first, second = rig.records()
+    assert codes(first.validity.invalid_reasons) == ["engine_stopped"]
+    assert second.validity.valid, second.validity.invalid_reasons
+
+
+def _has_seen_a_stop(folder: Path) -> bool:
+    (path,) = folder.rglob(PART_FILENAME)
+    return any(row.stopped_s for row in PartReader(path).read().usage)
 
 
 def test_results_belong_to_the_caller_and_secrets_are_nowhere(rig):
