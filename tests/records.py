@@ -107,23 +107,7 @@ def make_record(**fields: Any) -> Record:
             engine_reused=False,
             engine_load_id=load_id if given.load_id is None else given.load_id,
         ),
-        window=reasons(
-            Window(
-                "closed_batch",
-                window_s,
-                1,
-                1.5,
-                5,
-                0.8,
-                None,
-                0.4,
-                recognise("temperature and power are back"),
-                1.0,
-                1,
-                0.0,
-            ),
-            "nothing was compiled for this experiment",
-        ),
+        window=_window(window_s),
         energy=_energy(given.energy_per_output_tok_j, given.energy_source),
         gpus=(),
         idle=reasons(Idle(), NO_METER),
@@ -154,6 +138,15 @@ def make_record(**fields: Any) -> Record:
         extra_metadata={"note": "Grüße"},
     )
     return completed(record)
+
+
+def _window(window_s: float) -> Window:
+    """Beside it no requests are kept, as beside the records of earlier versions."""
+    why = recognise("temperature and power are back")
+    window = reasons(Window("closed_batch", window_s, 1, 1.5, 5, 0.8, None, 0.4, why), "nothing was compiled")
+    unknown = dict.fromkeys(("in_flight_mean", "in_flight_peak", "fill_drain_ratio"), Reason.of("not_recorded"))
+    nothing = recognise("nothing was compiled for this experiment", is_null=True)
+    return dataclasses.replace(window, null_reasons={"compile_s": nothing, **unknown})
 
 
 def completed(record: Record, measurement: MeasurementConfig | None = None) -> Record:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -17,13 +18,16 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lem.base.doc import json_text
 from lem.base.errors import DISK_FULL
 from lem.base.units import GIB, MIB
+
+_MOST_RATIO = 120  # of the unpacked size to the packed one
+_MOST_LINE_B = 16 * MIB  # the marks of some 300,000 passes
 
 TEMPORARY_PREFIX = ".lem-tmp-"
 # No file that lem reads as a whole comes near it; one that is sparse or endless must not fill the memory.
@@ -126,6 +130,35 @@ def read_bytes(path: Path) -> bytes:
 def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
     """As `open_regular`, as text in UTF-8, with or without a byte order mark."""
     return io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline=newline)
+
+
+class UnpackedTooFar(ValueError):
+    """A packed file that holds more than lem can have written into it."""
+
+
+def unpacked_lines(path: Path, most_b: int, free_b: int) -> Generator[bytes, None, None]:
+    """The lines of a packed file that lem wrote, one at a time.
+
+    A damaged or hostile file must not fill the memory: rows of meters shrink to a ninth, of one error over and over to
+    a thirty-fifth, and a file that is made to fill the memory to a thousandth.
+
+    Args:
+        most_b: the most that is unpacked.
+        free_b: a file may unpack so far, however small it is.
+
+    Raises:
+        OSError, EOFError, zlib.error: it cannot be read, or unpacked.
+        UnpackedTooFar: it unpacks to more than lem can have written into such a file.
+    """
+    with open_regular(path) as packed, gzip.open(packed) as file:
+        most_b = min(most_b, free_b + _MOST_RATIO * os.fstat(packed.fileno()).st_size)
+        left = most_b
+        while line := file.readline(min(left + 1, _MOST_LINE_B)):
+            left -= len(line)
+            if left < 0:
+                text = f"more than {most_b} bytes when unpacked, the most that lem reads from such a file"
+                raise UnpackedTooFar(text)
+            yield line
 
 
 def read_json(path: Path) -> Any:

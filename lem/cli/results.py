@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from lem.base.doc import Column, columns, printable, screen_of, terminal_width, write_json
 from lem.base.errors import ExitCode
+from lem.base.units import plural
 from lem.cli import selection
 from lem.cli.verify import Outcome, recompute_result, shown
 from lem.orchestration.status import CampaignStatus, remainder_of
@@ -31,7 +32,7 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     named = "a run, RUN/EXPERIMENT, an experiment, or a campaign (its last run)"
     showing.add_argument("id", metavar="ID", help=named)
     showing.set_defaults(run=_show)
-    again = actions.add_parser("recompute", help="recompute every energy figure from the samples")
+    again = actions.add_parser("recompute", help="recompute every figure from the samples and requests")
     again.add_argument("id", metavar="ID", help="as for show; exit code 1 if a figure differs")
     again.set_defaults(run=_recompute)
     exporting = actions.add_parser("export", help="export records as CSV, JSON or Markdown, one row per experiment")
@@ -186,5 +187,5 @@ def _write_outcomes(out: TextIO, outcomes: Sequence[Outcome]) -> None:
         for item in outcome.differences:
             was, now = shown(item.recorded), shown(item.recomputed)
             out.write(printable(f"  {item.field}: recorded {was}, recomputed {now}") + "\n")
-    good = sum(outcome.is_good for outcome in outcomes)
-    out.write(f"{good} of {len(outcomes)} results agree with their samples\n")
+    good, figures = sum(it.status == "agrees" for it in outcomes), sum(it.compared for it in outcomes)
+    out.write(f"{good} of {len(outcomes)} results agree with their raw data ({plural(figures, 'figure')} recomputed)\n")

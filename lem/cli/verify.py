@@ -20,7 +20,8 @@ from lem.base.units import format_quantity, plural, some_of
 from lem.cli import selection
 from lem.config.experiment import ExperimentConfig
 from lem.meters.external import ExternalReadings, read_external
-from lem.meters.recompute import Difference, Recomputed, has_energy, recompute
+from lem.meters.recompute import Difference, RawData, Recomputed, has_energy, has_requests, recompute
+from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
 from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.orchestration.manifest import ManifestManager
 from lem.orchestration.status import find_manifest
@@ -63,7 +64,7 @@ class Outcome:
     """What became of the figures of a result."""
 
     result: StoredResult
-    status: str  # agrees, differs, unmeasured (no energy in the record, and no samples) or impossible
+    status: str  # agrees, differs, unmeasured (nothing beside the record to recompute it from) or impossible
     message: str = ""  # why it is impossible, or a note
     recomputed: Recomputed | None = None
 
@@ -200,15 +201,17 @@ def _in_manifests(folder: Path) -> Mapping[tuple[str, str, int, str | None], str
 
 
 def recompute_result(result: StoredResult) -> Outcome:
-    folder = result.path.parent
+    """Recompute every figure that the files beside a result allow; a file that it was written with must be there."""
+    record, folder = result.record, result.path.parent
+    has_samples = (folder / FINISHED_FILENAME).exists() or has_energy(record)
     try:
-        log, marks = read_finished(folder / FINISHED_FILENAME)
         config = _read_config(folder)
+        requests = read_requests(folder / REQUESTS_FILENAME) if has_requests(record) else None
+        log, marks = read_finished(folder / FINISHED_FILENAME) if has_samples else (None, ())
     except FileNotFoundError as error:
         name = Path(error.filename).name
-        if name == FINISHED_FILENAME and not has_energy(result.record):
-            return Outcome(result, "unmeasured", "no energy was measured, and there are no samples")
-        return Outcome(result, "impossible", f"no such file: {name} (samples are kept unless timeseries.save is false)")
+        why = " (samples are kept unless timeseries.save is false)" if name == FINISHED_FILENAME else ""
+        return Outcome(result, "impossible", f"no such file: {name}{why}")
     except OSError as error:
         return Outcome(result, "impossible", f"{error.filename}: {durable.reason_of(error)}")
     except ValueError as error:
@@ -218,9 +221,11 @@ def recompute_result(result: StoredResult) -> Outcome:
         with contextlib.suppress(MeterRefused):  # which the outcome reports
             external = read_external(Path(config.measurement.external_csv), config.measurement.external_unit)
     try:
-        found = recompute(result.record, config, log, marks, external)
+        found = recompute(record, config, RawData(log, marks, external, requests))
     except MeterRefused as error:
         return Outcome(result, "impossible", error.message)
+    if not found.compared:
+        return Outcome(result, "unmeasured", "no energy was measured, and requests were not kept")
     return Outcome(result, "agrees" if found.agrees else "differs", "; ".join(found.notes), found)
 
 

@@ -1,4 +1,4 @@
-"""Every energy figure of a record recomputed from its sample log, and whether it agrees with the recorded one."""
+"""Every figure of a record that follows from its samples and its requests, recomputed, beside the recorded one."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.base import measurement as names
-from lem.base.measured import Section
+from lem.base.measured import Measured, Section
 from lem.base.measurement import EnergySource
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import AttemptLog, Baselines, choose_sources, span_of, without_still_counters
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
+from lem.meters.requestlog import RequestLog
 from lem.meters.samples import Mark, SampleLog
-from lem.record import Record
+from lem.meters.work import WorkFindings, describe_work
+from lem.record import Record, Work
 
 # The same sums over the same rows differ by rounding at most.
 _TOLERANCE = 1e-9
+
+# What the user or the hardware says: no figure.
+_NOT_COMPUTED = ("null_reasons", "name", "grid_g_per_kwh", "pue", "price_per_kwh")
 
 # Left out of the comparison if the CSV is gone.
 _FROM_CSV = ("energy.external_energy_j",)
@@ -37,7 +42,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Recomputed:
-    compared: int  # figures
+    compared: int  # figures; what is absent in the record and in its raw data is none
     differences: tuple[Difference, ...]  # figures that do not agree
     notes: tuple[str, ...] = ()  # what could not be compared, and why
 
@@ -46,18 +51,66 @@ class Recomputed:
         return not self.differences
 
 
-def recompute(
-    record: Record,
-    config: ExperimentConfig,
-    log: SampleLog,
-    marks: Sequence[Mark],
-    external: ExternalReadings | None = None,
-) -> Recomputed:
-    """The figures of the log beside those of the record.
+@dataclass(frozen=True)
+class RawData:
+    """What is kept beside a record; None for what is not there."""
 
-    `external` are the readings of the user's own meter, if they still exist. Raises MeterRefused: the log has no meter
-    that the configuration demands; it is not the log of this record.
+    log: SampleLog | None = None
+    marks: Sequence[Mark] = ()
+    external: ExternalReadings | None = None  # of the user's own meter
+    requests: RequestLog | None = None
+
+
+def recompute(record: Record, config: ExperimentConfig, raw: RawData) -> Recomputed:
+    """The figures that follow from the raw data beside those of the record.
+
+    Raises MeterRefused: the log has no meter that the configuration demands; it is not the log of this record.
     """
+    work = record.work
+    notes: tuple[str, ...] = ()
+    pairs: list[Difference] = []
+    if raw.requests is not None:
+        done = describe_work(raw.requests, config)
+        pairs += _work_pairs(record, done)
+        work = dataclasses.replace(work, null_reasons={}, **{name: _value(item) for name, item in done.work.items()})
+    if raw.log is not None:
+        energy_pairs, notes = _energy_pairs(record, config, raw.log, raw, work)
+        pairs += energy_pairs
+    pairs = [item for item in pairs if item.recorded is not None or item.recomputed is not None]
+    return Recomputed(len(pairs), tuple(item for item in pairs if not _is_same(item.recorded, item.recomputed)), notes)
+
+
+def _value(item: Any) -> Any:
+    return item.value if isinstance(item, Measured) else item
+
+
+def _work_pairs(record: Record, found: WorkFindings) -> Iterator[Difference]:
+    for name, fields in (("window", found.window), ("work", found.work)):
+        recorded: Section = getattr(record, name)
+        for field, item in fields.items():
+            yield Difference(f"{name}.{field}", getattr(recorded, field), _value(item))
+    yield from _of_section("throughput", record.throughput, found.throughput)
+    for item in dataclasses.fields(found.latency):
+        sides = [getattr(latency, item.name) for latency in (record.latency, found.latency)]
+        if item.name == "null_reasons" or None in sides:
+            yield from () if item.name == "null_reasons" else (Difference(f"latency.{item.name}", *sides),)
+        else:
+            yield from _of_section(f"latency.{item.name}", *sides)
+
+
+def _of_section(name: str, recorded: Any, recomputed: Any) -> Iterator[Difference]:
+    """The fields of a section, but for those that the lem that wrote the record did not know."""
+    for item in dataclasses.fields(recorded):
+        why = recorded.null_reasons.get(item.name)
+        if item.name not in _NOT_COMPUTED and (why is None or why.code != "not_recorded"):
+            yield Difference(f"{name}.{item.name}", getattr(recorded, item.name), getattr(recomputed, item.name))
+
+
+def _energy_pairs(
+    record: Record, config: ExperimentConfig, log: SampleLog, raw: RawData, work: Work
+) -> tuple[list[Difference], tuple[str, ...]]:
+    """The figures that follow from samples, and what could not be compared."""
+    marks = raw.marks
     log = without_still_counters(log, span_of(marks, names.WINDOW))
     uuids, idle = record.environment.gpu_uuids, record.idle
     load = None if record.validity.engine_reused else span_of(marks, names.LOAD)
@@ -68,14 +121,20 @@ def recompute(
     # For power at rest that was measured before this experiment; marks come first.
     baselines = Baselines(idle.idle_bare_power_w, idle.idle_loaded_power_w, idle.baseline_age_s)
     attempt = AttemptLog(log, tuple(marks), sources, baselines, config.traffic_simulation.enabled)
-    findings = measure(attempt, window_repeats=record.window.window_repeats, external=external)
+    repeats = record.window.window_repeats if raw.requests is None else raw.requests.repeats
+    findings = measure(attempt, window_repeats=repeats, external=raw.external)
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    if sources.is_external and external is None and record.energy.external_energy_j is not None:
+    if sources.is_external and raw.external is None and record.energy.external_energy_j is not None:
         left_out = _FROM_CSV + (_FROM_CSV_AS_PRIMARY if sources.primary == EnergySource.EXTERNAL else ())
         notes = (f"not compared, since {config.measurement.external_csv} cannot be read: {', '.join(left_out)}",)
-    pairs = [item for item in _pairs(record, config, findings) if not item.field.startswith(left_out)]
-    return Recomputed(len(pairs), tuple(item for item in pairs if not _is_same(item.recorded, item.recomputed)), notes)
+    found = [item for item in _pairs(record, config, findings, work) if not item.field.startswith(left_out)]
+    return found, notes
+
+
+def has_requests(record: Record) -> bool:
+    """Whether requests were kept beside a record when it was written."""
+    return record.window.why_none("in_flight_mean").code != "not_recorded"
 
 
 def has_energy(record: Record) -> bool:
@@ -88,12 +147,12 @@ def has_energy(record: Record) -> bool:
     )
 
 
-def _pairs(record: Record, config: ExperimentConfig, found: EnergyFindings) -> Iterator[Difference]:
+def _pairs(record: Record, config: ExperimentConfig, found: EnergyFindings, work: Work) -> Iterator[Difference]:
     primary_j = found.energy.primary_j
     sections: list[tuple[str, Section, Section]] = [
         ("energy", record.energy, found.energy),
         ("idle", record.idle, found.idle),
-        ("efficiency", record.efficiency, efficiency_of(primary_j, record.work)),
+        ("efficiency", record.efficiency, efficiency_of(primary_j, work)),
         ("carbon", record.carbon, carbon_of(primary_j, config.measurement)),
     ]
     by_uuid = {gpu.uuid: gpu for gpu in found.gpus}
@@ -103,9 +162,7 @@ def _pairs(record: Record, config: ExperimentConfig, found: EnergyFindings) -> I
         else:
             yield Difference(f"gpus[{place}].uuid", gpu.uuid, None)
     for section, recorded, recomputed in sections:
-        for item in dataclasses.fields(recorded):
-            if item.name not in ("null_reasons", "name") and recorded.why_none(item.name).code != "not_recorded":
-                yield Difference(f"{section}.{item.name}", getattr(recorded, item.name), getattr(recomputed, item.name))
+        yield from _of_section(section, recorded, recomputed)
 
 
 def _is_same(recorded: Any, recomputed: Any) -> bool:

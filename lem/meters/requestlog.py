@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -17,7 +18,7 @@ from lem.base.clock import seconds_between
 from lem.base.codec import MOST, decode
 from lem.base.measured import Measured, known
 from lem.base.measurement import STEADY_TOLERANCE
-from lem.base.units import GIB
+from lem.base.units import GIB, MIB
 
 CLOSED_BATCH = "closed_batch"
 OPEN_LOOP = ("poisson", "constant")  # arrivals do not wait for completions
@@ -211,16 +212,13 @@ def _dump(value: Any) -> str:
 def read_requests(path: Path, most_b: int = _MOST_B) -> RequestLog:
     """The log in a file; raises OSError, or RequestLogError: no such log, or more than `most_b` unpacked."""
     try:
-        with gzip.open(path) as file:
-            data = file.read(most_b + 1)
-        if len(data) > most_b:
-            raise RequestLogError(f"more than {most_b} bytes when unpacked, the most that lem reads")
-        head, *lines = data.splitlines() or [b"null"]
-        log = _read_head(json.loads(head))
-        log = replace(log, requests=tuple(_read_row(json.loads(line), log) for line in lines))
+        # Tokens of one batch have the same times, which shrink further than rows of meters.
+        with contextlib.closing(durable.unpacked_lines(path, most_b, free_b=64 * MIB)) as lines:
+            head = _read_head(json.loads(next(lines, b"null")))
+            log = replace(head, requests=tuple(_read_row(json.loads(line), head) for line in lines))
         if log.is_batch and len(log.requests) != log.prompts * len(log.passes_ns):
             found = f"{len(log.requests)} requests, {log.prompts} prompts and {len(log.passes_ns)} passes"
-            raise RequestLogError(f"{found} do not match")
+            raise ValueError(f"{found} do not match")
     except (EOFError, RecursionError, ValueError, gzip.BadGzipFile, zlib.error) as error:
         raise RequestLogError(f"{path}: not a log of requests: {error}") from error
     return log

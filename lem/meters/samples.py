@@ -13,7 +13,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -214,11 +214,6 @@ _LETTERS = {kind: letter for letter, kind in _KINDS.items()}
 # Some fifteen million rows. A damaged or hostile file must not fill the memory; a log above this is refused, never cut.
 _MOST_B = GIB
 
-# Nor one that unpacks too far: rows of an idle machine shrink to a ninth, of one error over and over to a thirty-fifth,
-# and a file that is made to fill the memory to a thousandth.
-_MOST_RATIO, _FREE_B = 120, MIB
-_MOST_LINE_B = 16 * MIB  # the marks of some 300,000 passes
-
 _VALUES = {kind: attrgetter(*(item.name for item in dataclasses.fields(kind))) for kind in _LETTERS}
 
 
@@ -307,7 +302,7 @@ def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[M
     """A finished log and its marks; raises OSError, or SampleLogError: no such log, or more than `most_b` unpacked."""
     rows = _Rows(path, first=2)
     try:
-        with contextlib.closing(_unpacked_lines(path, most_b)) as lines:
+        with contextlib.closing(durable.unpacked_lines(path, most_b, free_b=MIB)) as lines:
             document = json.loads(next(lines, b"null"))
             found = document.get("marks") if isinstance(document, dict) else None
             if not isinstance(found, list) or not all(isinstance(item, list) for item in found):
@@ -316,22 +311,11 @@ def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[M
             rows.take(lines)
     except SampleLogError:
         raise
+    except durable.UnpackedTooFar as error:
+        raise SampleLogError(f"{path}: {error}") from error
     except (EOFError, RecursionError, ValueError, gzip.BadGzipFile, zlib.error) as error:
         raise SampleLogError(f"{path}: not a finished sample log: {error}") from error
     return rows.log(), marks
-
-
-def _unpacked_lines(path: Path, most_b: int) -> Generator[bytes, None, None]:
-    """The lines, one at a time; SampleLogError as soon as there is more than lem can have written into such a file."""
-    with durable.open_regular(path) as packed, gzip.open(packed) as file:
-        most_b = min(most_b, _FREE_B + _MOST_RATIO * os.fstat(packed.fileno()).st_size)
-        left = most_b
-        while line := file.readline(min(left + 1, _MOST_LINE_B)):
-            left -= len(line)
-            if left < 0:
-                text = f"more than {most_b} bytes of samples when unpacked, the most that lem reads from such a file"
-                raise SampleLogError(f"{path}: {text}")
-            yield line
 
 
 def _dump(value: Any) -> str:
@@ -362,7 +346,7 @@ class _Rows:
                         raise ValueError(f"a row of device {place}, which is not in the header")
                     self._found[letter].append(row)
                 self._next += 1
-        except SampleLogError:  # of the lines themselves
+        except durable.UnpackedTooFar:  # of the lines themselves
             raise
         except (RecursionError, ValueError) as error:
             raise SampleLogError(f"{self._path}:{self._next}: not a sample log: {error}") from error

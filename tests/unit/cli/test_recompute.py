@@ -8,15 +8,21 @@ from typing import Any
 import pytest
 
 from lem.base import durable
+from lem.meters.requestlog import REQUESTS_FILENAME
 from lem.meters.samples import FINISHED_FILENAME, write_finished
-from lem.record import Record, write_record
+from lem.record import Record, read_record, write_record
 from lem.results.store import Repository
+from lem.worker.channel import RunRequest
+from lem.worker.harness import ResidentEngine, run_experiment
+from lem.worker.prompts import Prompt, write_prompts
 from tests.command_rig import Output, run_lem
 from tests.records import make_record, with_measured
 from tests.scripted_attempt import config, gpu_attempt
+from tests.unit.worker.timed_backend import SteppedClock, TimedBackend
 
 RUN = "20260714T100000Z-3fa1"
 ATTEMPT = gpu_attempt()
+FIGURES = 36  # that follow from its samples
 
 
 def recompute(*words: str) -> Output:
@@ -56,7 +62,7 @@ def test_results_that_agree_say_so_and_one_can_be_asked_for(folder: Path) -> Non
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert [line.partition("(small): ")[2].partition(",")[0] for line in lines[:2]] == ["agrees", "agrees"]
-    assert lines[2] == "2 of 2 results agree with their samples"
+    assert lines[2] == f"2 of 2 results agree with their raw data ({2 * FIGURES} figures recomputed)"
     exp_id = measured_record(1).identity.experiment_id
     assert [item["experiment_id"] for item in documents(folder, exp_id)] == [exp_id]
 
@@ -67,7 +73,7 @@ def test_a_result_that_differs_is_shown_and_is_the_exit_code(folder: Path) -> No
     code, out, _ = recompute("demo", "-o", str(folder))
     assert code == 1
     assert "energy.counter_update_period_s: recorded 1.5, recomputed " in out
-    assert out.splitlines()[-1] == "2 of 3 results agree with their samples"
+    assert out.splitlines()[-1] == f"2 of 3 results agree with their raw data ({3 * FIGURES} figures recomputed)"
     (bad,) = [item for item in documents(folder, "demo") if item["status"] == "differs"]
     assert [item["field"] for item in bad["differences"]] == ["energy.counter_update_period_s"]
 
@@ -76,7 +82,7 @@ def test_a_result_that_differs_is_shown_and_is_the_exit_code(folder: Path) -> No
     ("record", "code", "told"),
     [
         (measured_record(2), 1, f"impossible: no such file: {FINISHED_FILENAME}"),
-        (make_record(run_id=RUN, cycle=2), 0, "unmeasured: no energy was measured"),
+        (make_record(run_id=RUN, cycle=2), 0, "unmeasured: no energy was measured, and requests were not kept"),
     ],
 )
 def test_without_samples_energy_cannot_be_recomputed_and_none_is_no_contradiction(
@@ -98,3 +104,80 @@ def test_a_result_that_is_not_whole_is_told_too(folder: Path) -> None:
     (store(folder, measured_record(2)) / "result.json").unlink()
     code, out, err = recompute("demo", "-o", str(folder))
     assert (code, "2 of 2" in out, err.startswith("missing: ")) == (0, True, True)
+
+
+# Requests
+
+
+class Silent:
+    def phase(self, name: str) -> None:
+        """Nobody is told."""
+
+    def progress(self, done: int, total: int | None, text: str) -> None:
+        """Nobody is told."""
+
+
+TRAFFIC = {"traffic_simulation": {"enabled": True, "target_qps": 9, "slo": {"ttft_ms": 30, "e2e_ms": 900}}}
+
+
+def run(results_dir: Path, **options: Any) -> Path:
+    """The folder of an attempt as a worker leaves it, without any meter."""
+    chosen = config(warmup={"enabled": False}, streaming=True, max_output_tokens=30, **options)
+    identity = {**dataclasses.asdict(make_record(run_id=RUN).identity), "config_name": "small"}
+    del identity["start_utc"], identity["lem_version"]
+    folder = Repository(results_dir, "demo").prepare_attempt(RUN, identity["experiment_id"]).path
+    durable.write_json(folder / "config.json", {"requested": {}, "resolved": chosen.to_dict()})
+    write_prompts(folder, [Prompt(f"prompt number {number}") for number in range(12)])
+    backend = TimedBackend(SteppedClock(), width=2)
+    engine = ResidentEngine(backend.load, backend.clock)
+    request = RunRequest(chosen.to_dict(), identity, str(folder), chosen.engine_key(), keep_engine=False)
+    write_record(folder / "result.json", run_experiment(request, engine, Silent(), backend.clock))
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, TRAFFIC], ids=["closed batch", "traffic"])
+def test_every_figure_of_the_requests_is_recomputed_where_nothing_was_sampled(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    record = read_record(run(tmp_path, **options) / "result.json")
+    code, out, _ = recompute("demo", "-o", str(tmp_path))
+    (found,) = documents(tmp_path, "demo")
+    assert (code, found["status"], found["differences"]) == (0, "agrees", [])
+    # Of the window, of work, of throughput, and mean, median, p90 and both counts of each latency
+    assert found["compared"] == (6 + 5 + 5 + 5 * 5 if options else 6 + 4 + 4 + 4 * 5)
+    assert out.splitlines()[-1] == f"1 of 1 results agree with their raw data ({found['compared']} figures recomputed)"
+    assert (record.work.requests_good is not None) == bool(options)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "place"),
+    [
+        ("window", "in_flight_mean", "window.in_flight_mean"),
+        ("throughput", "tok_per_step", "throughput.tok_per_step"),
+        ("latency", "icl_s", "latency.icl_s.mean"),
+    ],
+)
+def test_a_figure_that_does_not_follow_from_the_requests_is_named(
+    section: str, field: str, place: str, tmp_path: Path
+) -> None:
+    path = run(tmp_path) / "result.json"
+    record = read_record(path)
+    part = getattr(record, section)
+    old = getattr(part, field)
+    new = dataclasses.replace(old, mean=7.0) if field == "icl_s" else 7.0
+    write_record(path, dataclasses.replace(record, **{section: dataclasses.replace(part, **{field: new})}))
+    (found,) = documents(tmp_path, "demo")
+    assert (found["status"], [item["field"] for item in found["differences"]]) == ("differs", [place])
+    assert found["differences"][0]["recorded"] == 7.0
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}"])
+def test_requests_that_are_missing_or_damaged_are_no_agreement(content: bytes | None, tmp_path: Path) -> None:
+    path = run(tmp_path) / REQUESTS_FILENAME
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    ended = recompute("demo", "-o", str(tmp_path))
+    assert (ended.code, "impossible: " in ended.out, REQUESTS_FILENAME in ended.out) == (1, True, True)
+    assert ended.out.splitlines()[-1] == "0 of 1 results agree with their raw data (0 figures recomputed)"

@@ -11,7 +11,7 @@ import pytest
 
 from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import counter_curve, update_period_s
-from lem.meters.recompute import recompute
+from lem.meters.recompute import RawData, recompute
 from lem.meters.samples import FINISHED_FILENAME, PartReader, SampleLog, read_finished
 from lem.record import read_record
 from tests.gpu.load import Busy
@@ -63,5 +63,5 @@ def test_a_real_attempt_is_worked_out_alike_today() -> None:
     document = json.loads((H200 / "attempt" / "config.json").read_text(encoding="utf-8"))
     config = ExperimentConfig.from_dict(document["resolved"])
     log, marks = read_finished(H200 / "attempt" / FINISHED_FILENAME)
-    found = recompute(read_record(H200 / "attempt" / "result.json"), config, log, marks)
+    found = recompute(read_record(H200 / "attempt" / "result.json"), config, RawData(log, marks))
     assert found.agrees, found.differences

@@ -161,7 +161,7 @@ def test_rows_of_one_error_over_and_over_are_read_and_rows_made_to_fill_the_memo
     most_b = 2**20 + 120 * path.stat().st_size
     assert most_b < len(b"\n".join(lines))
     tracemalloc.start()
-    with pytest.raises(SampleLogError, match=f"more than {most_b} bytes of samples"):
+    with pytest.raises(SampleLogError, match=f"more than {most_b} bytes when unpacked"):
         read_finished(path)
     assert tracemalloc.get_traced_memory()[1] < 40 * most_b
     tracemalloc.stop()
