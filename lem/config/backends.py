@@ -7,7 +7,7 @@ Options without a default are left to the engine, whose own default is recorded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lem.base.errors import ConfigurationError, did_you_mean
@@ -259,6 +259,15 @@ class Preset:
     values: Mapping[str, Any]  # as an experiment file would have them
 
 
+# AI Energy Score v0.1 for text generation without reasoning (`index.md` and `reasoning_helpers.py` of
+# huggingface/AIEnergyScore at commit a5b9a04): 1,000 prompts, batches of one, exactly 10 tokens.
+_AI_ENERGY_SCORE = {
+    "min_output_tokens": 10,
+    "ignore_eos": True,
+    "dataset": {"name": "ai_energy_score", "sample_size": 1000},
+}
+
+
 def _preset(name: str, description: str, tokens: tuple[int, int], **engine: Mapping[str, Any]) -> Preset:
     values: dict[str, Any] = {
         "max_input_tokens": tokens[0],
@@ -313,7 +322,15 @@ _PRESETS = (
     ),
 )
 
-PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in _PRESETS}
+_SCORE = _preset(
+    "ai-energy-score",
+    "AI Energy Score v0.1, text generation: 1,000 prompts one by one, 10 tokens each; needs their data set.",
+    (2048, 10),
+    pytorch={"batch_size": 1},
+)
+_SCORE = replace(_SCORE, values={**_SCORE.values, **_AI_ENERGY_SCORE, "fp_precision": "bfloat16"})
+
+PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in (*_PRESETS, _SCORE)}
 
 
 def find_preset(name: str) -> Preset:

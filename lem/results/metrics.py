@@ -12,6 +12,7 @@ from typing import Any
 from lem.base.errors import UserError, did_you_mean
 from lem.base.measured import Section
 from lem.base.reasons import Reason
+from lem.base.units import JOULES_PER_WATT_HOUR
 from lem.record import Record, ResultKey
 
 
@@ -28,6 +29,7 @@ class Metric:
     is_higher_better: bool | None = False  # None where neither is
     label: str = ""  # as it heads a table
     relation: str = ""  # a verb phrase for a comparison: `uses {} the energy per output token of`
+    factor: float = 1.0  # from the unit of the field to `unit`
 
     @property
     def lower_label(self) -> str:
@@ -40,7 +42,7 @@ class Metric:
         if value is None:
             return None, section.why_none(self.field)
         if self.percentile is None:
-            return float(value), None
+            return self.factor * value, None
         return getattr(value, self.percentile), value.null_reasons.get(self.percentile)
 
 
@@ -81,6 +83,18 @@ METRICS: tuple[Metric, ...] = (
             ("energy_per_good_request_j", "efficiency", "J", "Energy per good request"),
         )
     ),
+    Metric(
+        "energy_per_1000_requests_wh",
+        "energy",
+        "Wh",
+        "efficiency",
+        "energy_per_request_j",
+        None,
+        False,
+        "Energy per 1,000 requests",
+        "uses {} the energy per request of",
+        1000 / JOULES_PER_WATT_HOUR,
+    ),  # the unit of AI Energy Score
     *(
         Metric(name, "throughput", unit, "throughput", name, None, True, label, f"makes {{}} the {what} per second of")
         for name, unit, label, what in (

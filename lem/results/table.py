@@ -11,9 +11,10 @@ from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Column, Doc, NameShortener, Ta
 from lem.base.log import WIDTH, bounded_width
 from lem.base.reasons import alike
 from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
+from lem.config.experiment import DATASET_ALIASES
 from lem.record import Distribution, Record
 from lem.results.bootstrap import bootstrap_coverage_label
-from lem.results.metrics import LATENCIES
+from lem.results.metrics import LATENCIES, METRIC_BY_NAME
 from lem.results.run import SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, estimate_note
 from lem.results.stats import CONFIDENCE
 from lem.results.store import UNACCOUNTED
@@ -45,6 +46,8 @@ class _RunTable:
         self._estimates("output_tok_per_s", "Output throughput, tok/s")
         note = estimate_note(self._configurations)
         self._estimates("energy_per_output_tok_j", f"Energy per output token, J\n{note}".rstrip())
+        if any(_is_of_energy_score(record) for item in self._configurations for record in item.records):
+            self._estimates("energy_per_1000_requests_wh", f"Energy per 1,000 prompts, Wh\n{note}".rstrip())
         self._estimates("good_requests_per_s", "Goodput, good requests/s")
         self._estimates("energy_per_good_request_j", f"Energy per good request, J\n{note}".rstrip())
         self._outcomes()
@@ -253,6 +256,11 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     yield "memory", _measured(record.compute, "peak_memory_b", units.format_bytes)
 
 
+def _is_of_energy_score(record: Record) -> bool:
+    """Whether its prompts are those of AI Energy Score, whose unit is Wh per 1,000 prompts."""
+    return record.work.prompt_source.get("hub_name") == DATASET_ALIASES["ai_energy_score"].path
+
+
 def _throughput(record: Record) -> str:
     throughput = record.throughput
     output = f"output {_measured(throughput, 'output_tok_per_s', units.format_rate)}"
@@ -274,6 +282,9 @@ def _energy(record: Record) -> str:
         return f"not measured: {energy_j.null_reason}"
     parts = [units.format_energy(energy_j.value) + (" (an estimate)" if energy_j.is_estimate else "")]
     parts += [f"{per_tok:.4g} J per output token"] if per_tok is not None else []
+    per_thousand_wh, _ = METRIC_BY_NAME["energy_per_1000_requests_wh"].read(record)
+    if per_thousand_wh is not None and _is_of_energy_score(record):
+        parts.append(f"{per_thousand_wh:.4g} Wh per 1,000 prompts")
     per_good = record.efficiency.energy_per_good_request_j
     parts += [f"{per_good:.4g} J per good request"] if per_good is not None else []
     return ", ".join([*parts, f"by {energy_j.source}"])

@@ -73,6 +73,17 @@ def test_prompts_by_type():
 # Decoder
 
 
+def test_the_preset_of_ai_energy_score_is_its_rule_for_text_generation() -> None:
+    config = ExperimentConfig.from_dict({"model": "any", **find_preset("ai-energy-score").values})
+    assert config.dataset is not None
+    assert (DATASET_ALIASES[config.dataset.name].path, config.dataset.sample_size) == (
+        "AIEnergyScore/text_generation",
+        1000,
+    )
+    assert (config.min_output_tokens, config.max_output_tokens) == (10, 10)
+    assert (config.backend, getattr(config.section, "batch_size", None)) == ("pytorch", 1)
+
+
 @pytest.mark.parametrize(
     ("preset", "expected"),
     [

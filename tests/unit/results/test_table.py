@@ -15,7 +15,7 @@ from lem.results.run import Run, make_run
 from lem.results.table import render_record, render_run
 from tests.command_rig import on_terminal
 from tests.goldens import assert_golden
-from tests.records import make_record
+from tests.records import completed, make_record
 
 # Deviations of the cycles from their middle, so that the intervals have a width.
 NOISE = (0.0, 0.012, -0.009, 0.004, -0.006)
@@ -186,3 +186,31 @@ def test_one_result_fits_80_columns_and_colour_changes_nothing_else(name: str) -
 def test_one_result_has_these_lines(name: str, lines: list[str]) -> None:
     found = render_record(RECORDS[name]).splitlines()
     assert [line for line in lines if not any(text.startswith(line) for text in found)] == []
+
+
+def test_prompts_of_ai_energy_score_have_their_energy_in_its_unit() -> None:
+    record = make_record(energy_per_output_tok_j=0.36, n_requests=25)  # 1,000 tokens in 25 requests
+    assert "prompts, Wh" not in render_run(make_run([record]))
+    source = {"hub_name": "AIEnergyScore/text_generation", "count": 25}
+    work = dataclasses.replace(record.work, prompt_source=source)
+    scored = dataclasses.replace(record, work=work)
+    assert re.search(r"per 1,000 prompts, Wh.*\n.*small +1 +4\.000 ", render_run(make_run([scored])), re.DOTALL)
+    assert "4 Wh per 1,000 prompts" in render_record(scored)
+
+
+def test_goodput_is_shown_where_it_was_measured() -> None:
+    record = make_record(energy_per_output_tok_j=0.5, n_requests=25)
+    assert "Goodput" not in render_run(make_run([record]))
+    work = dataclasses.replace(record.work, requests_good=10, null_reasons={})
+    reasons = {name: why for name, why in record.throughput.null_reasons.items() if name != "good_requests_per_s"}
+    rates = dataclasses.replace(record.throughput, good_requests_per_s=1.0, null_reasons=reasons)
+    good = completed(dataclasses.replace(record, work=work, throughput=rates))
+    assert good.efficiency.energy_per_good_request_j == 50.0
+    text = render_run(make_run([good]))
+    assert re.search(
+        r"Goodput, good requests/s.*small +1 +1\.000 .*Energy per good request, J.*50\.00 ", text, re.DOTALL
+    )
+    shown = " ".join(render_record(good).split())
+    assert "25 requests, 10 good, 0 failed" in shown
+    assert "goodput 1 requests/s" in shown
+    assert "50 J per good request" in shown
