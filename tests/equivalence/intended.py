@@ -36,6 +36,15 @@ INTENDED: tuple[Intended, ...] = (
         suite="recorded",
     ),
     Intended("The size of a page, whose words were rewritten.", "lem report", r"^\$\.bytes$", suite="recorded"),
+    Intended(
+        "What was interrupted is left, not failed.", "results list", r"^\$\[\d+\]\.(left|failed)$", suite="recorded"
+    ),
+    Intended(
+        "As above, in a table: the column of what is left.", "results list", r"(-1 \+0 )?\+\d+$", suite="recorded"
+    ),
+    Intended(
+        "As above: no cycle of it was lost by a failure.", "interrupted/results: lem check", r".+", suite="recorded"
+    ),
     Intended("A description of one word got more.", "config (schema|fields)", r"health_check.*\.enabled\.description$"),
     Intended(
         "The values that fp_precision accepts are listed in another order.",

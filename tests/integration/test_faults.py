@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.doubles.fault_injector import DURABLE_EVENTS
+from tests.doubles.fault_injector import DURABLE_EVENTS, START
 from tests.faults.campaigns import Case, enumerate_points, try_all, try_moment, try_point
 from tests.faults.commands import COMMANDS, Command, command_points, try_command
 from tests.faults.points import Point, random_moments, spread, thin
@@ -31,7 +31,7 @@ JOBS = min(8, os.cpu_count() or 2)
 MOMENTS = 12
 SEED = 42
 # KILL is tried everywhere.
-OTHERS = ("enospc", "term", "eacces", "clock", "readonly", "eio")
+OTHERS = ("enospc", "term", "eacces", "clock", "readonly", "eio", "vanish")
 
 
 @dataclass
@@ -86,7 +86,9 @@ class Trial:
 def test_a_campaign_passes_through_every_kind_of_event_on_both_sides(lab: Lab) -> None:
     points = lab.points(PLAIN)
     assert {point.event for point in points if point.process == "host"} >= set(DURABLE_EVENTS)
-    assert {point.event for point in points if point.process == "engine"} == set(DURABLE_EVENTS) - {"lem.transition"}
+    assert {point.event for point in points if point.process == "engine"} == {START, *DURABLE_EVENTS} - {
+        "lem.transition"
+    }
 
 
 def test_between_them_the_campaigns_write_every_file_there_is(lab: Lab) -> None:
@@ -120,6 +122,21 @@ def test_kill_at_every_kind_of_event_costs_nothing(lab: Lab, tried: Trial) -> No
     points = {point.kind: point for point in reversed(lab.points(PLAIN))}.values()
     tried.run([partial(try_point, point, "kill", PLAIN) for point in points], PLAIN)
     tried.assert_good(len(points))
+
+
+@pytest.mark.parametrize("process", ["supervisor", "engine"])
+def test_a_process_that_dies_before_it_says_a_word_costs_nothing(lab: Lab, tried: Trial, process: str) -> None:
+    points = [point for point in lab.points(PLAIN) if (point.process, point.event) == (process, START)]
+    tried.run([partial(try_point, points[0], "kill", PLAIN)], PLAIN)
+    tried.assert_good(1)
+    assert "exit codes 0, 0" in tried.verdicts[0].notes  # the campaign went on by itself
+
+
+def test_results_that_vanish_before_the_end_are_no_success(lab: Lab, tried: Trial) -> None:
+    (last,) = [point for point in lab.points(PLAIN) if point.detail.endswith(" completed")][-1:]
+    tried.run([partial(try_point, last, "vanish", PLAIN)], PLAIN)
+    tried.assert_good(1)
+    assert "exit codes 1, 0" in tried.verdicts[0].notes
 
 
 @pytest.mark.long
@@ -171,7 +188,8 @@ def test_program_that_writes_in_place_is_found_out(lab: Lab, tmp_path: Path) -> 
         'path.write_bytes(data[:50]); sys.audit("lem.fsync", str(path))',
     )
     _edit(tools.program / "lem" / "base" / "durable.py", atomic, in_place)
-    points = [point for point in lab.points(PLAIN) if (point.process, point.event) == ("engine", "lem.rename")]
+    renames = [point for point in lab.points(PLAIN) if (point.process, point.event) == ("engine", "lem.rename")]
+    points = [point for point in renames if point.detail.endswith("result.json")]
     verdicts = try_all([partial(try_point, points[0], "kill", PLAIN)], tmp_path, tools, PLAIN, jobs=1)
     assert [verdict.partial > 0 for verdict in verdicts] == [True]
 
