@@ -44,7 +44,7 @@ SHORTEST_INTERVAL_MS = 10
 LONGEST_INTERVAL_MS = 60_000
 
 _CLOCK_PAIR_MS = 10_000
-_LOOK_MS = 250  # a stop of the engine is seen if it lasts this long
+_LOOK_MS = 500  # a stop of the engine is seen if it lasts this long
 
 
 class SampleFileError(LemError):
