@@ -57,11 +57,12 @@ class Marker:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def pid_of(self, *words: str) -> int:
+    def pid_of(self, *words: str, without: str = "") -> int:
         """The one process whose command line has all of the words, and whose parent's has not, once it is there."""
 
         def find() -> int | None:
-            found = [pid for pid in self.pids() if set(words) <= set(_command(pid).split())]
+            commands = {pid: set(_command(pid).split()) for pid in self.pids()}
+            found = [pid for pid, command in commands.items() if set(words) <= command and without not in command]
             found = [pid for pid in found if _parent(pid) not in found]
             return found[0] if len(found) == 1 else None
 

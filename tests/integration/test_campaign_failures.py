@@ -62,7 +62,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_experiment_tried_again(rig,
     running = rig.start("--yes", "--json", rules=rules)
     running.wait_for_event("phase", phase="window")
     wait_for(lambda: (rig.folder / "hung").exists() or None)  # else the next attempt hangs, for the first time
-    os.kill(rig.marker.pid_of(*victim), signal.SIGKILL)
+    os.kill(rig.marker.pid_of(*victim, without="--sampler"), signal.SIGKILL)
     ended = running.wait()
     assert ended.code == 0, ended.err
     rig.assert_no_process_left()
@@ -72,7 +72,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_experiment_tried_again(rig,
 
 
 @pytest.mark.parametrize(
-    ("process", "nth", "where"), [("engine", 2, "result.json"), ("host", 12, "campaign_manifest.json")]
+    ("process", "nth", "where"), [("engine", 6, "result.json"), ("host", 14, "campaign_manifest.json")]
 )
 def test_a_full_disk_stops_with_the_rest_pending_and_the_resume_completes_it(rig, process, nth, where):
     fault = Fault(str(rig.folder / "journal"), process, "lem.write", nth, "enospc")
