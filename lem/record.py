@@ -146,7 +146,10 @@ class Energy(Section):
     energy_scope: str | None = None  # an `EnergyScope`: what that meter covers
     energy_crosscheck_ratio: float | None = None  # integrated power over the counter's energy
     counter_update_period_s: float | None = None
+    counter_lag_s: float | None = None  # by how much later than it was drawn the counter shows energy
     sample_gap_max_s: float | None = None
+    energy_uncertainty_j: float | None = None  # standard (k = 1), of `primary_j`; without the spread of cycles
+    uncertainty_budget_j: Mapping[str, float] | None = None  # it by cause, which add up as squares
 
     @property
     def primary_j(self) -> Measured[float]:
@@ -177,6 +180,7 @@ class Gpu(Section):
     sm_clock_mean_hz: float | None = None
     throttle_power_s: float | None = None
     throttle_thermal_s: float | None = None
+    slowdown_min_s: float | None = None  # the shortest slowdown that is surely seen between two samples
     event_reasons_mask: int | None = None
     util_mean_ratio: float | None = None
     mem_peak_b: int | None = None

@@ -40,7 +40,8 @@ class GpuCapability:
             stead = " (power is integrated instead, and the record says so)" if meter.power_error is None else ""
             counter = f"{meter.counter_error}{stead}"
         elif self.counter_update_period_s is not None:
-            counter = f"energy counter, updated every {self.counter_update_period_s * 1e3:.0f} ms"
+            # An idle GPU shows no step of power by which the lag could be seen.
+            counter = f"energy counter, updated every {self.counter_update_period_s * 1e3:.0f} ms; results have its lag"
         else:
             counter = "energy counter" + ("" if self.probe_error is None else f"; {self.probe_error}")
         kind = "instantaneous" if meter.power_source == "instant" else "an average, over 1 s on some GPUs"

@@ -106,6 +106,12 @@ class Curve:
         """The energy since some moment, interpolated; raises NotMeasured beyond the first and last knot."""
         return self._interpolate(self._place(at_ns), at_ns)
 
+    def doubt_at(self, at_ns: int) -> tuple[float, float]:
+        """How uncertain the times of the knots around a moment are, in s, and the power between them, in W."""
+        place = self._place(at_ns)
+        width_ns = max(self.latest_ns[knot] - self.earliest_ns[knot] for knot in (place - 1, place))
+        return width_ns / NS_PER_S, self._power_w(place - 1, place)
+
     def closed_j(self, closed: ClosedWindow) -> float:
         """The energy of a window with idle guards; raises as `between_j`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
@@ -26,6 +27,7 @@ from lem.meters.interference import (
     waited_too_long,
 )
 from lem.meters.rapl import DRAM, PACKAGE
+from lem.meters.uncertainty import budget_j, counter_lag_s
 from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Interference, Machine, Work, parts_of_source
 
 # From here on a correction of the user's own meter is told.
@@ -138,6 +140,8 @@ def _energy(
     if sources.gpu_method == EnergySource.COUNTER:
         crosscheck = measured(lambda: window.crosscheck_ratio(attempt))
         period = measured(lambda: _update_period_s(attempt))
+    lag = measured(lambda: counter_lag_s(attempt))
+    budget = measured(lambda: budget_j(attempt, need(primary), lag.value, crosscheck.value))
     return Energy.of(
         **parts,
         gpu_energy_net_j=measured(lambda: need(gpu_j) - need(rest_w) * attempt.window.seconds),
@@ -149,6 +153,9 @@ def _energy(
         energy_scope=primary if primary.value is None else sources.scope,
         energy_crosscheck_ratio=crosscheck,
         counter_update_period_s=period,
+        counter_lag_s=lag,
+        energy_uncertainty_j=measured(lambda: math.hypot(*need(budget).values())),
+        uncertainty_budget_j=budget,
         sample_gap_max_s=measured(lambda: window.sample_gap_max_s(attempt)),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
 from functools import reduce
 from itertools import pairwise
@@ -238,6 +238,7 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
         sm_clock_mean_hz=_mean(rows, "sm_clock_hz", silent),
         throttle_power_s=throttled_s(names.POWER_CAP_BIT),
         throttle_thermal_s=throttled_s(names.THERMAL_BITS),
+        slowdown_min_s=_slowdown_min_s(header, rows, attempt.span(names.WINDOW), silent),
         event_reasons_mask=known(reduce(or_, (mask for mask, _ in masks)) if masks else None, silent),
         util_mean_ratio=_mean(rows, "util_ratio", silent),
         mem_peak_b=_max(rows, "memory_b", silent),
@@ -246,6 +247,19 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
         clocks_set=known(any(mask & names.CLOCKS_SET_BIT for mask, _ in masks) if masks else None, silent),
         **{item.name: known(getattr(header.settings, item.name), untold) for item in fields(header.settings)},
     )
+
+
+def _slowdown_min_s(
+    header: GpuHeader, rows: Sequence[_Weighted], window: Span | None, silent: Reason
+) -> Measured[float]:
+    """The longest time between two looks at the clock events; none where the driver counts slowdowns."""
+    if header.counts_slowdowns:
+        return known(None, "slowdowns_counted")
+    looks_ns = [row.at_ns for row, _ in rows if row.event_mask is not None]
+    if window is None or not looks_ns:
+        return known(None, silent)
+    edges = pairwise([window.opened_ns, *looks_ns, window.closed_ns])
+    return Measured(max(after - before for before, after in edges) / NS_PER_S)
 
 
 def _gpu_j(attempt: AttemptLog, number: int) -> float:

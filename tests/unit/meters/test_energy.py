@@ -645,3 +645,54 @@ def test_slowdowns_that_were_counted_make_a_window_invalid(slowed_s: tuple[float
     reasons = gpu_attempt().with_log(seconds=seconds).measured().invalid_reasons
     found = [reason.data["slowed_s"] for reason in reasons if reason.code == "slowdown_counted"]
     assert found == ([] if inside_s is None else [pytest.approx(inside_s)])
+
+
+# Lag and uncertainty
+
+
+@pytest.mark.parametrize("period_s", [0.02, 0.1])
+@pytest.mark.parametrize("lag_s", [0.0, 0.05, 0.1, 0.2])
+def test_the_lag_of_a_counter_is_estimated_and_covers_its_bias(lag_s: float, period_s: float) -> None:
+    counter = Counter(period_s=period_s, phase_s=0.037, lag_s=lag_s)
+    found = gpu_attempt(counter=counter).measured().energy
+    assert found.counter_lag_s == pytest.approx(lag_s, abs=0.002)
+    assert found.gpu_energy_j is not None
+    assert found.uncertainty_budget_j is not None
+    bias_j = abs(found.gpu_energy_j - WINDOW_J)
+    assert bias_j < 3**0.5 * found.uncertainty_budget_j["lag"] + 3 * found.uncertainty_budget_j["edges"] + 1
+    assert found.uncertainty_budget_j["lag"] == pytest.approx(lag_s * (LOAD_W - IDLE_W) / 3**0.5, abs=0.8)
+
+
+def test_load_that_begins_slowly_is_not_taken_for_lag() -> None:
+    levels = [level if level.at_s != 15.0 else Level(15.0, LOAD_W, 0.25) for level in LEVELS]
+    found = gpu_attempt(levels=levels).measured().energy
+    assert found.null_reasons["counter_lag_s"].code == "lag_unseen"
+    assert found.uncertainty_budget_j is not None
+    assert found.uncertainty_budget_j["lag"] == pytest.approx(0.1 * (LOAD_W - IDLE_W) / 3**0.5, rel=0.05)
+
+
+def test_the_uncertainty_is_the_root_of_the_squares_of_its_causes() -> None:
+    found = gpu_attempt(instant=Sensor(gain=1.1)).measured().energy
+    budget_j = found.uncertainty_budget_j
+    assert budget_j is not None
+    assert set(budget_j) == {"edges", "closing", "sensor", "lag", "crosscheck"}
+    assert budget_j["sensor"] == pytest.approx(0.05 * WINDOW_J / 3**0.5, rel=0.01)
+    assert budget_j["crosscheck"] == pytest.approx(0.1 * WINDOW_J / 3**0.5, rel=0.05)
+    assert found.energy_uncertainty_j == pytest.approx(sum(part_j**2 for part_j in budget_j.values()) ** 0.5)
+
+
+def test_the_uncertainty_of_a_meter_without_a_known_accuracy_is_unknown() -> None:
+    found = cpu_attempt(package(0)).measured().energy
+    assert found.null_reasons["energy_uncertainty_j"].code == "accuracy_unknown"
+    steady = (
+        gpu_attempt().without(*(mark for mark in (names.GUARD_BEFORE, names.GUARD_AFTER))).measured(is_steady_mode=True)
+    )
+    assert steady.energy.null_reasons["counter_lag_s"].code == "lag_under_load"
+    assert "lag" not in (steady.energy.uncertainty_budget_j or {})
+
+
+def test_the_shortest_slowdown_that_is_seen_is_stated_unless_the_driver_counts_them() -> None:
+    (gpu,) = gpu_attempt(gaps=[(17.0, 17.35)]).measured().gpus
+    assert gpu.slowdown_min_s == pytest.approx(0.4, abs=0.06)
+    (counted,) = gpu_attempt().with_gpu_header(counts_slowdowns=True).measured().gpus
+    assert counted.null_reasons["slowdown_min_s"].code == "slowdowns_counted"

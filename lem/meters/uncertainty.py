@@ -1,0 +1,103 @@
+"""How far the energy of a window may be off, by cause (GUM): standard uncertainties, which add up as squares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from lem.base import measurement as names
+from lem.base.measurement import EnergySource, is_gpu_source
+from lem.base.units import NS_PER_S
+from lem.meters.attempt import AttemptLog, measured
+from lem.meters.curve import Curve, NotMeasured, Span
+
+# NVML reference, nvmlDeviceGetPowerUsage: to 5 % of the draw, the same on every day for one board.
+_SENSOR = 0.05
+# A counter shows energy up to this much later where its lag could not be estimated: 50 to 100 ms were seen.
+_UNKNOWN_LAG_S = 0.1
+_RECTANGLE = math.sqrt(3)  # from half the width of a range to its standard deviation
+
+# Power is taken from a stretch beside each edge, without what belongs to the edge itself.
+_BESIDE_S, _BESIDE_UPDATES, _SETTLED_S = 1.5, 6, 0.3
+_MOST_LAG_S = 0.5
+_LAGS_AGREE_S = 0.05
+
+
+def counter_lag_s(attempt: AttemptLog) -> float:
+    """By how much later than it was drawn the slowest counter shows energy; `NotMeasured` if that cannot be told.
+
+    Work begins and ends at known moments. The line of the energy at work meets those at rest later by the lag, and by
+    what power takes to rise and fall. Both edges must agree: load that begins slowly is no lag.
+    """
+    if attempt.sources.gpu_method != EnergySource.COUNTER:
+        raise NotMeasured("counter_absent")
+    if attempt.is_steady_mode:
+        raise NotMeasured("lag_under_load")
+    guard = attempt.span(names.GUARD_BEFORE)
+    if guard is None:
+        raise NotMeasured("lag_under_load")
+    numbers = range(len(attempt.sources.gpus))
+    return max(_lag_of(attempt.gpu_curve(number), attempt.window, guard) for number in numbers)
+
+
+def _lag_of(curve: Curve, window: Span, guard: Span) -> float:
+    settled_ns = round(_SETTLED_S * NS_PER_S)
+    beside_ns = round(max(_BESIDE_S, _BESIDE_UPDATES * curve.usual_spacing_s) * NS_PER_S)
+    opened_ns, closed_ns = window.opened_ns, window.closed_ns
+    resting = curve.whole_inside(guard)
+    begun = curve.whole_inside(Span(opened_ns + settled_ns, opened_ns + beside_ns))
+    ending = curve.whole_inside(Span(closed_ns - beside_ns, closed_ns))
+    after = curve.whole_inside(Span(closed_ns + settled_ns, closed_ns + beside_ns))
+    if resting is None or begun is None or ending is None or after is None:
+        raise NotMeasured("lag_unseen", what=curve.what)
+    idle_w = curve.mean_power_w(after)
+    # Where the line of the energy at work meets that at rest, less the moment at which work began or ended.
+    lags_s = []
+    for at_work, at_rest, edge_ns in ((begun, resting, opened_ns), (ending, after, closed_ns)):
+        power_w = curve.mean_power_w(at_work)
+        if power_w <= idle_w:
+            raise NotMeasured("lag_unseen", what=curve.what)
+        working_j = _extended_j(curve, at_work.closed_ns, power_w, edge_ns)
+        lags_s.append((_extended_j(curve, at_rest.closed_ns, idle_w, edge_ns) - working_j) / (power_w - idle_w))
+    if abs(lags_s[0] - lags_s[1]) > _LAGS_AGREE_S or not -_LAGS_AGREE_S <= min(lags_s) <= max(lags_s) < _MOST_LAG_S:
+        raise NotMeasured("lag_unseen", what=curve.what)
+    return max(0.0, sum(lags_s) / 2)
+
+
+def _extended_j(curve: Curve, knot_ns: int, power_w: float, at_ns: int) -> float:
+    """The energy at a moment, as power from a knot on has it."""
+    return curve.value_j(knot_ns) + power_w * (at_ns - knot_ns) / NS_PER_S
+
+
+def budget_j(attempt: AttemptLog, energy_j: float, lag_s: float | None, ratio: float | None) -> Mapping[str, float]:
+    """Standard uncertainties in J by cause, of the energy that counts; NotMeasured where a meter's accuracy is unknown.
+
+    `lag_s` is that of the counter; `ratio` what power comes to beside it. The spread of cycles is not part of it.
+    """
+    if not is_gpu_source(attempt.sources.primary):
+        raise NotMeasured("accuracy_unknown")
+    curves, window = attempt.primary_curves(), attempt.window
+    idle_w = attempt.baselines.loaded_power_w
+    if (rest := attempt.span(names.IDLE_LOADED)) is not None:
+        idle_w = measured(lambda: attempt.rest_power_w(rest)).value
+    found = {
+        "edges": math.hypot(*(_placement_j(curve, at_ns) for curve in curves for at_ns in _edges(window))),
+        "closing": sum(attempt.closing_doubt_j(curve) for curve in curves) / 2 / _RECTANGLE,
+        "sensor": _SENSOR * energy_j / _RECTANGLE,
+    }
+    if attempt.sources.primary == EnergySource.COUNTER and not attempt.is_steady_mode:
+        rise_w = max(0.0, energy_j / window.seconds - (idle_w or 0.0))
+        found["lag"] = (_UNKNOWN_LAG_S if lag_s is None else lag_s) * rise_w / _RECTANGLE
+    if ratio is not None and abs(ratio - 1) > names.CROSSCHECK_TOLERANCE:
+        found["crosscheck"] = abs(ratio - 1) * energy_j / _RECTANGLE
+    return found
+
+
+def _edges(window: Span) -> tuple[int, int]:
+    return window.opened_ns, window.closed_ns
+
+
+def _placement_j(curve: Curve, at_ns: int) -> float:
+    """What it costs not to know when the knots beside an edge came."""
+    width_s, power_w = curve.doubt_at(at_ns)
+    return width_s * power_w / 2 / _RECTANGLE
