@@ -59,7 +59,7 @@ _FACTS_WITHIN_B = 65536
 def find_fact(path: Path, name: str) -> str | None:
     """`run_id`, `campaign_name` or another text of the snapshot there, from its beginning alone; None when unknown."""
     try:
-        with path.open("rb") as stream:
+        with durable.open_regular(path) as stream:
             start = stream.read(_FACTS_WITHIN_B)
         found = re.search(rb'^  "%s": (".*"),$' % name.encode(), start, re.MULTILINE)
         return str(durable.parse_json(found[1])) if found else None

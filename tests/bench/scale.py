@@ -20,11 +20,12 @@ _FEW, _MORE = 5, 50
 # Those that read every result, each with what it may take: CPU seconds and MiB.
 _COMMANDS = (
     ("lem status", ("status", "demo"), 2, 100),
-    ("lem results list", ("results", "list"), 10, 250),
-    ("lem check", ("check", "demo"), 15, 250),
-    ("lem compare", ("compare", "demo"), 15, 250),
+    ("lem results list, without an index", ("results", "list"), 20, 400),
+    ("lem results list", ("results", "list"), 3, 150),
+    ("lem check", ("check", "demo"), 10, 250),
+    ("lem compare", ("compare", "demo"), 10, 250),
     ("lem results export", ("results", "export", "demo", "--output", "demo.csv"), 15, 500),
-    ("lem report", ("report", "demo", "--output", "demo.html"), 30, 350),
+    ("lem report", ("report", "demo", "--output", "demo.html"), 25, 350),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lem.base.errors import UserError
 from lem.results.index import INDEX_FILE
 from lem.results.store import Repository, Scan, StoredResult
 from tests.synthetic_campaign import Campaign, Configuration, Written
@@ -183,8 +185,6 @@ def test_without_an_index_that_can_be_written_everything_is_read_and_nothing_sai
 
 
 def test_lines_of_another_lem_are_not_used_but_their_digests_are(written: Written) -> None:
-    import hashlib
-
     record_all(written)
     lines = []
     for data in index_of(written).read_bytes().splitlines():
@@ -215,3 +215,15 @@ def test_a_result_that_cannot_be_put_into_the_index_is_a_warning(
     assert isinstance(result, StoredResult)
     Repository(written.results_dir, written.campaign).record_result(written.run_id, result)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_line_that_another_program_made_is_an_error_with_a_remedy(written: Written) -> None:
+    scan(written)
+    line = json.loads(index_of(written).read_bytes().splitlines()[0])
+    line["record"]["identity"] = "[1]"
+    del line["check"]
+    rest = json.dumps(line)[1:].encode() + b"\n"
+    index_of(written).write_bytes(b'{"check":"' + hashlib.sha256(rest).hexdigest()[:16].encode() + b'",' + rest)
+    with pytest.raises(UserError, match="corrupt: identity") as caught:
+        scan(written)
+    assert caught.value.hint == "remove it; it is made again"
