@@ -349,7 +349,7 @@ def play(scene: Scene, folder: Path) -> Outcome:
                 nvml,
                 world,
                 world.sampler,
-                roots=Roots(proc=folder, sys=folder / "sys", powercap=folder / "powercap"),
+                roots=Roots(proc=folder / "proc", sys=folder / "sys", powercap=folder / "powercap"),
             )
         )
         try:

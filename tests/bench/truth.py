@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -217,8 +218,9 @@ def _boosted(_at_s: float) -> tuple[str, ...]:
 
 
 def _blink(at_s: float) -> tuple[str, ...]:
-    """20 ms of hardware thermal slowdown, between two samples."""
-    return ("gpu 0", f"events {at_s + 5.035!r} {at_s + 5.055!r} 0x40")
+    """20 ms of hardware thermal slowdown, between two samples, which are taken every 100 ms."""
+    since_s = math.floor(at_s) + 5.035
+    return ("gpu 0", f"events {since_s!r} {since_s + 0.02!r} 0x40")
 
 
 _BURSTS = Load("", 90.0, 250.0, 0.0, 0.0, ripples=((160.0, 10.0, 1.6),))
