@@ -20,14 +20,13 @@ from lem.base.errors import UserError, did_you_mean
 from lem.base.log import escaped
 from lem.base.reasons import Reason
 from lem.record import Distribution, Gpu, Record, ResultKey, parts_of_source
-from lem.results.metrics import LATENCIES, used_records
+from lem.results.metrics import LATENCIES, READABLE_LATENCIES, used_records
 from lem.results.store import StoredResult
 
 FORMATS = ("csv", "json", "jsonl", "markdown")
 
 _SECTIONS = ("validity", "window", "energy", "idle", "work", "throughput")
 _LATER_SECTIONS = ("compute", "efficiency", "carbon", "environment")
-_LATENCIES = tuple(f"{name}_s" for name in LATENCIES)
 _GPU = tuple(item.name for item in dataclasses.fields(Gpu) if item.name != "null_reasons")
 _NOT_GIVEN = (None, "not given for this experiment")
 
@@ -114,8 +113,8 @@ def _cells(item: StoredResult, *, is_used: bool) -> Iterator[tuple[str, _Cell]]:
     yield "used", (is_used, "")
     for name in _SECTIONS:
         yield from _section(getattr(record, name))
-    for name in (*_LATENCIES, *(("itl_s",) if record.latency.itl_s else ())):
-        yield from _distribution(name, record)
+    for name in READABLE_LATENCIES if record.latency.itl_s else LATENCIES:
+        yield from _distribution(f"{name}_s", record)
     for name in _LATER_SECTIONS:
         yield from _section(getattr(record, name))
     for index, gpu in enumerate(record.gpus):

@@ -51,15 +51,16 @@ def _lowered(label: str) -> str:
     return label if label[:2].isupper() else label[0].lower() + label[1:]
 
 
-# ITL, the time between tokens, is read from records before schema version 3 only.
-ITL = "itl", "Inter-token latency"
-LATENCIES = {
+# Every latency that a record can have, in the order in which they are shown.
+READABLE_LATENCIES = {
     "ttft": "Time to first token",
     "tpot": "Time per output token",
     "icl": "Inter-chunk latency",
+    "itl": "Inter-token latency",  # between tokens; in records before schema version 3 only
     "e2e": "End-to-end latency",
     "queue": "Queueing time",
 }
+LATENCIES = {kind: words for kind, words in READABLE_LATENCIES.items() if kind != "itl"}
 
 
 def _latencies(kind: str, words: str) -> Iterator[Metric]:
@@ -111,7 +112,9 @@ METRICS: tuple[Metric, ...] = (
     *(metric for kind, words in LATENCIES.items() for metric in _latencies(kind, words)),
 )
 
-METRIC_BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in (*METRICS, *_latencies(*ITL))}
+METRIC_BY_NAME: Mapping[str, Metric] = {
+    metric.name: metric for metric in (*METRICS, *_latencies("itl", READABLE_LATENCIES["itl"]))
+}
 
 # Short names of what people compare most.
 _ALIASES = {

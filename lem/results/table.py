@@ -14,7 +14,7 @@ from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_dec
 from lem.config.experiment import DATASET_ALIASES
 from lem.record import Distribution, Record
 from lem.results.bootstrap import bootstrap_coverage_label
-from lem.results.metrics import LATENCIES, METRIC_BY_NAME
+from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES
 from lem.results.run import SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, estimate_note
 from lem.results.stats import CONFIDENCE
 from lem.results.store import UNACCOUNTED
@@ -292,7 +292,7 @@ def _energy(record: Record) -> str:
 
 def _add_latency(doc: Doc, record: Record) -> None:
     latency = record.latency
-    kinds = {name: getattr(latency, f"{name}_s") for name in (*LATENCIES, *(("itl",) if latency.itl_s else ()))}
+    kinds = {name: getattr(latency, f"{name}_s") for name in (READABLE_LATENCIES if latency.itl_s else LATENCIES)}
     seen: dict[str, Distribution] = {name: value for name, value in kinds.items() if value is not None}
     if seen:
         found = seen.values()

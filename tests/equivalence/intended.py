@@ -35,6 +35,12 @@ INTENDED: tuple[Intended, ...] = (
         r"-2 \+1 -1",
         suite="recorded",
     ),
+    Intended(
+        "p95 needs 100 different prompts and p99 500, where 20 and 100 observations were enough.",
+        "lem report",
+        r"-20 \+100 -100 \+500( -20 \+100 -100 \+500)*",
+        suite="recorded",
+    ),
     Intended("The size of a page, whose words were rewritten.", "lem report", r"^\$\.bytes$", suite="recorded"),
     Intended(
         "What was interrupted is left, not failed.", "results list", r"^\$\[\d+\]\.(left|failed)$", suite="recorded"

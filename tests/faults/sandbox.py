@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lem.base.errors import UserError
+from lem.meters.requestlog import REQUESTS_FILENAME, RequestLogError, read_requests
 from lem.meters.samples import FINISHED_FILENAME, SampleLogError, read_finished
 from lem.orchestration.manifest import ManifestManager
 from lem.record import RecordError, read_record
@@ -81,7 +82,8 @@ def look_at(folder: Path, campaign: str) -> Outcome:
     except UserError:
         partial.append(str(manifest_path))
     duplicates = tuple(sorted(name for name, count in experiments.items() if count > 1))
-    partial += [str(path) for path in (folder / "results").rglob(FINISHED_FILENAME) if not _is_whole_log(path)]
+    for name, is_whole in ((FINISHED_FILENAME, _is_whole_log), (REQUESTS_FILENAME, _is_whole_request_log)):
+        partial += [str(path) for path in (folder / "results").rglob(name) if not is_whole(path)]
     return Outcome(statuses, results, tuple(partial), duplicates, tuple(durations_s))
 
 
@@ -239,6 +241,14 @@ def _is_whole_log(path: Path) -> bool:
     try:
         read_finished(path)
     except SampleLogError:
+        return False
+    return True
+
+
+def _is_whole_request_log(path: Path) -> bool:
+    try:
+        read_requests(path)
+    except RequestLogError:
         return False
     return True
 

@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 
+from lem.base.clock import Clock
 from lem.base.errors import EngineError, OptionRefused
 from lem.config.backends import VllmConfig
 from lem.config.option import walk
 from lem.engines.protocol import Engine, EngineReport, TokenRequest
 from lem.engines.vllm import load
+from lem.meters.work import describe_work
+from lem.worker.window import measure_batch
 from tests.integration.engine_answers import SAMPLING, answers, configured, outputs, prompts, vllm_experiment
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
@@ -319,6 +322,14 @@ def test_a_drafting_model_drafts_the_tokens_asked_for(bench: Bench) -> None:
     times = found[0].token_times_ns
     assert times is not None
     assert [times.count(moment) for moment in sorted(set(times))] == [1, 4, 4, 4, 3]
+    window = measure_batch(
+        bench.engine, prompts(), min_window_s=0.0, observe_tokens=True, clock=Clock(), report=lambda _: None
+    )
+    config = vllm_experiment(bench.model, {"speculative": speculative}, **LENGTHS)
+    measured = describe_work(window, config)
+    assert (measured.throughput.tok_per_step, measured.throughput.draft_accepted_ratio) == (3.75, 1.0)
+    assert measured.latency.icl_s is not None
+    assert measured.latency.icl_s.p50 > 0
     assert "vllm.speculative.draft_tp_size: 2" in bench.refusal({"speculative": {**speculative, "draft_tp_size": 2}})
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from lem.base.codec import recognise
 from lem.record import (
+    ITL_REPLACED,
     SCHEMA_VERSION,
     Energy,
     Gpu,
@@ -23,6 +24,7 @@ from lem.record import (
     read_record,
     write_record,
 )
+from lem.results import metrics
 from tests.faulty_disk import failing
 from tests.records import make_gpu, make_record
 
@@ -199,3 +201,23 @@ def test_a_damaged_value_of_any_length_makes_a_short_message() -> None:
         decode_record(document)
     assert len(str(caught.value)) < 200
     assert "\x1b" not in str(caught.value)
+
+
+RECORDED = Path(__file__).parents[1] / "recorded" / "h200" / "attempt" / "result.json"
+
+
+def test_itl_of_older_records_is_read_and_no_longer_written() -> None:
+    document = json.loads(RECORDED.read_bytes())
+    assert document["schema_version"] == 1
+    old = {"mean": 0.02, "p50": 0.0, "p90": 0.05, "p95": 0.06, "p99": None, "p99_null_reason": "too few", "n": 50}
+    latency = {name: value for name, value in document["latency"].items() if not name.startswith("itl_s")}
+    record = decode_record({**document, "latency": {**latency, "itl_s": old}})
+    assert record.latency.itl_s is not None
+    assert (record.latency.itl_s.p95, record.latency.itl_s.n_prompts) == (0.06, None)
+    assert record.latency.itl_s.null_reasons["p99"].data == {"needed": 100, "n": 50}
+    assert record.latency.null_reasons["icl_s"].code == "not_recorded"
+    assert decode_record(encode_record(record)) == record
+    assert metrics.parse_metric("itl").read(record) == (0.0, None)
+    new = make_record()
+    assert not [name for name in encode_record(new)["latency"] if name.startswith("itl")]
+    assert metrics.parse_metric("itl").read(new)[1] == ITL_REPLACED

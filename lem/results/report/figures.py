@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from lem.base.units import format_latency, format_quantity, plural, some_of
 from lem.record import PROMPTS_NEEDED, Distribution
-from lem.results.metrics import ITL, LATENCIES, Metric
+from lem.results.metrics import LATENCIES, READABLE_LATENCIES, Metric
 from lem.results.report import plot
 from lem.results.report.content import Entry, Report
 from lem.results.report.plot import Cell, Markup, Plot, Row, Scale, join, marks, number_cell, spot, table, tag, text
@@ -344,7 +344,7 @@ _Percentiles = Mapping[str, float]
 def latency_section(report: Report) -> Markup:
     """A plot for each kind that any configuration has, and why the others are missing."""
     parts, absences = [], []
-    for short, name in (*LATENCIES.items(), ITL):
+    for short, name in READABLE_LATENCIES.items():
         kind = f"{short}_s"
         found = {entry.number: _percentiles(entry, kind) for entry in report.entries}
         if any(found.values()):
