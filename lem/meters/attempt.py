@@ -102,14 +102,10 @@ def choose_sources(
     # The CPU's energy counts only for an experiment on the CPU, or if the user asks for it by name.
     counted_cpu_method = cpu_method if not gpu_uuids or is_cpu_source(wanted) else None
     primary = gpu_method or counted_cpu_method or (EnergySource.EXTERNAL if is_external else None)
-    has_dram = any(zone.domain == DRAM for zone in header.zones)
-    why_no_dram = Reason.of("dram_not_estimated") if is_estimate(cpu_method) else Reason.of("no_dram")
-    if header.dram_error is not None and not is_estimate(cpu_method):
-        why_no_dram = Reason.of("sampler_reports", error=header.dram_error)
     reasons = {
         "gpu": why_no_gpu,
         "cpu": why_no_cpu,
-        "dram": why_no_cpu or (None if has_dram and not is_estimate(cpu_method) else why_no_dram),
+        "dram": why_no_cpu or _why_no_dram(header, cpu_method),
         "external": None if is_external else Reason.of("option_not_given", option="measurement.external_csv"),
         "primary": None if primary else why_no_gpu if gpu_uuids else why_no_cpu,
     }
@@ -141,6 +137,14 @@ def choose_sources(
 
 def _ratio(percent: float | None) -> float | None:
     return None if percent is None else percent / 100
+
+
+def _why_no_dram(header: SampleHeader, cpu_method: EnergySource | None) -> Reason | None:
+    if is_estimate(cpu_method):
+        return Reason.of("dram_not_estimated")
+    if any(zone.domain == DRAM for zone in header.zones):
+        return None
+    return Reason.of("sampler_reports", error=header.dram_error) if header.dram_error else Reason.of("no_dram")
 
 
 def _scope_of(primary: EnergySource | None, gpus: Sequence[GpuHeader]) -> EnergyScope | None:
