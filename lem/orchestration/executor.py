@@ -84,11 +84,7 @@ class ContainerWorker(dispatch.Worker):
         if uuids and has_gpu:
             named = ("0",) if config.get("gpus") is None else config["gpus"]
             config["gpus"] = [uuids.get(str(name), str(name)) for name in named]
-        adapted = dataclasses.replace(request, config=config, image=executor.compose.images.get(self._service))
-        if request.is_worker_sampling and not has_gpu:
-            # A container without a GPU has nothing to sample that this host does not have.
-            return dataclasses.replace(adapted, is_worker_sampling=False, samples_path=None)
-        return adapted
+        return dataclasses.replace(request, config=config, image=executor.compose.images.get(self._service))
 
     def _settle(self, request: RunRequest, outcome: Outcome) -> Outcome:
         """The outcome with what happened to the container; a result is invalid if it lost its GPU meanwhile."""
