@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lem.base import durable
 from lem.base.codec import DecodeError, complete, decode, encode, shown
-from lem.base.measured import Measured, Section, known
+from lem.base.measured import Distribution, Measured, Section, known
 from lem.base.measurement import SLOWDOWN_MASK, EnergySource
 from lem.base.reasons import Reason
 from lem.identities import violations
@@ -21,12 +21,6 @@ CONFIG_FILE = "config.json"
 PROMPTS_FILE = "prompts.jsonl"
 OUTPUTS_FILE = "outputs.jsonl"
 LOG_FILE = "log.txt"
-
-# Until version 2 of the schema, observations were counted.
-_OBSERVATIONS_NEEDED: Final[Mapping[str, int]] = {"p90": 10, "p95": 20, "p99": 100}
-# A percentile is None for fewer requests with different prompts: one or two of them would decide it, and a prompt that
-# is repeated says little new.
-PROMPTS_NEEDED: Final[Mapping[str, int]] = {"p90": 10, "p95": 100, "p99": 500}
 
 # The fields of `Energy` that add up to the energy that counts, by the meter it comes from.
 _PARTS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -47,27 +41,6 @@ _NOT_RECORDED = Reason.of("not_recorded")
 def parts_of_source(source: str) -> tuple[str, ...]:
     """The fields of `Energy` that add up to the energy that counts; not every machine can read `dram_energy_j`."""
     return _PARTS.get(source, ())
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """Percentiles of one latency in seconds; None for fewer prompts than `PROMPTS_NEEDED`."""
-
-    mean: float
-    p50: float
-    p90: float | None
-    p95: float | None
-    p99: float | None
-    n: int
-    n_prompts: int | None = None  # different prompts behind the observations; None in records before version 3
-
-    @property
-    def null_reasons(self) -> Mapping[str, Reason]:
-        needed, code, n = PROMPTS_NEEDED, "too_few_prompts", self.n_prompts
-        if n is None:
-            needed, code, n = _OBSERVATIONS_NEEDED, "too_few_observations", self.n
-        absent = {it: Reason.of(code, needed=least, n=n) for it, least in needed.items() if getattr(self, it) is None}
-        return absent | ({"n_prompts": _NOT_RECORDED} if self.n_prompts is None else {})
 
 
 @dataclass(frozen=True)

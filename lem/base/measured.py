@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from lem.base.measurement import is_estimate
 from lem.base.reasons import Reason
 
+# Until version 2 of the schema, observations were counted.
+_OBSERVATIONS_NEEDED: Final[Mapping[str, int]] = {"p90": 10, "p95": 20, "p99": 100}
+# A percentile is None for fewer requests with different prompts: one or two of them would decide it, and a prompt that
+# is repeated says little new.
+PROMPTS_NEEDED: Final[Mapping[str, int]] = {"p90": 10, "p95": 100, "p99": 500}
+
 _NO_REASON = Reason.of("no_reason")
+_NOT_RECORDED = Reason.of("not_recorded")
 
 _Value = TypeVar("_Value")
 _Section = TypeVar("_Section", bound="Section")
@@ -60,3 +67,24 @@ class Section:
     def why_none(self, name: str) -> Reason:
         """Why a field has no value."""
         return self.null_reasons.get(name, _NO_REASON)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Percentiles of one latency in seconds; None for fewer prompts than `PROMPTS_NEEDED`."""
+
+    mean: float
+    p50: float
+    p90: float | None
+    p95: float | None
+    p99: float | None
+    n: int
+    n_prompts: int | None = None  # different prompts behind the observations; None in records before version 3
+
+    @property
+    def null_reasons(self) -> Mapping[str, Reason]:
+        needed, code, n = PROMPTS_NEEDED, "too_few_prompts", self.n_prompts
+        if n is None:
+            needed, code, n = _OBSERVATIONS_NEEDED, "too_few_observations", self.n
+        absent = {it: Reason.of(code, needed=least, n=n) for it, least in needed.items() if getattr(self, it) is None}
+        return absent | ({"n_prompts": _NOT_RECORDED} if self.n_prompts is None else {})

@@ -76,7 +76,8 @@ def _work_warnings(config: ExperimentConfig) -> Iterator[Problem]:
     elif decoder.temperature != 1 and decoder.top_p != 1:
         yield Problem.of("decoder.top_p", "sampling_compounds")
     if traffic.enabled:  # where the mode is an axis of a grid, an experiment may have options of the other mode
-        unused = {"target_qps": 1.0, "seed": None} if traffic.mode == "closed" else {"concurrency": 1}
+        of_open_loop = {"target_qps": 1.0, "seed": None, "allow_overload": False}
+        unused = of_open_loop if traffic.mode == "closed" else {"concurrency": 1}
         for name, default in unused.items():
             if getattr(traffic, name) != default:
                 yield Problem.of(f"traffic_simulation.{name}", "other_traffic_mode", mode=traffic.mode)

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem.base.measured import Measured, known
+from lem.base.measured import PROMPTS_NEEDED, Distribution, Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.config.experiment import ExperimentConfig, SloConfig
 from lem.meters.requestlog import OPEN_LOOP, Request, RequestLog
-from lem.record import ITL_REPLACED, PROMPTS_NEEDED, Distribution, Latency, Throughput
+from lem.record import ITL_REPLACED, Latency, Throughput
 
 # With fewer requests than this share of its peak, the engine is filling up or draining.
 _FULL = 0.9

@@ -9,10 +9,11 @@ from typing import Any
 from lem.base import units
 from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Column, Doc, NameShortener, Table, columns, printable
 from lem.base.log import WIDTH, bounded_width
+from lem.base.measured import Distribution
 from lem.base.reasons import alike
 from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
 from lem.config.experiment import DATASET_ALIASES
-from lem.record import Distribution, Record
+from lem.record import Record
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES
 from lem.results.run import SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, estimate_note

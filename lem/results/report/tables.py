@@ -206,11 +206,10 @@ def _of_gpus(record: Record, read: Callable[[Gpu], float | None], fold: Callable
 
 
 def _field(heading: str, section: str, name: str, *, is_energy: bool = False) -> _Figure:
-    def why(record: Record) -> Reason | None:
-        reasons: Mapping[str, Reason] = getattr(record, section).null_reasons
-        return reasons.get(name)
+    def part(record: Record) -> Any:
+        return getattr(record, section)
 
-    return _Figure(heading, lambda record: getattr(getattr(record, section), name), why, is_energy)
+    return _Figure(heading, lambda r: getattr(part(r), name), lambda r: part(r).null_reasons.get(name), is_energy)
 
 
 _FIGURES = (
