@@ -14,7 +14,7 @@ from lem.config.backends import find_preset
 from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment, with_campaign_defaults
 from lem.config.experiment import DecoderConfig, ExperimentConfig
 from lem.config.kinds import ConfigProblems, MapKind, Path, Problem, as_written, dotted
-from lem.config.option import Section, canonical, declared, find_option, is_secret, leaves, merge, nest
+from lem.config.option import Section, canonical, declared, find_option, is_secret, leaves, merge, nest, redacted
 from lem.config.yamlfile import Document, FileProblems, Located, Place, parse_value, read_document
 
 S = TypeVar("S", bound=Section)
@@ -105,12 +105,12 @@ class Source:
 
     def locate(self, problems: Iterable[Problem]) -> Located:
         placed = [(self.place(item.path, is_about_key=item.is_about_key), item) for item in problems]
-        without = _without_secrets(self.section, placed)
-        return [(place, dataclasses.replace(item, path=(*self.prefix, *item.path))) for place, item in without]
+        prefixed = [(place, dataclasses.replace(item, path=(*self.prefix, *item.path))) for place, item in placed]
+        return _without_secrets(prefixed)
 
 
-def _without_secrets(section: type[Section], located: Located) -> Located:
-    return [(place.without_secret() if is_secret(section, item.path) else place, item) for place, item in located]
+def _without_secrets(located: Located) -> Located:
+    return [(place, dataclasses.replace(item, path=redacted(CampaignConfig, item.path))) for place, item in located]
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class _Loader:
                     complaint = "the file is empty; `lem config new` writes one to start from"
                 raise FileProblems([(document.top, Problem((), complaint))])
             documents.append(document)
-            found += _without_secrets(section, document.located)
+            found += _without_secrets(document.located)
             following = _base_of(documents, found)
         source = dataclasses.replace(self._start(section), main=documents[0])
         for document in reversed(documents):

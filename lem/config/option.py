@@ -14,6 +14,7 @@ from lem.base.errors import nearest
 from lem.config import kinds
 
 _METADATA = "lem.option"
+_NAME = re.compile(r"[\w.-]+")
 
 
 def option(
@@ -298,6 +299,16 @@ def is_secret(section: type[Section], path: kinds.Path) -> bool:
         if nearest(name, [secret.rpartition(".")[2] for secret in secrets]) is not None:
             return True
     return any(name == key or name.startswith(f"{key}.") for name in secrets)
+
+
+def redacted(section: type[Section], path: kinds.Path) -> kinds.Path:
+    """The path up to the first name in it that is no name, but text of a secret."""
+    for length, part in enumerate(path):
+        if isinstance(part, str) and is_secret(section, path[: length + 1]):
+            above = find_option(section, ".".join(name for name in path[:length] if isinstance(name, str)))
+            if not _NAME.fullmatch(part) or (above is not None and above.secret):
+                return (*path[:length], "(hidden)")
+    return path
 
 
 def find_option(section: type[Section], key: str) -> kinds.Option | None:

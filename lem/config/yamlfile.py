@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from lem.base.units import MIB
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import ConfigProblems, Expanded, Path, Problem
-from lem.config.option import secrets_of
+from lem.config.option import is_secret, redacted
 
 try:
     from lem._vendor import yaml
@@ -40,6 +40,9 @@ _BOOLEAN = {"true": True, "True": True, "TRUE": True, "false": False, "False": F
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,400})")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _SPECIAL = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
+_KEY = re.compile(r"([\w.-]+)[\"']?\s*:")
+_TOP_KEY = re.compile(r"[\"']?[\w.-]+[\"']?\s*:(?:\s|$)")
+_MAX_SEARCHED = 10_000  # characters
 _REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{")
 
 _PLAIN = "lem:plain"
@@ -61,19 +64,10 @@ class Place:
 
     label: str
     mark: Mark | None = None
-    line: str = ""
-    is_masked: bool = False  # the line holds no secret
+    line: str = ""  # without a secret; empty where there is nothing else to show
 
     def __str__(self) -> str:
         return ":".join((self.label, *map(str, self.mark or ())))
-
-    def without_secret(self) -> Place:
-        """The place of a problem with a secret, its line up to where the secret begins."""
-        before = "" if self.mark is None else self.line[: self.mark.column - 1]
-        # The mark may be behind a secret on the same line, of an option that is there twice, even with a wrong name.
-        earlier = re.sub(r"[\"']?\w+[\"']?\s*:\s*$", "", before)
-        is_behind = "://" in earlier or _may_have_secret(earlier)
-        return replace(self, line="" if is_behind else f"{before}(hidden)", is_masked=True)
 
 
 Located = list[tuple[Place, Problem]]
@@ -100,7 +94,7 @@ class FileProblems(ConfigProblems):
 
 def render(place: Place, problem: Problem) -> str:
     text = f"{place}: {problem}"
-    if place.mark is None or not place.line.strip() or (_may_have_secret(place.line) and not place.is_masked):
+    if place.mark is None or not place.line.strip():
         return text
     begin = max(0, place.mark.column - MAX_SHOWN_LINE // 2) if len(place.line) > MAX_SHOWN_LINE else 0
     shown = place.line[begin : begin + MAX_SHOWN_LINE].replace("\t", " ").rstrip()
@@ -108,13 +102,29 @@ def render(place: Place, problem: Problem) -> str:
     return f"{text}\n{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {' ' * (place.mark.column - 1 - begin)}^"
 
 
-def _may_have_secret(line: str) -> bool:
-    return any(name in line for name in _secret_names())
+class Span(NamedTuple):
+    """Where the text of a key or of a value is: lines and column from 1."""
+
+    path: Path
+    is_key: bool
+    begin: Mark
+    end_line: int
+
+    @classmethod
+    def of(cls, path: Path, node: Any, *, is_key: bool = False) -> Span:
+        # Where a text without quotes or in lines of its own ends, PyYAML takes the empty lines behind it to it.
+        return cls(path, is_key, _mark(node), node.end_mark.line + (1 if node.end_mark.column else 0))
+
+    @property
+    def is_secret(self) -> bool:
+        """Whether a secret, or what may be meant as one, is here; it may be in a file of either kind."""
+        names = tuple(part for part in self.path if isinstance(part, str))
+        return redacted(CampaignConfig, names) != names if self.is_key else _is_secret(names)
 
 
-@functools.cache
-def _secret_names() -> tuple[str, ...]:
-    return tuple(name.rpartition(".")[2] for name in secrets_of(CampaignConfig))
+@functools.cache  # the experiments of a list have the same names
+def _is_secret(names: tuple[str, ...]) -> bool:
+    return is_secret(CampaignConfig, names)
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,18 @@ class Document:
     keys: Mapping[Path, Mark] = field(default_factory=dict)  # where the key of a path begins
     values: Mapping[Path, Mark] = field(default_factory=dict)  # where the value of a path begins
     problems: tuple[tuple[Mark, Problem], ...] = ()  # whatever the options are: duplicate keys, unset variables
+    spans: tuple[Span, ...] = ()  # of all keys and values
+
+    @functools.cached_property
+    def _hidden(self) -> Mapping[int, int]:
+        """By line the column from which on it may show a secret."""
+        found: dict[int, int] = {}
+        for span in self.spans:
+            if span.is_secret:
+                for line in range(span.begin.line, span.end_line + 1):
+                    column = span.begin.column if line == span.begin.line else 1
+                    found[line] = min(column, found.get(line, column))
+        return found
 
     @property
     def located(self) -> Located:
@@ -141,7 +163,11 @@ class Document:
     def at(self, mark: Mark | None) -> Place:
         if mark is None:
             return Place(self.name)
-        return Place(self.name, mark, self.lines[mark.line - 1] if mark.line <= len(self.lines) else "")
+        line = self.lines[mark.line - 1] if mark.line <= len(self.lines) else ""
+        column = self._hidden.get(mark.line)
+        if column is not None:
+            line = f"{line[: column - 1]}(hidden)" if mark.column <= column and column > 1 else ""
+        return Place(self.name, mark, line)
 
     def find(self, path: Path, *, is_about_key: bool) -> tuple[int, Place]:
         """How many parts of a path are in the file, and the place of the last of them."""
@@ -267,7 +293,8 @@ def _read_text(text: str, name: str, path: FilePath, environ: Mapping[str, str])
         raise FileProblems([_syntax_problem(error, name, text)]) from error
     builder = _Builder(environ)
     tree = builder.build(node, ()) if node is not None else None
-    return Document(name, path, lines, tree, builder.keys, builder.values, tuple(builder.problems))
+    problems, spans = tuple(builder.problems), tuple(builder.spans)
+    return Document(name, path, lines, tree, builder.keys, builder.values, problems, spans)
 
 
 class _TooMuch(yaml.MarkedYAMLError):  # type: ignore[misc, unused-ignore]
@@ -315,6 +342,7 @@ class _Builder:
         self.keys: dict[Path, Mark] = {}
         self.values: dict[Path, Mark] = {}
         self.problems: list[tuple[Mark, Problem]] = []
+        self.spans: list[Span] = []
 
     def build(self, node: Any, path: Path) -> Any:
         self.values[path] = _mark(node)
@@ -326,6 +354,8 @@ class _Builder:
         if id(node) in self._open:
             self._note(path, "an alias (*name) that contains itself")
             return None
+        if not isinstance(node, yaml.MappingNode):  # whose keys and values are noted
+            self.spans.append(Span.of(path, node))
         self._open.add(id(node))
         value = self._build(node, path)
         self._open.discard(id(node))
@@ -338,17 +368,23 @@ class _Builder:
             return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode) and node.tag in (_PLAIN, _TEXT):
             return self._build_scalar(node, path)
-        self._note(path, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not supported; remove it")
+        self.spans.append(Span.of(path, node))
+        tag = "this tag" if self.spans[-1].is_secret else f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')}"
+        self._note(path, f"{tag} is not supported; remove it")
         return None
 
     def _build_mapping(self, node: Any, path: Path) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in (_PLAIN, _TEXT):
+                self.spans += Span.of((*path, ""), key_node), Span.of((*path, ""), value_node)
                 self._note(path, "expected plain text as the key", _mark(key_node))
                 continue
             key = str(key_node.value)
             where = (*path, key)
+            self.spans.append(Span.of(where, key_node, is_key=True))
+            if key in out or key == "<<":  # what is not read
+                self.spans.append(Span.of(where, value_node))
             if key in out:
                 self._note(where, f"duplicate key, first on line {self.keys[where].line}", _mark(key_node))
                 continue
@@ -406,6 +442,19 @@ def _syntax_problem(error: Any, name: str, text: str) -> tuple[Place, Problem]:
         "block end": "check the indentation",
     }
     remedy = next((advice for words, advice in remedies.items() if words in f"{message} {error.context or ''}"), "")
+    message = re.sub(r"(alias|anchor|tag handle) '.*'", r"\1", message)  # which may be in a secret
     complaint = message if isinstance(error, _TooMuch) else f"not YAML: {message}"
-    place = Document(name, FilePath(), tuple(text.splitlines())).at(mark)
+    place = Document(name, FilePath(), _without_secrets(text.splitlines(), mark.line)).at(mark)
     return place, Problem((), f"{complaint}; {remedy}" if remedy else complaint)
+
+
+def _without_secrets(lines: Sequence[str], number: int) -> tuple[str, ...]:
+    """The lines of a text that is not YAML; that of a number is empty if a secret may be in it.
+
+    One may be there if, since the last key without indentation, there is the name of one or of a section with one.
+    """
+    begin = next((at for at in range(number - 1, 0, -1) if _TOP_KEY.match(lines[at])), 0) if number <= len(lines) else 0
+    above = "\n".join(lines[begin:number])
+    if len(above) > _MAX_SEARCHED or any(_is_secret((name,)) for name in _KEY.findall(above)):
+        return (*lines[: number - 1], "", *lines[number:])
+    return tuple(lines)

@@ -183,6 +183,36 @@ def test_sets_that_are_refused(folder: Path, item: str, option: str) -> None:
         ("campaign_name: x\nnotification: {webhook_url: https://hunter2, webhook_url: https://hunter3}\n", []),
         ("campaign_name: x\nnotification: {webook_url: https://hunter2, webook_url: https://hunter3}\n", []),
         ("campaign_name: x\nnotification: {'webhook_url' : 'https://u:hunter2@h'}\n", []),
+        *(
+            (f"campaign_name: x\nnotification: {text}\n", [])
+            for text in (
+                "{webhook_url:\n  https://hunter2, on: x}",
+                "{webhook_url:\nhttps://hunter2, on: [x}",
+                "{webhook_url:\n\n  https://hunter2, on: [x}",
+                "{webhook_url:\n  https://hunter2, on: *x}",
+                '{webhook_url: "https://\n  hunter2", on: x}',
+                '{webhook_url: "https://\n\n  hunter2", n: x, on: x}',
+                "{webhook_url:\n  [a,\n  https://hunter2], on: x}",
+                "{webhook_url:\n  {a: [\n  https://hunter2]}, on: x}",
+                "{webhook_url: {https://hunter2}}",
+                "{webhook_url: {a: {hunter2: 3}}}",
+                "{webhook_url: {? [hunter2] : 3}}",
+                "{webhook_url: {hunter2: 1, hunter2: 2}}",
+                "{webhook_url: !hunter2 x}",
+                "{webhook_url: *hunter2}",
+                "{webhook_url: &hunter2 x, on: &hunter2 x, a: !hunter2!b x}",
+                "{https://hunter2}",
+                "{webook_url:\n  https://hunter2, on: x}",
+                "{url:\n  https://hunter2, on: x}",
+                "{webhook_url: a,\n  webhook_url:\n  https://hunter2, on: x}",
+                "{on: [complete]}\nnotification: {webhook_url:\n  https://hunter2}",
+                "{<<: {webhook_url:\n  https://hunter2}, on: x}",
+                "\n  webhook_url: >\n    https://\n    hunter2\n  on: x",
+            )
+        ),
+        ("campaign_name: &x\n  https://hunter2\nmodel: {a: *x}\nnotification: {webhook_url: *x}\n", []),
+        ("campaign_name: x\nextra: {a: &x\n  https://hunter2, b: 1, b: 2}\nnotification: {webhook_url: *x}\n", []),
+        ("campaign_name: x\ngrid: {backends: [pytorch]}\n", ["notification.webhook_url=*hunter2"]),
         ("campaign_name: x\ngrid: {backends: [pytorch]}\n", ["notification.webhook_url=hunter2"]),
         ("campaign_name: x\ngrid: {backends: [pytorch]}\n", ["notification=hunter2"]),
         ("campaign_name: x\ngrid: {backends: [pytorch]}\n", ["notification.webhook_url=6666"]),
@@ -197,6 +227,18 @@ def test_a_secret_is_shown_neither_from_a_file_nor_from_the_command_line(
     shown = f"{error.message} {error.hint} {[problem.message for _, problem in error.located]}"
     assert "hunter" not in shown
     assert "6666" not in shown
+
+
+def test_a_line_beside_a_secret_is_shown_as_far_as_the_secret(folder: Path) -> None:
+    text = "campaign_name: x\nnotification: {on: x, webhook_url: &u\n  https://hunter2, # here\n  n: 1}\na: [}\n"
+    write(folder, c=text.replace("a: [}\n", "a: 1\n"), d=text)
+    shown = refusal(load_campaign, "c.yaml").message.splitlines()
+    assert list(dict.fromkeys(line for line in shown if " | " in line and "^" not in line)) == [
+        "    2 | notification: {on: x, webhook_url: (hidden)",
+        "    4 |   n: (hidden)",
+        "    5 | a: 1",
+    ]
+    assert refusal(load_campaign, "d.yaml").message.splitlines()[1] == "    5 | a: [}"
 
 
 WITH_HOOK = "campaign_name: x\ngrid: {{backends: [pytorch]}}\nnotification: {{webhook_url: {}}}\n"

@@ -110,7 +110,7 @@ def test_deep_nesting_is_refused(tmp_path: Path, text: str):
         ("a:\n\tb: 1\n", "c.yaml:2:1: not YAML: found character '\\t' that cannot start any token; indent with spaces"),
         ("a: b: c\n", "c.yaml:1:5: not YAML: mapping values are not allowed here; quote a text that contains ': '"),
         ("a: @x\n", "c.yaml:1:4: not YAML: found character '@' that cannot start any token; quote a text"),
-        ("a: *x\n", "c.yaml:1:4: not YAML: found undefined alias 'x'; quote a text that begins with *"),
+        ("a: *x\n", "c.yaml:1:4: not YAML: found undefined alias; quote a text that begins with *"),
         ("a: 'x\n\n", "c.yaml:1:4: not YAML: found unexpected end of stream"),
         ("a: [1\nb: 2\n", "c.yaml:2:2: not YAML: expected ',' or ']', but got ':'"),
         ("a: [${B}]\n", "c.yaml:1:6: not YAML: expected ',' or ']', but got '{'; inside brackets, quote"),
