@@ -69,11 +69,10 @@ def find_gpus() -> tuple[GpuFacts, ...]:
             with contextlib.suppress(nvml.NVMLError):
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
                 name = _text(nvml.nvmlDeviceGetName(handle))
-                memory = _ask_or_none(nvml, "nvmlDeviceGetMemoryInfo", handle)
-                capability = _ask_or_none(nvml, "nvmlDeviceGetCudaComputeCapability", handle)
+                memory, capability = _memory_of(nvml, handle), _capability_of(nvml, handle)
                 if uuid is not None:
                     total_b = None if memory is None else int(memory.total)
-                    found.append(GpuFacts(index, uuid, name, total_b, capability and tuple(capability)))
+                    found.append(GpuFacts(index, uuid, name, total_b, capability))
         return tuple(found)
 
 
@@ -159,7 +158,7 @@ def read_gpus() -> GpuReading:
 
 def _state(nvml: Any, index: int) -> GpuState:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = _ask_or_none(nvml, "nvmlDeviceGetMemoryInfo", handle)
+    memory = _memory_of(nvml, handle)
     processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
     return GpuState(
         index=index,
@@ -174,14 +173,25 @@ def _state(nvml: Any, index: int) -> GpuState:
     )
 
 
-def _ask_or_none(nvml: Any, function: str, handle: Any) -> Any:
-    """What a function says of a GPU; None if the GPU does not support it. Raises NVMLError: the GPU is lost."""
+def _memory_of(nvml: Any, handle: Any) -> Any:
+    """A GPU's memory; None if it has none of its own. Raises NVMLError: it cannot be asked, as one that is lost."""
     try:
-        return getattr(nvml, function)(handle)
+        return nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError as error:
+        if error.value not in _LASTING:
+            raise
+        return None
+
+
+def _capability_of(nvml: Any, handle: Any) -> tuple[int, int] | None:
+    """A GPU's compute capability; None if it is not known. Raises NVMLError: the GPU is lost."""
+    try:
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     except nvml.NVMLError as error:
         if error.value in _LOST:
             raise
         return None
+    return major, minor
 
 
 def gpu_uuids(nvml: Any) -> tuple[str | None, ...]:

@@ -47,6 +47,13 @@ def test_a_line_that_is_not_understood_is_told_and_fails_everything(double):
     assert "NVMLError_InvalidArgument" in finished.stderr
 
 
+@pytest.mark.parametrize(("code", "error"), [(3, None), (999, "Unknown Error")])
+def test_only_memory_that_is_not_supported_is_that_of_the_machine(double, code, error):
+    double.say(*NvmlDouble.gpu(), f"fail nvmlDeviceGetMemoryInfo {code}")
+    program = "from lem.meters.nvml import read_gpus; found = read_gpus(); print(len(found.gpus), found.error)"
+    assert _run(double, program).stdout == f"{int(error is None)} {error}\n"
+
+
 AT_TIMES = """
 import json, os, sys
 import pynvml
