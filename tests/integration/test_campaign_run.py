@@ -54,7 +54,7 @@ def test_each_engine_process_of_a_cold_campaign_is_a_new_one_in_a_new_worker(rig
     assert len(set((rig.folder / "pids").read_text().split())) == 2
     assert len({record.validity.engine_load_id for record in rig.records()}) == 2
     # -v shows each command that is run; the one for the look at the environment serves the first experiment.
-    assert len(re.findall(r"\$ .*launch\.py worker", ended.err)) == 2
+    assert len(re.findall(r"(?m)\$ .*launch\.py worker$", ended.err)) == 2
 
 
 def test_quiet_shows_the_summary_alone_and_logs_the_rest(rig):

@@ -350,7 +350,7 @@ def test_a_file_of_the_user_is_never_written(file_a: str, tmp_path: Path) -> Non
 
 def test_a_variable_stays_a_variable_and_its_value_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLDER", "home-of-somebody")
-    monkeypatch.setenv("TOKEN", "secret")
+    monkeypatch.setenv("TOKEN", "hunter2-of-somebody")
     monkeypatch.setenv("TOKENS", "12")
     file = tmp_path / "campaign.yaml"
     file.write_text(
@@ -367,8 +367,7 @@ def test_a_variable_stays_a_variable_and_its_value_stays_out(tmp_path: Path, mon
     one, two = build_plan(loaded.config, loaded.listed).configurations
     write_configs([one, two])
     written = one.config_path + Path(one.config_path).read_text()
-    assert "secret" not in written
-    assert "home-of-somebody" not in written
+    assert "of-somebody" not in written
     again = load_experiment(one.config_path).config
     assert again.identity() == one.config.identity()
     assert again.model.name == "/home-of-somebody/small"
