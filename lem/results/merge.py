@@ -261,13 +261,10 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             if target.exists():
                 continue
             make_folder(target.parent)
-            _copy_folder(item.path.parent, target)
+            record = _copy_attempt(item, target)
             new += 1
-            record, digest = read_with_digest(target / RESULT_FILE)
-            if digest != item.sha256:
-                raise UserError(f"{item.path}: it changed while it was copied", "merge again once nothing writes there")
             if item.is_recorded:
-                repository.record_result(identity.run_id, StoredResult(target / RESULT_FILE, record, digest))
+                repository.record_result(identity.run_id, StoredResult(target / RESULT_FILE, record, item.sha256))
         for run_folder in dict.fromkeys(item.path.parents[2] for item in gathered.results):
             rule = store.read_stopping_rule(run_folder)
             if rule is not None and store.read_stopping_rule(folder / run_folder.name) != rule:
@@ -278,10 +275,15 @@ def write_merged(gathered: Gathered, output: Path) -> int:
     return new
 
 
-def _copy_folder(source: Path, target: Path) -> None:
+def _copy_attempt(item: StoredResult, target: Path) -> Record:
+    """Copy a result and the files beside it; UserError, and no target, if it is not the one that was read before."""
     with durable.scratch_folder(target.parent) as scratch:
-        for path in sorted(source.iterdir()):
+        for path in sorted(item.path.parent.iterdir()):
             if path.is_file() and not path.is_symlink() and not path.name.startswith(durable.TEMPORARY_PREFIX):
                 shutil.copyfile(path, scratch / path.name)
+        if durable.sha256_of(scratch / RESULT_FILE) != item.sha256:
+            raise UserError(f"{item.path}: it changed while it was copied", "merge again once nothing writes there")
+        record, _ = read_with_digest(scratch / RESULT_FILE)
         scratch.chmod(0o755)
         durable.name_folder(scratch, target)
+    return record

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lem.base.errors import UserError
 from lem.record import Record, write_record
-from lem.results.merge import FleetPlan, HostPart, PlannedExperiment, write_plan
+from lem.results.merge import FleetPlan, HostPart, PlannedExperiment, gather, write_merged, write_plan
 from lem.results.store import Repository, StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from tests.command_rig import Output, run_lem
 from tests.records import make_record
@@ -172,6 +173,17 @@ def test_a_damaged_result_is_exit_code_1_also_without_a_plan(
         }
         broken.write_bytes(changed[damage])
     assert merge(*words).code == 1
+
+
+@pytest.mark.parametrize("text", ["{}", "{"])
+def test_a_result_that_changes_while_it_is_merged_is_not_written(
+    tmp_path: Path, hosts: tuple[Path, Path], text: str
+) -> None:
+    gathered = gather([hosts[0]])
+    gathered.results[0].path.write_text(text)
+    with pytest.raises(UserError, match="it changed while it was copied"):
+        write_merged(gathered, tmp_path / "all")
+    assert results_below(tmp_path / "all") == []
 
 
 def test_an_experiment_that_failed_is_no_damage(hosts: tuple[Path, Path], merge: Callable[..., Output]) -> None:
