@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -165,14 +166,14 @@ def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
 
 
 def _without_secrets(loaded: Loaded[Any]) -> dict[str, Any]:
-    """The configuration with secrets as they were written, when that was `${VAR}`, else hidden."""
+    """The configuration with secrets as they were written, when that was `${VAR}` and nothing else, else hidden."""
     section = type(loaded.config)
     tree: dict[str, Any] = loaded.config.to_dict()
     written = dict(leaves(loaded.source.unexpanded))
     for path, value in list(leaves(tree)):
         if value is not None and is_secret(section, path):
             shown = written.get(path)
-            is_reference = isinstance(shown, str) and shown.startswith("${")
+            is_reference = isinstance(shown, str) and re.fullmatch(r"\$\{\w+\}", shown) is not None
             tree = merge(section, tree, nest([str(part) for part in path], shown if is_reference else "(hidden)"))
     return tree
 

@@ -91,6 +91,17 @@ def test_show_as_json_and_a_secret_from_a_variable_as_written(folder: Path, monk
     assert ("hunter2" in out, '"${HOOK_OF_TEST}"' in out) == (False, True)
 
 
+@pytest.mark.parametrize("written", ["${HOOK_OF_TEST}/hunter2", "${NONE_OF_TEST:-https://host/hunter2}"])
+def test_a_secret_beside_or_in_a_variable_is_hidden(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    monkeypatch.setenv("HOOK_OF_TEST", "https://host")
+    (folder / "c.yaml").write_text(CAMPAIGN.replace("https://host/hunter2", written), encoding="utf-8")
+    assert json.loads(run_lem("config", "show", "c.yaml", "--json").out)["config"]["notification"]["webhook_url"] == (
+        "(hidden)"
+    )
+
+
 @pytest.mark.parametrize("backend", ["pytorch", "vllm", "tensorrt"])
 @pytest.mark.parametrize("kind", ["campaign", "experiment"])
 def test_a_new_file_is_valid_and_has_a_schema(folder: Path, kind: str, backend: str):
