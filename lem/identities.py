@@ -102,7 +102,9 @@ def _sum_of(gpus: Any) -> float | None:
 
 
 def _gross_j(record: Any) -> float | None:
-    net_j, rest_w = record.energy.gpu_energy_net_j, record.idle.idle_loaded_power_w
+    net_j, rest_w = record.energy.gpu_energy_net_j, record.idle.idle_net_power_w
+    if rest_w is None and record.idle.why_none("idle_net_power_w").code == "not_recorded":
+        rest_w = record.idle.idle_loaded_power_w
     return None if net_j is None or rest_w is None else net_j + rest_w * record.window.window_s
 
 
@@ -141,7 +143,7 @@ _IDENTITIES: Final[tuple[tuple[str, str, Callable[[Any], float | None]], ...]] =
         lambda it: None if it.work.requests_good is None else it.work.requests_good / it.window.window_s,
     ),
     ("energy.gpu_energy_j", "the sum of energy_j of the GPUs", lambda it: _sum_of(it.gpus)),
-    ("energy.gpu_energy_j", "gpu_energy_net_j + idle_loaded_power_w x window_s", _gross_j),
+    ("energy.gpu_energy_j", "gpu_energy_net_j + idle_net_power_w x window_s", _gross_j),
     ("energy.primary_j.value", "prefill_energy_j + decode_energy_j", lambda it: _phases_j(it.energy)),
     ("efficiency.energy_per_output_tok_j", "energy / output_tok", lambda it: _per(it, it.work.output_tok)),
     ("efficiency.energy_per_total_tok_j", "energy / (input_tok + output_tok)", lambda it: _per(it, _total_tok(it))),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lem.base import durable
 from lem.base.codec import DecodeError, complete, decode, encode, shown
 from lem.base.measured import Distribution, Measured, Section, known
-from lem.base.measurement import SLOWDOWN_MASK, EnergySource
+from lem.base.measurement import SLOWDOWN_MASK, parts_of_source
 from lem.base.reasons import Reason
 from lem.identities import violations
 
@@ -22,25 +22,11 @@ PROMPTS_FILE = "prompts.jsonl"
 OUTPUTS_FILE = "outputs.jsonl"
 LOG_FILE = "log.txt"
 
-# The fields of `Energy` that add up to the energy that counts, by the meter it comes from.
-_PARTS: Final[Mapping[str, tuple[str, ...]]] = {
-    EnergySource.COUNTER: ("gpu_energy_j",),
-    EnergySource.INSTANT_POWER: ("gpu_energy_j",),
-    EnergySource.AVERAGE_POWER: ("gpu_energy_j",),
-    EnergySource.RAPL: ("cpu_package_energy_j", "dram_energy_j"),
-    EnergySource.TDP_ESTIMATE: ("cpu_package_energy_j",),
-    EnergySource.EXTERNAL: ("external_energy_j",),
-}
 
 ResultKey = tuple[str, str, str, int, int]
 """What no two results share: run, host, experiment, cycle, attempt."""
 
 _NOT_RECORDED = Reason.of("not_recorded")
-
-
-def parts_of_source(source: str) -> tuple[str, ...]:
-    """The fields of `Energy` that add up to the energy that counts; not every machine can read `dram_energy_j`."""
-    return _PARTS.get(source, ())
 
 
 @dataclass(frozen=True)
@@ -103,7 +89,7 @@ class Window(Section):
 
 @dataclass(frozen=True)
 class Energy(Section):
-    """Energy of the window in joules, gross; net is gross less loaded idle over the same time."""
+    """Energy of the window in joules, gross; net is gross less `Idle.idle_net_power_w` over the same time."""
 
     gpu_energy_j: float | None = None
     gpu_energy_net_j: float | None = None
@@ -123,6 +109,8 @@ class Energy(Section):
     sample_gap_max_s: float | None = None
     energy_uncertainty_j: float | None = None  # standard (k = 1), of `primary_j`; without the spread of cycles
     uncertainty_budget_j: Mapping[str, float] | None = None  # it by cause, which add up as squares
+    net_uncertainty_j: float | None = None  # the same of `gpu_energy_net_j`
+    net_uncertainty_budget_j: Mapping[str, float] | None = None
 
     @property
     def primary_j(self) -> Measured[float]:
@@ -210,6 +198,7 @@ class Idle(Section):
     idle_bare_power_w: float | None = None
     idle_loaded_power_w: float | None = None
     idle_loaded_post_power_w: float | None = None
+    idle_net_power_w: float | None = None  # that net energy leaves out: the mean of loaded before and, if read, after
     idle_bare_temp_c: float | None = None  # mean of the hottest GPU, where it was measured in this experiment
     idle_loaded_temp_c: float | None = None
     baseline_age_s: float | None = None  # how long before this experiment loaded idle was measured; 0 when in it

@@ -97,7 +97,7 @@ class Run:
         tpot_s = None if ttft_s is None else slower * (configuration.e2e_s - ttft_s) / max(limit - 1, 1)
         ttft_s = None if ttft_s is None else slower * ttft_s
         bare_w, loaded_w = _IDLE_BARE_W * len(self.gpus), _IDLE_LOADED_W * len(self.gpus)
-        idle = Idle(None if self.is_engine_reused else bare_w, loaded_w, loaded_w + 1, 0.0)
+        idle = Idle(None if self.is_engine_reused else bare_w, loaded_w, loaded_w, loaded_w, baseline_age_s=0.0)
         return completed(
             Record(
                 identity=self.identity,

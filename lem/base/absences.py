@@ -124,6 +124,10 @@ NULL_TEXTS: Mapping[str, str] = {
     "no_warmup": "there was no warm-up",
     "rest_not_measured": "power at rest was not measured",
     "bare_not_measured": "power at rest without an engine was not measured",
+    "net_shifted": (
+        "power at rest went from {before_w:.4g} W to {after_w:.4g} W: {shift_j:.3g} J in the window, with a net energy "
+        "of {net_j:.3g} J"
+    ),
     "post_not_measured": "power at rest was not measured after the window",
     "rest_age_unknown": "it is unknown when it was measured",
     "rest_temp_not_measured": "it was not measured at rest in this experiment",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Final
 
 
@@ -52,6 +53,22 @@ def is_cpu_source(source: str | None) -> bool:
     return source in (EnergySource.RAPL, EnergySource.TDP_ESTIMATE)
 
 
+# The fields of `lem.record.Energy` that add up to the energy that counts, by the meter it comes from.
+_PARTS: Final[Mapping[str, tuple[str, ...]]] = {
+    EnergySource.COUNTER: ("gpu_energy_j",),
+    EnergySource.INSTANT_POWER: ("gpu_energy_j",),
+    EnergySource.AVERAGE_POWER: ("gpu_energy_j",),
+    EnergySource.RAPL: ("cpu_package_energy_j", "dram_energy_j"),
+    EnergySource.TDP_ESTIMATE: ("cpu_package_energy_j",),
+    EnergySource.EXTERNAL: ("external_energy_j",),
+}
+
+
+def parts_of_source(source: str) -> tuple[str, ...]:
+    """The fields of `Energy` that add up to the energy that counts; not every machine can read `dram_energy_j`."""
+    return _PARTS.get(source, ())
+
+
 # Bits of nvmlClocksEventReasons (NVML reference). The power cap is normal under load; a window with one of the others
 # is invalid.
 POWER_CAP_BIT: Final = 0x4
@@ -69,6 +86,8 @@ THERMAL_BITS: Final = 0x20 | 0x40
 CROSSCHECK_TOLERANCE: Final = 0.05  # integrated power against the counter
 CROSSCHECK_FAILED: Final = 0.25  # the same: one of the two is wrong
 REST_TOLERANCE: Final = 0.05  # power at rest before against after the window, and from cycle to cycle
+NET_SHIFT_TOLERANCE: Final = 0.05  # what power at rest moved, times the window, of the net energy
+NET_SHIFT_MOST: Final = 0.25  # the same: the net energy says nothing
 STEADY_TOLERANCE: Final = 0.02  # one half of a window against the other, in power or throughput
 MAX_FAILED_RATIO: Final = 0.01  # more failed requests make a window invalid
 SHORT_WINDOW_S: Final = 10.0  # a naive difference over a counter period of 0.1 s is then off by less than 1 %
@@ -76,6 +95,10 @@ INTERFERENCE_FROM: Final = (
     0.05  # from this share on, time that the engine waited, or others computed, is worth a warning
 )
 WINDOW_UPDATES: Final = 100  # with fewer readings of the meter in a window, its edges matter
+
+# Causes of uncertainty in a budget that are not the same in every cycle, or cancel out between results of one card.
+EDGES: Final = "edges"
+SENSOR: Final = "sensor"
 
 # The marks of a sample log.
 IDLE_BARE: Final = "idle_bare"

@@ -109,6 +109,10 @@ V1_TEXTS: Mapping[str, str] = {
 }
 
 _NEW_TEXTS: Mapping[str, str] = {
+    "rest_unchecked": (
+        "power at rest was not measured after the window; if it moved by {tolerance:.0%}, the net energy is off by "
+        "{share:.0%}"
+    ),
     "slowdown_counted": "{uuid}: heat or a power brake slowed it for {slowed_s:.3g} s of the {span}, by its own count",
     "external_corrected": (
         "{source}: its clock is {ahead_s:.1f} s ahead, and a reading is the mean of {mean_s:.1f} s: both are corrected"
@@ -227,7 +231,9 @@ _NEW_TEXTS: Mapping[str, str] = {
     "gap_ended_at_cap": "the gap before it ended at its cap, before the device was back at rest",
     "others_on_gpu": "other programs were on the GPU",
     "meters_apart": "counter and integrated power are more than {tolerance} apart",
-    "rest_power_changed": "power at rest changed by over {tolerance} in the experiment, so its net energy is uncertain",
+    "rest_power_changed": (
+        "power at rest changed in the experiment by over {tolerance} of its net energy, which is therefore uncertain"
+    ),
     "estimate_only": "energy is an estimate from the CPU's design power, not a measurement",
     "power_integrated": "energy is integrated from power samples, since there is no energy counter",
     "baselines_apart": "power at rest with the engine loaded differs by up to {spread} between cycles",

@@ -10,7 +10,7 @@ from typing import Any
 
 from lem.base import measurement as names
 from lem.base.measured import Measured, known
-from lem.base.measurement import EnergySource, is_cpu_source, is_estimate
+from lem.base.measurement import EnergySource, is_cpu_source, is_estimate, parts_of_source
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR
 from lem.config.experiment import MeasurementConfig
@@ -27,8 +27,8 @@ from lem.meters.interference import (
     waited_too_long,
 )
 from lem.meters.rapl import DRAM, PACKAGE
-from lem.meters.uncertainty import budget_j, counter_lag_s
-from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Interference, Machine, Work, parts_of_source
+from lem.meters.uncertainty import budget_j, counter_lag_s, net_budget_j, net_energy_j
+from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Interference, Machine, Work
 
 # From here on a correction of the user's own meter is told.
 _CLOCK_NOTED_S, _MEAN_NOTED_S = 0.5, 1.5
@@ -121,7 +121,6 @@ def _energy(
     gpu_j = measured(lambda: sum((need(gpu.measured("energy_j")) for gpu in gpus), start=0.0))
     if sources.gpu_method is None:
         gpu_j = known(None, sources.reasons["gpu"])
-    rest_w: Measured[float] = idle.measured("idle_loaded_power_w")
     parts = {
         "gpu_energy_j": gpu_j,
         "cpu_package_energy_j": measured(lambda: _domain_j(attempt, PACKAGE, found)),
@@ -142,9 +141,11 @@ def _energy(
         period = measured(lambda: _update_period_s(attempt))
     lag = measured(lambda: counter_lag_s(attempt))
     budget = measured(lambda: budget_j(attempt, need(primary), lag.value, crosscheck.value))
+    net = measured(lambda: net_energy_j(need(gpu_j), idle, attempt.window.seconds))
+    net_budget = measured(lambda: net_budget_j(need(budget), need(net), idle, attempt.window.seconds))
     return Energy.of(
         **parts,
-        gpu_energy_net_j=measured(lambda: need(gpu_j) - need(rest_w) * attempt.window.seconds),
+        gpu_energy_net_j=net,
         # Power is sampled during the load as it is at rest.
         load_energy_j=_span_j(attempt, names.LOAD, "nothing_loaded", at_rest=True),
         warmup_energy_j=_span_j(attempt, names.WARMUP, "no_warmup"),
@@ -156,6 +157,8 @@ def _energy(
         counter_lag_s=lag,
         energy_uncertainty_j=measured(lambda: math.hypot(*need(budget).values())),
         uncertainty_budget_j=budget,
+        net_uncertainty_j=measured(lambda: math.hypot(*need(net_budget).values())),
+        net_uncertainty_budget_j=net_budget,
         sample_gap_max_s=measured(lambda: window.sample_gap_max_s(attempt)),
     )
 
@@ -245,6 +248,8 @@ def _passes(attempt: AttemptLog) -> int:
 def _idle(attempt: AttemptLog) -> Idle:
     before = attempt.baselines
     loaded = _rest_w(attempt, names.IDLE_LOADED, before.loaded_power_w, "rest_not_measured")
+    after = _rest_w(attempt, names.IDLE_POST, None, "post_not_measured")
+    both = loaded if after.value is None else measured(lambda: fmean((need(loaded), need(after))))
     age_s: Measured[float] = known(before.age_s, "rest_age_unknown")
     if loaded.value is None:
         age_s = loaded
@@ -253,7 +258,8 @@ def _idle(attempt: AttemptLog) -> Idle:
     return Idle.of(
         idle_bare_power_w=_rest_w(attempt, names.IDLE_BARE, before.bare_power_w, "bare_not_measured"),
         idle_loaded_power_w=loaded,
-        idle_loaded_post_power_w=_rest_w(attempt, names.IDLE_POST, None, "post_not_measured"),
+        idle_loaded_post_power_w=after,
+        idle_net_power_w=both,
         idle_bare_temp_c=measured(lambda: _rest_c(attempt, names.IDLE_BARE)),
         idle_loaded_temp_c=measured(lambda: _rest_c(attempt, names.IDLE_LOADED)),
         baseline_age_s=age_s,

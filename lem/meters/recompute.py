@@ -128,6 +128,10 @@ def _energy_pairs(
     if sources.is_external and raw.external is None and record.energy.external_energy_j is not None:
         left_out = _FROM_CSV + (_FROM_CSV_AS_PRIMARY if sources.primary == EnergySource.EXTERNAL else ())
         notes = (f"not compared, since {config.measurement.external_csv} cannot be read: {', '.join(left_out)}",)
+    if idle.why_none("idle_net_power_w").code == "not_recorded" and idle.idle_loaded_post_power_w is not None:
+        # Only power at rest before the window counted then.
+        left_out += ("energy.gpu_energy_net_j",)
+        notes += ("not compared, since an older lem computed it otherwise: energy.gpu_energy_net_j",)
     found = [item for item in _pairs(record, config, findings, work) if not item.field.startswith(left_out)]
     return found, notes
 

@@ -165,12 +165,28 @@ def warnings_of(attempt: AttemptLog, energy: Energy, idle: Idle) -> Iterator[Rea
     ratio = energy.energy_crosscheck_ratio
     if ratio is not None and abs(ratio - 1) > names.CROSSCHECK_TOLERANCE:
         yield Reason.of("crosscheck", ratio=ratio)
+    if attempt.span(names.WINDOW) is not None:
+        yield from _rest_moved(energy, idle, attempt.window.seconds)
+        yield from _meter_warnings(attempt, energy.sample_gap_max_s)
+
+
+def _rest_moved(energy: Energy, idle: Idle, window_s: float) -> Iterator[Reason]:
+    """Power at rest that moved, or may have, by more than the net energy allows; by 5 % where there is none."""
     before_w, after_w = idle.idle_loaded_power_w, idle.idle_loaded_post_power_w
-    if before_w and after_w is not None and abs(after_w / before_w - 1) > names.REST_TOLERANCE:
+    if not before_w:
+        return
+    most_w = names.REST_TOLERANCE * before_w
+    net_j = energy.gpu_energy_net_j
+    if net_j is not None:
+        allowed_w = names.NET_SHIFT_TOLERANCE * net_j / window_s
+        if after_w is None and most_w > allowed_w > 0:
+            yield Reason.of("rest_unchecked", tolerance=names.REST_TOLERANCE, share=most_w * window_s / net_j)
+        most_w = allowed_w
+    elif energy.why_none("gpu_energy_net_j").code == "net_shifted":
+        most_w = 0.0
+    if after_w is not None and abs(after_w - before_w) > most_w:
         code = "rest_power_rose" if after_w > before_w else "rest_power_fell"
         yield Reason.of(code, before_w=before_w, after_w=after_w, change_percent=100 * abs(after_w / before_w - 1))
-    if attempt.span(names.WINDOW) is not None:
-        yield from _meter_warnings(attempt, energy.sample_gap_max_s)
 
 
 def _fallbacks(attempt: AttemptLog) -> Iterator[Reason]:

@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lem.base import measurement
-from lem.base.measurement import CROSSCHECK_TOLERANCE, REST_TOLERANCE, SHORT_WINDOW_S, WINDOW_UPDATES
+from lem.base.measurement import (
+    CROSSCHECK_TOLERANCE,
+    NET_SHIFT_TOLERANCE,
+    REST_TOLERANCE,
+    SHORT_WINDOW_S,
+    WINDOW_UPDATES,
+)
 from lem.base.reasons import Reason, alike
 from lem.base.units import percent, plural, some_of
 from lem.record import Record
@@ -28,6 +34,7 @@ _THIN_FROM = 0.1
 _SHARED = Reason.of("shared_loads", why=SHARED_LOAD)
 _AT_CAP = Reason.of("gap_cap_reached")
 
+_REST_MOVED = frozenset({"rest_power_fell", "rest_power_rose"})
 # Warnings of records that a check here, or its own sentence, covers.
 _COVERED = frozenset({
     "crosscheck", "energy_estimated", "mixed_configurations", "rest_power_fell", "rest_power_rose", "unsteady",
@@ -377,8 +384,7 @@ def _meters_differ(record: Record) -> bool:
 
 
 def _rest_changed(record: Record) -> bool:
-    before_w, after_w = record.idle.idle_loaded_power_w, record.idle.idle_loaded_post_power_w
-    return bool(before_w and after_w is not None and abs(after_w / before_w - 1) > REST_TOLERANCE)
+    return any(reason.code in _REST_MOVED for reason in record.validity.warnings)
 
 
 def _rest_spread(configuration: Configuration) -> float:
@@ -434,7 +440,9 @@ _CHECKS: tuple[_OneCheck, ...] = (
     _of_results("gap_too_short", Reason.of("gap_ended_at_cap"), lambda item: item.window.gap_end_reason == _AT_CAP),
     _of_results("foreign_processes", Reason.of("others_on_gpu"), lambda item: item.environment.other_gpu_processes),
     _of_results("crosscheck", Reason.of("meters_apart", tolerance=percent(CROSSCHECK_TOLERANCE)), _meters_differ),
-    _of_results("baseline_drift", Reason.of("rest_power_changed", tolerance=percent(REST_TOLERANCE)), _rest_changed),
+    _of_results(
+        "baseline_drift", Reason.of("rest_power_changed", tolerance=percent(NET_SHIFT_TOLERANCE)), _rest_changed
+    ),
     _of_configurations("baselines_apart", _rest_spread, lambda by: Reason.of("baselines_apart", spread=percent(by))),
     _of_results("estimate", Reason.of("estimate_only"), lambda item: item.energy.primary_j.is_estimate),
     _of_results("integrated_power", Reason.of("power_integrated"), _is_integrated),

@@ -53,7 +53,7 @@ def put(value: Any, *path: str | int) -> Callable[[Any], None]:
         (times(0.5, "throughput", "requests_per_s"), "but requests_ok / window_s is"),
         (times(2, "work", "input_tok"), "throughput.total_tok_per_s is .*, but"),
         (times(1.01, "gpus", 1, "energy_j"), "energy.gpu_energy_j is"),
-        (times(1.01, "energy", "gpu_energy_net_j"), "gpu_energy_net_j \\+ idle_loaded_power_w x window_s is"),
+        (times(1.01, "energy", "gpu_energy_net_j"), "gpu_energy_net_j \\+ idle_net_power_w x window_s is"),
         (times(1.01, "gpus", 0, "power_mean_w"), r"gpus\[0\].power_mean_w is"),
         (times(1.01, "efficiency", "energy_per_output_tok_j"), "but energy / output_tok is"),
         (times(1.01, "efficiency", "energy_per_request_j"), "but energy / requests_ok is"),

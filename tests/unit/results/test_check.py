@@ -71,6 +71,9 @@ def test_each_interference_is_one_finding_and_no_warning_beside_it(code: str) ->
     assert check[0].remedy == INTERFERENCE[code]
 
 
+REST_ROSE = Reason.of("rest_power_rose", before_w=90.0, after_w=95.0, change_percent=5.6)
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "is_weak"),
     [
@@ -83,7 +86,7 @@ def test_each_interference_is_one_finding_and_no_warning_beside_it(code: str) ->
         ("foreign_processes", _section("environment", other_gpu_processes=("4711 python",)), True),
         ("crosscheck", _section("energy", energy_crosscheck_ratio=1.06), True),
         ("crosscheck", _section("energy", energy_crosscheck_ratio=0.94), True),
-        ("baseline_drift", _section("idle", idle_loaded_power_w=90.0, idle_loaded_post_power_w=95.0), False),
+        ("baseline_drift", _section("validity", warnings=(REST_ROSE,)), False),
         ("estimate", _section("energy", energy_source="tdp_estimate", cpu_package_energy_j=5.0), True),
         ("integrated_power", _section("energy", energy_source="power_instant_integral"), False),
         ("throttled", lambda record: _gpu(record, throttle_thermal_s=0.5), True),
@@ -104,7 +107,6 @@ def test_each_fault_of_all_results_is_found_alone_with_what_to_do(kind, change, 
     [
         lambda record: record,
         _section("energy", energy_crosscheck_ratio=1.04),
-        _section("idle", idle_loaded_power_w=90.0, idle_loaded_post_power_w=93.0),
         lambda record: _gpu(record, event_reasons_mask=0x4),
         lambda record: _gpu(record, throttle_power_s=0.01),
         _section("window", window_s=10.0),

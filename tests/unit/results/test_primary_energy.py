@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from lem.base import units
+from lem.base.measurement import parts_of_source
 from lem.base.reasons import Reason
 from lem.meters.energy import EnergyFindings
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import CpuLoad
-from lem.record import Energy, Record, decode_record, encode_record, parts_of_source
+from lem.record import Energy, Record, decode_record, encode_record
 from lem.results.compare import compare_configurations
 from lem.results.comparison import render_text
 from lem.results.export import make_table, render, summary_columns, with_columns
