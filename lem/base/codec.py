@@ -34,6 +34,7 @@ _REASON = "_null_reason"
 CODED = "_coded"
 
 _UNIONS = (types.UnionType, typing.Union)
+_DATA = (str, int, float)  # of a reason
 _NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
 # Types of rows that were found good for a kind: there are few of them, and hundreds of thousands of rows in a log.
@@ -165,10 +166,11 @@ def pack(value: Any) -> Any:
 def unpack(hint: Any, value: Any) -> Any:
     """What `pack` made of a value of that type; DecodeError for what it cannot have made."""
     if hint is Reason:
-        try:
-            return _unpack_reason(value["code"], tuple(value["data"]), *value["data"].values())
-        except (KeyError, TypeError, ValueError) as error:
-            raise DecodeError(f"expected a reason, got {shown(value)}") from error
+        code, data = (value.get("code"), value.get("data")) if isinstance(value, dict) else (None, None)
+        if isinstance(code, str) and isinstance(data, dict) and all(type(item) in _DATA for item in data.values()):
+            with contextlib.suppress(ValueError):
+                return _unpack_reason(code, tuple(data), *data.values())
+        raise DecodeError(f"expected a reason, got {shown(value)}")
     if dataclasses.is_dataclass(hint):
         return _unpack_object(hint, value)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

@@ -257,19 +257,19 @@ def _load_from_hub(choice: DatasetChoice, token: str | None) -> tuple[Iterable[R
         raise _error(message, hint) from error
     name, split = choice.hub_name, choice.split
     files = {split: DATA_FILES[name]} if name in DATA_FILES else None
-    try:
-        with _writable_cache(Path(datasets.config.HF_DATASETS_CACHE), datasets.config.HF_HUB_OFFLINE) as cache:
+    with _writable_cache(Path(datasets.config.HF_DATASETS_CACHE), datasets.config.HF_HUB_OFFLINE) as cache:
+        try:
             loaded = datasets.load_dataset(
                 name, choice.subset, split=split, data_files=files, token=token, cache_dir=cache
             )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        # In offline mode it would fail the same way again.
-        may_pass = isinstance(error, ConnectionError) and not datasets.config.HF_HUB_OFFLINE
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        message = f"data set {choice.name} ({name}, split {split}): {first_line}"
-        check = DOWNLOAD_ONCE if is_cache_read_only() else "check name, subset, split and network"
-        hint = f"{check}; or put a copy into the folder of {DATASETS_VARIABLE}"
-        raise _error(message, hint, is_permanent=not may_pass) from error
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            # In offline mode it would fail the same way again.
+            may_pass = isinstance(error, ConnectionError) and not datasets.config.HF_HUB_OFFLINE
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            message = f"data set {choice.name} ({name}, split {split}): {first_line}"
+            check = DOWNLOAD_ONCE if is_cache_read_only() else "check name, subset, split and network"
+            hint = f"{check}; or put a copy into the folder of {DATASETS_VARIABLE}"
+            raise _error(message, hint, is_permanent=not may_pass) from error
     # `datasets` keeps the commit in the names of what it downloaded and of its cache.
     names = [*(loaded.info.download_checksums or {}), *(item["filename"] for item in loaded.cache_files)]
     return loaded, next((found.group() for file in names if (found := _COMMIT.search(str(file)))), None)

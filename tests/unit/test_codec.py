@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lem.base.codec import DecodeError, decode, decode_row, encode
+from lem.base.codec import DecodeError, decode, decode_row, encode, pack, unpack
 from lem.base.reasons import Reason
 
 
@@ -136,3 +136,29 @@ FIGURES_DOCUMENT: dict[str, Any] = {
 def test_a_section_has_reasons_beside_nulls_and_codes_beside_texts() -> None:
     assert encode(FIGURES, "it") == FIGURES_DOCUMENT
     assert decode(Figures, FIGURES_DOCUMENT, "it") == FIGURES
+
+
+REASON = Reason.of("needs_gpus", needed=2)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "needs_gpus",
+        [],
+        {},
+        {"code": "needs_gpus"},
+        {"code": ["needs_gpus"], "data": {"needed": 2}},
+        {"code": "needs_gpus", "data": [2]},
+        {"code": "needs_gpus", "data": {"needed": [2]}},
+        {"code": "needs_gpus", "data": {"needed": None}},
+        {"code": "needs_gpus", "data": {"needed": "2"}},
+        {"code": "needs_gpus", "data": {}},
+        {"code": "unheard_of", "data": {}},
+    ],
+)
+def test_only_a_packed_reason_is_unpacked_as_one(value: Any) -> None:
+    assert unpack(Reason, pack(REASON)) == REASON
+    with pytest.raises(DecodeError, match="expected a reason"):
+        unpack(Reason, value)

@@ -67,7 +67,7 @@ def test_end_of_file_ends_an_engine_that_hangs(rig: Rig, rules: tuple[Mapping[st
 def test_a_signal_ends_the_worker_and_a_second_one_does_not_wait_for_a_stubborn_engine(rig: Rig):
     worker, guardian = start_hanging(rig, STUBBORN, HANG)
     worker.child.send_signal(signal.SIGTERM)
-    assert "SIGTERM" in worker.until("error", exp_id="e", kind="died")["message"]
+    assert "SIGTERM" in worker.until("error", exp_id="e-c1", kind="died")["message"]
 
     worker.child.send_signal(signal.SIGTERM)
 
@@ -91,7 +91,7 @@ def test_when_the_guardian_is_killed_the_engine_is_ended_and_told_dead(rig: Rig,
 
     os.kill(guardian, signal.SIGKILL)
 
-    assert "SIGKILL" in worker.until("error", exp_id="e", kind="died")["message"]
+    assert "SIGKILL" in worker.until("error", exp_id="e-c1", kind="died")["message"]
     wait_for(lambda: True if others(rig.marker, worker.child.pid) == () else None)
     worker.close()
 
@@ -101,7 +101,7 @@ def test_when_the_engine_process_is_killed_the_worker_goes_on(rig: Rig):
 
     os.kill(engine_of(guardian), signal.SIGKILL)
 
-    error = worker.until("error", exp_id="e")
+    error = worker.until("error", exp_id="e-c1")
     assert (error["kind"], error["message"]) == ("died", "the engine process was killed by SIGKILL in phase window")
     assert others(rig.marker, worker.child.pid) == ()
     assert worker.run(rig.request("next", max_output_tokens=5))[-1]["engine_reused"] is False

@@ -38,11 +38,13 @@ def test_an_engine_that_refuses_is_kept_and_one_that_crashes_is_replaced(rig: Ri
     after = worker.until("engine")["pgid"], worker.run(rig.request("e5"))[-1]
 
     assert [refused[name] for name in ("type", "exp_id", "kind", "permanent", "phase", "engine_lost")] == [
-        "error", "e2", "option", True, "window", False
+        "error", "e2-c1", "option", True, "window", False
     ]  # fmt: skip
     assert refused["message"] == "no such option"
     assert again["engine_reused"] is True
-    assert [crashed[name] for name in ("exp_id", "kind", "permanent", "engine_lost")] == ["e4", "engine", False, True]
+    assert [crashed[name] for name in ("exp_id", "kind", "permanent", "engine_lost")] == [
+        "e4-c1", "engine", False, True
+    ]  # fmt: skip
     assert crashed["message"] == crashed["log_tail"].splitlines()[-1] == "RuntimeError: device-side assert"
     assert "Traceback" in rig.log_of("e4")
     assert not (rig.folder / "e4" / "result.json").exists()
@@ -60,7 +62,7 @@ def test_an_engine_that_dies_is_told_with_how_and_its_last_lines(rig: Rig):
     worker.send(rig.request("e1", max_output_tokens=8).to_message())
     error = worker.until("error")
 
-    assert (error["exp_id"], error["kind"], error["permanent"], error["engine_lost"]) == ("e1", "died", False, True)
+    assert (error["exp_id"], error["kind"], error["permanent"], error["engine_lost"]) == ("e1-c1", "died", False, True)
     assert error["message"] == "the engine process was killed by SIGSEGV in phase window"
     assert "child: last words" in rig.log_of("e1")
     assert rig.log_of("e1").splitlines()[-1] == error["log_tail"].splitlines()[-1]
@@ -80,7 +82,7 @@ def test_garbage_and_impossible_orders_are_refused_and_the_worker_goes_on(rig: R
     worker.send({"type": "run", "config": {}})
     assert "missing" in worker.until("error", kind="channel")["message"]
     worker.send({**rig.request("e1").to_message(), "result_dir": str(rig.folder / "missing")})
-    assert "No such file" in worker.until("error", exp_id="e1", kind="engine")["message"]
+    assert "No such file" in worker.until("error", exp_id="e1-c1", kind="engine")["message"]
 
     assert worker.run(rig.request("e2"))[-1]["type"] == "result"
     worker.close()
@@ -98,7 +100,7 @@ def test_while_an_engine_loads_what_it_prints_is_progress(rig: Rig):
 
     worker.send(rig.request("e").to_message())
 
-    assert "Loading shards 50%" in worker.until("progress", exp_id="e")["text"]
+    assert "Loading shards 50%" in worker.until("progress", exp_id="e-c1")["text"]
     go_on.write_text("now\n")
     worker.until("result")
     worker.close()
