@@ -54,8 +54,10 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
-    found = [(item, item.scan()) for item in selection.list_runs(args.results_dir)]
-    counts = [_counts(scan, item.status(args.state_dir)) for item, scan in found]
+    runs = selection.list_runs(args.results_dir)
+    statuses = [item.status(args.state_dir) for item in runs]
+    found = [(item, item.scan_by(status)) for item, status in zip(runs, statuses, strict=True)]
+    counts = [_counts(scan, status) for (_, scan), status in zip(found, statuses, strict=True)]
     if args.json:
         documents = [
             {"campaign": item.campaign, "run_id": item.run_id, **count}
@@ -76,7 +78,7 @@ def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     item, exp_id = selection.resolve_experiment(args.results_dir, args.id)
     if exp_id is not None:
-        _show_experiment(args, item.scan(), exp_id, out, err)
+        _show_experiment(args, item.scan(args.state_dir), exp_id, out, err)
         return
     found = item.read(args.state_dir)
     if args.json:

@@ -16,7 +16,7 @@ from lem.base.clock import utc_now
 from lem.base.doc import printable
 from lem.base.errors import UserError, did_you_mean
 from lem.base.units import some_of
-from lem.orchestration.status import CampaignStatus, Viewpoint, read_status, remainder_of
+from lem.orchestration.status import CampaignStatus, Viewpoint, digests_of, read_status, remainder_of
 from lem.results.run import Run, read_run
 from lem.results.store import Problem, Repository, Scan, describe_future, folder_names, in_order
 
@@ -62,13 +62,20 @@ class SelectedRun:
     campaign: str
     run_id: str
 
-    def scan(self) -> Scan:
-        return Repository(self.results_dir, self.campaign).scan(self.run_id)
+    def scan(self, state_dir: Path = STATE_DIR) -> Scan:
+        """The results that are as the manifest of this run recorded them, if it is there."""
+        return self.scan_by(self.status(state_dir))
+
+    def scan_by(self, status: CampaignStatus | None) -> Scan:
+        """As `scan`, with the status of the campaign."""
+        digests = digests_of(status.manifest) if status is not None else None
+        return Repository(self.results_dir, self.campaign).scan(self.run_id, digests=digests)
 
     def read(self, state_dir: Path = STATE_DIR, *, is_checked: bool = False) -> Run:
-        """The results, and what is left to measure by the manifest of this run, if it is there."""
-        run = read_run(self.results_dir, self.campaign, self.run_id, is_checked=is_checked)
+        """The results, as for `scan`, and what is left to measure by that manifest."""
         status = self.status(state_dir)
+        digests = digests_of(status.manifest) if status is not None else None
+        run = read_run(self.results_dir, self.campaign, self.run_id, is_checked=is_checked, digests=digests)
         if status is None:
             return run
         rest = remainder_of(status, {record.identity.experiment_id for record in run.records})

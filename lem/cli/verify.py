@@ -24,9 +24,9 @@ from lem.meters.recompute import Difference, RawData, Recomputed, has_energy, ha
 from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
 from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.orchestration.manifest import ManifestManager
-from lem.orchestration.status import find_manifest
+from lem.orchestration.status import digests_of, find_manifest
 from lem.record import CONFIG_FILE, RESULT_FILE
-from lem.results.store import Problem, Repository, Scan, StoredResult
+from lem.results.store import Digests, Problem, Repository, Scan, StoredResult
 
 SCHEMA_VERSION = 1
 
@@ -186,18 +186,12 @@ def verify_result(result: StoredResult, state_dir: Path) -> Verified:
 
 
 @functools.cache
-def _in_manifests(folder: Path) -> Mapping[tuple[str, str, int, str | None], str]:
+def _in_manifests(folder: Path) -> Digests:
     """The digests in the manifest of a state folder, and in those that were set aside."""
     usual = find_manifest(folder)
     others = [] if usual is None else sorted(folder.glob(f"{usual.stem}.*{usual.suffix}"))
-    manifests = [manifest for path in (usual, *others) if path and (manifest := ManifestManager(path).load())]
-    return {
-        (str(manifest.run_id), entry.exp_id, attempt.number, attempt.host): attempt.result_sha256
-        for manifest in manifests
-        for entry in manifest.experiments
-        for attempt in entry.attempts
-        if attempt.result_sha256 is not None
-    }
+    manifests = (ManifestManager(path).load() for path in (usual, *others) if path)
+    return dict(item for manifest in manifests for item in digests_of(manifest).items())
 
 
 def recompute_result(result: StoredResult) -> Outcome:

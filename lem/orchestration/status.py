@@ -31,6 +31,7 @@ from lem.orchestration.manifest import (
     CampaignManifestEntry,
     ManifestManager,
 )
+from lem.results.store import Digests
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,16 @@ def remainder_of(status: CampaignStatus, whole: Container[str] | None = None) ->
     is_resumable = bool(failed or left) or status.state == State.STOPPED
     how = f"lem campaign … --resume continues the run (lem status {status.folder.name} shows the whole command)"
     return Remainder(failed, left, is_resumable, how if is_resumable else "")
+
+
+def digests_of(manifest: CampaignManifest | None) -> Digests:
+    """The digests of the results as they were measured, as far as the manifest has them."""
+    return {
+        (str(manifest.run_id), entry.exp_id, attempt.number, attempt.host): attempt.result_sha256
+        for entry in (manifest.experiments if manifest else ())
+        for attempt in entry.attempts
+        if manifest is not None and attempt.result_sha256 is not None
+    }
 
 
 def is_invalid(entry: CampaignManifestEntry) -> bool:

@@ -38,6 +38,10 @@ class AlteredError(RecordError):
     """A result that is not the one that was measured."""
 
 
+def describe_altered(found: str, recorded: str) -> str:
+    return f"its SHA-256 is {found}, but it was {recorded} when the result was measured"
+
+
 class Found(NamedTuple):
     record: Record
     sha256: str  # of the bytes that the record was read from
@@ -94,7 +98,7 @@ class Index:
             stamp, data = _stamp(os.fstat(stream.fileno())), stream.read()
         digest = hashlib.sha256(data).hexdigest()
         if recorded not in (None, digest):
-            raise AlteredError(f"its SHA-256 is {digest}, but it was {recorded} when the result was measured")
+            raise AlteredError(describe_altered(digest, str(recorded)))
         is_same = line is not None and line.sha256 == digest
         record = line.unpacked() if line is not None and is_same else parse_record(data)
         if line is None or not is_same or stamp != _stamp_of(line):

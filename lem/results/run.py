@@ -20,7 +20,7 @@ from lem.results.bootstrap import BootstrapResult, LogTInterval, bootstrap_ci, l
 from lem.results.export import cell_text, make_table
 from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric
 from lem.results.stats import CONFIDENCE
-from lem.results.store import Problem, Repository, StoppingRule, StoredResult, count_failed, read_stopping_rule
+from lem.results.store import Digests, Problem, Repository, StoppingRule, StoredResult, count_failed, read_stopping_rule
 
 ENERGY, THROUGHPUT = METRIC_BY_NAME["energy_per_output_tok_j"], METRIC_BY_NAME["output_tok_per_s"]
 
@@ -301,13 +301,15 @@ def make_run(
     return Run(name, run_ids, given, failed or {}, **others)
 
 
-def read_run(results_dir: Path, campaign: str, run_id: str, *, is_checked: bool = False) -> Run:
+def read_run(
+    results_dir: Path, campaign: str, run_id: str, *, is_checked: bool = False, digests: Digests | None = None
+) -> Run:
     """The results of a run; what cannot be used is in `problems`. UserError for a name that cannot name a folder.
 
-    With `is_checked`, each result is compared with the digest that is known of it.
+    `is_checked` and `digests` are as for `Repository.scan`.
     """
     repository = Repository(results_dir, campaign)
-    scan = repository.scan(run_id, is_checked=is_checked)
+    scan = repository.scan(run_id, is_checked=is_checked, digests=digests)
     return make_run(
         [item.record for item in scan.results],
         count_failed(scan),

@@ -24,7 +24,7 @@ from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
 from lem.base.units import MIB, percent
 from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Record, RecordError
-from lem.results.index import AlteredError, Found, Index, record_result
+from lem.results.index import AlteredError, Found, Index, describe_altered, record_result
 
 _logger = logging.getLogger(__name__)
 
@@ -125,6 +125,10 @@ class Problem:
     exp_id: str = ""  # empty where a folder above cannot be read
 
 
+# Of results as they were measured, by run, experiment, attempt and host.
+Digests = Mapping[tuple[str, str, int, str | None], str]
+
+
 @dataclass(frozen=True)
 class Scan:
     """What a folder holds: usable results, and everything that is in the place of one."""
@@ -191,21 +195,30 @@ class Repository:
         except OSError as error:
             _logger.warning("%s: %s is not in the index: %s", self.folder / run_id, result.path, reason_of(error))
 
-    def scan(self, run_id: str | None = None, *, is_checked: bool = False) -> Scan:
+    def scan(self, run_id: str | None = None, *, is_checked: bool = False, digests: Digests | None = None) -> Scan:
         """Everything in the campaign's folder, or in one run of it; damage is a value and never raised.
 
         Each result is taken from the index of its run while its file has the same size, time and inode. With
-        `is_checked`, its digest must be the same, too.
+        `is_checked`, its digest must be the same, too. A result that has none of the `digests` is altered.
         """
         if run_id is None:
             found = list(_nested(self.folder, lambda run: _run_items(run, is_checked=is_checked)))
         else:
             found = list(_run_items(self.folder / check_name(run_id, "run"), is_checked=is_checked))
+        found = [_compared(item, digests or {}) if isinstance(item, StoredResult) else item for item in found]
         results = _apart_by_host([item for item in found if isinstance(item, StoredResult)])
         return Scan(results, tuple(item for item in found if isinstance(item, Problem)))
 
     def _experiment_folder(self, run_id: str, exp_id: str) -> Path:
         return self.folder / check_name(run_id, "run") / check_name(exp_id, "experiment")
+
+
+def _compared(result: StoredResult, digests: Digests) -> StoredResult | Problem:
+    identity = result.record.identity
+    recorded = digests.get((identity.run_id, identity.experiment_id, identity.attempt, identity.host))
+    if recorded in (None, result.sha256):
+        return result
+    return _problem(result.path.parents[1], result.path, "altered", describe_altered(result.sha256, str(recorded)))
 
 
 def experiment_folder_name(exp_id: str, host: str) -> str:

@@ -111,6 +111,20 @@ def test_the_manifest_knows_a_digest_where_the_index_is_gone(place: Path) -> Non
     assert verify("demo", "--state-dir", "elsewhere").code == 4
 
 
+def test_an_edited_result_reaches_no_table_where_the_index_is_gone(place: Path) -> None:
+    path = result_of(place)
+    (place / "results" / "demo" / RUN / INDEX_FILE).unlink()
+    edit(path, lambda text: text + "\n")
+    for _ in range(2):  # the second time by the index that the first made
+        assert json.loads(run_lem("results", "list", "--json").out)[0]["valid"] == 1
+        assert len(run_lem("results", "export", "demo").out.splitlines()) == 2
+        (damage,) = (
+            item for item in json.loads(run_lem("check", "demo", "--json").out)["findings"] if item["kind"] == "damaged"
+        )
+        assert str(path.relative_to(place)) in damage["text"]
+        assert json.loads(run_lem("results", "show", "demo", "--json").out)["problems"][0]["kind"] == "altered"
+
+
 def test_a_result_without_a_recorded_digest_does_not_count_as_agreeing(place: Path) -> None:
     store(Path("results"), measured_record(2))
     code, out, _ = verify("demo")
