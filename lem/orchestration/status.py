@@ -308,7 +308,10 @@ def find_manifest(folder: Path) -> Path | None:
     usual = folder / MANIFEST_FILENAME
     # One that was set aside has a second dot in its name: `campaign_manifest.20260714T100000Z.json`.
     others = (path for path in folder.glob("*.json") if "." not in path.stem)
-    return usual if usual.exists() else min(others, default=None)
+    try:
+        return usual if usual.exists() else min(others, default=None)
+    except PermissionError:  # whoever reads it is told so
+        return usual
 
 
 def boot_time(stat_file: Path = Path("/proc/stat")) -> datetime | None:

@@ -99,11 +99,17 @@ class Index:
         digest = hashlib.sha256(data).hexdigest()
         if recorded not in (None, digest):
             raise AlteredError(describe_altered(digest, str(recorded)))
-        is_same = line is not None and line.sha256 == digest
-        record = line.unpacked() if line is not None and is_same else parse_record(data)
-        if line is None or not is_same or stamp != _stamp_of(line):
-            self._note(_line(name, stamp, digest, record, is_recorded=recorded is not None))
-        return Found(record, digest, recorded is not None)
+        if line is None or line.sha256 != digest:
+            line = _line(name, stamp, digest, parse_record(data), is_recorded=recorded is not None)
+            self._note(line)
+        elif stamp != _stamp_of(line):
+            size_b, mtime_ns, inode = stamp
+            line = dataclasses.replace(
+                line, size_b=size_b, mtime_ns=mtime_ns, inode=inode, is_recorded=recorded is not None
+            )
+            self._note(line)
+        # Not the record that was parsed: sections of the line are shared by all results that have the same.
+        return Found(line.unpacked(), digest, recorded is not None)
 
     def write(self) -> None:
         """Append the lines of results that were read anew; where that is not possible, they are read anew again."""

@@ -1,5 +1,7 @@
 import json
 import re
+import shutil
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from lem.orchestration.status import Activity, CampaignStatus
 from tests.campaign_doubles import Place, make_campaign
 from tests.command_rig import run_lem
 from tests.goldens import assert_golden
+from tests.processes import ordinary_user
 
 NOW = datetime(2026, 7, 14, 12, 30, tzinfo=timezone.utc)
 VIEWER = Viewer(NOW, timezone.utc)
@@ -216,3 +219,20 @@ def test_every_campaign_of_the_folder_has_a_line_and_damage_in_one_does_not_hide
     rows = [line.split() for line in out.splitlines()]
     assert rows[0] == ["campaign", "state", "done", "failed", "left", "ETA", "last", "update"]
     assert [rows[1][:2], rows[2][:5]] == [["broken", "unreadable"], ["demo", "done", "4", "0", "0"]]
+
+
+def test_a_state_folder_that_may_not_be_entered_hides_neither_the_others_nor_the_results(here, monkeypatch):
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are private
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copytree(here.folder / "state", folder / "state")
+        shutil.copytree(here.folder / "results", folder / "results")
+        shutil.copytree(folder / "state" / "demo", folder / "state" / "private")
+        (folder / "state" / "private").chmod(0)
+        monkeypatch.chdir(folder)
+        with ordinary_user():
+            code, out, err = _run_status("--state-dir", "state")
+            assert (code, err) == (0, "")
+            rows = [line.split() for line in out.splitlines()]
+            assert [row[:2] for row in rows[1:3]] == [["demo", "done"], ["private", "unreadable"]]
+            assert "permission denied" in out.lower()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lem.base.errors import UserError
+from lem.record import read_record
 from lem.results.index import INDEX_FILE
 from lem.results.store import Repository, Scan, StoredResult
 from tests.synthetic_campaign import Campaign, Configuration, Written
@@ -72,9 +73,12 @@ def test_a_result_is_not_opened_while_its_line_counts(written: Written) -> None:
 
 
 def test_a_record_from_the_index_is_the_one_in_the_file(written: Written) -> None:
-    first, second = scan(written), scan(written)
-    assert [item.record for item in second.results] == [item.record for item in first.results]
-    assert len(second.results) == len(results_of(written)) == 5
+    whole = [read_record(path) for path in results_of(written)]
+    for _ in range(2):  # as it is made, and as it is read
+        found = scan(written).results
+        assert [item.record for item in found] == whole
+        assert len({id(item.record.environment) for item in found}) == len({str(item.environment) for item in whole})
+    assert len(whole) == 5
 
 
 def test_a_changed_file_is_read_again_where_nothing_is_known_of_its_measurement(written: Written) -> None:
