@@ -84,13 +84,22 @@ class Entry:
     action: str = ""
 
 
+_installed: list[_Injector] = []
+
+
 def install(environ: Mapping[str, str] = os.environ) -> None:
     """Listen for the fault that the environment names; nothing without one."""
     text = environ.get(VARIABLE)
     if text:
         injector = _Injector(Fault.from_json(text))
-        sys.addaudithook(injector)
+        _installed.append(injector)
+        if len(_installed) == 1:  # a hook stays for good, and a process that was forked has that of the one before it
+            sys.addaudithook(_tell_last)
         injector(START, (" ".join(without_interpreter(sys.orig_argv)[:3]),))
+
+
+def _tell_last(event: str, arguments: tuple[object, ...]) -> None:
+    _installed[-1](event, arguments)
 
 
 def without_interpreter(words: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -27,3 +28,5 @@ class _TrivialEngineFinder:
 
 sys.meta_path.insert(0, _TrivialEngineFinder())
 importlib.import_module("fault_injector").install()
+if "LEMTEST_WARM" in os.environ:
+    importlib.import_module("warm_start").install()

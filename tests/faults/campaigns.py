@@ -6,14 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from tests.doubles.fault_injector import read_journal
 from tests.faults.points import Moment, Point, points_of
 from tests.faults.sandbox import Outcome, Sandbox, Setting
 from tests.faults.scenarios import Scenario, Tools
-from tests.faults.trials import try_each
+from tests.faults.trials import Trial, try_each
 from tests.faults.verdict import Verdict
 
 
@@ -24,12 +23,14 @@ class CampaignFailed(RuntimeError):
 Case = Callable[[Sandbox], Verdict]
 
 
-def enumerate_points(folder: Path, tools: Tools, scenario: Scenario) -> tuple[tuple[Point, ...], float]:
+def enumerate_points(
+    folder: Path, tools: Tools, scenario: Scenario, *, is_warm: bool = False
+) -> tuple[tuple[Point, ...], float]:
     """The points of an undisturbed campaign in their order, and the seconds it took."""
     scenario.build()
     sandbox = Sandbox(folder, tools, scenario)
     begin = time.monotonic()
-    code = sandbox.run(scenario.opening, fault=sandbox.fault())
+    code = sandbox.start(scenario.opening, fault=sandbox.fault(), is_warm=is_warm).wait()
     elapsed_s = time.monotonic() - begin
     outcome = sandbox.look()
     if code != 0 or _incomplete(outcome, scenario) or sandbox.processes_left():
@@ -53,7 +54,7 @@ def try_point(point: Point, action: str, scenario: Scenario, sandbox: Sandbox) -
 def try_moment(moment: Moment, scenario: Scenario, sandbox: Sandbox) -> Verdict:
     """What SIGKILL at that moment cost; a process that is not there yet is waited for."""
     begin = time.monotonic()
-    started = sandbox.start(scenario.opening)
+    started = sandbox.start(scenario.opening, is_warm=False)  # victims are known by their command lines
     deadline = begin + moment.after_s
     victim = None
     while not started.has_ended_within(max(0.002, deadline - time.monotonic())):
@@ -115,8 +116,13 @@ def _incomplete(outcome: Outcome, scenario: Scenario) -> int:
 
 def try_all(cases: Sequence[Case], folder: Path, tools: Tools, setting: Setting, *, jobs: int) -> list[Verdict]:
     """The verdict of each case, in a sandbox of its own."""
+    return try_each(
+        {str(number): in_sandbox(case, tools, setting) for number, case in enumerate(cases)}, folder, jobs=jobs
+    )
 
-    def trial(case: Case, place: Path) -> Verdict:
+
+def in_sandbox(case: Case, tools: Tools, setting: Setting) -> Trial:
+    def trial(place: Path) -> Verdict:
         return case(Sandbox(place, tools, setting))
 
-    return try_each([partial(trial, case) for case in cases], folder, jobs=jobs)
+    return trial

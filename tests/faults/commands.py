@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lem.base.durable import TEMPORARY_PREFIX
 from lem.base.errors import UserError
+from lem.results.index import INDEX_FILE
 from lem.results.merge import read_plan
 from tests.doubles.fault_injector import ERRORS, read_journal
 from tests.faults.campaigns import CampaignFailed
@@ -73,10 +74,11 @@ def _folders(pattern: str) -> Callable[[Path], Pieces]:
 
 
 def _digest(path: Path) -> str:
-    """Of a file's bytes, or of a folder's names and bytes."""
+    """Of a file's bytes, or of a folder's names and bytes; an index is made anew by whoever reads it."""
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    inside = {str(item.relative_to(path)): _digest(item) for item in sorted(path.rglob("*")) if item.is_file()}
+    files = (item for item in sorted(path.rglob("*")) if item.is_file() and item.name != INDEX_FILE)
+    inside = {str(item.relative_to(path)): _digest(item) for item in files}
     return hashlib.sha256(json.dumps(inside).encode()).hexdigest()
 
 

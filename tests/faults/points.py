@@ -24,7 +24,7 @@ _RUN = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{4}")
 _EXPERIMENT = re.compile(r"[0-9a-f]{12}-c[0-9]+")
 _NUMBER = re.compile(r"[0-9]+")
 # How often these are written depends on the time.
-_VARYING = ("samples.part", ".lem-tmp-campaign.activity")
+VARYING = ("samples.part", ".lem-tmp-campaign.activity")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def thin(points: Sequence[Point]) -> tuple[Point, ...]:
     chosen = {
         point
         for (_, _, name), group in kinds.items()
-        for point in (group[0], group[len(group) // 2 if name in _VARYING else -1])
+        for point in (group[0], group[len(group) // 2 if name in VARYING else -1])
     }
     return tuple(point for point in points if point in chosen)
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import os
 import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import uuid
 from collections import Counter
@@ -24,18 +29,22 @@ from lem.meters.requestlog import REQUESTS_FILENAME, RequestLogError, read_reque
 from lem.meters.samples import FINISHED_FILENAME, SampleLogError, read_finished
 from lem.orchestration.manifest import ManifestManager
 from lem.record import RecordError, read_record
-from tests.doubles import wall_clock
+from tests.doubles import wall_clock, warm_start
 from tests.doubles.fault_injector import VARIABLE, Fault, process_of, without_interpreter
 from tests.faults.scenarios import Tools
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # A mark in the environment is inherited by everything a run starts, whatever session or group it moves to.
-MARK = "LEMTEST_SANDBOX"
+MARK = warm_start.MARK_VARIABLE
 RUN_TIMEOUT_S = 120
 # A supervisor whose host was killed ends its engine: TERM, grace, KILL.
 END_TIMEOUT_S = 30
 _JOURNAL = "journal"
+_COUNTS = ("n", "n_prompts")  # in a distribution, beside the seconds
+_LOADER = ("LD_PRELOAD", "LD_LIBRARY_PATH")  # read once, when a program is loaded
+
+_SERVERS = threading.Lock()  # held while one is started
 
 # Root may write to what is read-only, which nobody else may; without that right it is an owner like others.
 AS_OTHERS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
@@ -134,13 +143,16 @@ class Sandbox:
         """That fault here; without arguments, only the journal is kept."""
         return Fault(str(self.journal), process, event, nth, action, root=str(self.folder.resolve()))
 
-    def start(self, *options: str, fault: Fault | None = None) -> Started:
+    def start(self, *options: str, fault: Fault | None = None, is_warm: bool = True) -> Started:
         """The campaign, started; its output goes to a file."""
         command = ["campaign", "faults.yaml", "--yes", "--executor", "local", *self.setting.options, *options]
-        return self.start_lem(*command, fault=fault)
+        return self.start_lem(*command, fault=fault, is_warm=is_warm)
 
-    def start_lem(self, *words: str, fault: Fault | None = None) -> Started:
-        """A command of lem, started; its output goes to a file."""
+    def start_lem(self, *words: str, fault: Fault | None = None, is_warm: bool = True) -> Started:
+        """A command of lem, started; its output goes to a file.
+
+        Without `is_warm` every process of it is a Python of its own, which takes several times as long.
+        """
         environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("LEM")},
             "PYTHONPATH": os.pathsep.join([str(self._program), str(self._program / "doubles")]),
@@ -151,15 +163,29 @@ class Sandbox:
             MARK: self.mark,
         }
         command = [sys.executable, "-m", "lem", *words]
+        if is_warm:
+            environ[warm_start.VARIABLE] = "yes"
         if fault is not None:
             environ[VARIABLE] = fault.to_json()
-            if fault.action == "readonly" and os.geteuid() == 0:
-                command = [*AS_OTHERS, *command]
         with open(self.output, "ab") as output:
             output.write(f"$ {' '.join(words)} {fault}\n".encode())
             output.flush()
+            if fault is not None and fault.action == "readonly" and os.geteuid() == 0:
+                command = [*AS_OTHERS, *command]
+            elif is_warm:
+                loader = tuple((name, environ[name]) for name in _LOADER if name in environ)
+                with _SERVERS:
+                    address, _ = _warm_server(self._program, loader)
+                request = {"words": words, "folder": str(self.folder), "environ": environ, "output": str(self.output)}
+                return Started(WarmProcess(address, request), self)
             process = subprocess.Popen(
-                command, cwd=self.folder, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                command,
+                cwd=self.folder,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         return Started(process, self)
 
@@ -216,9 +242,59 @@ class Sandbox:
                         yield int(folder.name), without_interpreter(words)
 
 
+class WarmProcess:
+    """A command of lem that a server of `warm_start` has started, held as `subprocess.Popen` holds one."""
+
+    def __init__(self, address: Path, request: Mapping[str, object]) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(address))
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        self._told = b""
+        self.returncode: int | None = None
+        self.pid = int(self._line(RUN_TIMEOUT_S))
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.returncode = int(self._line(timeout))
+            self._socket.close()
+        return self.returncode
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _line(self, timeout_s: float | None) -> bytes:
+        self._socket.settimeout(timeout_s)
+        while b"\n" not in self._told:
+            try:
+                received = self._socket.recv(100)
+            except TimeoutError as error:
+                raise subprocess.TimeoutExpired("lem", timeout_s or 0.0) from error
+            if not received:
+                raise OSError("the server that starts lem has ended")
+            self._told += received
+        line, _, self._told = self._told.partition(b"\n")
+        return line
+
+
+@functools.cache
+def _warm_server(program: Path, loader: tuple[tuple[str, str], ...]) -> tuple[Path, subprocess.Popen[bytes]]:
+    """The address of a server of `warm_start` for this program, with these variables of the dynamic loader."""
+    address = Path(tempfile.mkdtemp(prefix="lem-warm-"), "socket")
+    path = os.pathsep.join([str(program), str(program / "doubles")])
+    environ = {**os.environ, **dict(loader), "PYTHONPATH": path, warm_start.VARIABLE: str(address), MARK: "0" * 32}
+    command = [sys.executable, "-m", "warm_start"]
+    server = subprocess.Popen(
+        command, cwd=program, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    if server.stdout is None or server.stdout.readline() != b"listening\n":
+        raise OSError("the server that starts lem does not start")
+    return address, server
+
+
 @dataclass(frozen=True)
 class Started:
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | WarmProcess
     sandbox: Sandbox
 
     def wait(self, timeout_s: float = RUN_TIMEOUT_S) -> int:
@@ -258,7 +334,7 @@ def _durations_s(section: Mapping[str, Any]) -> Iterator[float]:
     for name, value in section.items():
         if isinstance(value, Mapping):
             is_distribution = name.endswith("_s")
-            named = {f"{key}_s" if is_distribution else key: item for key, item in value.items() if key != "n"}
+            named = {f"{key}_s" if is_distribution else key: item for key, item in value.items() if key not in _COUNTS}
             yield from _durations_s(named)
         elif isinstance(value, (list, tuple)):
             yield from (found for item in value if isinstance(item, Mapping) for found in _durations_s(item))

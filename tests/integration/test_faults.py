@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import random
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +21,7 @@ import pytest
 from tests.doubles.fault_injector import DURABLE_EVENTS, START
 from tests.faults.campaigns import Case, enumerate_points, try_all, try_moment, try_point
 from tests.faults.commands import COMMANDS, Command, command_points, try_command
-from tests.faults.points import Point, random_moments, spread, thin
+from tests.faults.points import VARYING, Point, random_moments, spread, thin
 from tests.faults.sandbox import Setting, copy_program
 from tests.faults.scenarios import JOURNALED, METERED, PLAIN, STEPPING, TOPPED_UP, Scenario, Tools
 from tests.faults.verdict import Verdict, format_table
@@ -89,6 +91,14 @@ def test_a_campaign_passes_through_every_kind_of_event_on_both_sides(lab: Lab) -
     assert {point.event for point in points if point.process == "engine"} == {START, *DURABLE_EVENTS} - {
         "lem.transition"
     }
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 starts every worker as a Python of its own")
+@pytest.mark.parametrize("scenario", [PLAIN, METERED], ids=lambda scenario: scenario.name)
+def test_a_campaign_of_forks_passes_the_points_of_one_of_programs(lab: Lab, scenario: Scenario) -> None:
+    folder = lab.folder / f"{scenario.name}-warm"
+    forked, _ = enumerate_points(folder, lab.tools, scenario, is_warm=True)
+    assert _alike(forked) == _alike(lab.points(scenario))
 
 
 def test_between_them_the_campaigns_write_every_file_there_is(lab: Lab) -> None:
@@ -198,6 +208,11 @@ def test_a_wall_clock_that_goes_back_within_a_window_changes_no_duration(lab: La
     moments = random_moments(("host",), 1, 0.0, random.Random(SEED))
     verdicts = try_all([partial(try_moment, moments[0], STEPPING)], tmp_path, lab.tools, STEPPING, jobs=1)
     assert [verdict.is_good for verdict in verdicts] == [True]
+
+
+def _alike(points: Sequence[Point]) -> Counter[tuple[str, str, str]]:
+    """How many there are of each kind; how often samples and activity are written depends on the time."""
+    return Counter(point.kind for point in points if not point.detail.endswith(VARYING))
 
 
 def _edit(module: Path, before: str, after: str) -> None:

@@ -1,9 +1,14 @@
-"""Which faults are tried where."""
+"""Which faults are tried where, and in which sitting."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from tests.doubles.fault_injector import ACTIONS, Entry
 from tests.faults.points import Point, points_of, spread, thin
+from tests.faults.trials import Sitting
+from tests.faults.verdict import Verdict
 
 WRITES = tuple(Point("host", "lem.write", nth, f"run/{nth}/result.json") for nth in range(1, 6))
 CHANGES = ("e-c1 pending running", "e-c1 running completed", "e-c2 pending running", "e-c2 running completed")
@@ -19,6 +24,20 @@ def test_as_many_passes_as_actions_try_each_once_at_every_point() -> None:
     expected |= {(point, action) for point in STARTS for action in ("kill", "term")}
     assert len(pairs) == len(expected)
     assert set(pairs) == expected
+
+
+def test_another_sitting_tries_what_was_not_tried_or_had_a_cost(tmp_path: Path) -> None:
+    path, good = tmp_path / "sweep.jsonl", Verdict("plain, host: kill", "kill", True)
+    first = Sitting(path)
+    assert first.left(["a", "b", "c"]) == ["a", "b", "c"]
+    first.add("a", good)
+    first.add("b", replace(good, lost=1))
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"name": "c", "prog')  # stopped while it was written
+    second = Sitting(path)
+    assert second.left(["a", "b", "c"]) == ["b", "c"]
+    second.add("b", good)
+    assert Sitting(path).verdicts == [good, good]
 
 
 def test_of_each_kind_the_first_and_the_last_are_kept() -> None:
