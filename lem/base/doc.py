@@ -149,8 +149,11 @@ class NameShortener:
             self.prefix, self.suffix = "".join(begin), "".join(reversed(end))
 
     def __call__(self, name: str) -> str:
-        """The name without the shared parts, `…` in their place."""
-        text = printable(name).removeprefix(self.prefix).removesuffix(self.suffix)
+        """The name without the shared parts, `…` in their place; one that does not have them is whole."""
+        text = printable(name)
+        if not (text.startswith(self.prefix) and text.endswith(self.suffix)):
+            return text
+        text = text[len(self.prefix) : len(text) - len(self.suffix)]
         return ("…" if self.prefix else "") + text + ("…" if self.suffix else "")
 
     @property

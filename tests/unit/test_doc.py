@@ -43,6 +43,7 @@ def test_wide_letters_take_two_columns() -> None:
 def test_names_that_do_not_fit_lose_what_they_share_and_it_is_said_once() -> None:
     shortener = NameShortener(LONG, 30)
     assert [shortener(name) for name in LONG] == ["…batch_size=1-…", "…batch_size=16-…"]
+    assert shortener("another-name") == "another-name"  # as one without a result yet
     fitting = NameShortener(["demo-a", "demo-b"], 20)
     assert (fitting("demo-a"), fitting.explanation) == ("demo-a", "")
     assert shortener.explanation == (
