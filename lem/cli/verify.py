@@ -25,8 +25,9 @@ from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
 from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.orchestration.manifest import ManifestManager
 from lem.orchestration.status import digests_of, find_manifest
-from lem.record import CONFIG_FILE, RESULT_FILE
+from lem.record import CONFIG_FILE, PROMPTS_FILE, RESULT_FILE
 from lem.results.store import Digests, Problem, Repository, Scan, StoredResult
+from lem.worker.prompts import PromptError, fingerprint, read_prompt_file
 
 SCHEMA_VERSION = 1
 
@@ -202,6 +203,9 @@ def recompute_result(result: StoredResult) -> Outcome:
         config = _read_config(folder)
         requests = read_requests(folder / REQUESTS_FILENAME) if has_requests(record) else None
         log, marks = read_finished(folder / FINISHED_FILENAME) if has_samples else (None, ())
+        prompts = fingerprint(read_prompt_file(path)) if (path := folder / PROMPTS_FILE).exists() else None
+    except PromptError as error:
+        return Outcome(result, "impossible", error.message)
     except FileNotFoundError as error:
         name = Path(error.filename).name
         why = " (samples are kept unless timeseries.save is false)" if name == FINISHED_FILENAME else ""
@@ -215,7 +219,7 @@ def recompute_result(result: StoredResult) -> Outcome:
         with contextlib.suppress(MeterRefused):  # which the outcome reports
             external = read_external(Path(config.measurement.external_csv), config.measurement.external_unit)
     try:
-        found = recompute(record, config, RawData(log, marks, external, requests))
+        found = recompute(record, config, RawData(log, marks, external, requests, prompts))
     except MeterRefused as error:
         return Outcome(result, "impossible", error.message)
     if not found.compared:

@@ -59,6 +59,7 @@ class RawData:
     marks: Sequence[Mark] = ()
     external: ExternalReadings | None = None  # of the user's own meter
     requests: RequestLog | None = None
+    prompts_sha256: str | None = None
 
 
 def recompute(record: Record, config: ExperimentConfig, raw: RawData) -> Recomputed:
@@ -76,8 +77,16 @@ def recompute(record: Record, config: ExperimentConfig, raw: RawData) -> Recompu
     if raw.log is not None:
         energy_pairs, notes = _energy_pairs(record, config, raw.log, raw, work)
         pairs += energy_pairs
+    pairs += _prompts_pair(record, raw.prompts_sha256)
     pairs = [item for item in pairs if item.recorded is not None or item.recomputed is not None]
     return Recomputed(len(pairs), tuple(item for item in pairs if not _is_same(item.recorded, item.recomputed)), notes)
+
+
+def _prompts_pair(record: Record, sha256: str | None) -> Iterator[Difference]:
+    """The digest of the prompts where it differs: one that agrees is no figure, and does not count as one."""
+    recorded = record.work.prompt_source.get("sha256")
+    if None not in (recorded, sha256) and recorded != sha256:
+        yield Difference("work.prompt_source.sha256", recorded, sha256)
 
 
 def _value(item: Any) -> Any:

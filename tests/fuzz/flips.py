@@ -26,8 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from lem.base.errors import UserError
+from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.cli.verify import Verdict, verify_result
+from lem.meters.requestlog import REQUESTS_FILENAME, Request, RequestLog, read_requests, write_requests
 from lem.meters.samples import FINISHED_FILENAME, write_finished
+from lem.meters.work import describe_work
 from lem.orchestration.manifest import (
     COMPLETED,
     JOURNALED_FROM,
@@ -38,7 +41,7 @@ from lem.orchestration.manifest import (
     encode_manifest,
 )
 from lem.orchestration.resume import forget_lost_results
-from lem.record import read_with_digest, write_record
+from lem.record import PROMPTS_FILE, Record, Window, Work, read_with_digest, write_record
 from lem.results.index import INDEX_FILE
 from lem.results.store import (
     STOPPING_FILE,
@@ -51,12 +54,31 @@ from lem.results.store import (
     read_stopping_rule,
     write_stopping_rule,
 )
+from lem.worker.prompts import Prompt, fingerprint, read_prompt_file, write_prompts
 from tests.records import make_record, with_measured
 from tests.scripted_attempt import config, gpu_attempt
 
 RUN = "20260714T100000Z-3fa1"
 REFUSED = "refused"
 _ATTEMPT = gpu_attempt()
+PROMPTS = tuple(Prompt(f"prompt number {number}", output_tokens=32) for number in range(6))
+
+
+def _request(prompt: int, start_ns: int) -> Request:
+    """One with token times; each has gaps of its own."""
+    times_ns = tuple(start_ns + (50 + 20 * place + prompt) * NS_PER_MS + place * 1_234 for place in range(32))
+    return Request(prompt, 10 + prompt, 32, 2, None, start_ns, times_ns[-1] + 5_678, times_ns)
+
+
+def _requests() -> RequestLog:
+    """Ten passes over the prompts in a window of 10 s."""
+    begins_ns = [place * NS_PER_S for place in range(10)]
+    requests = tuple(_request(prompt, begin_ns) for begin_ns in begins_ns for prompt in range(len(PROMPTS)))
+    passes_ns = tuple((begin_ns, begin_ns + NS_PER_S) for begin_ns in begins_ns)
+    return RequestLog("closed_batch", 0, 10 * NS_PER_S, len(PROMPTS), requests, passes_ns)
+
+
+REQUESTS = _requests()
 
 
 @dataclass(frozen=True)
@@ -102,16 +124,27 @@ class Place:
         write_stopping_rule(self.run_folder, StoppingRule(Target(0.02), 5, 20))
 
     def _write_result(self, cycle: int) -> StoredResult:
-        record = make_record(run_id=RUN, cycle=cycle)
+        record = _with_requests(make_record(run_id=RUN, cycle=cycle))
         found = _ATTEMPT.measured(window_repeats=record.window.window_repeats)
         record = with_measured(record, found, config().measurement)
         folder = self.repository.prepare_attempt(RUN, record.identity.experiment_id)
         folder.write_config({"model": "tiny"}, {**config().to_dict(), "config_name": "small"})
-        folder.write_prompts([{"prompt": "one two", "input_tokens": None, "output_tokens": None}])
+        write_prompts(folder.path, PROMPTS)
+        write_requests(folder.path / REQUESTS_FILENAME, REQUESTS, str)
         (folder.path / "outputs.jsonl").write_text('{"index":0,"text":"three"}\n', encoding="utf-8")
         write_finished(folder.path / FINISHED_FILENAME, _ATTEMPT.log, _ATTEMPT.marks)
         write_record(folder.result_path, record)
         return StoredResult(folder.result_path, *read_with_digest(folder.result_path))
+
+
+def _with_requests(record: Record) -> Record:
+    """The record with what follows from the requests and prompts beside it, as `compose_record` fills it."""
+    done = describe_work(REQUESTS, config())
+    source = {"kind": "bundled", "sha256": fingerprint(PROMPTS), "count": len(PROMPTS)}
+    given = {item.name for item in dataclasses.fields(Window)} - {"null_reasons"}
+    window = Window.of(**{**{name: record.window.measured(name) for name in given}, **done.window})
+    work = Work.of(**done.work, token_source="engine_ids", prompt_source=source)
+    return dataclasses.replace(record, window=window, work=work, throughput=done.throughput, latency=done.latency)
 
 
 def _entry(cycle: int) -> CampaignManifestEntry:
@@ -132,11 +165,15 @@ def _scanned(place: Place) -> Iterator[tuple[str, Any]]:
 
 
 def _verified(place: Place) -> Iterator[tuple[str, Any]]:
-    """As `lem verify` reads results, manifests and raw data; an outcome that agrees is a value."""
+    """As `lem verify` reads results, manifests and raw data; those of an outcome that agrees are values."""
     for item in place.repository.scan(RUN, is_checked=True).results:
         found = verify_result(item, place.folder / ".state")
-        agrees = found.verdict is Verdict.AGREES
-        yield f"verify {item.path}", (item.record, item.sha256) if agrees else REFUSED
+        if found.verdict is Verdict.AGREES:
+            prompts = read_prompt_file(item.path.with_name(PROMPTS_FILE))
+            requests = read_requests(item.path.with_name(REQUESTS_FILENAME))
+            yield f"verify {item.path}", (item.record, item.sha256, prompts, requests)
+        else:
+            yield f"verify {item.path}", REFUSED
 
 
 def _resumed(place: Place) -> Iterator[tuple[str, Any]]:
@@ -170,10 +207,11 @@ FILES: Mapping[str, tuple[Callable[[Place], Path], tuple[Reader, ...]]] = {
     "manifest": (lambda place: place.manifest_path, (_verified, _resumed)),
     "journal": (lambda place: place.manifest_path.with_suffix(".journal"), (_verified, _resumed)),
     "samples.jsonl.gz": (lambda place: place.attempt(0) / FINISHED_FILENAME, (_verified,)),
+    "requests.jsonl.gz": (lambda place: place.attempt(0) / REQUESTS_FILENAME, (_verified,)),
     "config.json": (lambda place: place.attempt(0) / "config.json", (_verified,)),
     "config.json, failed": (lambda place: place.attempt(2) / "config.json", (_others,)),
     "stopping.json": (lambda place: place.run_folder / STOPPING_FILE, (_others,)),
-    "prompts.jsonl": (lambda place: place.attempt(0) / "prompts.jsonl", (_scanned, _verified)),
+    "prompts.jsonl": (lambda place: place.attempt(0) / PROMPTS_FILE, (_scanned, _verified)),
     "outputs.jsonl": (lambda place: place.attempt(0) / "outputs.jsonl", (_scanned, _verified)),
 }
 

@@ -10,7 +10,7 @@ import pytest
 from lem.base import durable
 from lem.meters.requestlog import REQUESTS_FILENAME
 from lem.meters.samples import FINISHED_FILENAME, write_finished
-from lem.record import Record, read_record, write_record
+from lem.record import PROMPTS_FILE, Record, read_record, write_record
 from lem.results.store import Repository
 from lem.worker.channel import RunRequest
 from lem.worker.harness import ResidentEngine, run_experiment
@@ -183,3 +183,18 @@ def test_requests_that_are_missing_or_damaged_are_no_agreement(content: bytes | 
     ended = recompute("demo", "-o", str(tmp_path))
     assert (ended.code, "impossible: " in ended.out, REQUESTS_FILENAME in ended.out) == (1, True, True)
     assert ended.out.splitlines()[-1] == "0 of 1 results agree with their raw data (0 figures recomputed)"
+
+
+def test_other_prompts_than_those_of_the_record_differ(tmp_path: Path) -> None:
+    folder = run(tmp_path)
+    ((agreeing,), prompts) = (documents(tmp_path, "demo"), [Prompt(f"prompt number {number}") for number in range(12)])
+    write_prompts(folder, [*prompts[:-1], Prompt("another")])
+    (found,) = documents(tmp_path, "demo")
+    assert (found["status"], [item["field"] for item in found["differences"]]) == (
+        "differs",
+        ["work.prompt_source.sha256"],
+    )
+    (folder / PROMPTS_FILE).write_text(" ", encoding="utf-8")
+    assert documents(tmp_path, "demo")[0]["status"] == "impossible"
+    write_prompts(folder, prompts)
+    assert documents(tmp_path, "demo") == [agreeing]
