@@ -160,7 +160,7 @@ class _State:
         if event.kind == "experiment_started":
             self.experiment = dict(data)
             self.phase = self.activity = "starting"
-            self.interference = ""
+            self.watts, self.interference = None, ""
         elif event.kind == "phase":
             self.phase = self.activity = _PHASE_WORDS.get(str(data.get("phase")), str(data.get("phase")))
         elif event.kind == "progress":
@@ -169,6 +169,7 @@ class _State:
             self.interference = _interference(data)
         elif event.kind == "gap":
             self.experiment = {}
+            self.watts, self.interference = None, ""  # which were those of the last window
             self.activity = f"gap, at most {units.format_duration(float(data['cap_s']))}"
         elif event.kind == "tick" and "left_s" in data:
             self.activity = f"gap, at most {units.format_duration(float(data['left_s']))} more"

@@ -98,6 +98,13 @@ def test_a_gap_counts_down_and_the_live_line_goes_when_the_campaign_ends(live):
     assert lines == ["[3/12] gap, at most 5m 00s", "[3/12] gap, at most 4m 05s more", ""]
 
 
+def test_what_a_window_showed_is_not_shown_after_it(live):
+    measured = _event("progress", phase_done=5, phase_total=10, text="", power_w=312.4, wait_pct=23.4, foreign_pct=41.2)
+    lines = live(STARTED, _event("phase", phase="window"), measured, _event("gap", gap="cycle", cap_s=300.0))
+    assert lines[-1] == "[3/12] gap, at most 5m 00s"
+    assert live(measured, STARTED)[-1] == "[3/12] gpt2-b4 · pytorch · cycle 2/3 · starting"
+
+
 def test_off_a_terminal_each_change_is_a_line_with_its_time():
     stream = io.StringIO()
     show = LineProgress(log.Console(stream), now=lambda: NOON, monotonic=_Clock())
