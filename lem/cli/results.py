@@ -33,7 +33,7 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     showing.add_argument("id", metavar="ID", help=named)
     showing.set_defaults(run=_show)
     again = actions.add_parser("recompute", help="recompute every figure from the samples and requests")
-    again.add_argument("id", metavar="ID", help="as for show; exit code 1 if a figure differs")
+    again.add_argument("id", metavar="ID", help="as for show; exit code 1 if a figure differs or a result is damaged")
     again.set_defaults(run=_recompute)
     exporting = actions.add_parser("export", help="export records as CSV, JSON or Markdown, one row per experiment")
     exporting.add_argument("ids", nargs="*", metavar="ID", help=f"{named}; default: everything")
@@ -145,7 +145,8 @@ def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     else:
         _write_outcomes(out, outcomes)
         selection.list_problems(err, problems)
-    return ExitCode.OK if all(outcome.is_good for outcome in outcomes) else ExitCode.EXPERIMENT_FAILED
+    is_good = all(outcome.is_good for outcome in outcomes) and not selection.damaged(problems)
+    return ExitCode.OK if is_good else ExitCode.EXPERIMENT_FAILED
 
 
 def _counts(scan: Scan, status: CampaignStatus | None) -> dict[str, int]:

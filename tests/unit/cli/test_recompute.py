@@ -108,6 +108,16 @@ def test_a_result_that_is_not_whole_is_told_too(folder: Path) -> None:
     assert (code, "2 of 2" in out, err.startswith("missing: ")) == (0, True, True)
 
 
+def test_a_damaged_result_is_the_exit_code_too(folder: Path) -> None:
+    path = store(folder, measured_record(2)) / "result.json"
+    path.write_bytes(path.read_bytes()[:-100])
+    code, out, err = recompute("demo", "-o", str(folder))
+    assert (code, "2 of 2" in out, err.startswith("corrupt: ")) == (1, True, True)
+    for whole in folder.rglob("result.json"):
+        whole.write_bytes(b"{}")
+    assert recompute("demo", "-o", str(folder)).code == 1
+
+
 # Requests
 
 
