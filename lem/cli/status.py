@@ -32,6 +32,7 @@ from lem.orchestration.status import (
     read_status,
     remainder_of,
 )
+from lem.results.store import describe_future
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -240,6 +241,8 @@ def _facts(status: CampaignStatus, viewer: Viewer) -> Iterator[tuple[str, str]]:
         yield "why", status.reason
     if status.hint:
         yield "remedy", status.hint
+    if manifest is not None and (future := describe_future(str(manifest.run_id), viewer.now)):
+        yield "note", future
     notes = manifest.notes if manifest is not None else []
     added = [note for note in notes if note.get("kind") == TOP_UP_NOTE]
     for note in (note for note in notes if note not in added[:-1]):  # of notes on added cycles only the last

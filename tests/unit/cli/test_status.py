@@ -236,3 +236,10 @@ def test_a_state_folder_that_may_not_be_entered_hides_neither_the_others_nor_the
             rows = [line.split() for line in out.splitlines()]
             assert [row[:2] for row in rows[1:3]] == [["demo", "done"], ["private", "unreadable"]]
             assert "permission denied" in out.lower()
+
+
+def test_a_run_that_is_dated_in_the_future_is_noted():
+    early = Viewer(NOW.replace(year=2025), timezone.utc)
+    note = "note       run 20260714T100000Z-3fa1 is dated in the future: the clock was wrong"
+    assert note in " ".join(re.sub(r"\n +", " ", render_status(CRASHED, early)).splitlines())
+    assert "dated in the future" not in render_status(CRASHED, VIEWER)
