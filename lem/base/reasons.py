@@ -109,6 +109,7 @@ V1_TEXTS: Mapping[str, str] = {
 }
 
 _NEW_TEXTS: Mapping[str, str] = {
+    "no_meter_uncertainty": "only energies have a stated uncertainty of their meter",
     "rest_unchecked": (
         "power at rest was not measured after the window; if it moved by {tolerance:.0%}, the net energy is off by "
         "{share:.0%}"

@@ -35,6 +35,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     selection.add_repeated(parser, "--metric", "NAME", "compare this metric")
     selection.add_repeated(parser, "--gate", "METRIC=PERCENT%", "judge whether the metric changed by more than this")
     parser.add_argument("--strict", action="store_true", help="exit with 4 if a gate is inconclusive")
+    selection.add_budget(parser)
     selection.add_results_dir(parser, "-o")
     form = parser.add_mutually_exclusive_group()
     selection.add_json(form)
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     elif args.markdown:
         out.write(render_markdown(comparison))
     else:
-        out.write(render_text(comparison, **screen_of(out)))
+        out.write(render_text(comparison, has_budget=args.budget, **screen_of(out)))
     return int(code)
 
 

@@ -31,6 +31,7 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     showing = actions.add_parser("show", help="show a run as a table, or an experiment in full")
     named = "a run, RUN/EXPERIMENT, an experiment, or a campaign (its last run)"
     showing.add_argument("id", metavar="ID", help=named)
+    selection.add_budget(showing)
     showing.set_defaults(run=_show)
     again = actions.add_parser("recompute", help="recompute every figure from the samples and requests")
     again.add_argument("id", metavar="ID", help="as for show; exit code 1 if a figure differs or a result is damaged")
@@ -84,7 +85,7 @@ def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     if args.json:
         write_json(out, {**run_document(found), "problems": selection.problem_documents(found.problems)})
     else:
-        out.write(render_run(found, **screen_of(out)))
+        out.write(render_run(found, has_budget=args.budget, **screen_of(out)))
         selection.list_problems(err, found.problems)
 
 

@@ -42,6 +42,11 @@ def add_json(parser: argparse._ActionsContainer, text: str = "print one JSON doc
     parser.add_argument("--json", action="store_true", help=text)
 
 
+def add_budget(parser: argparse._ActionsContainer) -> None:
+    text = "also list what the combined uncertainty of each energy consists of"
+    parser.add_argument("--budget", action="store_true", help=text)
+
+
 def add_repeated(parser: argparse._ActionsContainer, name: str, metavar: str, text: str, kind: Any = str) -> None:
     parser.add_argument(name, action="append", default=[], type=kind, metavar=metavar, help=f"{text}; may be repeated")
 

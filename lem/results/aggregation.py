@@ -20,6 +20,7 @@ from lem.results.metrics import METRIC_BY_NAME, METRICS, distinct
 from lem.results.run import NO_INTERVAL, SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, make_run
 from lem.results.stats import CONFIDENCE, check_confidence
 from lem.results.store import LEAST_CYCLES, Target
+from lem.results.uncertainty import combined_document
 
 __all__ = [
     "EarlierTimes",
@@ -110,6 +111,7 @@ def _estimate_document(estimate: Estimate) -> dict[str, Any]:
             **dataclasses.asdict(bootstrap),
         },
         "t_log": t_log and {"method": "Student t on log values around the geometric mean", **dataclasses.asdict(t_log)},
+        "combined": combined_document(estimate.combined),
         "all_attempts": dataclasses.asdict(estimate.all_attempts) if estimate.all_attempts else None,
         "null_reason": estimate.null_reason,
         "warning": estimate.warning,

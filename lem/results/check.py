@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from lem.base import measurement
 from lem.base.measurement import (
@@ -18,6 +17,7 @@ from lem.base.reasons import Reason, alike
 from lem.base.units import percent, plural, some_of
 from lem.record import Record
 from lem.results.compare import exclusion_reason, find_effect
+from lem.results.findings import INTERFERENCE, NO_EFFECT, NO_RESUME, NOTES, SAME_WORK, WEAK, Finding
 from lem.results.metrics import LENGTH_TOLERANCE, Metric, find_obstacles
 from lem.results.run import ENERGY, SHARED_LOAD, THROUGHPUT, Configuration, Run
 from lem.results.stats import Drift, cycles_to_settle, trend_of
@@ -40,92 +40,8 @@ _COVERED = frozenset({
     "crosscheck", "energy_estimated", "mixed_configurations", "rest_power_fell", "rest_power_rose", "unsteady",
     "warmup_too_few_steps", "warmup_unsettled",
 })  # fmt: skip
-
-_SAME_WORK = "set ignore_eos: true and min_output_tokens = max_output_tokens, so that all do the same work"
-_NO_EFFECT = "ignore_eos was set but had no effect: the log.txt of the experiment may show why"
-
+# How large interference was, in the data of its reason.
 _EXTENTS = frozenset({"share", "starved_s", "stopped_s", "suspended_s", "pause_s"})
-_ALONE = (
-    "end the other programs (lem doctor names them) or raise the CPU limit, and reserve the machine while it measures"
-)
-_STOPPED = "do not stop or pause the engine while it is measured: signals, debuggers, docker pause"
-_SUSPENDED = "keep the machine from suspending, as with systemd-inhibit"
-# What kept an engine from its work, as warnings and invalid results have it, with what to do about it.
-INTERFERENCE: Mapping[str, str] = {
-    "engine_waited_too_long": _ALONE,
-    "engine_waited": _ALONE,
-    "foreign_cpu": _ALONE,
-    "engine_starved": _ALONE,
-    "sampler_starved": _ALONE,
-    "engine_stopped": _STOPPED,
-    "host_suspended": _SUSPENDED,
-}
-
-_NO_RESUME = "no manifest in the state folder (--state-dir) continues this run: a new run measures all of it"
-
-# What to do about a finding, by its kind. Findings that make numbers or verdicts unreliable:
-_WEAK: Mapping[str, str] = {
-    "interference": "",
-    "damaged": "restore them from a backup, or measure again",
-    "failed": "lem status shows why each one failed, and its log",
-    "unfinished": "",
-    "no_results": "run the campaign; lem status shows its state",
-    "unequal_exclusions": (
-        "find the cause and measure again: what always throttles or fails is a finding, not an outlier"
-    ),
-    "no_valid_result": "remove the cause, then measure again (--fresh)",
-    "unsteady": "raise measurement.min_window_sec, warm up longer, and check what else runs on the machine",
-    "warmup": "raise warmup.max_prompts or warmup.timeout_seconds",
-    "throttled": "improve cooling, lower the power limit, or raise execution.config_gap_seconds",
-    "foreign_processes": "stop them (lem doctor lists them), or reserve the machine while it measures",
-    "crosscheck": (
-        "the sensors of A100 and H100 sample only part of the time: trust the counter; elsewhere see sample_gap_max_s"
-    ),
-    "estimate": "make RAPL readable (lem doctor shows how), or use an external meter (measurement.external_csv)",
-    "shared_loads": "set execution.reuse: cycle, which reloads engines in every cycle",
-    "output_lengths": _SAME_WORK,
-    "not_comparable": "measure them the same way, or compare only those measured the same way",
-    "environment_changed": "measure again in one environment (--fresh)",
-    "drift": "lengthen the gaps, use structure: shuffled, and check what warms up; ratios within cycles suffer least",
-    "grouped": "use structure: interleaved or shuffled",
-    "order_effect": "raise execution.config_gap_seconds, so that the previous experiment has no effect",
-    "few_cycles": "use --cycles 5, or --until ci=2%",
-    "wide_interval": "add cycles: lem campaign … --resume --until ci=2%; or find out why cycles differ",
-    "too_few_cycles": "",
-}
-# Findings that are something to know about the numbers:
-_NOTES: Mapping[str, str] = {
-    "invalid": "remove the cause; lem results show RUN/EXPERIMENT shows what was measured",
-    "short_window": f"set measurement.min_window_sec to {SHORT_WINDOW_S:g} or more, or use more prompts",
-    "fill_drain": "use more prompts, or traffic_simulation with mode: closed for figures to publish",
-    "none_good": "lower the load, or see in requests.jsonl.gz which limit was missed",
-    "failed_requests": "the log.txt of the experiment shows why; failed requests cost energy and give no tokens",
-    "power_capped": "normal under load; compare only at the same limit (power_limit_w in the record)",
-    "gap_too_short": "raise execution.config_gap_seconds and execution.cycle_gap_seconds",
-    "baseline_drift": "lengthen the gaps, and check what else draws power; gross energy is unaffected",
-    "baselines_apart": "net energies are not comparable; compare gross energy, and check what else draws power",
-    "integrated_power": (
-        "a sensor that samples only part of the time is wrong under a periodic load: raise measurement.min_window_sec"
-    ),
-    "warning": "",
-    "same_order": "use structure: shuffled, so that lem check can measure the effect of the order",
-    "indistinguishable": f"{MOST_CYCLES} cycles would not separate them: treat them as equal",
-    "stopping": "for a verdict that depends on the third digit, measure again with a fixed number of cycles",
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    kind: str  # a short stable word
-    is_weak: bool  # numbers or verdicts are unreliable because of it; else it is something to know about them
-    reason: Reason
-    remedy: str
-    configurations: tuple[str, ...] = ()  # those it concerns; () for the campaign as a whole
-
-    @property
-    def text(self) -> str:
-        """In words; those of other programs, which warnings pass on, may end in a full stop."""
-        return self.reason.text.rstrip(".") if self.kind == "warning" else self.reason.text
 
 
 Found = Iterable[Finding]
@@ -161,8 +77,8 @@ def _of_configurations(kind: str, size: Callable[[Configuration], float], what: 
 def _finding(
     kind: str, reason: Reason, whom: Iterable[str] = (), *, is_weak: bool | None = None, remedy: str | None = None
 ) -> Finding:
-    weak = kind in _WEAK if is_weak is None else is_weak
-    return Finding(kind, weak, reason, {**_WEAK, **_NOTES}[kind] if remedy is None else remedy, tuple(whom))
+    weak = kind in WEAK if is_weak is None else is_weak
+    return Finding(kind, weak, reason, {**WEAK, **NOTES}[kind] if remedy is None else remedy, tuple(whom))
 
 
 def _interference(run: Run) -> Found:
@@ -185,15 +101,15 @@ def _extent(why: Reason) -> float:
 
 
 def _missing(run: Run) -> Found:
-    more = run.remedy or _NO_RESUME
+    more = run.remedy or NO_RESUME
     damaged = [f"{item.path} ({item.kind})" for item in run.problems if item.kind != "missing"]
     if damaged:
         reason = Reason.of("results_damaged", named=some_of(damaged, _DAMAGE_SHOWN))
-        yield _finding("damaged", reason, remedy=f"{_WEAK['damaged']}; {more}")
+        yield _finding("damaged", reason, remedy=f"{WEAK['damaged']}; {more}")
     for kind, code, counts in (("failed", "results_missing", run.failed), ("unfinished", "results_left", run.left)):
         if counts:
             reason = Reason.of(code, experiments=plural(sum(counts.values()), "experiment"))
-            yield _finding(kind, reason, counts, remedy="; ".join(filter(None, (_WEAK[kind], more))))
+            yield _finding(kind, reason, counts, remedy="; ".join(filter(None, (WEAK[kind], more))))
     if not run.records:
         yield _finding("no_results", Reason.of("no_results"))
 
@@ -231,9 +147,9 @@ def _work(run: Run) -> Found:
         if high <= (1 + LENGTH_TOLERANCE) * low:
             continue
         is_alike = False
-        code, remedy = "free_lengths_differ", _SAME_WORK
+        code, remedy = "free_lengths_differ", SAME_WORK
         if not any(name in free for name in lengths):
-            code, remedy = "lengths_differ", _NO_EFFECT
+            code, remedy = "lengths_differ", NO_EFFECT
         yield _finding("output_lengths", Reason.of(code, low=low, high=high), lengths, remedy=remedy)
     if free and is_alike:
         yield _finding("output_lengths", Reason.of("free_lengths"), free, is_weak=False)

@@ -11,14 +11,17 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lem.base.errors import ExitCode, UserError
+from lem.base.measured import Measured
 from lem.base.reasons import Reason, alike
 from lem.base.units import some_of
 from lem.record import Record
 from lem.results.metrics import METRICS, Metric, Obstacle, blocking_reason, cycle_values, find_obstacles
 from lem.results.run import NO_INTERVAL, Configuration, Run, make_run
 from lem.results.stats import Effect, Gate, Judgement, Verdict, anchored_effect, holm, judge, paired_effect
+from lem.results.uncertainty import Causes, Combined, combined_document, of_effect, over_anchor, ratio_causes
 
 # A difference is found when its p value is below this, after Holm.
 SIGNIFICANCE = 0.05
@@ -48,10 +51,40 @@ class Row:
     reason: Reason | None = None  # why there is no effect, no interval, or no verdict
     p_adjusted: float | None = None  # two-sided, of no difference, after Holm over the whole comparison
     judgement: Judgement | None = None
+    combined: Measured[Combined] | None = None  # of an energy's ratio: the spread of cycles and the meter together
 
     @property
     def is_found(self) -> bool:  # a difference
         return self.p_adjusted is not None and self.p_adjusted < SIGNIFICANCE
+
+
+def row_document(row: Row) -> dict[str, Any]:
+    """The row as JSON values."""
+    effect, judgement = row.effect, row.judgement
+    low, high = (effect.interval() if effect else None) or (None, None)
+    return {
+        "unit": row.metric.unit,
+        "baseline": row.means[0],
+        "other": row.means[1],
+        "ratio": effect.ratio if effect else None,
+        "ci_lower": low,
+        "ci_upper": high,
+        "df": effect.df if effect else None,
+        "n_cycles": list(effect.n_cycles) if effect else [],
+        "p_value": effect.p_value if effect else None,
+        "p_holm": row.p_adjusted,
+        "combined": combined_document(row.combined),
+        "raw_ratio": row.raw_ratio,
+        "all_attempts_ratio": row.all_attempts_ratio,
+        "reason": row.reason and row.reason.text,
+        "gate": judgement
+        and {
+            "threshold": judgement.gate.threshold,
+            "verdict": judgement.verdict.value,
+            "reason": judgement.reason and judgement.reason.text,
+            "further_cycles": judgement.further_cycles,
+        },
+    }
 
 
 @dataclass(frozen=True)
@@ -229,15 +262,24 @@ def _pair_within(baseline: Configuration, other: Configuration, metrics: Sequenc
         estimates = [item.estimate(metric) for item in sides]
         below, above = (item.all_attempts.geometric_mean if item.all_attempts else item.value for item in estimates)
         ratio = above / below if below and above and any(item.all_attempts for item in estimates) else None
-        row = _row(metric, sides, find_effect(metric, *sides), blocking_reason(obstacles, metric.group) or excluded)
+        found, causes = find_effect(metric, *sides), ratio_causes(metric, baseline.used, other.used)
+        row = _row(metric, sides, found, blocking_reason(obstacles, metric.group) or excluded, causes=causes)
         rows.append(replace(row, all_attempts_ratio=ratio))
     return Pair(baseline, other, obstacles, tuple(rows))
 
 
-def _row(metric: Metric, sides: _Sides, found: _Found, blocking: Reason | None = None) -> Row:
+def _row(
+    metric: Metric,
+    sides: _Sides,
+    found: _Found,
+    blocking: Reason | None = None,
+    causes: Measured[Causes] | None = None,
+) -> Row:
     effect, reason = found
     means = (sides[0].estimate(metric).value, sides[1].estimate(metric).value)
-    return Row(metric, means, effect, reason=(reason if effect is None else None) or blocking or reason)
+    combined = None if causes is None else of_effect(effect, causes, reason)
+    why = (reason if effect is None else None) or blocking or reason
+    return Row(metric, means, effect, reason=why, combined=combined)
 
 
 def _pair_across(sides: _Sides, anchors: _Sides | None, metrics: Sequence[Metric], tolerance: float) -> Pair:
@@ -249,7 +291,9 @@ def _pair_across(sides: _Sides, anchors: _Sides | None, metrics: Sequence[Metric
         raw = _raw(metric, before, after)
         if others is not None:
             blocking = blocking_reason(obstacles, metric.group) or exclusion_reason(before, after, *others)
-            row = _row(metric, sides, _over_anchor(metric, sides, others, tolerance), blocking)
+            pairs = zip(sides, others, strict=True)
+            causes = over_anchor(*(ratio_causes(metric, anchor.used, item.used) for item, anchor in pairs))
+            row = _row(metric, sides, _over_anchor(metric, sides, others, tolerance), blocking, causes=causes)
         else:
             effect = None if raw is None else Effect(raw, None, None, (before.n_cycles, after.n_cycles))
             row = _row(metric, sides, (effect, _OWN_ANCHOR if anchors else NO_ANCHOR))

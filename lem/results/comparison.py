@@ -12,11 +12,12 @@ from lem.base.doc import NAMES_SHOWN, Column, Doc, Table, markdown_escaped, mark
 from lem.base.log import WIDTH, bounded_width
 from lem.base.reasons import Reason
 from lem.base.units import ABSENT, plural, some_of
-from lem.results.compare import NO_ANCHOR, Comparison, Pair, Row
+from lem.results.compare import NO_ANCHOR, Comparison, Pair, Row, row_document
 from lem.results.metrics import Metric, differing_settings, shared_settings
 from lem.results.run import Configuration, Run, estimate_note
 from lem.results.stats import CONFIDENCE, MOST_FURTHER_CYCLES, Gate, Judgement, Verdict
 from lem.results.store import UNACCOUNTED
+from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
 
 SCHEMA_VERSION = 1
 
@@ -44,8 +45,13 @@ _SIDES = ("better", "worse", "not distinguishable", "without a verdict")
 _PLAIN_SETTINGS = ("backend", "model", "precision", "traffic", "engine", "GPU")
 
 
-def render_text(comparison: Comparison, *, is_colour: bool = False, width: int = WIDTH) -> str:
-    """The comparison as text that ends in a newline: obstacles, the answer, tables, notes."""
+def render_text(
+    comparison: Comparison, *, has_budget: bool = False, is_colour: bool = False, width: int = WIDTH
+) -> str:
+    """The comparison as text that ends in a newline: obstacles, the answer, tables, notes.
+
+    With `has_budget`, also what the uncertainty of each ratio of energies consists of.
+    """
     content = _Content(comparison)
     doc = Doc(bounded_width(width), is_colour=is_colour)
 
@@ -62,7 +68,7 @@ def render_text(comparison: Comparison, *, is_colour: bool = False, width: int =
     doc.block()
     for line in filter(None, content.title()):
         doc.text(line, "dim")
-    for table in content.tables(doc.width):
+    for table in (*content.tables(doc.width), *(content.budgets() if has_budget else ())):
         doc.block()
         doc.table(table)
     doc.block()
@@ -108,7 +114,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
                 "baseline": _configuration_document(pair.baseline),
                 "other": _configuration_document(pair.other),
                 "obstacles": [{"text": item.reason.text, "is_blocking": item.is_blocking} for item in pair.obstacles],
-                "metrics": {row.metric.name: _row_document(row) for row in pair.rows},
+                "metrics": {row.metric.name: row_document(row) for row in pair.rows},
             }
             for pair in comparison.pairs
         ],
@@ -119,33 +125,6 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
 def _configuration_document(item: Configuration) -> dict[str, Any]:
     facts = {name: getattr(item, name) for name in ("config_hash", "run_id", "n_cycles", "n_invalid", "n_failed")}
     return {"config_name": item.name, **facts, "settings": dict(item.settings)}
-
-
-def _row_document(row: Row) -> dict[str, Any]:
-    effect, judgement = row.effect, row.judgement
-    low, high = (effect.interval() if effect else None) or (None, None)
-    return {
-        "unit": row.metric.unit,
-        "baseline": row.means[0],
-        "other": row.means[1],
-        "ratio": effect.ratio if effect else None,
-        "ci_lower": low,
-        "ci_upper": high,
-        "df": effect.df if effect else None,
-        "n_cycles": list(effect.n_cycles) if effect else [],
-        "p_value": effect.p_value if effect else None,
-        "p_holm": row.p_adjusted,
-        "raw_ratio": row.raw_ratio,
-        "all_attempts_ratio": row.all_attempts_ratio,
-        "reason": row.reason and row.reason.text,
-        "gate": judgement
-        and {
-            "threshold": judgement.gate.threshold,
-            "verdict": judgement.verdict.value,
-            "reason": judgement.reason and judgement.reason.text,
-            "further_cycles": judgement.further_cycles,
-        },
-    }
 
 
 class _Content:
@@ -232,10 +211,24 @@ class _Content:
             *(self._metric_table(it) for it in self._metrics if self._anchor is None or self._comparison.rows(it)),
         ]
 
+    def budgets(self) -> Iterable[Table]:
+        """For each energy, what the uncertainty of its ratios consists of."""
+        for metric in self._metrics:
+            named = [(pair.other.name, row.combined) for pair, row in self._comparison.rows(metric)]
+            heading = "\n".join(textwrap.wrap(f"Uncertainty of the ratio, {metric.lower_label}", _HEADING_WIDTH))
+            table = budget_table(named, f"{heading},\n% (k = 1)")
+            if table is not None:
+                yield table
+
     def notes(self) -> Iterable[str]:
         comparison = self._comparison
         if any(row.effect and row.effect.std_error is not None for row in self._rows):
             yield _RATIO_NOTE if self._anchor is None else _ANCHORED_RATIO_NOTE
+        combined = [row.combined for row in self._rows if row.effect]
+        if any(found and found.value for found in combined):
+            yield COMBINED_NOTE
+        if why := why_unknown(combined):
+            yield f"Combined uncertainty of the ratio of energies not known: {'; '.join(why)}."
         if comparison.n_compared:
             count = "the one comparison" if comparison.n_compared == 1 else f"the {comparison.n_compared} comparisons"
             yield f"p: of no difference, adjusted by Holm over {count}; ~: no difference found."
@@ -298,27 +291,29 @@ class _Content:
         interval = f"{_CONFIDENCE}\nt interval"
         lines: list[tuple[str, ...]] = []
         if self._anchor is None:
-            heads = ["n", "geom.\nmean", "ratio", interval, "p", "verdict"]
+            heads = ["n", "geom.\nmean", "ratio", interval, "combined", "p", "verdict"]
             baseline = self._pairs[0].baseline
             estimate = baseline.estimate(metric)
             reference = ("1", "baseline") if estimate.value is not None else (ABSENT, "")
-            lines.append((baseline.name, str(estimate.n), _mean(metric, estimate.value), *reference, "", ""))
+            lines.append((baseline.name, str(estimate.n), _mean(metric, estimate.value), *reference, "", "", ""))
             for pair, row in rows:
                 counted = (str(pair.other.estimate(metric).n), _mean(metric, row.means[1]))
                 lines.append((pair.other.name, *counted, *_effect_cells(row, decimals)))
                 if row.all_attempts_ratio is not None:
                     ratio = _ratio(row.all_attempts_ratio, decimals)
-                    lines.append(("· over all attempts", "", "", ratio, "", "", ""))
+                    lines.append(("· over all attempts", "", "", ratio, "", "", "", ""))
         else:
             ratio_head = "ratio over\nanchor" if self._anchor.name else "ratio"
-            heads = ["before", "after", ratio_head, interval, "p", "verdict"]
+            heads = ["before", "after", ratio_head, interval, "combined", "p", "verdict"]
             for pair, row in rows:
                 names = dict.fromkeys((pair.baseline.name, pair.other.name))
                 means = (_mean(metric, mean) for mean in row.means)
                 lines.append((" → ".join(names), *means, *_effect_cells(row, decimals)))
         labels, *cells = zip(*lines, strict=True)
         table = [Column(head, tuple(column)) for head, column in zip(heads, cells, strict=True)]
-        return Table(heading, tuple(labels), tuple(table if self._comparison.gates else table[:-1]))
+        hidden = set() if self._comparison.gates else {"verdict"}
+        hidden |= set() if any(row.combined and row.combined.value for _, row in rows) else {"combined"}
+        return Table(heading, tuple(labels), tuple(column for column in table if column.heading not in hidden))
 
     def _labels(self, pair: Pair) -> tuple[str, str]:
         if self._anchor is None:
@@ -359,15 +354,16 @@ def _in_words(row: Row) -> tuple[str, str]:
     return f"{_ratio(row.effect.ratio, decimals)} ×", f"{within}, {counts} {cycles}"
 
 
-def _effect_cells(row: Row, decimals: int | None) -> tuple[str, str, str, str]:
+def _effect_cells(row: Row, decimals: int | None) -> tuple[str, str, str, str, str]:
     verdict = "" if row.judgement is None else _verdict(row.judgement.gate, row.judgement.verdict)
     if row.effect is None:
-        return ABSENT, ABSENT, ABSENT, verdict
+        return ABSENT, ABSENT, ABSENT, ABSENT, verdict
     interval, p_value = row.effect.interval(), row.p_adjusted
     shown = ABSENT if interval is None else _bounds(interval, decimals)
     p_text = ABSENT if p_value is None else f"{'' if row.is_found else '~ '}{p_value:.3f}"
     p_text = "<0.001" if p_value is not None and p_value < 0.001 else p_text
-    return _ratio(row.effect.ratio, decimals), shown, p_text, verdict
+    combined = ABSENT if row.combined is None or row.combined.value is None else row.combined.value.text
+    return _ratio(row.effect.ratio, decimals), shown, combined, p_text, verdict
 
 
 def _mean(metric: Metric, value: float | None) -> str:

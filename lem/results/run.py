@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lem.base.measured import Measured
 from lem.base.measurement import is_estimate, is_gpu_source
 from lem.base.reasons import Reason
 from lem.record import Record, ResultKey
@@ -21,6 +22,7 @@ from lem.results.export import cell_text, make_table
 from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric
 from lem.results.stats import CONFIDENCE
 from lem.results.store import Digests, Problem, Repository, StoppingRule, StoredResult, count_failed, read_stopping_rule
+from lem.results.uncertainty import Combined, uncertainty_of
 
 ENERGY, THROUGHPUT = METRIC_BY_NAME["energy_per_output_tok_j"], METRIC_BY_NAME["output_tok_per_s"]
 
@@ -56,6 +58,7 @@ class Estimate:
     all_attempts: AllAttempts | None = None  # where it differs from the estimate over valid attempts
     null_reason: str | None = None  # why no cycle measured the metric
     warning: str | None = None  # what is missing or unreliable
+    combined: Measured[Combined] | None = None  # of an energy: the spread of cycles and the meter, as one uncertainty
 
     @property
     def value(self) -> float | None:
@@ -194,8 +197,11 @@ class Configuration:
             geometric = math.exp(statistics.fmean(map(math.log, attempts))) if min(attempts) > 0 else None
             all_attempts = AllAttempts(statistics.fmean(attempts), geometric, len(attempts), n_attempts)
         reasons = "; ".join(dict.fromkeys(reason.text for record in self.used if (reason := metric.read(record)[1])))
+        why = NO_INTERVAL if self.is_load_shared else None
+        combined = uncertainty_of(metric, self.used, values, self.confidence, why)
         if not values:
-            return Estimate(metric, all_attempts=all_attempts, null_reason=reasons or "no valid result")
+            null_reason = reasons or "no valid result"
+            return Estimate(metric, all_attempts=all_attempts, null_reason=null_reason, combined=combined)
         bootstrap = bootstrap_ci(values, confidence=self.confidence)
         t_log = log_t_interval(values, self.confidence)
         if self.is_load_shared and len(values) > 1:
@@ -203,7 +209,7 @@ class Configuration:
             t_log = dataclasses.replace(t_log, ci_lower=None, ci_upper=None, warning=t_log.warning or NO_INTERVAL.text)
         is_partial = len(values) < self.n_cycles
         warning = f"measured in {len(values)} of {self.n_cycles} cycles: {reasons}" if is_partial else None
-        return Estimate(metric, values, bootstrap, t_log, all_attempts, None, warning)
+        return Estimate(metric, values, bootstrap, t_log, all_attempts, None, warning, combined)
 
 
 def estimate_note(configurations: Iterable[Configuration]) -> str:

@@ -13,12 +13,13 @@ from lem.base.measured import Distribution
 from lem.base.reasons import alike
 from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
 from lem.config.experiment import DATASET_ALIASES
-from lem.record import Record
+from lem.record import Energy, Record
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES
-from lem.results.run import SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, estimate_note
+from lem.results.run import ENERGY, SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, estimate_note
 from lem.results.stats import CONFIDENCE
 from lem.results.store import UNACCOUNTED
+from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
 
 _LATENCIES = (("TTFT", "ttft_p50_s"), ("e2e", "e2e_p50_s"))
 _INTERVALS = (("Output throughput", "output_tok_per_s"), ("Energy per output token", "energy_per_output_tok_j"))
@@ -28,11 +29,14 @@ _LABEL_WIDTH = 12
 _PERCENTILES = ("mean", "p50", "p90", "p95", "p99")
 
 
-def render_run(run: Run, *, is_colour: bool = False, width: int = WIDTH) -> str:
-    """The table as text that ends in a newline: throughput, energy, latency, counts, and what weakens the numbers."""
+def render_run(run: Run, *, has_budget: bool = False, is_colour: bool = False, width: int = WIDTH) -> str:
+    """The table as text that ends in a newline: throughput, energy, latency, counts, and what weakens the numbers.
+
+    With `has_budget`, also what the uncertainty of each energy consists of.
+    """
     if not run.configurations:
         return "No results.\n"
-    return _RunTable(run, Doc(bounded_width(width), is_colour=is_colour)).render()
+    return _RunTable(run, Doc(bounded_width(width), is_colour=is_colour)).render(has_budget=has_budget)
 
 
 class _RunTable:
@@ -42,7 +46,7 @@ class _RunTable:
         self._doc = doc
         self._shortener = NameShortener([item.name for item in run.configurations], NAME_WIDTH)
 
-    def render(self) -> str:
+    def render(self, *, has_budget: bool) -> str:
         self._heading()
         self._estimates("output_tok_per_s", "Output throughput, tok/s")
         note = estimate_note(self._configurations)
@@ -52,6 +56,8 @@ class _RunTable:
         self._estimates("good_requests_per_s", "Goodput, good requests/s")
         self._estimates("energy_per_good_request_j", f"Energy per good request, J\n{note}".rstrip())
         self._outcomes()
+        if has_budget:
+            self._budgets()
         self._notes()
         self._warnings()
         self._doc.block()
@@ -81,14 +87,28 @@ class _RunTable:
             name, bootstrap, every = self._shortener(item.name), estimate.bootstrap, estimate.all_attempts
             low, high = (bootstrap.ci_lower, bootstrap.ci_upper) if bootstrap else (None, None)
             intervals = (_interval(estimate.low, estimate.high, decimals), _interval(low, high, decimals))
-            rows.append((name, str(estimate.n), _number(estimate.value, decimals), *intervals))
+            combined = estimate.combined.value if estimate.combined else None
+            shown = ABSENT if combined is None else combined.text
+            rows.append((name, str(estimate.n), _number(estimate.value, decimals), *intervals, shown))
             if every is not None:
-                rows += [("· over all attempts", str(every.n_cycles), _number(every.geometric_mean, decimals), "", "")]
-        headings = ("n", "geom.\nmean", f"{_CONFIDENCE}\nt interval", "bootstrap\ninterval")
+                mean = _number(every.geometric_mean, decimals)
+                rows.append(("· over all attempts", str(every.n_cycles), mean, "", "", ""))
+        headings = ["n", "geom.\nmean", f"{_CONFIDENCE}\nt interval", "bootstrap\ninterval"]
+        if any(estimate.combined and estimate.combined.value for estimate in estimates):
+            headings.append("combined")
+        else:
+            rows = [row[:-1] for row in rows]
         names, *cells = zip(*rows, strict=True)
         table = [Column(text, tuple(column)) for text, column in zip(headings, cells, strict=True)]
         self._doc.block()
         self._doc.table(Table(heading, tuple(names), tuple(table)))
+
+    def _budgets(self) -> None:
+        named = [(self._shortener(item.name), item.estimate(ENERGY).combined) for item in self._configurations]
+        table = budget_table(named, "Uncertainty of the energy\nper output token, % (k = 1)")
+        self._doc.block()
+        if table is not None:
+            self._doc.table(table)
 
     def _outcomes(self) -> None:
         configurations = self._configurations
@@ -137,6 +157,11 @@ class _RunTable:
                 "Bootstrap interval: percentiles of the resampled arithmetic mean; nominal coverage "
                 f"{_CONFIDENCE}, true coverage {coverage}."
             )
+        energies = [item.estimate(ENERGY).combined for item in self._configurations]
+        if any(found and found.value for found in energies):
+            yield COMBINED_NOTE
+        if why := why_unknown(energies):
+            yield f"Combined uncertainty of the energy not known: {'; '.join(why)}."
         if self._run.stopping is not None:
             yield f"Cycles were added {self._run.stopping.describe()}: {UNACCOUNTED}."
 
@@ -250,6 +275,13 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     yield "work", f"{requests}; {work.input_tok} tokens in, {work.output_tok} out ({work.token_source})"
     yield "throughput", _throughput(record)
     yield "energy", _energy(record)
+    if record.energy.primary_j.value is not None:
+        yield "uncertainty", _uncertainty(record.energy, "energy_uncertainty_j", "uncertainty_budget_j")
+    if (net_j := record.energy.gpu_energy_net_j) is not None:
+        spread = _uncertainty(record.energy, "net_uncertainty_j", "net_uncertainty_budget_j")
+        yield "net of idle", f"{units.format_energy(net_j)}, {spread}"
+    elif (why := record.energy.why_none("gpu_energy_net_j")).code == "net_shifted":
+        yield "net of idle", f"not measured: {why}"
     disturbed = record.interference
     if disturbed.wait_ratio is not None and disturbed.foreign_ratio is not None:
         waited, others = units.percent(disturbed.wait_ratio), units.percent(disturbed.foreign_ratio)
@@ -289,6 +321,17 @@ def _energy(record: Record) -> str:
     per_good = record.efficiency.energy_per_good_request_j
     parts += [f"{per_good:.4g} J per good request"] if per_good is not None else []
     return ", ".join([*parts, f"by {energy_j.source}"])
+
+
+def _uncertainty(energy: Energy, name: str, budget_name: str) -> str:
+    """`±3.1 % (k = 1): sensor 2.9 %, lag 1 %`, the largest cause first."""
+    whole_j = energy.gpu_energy_net_j if name == "net_uncertainty_j" else energy.primary_j.value
+    total_j, budget = getattr(energy, name), getattr(energy, budget_name)
+    if total_j is None or not budget or not whole_j:
+        return f"uncertainty not known: {energy.why_none(name)}"
+    parts = sorted(((part_j / abs(whole_j), cause) for cause, part_j in budget.items()), reverse=True)
+    causes = ", ".join(f"{cause.replace('_', ' ')} {units.percent(share)}" for share, cause in parts)
+    return f"±{units.percent(total_j / abs(whole_j))} (k = 1): {causes}"
 
 
 def _add_latency(doc: Doc, record: Record) -> None:

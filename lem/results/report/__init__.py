@@ -13,7 +13,8 @@ from lem.results.report.content import Report
 from lem.results.report.context import heatmap_section, order_section, traces_section
 from lem.results.report.figures import cycles_section, latency_section, pareto_section
 from lem.results.report.plot import Markup, tag
-from lem.results.report.tables import environment_section, methods_section, results_section, validity_section
+from lem.results.report.provenance import environment_section, methods_section
+from lem.results.report.tables import results_section, validity_section
 
 _SECTIONS = (
     ("validity", "Validity", validity_section),

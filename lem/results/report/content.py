@@ -15,8 +15,9 @@ from lem.base.reasons import Reason
 from lem.base.units import format_quantity, plural, some_of
 from lem.config.backends import WIDTH_OPTIONS
 from lem.record import Record
-from lem.results.check import Finding, check_run
+from lem.results.check import check_run
 from lem.results.compare import Row, compare_configurations
+from lem.results.findings import Finding
 from lem.results.metrics import Metric
 from lem.results.report.plot import GROUPS_MAX
 from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run, estimate_note

@@ -12,7 +12,7 @@ from functools import partial
 from lem.base import units
 from lem.base.doc import SEPARATORS, printable, text_width
 from lem.base.reasons import Reason
-from lem.base.units import SIGNIFICANT_DIGITS, with_decimals
+from lem.base.units import SIGNIFICANT_DIGITS, percent, with_decimals
 from lem.results.run import Estimate
 
 NOT_MEASURED = "not measured"
@@ -136,6 +136,11 @@ def interval_cells(estimate: Estimate, decimals: int | None, *, is_estimate: boo
         tag("div", tag("span", kind, class_="kind"), Markup(" "), _interval(item.ci_lower, item.ci_upper, decimals))
         for kind, item in (("t", t_log), ("bootstrap", bootstrap))
     ]
+    if estimate.combined is not None and (combined := estimate.combined.value) is not None:
+        causes = ", ".join(f"{cause.replace('_', ' ')} {percent(share)}" for cause, share in combined.budget.items())
+        title = f"{causes} (k = 1), times k = {combined.factor:.2f}"
+        label = tag("span", "combined", class_="kind", title=title)
+        both.append(tag("div", label, Markup(" "), combined.text))
     width = None if t_log.ci_lower is None or t_log.ci_upper is None else t_log.ci_upper - t_log.ci_lower
     return mean, Cell(join(both), width, is_number=True)
 

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from lem.base.reasons import TEXTS, Reason, formats_of
-from lem.results.check import INTERFERENCE, check_run, position_effect
+from lem.results.check import check_run, position_effect
+from lem.results.findings import INTERFERENCE
 from lem.results.run import make_run
 from lem.results.store import Problem
 from tests.records import make_record, sentences

@@ -1,0 +1,214 @@
+"""The tables of the report that say where, with what and how it was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lem.base.measurement import EnergySource, is_estimate
+from lem.base.units import format_bytes, format_duration, format_latency, format_power, plural, some_of
+from lem.record import Record
+from lem.results.report import plot
+from lem.results.report.content import Report
+from lem.results.report.plot import Markup, Row, details, join, paragraphs, scroller, table, tag
+
+_VALUES_SHOWN = 6
+
+
+def environment_section(report: Report) -> Markup:
+    if not report.records:
+        return tag("p", "There is no complete result, so nothing is known about the environment.", class_="absent")
+    shared, differing = [], []
+    for label, read in _FACTS.items():
+        found: dict[str, list[Record]] = {}
+        for record in report.records:
+            found.setdefault(read(record), []).append(record)
+        if len(found) == 1:
+            shared += [[label, value] for value in found if value]
+        else:
+            ranked = sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0]))
+            if others := ranked[_VALUES_SHOWN:]:
+                rest = [record for _, members in others for record in members]
+                ranked[_VALUES_SHOWN:] = [(f"{len(others)} other values", rest)]
+            differing += [[label, value or "not given", _results_of(them, report)] for value, them in ranked]
+    same = table("What all results share", ["Property", "Value"], shared)
+    parts = [tag("h3", "Same for every result"), scroller("Shared environment", same)]
+    if differing:
+        content = table("What differs between results", ["Property", "Value", "Results"], differing)
+        parts += [
+            tag("h3", "Differs between results"),
+            tag("p", "Results are comparable only if these are the differences you intended."),
+            scroller("Differing environment", content),
+        ]
+    return join([*parts, _options_changed(report.records)])
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def _fact(name: str) -> Callable[[Record], str]:
+    """A field of the environment, or why it is not known."""
+
+    def read(record: Record) -> str:
+        value: Any = getattr(record.environment, name)
+        if value is None:
+            return f"not known: {record.environment.null_reasons.get(name) or 'no reason given'}"
+        if value == ():
+            return "none seen"
+        return _listed(value) if isinstance(value, tuple) else str(value)
+
+    return read
+
+
+def _prompts(record: Record) -> str:
+    parts = ((key, record.work.prompt_source.get(key)) for key in ("kind", "name", "count", "sha256"))
+    return ", ".join(f"{key} {value}" for key, value in parts if value is not None)
+
+
+_FACTS: Mapping[str, Callable[[Record], str]] = {
+    "Host": lambda record: record.identity.host,
+    "Run": lambda record: record.identity.run_id,
+    "GPU": lambda record: _listed(gpu.name for gpu in record.gpus),
+    "GPU UUID": lambda record: _listed(record.environment.gpu_uuids),
+    "GPU power limit": lambda record: _listed(
+        format_power(gpu.power_limit_w) for gpu in record.gpus if gpu.power_limit_w is not None
+    ),
+    "Persistence mode": lambda record: _listed(
+        "on" if gpu.persistence_mode else "off" for gpu in record.gpus if gpu.persistence_mode is not None
+    ),
+    "VBIOS": _fact("vbios"),
+    "Other processes on the GPU": _fact("other_gpu_processes"),
+    "Device": _fact("device"),
+    "CPU": lambda record: f"{record.environment.cpu}, {plural(record.environment.cpu_count, 'logical processor')}",
+    "Memory": lambda record: format_bytes(record.environment.memory_b),
+    "Governor": _fact("governor"),
+    "Operating system": lambda record: f"{record.environment.os}, kernel {record.environment.kernel}",
+    "Executor": _fact("executor"),
+    "Image": _fact("image"),
+    "Engine": lambda record: f"{record.environment.engine_name} {record.environment.engine_version}",
+    "Versions": lambda record: _listed(f"{name} {version}" for name, version in record.environment.versions.items()),
+    "lem": lambda record: record.identity.lem_version,
+    "Model": lambda record: record.identity.model,
+    "Model revision": _fact("model_revision"),
+    "Weights SHA-256": _fact("weights_sha256"),
+    "Prompts": _prompts,
+}
+
+
+def _results_of(members: Sequence[Record], report: Report) -> str:
+    names = {record.identity.config_name for record in members}
+    numbers = [str(entry.number) for entry in report.entries if entry.configuration.name in names]
+    noun = "configuration" if len(numbers) == 1 else "configurations"
+    return f"{plural(len(members), 'result')} of {noun} {some_of(numbers, 8)}"
+
+
+def _options_changed(records: Sequence[Record]) -> Markup:
+    found: dict[tuple[str, ...], int] = {}
+    for record in records:
+        for option, pair in record.environment.engine_differs.items():
+            both = pair if isinstance(pair, list) and len(pair) == 2 else (pair, "")
+            key = (option, *(json.dumps(value, ensure_ascii=False) for value in both))
+            found[key] = found.get(key, 0) + 1
+    if not found:
+        return Markup()
+    name = "Options changed by the engine"
+    rows = [[*key, str(count)] for key, count in found.items()]
+    content = table(name, ["Option", "Requested", "In effect", "Results"], rows)
+    return details(f"Options changed by the engine: {len(found)}", scroller(name, content))
+
+
+# --- how each number was measured, and how far it can be trusted
+
+_SOURCES: Mapping[str, str] = {
+    EnergySource.COUNTER: "the GPU's energy counter (NVML), read when it changes inside the window",
+    EnergySource.INSTANT_POWER: "instantaneous GPU power (NVML field 186), integrated over the window",
+    EnergySource.AVERAGE_POWER: "averaged GPU power (NVML), integrated over the window",
+    EnergySource.RAPL: "the CPU packages' energy counters (RAPL)",
+    EnergySource.TDP_ESTIMATE: "an estimate: design power (TDP) of the CPU times its load, not a measurement",
+    EnergySource.EXTERNAL: "an external meter, aligned by its clock",
+}
+_TOKEN_SOURCES = {"engine_ids": "counted from token ids", "retokenized": "counted by tokenizing the text again"}
+
+
+def methods_section(report: Report) -> Markup:
+    used = [record for entry in report.entries for record in entry.used]
+    name = "How each number was measured"
+    content = table(name, ["Number", "How", "Remarks"], [*_energy_methods(used), *_other_methods(used)])
+    return join([scroller(name, content), *paragraphs(_cautions(report))])
+
+
+def _energy_methods(used: Sequence[Record]) -> Iterator[Row]:
+    for source in dict.fromkeys(record.energy.primary_j.source for record in used):
+        own = [record for record in used if record.energy.primary_j.source == source]
+        if source is None:
+            reasons = _listed(str(record.energy.primary_j.null_reason) for record in own)
+            yield ["Energy", plot.NOT_MEASURED, f"{reasons} ({plural(len(own), 'result')})"]
+        else:
+            kind = "Energy, estimated" if is_estimate(source) else "Energy"
+            yield [kind, _SOURCES.get(source, source), "; ".join(_energy_remarks(own))]
+    net = [record for record in used if record.energy.gpu_energy_net_j is not None]
+    if net:
+        idle = _range((record.idle.idle_loaded_power_w for record in net), format_power)
+        how = "gross minus the idle power with the engine loaded, over the same time"
+        yield ["Net energy", how, f"idle power {idle}"]
+    else:
+        reasons = _listed(str(record.energy.null_reasons.get("gpu_energy_net_j", "")) for record in used)
+        yield ["Net energy", plot.NOT_MEASURED, reasons]
+
+
+def _energy_remarks(records: Sequence[Record]) -> Iterator[str]:
+    scope = _listed(record.energy.primary_j.scope or "unknown" for record in records)
+    yield f"{plural(len(records), 'result')}, scope {scope}"
+    periods = [record.energy.counter_update_period_s for record in records]
+    ratios = [record.energy.energy_crosscheck_ratio for record in records]
+    holes = [hole for record in records if (hole := record.energy.sample_gap_max_s) is not None]
+    if any(period is not None for period in periods):
+        yield f"counter updated every {_range(periods, format_latency)}"
+    if any(ratio is not None for ratio in ratios):
+        yield f"integrated power divided by the counter: {_range(ratios, '{:.3f}'.format)}"
+    if holes:
+        yield f"longest pause between samples {format_latency(max(holes))}"
+
+
+def _other_methods(used: Sequence[Record]) -> Iterator[Row]:
+    tokens = _listed(_TOKEN_SOURCES.get(record.work.token_source, record.work.token_source) for record in used)
+    yield ["Throughput", "output tokens of the window divided by its length, from the engine's token ids", tokens]
+    tpot = "TPOT = (end-to-end latency minus TTFT) / (output tokens minus 1)"
+    yield ["Latency", f"timestamped when the engine returns tokens; {tpot}", ""]
+    windows = [record.window for record in used]
+    modes = _listed(window.traffic_mode.replace("_", " ") for window in windows)
+    repeats = _range((float(window.window_repeats) for window in windows), "{:.0f}".format)
+    lengths = _range((window.window_s for window in windows), format_duration)
+    yield ["Window", f"{modes}, {lengths}", f"prompt set run {repeats} {'time' if repeats == '1' else 'times'}"]
+    unsettled = sum(record.validity.warmup_converged is False for record in used)
+    remark = f"did not converge in {plural(unsettled, 'result')}" if unsettled else ""
+    yield ["Warm-up", _range((window.warmup_s for window in windows), format_duration), remark]
+    reused = sum(record.validity.engine_reused for record in used)
+    remark = f"{plural(reused, 'result')} with an engine that was already loaded" if reused else ""
+    yield ["Engine load", _range((window.load_s for window in windows), format_duration), remark]
+
+
+def _range(values: Iterable[float | None], form: Callable[[float], str]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return plot.NOT_MEASURED
+    low, high = form(min(known)), form(max(known))
+    return low if low == high else f"{low} to {high}"
+
+
+def _cautions(report: Report) -> Iterator[str]:
+    if report.has_energy and any(entry.configuration.is_by_board_sensors for entry in report.entries):
+        yield (
+            "What ±5 % between cards means: the power sensor of each board reads up to 5 % too high or too low, always "
+            "in the same direction. Configurations measured on one card share its error, so their ratios are fair. Two "
+            "cards may differ by 10 % on the same work without a real difference: absolute joules and comparisons "
+            "between cards have this error in addition to the intervals, which only show how much repeats vary."
+        )
+    if any(entry.is_estimate for entry in report.entries):
+        yield "Estimated energy is not a measurement: it follows the load of the CPU, not the power that it drew."
+    yield (
+        "Energy is gross: it includes the idle power; the records also contain the net energy. “Not measured” means "
+        "that the value is unknown for the reason given; zero is shown only if zero was observed."
+    )

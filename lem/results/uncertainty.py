@@ -1,0 +1,204 @@
+"""The combined uncertainty of an energy, or of a ratio of two (GUM): the spread of cycles and what the meter adds.
+
+An error that differs from window to window is in the spread of the cycles already, so it is not counted again [GUM
+4.3.10]; one that all windows share does not show there, and does not average out.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lem.base.doc import Column, Table
+from lem.base.measured import Measured, known
+from lem.base.measurement import EDGES, SENSOR, parts_of_source
+from lem.base.reasons import Reason
+from lem.base.units import ABSENT, percent
+from lem.record import Energy, Record
+from lem.results.metrics import Metric
+from lem.results.stats import CONFIDENCE, Effect, student_t_quantile
+
+CYCLES = "cycles"  # the cause beside those of `Energy.uncertainty_budget_j`
+# The lag of one counter is the same in all windows, so only the difference of what it costs matters to a ratio.
+_LAG = "lag"
+# Where there is no interval over the cycles either, which says why.
+_EVIDENT = frozenset({"no_meter_uncertainty", "one_cycle", "no_interval", "no_ratio", "nothing_to_compare"})
+_MOST_DF = 1e6  # beyond it, Student's t is the normal distribution
+
+COMBINED_NOTE = (
+    "combined: 95 % uncertainty of the geometric mean or ratio from the spread of cycles and all errors of the meter "
+    "that cycles share (GUM); --budget lists them."
+)
+
+Causes = Mapping[str, float]
+"""Relative standard uncertainties (k = 1) by cause, which add up as squares."""
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One uncertainty of an estimate, by all its causes."""
+
+    centre: float  # the geometric mean, or the ratio
+    budget: Causes  # `cycles` among them
+    df: float  # effective degrees of freedom
+    confidence: float = CONFIDENCE
+
+    @property
+    def standard(self) -> float:
+        """Relative standard uncertainty (k = 1)."""
+        return math.hypot(*self.budget.values())
+
+    @property
+    def factor(self) -> float:
+        """The coverage factor k, from Student's t. [GUM G.4]"""
+        return student_t_quantile((1 + self.confidence) / 2, self.df)
+
+    @property
+    def expanded(self) -> float:
+        """How far the upper end lies above the centre, over the centre."""
+        return math.expm1(min(self.factor * self.standard, 700.0))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.centre / (1 + self.expanded), self.centre * (1 + self.expanded)
+
+    @property
+    def text(self) -> str:
+        return f"±{percent(self.expanded)}"
+
+
+def combine(effect: Effect, causes: Causes, confidence: float = CONFIDENCE) -> Combined:
+    """The uncertainty of a mean or ratio over cycles, whose standard error is known, with these common causes.
+
+    The degrees of freedom are those of Welch and Satterthwaite, where all but the spread has infinitely many. [GUM
+    G.4.1]
+    """
+    spread = effect.std_error or 0.0
+    budget = {CYCLES: spread, **causes}
+    df = (effect.df or 1) * (math.hypot(*budget.values()) / spread) ** 4 if spread else _MOST_DF
+    return Combined(effect.ratio, budget, min(df, _MOST_DF), confidence)
+
+
+def uncertainty_of(
+    metric: Metric, records: Sequence[Record], values: Sequence[float], confidence: float, no_interval: Reason | None
+) -> Measured[Combined]:
+    """That of the geometric mean over cycles with these values; `no_interval` is why they have none."""
+    if metric.group != "energy":
+        return known(None, "no_meter_uncertainty")
+    if len(values) == 1:
+        return known(None, "one_cycle")
+    if not values or min(values) <= 0:
+        return known(None, "no_ratio" if values else "nothing_to_compare")
+    if no_interval is not None:
+        return known(None, no_interval)
+    causes = common_causes(metric, records)
+    if causes.value is None:
+        return known(None, causes.null_reason or "no_reason")
+    logs = [math.log(value) for value in values]
+    std_error = statistics.stdev(logs) / math.sqrt(len(logs))
+    return Measured(
+        combine(Effect(statistics.fmean(logs), std_error, len(logs) - 1, (len(logs),)), causes.value, confidence)
+    )
+
+
+def common_causes(metric: Metric, records: Sequence[Record]) -> Measured[Causes]:
+    """What every window of these records shares, on average; absent as soon as it is unknown for one of them."""
+    found = []
+    for record in records:
+        if metric.read(record)[0] is None:
+            continue
+        energy_j, budget = _budget_of(metric, record.energy)
+        if budget.value is None or energy_j is None or energy_j <= 0:
+            return known(None, budget.null_reason or "no_ratio")
+        found.append({cause: part_j / energy_j for cause, part_j in budget.value.items() if cause != EDGES})
+    names = dict.fromkeys(cause for causes in found for cause in causes)
+    return Measured({name: statistics.fmean(causes.get(name, 0.0) for causes in found) for name in names})
+
+
+def _budget_of(metric: Metric, energy: Energy) -> tuple[float | None, Measured[Mapping[str, float]]]:
+    """The energy that a metric rests on, and its uncertainties by cause."""
+    if metric.field == "gpu_energy_net_j":
+        return energy.gpu_energy_net_j, energy.measured("net_uncertainty_budget_j")
+    if metric.section == "energy" and metric.field not in parts_of_source(energy.energy_source or ""):
+        return None, known(None, "accuracy_unknown")
+    return energy.primary_j.value, energy.measured("uncertainty_budget_j")
+
+
+def ratio_causes(metric: Metric, below: Sequence[Record], above: Sequence[Record]) -> Measured[Causes]:
+    """What is common to all cycles of a ratio of two configurations.
+
+    The error of the sensors divides out if both were measured on the same cards.
+    """
+    if metric.group != "energy":
+        return known(None, "no_meter_uncertainty")
+    sides = [common_causes(metric, records) for records in (below, above)]
+    first, second = (side.value for side in sides)
+    if first is None or second is None:
+        return sides[0] if first is None else sides[1]
+    is_same = len({record.environment.gpu_uuids for record in (*below, *above)}) == 1
+    found = {}
+    for name in dict.fromkeys((*first, *second)):
+        parts = first.get(name, 0.0), second.get(name, 0.0)
+        if not is_same:
+            found[name] = math.hypot(*parts)
+        elif name == _LAG:
+            found[name] = abs(parts[0] - parts[1])
+        elif name != SENSOR:
+            found[name] = math.hypot(*parts)
+    return Measured(found)
+
+
+def over_anchor(*ratios: Measured[Causes]) -> Measured[Causes]:
+    """What is common to all cycles of one ratio over another, which were measured at different times."""
+    known_ones = [ratio.value for ratio in ratios if ratio.value is not None]
+    if len(known_ones) < len(ratios):
+        return next(ratio for ratio in ratios if ratio.value is None)
+    names = dict.fromkeys(name for causes in known_ones for name in causes)
+    return Measured({name: math.hypot(*(causes.get(name, 0.0) for causes in known_ones)) for name in names})
+
+
+def of_effect(effect: Effect | None, causes: Measured[Causes], reason: Reason | None) -> Measured[Combined]:
+    """The uncertainty of a comparison; `reason` is why its effect, or the error of that, is unknown."""
+    if effect is None or effect.std_error is None:
+        return known(None, reason or "nothing_to_compare")
+    if causes.value is None:
+        return known(None, causes.null_reason or "no_reason")
+    return Measured(combine(effect, causes.value))
+
+
+def combined_document(found: Measured[Combined] | None) -> dict[str, Any] | None:
+    """A combined uncertainty as JSON values, or why there is none."""
+    if found is None:
+        return None
+    if found.value is None:
+        return {"null_reason": found.null_reason and found.null_reason.text}
+    low, high = found.value.interval
+    facts = {"standard_ratio": found.value.standard, "coverage_factor": found.value.factor, "df": found.value.df}
+    return {"ci_lower": low, "ci_upper": high, **facts, "budget": dict(found.value.budget)}
+
+
+def budget_table(named: Sequence[tuple[str, Measured[Combined] | None]], heading: str) -> Table | None:
+    """The budgets of estimates by name, in percent (k = 1); None if none is known."""
+    rows = [(name, found.value) for name, found in named if found is not None and found.value is not None]
+    causes = dict.fromkeys(cause for _, found in rows for cause in found.budget)
+    shares = {cause: tuple(_share(found.budget.get(cause)) for _, found in rows) for cause in causes}
+    columns = [
+        *(Column(cause.replace("_", "\n"), cells) for cause, cells in shares.items()),
+        Column("all", tuple(_share(found.standard) for _, found in rows)),
+        Column("k", tuple(f"{found.factor:.2f}" for _, found in rows)),
+        Column("combined", tuple(found.text for _, found in rows)),
+    ]
+    return Table(heading, tuple(name for name, _ in rows), tuple(columns)) if rows else None
+
+
+def why_unknown(found: Iterable[Measured[Combined] | None]) -> list[str]:
+    """Why an interval has no combined uncertainty beside it, each reason once."""
+    reasons = (item.null_reason for item in found if item is not None and item.null_reason is not None)
+    return list(dict.fromkeys(reason.text for reason in reasons if reason.code not in _EVIDENT))
+
+
+def _share(share: float | None) -> str:
+    return ABSENT if share is None else f"{100 * share:.2g}"
