@@ -96,6 +96,7 @@ class _RunTable:
         headings = ["n", "geom.\nmean", f"{_CONFIDENCE}\nt interval", "bootstrap\ninterval"]
         if any(estimate.combined and estimate.combined.value for estimate in estimates):
             headings.append("combined")
+            heading = heading.replace(" per ", "\nper ", 1)  # makes room
         else:
             rows = [row[:-1] for row in rows]
         names, *cells = zip(*rows, strict=True)
