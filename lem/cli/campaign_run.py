@@ -30,9 +30,9 @@ from lem.config.campaign_config import CampaignConfig
 from lem.config.option import is_secret
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.executor import ExecutorChoice
-from lem.orchestration.manifest import FAILED, SKIPPED
+from lem.orchestration.manifest import COMPLETED, FAILED, SKIPPED
 from lem.orchestration.plan import Plan
-from lem.orchestration.resume import CHOOSE_HINT, RunOptions
+from lem.orchestration.resume import CHOOSE_HINT, RunOptions, forget_lost_results
 from lem.orchestration.schedule import CampaignOutcome, Scheduler, Stopped, StopRequest
 from lem.orchestration.status import Event, Observer
 from lem.orchestration.systemd import Notification, ServiceManager
@@ -136,13 +136,14 @@ class CampaignCommand:
             raise
         finally:
             self._console.close()
-        self._conclude(outcome)
+        outcome = self._conclude(outcome)
         # A daemon's next run is always a new one, so there is nothing to ask.
         runner.options = replace(runner.options, resume=False, run_id=None)
         self._has_waited = True
         return outcome
 
-    def _conclude(self, outcome: CampaignOutcome) -> None:
+    def _conclude(self, outcome: CampaignOutcome) -> CampaignOutcome:
+        outcome = check_still_there(outcome)
         self._notify(outcome)
         if not self._is_quiet and not self._args.json:
             self._console.line()
@@ -151,6 +152,7 @@ class CampaignCommand:
             self._console.line(line)
             if self._is_quiet:
                 campaign_logger.info("%s", line)
+        return outcome
 
     def _notify(self, ended: CampaignOutcome | LemError) -> None:
         url, message = self._campaign.notification.webhook_url, webhook_message(self._campaign, ended)
@@ -214,6 +216,14 @@ class CampaignCommand:
         finally:
             logging.getLogger("lem").removeHandler(handler)
             handler.close()
+
+
+def check_still_there(outcome: CampaignOutcome) -> CampaignOutcome:
+    """The outcome, or that results were removed while the end of the campaign was written."""
+    completed = outcome.manifest.get_by_status(COMPLETED)
+    if outcome.error is not None or all(Path(str(entry.result_path)).exists() for entry in completed):
+        return outcome
+    return outcome.without(forget_lost_results(outcome.manifest))
 
 
 def exit_code_of_outcome(outcome: CampaignOutcome) -> ExitCode:

@@ -7,13 +7,13 @@ import enum
 import os
 import select
 import signal
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, time, timedelta, timezone
 from types import FrameType
 
-from lem.base.errors import Interrupted, LemError
-from lem.base.units import format_duration
+from lem.base.errors import InfrastructureError, Interrupted, LemError
+from lem.base.units import format_duration, plural, some_of
 from lem.config.campaign_config import CampaignConfig, CampaignDaemonConfig
 from lem.orchestration.manifest import CampaignManifest
 
@@ -22,6 +22,8 @@ DAEMON_WINS = "Both daemon and schedule are set; schedule is ignored"
 
 # The time of day may be set, or the machine sleep: check it again this often.
 _CHECK_EVERY_S = 30.0
+
+_SHOWN = 3  # results that a message names
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -101,6 +103,13 @@ class CampaignOutcome:
     error: LemError | None = None  # that stopped it
     signum: int | None = None  # of the signal that asked it to stop
     remark: str = ""  # what became of a top-up; empty without one
+
+    def without(self, lost: Sequence[str]) -> CampaignOutcome:
+        """The same run, whose manifest no longer has these results: they are missing, or were changed."""
+        what = f"{plural(len(lost), 'result')} missing, or not as measured: {some_of(lost, _SHOWN)}"
+        hint = "find out what removes or changes results; --resume measures these experiments again"
+        stopped = Stopped.SIGNAL if self.stopped is Stopped.SIGNAL else Stopped.INFRASTRUCTURE
+        return replace(self, stopped=stopped, error=InfrastructureError(what, hint))
 
 
 # Runs the campaign once, given the deadline of the daemon on the monotonic clock.

@@ -18,7 +18,6 @@ from typing import Any
 from lem.base.clock import StepWatch, utc_now, utc_text
 from lem.base.durable import reason_of
 from lem.base.errors import DISK_FULL, EngineError, InfrastructureError, Interrupted, UserError
-from lem.base.units import plural, some_of
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome, Timeouts
 from lem.orchestration.grid import config_hash, prompts_fingerprint
@@ -50,8 +49,6 @@ METERS_S = 15.0
 MAX_TRIES = 2
 _CONTINUE = "then continue with --resume"
 _HOST_HINT = "see `lem doctor` and the kernel log (dmesg): a disk, a limit (`ulimit -a`) or a folder changed meanwhile"
-# How many results a message names.
-_SHOWN = 3
 # How often a wait is reported, as often as a worker sends heartbeats.
 _TICK_S = 5.0
 
@@ -167,10 +164,7 @@ class Session:
         try:
             lost = forget_lost_results(self.manifest) if outcome.error is None else ()
             if lost:
-                stopped = Stopped.SIGNAL if outcome.stopped is Stopped.SIGNAL else Stopped.INFRASTRUCTURE
-                what = f"{plural(len(lost), 'result')} missing, or not as measured: {some_of(lost, _SHOWN)}"
-                hint = "find out what removes or changes results; --resume measures these experiments again"
-                outcome = dataclasses.replace(outcome, stopped=stopped, error=InfrastructureError(what, hint))
+                outcome = outcome.without(lost)
                 self._count()
             if lost or self._has_new_note:
                 self.save()

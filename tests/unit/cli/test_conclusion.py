@@ -7,6 +7,7 @@ import pytest
 from lem.base import log
 from lem.base.errors import EngineError, InfrastructureError, OptionRefused, UserError
 from lem.cli.campaign_run import (
+    check_still_there,
     closing_lines,
     exit_code_of_outcome,
     resume_command,
@@ -96,6 +97,19 @@ def test_the_closing_lines_count_what_is_left_and_tell_what_stood_in_the_way_and
 )
 def test_the_exit_code_says_whether_something_failed(outcome, code):
     assert exit_code_of_outcome(outcome) == code
+
+
+def test_results_that_vanish_when_all_is_written_are_no_success(tmp_path):
+    outcome = _outcome("completed", "completed", "failed")
+    for entry in outcome.manifest.get_by_status("completed"):
+        entry.result_path = str(tmp_path / entry.exp_id)
+        (tmp_path / entry.exp_id).write_bytes(b"{}")
+    assert check_still_there(outcome) is outcome
+    (tmp_path / "e1").unlink()
+    ended = check_still_there(outcome)
+    assert (ended.manifest.completed_count, ended.stopped) == (1, Stopped.INFRASTRUCTURE)
+    assert str(ended.error) == f"1 result missing, or not as measured: {tmp_path}/e1"
+    assert exit_code_of_outcome(ended) == 1
 
 
 def _hooked(tmp_path, on):
