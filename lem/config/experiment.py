@@ -166,8 +166,10 @@ class TrafficConfig(Section, switch="enabled"):
     target_qps: float = option(1.0, "Mean arrivals (poisson, constant).", above=0, unit="requests/s")
     concurrency: int = option(1, "Requests in flight (closed).", min=1, unit="requests")
     seed: int | None = option(None, "Seed of the arrivals; null takes random_seed.", min=0)
-    allow_overload: bool = option(False, "Accept a queue that grows throughout the window (poisson, constant).")
-    slo: SloConfig = option(SloConfig(), "Service levels, for goodput and energy per good request.")
+    allow_overload: bool = option(
+        False, "Accept a queue that grows throughout the window (poisson, constant).", is_added=True
+    )
+    slo: SloConfig = option(SloConfig(), "Service levels, for goodput and energy per good request.", is_added=True)
 
 
 @dataclass(frozen=True)
@@ -218,10 +220,20 @@ class MeasurementConfig(Section):
         None, "Design power of all CPU packages, for tdp_estimate; null asks the kernel.", min=1, max=10000, unit="W"
     )
     max_wait_pct: float | None = option(
-        20.0, "Most of its time that the engine may wait for a CPU; null: no limit.", min=0, max=100, unit="%"
+        20.0,
+        "Most of its time that the engine may wait for a CPU; null: no limit.",
+        min=0,
+        max=100,
+        unit="%",
+        is_added=True,
     )
     max_foreign_pct: float | None = option(
-        20.0, "Most CPU time of other programs, for energy of the CPU; null: no limit.", min=0, max=100, unit="%"
+        20.0,
+        "Most CPU time of other programs, for energy of the CPU; null: no limit.",
+        min=0,
+        max=100,
+        unit="%",
+        is_added=True,
     )
     external_csv: str | None = option(None, "File with readings of an external meter: UTC time, power.")
     external_unit: str | None = option(

@@ -123,8 +123,12 @@ class Section:
 
     def make_identity(self) -> dict[str, Any]:
         """As `identity`, computed every time."""
-        options = declared(type(self))
-        return {name: plain(self.__dict__[name], is_identity=True) for name in options if options[name].identity}
+        found = {name: (self.__dict__[name], option) for name, option in declared(type(self)).items()}
+        return {
+            name: plain(value, is_identity=True)
+            for name, (value, option) in found.items()
+            if option.identity and not (option.is_added and value == option.default)
+        }
 
     @classmethod
     def rewrite(cls, mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
