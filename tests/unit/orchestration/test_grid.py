@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import os
 import random
 from datetime import datetime, timedelta, timezone
@@ -279,6 +280,34 @@ def config(**options: Any) -> ExperimentConfig:
 def identity(**options: Any) -> str:
     experiment = config(**options)
     return config_hash(experiment, prompts_fingerprint(experiment))
+
+
+RECORDED = Path(__file__).parents[2] / "recorded"
+
+
+@pytest.mark.parametrize("campaign_name", ["demo", "two-backends", "interrupted"])
+def test_configurations_have_the_hashes_that_the_first_build_gave_them(campaign_name: str) -> None:
+    paths = [*(RECORDED / campaign_name).rglob("result.json")]
+    assert paths
+    for path in paths:
+        resolved = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))["resolved"]
+        recorded = json.loads(path.read_text(encoding="utf-8"))["identity"]["config_hash"]
+        assert identity(**resolved) == recorded
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"traffic_simulation": {"slo": {"ttft_ms": 30}}},
+        {"traffic_simulation": {"allow_overload": True}},
+        {"measurement": {"max_wait_pct": 10}},
+        {"measurement": {"max_foreign_pct": None}},
+    ],
+)
+def test_an_option_that_was_added_counts_where_it_is_not_at_its_default(options: dict[str, Any]) -> None:
+    base: dict[str, Any] = {"streaming": True, "traffic_simulation": {"enabled": True, "target_qps": 9}}
+    changed = {name: {**base.get(name, {}), **values} for name, values in options.items()}
+    assert identity(**{**base, **changed}) != identity(**base)
 
 
 def test_a_model_in_a_folder_that_is_no_utf8_has_an_identity_of_its_own() -> None:
