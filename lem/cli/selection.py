@@ -16,7 +16,8 @@ from lem.base.clock import utc_now
 from lem.base.doc import printable
 from lem.base.errors import UserError, did_you_mean
 from lem.base.units import some_of
-from lem.orchestration.status import CampaignStatus, Viewpoint, digests_of, read_status, remainder_of
+from lem.orchestration.journal import find_fact
+from lem.orchestration.status import CampaignStatus, Viewpoint, digests_of, find_manifest, read_status, remainder_of
 from lem.results.run import Run, read_run
 from lem.results.store import Problem, Repository, Scan, describe_future, folder_names, in_order
 
@@ -88,8 +89,13 @@ class SelectedRun:
 
     def status(self, state_dir: Path = STATE_DIR) -> CampaignStatus | None:
         """The status of the campaign; None unless its manifest is that of this run."""
+        folder = state_dir / self.campaign
         try:
-            status = read_status(state_dir / self.campaign, Viewpoint(utc_now(), socket.gethostname()))
+            path = find_manifest(folder)
+            # Of many runs one has the manifest, which may be long.
+            if path is None or find_fact(path, "run_id") not in (None, self.run_id):
+                return None
+            status = read_status(folder, Viewpoint(utc_now(), socket.gethostname()), path)
         except OSError:  # somebody else's state folder
             return None
         return status if status.manifest is not None and status.manifest.run_id == self.run_id else None
