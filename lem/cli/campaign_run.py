@@ -38,7 +38,8 @@ from lem.orchestration.status import Event, Observer
 from lem.orchestration.systemd import Notification, ServiceManager
 from lem.results.aggregation import run_document
 from lem.results.run import make_run
-from lem.results.store import Repository, StoppingRule, read_stopping_rule
+from lem.results.stopping import StoppingRule, read_stopping_rule
+from lem.results.store import Repository
 from lem.results.table import render_run
 
 _WEBHOOK_PATIENCE_S = 3.0

@@ -15,7 +15,7 @@ from lem.config.backends import BACKENDS, PRESETS, SECTIONS, WIDTH_OPTIONS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, CampaignHealthCheckConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.option import Section, SectionKind, VariantKind, declared, plain, walk
-from lem.config.yamlfile import resolve_plain
+from lem.config.scalars import resolve_plain
 
 __all__ = [
     "get_campaign_grid_params",

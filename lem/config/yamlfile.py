@@ -19,8 +19,9 @@ from lem.base.errors import ConfigurationError
 from lem.base.units import MIB
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import ConfigProblems, Expanded, Path, Problem
+from lem.config.kinds import ConfigProblems, Path, Problem
 from lem.config.option import is_secret, redacted
+from lem.config.scalars import ExpansionError, expand, resolve_plain
 
 try:
     from lem._vendor import yaml
@@ -34,16 +35,9 @@ MAX_VALUES = 200_000
 MAX_SHOWN_PROBLEMS = 100
 MAX_SHOWN_LINE = 100
 
-_NULL = frozenset({"", "~", "null", "Null", "NULL"})
-_BOOLEAN = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-# No leading zeros: 010 is 8 in YAML 1.1 and 10 in YAML 1.2, so it is neither here.
-_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,400})")
-_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
-_SPECIAL = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
 _KEY = re.compile(r"([\w.-]+)[\"']?\s*:")
 _TOP_KEY = re.compile(r"[\"']?[\w.-]+[\"']?\s*:(?:\s|$)")
 _MAX_SEARCHED = 10_000  # characters
-_REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{")
 
 _PLAIN = "lem:plain"
 _TEXT = "tag:yaml.org,2002:str"
@@ -193,50 +187,6 @@ class Document:
             if (*at, joined) in self.values:
                 return (*at, joined), count
         return None
-
-
-class ExpansionError(ValueError):
-    """A `${VAR}` that cannot be expanded."""
-
-
-def resolve_plain(text: str) -> Any:
-    """The value of a word written without quotes: None, a bool, an int, a float, or the text itself."""
-    if text in _NULL:
-        return None
-    if text in _BOOLEAN:
-        return _BOOLEAN[text]
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    if _FLOAT.fullmatch(text):
-        return float(text)
-    if text.lower() in _SPECIAL:
-        return float(_SPECIAL[text.lower()])
-    return text
-
-
-def expand(text: str, environ: Mapping[str, str], *, is_plain: bool) -> str:
-    """The text with `${VAR}` and `${VAR:-default}` replaced, and `$${` by `${`; values are not expanded again.
-
-    As in a shell, the default applies when the variable is unset or empty. An ExpansionError says what is missing.
-    """
-    if "${" not in text:
-        return text
-
-    def replace(match: re.Match[str]) -> str:
-        if match[0] == "$${":
-            return "${"
-        name, default = match[1], match[2]
-        if name is None:
-            raise ExpansionError("incomplete '${': expected ${NAME} or ${NAME:-default}; write $${ for a literal ${")
-        value = environ.get(name)
-        if default is not None:
-            return value or default
-        if value is None:
-            raise ExpansionError(f"the environment variable {name} is not set; set it or write ${{{name}:-default}}")
-        return value
-
-    expanded = _REFERENCE.sub(replace, text)
-    return Expanded(expanded, text, resolve_plain(expanded) if is_plain else expanded)
 
 
 def read_document(path: FilePath, environ: Mapping[str, str]) -> Document:

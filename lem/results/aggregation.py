@@ -19,7 +19,7 @@ from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.metrics import METRIC_BY_NAME, METRICS, distinct
 from lem.results.run import NO_INTERVAL, SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, make_run
 from lem.results.stats import CONFIDENCE, check_confidence
-from lem.results.store import LEAST_CYCLES, Target
+from lem.results.stopping import LEAST_CYCLES, Target
 from lem.results.uncertainty import combined_document
 
 __all__ = [

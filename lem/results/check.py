@@ -21,7 +21,7 @@ from lem.results.findings import INTERFERENCE, NO_EFFECT, NO_RESUME, NOTES, SAME
 from lem.results.metrics import LENGTH_TOLERANCE, Metric, find_obstacles
 from lem.results.run import ENERGY, SHARED_LOAD, THROUGHPUT, Configuration, Run
 from lem.results.stats import Drift, cycles_to_settle, trend_of
-from lem.results.store import MOST_CYCLES, UNACCOUNTED
+from lem.results.stopping import MOST_CYCLES, UNACCOUNTED
 
 # An interval wider than this cannot show a difference of a few percent.
 _WIDE = 0.05

@@ -21,7 +21,8 @@ from lem.results.bootstrap import BootstrapResult, LogTInterval, bootstrap_ci, l
 from lem.results.export import cell_text, make_table
 from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric
 from lem.results.stats import CONFIDENCE
-from lem.results.store import Digests, Problem, Repository, StoppingRule, StoredResult, count_failed, read_stopping_rule
+from lem.results.stopping import StoppingRule, read_stopping_rule
+from lem.results.store import Digests, Problem, Repository, StoredResult, count_failed
 from lem.results.uncertainty import Combined, uncertainty_of
 
 ENERGY, THROUGHPUT = METRIC_BY_NAME["energy_per_output_tok_j"], METRIC_BY_NAME["output_tok_per_s"]

@@ -18,7 +18,7 @@ from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES
 from lem.results.run import ENERGY, SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, estimate_note
 from lem.results.stats import CONFIDENCE
-from lem.results.store import UNACCOUNTED
+from lem.results.stopping import UNACCOUNTED
 from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
 
 _LATENCIES = (("TTFT", "ttft_p50_s"), ("e2e", "e2e_p50_s"))

@@ -17,7 +17,7 @@ from lem.base.errors import ConfigurationError, ExitCode, exit_code_of
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import REQUIRED, ConfigProblems, Expanded, Problem, as_written, dotted, simple
 from lem.config.option import Section, check_partial, find_option, merge, option, put, walk
-from lem.config.yamlfile import expand
+from lem.config.scalars import expand
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lem.base.errors import ConfigurationError
-from lem.config.yamlfile import Document, ExpansionError, expand, parse_value, read_document, resolve_plain
+from lem.config.scalars import ExpansionError, expand, resolve_plain
+from lem.config.yamlfile import Document, parse_value, read_document
 
 
 def read(tmp_path: Path, content: str | bytes, environ: Mapping[str, str] | None = None) -> Document:

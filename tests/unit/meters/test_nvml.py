@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lem.meters.nvml import GpuFacts, MeterFailure, NvmlMeter, gpu_uuids, visible_gpus
+from lem.meters.gpus import GpuFacts, visible_gpus
+from lem.meters.nvml import MeterFailure, NvmlMeter, gpu_uuids
 from tests.unit.meters.nvml_stand_in import FakeNvml
 
 UNSIGNED_INT, UNSIGNED_LONG_LONG = 1, 3

@@ -7,7 +7,14 @@ import pytest
 
 from lem.results.aggregation import earlier_times, measure_precision, run_document
 from lem.results.run import make_run
-from lem.results.store import STOPPING_FILE, UNACCOUNTED, StoppingRule, Target, read_stopping_rule, write_stopping_rule
+from lem.results.stopping import (
+    STOPPING_FILE,
+    UNACCOUNTED,
+    StoppingRule,
+    Target,
+    read_stopping_rule,
+    write_stopping_rule,
+)
 from lem.results.table import render_run
 from tests.bench.stopping import coverage
 from tests.records import make_record

@@ -14,7 +14,8 @@ from lem.results.aggregation import parse_target
 from lem.results.report import render_report
 from lem.results.report.content import compose, verdict_of
 from lem.results.run import make_run
-from lem.results.store import Problem, StoppingRule
+from lem.results.stopping import StoppingRule
+from lem.results.store import Problem
 from tests.goldens import assert_golden
 from tests.records import make_record
 from tests.synthetic_campaign import Campaign, Configuration
