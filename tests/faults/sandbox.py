@@ -163,21 +163,25 @@ class Sandbox:
             MARK: self.mark,
         }
         command = [sys.executable, "-m", "lem", *words]
-        if is_warm:
-            environ[warm_start.VARIABLE] = "yes"
         if fault is not None:
             environ[VARIABLE] = fault.to_json()
         with open(self.output, "ab") as output:
             output.write(f"$ {' '.join(words)} {fault}\n".encode())
             output.flush()
-            if fault is not None and fault.action == "readonly" and os.geteuid() == 0:
-                command = [*AS_OTHERS, *command]
-            elif is_warm:
+            is_as_others = fault is not None and fault.action == "readonly" and os.geteuid() == 0
+            if is_warm:
                 loader = tuple((name, environ[name]) for name in _LOADER if name in environ)
                 with _SERVERS:
                     address, _ = _warm_server(self._program, loader)
-                request = {"words": words, "folder": str(self.folder), "environ": environ, "output": str(self.output)}
+                request = {
+                    "words": words,
+                    "folder": str(self.folder),
+                    "environ": environ,
+                    "output": str(self.output),
+                    "is_as_others": is_as_others,
+                }
                 return Started(WarmProcess(address, request), self)
+            command = [*(AS_OTHERS if is_as_others else ()), *command]
             process = subprocess.Popen(
                 command,
                 cwd=self.folder,
