@@ -44,6 +44,7 @@ class Intended:
         where: a regular expression that is found in the JSON path; of a text, in every line that differs; of numbers in
             a text, it matches all that differ, as in `-2 +1 -1`.
         suite: in which it occurs; it is stale when that suite ran and it matched nothing.
+        is_new: only what the old build does not have at all.
     """
 
     why: str
@@ -51,12 +52,13 @@ class Intended:
     where: str
     part: str = ""
     suite: str = "static"
+    is_new: bool = False
 
     def matches(self, difference: Difference) -> bool:
         """Whether a difference is one of these."""
         if not re.search(self.case, difference.case) or not re.search(self.part, difference.part):
             return False
-        if not difference.case.startswith(f"{self.suite}/"):
+        if not difference.case.startswith(f"{self.suite}/") or (self.is_new and difference.old != ABSENT):
             return False
         if difference.where == "numbers":
             return re.fullmatch(self.where, changed_numbers(difference)) is not None

@@ -62,4 +62,43 @@ INTENDED: tuple[Intended, ...] = (
     Intended("As in recorded scenes: codes beside sentences.", "", r"_coded\b", suite="live"),
     Intended("The manifest has a checksum, and those of its results.", "", r"sha256$", suite="live"),
     Intended("The example in a hint is 5%, not 2%.", "--until ci=2", r"-2 \+5"),
+    # Issue 12
+    Intended(
+        "The index that a run has beside its results.", "", "kind", part=r"^file .*/index\.jsonl$", suite="recorded"
+    ),
+    Intended("lem check, results list and show read what is left from manifests.", r"help/(check|results-)", "options"),
+    Intended(
+        "Containers have a read-only root and model cache, and limits that an overlay can change.",
+        "compose",
+        r"(mem_limit|cpus|pids_limit|pids|memory|read_only|tmpfs.*|HF_\w+|LEM_MODEL_CACHE_READ_ONLY)$",
+    ),
+    # Issue 13
+    Intended(
+        "Options for interference, service levels, overload and the unit of an external meter.",
+        "",
+        r"allow_overload|\.slo\b|max_wait_pct|max_foreign_pct|external_unit",
+    ),
+    Intended("A preset for AI Energy Score.", "presets|schema|fields", r"ai-energy-score"),
+    Intended("lem doctor looks for interference before a run.", "machine: lem doctor", r"^\$\.checks|(\+\S+ ?)+"),
+    Intended("As above, in the text of a resolved experiment.", "lem experiment", r"\+2 \+20\.0 \+20\.0"),
+    Intended("As above, and the preset, in the list of options.", "config fields", r"\+0 \+0 \+2 \+0 \+20 .+"),
+    Intended("As above, in the list of presets.", "lem presets", r"\+2048 \+10 \+0\.1 \+1 \+000 \+10"),
+    Intended("As above, in a new configuration file.", "listings: lem config new", "commented out"),
+    Intended("Metrics of goodput and of 1,000 requests are in the list.", "--until ci=1%:none", r"\+1000 \+50 \+95"),
+    Intended("A missing bundle is named instead of the file SHA256SUMS in it.", "lem bundle verify", "-256"),
+    Intended(
+        "Records, and exports of them, have more: in flight, lag, uncertainty, goodput, steps, machine, interference.",
+        "results (show|export)",
+        "",
+        suite="recorded",
+        is_new=True,
+    ),
+    Intended("ICL is in place of ITL.", "results (show|export)", r"\bitl_", suite="recorded"),
+    Intended(
+        "lem results recompute counts only what it recomputed.",
+        "results recompute",
+        r"compared$|^([-+]\d+ ?)+$",
+        suite="recorded",
+    ),
+    Intended("What was interrupted is left, not failed.", "lem compare interrupted", "n_failed$", suite="recorded"),
 )

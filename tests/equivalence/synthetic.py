@@ -5,6 +5,7 @@ python -m tests.equivalence.synthetic    (of the harness; the program below runs
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,17 +73,21 @@ FOLDERS = ("plain", "rough", "drifting", "reused", "single", "interrupted", "two
 
 
 def synthetic_folder(old: Build) -> Path:
-    """The folder that holds a folder for each of FOLDERS, and `host1` and `host2`; written once.
+    """The folder that holds a folder for each of FOLDERS, and `host1` and `host2`; written once by a program.
 
     Raises:
         HarnessError: the old test tools failed.
     """
     folder = old.zip.parent / "synthetic"
-    if not folder.exists():
+    written_by = folder / "program.txt"
+    if not written_by.exists() or written_by.read_text(encoding="utf-8") != PROGRAM:
         unfinished = folder.with_name("synthetic.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
         command = [sys.executable, "-c", PROGRAM, str(unfinished)]
         written = subprocess.run(command, cwd=old.tree, capture_output=True, text=True, check=False)
         if written.returncode != 0:
             raise HarnessError(f"the synthetic results could not be written\n{written.stderr}")
+        (unfinished / written_by.name).write_text(PROGRAM, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     return folder
