@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Generator
 
@@ -12,6 +13,9 @@ from tests.needs import NEEDS, RAN_ELSEWHERE, is_ci, lacking, missing
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Refuse to start in CI without what CI must have: a skip there would look like a success."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # Under nohup the tests go on, as they should; but what they start would ignore the signal, too.
+        signal.signal(signal.SIGHUP, lambda *_: None)
     if is_ci() and not hasattr(session.config, "workerinput") and (lines := lacking(NEEDS)):
         raise pytest.UsageError("CI=true, and this is missing:\n  " + "\n  ".join(lines))
 
