@@ -48,6 +48,7 @@ CODES: Mapping[str, tuple[int, ...]] = {
     r"(lem|python3 lem\.pyz) check .*": (4,),  # an engine without a pace is not steady
     r"(lem|python3 lem\.pyz) doctor.*": (2,),  # this machine need not have containers
     r"lem results recompute .*": (1,),  # made records and made samples agree to some digits alone
+    r"lem verify .*": (4,),  # nobody recorded digests of made records
     r".* --gate .*": (3, 4),
 }
 
