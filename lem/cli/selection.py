@@ -96,7 +96,7 @@ class SelectedRun:
             if path is None or find_fact(path, "run_id") not in (None, self.run_id):
                 return None
             status = read_status(folder, Viewpoint(utc_now(), socket.gethostname()), path)
-        except OSError:  # somebody else's state folder
+        except OSError:  # the state folder of another user
             return None
         return status if status.manifest is not None and status.manifest.run_id == self.run_id else None
 

@@ -392,8 +392,8 @@ class AttemptLog:
         raise NotMeasured("never_read_twice", what=curve.what)
 
 
-# A counter that was looked at for so long, and for so many of its own updates, without a change stands still; the
-# slowest seen is updated every second.
+# A counter that does not change for this long, and for this many of its usual updates, has stopped. The slowest known
+# counter updates once a second.
 _LEAST_STILL_S, _STILL_UPDATES = 3.0, 4
 
 

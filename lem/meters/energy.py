@@ -30,7 +30,7 @@ from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.uncertainty import budget_j, counter_lag_s, net_budget_j, net_energy_j
 from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Interference, Machine, Work
 
-# From here on a correction of the user's own meter is told.
+# Corrections of an external meter's clock and averaging above these limits are reported.
 _CLOCK_NOTED_S, _MEAN_NOTED_S = 0.5, 1.5
 
 _J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR

@@ -147,11 +147,11 @@ def _is_within(item: Request, slo: SloConfig) -> bool:
 
 
 def _steps(log: RequestLog, config: ExperimentConfig) -> dict[str, Measured[float]]:
-    """Tokens per step and accepted drafts, from the tokens that came at one time.
+    """Tokens per step and draft acceptance, from the tokens that share a timestamp.
 
-    The first step of a request is its prefill and left out. Near the end of an answer an engine accepts drafts that
-    nobody gets, or drafts less (vLLM counts such tokens as accepted): acceptance leaves out steps that began with no
-    more tokens to go than one of them can bring. Drafts that were not made, as where no n-gram matches, count as not
+    The first step of a request, its prefill, is left out. Near the end of an answer an engine proposes fewer drafts, or
+    accepts some beyond the end (vLLM counts those as accepted): acceptance leaves out steps that start with no more
+    tokens left than one step can produce. Drafts that were never proposed, as where no n-gram matches, count as not
     accepted, since token times do not show them.
     """
     timed = [item for item in log.completed if item.token_times_ns]
@@ -229,9 +229,10 @@ def load_warnings(log: RequestLog) -> tuple[Reason, ...]:
 def _growth(log: RequestLog) -> tuple[int, int] | None:
     """The unfinished requests at both edges, if their number grew throughout the window; None if it did not.
 
-    It is looked at where a request is finished: an engine that takes requests in batches lets them pile up in between.
-    What is unfinished at the best moment of each third must rise, and over the whole window by more than two deviations
-    of a Poisson count. With fewer than three such moments the edges must differ by more than what was in the engine.
+    The queue is sampled at completions only, because an engine that takes requests in batches lets them pile up between
+    batches. The shortest queue in each third of the window must grow, and the growth over the whole window must exceed
+    two standard deviations of a Poisson count. With fewer than three completions, the queues at the two edges must
+    differ by more than the requests that were in the engine.
     """
     if log.traffic_mode not in OPEN_LOOP:
         return None

@@ -4,11 +4,12 @@ The kernel releases a lock when its holder ends, however it ends, so there are n
 means nothing by itself. It names its last holder, for error messages. It is never removed: another process
 may have it open, and would then hold a lock on a file that no other process finds.
 
-Lock files have mode 0600: whoever can open one can hold it, and so stop the campaigns of others. What all users of a
-host share, its GPUs, therefore has a lock file for each user. A campaign holds its user's, then checks whether that of
-another user is held: the kernel lists the locks on files that this user cannot open (proc_locks(5)). Of two campaigns
-that begin at once, at least one sees the other. A container with a process namespace of its own sees only the locks of
-files that it can open, so campaigns in such containers exclude each other only as the same user.
+Lock files have mode 0600, because any user who can open a lock file can hold it and so block the campaigns of others.
+The GPUs of a host are shared by its users, so each user has a lock file of their own for each GPU. A campaign locks its
+user's file, then checks the files of the other users: the kernel also lists locks on files that this user cannot open
+(proc_locks(5)). Of two campaigns that start at the same time, at least one sees the other. A container with its own
+process namespace sees only the locks on files that it can open, so campaigns in such containers exclude each other only
+if they run as the same user.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def _check_others(target: LockTarget) -> None:
 
 
 def _locked_error(target: LockTarget, path: Path, holder: Holder | None) -> LockedError:
-    # The holder may just have taken it and not yet have written who it is, or nobody else may read that.
+    # The holder may not have written its name yet, or only its own user may read it.
     other = f"another process of user {_owner_of(path)}, not yet identified"
     return LockedError(
         f"{target.what} is locked by {holder or other}",
@@ -233,7 +234,7 @@ def _hold(target: LockTarget) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # somebody removed the file before it was locked: others would lock another one
+        os.close(descriptor)  # the file was removed before it was locked; other processes would lock a new one
     raise UserError(f"the lock of {target.what}, {path}, is removed again and again", "find out what removes it")
 
 

@@ -323,7 +323,7 @@ class ManifestManager:
             return
         self._announce(entry)
         manifest.updated_at = utc_text(self._now())
-        if not self._check_own():  # somebody removed it
+        if not self._check_own():  # the file was removed
             self.save(manifest)
             return
         self._journal.append(b'{"at": ' + _encode(manifest.updated_at) + b', "entry": ' + entry.encode() + b"}")

@@ -299,7 +299,7 @@ def find_folders(state_dir: Path) -> tuple[Path, ...]:
         return ()
     except OSError as error:
         raise UserError(f"state folder {state_dir}: {(error.strerror or str(error)).lower()}") from error
-    # One that could not start leaves a lock file, which nobody holds, and no manifest.
+    # A campaign that could not start leaves a lock file that no process holds, and no manifest.
     return tuple(path for path in folders if find_manifest(path) is not None or is_locked(path / CAMPAIGN_LOCK_NAME))
 
 
@@ -310,7 +310,7 @@ def find_manifest(folder: Path) -> Path | None:
     others = (path for path in folder.glob("*.json") if "." not in path.stem)
     try:
         return usual if usual.exists() else min(others, default=None)
-    except PermissionError:  # whoever reads it is told so
+    except PermissionError:  # reported by the one who reads the folder
         return usual
 
 
