@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lem.base import durable
 from lem.base.codec import DecodeError, complete, decode, encode, shown
-from lem.base.measured import Distribution, Measured, Section, known
-from lem.base.measurement import SLOWDOWN_MASK, parts_of_source
+from lem.base.measurement import SLOWDOWN_MASK, Distribution, Measured, Section, known, parts_of_source
 from lem.base.reasons import Reason
 from lem.identities import violations
 
@@ -147,7 +146,7 @@ class Gpu(Section):
     mem_peak_b: int | None = None
     persistence_mode: bool | None = None
     mig_mode: bool | None = None
-    # Settings, as found before the experiment; see `lem.meters.disclosure.GpuSettings`.
+    # Settings, as found before the experiment; see `lem.meters.machine.GpuSettings`.
     power_limit_default_w: float | None = None
     sm_clock_max_hz: float | None = None
     sm_clock_app_hz: float | None = None
@@ -167,7 +166,7 @@ class Gpu(Section):
 
 @dataclass(frozen=True)
 class Machine(Section):
-    """Settings and state of the machine, as found before the experiment; see `lem.meters.disclosure.MachineFacts`."""
+    """Settings and state of the machine, as found before the experiment; see `lem.meters.machine.MachineFacts`."""
 
     governor: str | None = None
     turbo: bool | None = None

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lem.base.codec import recognise
-from lem.base.measured import PROMPTS_NEEDED, Distribution
-from lem.base.measurement import EnergySource, is_gpu_source
+from lem.base.measurement import PROMPTS_NEEDED, Distribution, EnergySource, is_gpu_source
 from lem.base.reasons import Reason
 from lem.config.experiment import MeasurementConfig
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of

@@ -27,7 +27,7 @@ from lem.orchestration.executor import EXECUTORS, choose_executor
 from lem.orchestration.plan import ExpectedDurations, Plan, plan_campaign
 from lem.orchestration.resume import check_rule, make_rule
 from lem.results.aggregation import earlier_times, parse_target
-from lem.results.stopping import StoppingRule
+from lem.results.run import StoppingRule
 from lem.results.store import Repository
 
 _WHAT = {

@@ -37,8 +37,7 @@ from lem.orchestration.schedule import CampaignOutcome, Scheduler, Stopped, Stop
 from lem.orchestration.status import Event, Observer
 from lem.orchestration.systemd import Notification, ServiceManager
 from lem.results.aggregation import run_document
-from lem.results.run import make_run
-from lem.results.stopping import StoppingRule, read_stopping_rule
+from lem.results.run import StoppingRule, make_run, read_stopping_rule
 from lem.results.store import Repository
 from lem.results.table import render_run
 

@@ -13,8 +13,7 @@ from typing import Final, TypeVar
 
 from lem.base import measurement as names
 from lem.base.errors import MeterRefused
-from lem.base.measured import Measured, known
-from lem.base.measurement import EnergyScope, EnergySource, is_cpu_source, is_estimate
+from lem.base.measurement import EnergyScope, EnergySource, Measured, is_cpu_source, is_estimate, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig

@@ -9,15 +9,13 @@ from statistics import fmean
 from typing import Any
 
 from lem.base import measurement as names
-from lem.base.measured import Measured, known
-from lem.base.measurement import EnergySource, is_cpu_source, is_estimate, parts_of_source
+from lem.base.measurement import EnergySource, Measured, is_cpu_source, is_estimate, known, parts_of_source
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR
 from lem.config.experiment import MeasurementConfig
 from lem.meters import window
 from lem.meters.attempt import AttemptLog, measured, need
 from lem.meters.curve import NotMeasured, Span, update_period_s
-from lem.meters.disclosure import MachineFacts
 from lem.meters.external import External, ExternalReadings, measure_external
 from lem.meters.interference import (
     describe_interference,
@@ -26,6 +24,7 @@ from lem.meters.interference import (
     refuse_foreign,
     waited_too_long,
 )
+from lem.meters.machine import MachineFacts
 from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.uncertainty import budget_j, counter_lag_s, net_budget_j, net_energy_j
 from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Interference, Machine, Work

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from lem.base.measured import Measured, known
-from lem.base.measurement import INTERFERENCE_FROM
+from lem.base.measurement import INTERFERENCE_FROM, Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import AttemptLog, measured

@@ -10,7 +10,7 @@ from typing import Any
 
 from lem.base.codec import decode
 from lem.base.measurement import EnergyScope
-from lem.meters.gpus import GpuFacts, is_name_of
+from lem.meters.machine import GpuFacts, is_name_of
 from lem.meters.samples import GpuHeader
 
 # nvml.h, nvmlReturn_t

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.base import measurement as names
-from lem.base.measured import Measured, Section
-from lem.base.measurement import EnergySource
+from lem.base.measurement import EnergySource, Measured, Section
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import AttemptLog, Baselines, choose_sources, span_of, without_still_counters
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure

@@ -16,8 +16,7 @@ from typing import Any
 from lem.base import durable
 from lem.base.clock import seconds_between
 from lem.base.codec import MOST, decode
-from lem.base.measured import Measured, known
-from lem.base.measurement import STEADY_TOLERANCE
+from lem.base.measurement import STEADY_TOLERANCE, Measured, known
 from lem.base.units import GIB, MIB
 
 CLOSED_BATCH = "closed_batch"

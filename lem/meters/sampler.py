@@ -19,7 +19,7 @@ from lem.base.clock import Clock
 from lem.base.errors import ExitCode, LemError
 from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.meters import samples
-from lem.meters.disclosure import read_gpu_settings, read_machine
+from lem.meters.machine import read_gpu_settings, read_machine
 from lem.meters.nvml import MeterFailure, NvmlMeter, open_nvml
 from lem.meters.rapl import CpuLoadMeter, find_rapl, find_tdp
 from lem.meters.samples import (

@@ -24,7 +24,7 @@ from lem.base.codec import MOST, complete, decode, decode_row, shown
 from lem.base.measurement import EnergyScope
 from lem.base.reasons import Reason
 from lem.base.units import GIB, MIB
-from lem.meters.disclosure import GpuSettings, MachineFacts
+from lem.meters.machine import GpuSettings, MachineFacts
 
 SAMPLES_SCHEMA = 2
 PART_FILENAME = "samples.part"

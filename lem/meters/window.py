@@ -11,8 +11,7 @@ from operator import or_
 from typing import Any
 
 from lem.base import measurement as names
-from lem.base.measured import Measured, known
-from lem.base.measurement import EnergyScope, EnergySource, is_estimate
+from lem.base.measurement import EnergyScope, EnergySource, Measured, is_estimate, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import SENSOR_LAG_S, AttemptLog, measured

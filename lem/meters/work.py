@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem.base.measured import PROMPTS_NEEDED, Distribution, Measured, known
+from lem.base.measurement import PROMPTS_NEEDED, Distribution, Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.config.experiment import ExperimentConfig, SloConfig

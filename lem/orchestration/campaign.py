@@ -14,7 +14,7 @@ from lem.base.clock import utc_text
 from lem.base.errors import InfrastructureError, Interrupted, UserError
 from lem.config.campaign_config import CampaignConfig
 from lem.config.load import complete_campaign
-from lem.meters.gpus import named_gpus, visible_gpus
+from lem.meters.machine import named_gpus, visible_gpus
 from lem.meters.nvml import find_gpus
 from lem.orchestration import resume
 from lem.orchestration.dispatch import WorkerUnavailable
@@ -25,7 +25,7 @@ from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.session import Context, Session
 from lem.orchestration.status import ActivityWriter
 from lem.orchestration.systemd import find_secrets
-from lem.results.stopping import StoppingRule, write_stopping_rule
+from lem.results.run import StoppingRule, write_stopping_rule
 from lem.results.store import describe_future
 from lem.worker.supervisor import missing_distributions
 

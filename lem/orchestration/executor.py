@@ -17,7 +17,7 @@ from lem.base.clock import utc_now, utc_text
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, LockedError, UserError
 from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
-from lem.meters.gpus import GpuFacts, named_gpus, visible_gpus
+from lem.meters.machine import GpuFacts, named_gpus, visible_gpus
 from lem.meters.nvml import GpuReading, find_gpus
 from lem.orchestration import dispatch
 from lem.orchestration.compose import ComposeProject, describe_files, find_compose_files, local_mounts

@@ -24,8 +24,8 @@ from lem.base.measurement import is_estimate, is_gpu_source
 from lem.base.units import KIB, NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import Baselines
-from lem.meters.gpus import named_gpus, visible_gpus
 from lem.meters.interference import interference_now
+from lem.meters.machine import named_gpus, visible_gpus
 from lem.meters.nvml import find_gpus, open_nvml
 from lem.meters.rapl import find_rapl
 from lem.meters.samples import PART_FILENAME, CpuUse, GpuSample, PartReader, Row, SampleLog, SampleLogError, read_tail

@@ -34,7 +34,7 @@ from lem.orchestration.manifest import (
 from lem.orchestration.plan import Plan
 from lem.record import Record
 from lem.results.aggregation import measure_precision
-from lem.results.stopping import LEAST_CYCLES, MOST_CYCLES, StoppingRule, Target
+from lem.results.run import LEAST_CYCLES, MOST_CYCLES, StoppingRule, Target
 from lem.results.store import Repository, folder_names
 
 _logger = logging.getLogger(__name__)

@@ -17,9 +17,18 @@ from lem.base.units import parse_percentage, percent
 from lem.record import Record, RecordError, ResultKey, decode_record
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.metrics import METRIC_BY_NAME, METRICS, distinct
-from lem.results.run import NO_INTERVAL, SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, make_run
+from lem.results.run import (
+    LEAST_CYCLES,
+    NO_INTERVAL,
+    SHARED_LOAD,
+    SINGLE_CYCLE,
+    Configuration,
+    Estimate,
+    Run,
+    Target,
+    make_run,
+)
 from lem.results.stats import CONFIDENCE, check_confidence
-from lem.results.stopping import LEAST_CYCLES, Target
 from lem.results.uncertainty import combined_document
 
 __all__ = [

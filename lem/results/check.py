@@ -19,9 +19,8 @@ from lem.record import Record
 from lem.results.compare import exclusion_reason, find_effect
 from lem.results.findings import INTERFERENCE, NO_EFFECT, NO_RESUME, NOTES, SAME_WORK, WEAK, Finding
 from lem.results.metrics import LENGTH_TOLERANCE, Metric, find_obstacles
-from lem.results.run import ENERGY, SHARED_LOAD, THROUGHPUT, Configuration, Run
+from lem.results.run import ENERGY, MOST_CYCLES, SHARED_LOAD, THROUGHPUT, UNACCOUNTED, Configuration, Run
 from lem.results.stats import Drift, cycles_to_settle, trend_of
-from lem.results.stopping import MOST_CYCLES, UNACCOUNTED
 
 # An interval wider than this cannot show a difference of a few percent.
 _WIDE = 0.05

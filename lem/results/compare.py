@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lem.base.errors import ExitCode, UserError
-from lem.base.measured import Measured
+from lem.base.measurement import Measured
 from lem.base.reasons import Reason, alike
 from lem.base.units import some_of
 from lem.record import Record

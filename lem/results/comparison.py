@@ -14,9 +14,8 @@ from lem.base.reasons import Reason
 from lem.base.units import ABSENT, plural, some_of
 from lem.results.compare import NO_ANCHOR, Comparison, Pair, Row, row_document
 from lem.results.metrics import Metric, differing_settings, shared_settings
-from lem.results.run import Configuration, Run, estimate_note
+from lem.results.run import UNACCOUNTED, Configuration, Run, estimate_note
 from lem.results.stats import CONFIDENCE, MOST_FURTHER_CYCLES, Gate, Judgement, Verdict
-from lem.results.stopping import UNACCOUNTED
 from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
 
 SCHEMA_VERSION = 1

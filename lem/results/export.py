@@ -18,8 +18,7 @@ from typing import Any
 from lem.base.doc import json_text, markdown_escaped
 from lem.base.errors import UserError, did_you_mean
 from lem.base.log import escaped
-from lem.base.measured import Distribution
-from lem.base.measurement import parts_of_source
+from lem.base.measurement import Distribution, parts_of_source
 from lem.base.reasons import Reason
 from lem.record import Gpu, Record, ResultKey
 from lem.results.metrics import LATENCIES, READABLE_LATENCIES, used_records

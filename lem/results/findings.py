@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lem.base.measurement import SHORT_WINDOW_S
 from lem.base.reasons import Reason
-from lem.results.stopping import MOST_CYCLES
+from lem.results.run import MOST_CYCLES
 
 SAME_WORK = "set ignore_eos: true and min_output_tokens = max_output_tokens, so that all do the same work"
 NO_EFFECT = "ignore_eos was set but had no effect: the log.txt of the experiment may show why"

@@ -15,9 +15,9 @@ from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import UserError
 from lem.base.units import ABSENT, plural
 from lem.record import RESULT_FILE, Record, ResultKey, read_with_digest
-from lem.results import stopping, store
+from lem.results import store
 from lem.results.metrics import Metric
-from lem.results.run import ENERGY, THROUGHPUT
+from lem.results.run import ENERGY, THROUGHPUT, read_stopping_rule, write_stopping_rule
 from lem.results.store import Problem, Repository, StoredResult
 
 SCHEMA_VERSION = 1
@@ -266,9 +266,9 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             if item.is_recorded:
                 repository.record_result(identity.run_id, StoredResult(target / RESULT_FILE, record, item.sha256))
         for run_folder in dict.fromkeys(item.path.parents[2] for item in gathered.results):
-            rule = stopping.read_stopping_rule(run_folder)
-            if rule is not None and stopping.read_stopping_rule(folder / run_folder.name) != rule:
-                stopping.write_stopping_rule(folder / run_folder.name, rule)
+            rule = read_stopping_rule(run_folder)
+            if rule is not None and read_stopping_rule(folder / run_folder.name) != rule:
+                write_stopping_rule(folder / run_folder.name, rule)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error, "--output")) from error
     repository.scan()  # which completes the index

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from lem.base.errors import UserError, did_you_mean
-from lem.base.measured import Section
+from lem.base.measurement import Section
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR
 from lem.record import Record, ResultKey

@@ -9,16 +9,15 @@ from typing import Any
 from lem.base import units
 from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Column, Doc, NameShortener, Table, columns, printable
 from lem.base.log import WIDTH, bounded_width
-from lem.base.measured import Distribution
+from lem.base.measurement import Distribution
 from lem.base.reasons import alike
 from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
 from lem.config.experiment import DATASET_ALIASES
 from lem.record import Energy, Record
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES
-from lem.results.run import ENERGY, SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, estimate_note
+from lem.results.run import ENERGY, SHARED_LOAD, SINGLE_CYCLE, UNACCOUNTED, Configuration, Estimate, Run, estimate_note
 from lem.results.stats import CONFIDENCE
-from lem.results.stopping import UNACCOUNTED
 from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
 
 _LATENCIES = (("TTFT", "ttft_p50_s"), ("e2e", "e2e_p50_s"))

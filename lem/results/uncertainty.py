@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.base.doc import Column, Table
-from lem.base.measured import Measured, known
-from lem.base.measurement import EDGES, SENSOR, parts_of_source
+from lem.base.measurement import EDGES, SENSOR, Measured, known, parts_of_source
 from lem.base.reasons import Reason
 from lem.base.units import ABSENT, percent
 from lem.record import Energy, Record

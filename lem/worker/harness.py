@@ -17,7 +17,7 @@ from typing import Any
 from lem.base import durable, measurement
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import ConfigurationError, EngineError
-from lem.base.measured import Measured, known
+from lem.base.measurement import Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.backends import WIDTH_OPTIONS

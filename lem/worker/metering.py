@@ -17,17 +17,16 @@ from typing import Protocol
 from lem.base import durable, measurement
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError, MeterRefused
-from lem.base.measured import Measured, known
-from lem.base.measurement import WINDOW_UPDATES, EnergySource, is_cpu_source, is_gpu_source
+from lem.base.measurement import WINDOW_UPDATES, EnergySource, Measured, is_cpu_source, is_gpu_source, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.meters import samples
 from lem.meters.attempt import AttemptLog, Baselines, Sources, choose_sources, span_of, without_still_counters
 from lem.meters.curve import NotMeasured, Span, update_period_s
-from lem.meters.disclosure import read_machine
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.external import LEAST_READINGS, LONGEST_WINDOW_S, ExternalReadings, is_short_of, read_external
+from lem.meters.machine import read_machine
 from lem.meters.samples import Mark, Row, SampleHeader, SampleLog
 from lem.meters.usage import HERE
 from lem.worker.channel import RunRequest

@@ -17,8 +17,7 @@ from lem import record
 from lem.base import __version__
 from lem.base.clock import utc_text
 from lem.base.errors import EngineError
-from lem.base.measured import Measured, known
-from lem.base.measurement import MAX_FAILED_RATIO
+from lem.base.measurement import MAX_FAILED_RATIO, Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import KIB
 from lem.config.experiment import ExperimentConfig

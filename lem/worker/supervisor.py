@@ -25,7 +25,7 @@ from lem.base import __version__
 from lem.base.errors import DISK_FULL, UserError
 from lem.base.process import describe_exit
 from lem.engines.common import BACKEND_DISTRIBUTIONS, OTHER_NAMES
-from lem.meters.gpus import named_gpus, visible_gpus
+from lem.meters.machine import named_gpus, visible_gpus
 from lem.meters.nvml import find_gpus, read_gpus
 from lem.record import LOG_FILE
 from lem.worker import channel

@@ -11,8 +11,8 @@ import random
 import sys
 from collections.abc import Sequence
 
+from lem.results.run import LEAST_CYCLES, MOST_CYCLES
 from lem.results.stats import student_t_quantile
-from lem.results.stopping import LEAST_CYCLES, MOST_CYCLES
 
 # The standard deviation between cycles over the half width that is asked for.
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from lem import __version__
-from lem.meters.gpus import visible_gpus
+from lem.meters.machine import visible_gpus
 from lem.meters.nvml import NvmlMeter, find_gpus, open_nvml
 from lem.meters.samples import GpuHeader
 from tests.gpu.bench import Bench, Step

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lem.base.measured import PROMPTS_NEEDED, Distribution
+from lem.base.measurement import PROMPTS_NEEDED, Distribution
 from lem.base.units import format_latency, format_quantity, plural, some_of
 from lem.results.metrics import LATENCIES, READABLE_LATENCIES, Metric
 from lem.results.report import plot

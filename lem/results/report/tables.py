@@ -16,8 +16,7 @@ from lem.results.report import plot
 from lem.results.report.content import Entry, Report, verdict_of
 from lem.results.report.figures import mean_of
 from lem.results.report.plot import Cell, Markup, Row, details, join, paragraphs, scroller, table, tag
-from lem.results.run import ENERGY
-from lem.results.stopping import UNACCOUNTED
+from lem.results.run import ENERGY, UNACCOUNTED
 from lem.results.uncertainty import why_unknown
 
 # --- how many results can be used, and what weakens them

@@ -10,7 +10,7 @@ import pytest
 from lem.base.doc import text_width
 from lem.record import read_record, write_record
 from lem.results.aggregation import parse_target
-from lem.results.stopping import StoppingRule, write_stopping_rule
+from lem.results.run import StoppingRule, write_stopping_rule
 from tests.command_rig import Output, run_lem
 from tests.goldens import assert_golden
 from tests.records import completed

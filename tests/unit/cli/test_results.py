@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lem.record import Record, decode_record, write_record
-from lem.results.stopping import StoppingRule, Target, write_stopping_rule
+from lem.results.run import StoppingRule, Target, write_stopping_rule
 from lem.results.store import Repository
 from tests.command_rig import Output, run_lem
 from tests.records import make_record

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from lem.base import measurement as names
-from lem.base.measured import Measured
+from lem.base.measurement import Measured
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import AttemptLog, Baselines, without_still_counters
 from lem.meters.curve import NotMeasured, Span
-from lem.meters.disclosure import GpuSettings
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
+from lem.meters.machine import GpuSettings
 from lem.meters.samples import CpuLoad, GpuSecond, Mark, MeterError, ProcessesSeen
 from lem.record import Energy, Gpu, Idle, Work
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor

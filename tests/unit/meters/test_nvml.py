@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lem.meters.gpus import GpuFacts, visible_gpus
+from lem.meters.machine import GpuFacts, visible_gpus
 from lem.meters.nvml import MeterFailure, NvmlMeter, gpu_uuids
 from tests.unit.meters.nvml_stand_in import FakeNvml
 

@@ -20,7 +20,7 @@ from lem.config.campaign_config import (
     CampaignIOConfig,
 )
 from lem.config.load import complete_campaign
-from lem.meters.gpus import GpuFacts
+from lem.meters.machine import GpuFacts
 from lem.orchestration.compose import ComposeProject, find_compose_files
 from lem.orchestration.dispatch import LocalExecutor, Outcome, Timeouts
 from lem.orchestration.docker import ContainerError

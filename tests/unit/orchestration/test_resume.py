@@ -25,7 +25,7 @@ from lem.orchestration.resume import (
 )
 from lem.orchestration.schedule import Stopped
 from lem.results.aggregation import parse_target
-from lem.results.stopping import read_stopping_rule
+from lem.results.run import read_stopping_rule
 from tests.campaign_doubles import EIGHT, ENVIRONMENT, FOUR, make_campaign
 from tests.records import make_record
 

@@ -6,12 +6,12 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from lem.results.aggregation import earlier_times, measure_precision, run_document
-from lem.results.run import make_run
-from lem.results.stopping import (
+from lem.results.run import (
     STOPPING_FILE,
     UNACCOUNTED,
     StoppingRule,
     Target,
+    make_run,
     read_stopping_rule,
     write_stopping_rule,
 )

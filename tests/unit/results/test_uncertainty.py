@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from lem.base.measured import Measured
+from lem.base.measurement import Measured
 from lem.record import Record
 from lem.results.aggregation import run_document
 from lem.results.compare import compare_configurations

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lem.base.measured import Measured, known
+from lem.base.measurement import Measured, known
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import EngineReport
 from lem.worker.channel import RunRequest

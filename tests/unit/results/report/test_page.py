@@ -13,8 +13,7 @@ from lem.record import Record
 from lem.results.aggregation import parse_target
 from lem.results.report import render_report
 from lem.results.report.content import compose, verdict_of
-from lem.results.run import make_run
-from lem.results.stopping import StoppingRule
+from lem.results.run import StoppingRule, make_run
 from lem.results.store import Problem
 from tests.goldens import assert_golden
 from tests.records import make_record

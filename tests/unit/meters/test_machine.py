@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lem.meters.disclosure import GpuSettings, MachineFacts, read_gpu_settings, read_machine
+from lem.meters.machine import GpuSettings, MachineFacts, read_gpu_settings, read_machine
 from tests.scripted_attempt import gpu_attempt
 from tests.unit.meters.nvml_stand_in import FakeNvml, NVMLError
 

@@ -1,21 +1,35 @@
-"""Settings of the machine and of its GPUs that change what is measured, as found before an experiment.
+"""The machine and its GPUs: what they are called, and settings that change what is measured.
 
-The sampler reads them, which runs on the host if it can: a container may see less. What cannot be read is None.
+The sampler, which runs on the host if it can, reads the settings before an experiment: a container may see less. What
+cannot be read is None.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lem.base.variables import GPU_VARIABLE
 
 _SM = 1  # NVML_CLOCK_SM
 _MOST_LINKS = 18  # NVML_NVLINK_MAX_LINKS
 _AMBIENT = re.compile(r"ambient|inlet|intake", re.IGNORECASE)
 _COLDEST_C, _HOTTEST_C = -40.0, 80.0  # of a room; a sensor that is not connected often shows 127 or -128
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """What does not change about a GPU of this host."""
+
+    index: int  # NVML's order (PCI bus), which may differ from CUDA's
+    uuid: str  # `GPU-…`, the one name that NVML, CUDA and containers agree on
+    name: str
+    memory_b: int | None  # total device memory; None where it shares that of the machine (unified memory)
+    compute_capability: tuple[int, int] | None  # (major, minor)
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,39 @@ class GpuSettings:
     pcie_width_max: int | None = None  # lanes that GPU and slot have in common
     nvlinks: int | None = None  # links that are up
     numa_node: int | None = None  # of the CPUs next to it
+
+
+def is_name_of(name: str, uuid: str) -> bool:
+    """Whether `name` is that UUID, or it shortened as CUDA takes it."""
+    return name.upper().startswith("GPU-") and uuid.lower().startswith(name.lower())
+
+
+def visible_gpus(present: Sequence[GpuFacts], environ: Mapping[str, str]) -> tuple[GpuFacts, ...]:
+    """The GPUs as an engine counts them from 0: those of CUDA_VISIBLE_DEVICES in its order, all of them without it.
+
+    NVML ignores that variable. As in CUDA, an entry that names no GPU hides itself and all after it. CUDA's own order
+    is that of NVML under CUDA_DEVICE_ORDER=PCI_BUS_ID, which lem sets for its engines.
+    """
+    named = environ.get(GPU_VARIABLE)
+    if named is None:
+        return tuple(present)
+    visible: list[GpuFacts] = []
+    for name in map(str.strip, named.split(",")):
+        found = [gpu for gpu in present if name == str(gpu.index) or is_name_of(name, gpu.uuid)]
+        if len(found) != 1:
+            break
+        visible.append(found[0])
+    return tuple(visible)
+
+
+def named_gpus(names: Sequence[str] | None, visible: Sequence[GpuFacts]) -> tuple[GpuFacts, ...]:
+    """The GPUs that `gpus` names, in the order of `visible`, by default the first; the engine refuses unknown names."""
+    wanted = ("0",) if names is None else names
+    return tuple(
+        gpu
+        for number, gpu in enumerate(visible)
+        if any(name == str(number) or is_name_of(name, gpu.uuid) for name in wanted)
+    )
 
 
 def read_machine(proc: Path, sys: Path) -> MachineFacts:
