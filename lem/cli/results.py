@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -174,10 +173,7 @@ def _document_of(outcome: Outcome) -> dict[str, Any]:
         "config_name": identity.config_name,
         "attempt": identity.attempt,
         "path": str(outcome.result.path),
-        "status": outcome.status,
-        "message": outcome.message,
-        "compared": outcome.compared,
-        "differences": [asdict(item) for item in outcome.differences],
+        **outcome.document,
     }
 
 

@@ -6,9 +6,8 @@ import argparse
 import contextlib
 import dataclasses
 import enum
-import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,14 +18,14 @@ from lem.base.errors import ExitCode, MeterRefused, UserError
 from lem.base.units import format_quantity, plural, some_of
 from lem.cli import selection
 from lem.config.experiment import ExperimentConfig
-from lem.meters.external import ExternalReadings, read_external
+from lem.meters.external import read_external
 from lem.meters.recompute import Difference, RawData, Recomputed, has_energy, has_requests, recompute
 from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
 from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.orchestration.manifest import ManifestManager
 from lem.orchestration.status import digests_of, find_manifest
 from lem.record import CONFIG_FILE, PROMPTS_FILE, RESULT_FILE
-from lem.results.store import Digests, Problem, Repository, Scan, StoredResult
+from lem.results.store import DigestKey, Digests, Problem, Repository, Scan, StoredResult, digest_key
 from lem.worker.prompts import PromptError, fingerprint, read_prompt_file
 
 SCHEMA_VERSION = 1
@@ -81,6 +80,12 @@ class Outcome:
     def compared(self) -> int:
         return self.recomputed.compared if self.recomputed else 0
 
+    @property
+    def document(self) -> dict[str, Any]:
+        """As JSON values."""
+        figures = {"compared": self.compared, "differences": [asdict(item) for item in self.differences]}
+        return {"status": self.status, "message": self.message, **figures}
+
 
 @dataclass(frozen=True)
 class Verified:
@@ -117,7 +122,8 @@ _COUNTED = ((Verdict.DIFFERS, "differ or are damaged"), (Verdict.UNVERIFIED, "co
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """Exit code 0 only if all agree."""
     results, problems = _chosen(args)
-    found = [verify_result(item, args.state_dir) for item in results]
+    digests = recorded_digests(args.state_dir / item.path.absolute().parents[3].name for item in results)
+    found = [verify_result(item, digests) for item in results]
     counts = Counter(item.verdict for item in found)
     counts[Verdict.DIFFERS] += len(problems)
     if args.json:
@@ -176,23 +182,22 @@ def _by_path(path: Path) -> Iterator[Scan]:
 # Digests and figures
 
 
-def verify_result(result: StoredResult, state_dir: Path) -> Verified:
-    identity, digests = result.record.identity, {"index": True} if result.is_recorded else {}
-    recorded = _in_manifests(state_dir / result.path.absolute().parents[3].name).get(
-        (identity.run_id, identity.experiment_id, identity.attempt, identity.host)
-    )
-    if recorded is not None:
-        digests["manifest"] = recorded == result.sha256
+def verify_result(result: StoredResult, recorded: Digests) -> Verified:
+    """The result compared with the index, with these digests from manifests, and with its raw data."""
+    digests = {"index": True} if result.is_recorded else {}
+    if (digest := recorded.get(digest_key(result.record.identity))) is not None:
+        digests["manifest"] = digest == result.sha256
     return Verified(recompute_result(result), digests)
 
 
-@functools.cache
-def _in_manifests(folder: Path) -> Digests:
-    """The digests in the manifest of a state folder, and in those that were set aside."""
-    usual = find_manifest(folder)
-    others = [] if usual is None else sorted(folder.glob(f"{usual.stem}.*{usual.suffix}"))
-    manifests = (ManifestManager(path).load() for path in (usual, *others) if path)
-    return dict(item for manifest in manifests for item in digests_of(manifest).items())
+def recorded_digests(folders: Iterable[Path]) -> Digests:
+    """The digests in the manifests of these state folders, and in those that were set aside."""
+    found: dict[DigestKey, str] = {}
+    for folder in dict.fromkeys(folders):
+        if (usual := find_manifest(folder)) is not None:
+            for path in (usual, *sorted(folder.glob(f"{usual.stem}.*{usual.suffix}"))):
+                found |= digests_of(ManifestManager(path).load())
+    return found
 
 
 def recompute_result(result: StoredResult) -> Outcome:
@@ -214,7 +219,7 @@ def recompute_result(result: StoredResult) -> Outcome:
         return Outcome(result, "impossible", f"{error.filename}: {durable.reason_of(error)}")
     except ValueError as error:
         return Outcome(result, "impossible", str(error))
-    external: ExternalReadings | None = None
+    external = None
     if config.measurement.external_csv is not None:
         with contextlib.suppress(MeterRefused):  # which the outcome reports
             external = read_external(Path(config.measurement.external_csv), config.measurement.external_unit)
@@ -245,18 +250,16 @@ def shown(value: Any) -> str:
 def _document(found: Sequence[Verified], problems: Sequence[Problem], counts: Counter[Verdict]) -> dict[str, Any]:
     results = []
     for item in found:
-        outcome, identity = item.outcome, item.outcome.result.record.identity
-        figures: dict[str, Any] = {"status": outcome.status, "message": outcome.message}
-        figures |= {"compared": outcome.compared, "differences": [asdict(each) for each in outcome.differences]}
+        result, identity = item.outcome.result, item.outcome.result.record.identity
         results.append({
             "experiment_id": identity.experiment_id,
             "config_name": identity.config_name,
             "attempt": identity.attempt,
-            "path": str(outcome.result.path),
+            "path": str(result.path),
             "verdict": item.verdict.value,
-            "sha256": outcome.result.sha256,
+            "sha256": result.sha256,
             "digests": {name: "agrees" if is_same else "differs" for name, is_same in item.digests.items()},
-            "figures": figures,
+            "figures": item.outcome.document,
         })  # fmt: skip
     return {
         "schema_version": SCHEMA_VERSION,
@@ -304,5 +307,5 @@ def _columns(found: Sequence[Verified]) -> Iterator[Column]:
 def _figures(outcome: Outcome) -> str:
     if outcome.recomputed is None:
         return "not recomputed"
-    differing, compared = len(outcome.differences), outcome.recomputed.compared
-    return f"{differing} of {compared} differ" if differing else f"{compared} agree"
+    differing = len(outcome.differences)
+    return f"{differing} of {outcome.compared} differ" if differing else f"{outcome.compared} agree"

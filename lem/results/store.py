@@ -22,7 +22,7 @@ from lem.base import durable
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
 from lem.base.units import MIB
-from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Record, RecordError
+from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Identity, Record, RecordError
 from lem.results.index import AlteredError, Found, Index, describe_altered, record_result
 
 _logger = logging.getLogger(__name__)
@@ -124,8 +124,11 @@ class Problem:
     exp_id: str = ""  # empty where a folder above cannot be read
 
 
-# Of results as they were measured, by run, experiment, attempt and host.
-Digests = Mapping[tuple[str, str, int, str | None], str]
+DigestKey = tuple[str, str, int, "str | None"]
+"""Run, experiment, attempt and host of a result."""
+
+Digests = Mapping[DigestKey, str]
+"""The SHA-256 of results as they were measured."""
 
 
 @dataclass(frozen=True)
@@ -212,9 +215,12 @@ class Repository:
         return self.folder / check_name(run_id, "run") / check_name(exp_id, "experiment")
 
 
+def digest_key(identity: Identity) -> DigestKey:
+    return identity.run_id, identity.experiment_id, identity.attempt, identity.host
+
+
 def _compared(result: StoredResult, digests: Digests) -> StoredResult | Problem:
-    identity = result.record.identity
-    recorded = digests.get((identity.run_id, identity.experiment_id, identity.attempt, identity.host))
+    recorded = digests.get(digest_key(result.record.identity))
     if recorded in (None, result.sha256):
         return result
     return _problem(result.path.parents[1], result.path, "altered", describe_altered(result.sha256, str(recorded)))

@@ -27,7 +27,7 @@ from typing import Any
 
 from lem.base.errors import UserError
 from lem.base.units import NS_PER_MS, NS_PER_S
-from lem.cli.verify import Verdict, verify_result
+from lem.cli.verify import Verdict, recorded_digests, verify_result
 from lem.meters.requestlog import REQUESTS_FILENAME, Request, RequestLog, read_requests, write_requests
 from lem.meters.samples import FINISHED_FILENAME, write_finished
 from lem.meters.work import describe_work
@@ -157,8 +157,9 @@ def _scanned(place: Place) -> Iterator[tuple[str, Any]]:
 
 def _verified(place: Place) -> Iterator[tuple[str, Any]]:
     """As `lem verify` reads results, manifests and raw data; those of an outcome that agrees are values."""
+    recorded = recorded_digests([place.manifest_path.parent])
     for item in place.repository.scan(RUN, is_checked=True).results:
-        found = verify_result(item, place.folder / ".state")
+        found = verify_result(item, recorded)
         if found.verdict is Verdict.AGREES:
             prompts = read_prompt_file(item.path.with_name(PROMPTS_FILE))
             requests = read_requests(item.path.with_name(REQUESTS_FILENAME))
