@@ -150,7 +150,11 @@ def _energy_methods(used: Sequence[Record]) -> Iterator[Row]:
             yield [kind, _SOURCES.get(source, source), "; ".join(_energy_remarks(own))]
     net = [record for record in used if record.energy.gpu_energy_net_j is not None]
     if net:
-        idle = _range((record.idle.idle_loaded_power_w for record in net), format_power)
+        # Until schema version 2, power at rest before the window counted alone.
+        rest_w = (
+            it.idle.idle_loaded_power_w if it.idle.idle_net_power_w is None else it.idle.idle_net_power_w for it in net
+        )
+        idle = _range(rest_w, format_power)
         how = "gross minus the idle power with the engine loaded, over the same time"
         yield ["Net energy", how, f"idle power {idle}"]
     else:

@@ -25,8 +25,7 @@ _SHOWN = 8
 _PROBLEMS_SHOWN = 200
 # Findings that the verdict, the invalid results and the plots show as well.
 _SHOWN_ELSEWHERE = frozenset({"damaged", "indistinguishable", "unequal_exclusions", "invalid"})
-_KINDS = ("missing", "half-written", "corrupt", "foreign", "unreadable")
-_AFTER_A_COUNT = {"missing": "without a result"}  # where it is not the kind itself
+_KINDS = ("missing", "half-written", "corrupt", "altered", "foreign", "unreadable")
 
 
 def validity_section(report: Report) -> Markup:
@@ -99,8 +98,8 @@ def _problems(report: Report) -> Markup:
     if not problems:
         return Markup()
     kinds = [problem.kind for problem in problems]
-    found = ((kinds.count(kind), _AFTER_A_COUNT.get(kind, kind)) for kind in _KINDS)
-    counts = ", ".join(f"{count} {words}" for count, words in found if count)
+    found = {"without a result" if kind == "missing" else kind: kinds.count(kind) for kind in _KINDS}
+    counts = ", ".join(f"{count} {words}" for words, count in found.items() if count)
     rows = [[it.kind, "/".join(PurePath(it.path).parts[-4:]), it.message] for it in problems[:_PROBLEMS_SHOWN]]
     content = table("Attempts that were left out", ["Kind", "File", "Problem"], rows, row_head=None)
     left = len(problems) - len(rows)

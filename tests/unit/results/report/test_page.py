@@ -104,7 +104,7 @@ def test_no_results_and_no_valid_results_are_pages_too() -> None:
 
 
 def test_what_was_left_out_is_named_whatever_folder_it_is_in() -> None:
-    kinds = (("e", "corrupt"), ("f", "half-written"), ("g", "missing"))
+    kinds = (("e", "corrupt"), ("f", "half-written"), ("g", "missing"), ("h", "altered"))
     pages = {
         page_of([make_record()], failed={"gone": 3}, problems=[
             Problem(Path(f"{folder}/demo/r/{name}/attempt-1/result.json"), kind, "x", "r", name) for name, kind in kinds
@@ -112,9 +112,9 @@ def test_what_was_left_out_is_named_whatever_folder_it_is_in() -> None:
         for folder in ("/one/results", "results", "/an/other/place")
     }  # fmt: skip
     (text,) = map(text_of, pages)
-    assert "Left out: 3 attempts (1 without a result, 1 half-written, 1 corrupt)" in text
+    assert "Left out: 4 attempts (1 without a result, 1 half-written, 1 corrupt, 1 altered)" in text
     assert "r/e/attempt-1/result.json" in text
-    assert "2 files left out" in text
+    assert "3 files left out" in text
     assert "3 experiments failed" in text
 
 
@@ -178,3 +178,9 @@ def test_strange_values_give_a_page_without_nan(seed: int) -> None:
     Reader(page)
     assert not re.search(r"\b(nan|inf)\b", text_of(page[page.index("<body>") : page.index("<script>")]))
     assert not re.search(r'="[^"]*\b(nan|inf)\b', page[page.index("<main>") :])
+
+
+def test_the_power_at_rest_is_the_one_that_net_energy_leaves_out() -> None:
+    records = campaign(Configuration("small"))
+    idle = dataclasses.replace(records[0].idle, idle_loaded_power_w=70.0, idle_net_power_w=75.0)
+    assert "idle power 75 W" in text_of(page_of([dataclasses.replace(item, idle=idle) for item in records]))
