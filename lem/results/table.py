@@ -275,10 +275,10 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     yield "work", f"{requests}; {work.input_tok} tokens in, {work.output_tok} out ({work.token_source})"
     yield "throughput", _throughput(record)
     yield "energy", _energy(record)
-    if record.energy.primary_j.value is not None:
-        yield "uncertainty", _uncertainty(record.energy, "energy_uncertainty_j", "uncertainty_budget_j")
+    if (energy_j := record.energy.primary_j.value) is not None:
+        yield "uncertainty", _uncertainty(record.energy, energy_j, "energy_uncertainty_j", "uncertainty_budget_j")
     if (net_j := record.energy.gpu_energy_net_j) is not None:
-        spread = _uncertainty(record.energy, "net_uncertainty_j", "net_uncertainty_budget_j")
+        spread = _uncertainty(record.energy, net_j, "net_uncertainty_j", "net_uncertainty_budget_j")
         yield "net of idle", f"{units.format_energy(net_j)}, {spread}"
     elif (why := record.energy.why_none("gpu_energy_net_j")).code == "net_shifted":
         yield "net of idle", f"not measured: {why}"
@@ -323,9 +323,8 @@ def _energy(record: Record) -> str:
     return ", ".join([*parts, f"by {energy_j.source}"])
 
 
-def _uncertainty(energy: Energy, name: str, budget_name: str) -> str:
+def _uncertainty(energy: Energy, whole_j: float, name: str, budget_name: str) -> str:
     """`±3.1 % (k = 1): sensor 2.9 %, lag 1 %`, the largest cause first."""
-    whole_j = energy.gpu_energy_net_j if name == "net_uncertainty_j" else energy.primary_j.value
     total_j, budget = getattr(energy, name), getattr(energy, budget_name)
     if total_j is None or not budget or not whole_j:
         return f"uncertainty not known: {energy.why_none(name)}"

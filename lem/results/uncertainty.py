@@ -93,14 +93,10 @@ def uncertainty_of(
         return known(None, "no_ratio" if values else "nothing_to_compare")
     if no_interval is not None:
         return known(None, no_interval)
-    causes = common_causes(metric, records)
-    if causes.value is None:
-        return known(None, causes.null_reason or "no_reason")
     logs = [math.log(value) for value in values]
     std_error = statistics.stdev(logs) / math.sqrt(len(logs))
-    return Measured(
-        combine(Effect(statistics.fmean(logs), std_error, len(logs) - 1, (len(logs),)), causes.value, confidence)
-    )
+    mean = Effect(statistics.fmean(logs), std_error, len(logs) - 1, (len(logs),))
+    return of_effect(mean, common_causes(metric, records), None, confidence)
 
 
 def common_causes(metric: Metric, records: Sequence[Record]) -> Measured[Causes]:
@@ -110,8 +106,10 @@ def common_causes(metric: Metric, records: Sequence[Record]) -> Measured[Causes]
         if metric.read(record)[0] is None:
             continue
         energy_j, budget = _budget_of(metric, record.energy)
-        if budget.value is None or energy_j is None or energy_j <= 0:
-            return known(None, budget.null_reason or "no_ratio")
+        if budget.value is None:
+            return Measured(None, budget.null_reason)
+        if energy_j is None or energy_j <= 0:
+            return known(None, "no_ratio")
         found.append({cause: part_j / energy_j for cause, part_j in budget.value.items() if cause != EDGES})
     names = dict.fromkeys(cause for causes in found for cause in causes)
     return Measured({name: statistics.fmean(causes.get(name, 0.0) for causes in found) for name in names})
@@ -138,34 +136,35 @@ def ratio_causes(metric: Metric, below: Sequence[Record], above: Sequence[Record
     if first is None or second is None:
         return sides[0] if first is None else sides[1]
     is_same = len({record.environment.gpu_uuids for record in (*below, *above)}) == 1
-    found = {}
-    for name in dict.fromkeys((*first, *second)):
-        parts = first.get(name, 0.0), second.get(name, 0.0)
-        if not is_same:
-            found[name] = math.hypot(*parts)
-        elif name == _LAG:
-            found[name] = abs(parts[0] - parts[1])
-        elif name != SENSOR:
-            found[name] = math.hypot(*parts)
+    found = _added(first, second)
+    if is_same:
+        found.pop(SENSOR, None)
+        if _LAG in found:
+            found[_LAG] = abs(first.get(_LAG, 0.0) - second.get(_LAG, 0.0))
     return Measured(found)
 
 
 def over_anchor(*ratios: Measured[Causes]) -> Measured[Causes]:
     """What is common to all cycles of one ratio over another, which were measured at different times."""
-    known_ones = [ratio.value for ratio in ratios if ratio.value is not None]
-    if len(known_ones) < len(ratios):
-        return next(ratio for ratio in ratios if ratio.value is None)
-    names = dict.fromkeys(name for causes in known_ones for name in causes)
-    return Measured({name: math.hypot(*(causes.get(name, 0.0) for causes in known_ones)) for name in names})
+    unknown = next((ratio for ratio in ratios if ratio.value is None), None)
+    return unknown or Measured(_added(*(ratio.value for ratio in ratios if ratio.value is not None)))
 
 
-def of_effect(effect: Effect | None, causes: Measured[Causes], reason: Reason | None) -> Measured[Combined]:
-    """The uncertainty of a comparison; `reason` is why its effect, or the error of that, is unknown."""
+def _added(*each: Causes) -> dict[str, float]:
+    """Independent uncertainties added by cause."""
+    names = dict.fromkeys(name for causes in each for name in causes)
+    return {name: math.hypot(*(causes.get(name, 0.0) for causes in each)) for name in names}
+
+
+def of_effect(
+    effect: Effect | None, causes: Measured[Causes], reason: Reason | None, confidence: float = CONFIDENCE
+) -> Measured[Combined]:
+    """The uncertainty of a mean or ratio over cycles; `reason` is why it, or its standard error, is unknown."""
     if effect is None or effect.std_error is None:
         return known(None, reason or "nothing_to_compare")
     if causes.value is None:
-        return known(None, causes.null_reason or "no_reason")
-    return Measured(combine(effect, causes.value))
+        return Measured(None, causes.null_reason)
+    return Measured(combine(effect, causes.value, confidence))
 
 
 def combined_document(found: Measured[Combined] | None) -> dict[str, Any] | None:
