@@ -14,7 +14,7 @@ from lem.base.codec import decode
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import UserError
 from lem.base.units import ABSENT, plural
-from lem.record import RESULT_FILE, Record, ResultKey, read_with_digest
+from lem.record import RESULT_FILE, Record, ResultKey, read_record
 from lem.results import store
 from lem.results.metrics import Metric
 from lem.results.run import ENERGY, THROUGHPUT, read_stopping_rule, write_stopping_rule
@@ -261,10 +261,12 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             if target.exists():
                 continue
             make_folder(target.parent)
-            record = _copy_attempt(item, target)
+            _copy_attempt(item, target)
             new += 1
             if item.is_recorded:
-                repository.record_result(identity.run_id, StoredResult(target / RESULT_FILE, record, item.sha256))
+                path = target / RESULT_FILE
+                # Not the record of `item`, whose configuration may have got the name of its host.
+                repository.record_result(identity.run_id, StoredResult(path, read_record(path), item.sha256))
         for run_folder in dict.fromkeys(item.path.parents[2] for item in gathered.results):
             rule = read_stopping_rule(run_folder)
             if rule is not None and read_stopping_rule(folder / run_folder.name) != rule:
@@ -275,7 +277,7 @@ def write_merged(gathered: Gathered, output: Path) -> int:
     return new
 
 
-def _copy_attempt(item: StoredResult, target: Path) -> Record:
+def _copy_attempt(item: StoredResult, target: Path) -> None:
     """Copy a result and the files beside it; UserError, and no target, if it is not the one that was read before."""
     with durable.scratch_folder(target.parent) as scratch:
         for path in sorted(item.path.parent.iterdir()):
@@ -283,7 +285,5 @@ def _copy_attempt(item: StoredResult, target: Path) -> Record:
                 shutil.copyfile(path, scratch / path.name)
         if durable.sha256_of(scratch / RESULT_FILE) != item.sha256:
             raise UserError(f"{item.path}: it changed while it was copied", "merge again once nothing writes there")
-        record, _ = read_with_digest(scratch / RESULT_FILE)
         scratch.chmod(0o755)
         durable.name_folder(scratch, target)
-    return record
