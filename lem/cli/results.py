@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,11 +12,11 @@ from lem.base.errors import ExitCode
 from lem.base.units import plural
 from lem.cli import selection
 from lem.cli.verify import Outcome, recompute_result, shown
-from lem.orchestration.status import CampaignStatus, remainder_of
 from lem.record import encode_record
 from lem.results.aggregation import run_document
 from lem.results.export import make_table, render, summary_columns, with_columns
-from lem.results.store import Problem, Scan, StoredResult, count_failed
+from lem.results.run import Run
+from lem.results.store import Problem, Scan, StoredResult
 from lem.results.table import render_record, render_run
 
 _FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".md": "markdown"}
@@ -54,15 +54,13 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
-    runs = selection.list_runs(args.results_dir)
-    statuses = [item.status(args.state_dir) for item in runs]
-    found = [(item, item.scan_by(status)) for item, status in zip(runs, statuses, strict=True)]
-    counts = [_counts(scan, status) for (_, scan), status in zip(found, statuses, strict=True)]
+    found = [(item, item.read(args.state_dir)) for item in selection.list_runs(args.results_dir)]
+    counts = [_counts(run) for _, run in found]
     if args.json:
         documents = [
             {"campaign": item.campaign, "run_id": item.run_id, **count}
-            | {"problems": selection.problem_documents(scan.problems)}
-            for (item, scan), count in zip(found, counts, strict=True)
+            | {"problems": selection.problem_documents(run.problems)}
+            for (item, run), count in zip(found, counts, strict=True)
         ]
         write_json(out, documents)
     elif found:
@@ -70,7 +68,7 @@ def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         table += [Column(label, tuple(str(count[label]) for count in counts)) for label in counts[0]]
         lines = columns("campaign", [item.campaign for item, _ in found], table, terminal_width(out))
         out.writelines(f"{line}\n" for line in lines)
-        selection.list_problems(err, selection.damaged(problem for _, scan in found for problem in scan.problems))
+        selection.list_problems(err, selection.damaged(problem for _, run in found for problem in run.problems))
     else:
         err.write(f"no results in {args.results_dir}\n")
 
@@ -149,20 +147,14 @@ def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     return ExitCode.OK if is_good else ExitCode.EXPERIMENT_FAILED
 
 
-def _counts(scan: Scan, status: CampaignStatus | None) -> dict[str, int]:
-    identities = [result.record.identity for result in scan.results]
-    valid = sum(result.record.validity.valid for result in scan.results)
-    failed: Mapping[str, int] = count_failed(scan)
-    left: Mapping[str, int] = {}
-    if status is not None:
-        rest = remainder_of(status, {identity.experiment_id for identity in identities})
-        failed, left = rest.failed, rest.left
+def _counts(run: Run) -> dict[str, int]:
+    valid = sum(record.validity.valid for record in run.records)
     return {
-        "configurations": len({identity.config_name for identity in identities} | {*failed} | {*left}),
+        "configurations": len({record.identity.config_name for record in run.records} | {*run.failed} | {*run.left}),
         "valid": valid,
-        "invalid": len(scan.results) - valid,
-        "failed": sum(failed.values()),
-        "left": sum(left.values()),
+        "invalid": len(run.records) - valid,
+        "failed": sum(run.failed.values()),
+        "left": sum(run.left.values()),
     }
 
 

@@ -19,7 +19,7 @@ from lem.base.units import some_of
 from lem.orchestration.journal import find_fact
 from lem.orchestration.status import CampaignStatus, Viewpoint, digests_of, find_manifest, read_status, remainder_of
 from lem.results.run import Run, read_run
-from lem.results.store import Problem, Repository, Scan, describe_future, folder_names, in_order
+from lem.results.store import Digests, Problem, Repository, Scan, describe_future, folder_names, in_order
 
 _logger = logging.getLogger(__name__)
 
@@ -70,24 +70,19 @@ class SelectedRun:
 
     def scan(self, state_dir: Path = STATE_DIR) -> Scan:
         """The results that are as the manifest of this run recorded them, if it is there."""
-        return self.scan_by(self.status(state_dir))
-
-    def scan_by(self, status: CampaignStatus | None) -> Scan:
-        """As `scan`, with the status of the campaign."""
-        digests = digests_of(status.manifest) if status is not None else None
-        return Repository(self.results_dir, self.campaign).scan(self.run_id, digests=digests)
+        return Repository(self.results_dir, self.campaign).scan(self.run_id, digests=_digests(self._status(state_dir)))
 
     def read(self, state_dir: Path = STATE_DIR, *, is_checked: bool = False) -> Run:
         """The results, as for `scan`, and what is left to measure by that manifest."""
-        status = self.status(state_dir)
-        digests = digests_of(status.manifest) if status is not None else None
+        status = self._status(state_dir)
+        digests = _digests(status)
         run = read_run(self.results_dir, self.campaign, self.run_id, is_checked=is_checked, digests=digests)
         if status is None:
             return run
         rest = remainder_of(status, {record.identity.experiment_id for record in run.records})
         return dataclasses.replace(run, failed=rest.failed, left=rest.left, remedy=rest.remedy)
 
-    def status(self, state_dir: Path = STATE_DIR) -> CampaignStatus | None:
+    def _status(self, state_dir: Path) -> CampaignStatus | None:
         """The status of the campaign; None unless its manifest is that of this run."""
         folder = state_dir / self.campaign
         try:
@@ -99,6 +94,10 @@ class SelectedRun:
         except OSError:  # the state folder of another user
             return None
         return status if status.manifest is not None and status.manifest.run_id == self.run_id else None
+
+
+def _digests(status: CampaignStatus | None) -> Digests | None:
+    return None if status is None else digests_of(status.manifest)
 
 
 def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:

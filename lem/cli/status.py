@@ -75,14 +75,13 @@ def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> CampaignStatus:
     if given.is_dir() and find_manifest(given) is not None:
         return read_status(given, viewpoint)
     folders = {folder.name: folder for folder in find_folders(state_dir)}
-    if wanted not in folders and slug_of(wanted) in folders:
-        return _checked(read_status(folders[slug_of(wanted)], viewpoint), wanted)
-    named = folders.get(wanted)
+    named = folders.get(wanted) or folders.get(slug_of(wanted))
     if named is None:
         message = f"no campaign {wanted!r} in {state_dir}{did_you_mean(wanted, list(folders))}"
         known = f"campaigns: {', '.join(folders)}" if folders else "there are no campaigns"
         raise UserError(message, f"{known}; --state-dir sets another folder")
-    return read_status(named, viewpoint)
+    status = read_status(named, viewpoint)
+    return status if named.name == wanted else _checked(status, wanted)
 
 
 def _checked(status: CampaignStatus, campaign_name: str) -> CampaignStatus:

@@ -35,10 +35,9 @@ _AT_CAP = Reason.of("gap_cap_reached")
 
 _REST_MOVED = frozenset({"rest_power_fell", "rest_power_rose"})
 # Warnings of records that a check here, or its own sentence, covers.
-_COVERED = frozenset({
-    "crosscheck", "energy_estimated", "mixed_configurations", "rest_power_fell", "rest_power_rose", "unsteady",
-    "warmup_too_few_steps", "warmup_unsettled",
-})  # fmt: skip
+_COVERED = _REST_MOVED | {
+    "crosscheck", "energy_estimated", "mixed_configurations", "unsteady", "warmup_too_few_steps", "warmup_unsettled",
+}  # fmt: skip
 # How large interference was, in the data of its reason.
 _EXTENTS = frozenset({"share", "starved_s", "stopped_s", "suspended_s", "pause_s"})
 

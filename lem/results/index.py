@@ -48,6 +48,9 @@ class Found(NamedTuple):
     is_recorded: bool  # whether the campaign recorded that digest when the result was measured
 
 
+_Stamp = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class _Line:
     path: str  # of the result, relative to the folder of the run
@@ -58,6 +61,10 @@ class _Line:
     is_recorded: bool
     layout: str  # by which the record is packed
     record: Mapping[str, str]  # the sections as JSON
+
+    @property
+    def stamp(self) -> _Stamp:
+        return self.size_b, self.mtime_ns, self.inode
 
     def unpacked(self) -> Record:
         return Record.lazily(lambda name: _section(name, self.record[name]))
@@ -91,25 +98,23 @@ class Index:
         """
         name = path.relative_to(self._folder).as_posix()
         line, recorded = self._lines.get(name), self._recorded.get(name)
+        is_recorded = recorded is not None
         is_known = line is not None and recorded in (None, line.sha256)
-        if line is not None and is_known and not is_checked and _stamp(path.stat()) == _stamp_of(line):
-            return Found(line.unpacked(), line.sha256, recorded is not None)
+        if line is not None and is_known and not is_checked and _stamp(path.stat()) == line.stamp:
+            return Found(line.unpacked(), line.sha256, is_recorded)
         with durable.open_regular(path) as stream:
             stamp, data = _stamp(os.fstat(stream.fileno())), stream.read()
         digest = hashlib.sha256(data).hexdigest()
         if recorded not in (None, digest):
             raise AlteredError(describe_altered(digest, str(recorded)))
         if line is None or line.sha256 != digest:
-            line = _line(name, stamp, digest, parse_record(data), is_recorded=recorded is not None)
+            line = _line(name, stamp, digest, parse_record(data), is_recorded=is_recorded)
             self._note(line)
-        elif stamp != _stamp_of(line):
-            size_b, mtime_ns, inode = stamp
-            line = dataclasses.replace(
-                line, size_b=size_b, mtime_ns=mtime_ns, inode=inode, is_recorded=recorded is not None
-            )
+        elif stamp != line.stamp:
+            line = _Line(name, *stamp, digest, is_recorded, line.layout, line.record)
             self._note(line)
         # Not the record that was parsed: sections of the line are shared by all results that have the same.
-        return Found(line.unpacked(), digest, recorded is not None)
+        return Found(line.unpacked(), digest, is_recorded)
 
     def write(self) -> None:
         """Append the lines of results that were read anew; where that is not possible, they are read anew again."""
@@ -146,15 +151,8 @@ def _append(path: Path, lines: Iterable[_Line]) -> None:
         stream.write(b"\n" * is_torn + data)
 
 
-_Stamp = tuple[int, int, int]
-
-
 def _stamp(found: os.stat_result) -> _Stamp:
     return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-def _stamp_of(line: _Line) -> _Stamp:
-    return line.size_b, line.mtime_ns, line.inode
 
 
 def _line(name: str, stamp: _Stamp, digest: str, record: Record, *, is_recorded: bool) -> _Line:
