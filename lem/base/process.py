@@ -25,6 +25,11 @@ TimeoutExpired = subprocess.TimeoutExpired
 
 TIMEOUT_CODE = 124  # as timeout(1) reports it
 
+PROC = Path("/proc")
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")  # in which the kernel counts CPU time (USER_HZ)
+_ENDED = "ZX"  # the states of a zombie and of a process that is being removed
+_SMALL_B = 4096
+
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -193,29 +198,75 @@ class ProcessId:
 
     def is_running(self) -> bool:
         """Whether the process exists and is not a zombie."""
-        found = _read_stat(self.pid)
-        return found is not None and found.started_ticks == self.started_ticks and found.state not in "ZX"
+        found = read_stat(self.pid)
+        return found is not None and found.started_ticks == self.started_ticks and found.state not in _ENDED
 
 
 def identify(pid: int) -> ProcessId | None:
     """The process that has this number now."""
-    found = _read_stat(pid)
+    found = read_stat(pid)
     return None if found is None else ProcessId(pid, found.started_ticks)
+
+
+@dataclass(frozen=True)
+class ProcessStat:
+    """Fields of /proc/PID/stat (proc_pid_stat(5))."""
+
+    name: str
+    state: str  # a letter
+    parent: int
+    cpu_s: float  # user and system time of all its threads, ended ones included
+    started_ticks: int
+
+
+def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
+    """None for a process that is gone, or hidden from this user."""
+    try:
+        text = read_small(f"{proc}/{pid}/stat").decode(errors="replace")
+        # The name in parentheses may hold blanks and parentheses itself.
+        start, end = text.index("(") + 1, text.rindex(")")
+        fields = text[end + 2 :].split()
+        cpu_s = (int(fields[11]) + int(fields[12])) * TICK_S
+        return ProcessStat(text[start:end], fields[0], int(fields[1]), cpu_s, int(fields[19]))
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def list_processes(proc: Path = PROC) -> dict[int, ProcessStat]:
+    """Every process; on a busy server this takes some milliseconds. Raises OSError without /proc."""
+    return {pid: found for pid in numbered(proc) if (found := read_stat(pid, proc)) is not None}
+
+
+def numbered(folder: Path) -> list[int]:
+    """The entries of a folder of /proc that are processes or threads."""
+    return [int(name) for name in os.listdir(folder) if name.isdigit()]  # noqa: PTH208 - a path for each would cost
+
+
+def read_small(path: Path | str) -> bytes:
+    """A small file of the kernel; takes a third of the time of `Path.read_bytes`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, _SMALL_B)
+    finally:
+        os.close(descriptor)
 
 
 def descendants(pid: int) -> tuple[int, ...]:
     """Children of a process, their children and so on, without zombies; OSError without /proc."""
+    return below(pid, {other: stat for other, stat in list_processes().items() if stat.state not in _ENDED})
+
+
+def below(pid: int, processes: Mapping[int, ProcessStat]) -> tuple[int, ...]:
+    """Of some processes, the children of one, their children and so on."""
     children: dict[int, list[int]] = {}
-    for folder in Path("/proc").iterdir():
-        found = _read_stat(int(folder.name)) if folder.name.isdigit() else None
-        if found is not None and found.state not in "ZX":
-            children.setdefault(found.parent, []).append(int(folder.name))
+    for other, stat in processes.items():
+        children.setdefault(stat.parent, []).append(other)
     reached: list[int] = []
     todo = [pid]
     while todo:
-        below = children.get(todo.pop(), [])
-        reached += below
-        todo += below
+        found = children.get(todo.pop(), [])
+        reached += found
+        todo += found
     return tuple(reached)
 
 
@@ -243,20 +294,3 @@ def _prctl(option: int, value: int) -> None:
     if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"prctl({option}): {os.strerror(code)}")
-
-
-@dataclass(frozen=True)
-class _Stat:
-    state: str
-    parent: int
-    started_ticks: int
-
-
-def _read_stat(pid: int) -> _Stat | None:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return None
-    # The second field is the program's name in parentheses and may hold blanks and parentheses itself.
-    fields = text[text.rindex(")") + 2 :].split()
-    return _Stat(state=fields[0], parent=int(fields[1]), started_ticks=int(fields[19]))

@@ -256,37 +256,7 @@ def _are_one(rows: Sequence[RaplReading], others: Sequence[RaplReading]) -> bool
     return compared >= 2
 
 
-# Load and design power
-
-PROC_STAT = Path("/proc/stat")
-
-# Fields of the first line of /proc/stat (proc_stat(5)): user nice system idle iowait irq softirq steal guest …;
-# user and nice hold what guests took. A CPU is not busy when it idles, waits for a disk or serves another machine.
-_COUNTED = 8
-_NOT_BUSY = (3, 4, 7)
-
-
-class CpuLoadMeter:
-    """The load of all CPUs of the machine, also when read inside a container."""
-
-    def __init__(self, path: Path = PROC_STAT) -> None:
-        self._path = path
-        self._before: tuple[int, int] | None = None
-
-    def read(self) -> float | None:
-        """The busy share of all CPU time since the last reading; None at the first. Raises OSError or ValueError."""
-        first_line = self._path.read_text(encoding="ascii").partition("\n")[0]
-        label, *words = first_line.split()
-        times = [int(word) for word in words[:_COUNTED]]
-        if label != "cpu" or len(times) < _COUNTED:
-            raise ValueError(f"{self._path}: not understood: {first_line}")
-        total = sum(times)
-        now = (total - sum(times[index] for index in _NOT_BUSY), total)
-        before, self._before = self._before, now
-        # The kernel's idle and iowait times may go back a little (proc_stat(5)).
-        if before is None or now[1] <= before[1]:
-            return None
-        return min(1.0, max(0.0, (now[0] - before[0]) / (now[1] - before[1])))
+# Design power
 
 
 def find_tdp(asked_w: float | None, root: Path = POWERCAP) -> tuple[float | None, str | None]:

@@ -21,11 +21,12 @@ from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.meters import samples
 from lem.meters.machine import read_gpu_settings, read_machine
 from lem.meters.nvml import MeterFailure, NvmlMeter, open_nvml
-from lem.meters.rapl import CpuLoadMeter, find_rapl, find_tdp
+from lem.meters.rapl import find_rapl, find_tdp
 from lem.meters.samples import (
     ClockPair,
     CounterChange,
     CpuLoad,
+    CpuUse,
     GpuSample,
     GpuSecond,
     MeterError,
@@ -33,7 +34,7 @@ from lem.meters.samples import (
     RaplReading,
     Row,
 )
-from lem.meters.usage import HERE, Roots, UsageMeter
+from lem.meters.usage import HERE, Roots, UsageMeter, busy_ratio
 
 # As short as the shortest update period seen (20 to 100 ms), and prime: counters keep whole numbers of milliseconds,
 # and a poll in step with one (100.000 ms on an H200) would see every change equally late. 53 wakings a second cost
@@ -263,8 +264,8 @@ class _Sampler:
         meters = () if isinstance(nvml, str) else tuple(NvmlMeter(nvml, name) for name in options.gpus)
         self._gpus = [GpuWatch(meter, place, clock, self._complaints) for place, meter in enumerate(meters)]
         self._rapl = find_rapl(roots.powercap)
-        self._load = CpuLoadMeter(roots.proc / "stat")
         self._usage = UsageMeter(clock, roots, (os.getpid(), os.getppid()))
+        self._used: CpuUse | None = None  # a second ago
         tdp_w, tdp_source = find_tdp(options.tdp_w, roots.powercap)
         gpu_error = f"NVML is not available: {nvml}" if isinstance(nvml, str) else None
         start = self.clock_pair()
@@ -343,7 +344,7 @@ class _Sampler:
 
     def _each_second(self) -> list[Row]:
         rows = [row for gpu in self._gpus for row in (*gpu.revive(), *gpu.look_each_second())]
-        return [*rows, *self._read_rapl(), *self._read_usage(), *self._read_load()]
+        return [*rows, *self._read_rapl(), *self._read_load()]
 
     def _read_rapl(self) -> Iterator[Row]:
         for place, counter in enumerate(self._rapl.counters):
@@ -360,11 +361,11 @@ class _Sampler:
             yield from self._complaints.of(f"rapl.{name}", self._clock.monotonic_ns(), why)
 
     def _read_load(self) -> Iterator[Row]:
-        at_ns = self._clock.monotonic_ns()
-        try:
-            yield CpuLoad(at_ns, self._load.read())
-        except (OSError, ValueError) as error:
-            yield from self._complaints.of("cpu_load", at_ns, str(error))
+        for row in self._read_usage():
+            yield row
+            if isinstance(row, CpuUse):
+                yield CpuLoad(row.at_ns, busy_ratio(self._used, row))
+                self._used = row
 
     def _read_usage(self) -> Iterator[Row]:
         at_ns = self._clock.monotonic_ns()

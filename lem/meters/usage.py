@@ -8,33 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from lem.base.clock import Clock
+from lem.base.process import PROC, TICK_S, below, list_processes, numbered, read_small, read_stat
 from lem.base.units import NS_PER_S
 from lem.meters.rapl import POWERCAP
 from lem.meters.samples import CpuUse
 
-# /proc/PID/stat counts in ticks of USER_HZ (proc_pid_stat(5)).
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 # Stopped by a signal, or by a tracer such as gdb.
-_STOPPED = frozenset(b"Tt")
+_STOPPED = "Tt"
 # Threads are read as often as keeps that below a thousandth of a CPU, but at least this often.
 _THREADS_SHARE = 1000
 _THREADS_AT_MOST_NS = 5 * NS_PER_S
-_READ_B = 4096
-_STAT_FIELDS = 20  # after the name, up to the start time
 
 
 @dataclass(frozen=True)
 class Roots:
     """Where the kernel shows its files; a test passes trees of its own."""
 
-    proc: Path = Path("/proc")
+    proc: Path = PROC
     sys: Path = Path("/sys")
     powercap: Path = POWERCAP
 
@@ -57,57 +54,23 @@ class CpuTimes:
 
 def read_cpu_times(proc: Path) -> CpuTimes:
     """From the first line of /proc/stat, also inside a container. Raises OSError, or ValueError: not understood."""
-    label, *words = _read(proc / "stat").partition(b"\n")[0].split()
-    # user nice system idle iowait irq softirq steal (proc_stat(5)); user and nice hold what guests took.
-    user, nice, system, idle, iowait, irq, softirq, steal = (int(word) * _TICK_S for word in words[:8])
-    if label != b"cpu":
-        raise ValueError(f"{proc / 'stat'}: expected a line of cpu, got {label!r}")
+    first_line = read_small(proc / "stat").partition(b"\n")[0].decode(errors="replace")
+    label, *words = first_line.split() or [""]
+    if label != "cpu" or len(words) < 8 or not "".join(words).isdecimal():
+        raise ValueError(f"{proc / 'stat'}: not understood: {first_line}")
+    # user and nice hold what guests took (proc_stat(5)).
+    user, nice, system, idle, iowait, irq, softirq, steal = (int(word) * TICK_S for word in words[:8])
     return CpuTimes(user + nice + system + irq + softirq, idle + iowait, steal)
 
 
-@dataclass(frozen=True)
-class ProcessStat:
-    """Fields of /proc/PID/stat."""
-
-    state: int  # the code of its letter
-    parent: int
-    cpu_s: float  # user and system time of all its threads, ended ones included
-    started_ticks: int
-    name: str
-
-
-def read_process(proc: Path, pid: int) -> ProcessStat | None:
-    """None for a process that is gone, or hidden from this user."""
-    try:
-        text = _read(proc / str(pid) / "stat")
-        # The name in parentheses may hold blanks and parentheses itself.
-        start, end = text.index(b"(") + 1, text.rindex(b")")
-        fields = text[end + 2 :].split()
-        if len(fields) < _STAT_FIELDS:
-            return None
-        cpu_s = (int(fields[11]) + int(fields[12])) * _TICK_S
-        return ProcessStat(
-            fields[0][0], int(fields[1]), cpu_s, int(fields[19]), text[start:end].decode(errors="replace")
-        )
-    except (OSError, ValueError):
+def busy_ratio(before: CpuUse | None, now: CpuUse) -> float | None:
+    """The busy share of all CPU time between two readings; None where no time has passed."""
+    if before is None:
         return None
-
-
-def list_processes(proc: Path) -> dict[int, ProcessStat]:
-    """Every process; on a busy server this takes some milliseconds."""
-    return {pid: found for pid in _numbers(proc) if (found := read_process(proc, pid)) is not None}
-
-
-def tree_of(pid: int, processes: Mapping[int, ProcessStat]) -> frozenset[int]:
-    """A process and everything below it."""
-    children: dict[int, list[int]] = {}
-    for other, stat in processes.items():
-        children.setdefault(stat.parent, []).append(other)
-    found, todo = set(), [pid] if pid in processes else []
-    while todo:
-        found.add(todo[-1])
-        todo += children.get(todo.pop(), [])
-    return frozenset(found)
+    busy_s = now.busy_s - before.busy_s
+    total_s = busy_s + now.idle_s - before.idle_s + now.steal_s - before.steal_s
+    # The kernel's idle and iowait times may go back a little (proc_stat(5)).
+    return min(1.0, max(0.0, busy_s / total_s)) if total_s > 0 else None
 
 
 def find_by_namespace(proc: Path, pid: int, started_ticks: int) -> int | None:
@@ -115,10 +78,10 @@ def find_by_namespace(proc: Path, pid: int, started_ticks: int) -> int | None:
 
     The last number of `NSpid` is that in its innermost namespace; the start time tells apart those of several.
     """
-    for number in _numbers(proc):
-        with contextlib.suppress(OSError, ValueError):  # it has ended, or this kernel has no such line
-            (line,) = (line for line in _read(proc / str(number) / "status").splitlines() if line.startswith(b"NSpid:"))
-            found = read_process(proc, number) if int(line.split()[-1]) == pid else None
+    for number in numbered(proc):
+        with contextlib.suppress(OSError):  # it has ended
+            inner = re.search(rb"^NSpid:.*\s(\d+)$", read_small(f"{proc}/{number}/status"), re.MULTILINE)
+            found = read_stat(number, proc) if inner and int(inner[1]) == pid else None
             if found is not None and found.started_ticks == started_ticks:
                 return number
     return None
@@ -131,7 +94,7 @@ class Limits:
         self._folders: tuple[Path, ...] = ()
         self._freezers: tuple[Path, ...] = ()
         with contextlib.suppress(OSError):
-            for line in _read(roots.proc / str(pid) / "cgroup").decode(errors="replace").splitlines():
+            for line in read_small(roots.proc / str(pid) / "cgroup").decode(errors="replace").splitlines():
                 _, controllers, path = line.split(":", 2)
                 names = controllers.split(",")
                 if controllers == "" or "cpu" in names:
@@ -195,21 +158,8 @@ def _pairs(path: Path) -> dict[str, int]:
 
 def _text(path: Path) -> str:
     with contextlib.suppress(OSError):
-        return _read(path).decode("ascii", "replace").strip()
+        return read_small(path).decode("ascii", "replace").strip()
     return ""
-
-
-def _numbers(folder: Path) -> list[int]:
-    return [int(name) for name in os.listdir(folder) if name.isdigit()]  # noqa: PTH208 - a path for each would cost
-
-
-def _read(path: Path | str) -> bytes:
-    """A small file of the kernel; a third of the time of `Path.read_bytes`, which counts in a process that samples."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(descriptor, _READ_B)
-    finally:
-        os.close(descriptor)
 
 
 _Key = TypeVar("_Key")
@@ -246,13 +196,13 @@ class _Engine:
     def find_processes(self) -> None:
         """Find its processes again, since it may have started some, and its supervisor, which is lem's."""
         processes = list_processes(self._proc)
-        self.pids = tree_of(self._pid, processes)
+        self.pids = (self._pid, *below(self._pid, processes)) if self._pid in processes else ()
         self._supervisor = (processes[self._pid].parent,) if self._pid in processes else ()
         self.threads_due_ns = 0
 
     def cpu_s(self) -> float:
         """CPU time since the first call."""
-        found = ((pid, read_process(self._proc, pid)) for pid in (*self.pids, *self._supervisor))
+        found = ((pid, read_stat(pid, self._proc)) for pid in (*self.pids, *self._supervisor))
         self._cpu.add({pid: stat.cpu_s for pid, stat in found if stat is not None})
         return self._cpu.total_s
 
@@ -267,9 +217,9 @@ class _Engine:
         for pid in self.pids:
             folder = self._proc / str(pid) / "task"
             with contextlib.suppress(OSError):
-                for tid in _numbers(folder):
+                for tid in numbered(folder):
                     with contextlib.suppress(OSError, ValueError):  # the thread has ended, or there is no such file
-                        run, wait, _ = _read(f"{folder}/{tid}/schedstat").split()
+                        run, wait, _ = read_small(f"{folder}/{tid}/schedstat").split()
                         run_s[pid, tid], wait_s[pid, tid] = int(run) / NS_PER_S, int(wait) / NS_PER_S
         if not any(run_s.values()):  # all 0 where the kernel was told not to count (kernel.sched_schedstats)
             return None
@@ -278,7 +228,7 @@ class _Engine:
         return self._run.total_s, self._wait.total_s
 
     def is_stopped(self) -> bool:
-        stats = (read_process(self._proc, pid) for pid in self.pids)
+        stats = (read_stat(pid, self._proc) for pid in self.pids)
         return any(stat is not None and stat.state in _STOPPED for stat in stats) or self.limits.is_frozen
 
 
@@ -291,10 +241,6 @@ class UsageMeter:
         self._lem_pids = tuple(lem_pids)
         self._lem: _Growth[int] = _Growth()
         self._engine: _Engine | None = None
-
-    @property
-    def is_watching(self) -> bool:
-        return self._engine is not None
 
     def watch(self, pid: int) -> None:
         """Count for the engine whose processes are this one and those below it, from 0 on."""
@@ -320,7 +266,7 @@ class UsageMeter:
         engine = self._engine
         if engine is None or not engine.pids:
             return row
-        found = ((pid, read_process(self._roots.proc, pid)) for pid in self._lem_pids)
+        found = ((pid, read_stat(pid, self._roots.proc)) for pid in self._lem_pids)
         self._lem.add({pid: stat.cpu_s for pid, stat in found if stat is not None})
         engine.throttled_s += engine.limits.throttled_s()
         threads_s = self._thread_times_s(engine)

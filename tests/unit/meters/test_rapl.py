@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.meters.rapl import CpuLoadMeter, find_rapl, find_tdp, zone_folders
+from lem.meters.rapl import find_rapl, find_tdp, zone_folders
 from tests.doubles.powercap import Powercap, Zone
 from tests.processes import ordinary_user
 
@@ -99,44 +99,6 @@ def test_one_memory_zone_that_cannot_be_read_voids_memory_alone(server: Powercap
 def test_a_counter_that_says_no_number_is_told(server: Powercap) -> None:
     (server.root / "intel-rapl:0" / "energy_uj").write_text("nonsense\n")
     assert "no number" in (find_rapl(server.root).error or "")
-
-
-def stat(path: Path, **ticks: int) -> None:
-    names = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal", "guest", "guest_nice")
-    path.write_text(f"cpu  {' '.join(str(ticks.get(name, 0)) for name in names)}\ncpu0 1 2 3 4\n")
-
-
-@pytest.fixture
-def meter(tmp_path: Path) -> CpuLoadMeter:
-    stat(tmp_path / "stat", user=1000, idle=1000)
-    meter = CpuLoadMeter(tmp_path / "stat")
-    assert meter.read() is None  # since when is not known
-    return meter
-
-
-@pytest.mark.parametrize(
-    ("ticks", "busy_ratio"),
-    [
-        ({"user": 1030, "idle": 1070}, 0.3),
-        ({"user": 1010, "nice": 10, "system": 10, "irq": 10, "softirq": 10, "idle": 1050}, 0.5),
-        ({"user": 1000, "idle": 1050, "iowait": 40, "steal": 10}, 0.0),
-        ({"user": 1100, "idle": 1000, "guest": 100}, 1.0),  # in user already
-        ({"user": 1110, "idle": 990}, 1.0),  # the kernel's idle time went back a little
-        ({"user": 1000, "idle": 1000}, None),  # no time has passed
-    ],
-)
-def test_the_load_is_the_busy_share_since_the_reading_before(
-    meter: CpuLoadMeter, tmp_path: Path, ticks: dict[str, int], busy_ratio: float | None
-) -> None:
-    stat(tmp_path / "stat", **ticks)
-    assert meter.read() == (None if busy_ratio is None else pytest.approx(busy_ratio))
-
-
-@pytest.mark.parametrize("text", ["", "cpu 1 2 3\n", "intr 1 2 3 4 5 6 7 8\n", "cpu a b c d e f g h\n"])
-def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "stat").write_text(text)
-    with pytest.raises(ValueError, match=r"not understood|invalid literal|not enough"):
-        CpuLoadMeter(tmp_path / "stat").read()
 
 
 def test_the_kernel_is_asked_for_all_packages(server: Powercap) -> None:

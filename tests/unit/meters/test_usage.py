@@ -14,7 +14,7 @@ import pytest
 from lem.base.clock import Clock
 from lem.base.process import identify
 from lem.meters.samples import CpuUse
-from lem.meters.usage import HERE, Limits, UsageMeter, find_by_namespace
+from lem.meters.usage import HERE, Limits, Roots, UsageMeter, busy_ratio, find_by_namespace, read_cpu_times
 from tests.doubles.machine import Machine, Process
 from tests.unit.meters.nvml_stand_in import FakeClock
 
@@ -35,6 +35,39 @@ def machine(tmp_path: Path) -> Machine:
     }
     machine.write()
     return machine
+
+
+def row_of(folder: Path, **ticks: int) -> CpuUse:
+    names = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal", "guest", "guest_nice")
+    (folder / "stat").write_text(f"cpu  {' '.join(str(ticks.get(name, 0)) for name in names)}\ncpu0 1 2 3 4\n")
+    return UsageMeter(FakeClock(), Roots(proc=folder)).read()
+
+
+@pytest.mark.parametrize(
+    ("ticks", "expected"),
+    [
+        ({"user": 1030, "idle": 1070}, 0.3),
+        ({"user": 1010, "nice": 10, "system": 10, "irq": 10, "softirq": 10, "idle": 1050}, 0.5),
+        ({"user": 1000, "idle": 1050, "iowait": 40, "steal": 10}, 0.0),
+        ({"user": 1100, "idle": 1000, "guest": 100}, 1.0),  # in user already
+        ({"user": 1110, "idle": 990}, 1.0),  # the kernel's idle time went back a little
+        ({"user": 1000, "idle": 1000}, None),  # no time has passed
+    ],
+)
+def test_the_load_is_the_busy_share_since_the_reading_before(
+    tmp_path: Path, ticks: dict[str, int], expected: float | None
+) -> None:
+    before = row_of(tmp_path, user=1000, idle=1000)
+    found = busy_ratio(before, row_of(tmp_path, **ticks))
+    assert found == (None if expected is None else pytest.approx(expected))
+    assert busy_ratio(None, before) is None  # since when is not known
+
+
+@pytest.mark.parametrize("text", ["", "cpu 1 2 3\n", "intr 1 2 3 4 5 6 7 8\n", "cpu a b c d e f g h\n"])
+def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "stat").write_text(text)
+    with pytest.raises(ValueError, match="not understood"):
+        read_cpu_times(tmp_path)
 
 
 def watching(machine: Machine, clock: FakeClock) -> UsageMeter:
