@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-from lem.base.measurement import INTERFERENCE_FROM, Measured, known
+from lem.base.measurement import INTERFERENCE_FROM, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import AttemptLog, measured
@@ -94,29 +94,27 @@ class CpuShares:
 
 def shares_in(usage: Sequence[CpuUse], span: Span) -> CpuShares:
     """The shares in a span, at whose edges counters are interpolated; NotMeasured if they were not read there."""
-    known = {name: _growth(usage, name, span) for name in CpuUse.__slots__ if name != "at_ns"}
-    if any(known[name] is None for name in ("busy_s", "idle_s", "steal_s")):
+    names = (item.name for item in fields(CpuShares) if item.name != "elapsed_s")
+    grown: dict[str, Any] = {name: _growth(usage, name, span) for name in names}
+    if grown["busy_s"] is None:
         raise NotMeasured("usage_not_read")
-    names = ("busy_s", "idle_s", "steal_s", "own_s", "run_s", "wait_s", "throttled_s")
-    return CpuShares(span.seconds, *(known[name] for name in names))  # type: ignore[arg-type]
+    return CpuShares(span.seconds, **grown)
 
 
 def interference_now(latest: Sequence[CpuUse]) -> dict[str, float | None]:
     """`wait_pct` and `foreign_pct` between the first and the last of some readings, for the live line."""
-    found: dict[str, float | None] = {"wait_pct": None, "foreign_pct": None}
+    ratios: dict[str, float | None] = {"wait_pct": None, "foreign_pct": None}
     if len(latest) > 1:
         shares = shares_in(latest, Span(latest[0].at_ns, latest[-1].at_ns))
-        ratios = (shares.wait_ratio(with_own=False), shares.foreign_ratio)
-        return {name: None if ratio is None else 100 * ratio for name, ratio in zip(found, ratios, strict=True)}
-    return found
+        ratios = {"wait_pct": shares.wait_ratio(with_own=False), "foreign_pct": shares.foreign_ratio}
+    return {name: None if ratio is None else 100 * ratio for name, ratio in ratios.items()}
 
 
 def _growth(usage: Sequence[CpuUse], name: str, span: Span) -> float | None:
     """By how much a counter grew; None where it was not read around both edges."""
     points = [(row.at_ns, value) for row in usage if (value := getattr(row, name)) is not None]
-    edges = [_at(points, edge_ns) for edge_ns in (span.opened_ns, span.closed_ns)]
-    before, after = edges
-    return None if before is None or after is None else max(0.0, after - before)
+    before, after = _at(points, span.opened_ns), _at(points, span.closed_ns)
+    return None if len(points) < 2 or before is None or after is None else max(0.0, after - before)
 
 
 def _at(points: Sequence[tuple[int, float]], at_ns: int) -> float | None:
@@ -125,9 +123,8 @@ def _at(points: Sequence[tuple[int, float]], at_ns: int) -> float | None:
         if before_ns <= at_ns <= after_ns:
             share = (at_ns - before_ns) / (after_ns - before_ns) if after_ns > before_ns else 0.0
             return before + share * (after - before)
-    nearest = min(points, key=lambda point: abs(point[0] - at_ns), default=None)
-    is_near = nearest is not None and abs(nearest[0] - at_ns) <= 2 * SLOW_PERIOD_S * NS_PER_S
-    return nearest[1] if nearest is not None and is_near else None
+    near = [point for point in points if abs(point[0] - at_ns) <= 2 * SLOW_PERIOD_S * NS_PER_S]
+    return min(near, key=lambda point: abs(point[0] - at_ns))[1] if near else None
 
 
 def describe_interference(log: SampleLog, span: Span) -> Interference:
@@ -136,7 +133,7 @@ def describe_interference(log: SampleLog, span: Span) -> Interference:
     shares = measured(lambda: shares_in(log.usage, span)).value
     if shares is None:
         nothing = Interference.absent(Reason.of("usage_not_read"))
-        given: dict[str, Measured[float]] = {name: Measured(None, why) for name, why in nothing.null_reasons.items()}
+        given = {name: nothing.measured(name) for name in nothing.null_reasons}
         return Interference.of(**{**given, "sampler_pause_max_s": pause_s})
     why_not = Reason.of("engine_not_watched" if shares.own_s is None else "threads_not_read")
     return Interference.of(

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from lem.meters.curve import NotMeasured, Span
 from lem.meters.energy import EnergyFindings
-from lem.meters.interference import interference_now
+from lem.meters.interference import interference_now, shares_in
 from lem.meters.samples import CpuUse
 from tests.records import codes
 from tests.scripted_attempt import Attempt, at, cpu_attempt, gpu_attempt
@@ -235,6 +236,13 @@ def test_a_log_of_an_older_version_has_no_figures_and_no_findings() -> None:
     assert found.interference.why_none("wait_ratio").code == "usage_not_read"
     assert found.interference.sampler_pause_max_s is not None
     assert (found.invalid_reasons, found.warnings) == ((), ())
+
+
+def test_a_single_reading_does_not_say_that_nothing_was_used() -> None:
+    (row,) = [row for row in usage() if row.at_ns == at(20)]
+    with pytest.raises(NotMeasured) as caught:
+        shares_in([row], Span(at(19), at(21)))
+    assert caught.value.reason.code == "usage_not_read"
 
 
 def test_the_live_line_gets_what_the_last_two_readings_show() -> None:
