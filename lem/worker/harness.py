@@ -127,7 +127,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
 
     reporter.phase("write")
     write_requests(folder / REQUESTS_FILENAME, measured, lambda text: redact(text, request.secrets.values()))
-    energy = metering.close(folder, measured, is_steady_mode=config.traffic_simulation.enabled)
+    energy = metering.close(folder, measured)
     if config.save_outputs:
         _write_outputs(folder, measured.outputs, loaded.decode)
     seen = metering.surroundings(residence.report.gpu_uuids)

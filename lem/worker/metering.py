@@ -122,12 +122,13 @@ class Metering:
             if self._reader is None:
                 return SampleLog(self.nothing)
             log = self._reader.read()
-            # A sampler without GPUs does not know why there are none.
-            known = dataclasses.replace(log.header, gpu_error=self.gpu_error or log.header.gpu_error)
-            return log if log.header.gpus else dataclasses.replace(log, header=known)
         except (OSError, samples.SampleLogError) as error:
             reason = durable.reason_of(error) if isinstance(error, OSError) else error
             raise EngineError(f"{self.path}: the samples cannot be read: {reason}", kind="meter") from error
+        if log.header.gpus or self.gpu_error is None:
+            return log
+        # A sampler without GPUs does not know why there are none.
+        return dataclasses.replace(log, header=dataclasses.replace(log.header, gpu_error=self.gpu_error))
 
     @property
     def baselines(self) -> Baselines:
@@ -140,8 +141,7 @@ class Metering:
         Raises MeterRefused: the configuration demands energy that cannot be measured here.
         """
         self._gpu_uuids = tuple(gpu_uuids)
-        log = without_still_counters(self.read(), span_of(self.marks, measurement.WINDOW))
-        self.sources = choose_sources(self.config, log.header, gpu_uuids, foreign=self.foreign)
+        self.sources = choose_sources(self.config, self._usable(self.read()).header, gpu_uuids, foreign=self.foreign)
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
@@ -222,11 +222,8 @@ class Metering:
             period_s = self._counter_period_s()
         elif self.sources.gpu_method is not None:
             period_s = max(SENSOR_PERIOD_S, self.sources.sample_period_s)
-        return max(self.config.measurement.min_window_sec, WINDOW_UPDATES * period_s, self._external_floor_s())
-
-    def _external_floor_s(self) -> float:
-        """How long a window is with enough readings of the user's own meter."""
-        return (LEAST_READINGS + 1) * self._external_period_s()
+        external_s = (LEAST_READINGS + 1) * self._external_period_s()
+        return max(self.config.measurement.min_window_sec, WINDOW_UPDATES * period_s, external_s)
 
     def _external_period_s(self) -> float:
         """The time between two readings of the user's own meter; 0 without one, and where it is unknown or too long."""
@@ -333,7 +330,7 @@ class Metering:
             "other_gpu_processes": known(other if is_known else None, why),
         }
 
-    def close(self, folder: Path, measured: MeasuredWindow, *, is_steady_mode: bool) -> EnergyFindings:
+    def close(self, folder: Path, measured: MeasuredWindow) -> EnergyFindings:
         """The figures of the attempt; the log they come from is kept in its folder where that is wanted.
 
         Raises OSError: the log cannot be written.
@@ -341,21 +338,20 @@ class Metering:
         self._catch_up(self.clock.monotonic_ns())
         self._choose_again()
         path = self.config.measurement.external_csv
-        external = None if path is None else self._external_readings(Path(path), is_steady_mode=is_steady_mode)
+        external = None if path is None else self._external_readings(Path(path))
         log = self.read()
         if self.config.timeseries.save and (path is not None or self._reader is not None):
             samples.write_finished(folder / samples.FINISHED_FILENAME, log, self.marks)
-        return measure(
-            self._attempt(log, is_steady_mode=is_steady_mode),
-            window_repeats=measured.repeats,
-            external=external,
-            own_pids=self.own_pids,
-        )
+        repeats, own_pids = measured.repeats, self.own_pids
+        return measure(self._attempt(log), window_repeats=repeats, external=external, own_pids=own_pids)
 
-    def _attempt(self, log: SampleLog, *, is_steady_mode: bool) -> AttemptLog:
-        """A marked log with its sources; counters that stood still in the window are not used."""
-        usable = without_still_counters(log, span_of(self.marks, measurement.WINDOW))
-        return AttemptLog(usable, tuple(self.marks), self.sources, self.baselines, is_steady_mode)
+    def _attempt(self, log: SampleLog) -> AttemptLog:
+        is_steady_mode = self.config.traffic_simulation.enabled
+        return AttemptLog(self._usable(log), tuple(self.marks), self.sources, self.baselines, is_steady_mode)
+
+    def _usable(self, log: SampleLog) -> SampleLog:
+        """The log without counters that stood still in the window."""
+        return without_still_counters(log, span_of(self.marks, measurement.WINDOW))
 
     def _choose_again(self) -> None:
         """Choose after the window, in which a counter may have stood still: then there is no going back."""
@@ -366,7 +362,7 @@ class Metering:
             reasons = {**self.sources.reasons, "gpu": why, "primary": why}
             self.sources = dataclasses.replace(self.sources, gpu_method=None, primary=None, scope=None, reasons=reasons)
 
-    def _external_readings(self, path: Path, *, is_steady_mode: bool) -> ExternalReadings:
+    def _external_readings(self, path: Path) -> ExternalReadings:
         """The readings of the user's own meter, waited for until they cover the window.
 
         A file that cannot be read any more costs its own figure and not the whole measurement.
@@ -377,7 +373,7 @@ class Metering:
                 readings = read_external(path, self.config.measurement.external_unit)
             except MeterRefused as error:
                 return ExternalReadings(str(path), error=error.message)
-            attempt = self._attempt(self.read(), is_steady_mode=is_steady_mode)
+            attempt = self._attempt(self.read())
             is_short = is_short_of(readings, attempt.log, attempt.window, attempt.reference_curves())
             if not is_short or self._seconds_since(begin_ns) >= _EXTERNAL_LAG_S:
                 return readings
