@@ -115,10 +115,7 @@ def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
     seen: Counter[tuple[str, str]] = Counter()
     for kind, numbers in sorted(found):  # `intel-rapl` comes before `intel-rapl-mmio`
         folder, name = found[kind, numbers]
-        above = next(
-            (names[kind, numbers[:size]] for size in range(len(numbers) - 1, 0, -1) if (kind, numbers[:size]) in names),
-            "",
-        )
+        above = names.get((kind, numbers[:-1]), "")
         full_name = f"{above}/{name}" if above else name
         place = seen[kind, full_name]
         seen[kind, full_name] += 1
@@ -275,24 +272,23 @@ def find_tdp(asked_w: float | None, root: Path = POWERCAP) -> tuple[float | None
 
 
 def _counted_once(packages: Sequence[ZoneFolder]) -> list[ZoneFolder] | None:
-    """The packages without dies that repeat the counter of their socket; None if that cannot be told.
+    """The packages without dies that repeat the counter of their socket (see `distinct_zones`).
 
-    See `distinct_zones`. A counter that is still at 0 tells nothing.
+    None if counters of dies cannot be read. Dies whose counters are still at 0 are taken for different ones.
     """
-    counted: list[tuple[ZoneFolder, int]] = []
+    counted: list[ZoneFolder] = []
+    seen_uj: dict[str, list[int]] = {}  # by the dies of each socket
     for zone in packages:
-        energy_uj = 0
         if "-die-" in zone.name:
             opened = _open_counter(zone)
             if not isinstance(opened, RaplCounter):
                 return None
-            energy_uj = opened.read_uj()
-            socket = zone.name.partition("-die-")[0]
-            others = (uj for other, uj in counted if other.name.startswith(f"{socket}-die-") and uj)
-            if energy_uj and any(abs(energy_uj - other_uj) <= _SAME_COUNTER_UJ for other_uj in others):
+            energy_uj, others_uj = opened.read_uj(), seen_uj.setdefault(_socket_of(zone.name), [])
+            if energy_uj and any(other_uj and abs(energy_uj - other_uj) <= _SAME_COUNTER_UJ for other_uj in others_uj):
                 continue
-        counted.append((zone, energy_uj))
-    return [zone for zone, _ in counted]
+            others_uj.append(energy_uj)
+        counted.append(zone)
+    return counted
 
 
 def _long_term_w(zone: ZoneFolder) -> float | None:
