@@ -25,17 +25,15 @@ _LAGS_AGREE_S = 0.05
 
 
 def counter_lag_s(attempt: AttemptLog) -> float:
-    """By how much later than it was drawn the slowest counter shows energy; `NotMeasured` if that cannot be told.
+    """How late the slowest counter shows energy, after it was drawn; raises NotMeasured.
 
     Work begins and ends at known moments. The line of the energy at work meets those at rest later by the lag, and by
     what power takes to rise and fall. Both edges must agree: load that begins slowly is no lag.
     """
     if attempt.sources.gpu_method != EnergySource.COUNTER:
         raise NotMeasured("counter_absent")
-    if attempt.is_steady_mode:
-        raise NotMeasured("lag_under_load")
     guard = attempt.span(names.GUARD_BEFORE)
-    if guard is None:
+    if attempt.is_steady_mode or guard is None:
         raise NotMeasured("lag_under_load")
     numbers = range(len(attempt.sources.gpus))
     return max(_lag_of(attempt.gpu_curve(number), attempt.window, guard) for number in numbers)
@@ -78,11 +76,12 @@ def budget_j(attempt: AttemptLog, energy_j: float, lag_s: float | None, ratio: f
     if not is_gpu_source(attempt.sources.primary):
         raise NotMeasured("accuracy_unknown")
     curves, window = attempt.primary_curves(), attempt.window
+    edges_ns = (window.opened_ns, window.closed_ns)
     idle_w = attempt.baselines.loaded_power_w
     if (rest := attempt.span(names.IDLE_LOADED)) is not None:
         idle_w = measured(lambda: attempt.rest_power_w(rest)).value
     found = {
-        names.EDGES: math.hypot(*(_placement_j(curve, at_ns) for curve in curves for at_ns in _edges(window))),
+        names.EDGES: math.hypot(*(_placement_j(curve, at_ns) for curve in curves for at_ns in edges_ns)),
         "closing": sum(attempt.closing_doubt_j(curve) for curve in curves) / 2 / _RECTANGLE,
         names.SENSOR: _SENSOR * energy_j / _RECTANGLE,
     }
@@ -125,10 +124,6 @@ def net_budget_j(gross: Mapping[str, float], net_j: float, idle: Idle, window_s:
         names.SENSOR: _SENSOR * abs(net_j) / _RECTANGLE,
         "idle_shift": half_w * window_s / _RECTANGLE,
     }
-
-
-def _edges(window: Span) -> tuple[int, int]:
-    return window.opened_ns, window.closed_ns
 
 
 def _placement_j(curve: Curve, at_ns: int) -> float:

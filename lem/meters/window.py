@@ -301,12 +301,9 @@ def _gpu_j(attempt: AttemptLog, number: int) -> float:
 def _limit_w(attempt: AttemptLog, number: int) -> float | None:
     """The highest power limit of a GPU up to the window's end; None where it is unknown."""
     place, window = attempt.sources.gpus[number], attempt.span(names.WINDOW)
-    limits_w = [attempt.log.header.gpus[place].power_limit_w or 0.0, 0.0]
-    closed_ns = 0 if window is None else window.closed_ns + NS_PER_S
-    limits_w += [
-        row.limit_w for row in attempt.log.seconds if row.gpu == place and row.limit_w and row.at_ns <= closed_ns
-    ]
-    return max(limits_w) or None
+    until_ns = 0 if window is None else window.closed_ns + NS_PER_S
+    later_w = (row.limit_w for row in attempt.log.seconds if row.gpu == place and row.at_ns <= until_ns)
+    return max(filter(None, (attempt.log.header.gpus[place].power_limit_w, *later_w)), default=None)
 
 
 def _check_against_power(attempt: AttemptLog, number: int, gpu: GpuHeader) -> None:
