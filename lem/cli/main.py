@@ -77,31 +77,31 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
     except KeyboardInterrupt:
         return int(ExitCode.SIGINT)
     except Exception as error:  # noqa: BLE001 - the top of the program
-        explained = _explain_host(error) if isinstance(error, OSError) else None
-        if explained is None:
-            _report_bug(console, error)
-            return int(ExitCode.BUG)
-        console.error(explained.message, explained.hint)
-        if isinstance(error, OSError) and error.filename is None:
-            discard_output(out)
-        return int(ExitCode.USAGE)
+        if isinstance(error, OSError) and (explained := _explain_host(error)) is not None:
+            console.error(explained.message, explained.hint)
+            if error.filename is None:
+                discard_output(out)
+            return int(ExitCode.USAGE)
+        _report_bug(console, error)
+        return int(ExitCode.BUG)
 
 
 def _explain_host(error: OSError) -> UserError | None:
-    """What the user can do about an error that no bug of lem's can cause; None for any other."""
+    """The error in words, with a remedy, if the host caused it; None if it may be a bug of lem."""
     from lem.base import durable  # imported here to keep the start-up fast
 
     reason = durable.reason_of(error)
     if error.filename is None:
-        if error.errno == errno.ENOENT:  # two calls of Python name no file: getcwd, and the search for a place
+        if error.errno == errno.ENOENT:  # from getcwd, or from tempfile, which found no usable folder
             if "temporary" in reason:
                 return UserError(reason, "free some space, or set TMPDIR to another folder")
             return UserError("the current folder no longer exists", "change to another one (cd)")
         return UserError(f"cannot write the output: {reason}") if error.errno in _STREAM_ERRORS else None
-    hint = durable.remedy_for(error) if error.errno in _FILE_ERRORS - {errno.ENAMETOOLONG} else ""
-    # Many of them come from Python's tests whether a file exists.
-    path = log.shorten(str(error.filename), 80)
-    return UserError(f"{path}: {reason}", hint) if error.errno in _FILE_ERRORS else None
+    if error.errno not in _FILE_ERRORS:
+        return None
+    # Python raises many of these when it tests whether a file exists.
+    hint = "" if error.errno == errno.ENAMETOOLONG else durable.remedy_for(error)
+    return UserError(f"{log.shorten(str(error.filename), 80)}: {reason}", hint)
 
 
 def _execute(arguments: list[str], console: log.Console, out: TextIO, err: TextIO) -> int:
