@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lem.base.codec import recognise
 from lem.base.measurement import PROMPTS_NEEDED, Distribution, EnergySource, is_gpu_source
 from lem.base.reasons import Reason
-from lem.config.experiment import MeasurementConfig
+from lem.config.experiment import ExperimentConfig, MeasurementConfig
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
+from lem.meters.requestlog import RequestLog
+from lem.meters.work import describe_work
 from lem.orchestration.grid import experiment_id
 from lem.record import (
     ITL_REPLACED,
@@ -30,6 +32,7 @@ from lem.record import (
     Window,
     Work,
 )
+from lem.worker.prompts import Prompt, fingerprint
 
 NO_METER = "no energy meter was used"
 NO_GPU = "no GPU was used"
@@ -186,6 +189,16 @@ def with_measured(record: Record, found: EnergyFindings, measurement: Measuremen
     sections = {"energy": found.energy, "gpus": found.gpus, "idle": found.idle}
     replaced: dict[str, Any] = {**sections, "validity": validity, "environment": environment}
     return completed(dataclasses.replace(record, **replaced), measurement)
+
+
+def with_requests(record: Record, log: RequestLog, prompts: Sequence[Prompt], config: ExperimentConfig) -> Record:
+    """The record with the sections that follow from its requests and prompts, as `compose_record` fills them."""
+    done = describe_work(log, config)
+    source = {"kind": "bundled", "sha256": fingerprint(prompts), "count": len(prompts)}
+    given = {item.name for item in dataclasses.fields(Window)} - {"null_reasons"}
+    window = Window.of(**{**{name: record.window.measured(name) for name in given}, **done.window})
+    work = Work.of(**done.work, token_source="engine_ids", prompt_source=source)
+    return dataclasses.replace(record, window=window, work=work, throughput=done.throughput, latency=done.latency)
 
 
 def make_latency(n: int, n_tok: int, ttft_s: float | None, tpot_s: float | None, e2e_s: float) -> Latency:

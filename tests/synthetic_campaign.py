@@ -21,19 +21,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 from lem.base.clock import utc_text
+from lem.base.measurement import WINDOW
 from lem.config.campaign_config import generate_campaign_id, slug_of
 from lem.config.experiment import ExperimentConfig
-from lem.meters.samples import FINISHED_FILENAME, GpuHeader, write_finished
+from lem.meters.attempt import AttemptLog, choose_sources
+from lem.meters.energy import measure
+from lem.meters.requestlog import REQUESTS_FILENAME, Request, RequestLog, write_requests
+from lem.meters.samples import FINISHED_FILENAME, GpuHeader, Mark, SampleLog, write_finished
 from lem.orchestration.grid import experiment_id
 from lem.orchestration.manifest import (
     COMPLETED,
@@ -46,6 +51,9 @@ from lem.orchestration.manifest import (
     encode_manifest,
 )
 from lem.record import Identity, Record, encode_record
+from lem.results.index import record_result
+from lem.worker.prompts import Prompt, write_prompts
+from tests.records import with_measured, with_requests
 from tests.synthetic_log import LogPlan, make_log
 from tests.synthetic_record import Configuration, Run
 
@@ -107,6 +115,7 @@ class Campaign:
     ignore_eos: bool = True
     window_s: float = 30.0
     has_samples: bool = True  # whether a sample log is written with each result
+    is_verifiable: bool = False  # every figure follows from samples, requests and prompts, and digests are recorded
     stop_after: int | None = None  # how many experiments are done; the next one was running. None: all
 
     def __post_init__(self) -> None:
@@ -329,12 +338,20 @@ class Campaign:
 
     def _write_run(self, run: Run, folder: Path) -> Attempt:
         self._write_config(run.configuration, folder)
-        path = folder / "result.json"
-        path.write_text(json.dumps(encode_record(run.record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        record, path, digest = run.record, folder / "result.json", None
         if self.has_samples and run.energy_per_output_tok_j is not None:
             log, marks = make_log(self._log_plan(run), self._random("samples", run.identity.key))
             write_finished(folder / FINISHED_FILENAME, log, marks)
-        return self._ended(run.identity, folder, 50, result_path=str(path), valid=run.is_valid)
+            if self.is_verifiable:
+                record = _with_raw_data(record, log, marks, folder)
+        data = (json.dumps(encode_record(record), indent=2, ensure_ascii=False) + "\n").encode()
+        path.write_bytes(data)
+        if self.is_verifiable:
+            digest = hashlib.sha256(data).hexdigest()
+            record_result(folder.parents[1], path, record, digest)
+        return self._ended(
+            run.identity, folder, 50, result_path=str(path), valid=record.validity.valid, result_sha256=digest
+        )
 
     def _write_failure(self, experiment: Experiment, folder: Path, number: int) -> Attempt:
         self._write_config(experiment.configuration, folder)
@@ -393,6 +410,33 @@ def sweep(n_experiments: int, *, cycles: int = 5, **changes: Any) -> Campaign:
             )
         )
     return Campaign(**{"configurations": tuple(configurations), "cycles": cycles, "has_samples": False, **changes})
+
+
+def _with_raw_data(record: Record, log: SampleLog, marks: tuple[Mark, ...], folder: Path) -> Record:
+    """Write requests and prompts; the record whose figures follow from them and from the samples."""
+    config = ExperimentConfig.from_dict(record.requested)
+    prompts = [Prompt(f"prompt number {number}") for number in range(record.work.prompt_source["count"])]
+    requests = _make_requests(record, next(mark for mark in marks if mark.name == WINDOW), len(prompts))
+    write_prompts(folder, prompts)
+    write_requests(folder / REQUESTS_FILENAME, requests, str)
+    sources = choose_sources(config, log.header, record.environment.gpu_uuids, foreign={})
+    found = measure(AttemptLog(log, marks, sources), window_repeats=requests.repeats)
+    return with_measured(with_requests(record, requests, prompts, config), found, config.measurement)
+
+
+def _make_requests(record: Record, window: Mark, prompts: int) -> RequestLog:
+    """Passes of equal length over the prompts, each one batch, in which each step brings a token of every request."""
+    work, repeats = record.work, record.window.window_repeats
+    length_ns = window.closed_ns - window.opened_ns
+    edges_ns = [window.opened_ns + length_ns * place // repeats for place in range(repeats + 1)]
+    passes_ns = tuple(itertools.pairwise(edges_ns))
+    input_tok, steps = work.input_tok // work.requests_ok, work.output_tok // work.requests_ok
+    requests: list[Request] = []
+    for begin_ns, end_ns in passes_ns:
+        times_ns = tuple(begin_ns + (end_ns - begin_ns) * step // steps for step in range(1, steps + 1))
+        one = Request(0, input_tok, steps, 0, None, begin_ns, end_ns, times_ns)
+        requests += (replace(one, prompt=prompt) for prompt in range(prompts))
+    return RequestLog("closed_batch", window.opened_ns, window.closed_ns, prompts, tuple(requests), passes_ns)
 
 
 def _requested(text: str) -> dict[str, Any]:

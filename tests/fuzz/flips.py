@@ -30,7 +30,6 @@ from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.cli.verify import Verdict, recorded_digests, verify_result
 from lem.meters.requestlog import REQUESTS_FILENAME, Request, RequestLog, read_requests, write_requests
 from lem.meters.samples import FINISHED_FILENAME, write_finished
-from lem.meters.work import describe_work
 from lem.orchestration.manifest import (
     COMPLETED,
     JOURNALED_FROM,
@@ -41,12 +40,12 @@ from lem.orchestration.manifest import (
     encode_manifest,
 )
 from lem.orchestration.resume import forget_lost_results
-from lem.record import PROMPTS_FILE, Record, Window, Work, read_with_digest, write_record
+from lem.record import PROMPTS_FILE, read_with_digest, write_record
 from lem.results.index import INDEX_FILE
 from lem.results.run import STOPPING_FILE, StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from lem.results.store import Problem, Repository, StoredResult, config_of_problem
-from lem.worker.prompts import Prompt, fingerprint, read_prompt_file, write_prompts
-from tests.records import make_record, with_measured
+from lem.worker.prompts import Prompt, read_prompt_file, write_prompts
+from tests.records import make_record, with_measured, with_requests
 from tests.scripted_attempt import config, gpu_attempt
 
 RUN = "20260714T100000Z-3fa1"
@@ -115,7 +114,7 @@ class Place:
         write_stopping_rule(self.run_folder, StoppingRule(Target(0.02), 5, 20))
 
     def _write_result(self, cycle: int) -> StoredResult:
-        record = _with_requests(make_record(run_id=RUN, cycle=cycle))
+        record = with_requests(make_record(run_id=RUN, cycle=cycle), REQUESTS, PROMPTS, config())
         found = _ATTEMPT.measured(window_repeats=record.window.window_repeats)
         record = with_measured(record, found, config().measurement)
         folder = self.repository.prepare_attempt(RUN, record.identity.experiment_id)
@@ -126,16 +125,6 @@ class Place:
         write_finished(folder.path / FINISHED_FILENAME, _ATTEMPT.log, _ATTEMPT.marks)
         write_record(folder.result_path, record)
         return StoredResult(folder.result_path, *read_with_digest(folder.result_path))
-
-
-def _with_requests(record: Record) -> Record:
-    """The record with what follows from the requests and prompts beside it, as `compose_record` fills it."""
-    done = describe_work(REQUESTS, config())
-    source = {"kind": "bundled", "sha256": fingerprint(PROMPTS), "count": len(PROMPTS)}
-    given = {item.name for item in dataclasses.fields(Window)} - {"null_reasons"}
-    window = Window.of(**{**{name: record.window.measured(name) for name in given}, **done.window})
-    work = Work.of(**done.work, token_source="engine_ids", prompt_source=source)
-    return dataclasses.replace(record, window=window, work=work, throughput=done.throughput, latency=done.latency)
 
 
 def _entry(cycle: int) -> CampaignManifestEntry:

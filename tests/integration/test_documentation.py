@@ -47,8 +47,6 @@ NOT_RUN: Mapping[str, str] = {
 CODES: Mapping[str, tuple[int, ...]] = {
     r"(lem|python3 lem\.pyz) check .*": (4,),  # an engine without a pace is not steady
     r"(lem|python3 lem\.pyz) doctor.*": (2,),  # this machine need not have containers
-    r"lem results recompute .*": (1,),  # made records and made samples agree to some digits alone
-    r"lem verify .*": (4,),  # nobody recorded digests of made records
     r".* --gate .*": (3, 4),
 }
 
@@ -96,6 +94,7 @@ def _results() -> tuple[Campaign, Campaign]:
         ),
         name="batch-sizes",
         window_s=8,
+        is_verifiable=True,
     )
     return before, replace(before, run_id="20260715T100000Z-77aa")
 

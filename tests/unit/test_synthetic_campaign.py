@@ -11,6 +11,7 @@ from lem.base.measurement import WINDOW
 from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.orchestration.manifest import COMPLETED, FAILED, PENDING, RUNNING, ManifestManager
 from lem.results.store import Repository, count_failed
+from tests.command_rig import run_lem
 from tests.synthetic_campaign import Campaign, Configuration, Written
 
 TWO = (
@@ -73,3 +74,11 @@ def test_the_counter_in_the_log_comes_to_the_energy_of_the_record(tmp_path: Path
 def test_the_same_experiment_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="same experiment"):
         Campaign((TWO[0], dataclasses.replace(TWO[0], name="other")))
+
+
+def test_a_verifiable_campaign_agrees_with_its_raw_data_and_digests(tmp_path: Path) -> None:
+    Campaign(TWO[:1], cycles=4, window_s=5, is_verifiable=True).write(tmp_path)
+    code, out, err = run_lem("verify", "demo", "-o", str(tmp_path / "results"), "--state-dir", str(tmp_path / ".state"))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "4 of 4 results agree with digest and raw data."
+    assert out.count("index and manifest") == 4
