@@ -203,12 +203,13 @@ def recorded_digests(folders: Iterable[Path]) -> Digests:
 def recompute_result(result: StoredResult) -> Outcome:
     """Recompute every figure that the files beside a result allow; a file that it was written with must be there."""
     record, folder = result.record, result.path.parent
-    has_samples = (folder / FINISHED_FILENAME).exists() or has_energy(record)
+    samples, prompts = folder / FINISHED_FILENAME, folder / PROMPTS_FILE
+    has_prompts = has_requests(record) or prompts.exists()
     try:
         config = _read_config(folder)
         requests = read_requests(folder / REQUESTS_FILENAME) if has_requests(record) else None
-        log, marks = read_finished(folder / FINISHED_FILENAME) if has_samples else (None, ())
-        prompts = fingerprint(read_prompt_file(path)) if (path := folder / PROMPTS_FILE).exists() else None
+        log, marks = read_finished(samples) if has_energy(record) or samples.exists() else (None, ())
+        digest = fingerprint(read_prompt_file(prompts)) if has_prompts else None
     except PromptError as error:
         return Outcome(result, "impossible", error.message)
     except FileNotFoundError as error:
@@ -224,7 +225,7 @@ def recompute_result(result: StoredResult) -> Outcome:
         with contextlib.suppress(MeterRefused):  # which the outcome reports
             external = read_external(Path(config.measurement.external_csv), config.measurement.external_unit)
     try:
-        found = recompute(record, config, RawData(log, marks, external, requests, prompts))
+        found = recompute(record, config, RawData(log, marks, external, requests, digest))
     except MeterRefused as error:
         return Outcome(result, "impossible", error.message)
     if not found.compared:

@@ -123,10 +123,10 @@ def test_a_damaged_result_is_the_exit_code_too(folder: Path) -> None:
 
 class Silent:
     def phase(self, name: str) -> None:
-        """Nobody is told."""
+        """Discard it."""
 
     def progress(self, done: int, total: int | None, text: str) -> None:
-        """Nobody is told."""
+        """Discard it."""
 
 
 TRAFFIC = {"traffic_simulation": {"enabled": True, "target_qps": 9, "slo": {"ttft_ms": 30, "e2e_ms": 900}}}
@@ -206,5 +206,8 @@ def test_other_prompts_than_those_of_the_record_differ(tmp_path: Path) -> None:
     )
     (folder / PROMPTS_FILE).write_text(" ", encoding="utf-8")
     assert documents(tmp_path, "demo")[0]["status"] == "impossible"
+    (folder / PROMPTS_FILE).unlink()
+    (found,) = documents(tmp_path, "demo")
+    assert (found["status"], PROMPTS_FILE in found["message"]) == ("impossible", True)
     write_prompts(folder, prompts)
     assert documents(tmp_path, "demo") == [agreeing]
