@@ -223,12 +223,15 @@ def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
     """None for a process that is gone, or hidden from this user."""
     try:
         text = read_small(f"{proc}/{pid}/stat").decode(errors="replace")
+    except OSError:
+        return None
+    try:
         # The name in parentheses may hold blanks and parentheses itself.
         start, end = text.index("(") + 1, text.rindex(")")
         fields = text[end + 2 :].split()
         cpu_s = (int(fields[11]) + int(fields[12])) * TICK_S
         return ProcessStat(text[start:end], fields[0], int(fields[1]), cpu_s, int(fields[19]))
-    except (OSError, ValueError, IndexError):
+    except (ValueError, IndexError):
         return None
 
 
