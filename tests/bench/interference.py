@@ -47,8 +47,15 @@ class Disturber:
             self._running = []
 
 
-def campaign_text(model: Path, backend: str, cycles: int) -> str:
-    options = {"pytorch": "batch_size: [1, 4]", "vllm": "max_num_seqs: [1, 4]\n      enforce_eager: [true]"}[backend]
+# vLLM for CPUs takes the share from the memory of the machine.
+OPTIONS = {
+    "pytorch": "batch_size: {}",
+    "vllm": "max_num_seqs: {}\n      enforce_eager: [true]\n      gpu_memory_utilization: [0.5]",
+}
+
+
+def campaign_text(model: Path, backend: str, cycles: int, widths: Sequence[int] = (1, 4), reuse: str = "cycle") -> str:
+    """One configuration for each width of a batch."""
     return f"""\
 campaign_name: interference-{backend}
 model: {model}
@@ -65,8 +72,8 @@ grid:
     warmup.max_prompts: [20]
   backend_overrides:
     {backend}:
-      {options}
-execution: {{cycles: {cycles}, config_gap_seconds: 0, cycle_gap_seconds: 0}}
+      {OPTIONS[backend].format(list(widths))}
+execution: {{cycles: {cycles}, reuse: {reuse}, config_gap_seconds: 0, cycle_gap_seconds: 0}}
 """
 
 
@@ -160,9 +167,10 @@ def quiet(windows: int) -> int:
         model = make_model(Path(name))
         for backend, python in engines():
             seen: list[Record] = []
-            cycles = min(20, -(-windows // 2))  # of two windows each; a campaign has at most 20
-            for part in range(-(-windows // (2 * cycles))):
-                run = run_campaign(Path(name, f"{backend}-{part}"), python, campaign_text(model, backend, cycles))
+            cycles = min(20, windows)  # of one window each; a campaign has at most 20
+            text = campaign_text(model, backend, cycles, (4,), reuse="campaign")
+            for part in range(-(-windows // cycles)):
+                run = run_campaign(Path(name, f"{backend}-{part}"), python, text)
                 seen += run.records
             found = [record for record in seen if named(record)]
             false += len(found)
