@@ -42,6 +42,15 @@ class EnergyScope(str, enum.Enum):
         return self.value
 
 
+# What emissions and cost follow from, by the meter of the energy that counts.
+ENERGY_COUNTED: Final[Mapping[str, str]] = {
+    EnergyScope.GPU: "GPU energy only",
+    EnergyScope.MODULE: "energy of GPU and CPU modules only",
+    EnergyScope.CPU_PACKAGE: "energy of CPU packages and DRAM only",
+    EnergyScope.MACHINE: "energy by an external meter",
+}
+
+
 def is_estimate(source: str | None) -> bool:
     """Whether the energy is an estimate, which is labelled wherever it is shown, and not measured."""
     return source == EnergySource.TDP_ESTIMATE

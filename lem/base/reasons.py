@@ -191,6 +191,14 @@ _NEW_TEXTS: Mapping[str, str] = {
     "no_interval": "{why}: no interval",
     "one_cycle": "one cycle has no interval: use --cycles 3+",
     "no_ratio": "a value is zero or negative, which has no ratio",
+    "ratios_dropped": (
+        "{count:d} of {total:d} cycles have no ratio, because a value is zero or negative ({cycles}); what is left is "
+        "a selection"
+    ),
+    "one_sample": "1 sample: no interval",
+    "no_logs": "{count:d} of {total:d} values are zero or negative: no geometric mean, no interval on logs",
+    "not_asked": "not among the metrics that were compared: for a verdict, name it with --metric",
+    "out_of_range": "beyond the range of floating-point numbers",
     "not_measured": "not measured for {name}: {why}",
     "no_common_cycle": "no cycle has a valid result of both",
     "nothing_to_compare": "there is nothing to compare",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from lem.base.doc import screen_of, write_json
 from lem.base.errors import UserError, did_you_mean
@@ -13,9 +13,9 @@ from lem.base.units import parse_percentage
 from lem.cli import selection
 from lem.results.compare import Anchor, Comparison, compare_configurations, compare_runs, gate_code
 from lem.results.comparison import comparison_document, render_markdown, render_text
-from lem.results.metrics import Metric, parse_metric
+from lem.results.metrics import parse_comparable
 from lem.results.run import Configuration, Run
-from lem.results.stats import Gate, parse_gate
+from lem.results.stats import parse_gate
 
 _TARGET = """CAMPAIGN: all its configurations against the baseline; CAMPAIGN A B …: B and the others against A; two
 campaigns or runs: the second against the first; CAMPAIGN/CONFIGURATION: one configuration"""
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         raise UserError("two gates for the same metric", "give one --gate per metric")
     if args.strict and not gates:
         raise UserError("--strict requires --gate", "for example --gate energy=3%")
-    metrics = [parse_metric(text) for text in args.metric]
-    comparison = _compare(args, metrics, gates)
+    metrics = [parse_comparable(text) for text in args.metric]
+    comparison = _compare(args, {"metrics": metrics, "gates": gates, "is_whole": args.json})
     problems = [problem for read in comparison.runs for problem in read.problems]
     selection.list_problems(err, selection.damaged(problems))
     code = gate_code(comparison, is_strict=args.strict)
@@ -70,7 +70,7 @@ class _Target(NamedTuple):
     configuration: str | None = None  # None for the whole run
 
 
-def _compare(args: argparse.Namespace, metrics: Sequence[Metric], gates: Sequence[Gate]) -> Comparison:
+def _compare(args: argparse.Namespace, asked: Mapping[str, Any]) -> Comparison:
     targets = _targets(args.results_dir, args.targets)
     runs = list(dict.fromkeys(target.where for target in targets))
     found = [_read(item) for item in runs]
@@ -78,14 +78,14 @@ def _compare(args: argparse.Namespace, metrics: Sequence[Metric], gates: Sequenc
         if args.anchor or args.anchor_tolerance != _DEFAULT_TOLERANCE:
             raise UserError("--anchor requires two runs", "omit it: within one run, cycles are the pairs")
         baseline, others = _sides(found[0], [item.configuration for item in targets], args.baseline)
-        return compare_configurations(found[0], baseline, others, metrics=metrics, gates=gates)
+        return compare_configurations(found[0], baseline, others, **asked)
     if args.baseline:
         raise UserError("--baseline requires a single run", "of two runs, the first is the baseline")
     before, after = found
     names = [item.configuration for item in targets]
     chosen = (_subject(before, names[0]), _subject(after, names[1])) if names[0] and names[1] else None
     anchor = Anchor(args.anchor, _tolerance(args.anchor_tolerance))
-    return compare_runs(before, after, chosen=chosen, anchor=anchor, metrics=metrics, gates=gates)
+    return compare_runs(before, after, chosen=chosen, anchor=anchor, **asked)
 
 
 def _targets(results_dir: Path, words: Sequence[str]) -> list[_Target]:

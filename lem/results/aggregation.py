@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 from lem.base.clock import parse_time
 from lem.base.codec import shown
+from lem.base.errors import UserError
 from lem.base.units import parse_percentage, percent
 from lem.record import Record, RecordError, ResultKey, decode_record
 from lem.results.bootstrap import bootstrap_coverage_label
-from lem.results.metrics import METRIC_BY_NAME, METRICS, distinct
+from lem.results.metrics import METRICS, distinct, parse_comparable, parse_metric
 from lem.results.run import (
     LEAST_CYCLES,
     NO_INTERVAL,
@@ -26,6 +27,7 @@ from lem.results.run import (
     Estimate,
     Run,
     Target,
+    carbon_basis,
     make_run,
 )
 from lem.results.stats import CONFIDENCE, check_confidence
@@ -83,6 +85,7 @@ def configuration_document(configuration: Configuration) -> dict[str, Any]:
         "invalid_reasons": {reason.text: count for reason, count in configuration.invalid_reasons.items()},
         "warnings": {reason.text: count for reason, count in configuration.warnings.items()},
         "energy_sources": list(configuration.energy_sources),
+        "carbon_basis": carbon_basis([configuration]) or None,
         "is_load_shared": configuration.is_load_shared,
         "no_interval_reason": NO_INTERVAL.text if configuration.is_load_shared else None,
     }
@@ -119,7 +122,12 @@ def _estimate_document(estimate: Estimate) -> dict[str, Any]:
             "true_coverage": coverage if bootstrap.ci_lower is not None else None,
             **dataclasses.asdict(bootstrap),
         },
-        "t_log": t_log and {"method": "Student t on log values around the geometric mean", **dataclasses.asdict(t_log)},
+        "t_log": t_log
+        and {
+            "method": "Student t on log values around the geometric mean",
+            **{name: value for name, value in vars(t_log).items() if name != "reason"},
+            "warning": t_log.warning,
+        },
         "combined": combined_document(estimate.combined),
         "all_attempts": dataclasses.asdict(estimate.all_attempts) if estimate.all_attempts else None,
         "null_reason": estimate.null_reason,
@@ -169,15 +177,16 @@ def parse_target(text: str) -> Target:
         raise ValueError(f"{text!r}: {error}") from error
     if not 0 < half_width < 1:
         raise ValueError(f"{text!r}: the width must be more than 0% and less than 100%")
-    if metric is not None and metric not in METRIC_BY_NAME:
-        raise ValueError(f"{text!r}: unknown metric {metric!r}; known: {', '.join(METRIC_BY_NAME)}")
-    return Target(half_width, metric)
+    try:
+        return Target(half_width, None if metric is None else parse_comparable(metric).name)
+    except UserError as error:
+        raise ValueError(f"{text!r}: {error}; {error.hint}") from error
 
 
 def measure_precision(records: Iterable[Record], target: Target, least_cycles: int = LEAST_CYCLES) -> Precision:
     """How narrow the t interval of each configuration is; fewer cycles than `least_cycles` are never narrow."""
     run = make_run(records)
-    metric = run.primary_metric if target.metric is None else METRIC_BY_NAME[target.metric]
+    metric = run.primary_metric if target.metric is None else parse_metric(target.metric)
     found = Precision(metric.name, {}, {}, {})
     for item in run.configurations:
         estimate = item.estimate(metric)

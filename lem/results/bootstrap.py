@@ -19,7 +19,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem.results.stats import CONFIDENCE, check_confidence, student_t_quantile
+from lem.base.reasons import Reason
+from lem.results.stats import CONFIDENCE, check_confidence, paired_effect
 
 __all__ = [
     "BOOTSTRAP_COVERAGE",
@@ -62,8 +63,8 @@ class LogTInterval:
 
     Attributes:
         geometric_mean: None when a sample is zero or negative.
-        ci_lower, ci_upper: None for one sample, and without a geometric mean.
-        warning: why something is missing.
+        ci_lower, ci_upper: None for one sample, without a geometric mean, and beyond floating-point numbers.
+        reason: why something is missing.
     """
 
     geometric_mean: float | None
@@ -71,7 +72,11 @@ class LogTInterval:
     ci_upper: float | None
     n_samples: int
     confidence: float
-    warning: str | None = None
+    reason: Reason | None = None
+
+    @property
+    def warning(self) -> str | None:
+        return None if self.reason is None else self.reason.text
 
 
 def bootstrap_ci(
@@ -98,10 +103,14 @@ def bootstrap_ci(
         return BootstrapResult(values[0], 0.0, values[0], values[0], n, confidence, warning)
     # A mean does not depend on the order (`fmean` rounds once), so that of equal resamples is taken once.
     resamples = _resamples(n, n_iterations, seed)
-    counted = sorted((statistics.fmean([values[index] for index in row]), count) for row, count in resamples)
-    means = [mean for mean, count in counted for _ in range(count)]
+    # Scaled, so that no sum exceeds the range of floats; by a power of two, so that no digit changes.
+    exponent = math.frexp(max(map(abs, values)))[1]
+    scaled = [math.ldexp(value, -exponent) for value in values]
+    counted = sorted((statistics.fmean([scaled[index] for index in row]), count) for row, count in resamples)
+    means = [math.ldexp(mean, exponent) for mean, count in counted for _ in range(count)]
     low, high = (_quantile(means, (1 + sign * confidence) / 2) for sign in (-1, 1))
-    return BootstrapResult(statistics.fmean(values), statistics.stdev(values), low, high, n, confidence, warning)
+    mean, std = (math.ldexp(of(scaled), exponent) for of in (statistics.fmean, statistics.stdev))
+    return BootstrapResult(mean, std, low, high, n, confidence, warning)
 
 
 def compute_metric_ci(
@@ -139,16 +148,16 @@ def log_t_interval(samples: Iterable[float], confidence: float = CONFIDENCE) -> 
     n = len(values)
     not_positive = sum(value <= 0 for value in values)
     if not_positive:
-        warning = f"{not_positive} of {n} values are zero or negative: no geometric mean, no interval on logs"
-        return LogTInterval(None, None, None, n, confidence, warning)
+        return LogTInterval(None, None, None, n, confidence, Reason.of("no_logs", count=not_positive, total=n))
     if n == 1:
-        return LogTInterval(values[0], None, None, 1, confidence, "1 sample: no interval")
+        return LogTInterval(values[0], None, None, 1, confidence, Reason.of("one_sample"))
     if min(values) == max(values):
         return LogTInterval(values[0], values[0], values[0], n, confidence)
-    logs = [math.log(value) for value in values]
-    centre = statistics.fmean(logs)
-    half = student_t_quantile((1 + confidence) / 2, n - 1) * statistics.stdev(logs) / math.sqrt(n)
-    return LogTInterval(math.exp(centre), math.exp(centre - half), math.exp(centre + half), n, confidence)
+    mean = paired_effect(values, [1.0] * n)
+    interval = mean.interval(confidence)
+    low, high = interval or (None, None)
+    reason = None if interval else Reason.of("out_of_range")
+    return LogTInterval(mean.ratio, low, high, n, confidence, reason)
 
 
 def bootstrap_coverage_label(n_samples: int, confidence: float = CONFIDENCE) -> str | None:

@@ -20,20 +20,28 @@ from lem.base.units import some_of
 from lem.record import Record
 from lem.results.metrics import METRICS, Metric, Obstacle, blocking_reason, cycle_values, find_obstacles
 from lem.results.run import NO_INTERVAL, Configuration, Run, make_run
-from lem.results.stats import Effect, Gate, Judgement, Verdict, anchored_effect, holm, judge, paired_effect
+from lem.results.stats import (
+    Effect,
+    Gate,
+    Judgement,
+    Verdict,
+    anchored_effect,
+    holm,
+    judge,
+    log_ratio,
+    paired_effect,
+    ratio_of,
+)
 from lem.results.uncertainty import Causes, Combined, combined_document, of_effect, over_anchor, ratio_causes
 
 # A difference is found when its p value is below this, after Holm.
 SIGNIFICANCE = 0.05
 
-_DEFAULT_METRICS = (
-    *("energy_per_output_tok_j", "output_tok_per_s", "ttft_p50_s", "e2e_p50_s"),
-    *("good_requests_per_s", "energy_per_good_request_j"),
-)
 _SHOWN_CAUSES = 2
 
 _OWN_ANCHOR = Reason.of("own_anchor")
 NO_ANCHOR = Reason.of("no_anchor")
+_NOT_ASKED = Reason.of("not_asked")
 
 _Sides = tuple[Configuration, Configuration]
 _Found = tuple[Effect | None, Reason | None]
@@ -147,10 +155,14 @@ def compare_configurations(
     *,
     metrics: Sequence[Metric] = (),
     gates: Sequence[Gate] = (),
+    is_whole: bool = False,
 ) -> Comparison:
-    """Each of `others` against `baseline`, within cycles, in `metrics` and those of the gates, else the usual ones."""
-    chosen = _metrics_to_show(metrics, gates, [baseline, *others])
-    pairs = tuple(_pair_within(baseline, other, chosen) for other in others)
+    """Each of `others` against `baseline`, within cycles, in `metrics` and those of the gates, else the usual ones.
+
+    With `is_whole`, pairs also have a row for every other comparable metric that was measured, without a verdict.
+    """
+    chosen, further = _metrics_to_show(metrics, gates, [baseline, *others], is_whole=is_whole)
+    pairs = tuple(_pair_within(baseline, other, (*chosen, *further)) for other in others)
     return _finished(Comparison((run,), pairs, chosen, tuple(gates), missing=tuple(_without_result(run))))
 
 
@@ -162,22 +174,24 @@ def compare_runs(
     anchor: Anchor = _DEFAULT_ANCHOR,
     metrics: Sequence[Metric] = (),
     gates: Sequence[Gate] = (),
+    is_whole: bool = False,
 ) -> Comparison:
     """The configurations of `after` against their counterparts in `before`, over an anchor.
 
     Args:
         chosen: the one pair to compare; by default every configuration that has a counterpart.
+        is_whole: as for `compare_configurations`.
 
     Raises:
         UserError: no such anchor, or it is not the same configuration in both.
     """
     anchors = _find_anchor(before, after, anchor.name, chosen)
     matched, missing = ([chosen], []) if chosen else _match(before, after, anchors)
-    shown = _metrics_to_show(metrics, gates, [item for pair in matched for item in pair])
-    pairs = tuple(_pair_across(pair, anchors, shown, anchor.tolerance) for pair in matched)
+    shown, further = _metrics_to_show(metrics, gates, [item for pair in matched for item in pair], is_whole=is_whole)
+    pairs = tuple(_pair_across(pair, anchors, (*shown, *further), anchor.tolerance) for pair in matched)
     found = replace(anchor, name="")
     if anchors is not None:
-        ratios = {it.name: math.exp(value) for it in shown if (value := _raw(it, *anchors)) is not None}
+        ratios = {it.name: ratio_of(value) for it in shown if (value := _raw(it, *anchors)) is not None}
         found = Anchor(anchors[0].name, anchor.tolerance, ratios)
     missing += [] if chosen else _without_result(before, after)
     return _finished(Comparison((before, after), pairs, shown, tuple(gates), found, missing=tuple(missing)))
@@ -214,12 +228,19 @@ def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -
             if why:
                 return None, Reason.of("not_measured", name=item.name, why=why)
         return None, Reason.of("no_common_cycle")
-    if min(*below.values(), *above.values()) <= 0:
+    usable = [cycle for cycle in shared if min(below[cycle], above[cycle]) > 0]
+    if not usable:
         return None, Reason.of("no_ratio")
-    effect = paired_effect([above[cycle] for cycle in shared], [below[cycle] for cycle in shared])
-    if len(shared) > 1 and (baseline.is_load_shared or other.is_load_shared):
+    effect = paired_effect([above[cycle] for cycle in usable], [below[cycle] for cycle in usable])
+    if not effect.is_representable():
+        return None, Reason.of("out_of_range")
+    if len(usable) > 1 and (baseline.is_load_shared or other.is_load_shared):
         return replace(effect, std_error=None, df=None), NO_INTERVAL
-    return effect, Reason.of("one_cycle") if len(shared) == 1 else None
+    # Zero and less are no accident, so cycles left out for them make the rest a selection: it gets no verdict.
+    if dropped := [cycle for cycle in shared if cycle not in usable]:
+        cycles = f"{'cycles' if len(dropped) > 1 else 'cycle'} {', '.join(str(number + 1) for *_, number in dropped)}"
+        return effect, Reason.of("ratios_dropped", count=len(dropped), total=len(shared), cycles=cycles)
+    return effect, Reason.of("one_cycle") if len(usable) == 1 else None
 
 
 def exclusion_reason(*configurations: Configuration) -> Reason | None:
@@ -246,12 +267,17 @@ def _without_result(*runs: Run) -> list[str]:
 
 
 def _metrics_to_show(
-    metrics: Sequence[Metric], gates: Sequence[Gate], configurations: Sequence[Configuration]
-) -> tuple[Metric, ...]:
+    metrics: Sequence[Metric], gates: Sequence[Gate], configurations: Sequence[Configuration], *, is_whole: bool
+) -> tuple[tuple[Metric, ...], tuple[Metric, ...]]:
+    """The metrics to compare, and with `is_whole` the others that at least two configurations measured."""
     asked = tuple(dict.fromkeys((*(gate.metric for gate in gates), *metrics)))
-    usual = tuple(metric for metric in METRICS if metric.name in _DEFAULT_METRICS)
-    measured = (it for it in usual if sum(item.estimate(it).value is not None for item in configurations) > 1)
-    return asked or tuple(measured) or usual[:1]
+    usual = tuple(metric for metric in METRICS if metric.is_headline)
+
+    def measured(known: Iterable[Metric]) -> tuple[Metric, ...]:
+        return tuple(it for it in known if sum(bool(item.estimate(it).values) for item in configurations) > 1)
+
+    chosen = asked or measured(usual) or usual[:1]
+    return chosen, measured(it for it in METRICS if is_whole and it.is_comparable and it not in chosen)
 
 
 def _pair_within(baseline: Configuration, other: Configuration, metrics: Sequence[Metric]) -> Pair:
@@ -297,7 +323,7 @@ def _pair_across(sides: _Sides, anchors: _Sides | None, metrics: Sequence[Metric
         else:
             effect = None if raw is None else Effect(raw, None, None, (before.n_cycles, after.n_cycles))
             row = _row(metric, sides, (effect, _OWN_ANCHOR if anchors else NO_ANCHOR))
-        rows.append(replace(row, raw_ratio=None if raw is None else math.exp(raw)))
+        rows.append(replace(row, raw_ratio=None if raw is None else ratio_of(raw)))
     return Pair(before, after, obstacles, tuple(rows))
 
 
@@ -364,12 +390,16 @@ def _match(before: Run, after: Run, anchors: _Sides | None) -> tuple[list[_Sides
 def _raw(metric: Metric, before: Configuration, after: Configuration) -> float | None:
     """The log of the ratio of the two geometric means."""
     below, above = before.estimate(metric).value, after.estimate(metric).value
-    return math.log(above / below) if below and above else None
+    return log_ratio(above, below) if below and above else None
 
 
 def _finished(comparison: Comparison) -> Comparison:
     """The comparison with p values adjusted over all of its rows, and the judgements of its gates."""
-    rows = [row for pair in comparison.pairs for row in pair.rows]
+    rows = [
+        row if row.metric in comparison.metrics else replace(row, reason=row.reason or _NOT_ASKED)
+        for pair in comparison.pairs
+        for row in pair.rows
+    ]
     gates = {gate.metric: gate for gate in comparison.gates}
     found = ((index, row.effect.p_value) for index, row in enumerate(rows) if row.effect and not row.reason)
     p_values = {index: p_value for index, p_value in found if p_value is not None}

@@ -14,7 +14,7 @@ from lem.base.reasons import Reason
 from lem.base.units import ABSENT, plural, some_of
 from lem.results.compare import NO_ANCHOR, Comparison, Pair, Row, row_document
 from lem.results.metrics import Metric, differing_settings, shared_settings
-from lem.results.run import UNACCOUNTED, Configuration, Run, estimate_note
+from lem.results.run import UNACCOUNTED, Configuration, Run, carbon_basis, estimate_note
 from lem.results.stats import CONFIDENCE, MOST_FURTHER_CYCLES, Gate, Judgement, Verdict
 from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
 
@@ -132,7 +132,7 @@ class _Content:
     def __init__(self, comparison: Comparison) -> None:
         self._comparison = comparison
         self._pairs, self._metrics, self._anchor = comparison.pairs, comparison.metrics, comparison.anchor
-        self._rows = [row for pair in self._pairs for row in pair.rows]
+        self._rows = [row for pair in self._pairs for row in pair.rows if row.metric in self._metrics]
         comparable = {row.metric for row in self._rows if row.effect}
         self._lead = next((metric for metric in self._metrics if metric in comparable), None)
         if self._anchor is None:
@@ -282,10 +282,12 @@ class _Content:
     def _metric_table(self, metric: Metric) -> Table:
         rows = self._comparison.rows(metric)
         decimals = max((known for _, row in rows if (known := _decimals(row)) is not None), default=None)
-        heading = f"{metric.label}, {metric.unit}" if metric.group != "latency" else metric.label
+        heading = metric.heading if metric.group != "latency" else metric.label
         heading = "\n".join(textwrap.wrap(heading, _HEADING_WIDTH, break_on_hyphens=False))
-        note = estimate_note(item for _, item in self._labelled)
-        if note and metric.group == "energy":
+        configurations = [item for _, item in self._labelled]
+        if metric.section == "carbon":
+            heading += f"\n({carbon_basis(configurations)})"
+        if metric.group == "energy" and (note := estimate_note(configurations)):
             heading += f"\n{note}"
         interval = f"{_CONFIDENCE}\nt interval"
         lines: list[tuple[str, ...]] = []

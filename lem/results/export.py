@@ -21,7 +21,7 @@ from lem.base.log import escaped
 from lem.base.measurement import Distribution, parts_of_source
 from lem.base.reasons import Reason
 from lem.record import Gpu, Record, ResultKey
-from lem.results.metrics import LATENCIES, READABLE_LATENCIES, used_records
+from lem.results.metrics import LATENCIES, METRICS, READABLE_LATENCIES, used_records
 from lem.results.store import StoredResult
 
 FORMATS = ("csv", "json", "jsonl", "markdown")
@@ -118,6 +118,10 @@ def _cells(item: StoredResult, *, is_used: bool) -> Iterator[tuple[str, _Cell]]:
         yield from _distribution(f"{name}_s", record)
     for name in _LATER_SECTIONS:
         yield from _section(getattr(record, name))
+    for metric in METRICS:
+        if metric.per is not None:  # others are fields, or such a field in another unit
+            value, why = metric.read(record)
+            yield metric.name, (value, "" if why is None else why.text)
     for index, gpu in enumerate(record.gpus):
         for name, cell in _section(gpu):
             yield f"gpu{index}_{name}", cell
@@ -143,7 +147,7 @@ def _distribution(name: str, record: Record) -> Iterator[tuple[str, _Cell]]:
     distribution: Distribution | None = getattr(record.latency, name)
     stem = name.removesuffix("_s")
     for part in (item.name for item in dataclasses.fields(Distribution)):
-        column = f"{stem}_n" if part == "n" else f"{stem}_{part}_s"
+        column = f"{stem}_{part}" if part in ("n", "n_prompts") else f"{stem}_{part}_s"
         if distribution is None:
             yield column, (None, _why(record.latency, name))
         else:

@@ -17,23 +17,55 @@ from lem.record import Record, ResultKey
 
 
 @dataclass(frozen=True)
+class Per:
+    """What a metric is normalised by."""
+
+    name: str  # as in the name of a metric: `energy_per_output_tok_j`
+    noun: str
+    count: Callable[[Record], int]
+
+
+_OUTPUT_TOK = Per("output_tok", "output token", lambda record: record.work.output_tok)
+_INPUT_TOK = Per("input_tok", "input token", lambda record: record.work.input_tok)
+_TOK = Per("total_tok", "token", lambda record: record.work.input_tok + record.work.output_tok)
+_REQUEST = Per("request", "request", lambda record: record.work.requests_ok)
+_TRIED = Per("request", "request", lambda record: record.work.requests_ok + record.work.requests_failed)
+_LOAD = Per("load", "engine load", lambda _: 1)
+_WARMUP_PROMPT = Per("prompt", "warm-up prompt", lambda record: record.window.warmup_prompts)
+
+
+@dataclass(frozen=True)
 class Metric:
     """One number of a record that is aggregated."""
 
     name: str  # here and in JSON
-    group: str  # `energy`, `throughput`, `tokens` or `latency`
+    group: str  # `energy` and what follows from it, `throughput`, `tokens` or `latency`
     unit: str
     section: str  # of the record
     field: str  # of that section
-    percentile: str | None = None  # of a distribution; None for a plain number
-    is_higher_better: bool | None = False  # None where neither is
-    label: str = ""  # as it heads a table
-    relation: str = ""  # a verb phrase for a comparison: `uses {} the energy per output token of`
+    label: str  # as it heads a table
+    verb: str = "has"  # in a comparison: `uses 0.5 × the energy per output token of`
+    what: str = ""  # in a comparison, where it is not the label
+    percentile: str | None = None  # of a distribution, or `mean`; None for a plain number
+    per: Per | None = None  # what the field is divided by
     factor: float = 1.0  # from the unit of the field to `unit`
+    is_higher_better: bool | None = False  # None where neither is
+    is_comparable: bool = True  # False for what grows with the work in a window
+    is_headline: bool = False  # whether a comparison shows it by default
 
     @property
     def lower_label(self) -> str:
-        return _lowered(self.label)
+        """An abbreviation keeps its capitals."""
+        return self.label if self.label[:2].isupper() else self.label[0].lower() + self.label[1:]
+
+    @property
+    def heading(self) -> str:
+        return ", ".join(filter(None, (self.label, self.unit)))
+
+    @property
+    def relation(self) -> str:
+        """A verb phrase with a place for the ratio: `uses {} the energy per output token of`."""
+        return f"{self.verb} {{}} the {self.what or self.lower_label} of"
 
     def read(self, record: Record) -> tuple[float | None, Reason | None]:
         """The value in a record, and the reason where it is None."""
@@ -41,14 +73,14 @@ class Metric:
         value = getattr(section, self.field)
         if value is None:
             return None, section.why_none(self.field)
-        if self.percentile is None:
-            return self.factor * value, None
-        return getattr(value, self.percentile), value.null_reasons.get(self.percentile)
-
-
-def _lowered(label: str) -> str:
-    """An abbreviation keeps its capitals."""
-    return label if label[:2].isupper() else label[0].lower() + label[1:]
+        if self.percentile is not None:
+            return getattr(value, self.percentile), value.null_reasons.get(self.percentile)
+        if self.per is not None:
+            if not (count := self.per.count(record)):
+                return None, Reason.of("no_work", what=f"{self.per.noun}s")
+            value /= count
+        # Of larger ones, sums are no floating-point numbers.
+        return (self.factor * value, None) if abs(value) < 1e300 else (None, Reason.of("out_of_range"))
 
 
 # Every latency that a record can have, in the order in which they are shown.
@@ -61,53 +93,85 @@ READABLE_LATENCIES = {
     "queue": "Queueing time",
 }
 LATENCIES = {kind: words for kind, words in READABLE_LATENCIES.items() if kind != "itl"}
+_PERCENTILES = {"mean": "mean", "p50": "median", "p90": "p90", "p95": "p95", "p99": "p99"}
 
 
 def _latencies(kind: str, words: str) -> Iterator[Metric]:
-    for percentile, called in (("p50", "median"), ("p95", "p95")):
-        label, relation = f"{words}, {called}", f"has {{}} the {called} {words.lower()} of"
+    for percentile, called in _PERCENTILES.items():
         yield Metric(
-            f"{kind}_{percentile}_s", "latency", "s", "latency", f"{kind}_s", percentile, False, label, relation
+            f"{kind}_{percentile}_s",
+            *("latency", "s", "latency", f"{kind}_s", f"{words}, {called}"),
+            what=f"{called} {words.lower()}",
+            percentile=percentile,
+            is_headline=percentile == "p50" and kind in ("ttft", "e2e"),
         )
+
+
+def _energy(name: str, unit: str, label: str, field: str = "", section: str = "efficiency", **more: Any) -> Metric:
+    return Metric(name, "energy", unit, section, field or name, label, **{"verb": "uses", **more})
+
+
+def _divided(field: str, label: str, *each: Per, section: str = "energy", verb: str = "uses") -> Iterator[Metric]:
+    """An energy, or the emissions of one, divided by each of these."""
+    stem, unit = field.rsplit("_", 1)
+    for per in each:
+        name, units = f"{stem}_per_{per.name}_{unit}", unit.upper() if unit == "j" else unit
+        units += "/tok" if per.name.endswith("_tok") else ""
+        yield _energy(name, units, f"{label} per {per.noun}", field, section, verb=verb, per=per)
 
 
 METRICS: tuple[Metric, ...] = (
+    _energy("gpu_energy_j", "J", "GPU energy", section="energy", is_comparable=False),
+    _energy("gpu_energy_net_j", "J", "GPU energy, net of idle", section="energy", is_comparable=False),
+    _energy("cpu_package_energy_j", "J", "CPU package energy", section="energy", is_comparable=False),
+    _energy("energy_per_output_tok_j", "J/tok", "Energy per output token", is_headline=True),
+    _energy("energy_per_total_tok_j", "J/tok", "Energy per token"),
+    _energy("energy_per_request_j", "J", "Energy per request"),
+    _energy("energy_per_good_request_j", "J", "Energy per good request", is_headline=True),
+    _energy(  # the unit of AI Energy Score
+        *("energy_per_1000_requests_wh", "Wh", "Energy per 1,000 requests", "energy_per_request_j"),
+        what="energy per request",
+        factor=1000 / JOULES_PER_WATT_HOUR,
+    ),
+    *_divided("gpu_energy_net_j", "Net GPU energy", _OUTPUT_TOK, _TOK, _REQUEST),
+    *_divided("cpu_package_energy_j", "CPU package energy", _OUTPUT_TOK, _TOK, _REQUEST),
+    *_divided("dram_energy_j", "DRAM energy", _OUTPUT_TOK, _TOK, _REQUEST),
+    *_divided("external_energy_j", "Energy by external meter", _OUTPUT_TOK, _TOK, _REQUEST),
+    *_divided("prefill_energy_j", "Prefill energy", _INPUT_TOK, _REQUEST),
+    *_divided("decode_energy_j", "Decode energy", _OUTPUT_TOK, _REQUEST),
+    *_divided("load_energy_j", "Energy", _LOAD),
+    *_divided("warmup_energy_j", "Energy", _WARMUP_PROMPT),
+    *_divided("co2e_g", "CO₂e", _OUTPUT_TOK, _TOK, _REQUEST, section="carbon", verb="emits"),
     *(
-        Metric(name, "energy", unit, section, name, None, False, label, f"uses {{}} the {_lowered(label)} of")
-        for name, section, unit, label in (
-            ("gpu_energy_j", "energy", "J", "GPU energy"),
-            ("gpu_energy_net_j", "energy", "J", "GPU energy, net of idle"),
-            ("cpu_package_energy_j", "energy", "J", "CPU package energy"),
-            ("energy_per_output_tok_j", "efficiency", "J/tok", "Energy per output token"),
-            ("energy_per_total_tok_j", "efficiency", "J/tok", "Energy per token"),
-            ("energy_per_request_j", "efficiency", "J", "Energy per request"),
-            ("energy_per_good_request_j", "efficiency", "J", "Energy per good request"),
+        _energy(f"cost_per_{per.name}", "", f"Energy cost per {per.noun}", "cost", "carbon", verb="has", per=per)
+        for per in (_OUTPUT_TOK, _REQUEST)
+    ),
+    *(
+        Metric(
+            *(name, "throughput", unit, "throughput", name, label, "makes", f"{what} per second"),
+            is_higher_better=True,
+            is_headline=is_headline,
+        )
+        for name, unit, label, what, is_headline in (
+            ("output_tok_per_s", "tok/s", "Output throughput", "output tokens", True),
+            ("total_tok_per_s", "tok/s", "Total throughput", "tokens", False),
+            ("requests_per_s", "1/s", "Requests", "requests", False),
+            ("good_requests_per_s", "1/s", "Goodput", "good requests", True),
         )
     ),
     Metric(
-        "energy_per_1000_requests_wh",
-        "energy",
-        "Wh",
-        "efficiency",
-        "energy_per_request_j",
-        None,
-        False,
-        "Energy per 1,000 requests",
-        "uses {} the energy per request of",
-        1000 / JOULES_PER_WATT_HOUR,
-    ),  # the unit of AI Energy Score
-    *(
-        Metric(name, "throughput", unit, "throughput", name, None, True, label, f"makes {{}} the {what} per second of")
-        for name, unit, label, what in (
-            ("output_tok_per_s", "tok/s", "Output throughput", "output tokens"),
-            ("total_tok_per_s", "tok/s", "Total throughput", "tokens"),
-            ("requests_per_s", "1/s", "Requests", "requests"),
-            ("good_requests_per_s", "1/s", "Goodput", "good requests"),
-        )
+        *("good_requests_ratio", "throughput", "", "work", "requests_good", "Share of good requests"),
+        per=_TRIED,
+        is_higher_better=True,
     ),
     *(
-        Metric(name, "tokens", "tok", "work", name, None, None, label, f"has {{}} the {_lowered(label)} of")
-        for name, label in (("input_tok", "Input tokens"), ("output_tok", "Output tokens"))
+        Metric(name, "tokens", "tok", "work", field, label, per=per, is_higher_better=None, is_comparable=bool(per))
+        for name, field, label, per in (
+            ("input_tok", "input_tok", "Input tokens", None),
+            ("output_tok", "output_tok", "Output tokens", None),
+            ("input_tok_per_request", "input_tok", "Input tokens per request", _REQUEST),
+            ("output_tok_per_request", "output_tok", "Output tokens per request", _REQUEST),
+        )
     ),
     *(metric for kind, words in LATENCIES.items() for metric in _latencies(kind, words)),
 )
@@ -119,6 +183,7 @@ METRIC_BY_NAME: Mapping[str, Metric] = {
 # Short names of what people compare most.
 _ALIASES = {
     "energy": "energy_per_output_tok_j",
+    "net": "gpu_energy_net_per_output_tok_j",
     "throughput": "output_tok_per_s",
     "goodput": "good_requests_per_s",
     "ttft": "ttft_p50_s",
@@ -128,27 +193,39 @@ _ALIASES = {
     "e2e": "e2e_p50_s",
 }
 
+# What grows with the work in a window, and what to compare instead. Fields that a metric divides are not listed.
+_INSTEAD: Mapping[str, tuple[str, ...]] = {
+    "gpu_energy_j": ("energy_per_output_tok_j", "energy_per_total_tok_j", "energy_per_request_j"),
+    "window_s": ("output_tok_per_s", "requests_per_s"),
+}
 
-def parse_metric(text: str, *, is_for_gate: bool = False) -> Metric:
-    """The metric of that name or alias; UserError where it is unknown, or has no better direction and is for a gate."""
-    known = {
-        name: metric
-        for name, metric in METRIC_BY_NAME.items()
-        if not is_for_gate or metric.is_higher_better is not None
-    }
+
+def parse_metric(text: str) -> Metric:
+    """The metric of that name or alias; UserError where it is unknown."""
     name = text.strip()
-    metric = known.get(_ALIASES.get(name, name))
-    if metric is not None:
-        return metric
-    if name in METRIC_BY_NAME:
+    metric = METRIC_BY_NAME.get(_ALIASES.get(name, name))
+    if metric is None:
+        guess = did_you_mean(name, [*_ALIASES, *METRIC_BY_NAME])
+        hint = f"for example {', '.join(_ALIASES)}; `lem compare CAMPAIGN --json` lists all that were measured"
+        raise UserError(f"unknown metric {name!r}{guess}", hint)
+    return metric
+
+
+def parse_comparable(text: str, *, is_for_gate: bool = False) -> Metric:
+    """The metric of that name or alias; UserError also where windows of unequal work make its ratio meaningless."""
+    name = text.strip()
+    instead = _INSTEAD.get(name) or [item.name for item in METRICS if item.per is not None and item.field == name]
+    if instead:
+        hint = f"use {' or '.join(instead)}"
+        raise UserError(f"{name} grows with the work in a window, so it is shown but not compared", hint)
+    metric = parse_metric(name)
+    if is_for_gate and metric.is_higher_better is None:
         raise UserError(f"metric {name!r} has no better direction, so it cannot have a gate")
-    names = [*_ALIASES, *known]
-    raise UserError(f"unknown metric {name!r}{did_you_mean(name, names)}", f"known: {', '.join(names)}")
+    return metric
 
 
 # Run, host, and number of the cycle from 0.
 Cycle = tuple[str, str, int]
-
 Cycles = Mapping[Cycle, Sequence[Record]]
 
 
@@ -310,7 +387,7 @@ def _gpus(record: Record) -> str:
 
 
 # Settings in the heading of a table.
-_HEADLINES: Mapping[str, Callable[[Record], Any]] = {
+_SETTINGS: Mapping[str, Callable[[Record], Any]] = {
     "backend": lambda record: record.identity.backend,
     "model": _model,
     "precision": lambda record: record.requested.get("fp_precision"),
@@ -331,7 +408,7 @@ _LEFT_OUT = frozenset({
 
 def headline_settings(record: Record) -> dict[str, str]:
     """The few settings that head a table, by label; absent ones are left out."""
-    return _texts(_HEADLINES, record)
+    return _texts(_SETTINGS, record)
 
 
 def settings_of(record: Record) -> dict[str, str]:

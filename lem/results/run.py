@@ -16,7 +16,7 @@ from typing import Any
 from lem.base import durable
 from lem.base.codec import decode
 from lem.base.durable import make_folder, reason_of
-from lem.base.measurement import Measured, is_estimate, is_gpu_source
+from lem.base.measurement import ENERGY_COUNTED, Measured, is_estimate, is_gpu_source
 from lem.base.reasons import Reason
 from lem.base.units import percent
 from lem.record import Record, ResultKey
@@ -98,12 +98,30 @@ class Estimate:
 
     metric: Metric
     values: tuple[float, ...] = ()  # one per cycle that measured the metric, in the order of the cycles
-    bootstrap: BootstrapResult | None = None  # arithmetic mean and its interval; None when no cycle measured the metric
-    t_log: LogTInterval | None = None  # geometric mean and its t interval; None when no cycle measured the metric
+    confidence: float = CONFIDENCE  # of every interval
+    no_interval: Reason | None = None  # why several values have no interval
     all_attempts: AllAttempts | None = None  # where it differs from the estimate over valid attempts
     null_reason: str | None = None  # why no cycle measured the metric
     warning: str | None = None  # what is missing or unreliable
     combined: Measured[Combined] | None = None  # of an energy: the spread of cycles and the meter, as one uncertainty
+
+    @cached_property
+    def bootstrap(self) -> BootstrapResult | None:
+        """The arithmetic mean and its interval; None when no cycle measured the metric."""
+        if not self.values:
+            return None
+        found, why = bootstrap_ci(self.values, confidence=self.confidence), self.no_interval
+        return found if why is None else dataclasses.replace(found, ci_lower=None, ci_upper=None, warning=why.text)
+
+    @cached_property
+    def t_log(self) -> LogTInterval | None:
+        """The geometric mean and its t interval; None when no cycle measured the metric."""
+        if not self.values:
+            return None
+        found, why = log_t_interval(self.values, self.confidence), self.no_interval
+        if why is None:
+            return found
+        return dataclasses.replace(found, ci_lower=None, ci_upper=None, reason=found.reason or why)
 
     @property
     def value(self) -> float | None:
@@ -247,14 +265,10 @@ class Configuration:
         if not values:
             null_reason = reasons or "no valid result"
             return Estimate(metric, all_attempts=all_attempts, null_reason=null_reason, combined=combined)
-        bootstrap = bootstrap_ci(values, confidence=self.confidence)
-        t_log = log_t_interval(values, self.confidence)
-        if self.is_load_shared and len(values) > 1:
-            bootstrap = dataclasses.replace(bootstrap, ci_lower=None, ci_upper=None, warning=NO_INTERVAL.text)
-            t_log = dataclasses.replace(t_log, ci_lower=None, ci_upper=None, warning=t_log.warning or NO_INTERVAL.text)
         is_partial = len(values) < self.n_cycles
         warning = f"measured in {len(values)} of {self.n_cycles} cycles: {reasons}" if is_partial else None
-        return Estimate(metric, values, bootstrap, t_log, all_attempts, None, warning, combined)
+        no_interval = why if len(values) > 1 else None
+        return Estimate(metric, values, self.confidence, no_interval, all_attempts, None, warning, combined)
 
 
 def estimate_note(configurations: Iterable[Configuration]) -> str:
@@ -263,6 +277,12 @@ def estimate_note(configurations: Iterable[Configuration]) -> str:
     if not any(map(is_estimate, sources)):
         return ""
     return f"({'' if all(map(is_estimate, sources)) else 'partly '}an estimate from TDP)"
+
+
+def carbon_basis(configurations: Iterable[Configuration]) -> str:
+    """What the emissions and the cost of these configurations contain: `GPU energy only × PUE`; empty if unknown."""
+    scopes = sorted({record.energy.energy_scope or "" for item in configurations for record in item.used} - {""})
+    return f"{' or '.join(ENERGY_COUNTED.get(scope, scope) for scope in scopes)} × PUE" if scopes else ""
 
 
 @dataclass(frozen=True)

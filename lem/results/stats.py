@@ -8,13 +8,14 @@ import enum
 import functools
 import math
 import statistics
+import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
 from lem.base.units import parse_percentage
-from lem.results.metrics import Metric, parse_metric
+from lem.results.metrics import Metric, parse_comparable
 
 # Of every interval, unless another one is asked for.
 CONFIDENCE = 0.95
@@ -27,7 +28,7 @@ MOST_FURTHER_CYCLES = 1000
 
 _MAX_TERMS = 10_000
 _TINY = 1e-300
-_LARGEST_LOG = 700.0
+_LARGEST_LOG = math.log(sys.float_info.max)
 
 
 def check_confidence(confidence: float) -> None:
@@ -141,7 +142,11 @@ class Effect:
 
     @property
     def ratio(self) -> float:
-        return math.exp(self.log_ratio)
+        return ratio_of(self.log_ratio)
+
+    def is_representable(self, confidence: float = CONFIDENCE) -> bool:
+        """Whether the ratio and the ends of its interval are in the range of floating-point numbers."""
+        return abs(self.log_ratio) + self._half_width(confidence) <= _LARGEST_LOG
 
     @property
     def p_value(self) -> float | None:
@@ -158,10 +163,14 @@ class Effect:
         return self._tail(self.log_ratio - bound)
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-        if self.std_error is None or self.df is None:
+        if self.std_error is None or not self.is_representable(confidence):
             return None
-        half = student_t_quantile((1 + confidence) / 2, self.df) * self.std_error
-        return math.exp(self.log_ratio - half), math.exp(self.log_ratio + half)
+        half = self._half_width(confidence)
+        return ratio_of(self.log_ratio - half), ratio_of(self.log_ratio + half)
+
+    def _half_width(self, confidence: float) -> float:
+        """On logs; 0 where the standard error is unknown."""
+        return student_t_quantile((1 + confidence) / 2, self.df or 1) * (self.std_error or 0.0)
 
     def _tail(self, distance: float) -> float | None:
         if self.std_error is None or self.df is None:
@@ -169,6 +178,18 @@ class Effect:
         if self.std_error == 0:
             return 0.5 if distance == 0 else float(distance > 0)
         return student_t_cdf(distance / self.std_error, self.df)
+
+
+def log_ratio(above: float, below: float) -> float:
+    """The log of a ratio of positive numbers, also where the ratio itself would be no floating-point number."""
+    ratio = above / below
+    is_exact = sys.float_info.min <= ratio < math.inf
+    return math.log(ratio) if is_exact else math.log(above) - math.log(below)
+
+
+def ratio_of(log: float) -> float:
+    """The ratio of that log, at most the largest that a float can hold."""
+    return math.exp(min(log, _LARGEST_LOG))
 
 
 def paired_effect(numerators: Sequence[float], denominators: Sequence[float]) -> Effect:
@@ -184,7 +205,7 @@ def paired_effect(numerators: Sequence[float], denominators: Sequence[float]) ->
     for value in (*numerators, *denominators):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"a ratio needs positive and finite values on both sides, got {value}")
-    logs = [math.log(above / below) for above, below in zip(numerators, denominators, strict=True)]
+    logs = [log_ratio(above, below) for above, below in zip(numerators, denominators, strict=True)]
     n = len(logs)
     std_error = statistics.stdev(logs) / math.sqrt(n) if n > 1 else None
     return Effect(statistics.fmean(logs), std_error, n - 1 if n > 1 else None, (n,))
@@ -283,7 +304,7 @@ def parse_gate(text: str) -> Gate:
         raise UserError(f"--gate {text!r}: {error}", hint) from error
     if not 0 < threshold <= 1:
         raise UserError(f"--gate {text!r}: expected more than 0% and at most 100%, got {percentage!r}", hint)
-    return Gate(parse_metric(metric, is_for_gate=True), threshold)
+    return Gate(parse_comparable(metric, is_for_gate=True), threshold)
 
 
 def judge(

@@ -9,7 +9,7 @@ from typing import Any
 from lem.base import units
 from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Column, Doc, NameShortener, Table, columns, printable
 from lem.base.log import WIDTH, bounded_width
-from lem.base.measurement import Distribution
+from lem.base.measurement import ENERGY_COUNTED, Distribution
 from lem.base.reasons import alike
 from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
 from lem.config.experiment import DATASET_ALIASES
@@ -286,6 +286,8 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     if disturbed.wait_ratio is not None and disturbed.foreign_ratio is not None:
         waited, others = units.percent(disturbed.wait_ratio), units.percent(disturbed.foreign_ratio)
         yield "CPU", f"waited for {waited} of its time; other programs were {others} of the load"
+    if (carbon := _carbon(record)) is not None:
+        yield "carbon", carbon
     yield "memory", _measured(record.compute, "peak_memory_b", units.format_bytes)
 
 
@@ -321,6 +323,15 @@ def _energy(record: Record) -> str:
     per_good = record.efficiency.energy_per_good_request_j
     parts += [f"{per_good:.4g} J per good request"] if per_good is not None else []
     return ", ".join([*parts, f"by {energy_j.source}"])
+
+
+def _carbon(record: Record) -> str | None:
+    """Emissions and cost with what they contain; None where the user gave no figures for them."""
+    carbon = record.carbon
+    parts = [] if carbon.co2e_g is None else [f"{units.format_quantity(carbon.co2e_g, 'g')} CO₂e"]
+    parts += [] if carbon.cost is None else [f"cost {units.format_quantity(carbon.cost)}"]
+    basis = ENERGY_COUNTED.get(record.energy.energy_scope or "", "energy")
+    return f"{', '.join(parts)}: {basis} × PUE {carbon.pue:g}" if parts else None
 
 
 def _uncertainty(energy: Energy, whole_j: float, name: str, budget_name: str) -> str:

@@ -18,7 +18,7 @@ from lem.base.reasons import Reason
 from lem.base.units import ABSENT, percent
 from lem.record import Energy, Record
 from lem.results.metrics import Metric
-from lem.results.stats import CONFIDENCE, Effect, student_t_quantile
+from lem.results.stats import CONFIDENCE, Effect, paired_effect, student_t_quantile
 
 CYCLES = "cycles"  # the cause beside those of `Energy.uncertainty_budget_j`
 # The lag of one counter is the same in all windows, so only the difference of what it costs matters to a ratio.
@@ -93,9 +93,7 @@ def uncertainty_of(
         return known(None, "no_ratio" if values else "nothing_to_compare")
     if no_interval is not None:
         return known(None, no_interval)
-    logs = [math.log(value) for value in values]
-    std_error = statistics.stdev(logs) / math.sqrt(len(logs))
-    mean = Effect(statistics.fmean(logs), std_error, len(logs) - 1, (len(logs),))
+    mean = paired_effect(values, [1.0] * len(values))
     return of_effect(mean, common_causes(metric, records), None, confidence)
 
 

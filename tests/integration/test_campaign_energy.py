@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from lem.base.reasons import Reason
 from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, read_finished
 from lem.record import Record, read_record
 from tests.campaign_rig import CampaignRig, Ended, Running
+from tests.command_rig import run_lem
+from tests.documentation import ROOT, blocks
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Thermal, Trace
 
@@ -64,12 +66,12 @@ class MeteredRig:
         return sorted(((path, read_record(path)) for path in paths), key=lambda item: item[1].identity.order_index)
 
 
-def campaign(*, cycles: int = 2, gap_s: float = 0.0, **experiment: Any) -> str:
+def campaign(*, cycles: int = 2, gap_s: float = 0.0, outputs: Sequence[int] = (8,), **experiment: Any) -> str:
     shared = {
         "gpus": [["0"]],
         "measurement": [{"min_window_sec": 1.0, "max_wait_pct": None, "max_foreign_pct": None}],
         "prompts": [{"type": "synthetic", "input_tokens": 3, "sample_size": 4}],
-        "max_output_tokens": [8],
+        "max_output_tokens": [*outputs],
         "warmup": [{"timeout_seconds": 1.0}],
         "baseline": [{"duration_sec": 1.0}],
         **{name: [value] for name, value in experiment.items()},
@@ -118,6 +120,49 @@ def test_every_figure_is_worked_out_again_from_the_samples(metered: MeteredRig) 
         command, cwd=metered.rig.folder, env=environ, capture_output=True, text=True, timeout=60, check=False
     )
     assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_pandas_and_scipy_compute_the_same_table_from_the_files(
+    metered: MeteredRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = {"type": "synthetic", "input_tokens": 3, "sample_size": 10}
+    traffic = {"enabled": True, "mode": "closed", "concurrency": 4}
+    options = {"prompts": prompts, "baseline": {"enabled": False}, "ignore_eos": True, "traffic_simulation": traffic}
+    assert metered.run("--yes", outputs=(4, 8), **options).code == 0
+    monkeypatch.chdir(metered.rig.folder)
+    found: dict[str, Any] = {}
+    (snippet,) = (block.text for block in blocks(ROOT / "docs" / "results.md") if block.language == "python")
+    exec(snippet.replace("results/batch-sizes", "results/demo"), found)  # noqa: S102
+
+    shown = lem_json("results", "show", "demo")
+    assert len(shown["configurations"]) == 2
+    n_figures = 0
+    for configuration in shown["configurations"]:
+        groups = [configuration[group] for group in ("energy", "throughput", "latency")]
+        for metric, estimate in {name: item for group in groups for name, item in group.items()}.items():
+            if (metric, configuration["config_name"]) not in found["estimates"].index:
+                continue
+            rows = found["table"].query("configuration == @configuration['config_name']").sort_values("cycle")
+            ours = found["estimates"].loc[(metric, configuration["config_name"])]
+            theirs = estimate["t_log"]
+            assert estimate["values"] == pytest.approx([*rows[metric]], rel=1e-9)
+            assert [*ours] == pytest.approx(
+                [theirs["geometric_mean"], theirs["ci_lower"], theirs["ci_upper"]], rel=1e-9
+            )
+            n_figures += 1
+    assert n_figures == len(found["estimates"]) == 2 * 8
+
+    (pair,) = lem_json("compare", "demo")["pairs"]
+    assert (pair["baseline"]["config_name"], pair["other"]["config_name"]) == (found["baseline"], found["other"])
+    assert len(found["ratios"]) == 8
+    for metric, expected in found["ratios"].items():
+        assert {name: pair["metrics"][metric][name] for name in expected} == pytest.approx(expected, rel=1e-9)
+
+
+def lem_json(*words: str) -> Any:
+    ended = run_lem(*words, "--json")
+    assert ended.code == 0, ended.err
+    return json.loads(ended.out)
 
 
 def test_a_gap_ends_when_the_device_is_back_at_its_reference(metered: MeteredRig) -> None:

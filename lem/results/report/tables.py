@@ -6,17 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
 
 from lem.base.reasons import Reason, alike
 from lem.base.units import format_latency, plural, some_of
 from lem.record import Gpu, Record
 from lem.results.bootstrap import bootstrap_coverage_label
+from lem.results.metrics import METRIC_BY_NAME, Metric
 from lem.results.report import plot
 from lem.results.report.content import Entry, Report, verdict_of
 from lem.results.report.figures import mean_of
 from lem.results.report.plot import Cell, Markup, Row, details, join, paragraphs, scroller, table, tag
-from lem.results.run import ENERGY, UNACCOUNTED
+from lem.results.run import ENERGY, UNACCOUNTED, carbon_basis
 from lem.results.uncertainty import why_unknown
 
 # --- how many results can be used, and what weakens them
@@ -135,7 +135,7 @@ def _overview(report: Report, *, has_winner: bool) -> Markup:
     head = ["No.", "Configuration"]
     for metric in report.metrics:
         note = report.estimate_note if metric is ENERGY else ""
-        head += [f"{metric.label}, {metric.unit}{note}", "95 % intervals"]
+        head += [f"{metric.heading}{note}", "95 % intervals"]
     head += [*(label for label, _ in latencies), "Cycles"]
     rows: list[Row] = []
     for entry in report.entries:
@@ -192,65 +192,57 @@ def _explanations(report: Report) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _Figure:
+class _OfGpus:
+    """A figure of all GPUs of a record together."""
+
     heading: str
-    read: Callable[[Record], float | None]
-    why: Callable[[Record], Reason | None] = lambda _: None  # it is absent
-    is_energy: bool = False  # or follows from it
+    of_one: Callable[[Gpu], float | None]
+    fold: Callable[[list[float]], float]
+    group = section = "gpus"
+
+    def read(self, record: Record) -> tuple[float | None, Reason | None]:
+        values = [value for gpu in record.gpus if (value := self.of_one(gpu)) is not None]
+        return self.fold(values) if values and len(values) == len(record.gpus) else None, None
 
 
-def _net_per_token(record: Record) -> float | None:
-    net, tokens = record.energy.gpu_energy_net_j, record.work.output_tok
-    return None if net is None or not tokens else net / tokens
-
-
-def _of_gpus(record: Record, read: Callable[[Gpu], float | None], fold: Callable[[list[float]], float]) -> float | None:
-    values = [value for gpu in record.gpus if (value := read(gpu)) is not None]
-    return fold(values) if values and len(values) == len(record.gpus) else None
-
-
-def _field(heading: str, section: str, name: str, *, is_energy: bool = False) -> _Figure:
-    def part(record: Record) -> Any:
-        return getattr(record, section)
-
-    return _Figure(heading, lambda r: getattr(part(r), name), lambda r: part(r).null_reasons.get(name), is_energy)
-
-
-_FIGURES = (
-    _Figure(
-        "Net energy per output token, J", _net_per_token, lambda r: r.energy.null_reasons.get("gpu_energy_net_j"), True
+_FIGURES: tuple[Metric | _OfGpus, ...] = (
+    *(
+        METRIC_BY_NAME[name]
+        for name in (
+            *("gpu_energy_net_per_output_tok_j", "energy_per_request_j", "gpu_energy_net_per_request_j"),
+            *("energy_per_good_request_j", "good_requests_per_s", "good_requests_ratio"),
+            *("prefill_energy_per_input_tok_j", "decode_energy_per_output_tok_j"),
+            *("cpu_package_energy_per_output_tok_j", "dram_energy_per_output_tok_j"),
+            *("external_energy_per_output_tok_j", "load_energy_per_load_j", "warmup_energy_per_prompt_j"),
+            *("co2e_per_output_tok_g", "co2e_per_request_g", "cost_per_output_tok", "cost_per_request"),
+        )
     ),
-    _field("Energy per request, J", "efficiency", "energy_per_request_j", is_energy=True),
-    _field("Energy per good request, J", "efficiency", "energy_per_good_request_j", is_energy=True),
-    _field("Goodput, good requests/s", "throughput", "good_requests_per_s"),
-    _field("Tokens per step", "throughput", "tok_per_step"),
-    _field("Drafts accepted, ratio", "throughput", "draft_accepted_ratio"),
-    _field("Requests in flight, mean", "window", "in_flight_mean"),
-    _field("Filling or draining, ratio", "window", "fill_drain_ratio"),
-    _Figure("Prefill, J", lambda r: r.energy.prefill_energy_j, is_energy=True),
-    _Figure("Decode, J", lambda r: r.energy.decode_energy_j, is_energy=True),
-    _Figure("CPU packages, J", lambda r: r.energy.cpu_package_energy_j, is_energy=True),
-    _Figure("GPU power, mean, W", lambda r: _of_gpus(r, lambda gpu: gpu.power_mean_w, math.fsum)),
-    _Figure("GPU temperature, maximum, °C", lambda r: _of_gpus(r, lambda gpu: gpu.temp_max_c, max)),
-    _field("Engine load, s", "window", "load_s"),
-    _Figure("CO₂e, g", lambda r: r.carbon.co2e_g, is_energy=True),
-    _Figure("Cost", lambda r: r.carbon.cost, is_energy=True),
+    Metric("tok_per_step", "throughput", "", "throughput", "tok_per_step", "Tokens per step"),
+    Metric("draft_accepted_ratio", "throughput", "ratio", "throughput", "draft_accepted_ratio", "Drafts accepted"),
+    Metric("in_flight_mean", "throughput", "mean", "window", "in_flight_mean", "Requests in flight"),
+    Metric("fill_drain_ratio", "throughput", "ratio", "window", "fill_drain_ratio", "Filling or draining"),
+    _OfGpus("GPU power, mean, W", lambda gpu: gpu.power_mean_w, math.fsum),
+    _OfGpus("GPU temperature, maximum, °C", lambda gpu: gpu.temp_max_c, max),
+    Metric("load_s", "latency", "s", "window", "load_s", "Engine load"),
 )
 
 
 def _more_figures(report: Report) -> Markup:
     used = [record for entry in report.entries for record in entry.used]
-    figures = [figure for figure in _FIGURES if any(figure.read(record) is not None for record in used)]
+    figures = [figure for figure in _FIGURES if any(figure.read(record)[0] is not None for record in used)]
     if not figures:
         return Markup()
     rows: list[Row] = []
     for entry in report.entries:
         row: list[Cell | str | int] = [entry.number, entry.label]
         for figure in figures:
-            values = [value for record in entry.used if (value := figure.read(record)) is not None]
-            reason = next(filter(None, map(figure.why, entry.used)), None)
+            found = [*map(figure.read, entry.used)]
+            values = [value for value, _ in found if value is not None]
+            reason = next((why for _, why in found if why is not None), None)
             row.append(plot.number_cell(mean_of(values) if values else None, reason))
         rows.append(row)
-    heads = (item.heading + (report.estimate_note if item.is_energy else "") for item in figures)
+    basis = f" ({carbon_basis(entry.configuration for entry in report.entries)})"
+    notes = ((basis * (item.section == "carbon"), report.estimate_note * (item.group == "energy")) for item in figures)
+    heads = [item.heading + "".join(found) for item, found in zip(figures, notes, strict=True)]
     label = "More figures of every configuration"
     return details(label, scroller(label, table(label, ["No.", "Configuration", *heads], rows, row_head=1)))

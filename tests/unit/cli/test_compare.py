@@ -94,6 +94,8 @@ REFUSALS: list[tuple[str, str, str]] = [
     ("demo", "demo vllm pytorch", "'vllm' is ambiguous: vllm-bfloat16, vllm-bfloat16-64, vllm-float16"),
     ("demo", "demo --gate energi=3%", "unknown metric 'energi' (did you mean 'energy'?)"),
     ("demo", "demo --gate energy=3% --gate energy_per_output_tok_j=5%", "two gates for the same metric"),
+    ("demo", "demo --gate gpu_energy_j=3%", "use energy_per_output_tok_j or energy_per_total_tok_j"),
+    ("demo", "demo --metric co2e_g", "co2e_g grows with the work in a window, so it is shown but not compared"),
     ("demo", "demo --strict", "--strict requires --gate"),
     ("demo", "demo demo", "both name the same run"),
     ("demo", "demo --anchor pytorch-bfloat16", "--anchor requires two runs"),
@@ -171,6 +173,18 @@ def test_the_document_holds_what_the_text_shows(places: dict[str, Path]) -> None
     assert code == 3
 
 
+def test_the_document_also_holds_the_metrics_that_the_text_leaves_out(places: dict[str, Path]) -> None:
+    document = json.loads(compare(places["demo"], "demo", "--json")[1])
+    metrics = document["pairs"][0]["metrics"]
+    assert document["n_compared"] == 9
+    assert metrics["energy_per_output_tok_j"]["p_holm"] < 0.001
+    further = metrics["gpu_energy_net_per_output_tok_j"]
+    assert further["ci_lower"] < further["ratio"] < further["ci_upper"]
+    assert (further["p_holm"], "--metric" in further["reason"]) == (None, True)
+    assert "Net GPU energy" not in compare(places["demo"], "demo")[1]
+    assert "Net GPU energy" in compare(places["demo"], "demo", "--metric", "net")[1]
+
+
 def test_the_document_of_two_runs_names_its_anchor(places: dict[str, Path]) -> None:
     document = json.loads(compare(places["days"], "before", "after", "--json")[1])
     assert document["anchor"]["name"] == "pytorch-bfloat16"
@@ -201,10 +215,11 @@ def test_a_value_of_zero_has_no_ratio(tmp_path: Path) -> None:
     folder = based(configurations=(PYTORCH, VLLM)).write(tmp_path).results_dir
     for path in folder.rglob("result.json"):
         record = read_record(path)
-        if record.identity.config_name == VLLM.name and record.identity.cycle_index == 2:
-            work, total = dataclasses.replace(record.work, output_tok=0), record.work.input_tok / record.window.window_s
-            rates = dataclasses.replace(record.throughput, output_tok_per_s=0.0, total_tok_per_s=total)
-            write_record(path, completed(dataclasses.replace(record, work=work, throughput=rates)))
-    code, out, _ = compare(folder, "demo", "--metric", "throughput", "--gate", "throughput=3%", "--strict")
+        is_bad = record.identity.config_name == VLLM.name and record.identity.cycle_index == 2
+        good = 0 if is_bad else record.work.requests_ok
+        work = dataclasses.replace(record.work, requests_good=good)
+        rates = dataclasses.replace(record.throughput, good_requests_per_s=good / record.window.window_s)
+        write_record(path, completed(dataclasses.replace(record, work=work, throughput=rates)))
+    code, out, _ = compare(folder, "demo", "--gate", "goodput=3%", "--strict")
     assert code == 4
-    assert "a value is zero or negative" in out
+    assert "1 of 5 cycles have no ratio, because a value is zero or negative (cycle 3)" in " ".join(out.split())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from lem.base.reasons import Reason
 from lem.results.bootstrap import (
     bootstrap_ci,
     bootstrap_coverage_label,
@@ -98,6 +99,20 @@ def test_the_interval_on_logs_is_that_of_the_formula(
     assert [value for value in found if value] == pytest.approx([value for value in expected if value])
     assert (interval.warning or "").startswith(warning or "")
     assert (interval.warning is None, interval.n_samples) == (warning is None, len(samples))
+
+
+def test_extreme_samples_have_a_mean_and_an_interval_if_floats_can_hold_it() -> None:
+    found = log_t_interval([1e308, 5e-324, 1.0])
+    assert (found.ci_lower, found.ci_upper, found.reason) == (None, None, Reason.of("out_of_range"))
+    assert found.geometric_mean == pytest.approx(math.exp((math.log(1e308) + math.log(5e-324)) / 3))
+    close = log_t_interval([1e308, 1.01e308])
+    assert close.geometric_mean == pytest.approx(1.005e308, rel=1e-4)
+    assert close.reason is None
+    large = bootstrap_ci([1e308, 1.1e308, 1.2e308])
+    assert large.mean == pytest.approx(1.1e308)
+    assert large.std == pytest.approx(1e307)
+    small = bootstrap_ci([5e-324, 1e-323])
+    assert (small.ci_lower, small.ci_upper) == (5e-324, 1e-323)
 
 
 def test_the_true_coverage_of_the_bootstrap_is_named_by_sample_size() -> None:

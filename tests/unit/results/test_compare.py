@@ -93,6 +93,52 @@ def test_what_was_not_measured_has_its_reason_and_the_rest_is_compared() -> None
     assert [metric.name for metric in shown] == ["energy_per_output_tok_j", "output_tok_per_s", "e2e_p50_s"]
 
 
+def test_twice_the_throughput_at_equal_joules_per_token_is_no_more_energy() -> None:
+    quick = dataclasses.replace(FAST, name="quick", batch_size=48, output_tok_per_s=2 * FAST.output_tok_per_s)
+    run = run_of(configurations=(FAST, quick), cycles=8, load_sd=0.002, window_s=10)
+    for name in ("energy_per_output_tok_j", "energy_per_total_tok_j", "energy_per_request_j"):
+        gate = parse_gate(f"{name}=3%")
+        row = row_of(compared(run, metrics=(), gates=(gate,)), "quick", gate.metric)
+        assert row.judgement is not None
+        assert row.judgement.verdict is Verdict.WITHIN
+
+
+def test_every_other_metric_has_a_ratio_on_request_and_no_part_in_the_verdicts() -> None:
+    short, whole = (compared(run_of(), is_whole=is_whole) for is_whole in (False, True))
+    assert whole.metrics == short.metrics
+    assert whole.n_compared == short.n_compared
+    assert [row_of(whole, metric=it) for it in short.metrics] == [row_of(short, metric=it) for it in short.metrics]
+    further = row_of(whole, metric=parse_metric("gpu_energy_net_per_request_j"))
+    assert further.effect is not None
+    assert further.effect.interval() is not None
+    assert (further.p_adjusted, further.reason) == (None, Reason.of("not_asked"))
+    shown = {row.metric.name for row in whole.pairs[0].rows}
+    assert {"e2e_mean_s", "requests_per_s"} <= shown
+    assert not shown & {"gpu_energy_j", "output_tok", "dram_energy_per_request_j"}  # absolute, or not measured
+
+
+@pytest.mark.parametrize(
+    ("values", "code", "pairs"), [((0.0, 4.0, 5.0, 4.0, 5.0), "ratios_dropped", (4,)), ((0.0,) * 5, "no_ratio", None)]
+)
+def test_a_cycle_with_a_zero_has_no_ratio_and_the_others_keep_theirs(
+    values: tuple[float, ...], code: str, pairs: tuple[int, ...] | None
+) -> None:
+    records = []
+    for record in run_of(configurations=(SLOW, FAST)).records:
+        good = values[record.identity.cycle_index] if record.identity.config_name == "vllm" else 2.0
+        rates = dataclasses.replace(record.throughput, good_requests_per_s=good)
+        records.append(dataclasses.replace(record, throughput=rates))
+    gate = parse_gate("goodput=3%")
+    row = row_of(compared(make_run(records), metrics=(), gates=(gate,)), "vllm", gate.metric)
+    assert row.reason is not None
+    assert row.judgement is not None
+    assert (row.reason.code, row.effect and row.effect.n_cycles) == (code, pairs)
+    assert (row.p_adjusted, row.judgement.verdict) == (None, Verdict.INCONCLUSIVE)  # what is left is a selection
+    if row.effect is not None:
+        assert row.effect.ratio == pytest.approx(math.sqrt(20) / 2)
+        assert row.reason.data["cycles"] == "cycle 1"
+
+
 def with_fast(**changes: Any) -> dict[str, Any]:
     return {"configurations": (SLOW, dataclasses.replace(FAST, **changes), WIDE)}
 

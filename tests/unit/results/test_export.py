@@ -91,6 +91,9 @@ def test_every_number_of_a_record_is_in_its_row():
                 assert row[name] == value
     assert row["ttft_mean_s"] == document["latency"]["ttft_s"]["mean"]
     assert row["ttft_n"] == document["latency"]["ttft_s"]["n"]
+    assert row["ttft_n_prompts"] == document["latency"]["ttft_s"]["n_prompts"]
+    assert row["output_tok_per_request"] == document["work"]["output_tok"] / document["work"]["requests_ok"]
+    assert row["null_reasons"]["co2e_per_request_g"] == document["carbon"]["co2e_g_null_reason"]
     assert row["gpu0_power_mean_w"] == 412.5
     assert row["requested.max_output_tokens"] == 32
     assert row["extra_metadata.note"] == "Grüße"

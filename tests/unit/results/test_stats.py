@@ -71,6 +71,25 @@ def test_one_pair_has_a_ratio_and_nothing_else() -> None:
     assert (effect.interval(), effect.p_value, effect.p_above(0), effect.p_below(0)) == (None, None, None, None)
 
 
+EXTREMES = (5e-324, 1e-308, 1e-10, 1.0, 1e150, 1e308)
+
+
+@pytest.mark.parametrize("above", EXTREMES)
+@pytest.mark.parametrize("below", EXTREMES)
+def test_extreme_values_have_an_effect_on_logs_and_an_interval_if_floats_can_hold_it(
+    above: float, below: float
+) -> None:
+    effect = paired_effect([above, 2 * above if above < 1 else above / 2], [below, below])
+    centre = (math.log(above) + math.log(2 * above if above < 1 else above / 2)) / 2 - math.log(below)
+    assert effect.log_ratio == pytest.approx(centre, abs=1e-9)
+    assert math.isfinite(effect.ratio)
+    interval = effect.interval()
+    assert (interval is None) == (not effect.is_representable())
+    assert interval is None or all(map(math.isfinite, interval))
+    assert effect.p_value is not None
+    assert 0 <= effect.p_value <= 1
+
+
 def test_pairs_that_never_differ_are_equal_for_sure() -> None:
     effect = paired_effect([5.0, 6.0], [5.0, 6.0])
     assert (effect.ratio, effect.p_value, effect.interval()) == (1.0, 1.0, (1.0, 1.0))
@@ -210,7 +229,8 @@ def test_an_effect_at_the_threshold_is_settled_by_no_number_of_cycles() -> None:
         ("energy=-3%", "expected a percentage"),
         ("energy=101%", "at most 100%"),
         ("joules=3%", "unknown metric 'joules'"),
-        ("output_tok=3%", "no better direction"),
+        ("output_tok_per_request=3%", "no better direction"),
+        ("gpu_energy_j=3%", "shown but not compared"),
     ],
 )
 def test_what_is_no_gate_is_refused(text: str, message: str) -> None:
