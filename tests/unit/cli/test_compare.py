@@ -217,8 +217,10 @@ def test_a_value_of_zero_has_no_ratio(tmp_path: Path) -> None:
         record = read_record(path)
         is_bad = record.identity.config_name == VLLM.name and record.identity.cycle_index == 2
         good = 0 if is_bad else record.work.requests_ok
-        work = dataclasses.replace(record.work, requests_good=good)
-        rates = dataclasses.replace(record.throughput, good_requests_per_s=good / record.window.window_s)
+        work = dataclasses.replace(record.work, requests_good=good, null_reasons={})
+        per_s, whys = good / record.window.window_s, dict(record.throughput.null_reasons)
+        whys.pop("good_requests_per_s")
+        rates = dataclasses.replace(record.throughput, good_requests_per_s=per_s, null_reasons=whys)
         write_record(path, completed(dataclasses.replace(record, work=work, throughput=rates)))
     code, out, _ = compare(folder, "demo", "--gate", "goodput=3%", "--strict")
     assert code == 4
