@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 DATASETS_VARIABLE: Final = "LEM_DATASETS_DIR"
@@ -45,6 +46,13 @@ TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - a name
 # Of the hub's cache (huggingface_hub) and of CUDA.
 HUB_FOLDER_VARIABLE: Final = "HF_HOME"
 GPU_VARIABLE: Final = "CUDA_VISIBLE_DEVICES"
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder for what can be made again: `LEM_CACHE_DIR`, or `lem` in the user's cache folder."""
+    if chosen := environ.get(CACHE_VARIABLE):
+        return Path(chosen).absolute()
+    return Path(environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()).absolute() / "lem"
 
 
 def is_cache_read_only(environ: Mapping[str, str] = os.environ) -> bool:

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import socket
+import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from lem.base import log
-from lem.base.clock import Clock
+from lem.base import durable, log, process
+from lem.base.clock import Clock, utc_now, utc_text
 from lem.base.doc import terminal_width, wrapped, write_json
-from lem.base.errors import EngineError, ExitCode
-from lem.base.log import WIDTH, paint
+from lem.base.errors import EngineError, ExitCode, UserError
+from lem.base.log import WIDTH, paint, shorten
 from lem.base.units import GIB
+from lem.base.variables import GPU_VARIABLE
 from lem.cli.selection import add_json, add_repeated, add_results_dir
 from lem.config.backends import PRESETS, find_preset
 from lem.config.experiment import DATASET_ALIASES
 from lem.config.introspection import render_yaml
-from lem.meters.capabilities import CpuCapability, find_capabilities
-from lem.meters.nvml import GpuState, open_nvml, read_gpus
+from lem.meters.capabilities import PULSE_S, Capabilities, CpuCapability, Pulses, find_capabilities
+from lem.meters.curve import NotMeasured, Span
+from lem.meters.machine import keep_lag
+from lem.meters.nvml import GpuReading, GpuState, open_nvml, read_gpus
 from lem.orchestration.compose import packaged_compose_file
 from lem.orchestration.doctor import FAILED, OK, SKIPPED, WARNING, Host, Verdict, examine
+from lem.orchestration.locks import Holder, gpu_locks, hold_locks
 from lem.worker.datasets import DatasetChoice, choice_of_name, find_files, is_in_hub_cache
+from lem.worker.launch import own_command
 
 _WIDEST_DOCTOR = 100
 _STATUS_WIDTH = 9
@@ -79,23 +88,32 @@ def _as_text(verdict: Verdict, *, is_colour: bool, width: int) -> str:
 
 PROBE_S = 5.0
 PROBE_CHANGES = 40
+_MOST_ERROR = 300  # characters
 
 _WIDEST_GPUS = 110
 
 
 def add_gpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "List the GPUs that NVML sees, and the GPU and CPU meters that can be read."
-    text = f"watch for up to {PROBE_S:g} s how often the energy counters change"
+    text = (
+        f"watch for up to {PROBE_S:g} s how often the energy counters change, then put work on idle GPUs for some"
+        " seconds to see how late the counters are; later campaigns on this host use that"
+    )
     parser.add_argument("--probe", action="store_true", help=text)
+    parser.add_argument("--python", metavar="PROGRAM", help="Python interpreter with PyTorch, for --probe")
     add_json(parser)
     parser.set_defaults(run=run_gpus)
 
 
-def run_gpus(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
-    probe_s = PROBE_S if args.probe else 0.0
+def run_gpus(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
+    if args.python is not None and not args.probe:
+        raise UserError("--python without --probe", "add --probe: only the probe runs PyTorch")
     with open_nvml() as nvml:
         reading = read_gpus()
-        found = find_capabilities(nvml, Clock(), probe_s=probe_s, enough=PROBE_CHANGES)
+        if args.probe:
+            found = _probe(nvml, args.python or sys.executable, reading, err)
+        else:
+            found = find_capabilities(nvml, Clock())
     if args.json:
         out.write(json.dumps({"schema_version": 1, **asdict(reading), "energy": found.to_dict()}) + "\n")
         return
@@ -109,6 +127,47 @@ def run_gpus(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     elif reading.driver:
         out.write(f"driver {reading.driver}\n")
     out.writelines(f"{line}\n" for line in _describe_cpu(found.cpu))
+
+
+_PULSES_S = 180.0  # at most: PyTorch may come from a slow disk
+
+
+def _probe(nvml: Any, python: str, reading: GpuReading, err: TextIO) -> Capabilities:
+    """What can be measured, with the periods and lags of counters; the lags are kept."""
+    in_use = {gpu.uuid: ", ".join(str(item.pid) for item in gpu.processes) for gpu in reading.gpus if gpu.processes}
+    holder = Holder(os.getpid(), socket.gethostname(), "lem gpus --probe", utc_text(utc_now()))
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(max(1, len(reading.gpus))))
+
+        def start(uuid: str) -> Pulses:
+            if uuid in in_use:
+                raise NotMeasured("gpu_shared", uuid=uuid, pids=in_use[uuid])
+            try:
+                stack.enter_context(hold_locks(gpu_locks([uuid], os.environ), holder))
+            except UserError as error:
+                raise NotMeasured("no_pulses", error=error.message) from error
+            return pool.submit(_pulse, python, uuid)
+
+        found = find_capabilities(nvml, Clock(), probe_s=PROBE_S, enough=PROBE_CHANGES, start=start)
+    for gpu in found.gpus:
+        if gpu.counter_lag_s is not None:
+            try:
+                keep_lag(gpu.meter.uuid, gpu.meter.driver, gpu.counter_lag_s)
+            except OSError as error:
+                err.write(f"the lag of {gpu.meter.uuid} is not kept: {durable.reason_of(error)}\n")
+    return found
+
+
+def _pulse(python: str, uuid: str) -> Sequence[Span]:
+    command = (*own_command(python), "worker", "--pulse", repr(PULSE_S))
+    try:
+        done = process.run(command, timeout_s=_PULSES_S, env={**os.environ, GPU_VARIABLE: uuid})
+    except UserError as error:
+        raise NotMeasured("no_pulses", error=error.message) from error
+    if done.code != 0:
+        last = (done.stderr.strip().splitlines() or [process.describe_exit(done.code)])[-1]
+        raise NotMeasured("no_pulses", error=f"{python}: {shorten(last, _MOST_ERROR)}")
+    return [Span(*json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def _describe(gpu: GpuState, energy: tuple[str, ...], width: int) -> str:

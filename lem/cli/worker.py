@@ -32,12 +32,18 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu", action="append", default=[], metavar="UUID", help="a GPU to sample; repeatable (--sampler)")
     add("--interval-ms", type=int, default=100, metavar="N", help="sampling interval; 0: none (--sampler)")
     add("--tdp", type=float, metavar="W", help="design power of all CPU packages (--sampler)")
+    add("--pulse", type=float, metavar="S", help="put pulses of work of S seconds on the first GPU")
     add("--tether", nargs=argparse.REMAINDER, metavar="WORD", help="run this lem command until stdin is closed")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code of a worker, of its engine process or of a sampler."""
+    if args.pulse is not None:
+        from lem.engines.pytorch import pulse
+
+        out.writelines(f"{json.dumps(edges)}\n" for edges in pulse(args.pulse))
+        return ExitCode.OK
     if args.sampler:
         return _run_sampler(args, err)
     if args.end_marked is not None:

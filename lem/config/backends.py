@@ -260,12 +260,15 @@ class Preset:
 
 
 # AI Energy Score v0.1 for text generation without reasoning (`index.md` and `reasoning_helpers.py` of
-# huggingface/AIEnergyScore at commit a5b9a04): 1,000 prompts, batches of one, exactly 10 tokens.
-_AI_ENERGY_SCORE = {
+# huggingface/AIEnergyScore at commit a5b9a04): batches of one, exactly 10 tokens, and their 1,000 prompts.
+ENERGY_SCORE_RULES: Mapping[str, Any] = {
+    "backend": "pytorch",
+    "pytorch": {"batch_size": 1},
     "min_output_tokens": 10,
+    "max_output_tokens": 10,
     "ignore_eos": True,
-    "dataset": {"name": "ai_energy_score", "sample_size": 1000},
 }
+_ENERGY_SCORE_PROMPTS = {"name": "ai_energy_score", "sample_size": 1000}
 
 
 def _preset(name: str, description: str, tokens: tuple[int, int], **engine: Mapping[str, Any]) -> Preset:
@@ -328,7 +331,10 @@ _SCORE = _preset(
     (2048, 10),
     pytorch={"batch_size": 1},
 )
-_SCORE = replace(_SCORE, values={**_SCORE.values, **_AI_ENERGY_SCORE, "fp_precision": "bfloat16"})
+_SCORE = replace(
+    _SCORE,
+    values={**_SCORE.values, **ENERGY_SCORE_RULES, "dataset": _ENERGY_SCORE_PROMPTS, "fp_precision": "bfloat16"},
+)
 
 PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in (*_PRESETS, _SCORE)}
 

@@ -250,7 +250,7 @@ class ExperimentIOConfig(Section):
 
 
 @dataclass(frozen=True)
-class ExperimentConfig(Section, aliases={"model_name": "model"}):
+class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dataset", "prompts")):
     """An experiment, validated and with every default filled in."""
 
     model: ModelConfig = option(REQUIRED, "The model, or just its name.", reload=True)

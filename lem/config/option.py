@@ -53,6 +53,8 @@ class Section:
     # A truth value that must be given beside any other option of the section, since an option under a switch that is
     # off by default would silently do nothing.
     switch: ClassVar[str | None] = None
+    # Options of which one excludes the others: where layers merge, the one above replaces those below.
+    exclusive: ClassVar[tuple[str, ...]] = ()
     # Whether a change of an option needs another engine load, unless the option declares it.
     reloads: ClassVar[bool] = False
     # Another section whose options may be written in place of this one's (see `rewrite`), and what to do with one of
@@ -389,6 +391,9 @@ def merge(section: type[Section] | None, base: Mapping[str, Any], over: Mapping[
     """
     out = canonical(section, base)
     names = {value: key for key, value in section.aliases.items()} if section is not None else {}
+    exclusive = section.exclusive if section is not None else ()
+    if any(over.get(key) is not None for key in exclusive):
+        out = {key: value for key, value in out.items() if key not in exclusive or key in over}
     for key, value in canonical(section, over).items():
         below, written = out.get(key), over.get(key, over.get(names.get(key, key)))
         if isinstance(written, Mapping) and isinstance(below, Mapping):

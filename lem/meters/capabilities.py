@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lem.base.clock import Clock
-from lem.base.measurement import EnergyScope, EnergySource
+from lem.base.codec import encode
+from lem.base.measurement import EnergyScope, EnergySource, Measured, Section, known
 from lem.base.units import NS_PER_S
-from lem.meters.attempt import choose_gpu_method, measured
-from lem.meters.curve import Span, update_period_s
+from lem.meters.attempt import choose_gpu_method, measured, need
+from lem.meters.curve import Span, counter_curve, update_period_s
+from lem.meters.machine import kept_lag_s
 from lem.meters.nvml import NvmlMeter, gpu_uuids
 from lem.meters.rapl import POWERCAP, find_rapl, find_tdp
 from lem.meters.sampler import Complaints, GpuWatch
 from lem.meters.samples import CounterChange, GpuHeader
+from lem.meters.uncertainty import lag_s
 
 # Shorter than a tenth of the shortest update period seen (20 ms).
 _POLL_S = 0.002
+PULSE_S = 1.5  # of work, with rests as long: some updates of a slow counter, once power has settled
+
+_NOT_PROBED: Measured[float] = known(None, "not_probed")
+
+
+# When a GPU worked; its result raises NotMeasured where it could not.
+Pulses = Future[Sequence[Span]]
 
 
 @dataclass(frozen=True)
-class GpuCapability:
+class GpuCapability(Section):
     meter: GpuHeader  # an error in it holds its remedy
-    counter_update_period_s: float | None = None  # of its energy counter; None when it was not probed, or in vain
-    probe_error: str | None = None  # why probing failed
+    counter_update_period_s: float | None = None  # of its energy counter
+    counter_lag_s: float | None = None  # how late that shows energy
 
     @property
     def source(self) -> EnergySource | None:
@@ -39,11 +51,14 @@ class GpuCapability:
         if meter.counter_error is not None:
             stead = " (power is integrated instead, and the record says so)" if meter.power_error is None else ""
             counter = f"{meter.counter_error}{stead}"
-        elif self.counter_update_period_s is not None:
-            # An idle GPU shows no step of power by which the lag could be seen.
-            counter = f"energy counter, updated every {self.counter_update_period_s * 1e3:.0f} ms; results have its lag"
+        elif self.counter_update_period_s is None:
+            why = self.why_none("counter_update_period_s")
+            counter = "energy counter" + ("" if why.code == "not_probed" else f"; {why}")
         else:
-            counter = "energy counter" + ("" if self.probe_error is None else f"; {self.probe_error}")
+            late = f"its lag is not known: {self.why_none('counter_lag_s')}"
+            if self.counter_lag_s is not None:
+                late = f"shows energy {self.counter_lag_s * 1e3:.0f} ms late"
+            counter = f"energy counter, updated every {self.counter_update_period_s * 1e3:.0f} ms; {late}"
         kind = "instantaneous" if meter.power_source == "instant" else "an average, over 1 s on some GPUs"
         lines = [counter, meter.power_error or f"power: {kind}"]
         if meter.power_limit_w is not None:
@@ -72,21 +87,26 @@ class Capabilities:
     gpu_error: str | None = None  # why there is no GPU to measure
 
     def to_dict(self) -> dict[str, Any]:
-        document = dataclasses.asdict(self)
-        gpus = [
-            {**found.pop("meter"), "energy_source": gpu.source, **found}
-            for gpu, found in zip(self.gpus, document["gpus"], strict=True)
-        ]
-        return {"gpus": gpus, "gpu_error": self.gpu_error, "cpu": document["cpu"]}
+        gpus = [{**dataclasses.asdict(gpu.meter), "energy_source": gpu.source, **encode(gpu, "")} for gpu in self.gpus]
+        for gpu in gpus:
+            del gpu["meter"]
+        return {"gpus": gpus, "gpu_error": self.gpu_error, "cpu": dataclasses.asdict(self.cpu)}
 
 
 def find_capabilities(
-    nvml: Any, clock: Clock, *, probe_s: float = 0.0, enough: int = 6, rapl_root: Path = POWERCAP
+    nvml: Any,
+    clock: Clock,
+    *,
+    probe_s: float = 0.0,
+    enough: int = 6,
+    start: Callable[[str], Pulses] | None = None,
+    rapl_root: Path = POWERCAP,
 ) -> Capabilities:
     """What can be measured here.
 
     `nvml` is as from `open_nvml`. Energy counters are polled for `probe_s` to see how often they change (0 for not at
-    all), or until each has changed `enough` times.
+    all), or until each has changed `enough` times. `start` puts pulses of work of `PULSE_S` on a GPU meanwhile, by
+    which the lag of its counter is seen; it raises NotMeasured if it cannot.
     """
     rapl = find_rapl(rapl_root)
     design_w, design_source = find_tdp(None, rapl_root)
@@ -102,32 +122,55 @@ def find_capabilities(
         return Capabilities(cpu, gpu_error=f"NVML is not available: {nvml}")
     uuids = gpu_uuids(nvml)
     meters = [NvmlMeter(nvml, uuid) for uuid in uuids if uuid is not None]
-    found = [GpuCapability(meter.header) for meter in meters]
-    if probe_s > 0:
-        found = _probed(meters, clock, probe_s, enough)
+    found = _probed(meters, clock, probe_s, enough, start) if probe_s > 0 else [_described(it.header) for it in meters]
     text = "the GPU does not answer; dmesg says why (Xid), reset it or reboot"
     lost = GpuHeader(None, "unknown", "unknown", "unknown", counter_error=text, power_error=text)
-    found += [GpuCapability(replace(lost, index=index)) for index, uuid in enumerate(uuids) if uuid is None]
+    found += [_described(replace(lost, index=index)) for index, uuid in enumerate(uuids) if uuid is None]
     gpus = sorted(found, key=lambda gpu: -1 if gpu.meter.index is None else gpu.meter.index)
     return Capabilities(cpu, tuple(gpus), None if gpus else "NVML sees no GPU")
 
 
-def _probed(meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, enough: int) -> list[GpuCapability]:
+def _described(
+    header: GpuHeader, period: Measured[float] = _NOT_PROBED, lag: Measured[float] | None = None
+) -> GpuCapability:
+    """The GPU; without a lag that was sought now, with the one that was kept."""
+    if lag is None:
+        lag = known(kept_lag_s(header.uuid, header.driver), "not_probed")
+    return GpuCapability.of(meter=header, counter_update_period_s=period, counter_lag_s=lag)
+
+
+def _probed(
+    meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, enough: int, start: Callable[[str], Pulses] | None
+) -> list[GpuCapability]:
     watches = [GpuWatch(meter, place, clock, Complaints()) for place, meter in enumerate(meters)]
     changes: list[CounterChange] = []
     opened_ns = clock.monotonic_ns()
     closes_ns = opened_ns + round(probe_s * NS_PER_S)
     wanted = [place for place, meter in enumerate(meters) if meter.has("counter")]
-    while (now_ns := clock.monotonic_ns()) < closes_ns:
-        changes += [row for watch in watches for row in watch.poll() if isinstance(row, CounterChange)]
+    pulses = {place: measured(partial(start, meters[place].header.uuid)) for place in wanted} if start else {}
+
+    def goes_on() -> bool:
         seen = [row.gpu for row in changes]
-        if all(seen.count(place) > enough for place in wanted):
-            break
+        is_short = clock.monotonic_ns() < closes_ns and any(seen.count(place) <= enough for place in wanted)
+        return is_short or any(it.value is not None and not it.value.done() for it in pulses.values())
+
+    while goes_on():
+        changes += [row for watch in watches for row in watch.poll() if isinstance(row, CounterChange)]
         clock.sleep(_POLL_S)
-    span = Span(opened_ns, max(now_ns, opened_ns + 1))
-    found = [GpuCapability(meter.header) for meter in meters]
+    span = Span(opened_ns, max(clock.monotonic_ns(), opened_ns + 1))
+    found = [_described(meter.header, known(None, "counter_absent"), known(None, "counter_absent")) for meter in meters]
     for place in wanted:
         period = measured(partial(update_period_s, changes, place, span))
-        error = f"it changed fewer than three times in {span.seconds:.1f} s" if period.null_reason else None
-        found[place] = GpuCapability(meters[place].header, period.value, error)
+        lag = None if start is None else period
+        if lag is not None and lag.value is not None:
+            lag = measured(partial(_lag_s, changes, place, pulses[place]))
+        found[place] = _described(meters[place].header, period, lag)
     return found
+
+
+def _lag_s(changes: Sequence[CounterChange], place: int, pulses: Measured[Pulses]) -> float:
+    works, curve = need(pulses).result(), counter_curve(changes, place, "the energy counter")
+    rests = (Span(work.opened_ns - round(PULSE_S * NS_PER_S), work.opened_ns) for work in works)
+    found = [measured(partial(lag_s, curve, rest, work, PULSE_S)) for rest, work in zip(rests, works, strict=True)]
+    seen_s = [item.value for item in found if item.value is not None]
+    return statistics.median(seen_s) if seen_s else need(found[-1])

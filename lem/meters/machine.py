@@ -7,13 +7,15 @@ cannot be read is None.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lem.base.variables import GPU_VARIABLE
+from lem.base import durable
+from lem.base.variables import GPU_VARIABLE, cache_folder
 
 _SM = 1  # NVML_CLOCK_SM
 _MOST_LINKS = 18  # NVML_NVLINK_MAX_LINKS
@@ -148,6 +150,30 @@ def _numa_node(find_pci: Callable[[], Any], sys: Path) -> int | None:
     # NVML writes the domain in eight digits, the kernel in four.
     node = _text(sys / "bus/pci/devices" / text.lower()[-len("0000:00:00.0") :] / "numa_node")
     return int(node) if node.isdecimal() else None
+
+
+MOST_LAG_S = 0.5  # of a counter; 50 to 100 ms were seen
+
+
+def keep_lag(uuid: str, driver: str, lag_s: float, environ: Mapping[str, str] = os.environ) -> None:
+    """Keep how late `lem gpus --probe` found a GPU's energy counter, for campaigns on this host; raises OSError."""
+    path = _kept_path(uuid, environ)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durable.write_json(path, {"uuid": uuid, "driver": driver, "counter_lag_s": lag_s})
+
+
+def kept_lag_s(uuid: str, driver: str, environ: Mapping[str, str] = os.environ) -> float | None:
+    """How late the energy counter of a GPU is, if it was probed under this driver."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        kept = durable.read_json(_kept_path(uuid, environ))
+        lag_s = kept.get("counter_lag_s")
+        is_its = (kept.get("uuid"), kept.get("driver")) == (uuid, driver)
+        return lag_s if is_its and isinstance(lag_s, float) and 0 <= lag_s < MOST_LAG_S else None
+    return None
+
+
+def _kept_path(uuid: str, environ: Mapping[str, str]) -> Path:
+    return cache_folder(environ) / "counters" / f"{re.sub('[^A-Za-z0-9._-]', '_', uuid)}.json"
 
 
 def _hz(mhz: int | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -326,7 +326,7 @@ class NvmlMeter:
 
     def _slowdowns(self) -> dict[str, Callable[[], Any]]:
         return {
-            "fields": lambda: sum(self._field(field, EnergyScope.GPU) for field in _SLOWDOWNS) / 1e9,
+            "fields": lambda: sum(self._fields(_SLOWDOWNS, EnergyScope.GPU)) / 1e9,
             "violations": lambda: self._ask("nvmlDeviceGetViolationStatus", _THERMAL_POLICY).violationTime / 1e9,
         }
 
@@ -389,11 +389,15 @@ class NvmlMeter:
         return self._ask(older, *arguments)
 
     def _field(self, field: int, scope: EnergyScope) -> float:
-        (value,) = self._ask("nvmlDeviceGetFieldValues", [(field, _SCOPES[scope])])
-        if value.nvmlReturn != 0:
-            raise _failure(self._nvml, value.nvmlReturn)
-        number: float = getattr(value.value, _VALUE_MEMBERS[value.valueType])
+        (number,) = self._fields((field,), scope)
         return number
+
+    def _fields(self, fields: Sequence[int], scope: EnergyScope) -> list[float]:
+        values = self._ask("nvmlDeviceGetFieldValues", [(field, _SCOPES[scope]) for field in fields])
+        for value in values:
+            if value.nvmlReturn != 0:
+                raise _failure(self._nvml, value.nvmlReturn)
+        return [getattr(value.value, _VALUE_MEMBERS[value.valueType]) for value in values]
 
     def _ask(self, function: str, *arguments: Any) -> Any:
         return self._call(function, self._handle, *arguments)

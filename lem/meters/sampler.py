@@ -19,7 +19,7 @@ from lem.base.clock import Clock
 from lem.base.errors import ExitCode, LemError
 from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.meters import samples
-from lem.meters.machine import read_gpu_settings, read_machine
+from lem.meters.machine import kept_lag_s, read_gpu_settings, read_machine
 from lem.meters.nvml import MeterFailure, NvmlMeter, open_nvml
 from lem.meters.rapl import find_rapl, find_tdp
 from lem.meters.samples import (
@@ -157,6 +157,7 @@ class GpuWatch:
         self._hopeless |= {"power"} if meter.header.power_error is not None else set()
         self._is_lost = not meter.is_known
         self._is_failing = self._is_lost
+        self._reported: set[str] = set()  # whose failure was reported
 
     def poll(self) -> list[Row]:
         """The change of the energy counter, if there was one since the last poll."""
@@ -222,10 +223,11 @@ class GpuWatch:
         """What the meter reads; None if it cannot, with the row about it, if any, added to `rows`."""
         if self._is_lost or what in self._hopeless:
             return None
-        name = samples.gpu_meter(self._place, what)
         try:
             value = self._meter.read(what)
         except MeterFailure as failure:
+            name = samples.gpu_meter(self._place, what)
+            self._reported.add(what)
             if failure.is_lasting:
                 self._hopeless.add(what)
             else:
@@ -233,7 +235,9 @@ class GpuWatch:
                 self._is_lost = failure.is_lost
             rows += self._complaints.of(name, self._clock.monotonic_ns(), str(failure))
             return None
-        self._complaints.withdraw(name)
+        if what in self._reported:
+            self._reported.remove(what)
+            self._complaints.withdraw(samples.gpu_meter(self._place, what))
         return value
 
 
@@ -276,7 +280,11 @@ class _Sampler:
             host=platform.node(),
             interval_ms=options.interval_ms,
             gpus=tuple(
-                replace(meter.header, settings=read_gpu_settings(nvml, meter.header.uuid, roots.sys))
+                replace(
+                    meter.header,
+                    settings=read_gpu_settings(nvml, meter.header.uuid, roots.sys),
+                    counter_lag_s=kept_lag_s(meter.header.uuid, meter.header.driver),
+                )
                 for meter in meters
             ),
             machine=read_machine(roots.proc, roots.sys),

@@ -61,6 +61,7 @@ class GpuHeader:
     # `none`; None in logs that do not tell.
     average_source: str | None = None
     settings: GpuSettings = field(default_factory=GpuSettings)
+    counter_lag_s: float | None = None  # how late its counter is, if `lem gpus --probe` found it
     counts_slowdowns: bool | None = None  # whether `GpuSecond.slowed_s` is read; None in logs that do not tell
     counter_error: str | None = None  # why the energy counter cannot be read
     power_error: str | None = None  # why power cannot be read
@@ -318,8 +319,7 @@ def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[M
     return rows.log(), marks
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+_dump = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # json.dumps makes one for each call
 
 
 class _Rows:
@@ -362,9 +362,8 @@ def _decode_header(document: Any) -> SampleHeader:
     if version not in range(1, SAMPLES_SCHEMA + 1):
         raise ValueError(f"schema_version {version!r:.40}, this lem reads 1 to {SAMPLES_SCHEMA}")
     values = {name: value for name, value in document.items() if name != "schema_version"}
-    # Version 2 has more fields.
-    whole = values if version == SAMPLES_SCHEMA else complete(SampleHeader, values, Reason.of("not_reported"))
-    header = decode(SampleHeader, whole, "header")
+    # Later builds have more fields.
+    header = decode(SampleHeader, complete(SampleHeader, values, Reason.of("not_reported")), "header")
     if not all(-MOST < number < MOST for number in _numbers(values)):
         raise ValueError("a number of the header is out of range")
     if header.interval_ms < 0:

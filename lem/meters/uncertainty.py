@@ -10,6 +10,7 @@ from lem.base.measurement import EnergySource, is_gpu_source
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import AttemptLog, measured, need
 from lem.meters.curve import Curve, NotMeasured, Span
+from lem.meters.machine import MOST_LAG_S
 from lem.record import Idle
 
 # NVML reference, nvmlDeviceGetPowerUsage: to 5 % of the draw, the same on every day for one board.
@@ -20,32 +21,45 @@ _RECTANGLE = math.sqrt(3)  # from half the width of a range to its standard devi
 
 # Power is taken from a stretch beside each edge, without what belongs to the edge itself.
 _BESIDE_S, _BESIDE_UPDATES, _SETTLED_S = 1.5, 6, 0.3
-_MOST_LAG_S = 0.5
 _LAGS_AGREE_S = 0.05
 
 
 def counter_lag_s(attempt: AttemptLog) -> float:
     """How late the slowest counter shows energy, after it was drawn; raises NotMeasured.
 
-    Work begins and ends at known moments. The line of the energy at work meets those at rest later by the lag, and by
-    what power takes to rise and fall. Both edges must agree: load that begins slowly is no lag.
+    From the edges of the window, else as `lem gpus --probe` found it.
     """
     if attempt.sources.gpu_method != EnergySource.COUNTER:
         raise NotMeasured("counter_absent")
+    try:
+        return max(_window_lag_s(attempt, number) for number in range(len(attempt.sources.gpus)))
+    except NotMeasured:
+        probed_s = [attempt.log.header.gpus[place].counter_lag_s for place in attempt.sources.gpus]
+        known_s = [lag_s for lag_s in probed_s if lag_s is not None]
+        if len(known_s) < len(probed_s):
+            raise
+        return max(known_s)
+
+
+def _window_lag_s(attempt: AttemptLog, number: int) -> float:
     guard = attempt.span(names.GUARD_BEFORE)
     if attempt.is_steady_mode or guard is None:
         raise NotMeasured("lag_under_load")
-    numbers = range(len(attempt.sources.gpus))
-    return max(_lag_of(attempt.gpu_curve(number), attempt.window, guard) for number in numbers)
+    curve = attempt.gpu_curve(number)
+    return lag_s(curve, guard, attempt.window, max(_BESIDE_S, _BESIDE_UPDATES * curve.usual_spacing_s))
 
 
-def _lag_of(curve: Curve, window: Span, guard: Span) -> float:
-    settled_ns = round(_SETTLED_S * NS_PER_S)
-    beside_ns = round(max(_BESIDE_S, _BESIDE_UPDATES * curve.usual_spacing_s) * NS_PER_S)
-    opened_ns, closed_ns = window.opened_ns, window.closed_ns
-    resting = curve.whole_inside(guard)
-    begun = curve.whole_inside(Span(opened_ns + settled_ns, opened_ns + beside_ns))
-    ending = curve.whole_inside(Span(closed_ns - beside_ns, closed_ns))
+def lag_s(curve: Curve, rest: Span, work: Span, beside_s: float) -> float:
+    """How late a counter shows energy, by work that begins after a rest, and `beside_s` from its edges at most.
+
+    Work begins and ends at known moments. The line of the energy at work meets those at rest later by the lag, and by
+    what power takes to rise and fall. Both edges must agree, else NotMeasured: load that begins slowly is no lag.
+    """
+    settled_ns, beside_ns = round(_SETTLED_S * NS_PER_S), round(beside_s * NS_PER_S)
+    opened_ns, closed_ns = work.opened_ns, work.closed_ns
+    resting = curve.whole_inside(rest)
+    begun = curve.whole_inside(Span(opened_ns + settled_ns, min(opened_ns + beside_ns, closed_ns)))
+    ending = curve.whole_inside(Span(max(closed_ns - beside_ns, opened_ns + settled_ns), closed_ns))
     after = curve.whole_inside(Span(closed_ns + settled_ns, closed_ns + beside_ns))
     if resting is None or begun is None or ending is None or after is None:
         raise NotMeasured("lag_unseen", what=curve.what)
@@ -58,7 +72,7 @@ def _lag_of(curve: Curve, window: Span, guard: Span) -> float:
             raise NotMeasured("lag_unseen", what=curve.what)
         working_j = _extended_j(curve, at_work.closed_ns, power_w, edge_ns)
         lags_s.append((_extended_j(curve, at_rest.closed_ns, idle_w, edge_ns) - working_j) / (power_w - idle_w))
-    if abs(lags_s[0] - lags_s[1]) > _LAGS_AGREE_S or not -_LAGS_AGREE_S <= min(lags_s) <= max(lags_s) < _MOST_LAG_S:
+    if abs(lags_s[0] - lags_s[1]) > _LAGS_AGREE_S or not -_LAGS_AGREE_S <= min(lags_s) <= max(lags_s) < MOST_LAG_S:
         raise NotMeasured("lag_unseen", what=curve.what)
     return max(0.0, sum(lags_s) / 2)
 

@@ -21,13 +21,13 @@ from lem.base.codec import decode_hint
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
 from lem.base.units import some_of
-from lem.base.variables import MARK_VARIABLE
+from lem.base.variables import MARK_VARIABLE, cache_folder
 from lem.config.campaign_config import slug_of
 from lem.meters.nvml import GpuReading, GpuState
 from lem.orchestration.compose import ComposeProject, Mount, find_compose_files
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.docker import Compose, ContainerError, ContainerState, describe, explain
-from lem.orchestration.packing import cache_folder, provide_pyz
+from lem.orchestration.packing import provide_pyz
 from lem.worker.guardian import new_mark
 
 __all__ = ["ContainerError", "ContainerHealthStatus", "ContainerManager"]

@@ -18,7 +18,7 @@ import lem.base
 from lem.base import durable
 from lem.base.durable import reason_of
 from lem.base.errors import UserError
-from lem.base.variables import CACHE_VARIABLE
+from lem.base.variables import CACHE_VARIABLE, cache_folder
 
 PYZ_NAME = "lem.pyz"
 _OTHER_CACHE = f"set {CACHE_VARIABLE} to another folder"
@@ -30,13 +30,6 @@ _FIRST_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can express
 
 # The modules in the `_vendor` folder of lem.pyz; a lem outside of a zip finds them among the installed ones.
 _VENDORED = ("yaml", "pynvml")
-
-
-def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder for reproducible files: `LEM_CACHE_DIR`, or `lem` in the user's cache folder."""
-    if chosen := environ.get(CACHE_VARIABLE):
-        return Path(chosen).absolute()
-    return Path(environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()).absolute() / "lem"
 
 
 def provide_pyz(environ: Mapping[str, str] = os.environ) -> Path:

@@ -12,8 +12,9 @@ from lem.base.log import WIDTH, bounded_width
 from lem.base.measurement import ENERGY_COUNTED, Distribution
 from lem.base.reasons import alike
 from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
+from lem.config.backends import ENERGY_SCORE_RULES
 from lem.config.experiment import DATASET_ALIASES
-from lem.record import Energy, Record
+from lem.record import Energy, Gpu, Record
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES
 from lem.results.run import ENERGY, SHARED_LOAD, SINGLE_CYCLE, UNACCOUNTED, Configuration, Estimate, Run, estimate_note
@@ -289,11 +290,64 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     if (carbon := _carbon(record)) is not None:
         yield "carbon", carbon
     yield "memory", _measured(record.compute, "peak_memory_b", units.format_bytes)
+    yield "machine", _disclosed(MACHINE_SETTINGS + MACHINE_STATE, record)
+    for gpu in record.gpus:
+        yield "GPU", f"{gpu.name} {gpu.uuid}: {_disclosed(GPU_SETTINGS, gpu)}"
+
+
+# What can change the numbers and is not what was asked for, as found before the experiment: the section of the record,
+# the field, and what it is called.
+MACHINE_SETTINGS = (
+    ("environment", "governor", "governor"),
+    ("machine", "turbo", "turbo"),
+    ("machine", "smt", "SMT"),
+    ("machine", "numa_nodes", "NUMA nodes"),
+)
+MACHINE_STATE = (("machine", "load_1min", "load before"), ("machine", "ambient_temp_c", "ambient temperature"))
+GPU_SETTINGS = (
+    ("gpus", "power_limit_w", "power limit"),
+    ("gpus", "power_limit_default_w", "default power limit"),
+    ("gpus", "sm_clock_max_hz", "highest SM clock"),
+    ("gpus", "sm_clock_app_hz", "application SM clock"),
+    ("gpus", "clocks_set", "clock limit by a setting"),
+    ("gpus", "persistence_mode", "persistence mode"),
+    ("gpus", "ecc_mode", "ECC"),
+    ("gpus", "pcie_gen", "PCIe generation"),
+    ("gpus", "pcie_width", "PCIe lanes"),
+    ("gpus", "pcie_width_max", "PCIe lanes at most"),
+    ("gpus", "nvlinks", "NVLinks"),
+    ("gpus", "numa_node", "NUMA node"),
+)
+
+
+def setting_text(name: str, value: Any) -> str:
+    """A value of these, by the unit in its name."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if name.endswith("_hz"):
+        return f"{value / 1e6:.0f} MHz"
+    return units.format_power(value) if name.endswith("_w") else f"{value:g} °C" if name.endswith("_c") else str(value)
+
+
+def _disclosed(settings: Iterable[tuple[str, str, str]], owner: Record | Gpu) -> str:
+    """`turbo off, SMT on; not known: governor (the kernel exposes none)`."""
+    seen: list[str] = []
+    unknown: dict[str, list[str]] = {}
+    for section, name, label in settings:
+        found = (owner if isinstance(owner, Gpu) else getattr(owner, section)).measured(name)
+        if found.value is None:
+            unknown.setdefault(str(found.null_reason), []).append(label)
+        else:
+            seen.append(f"{label} {setting_text(name, found.value)}")
+    parts = [", ".join(seen)] if seen else []
+    return "; ".join([*parts, *(f"not known: {', '.join(labels)} ({why})" for why, labels in unknown.items())])
 
 
 def _is_of_energy_score(record: Record) -> bool:
-    """Whether its prompts are those of AI Energy Score, whose unit is Wh per 1,000 prompts."""
-    return record.work.prompt_source.get("hub_name") == DATASET_ALIASES["ai_energy_score"].path
+    """Whether it has the prompts or follows the rules of AI Energy Score, whose unit is Wh per 1,000 prompts."""
+    rules, asked = ENERGY_SCORE_RULES, record.requested
+    is_by_rules = all(asked.get(name) == value for name, value in rules.items())
+    return is_by_rules or record.work.prompt_source.get("hub_name") == DATASET_ALIASES["ai_energy_score"].path
 
 
 def _throughput(record: Record) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 
+from lem.base.errors import EngineError
+from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import importing
 from lem.engines.protocol import Engine
@@ -19,3 +22,33 @@ def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
     except BaseException as error:
         free_memory(error)
         raise
+
+
+_PULSES = 3
+_SIZE = 4096  # of matrices whose product takes milliseconds, and power near the limit
+_LAUNCHES = 4
+
+
+def pulse(pulse_s: float) -> Iterator[tuple[int, int]]:
+    """Work on the first GPU some times for `pulse_s`, after a rest of that length each and before a last one.
+
+    Yields when it began and ended, on CLOCK_MONOTONIC in ns; the GPU is idle at both. Raises EngineError: PyTorch is
+    missing, or cannot use the GPU.
+    """
+    try:
+        import torch
+
+        factor = torch.ones(_SIZE, _SIZE, dtype=torch.float16, device="cuda")
+        product = factor @ factor  # libraries are loaded before the first pulse
+        torch.cuda.synchronize()
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:
+        raise EngineError(str(error)) from error
+    for _ in range(_PULSES):
+        time.sleep(pulse_s)
+        opened_ns = time.monotonic_ns()
+        while time.monotonic_ns() < opened_ns + pulse_s * NS_PER_S:
+            for _ in range(_LAUNCHES):
+                torch.mm(factor, factor, out=product)
+            torch.cuda.synchronize()
+        yield opened_ns, time.monotonic_ns()
+    time.sleep(pulse_s)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
 
-from lem.base.measurement import EnergySource, is_estimate
+from lem.base.measurement import EnergySource, Section, is_estimate
 from lem.base.units import format_bytes, format_duration, format_latency, format_power, plural, some_of
 from lem.record import Record
 from lem.results.report import plot
 from lem.results.report.content import Report
 from lem.results.report.plot import Markup, Row, details, join, paragraphs, scroller, table, tag
+from lem.results.table import GPU_SETTINGS, MACHINE_SETTINGS, MACHINE_STATE, setting_text
 
 _VALUES_SHOWN = 6
 
@@ -32,6 +33,7 @@ def environment_section(report: Report) -> Markup:
                 rest = [record for _, members in others for record in members]
                 ranked[_VALUES_SHOWN:] = [(f"{len(others)} other values", rest)]
             differing += [[label, value or "not given", _results_of(them, report)] for value, them in ranked]
+    shared += [[_capital(label), _machine_range(name, report.records)] for _, name, label in MACHINE_STATE]
     same = table("What all results share", ["Property", "Value"], shared)
     parts = [tag("h3", "Same for every result"), scroller("Shared environment", same)]
     if differing:
@@ -48,18 +50,35 @@ def _listed(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def _fact(name: str) -> Callable[[Record], str]:
-    """A field of the environment, or why it is not known."""
+def _capital(label: str) -> str:
+    return label[0].upper() + label[1:]
+
+
+def _fact(name: str, section: str = "environment") -> Callable[[Record], str]:
+    """A field of a section, or of each GPU, or why it is not known; empty without a GPU."""
 
     def read(record: Record) -> str:
-        value: Any = getattr(record.environment, name)
-        if value is None:
-            return f"not known: {record.environment.null_reasons.get(name) or 'no reason given'}"
-        if value == ():
-            return "none seen"
-        return _listed(value) if isinstance(value, tuple) else str(value)
+        owners = record.gpus if section == "gpus" else (getattr(record, section),)
+        return _listed(_known_or_why(owner, name) for owner in owners)
 
     return read
+
+
+def _known_or_why(owner: Section, name: str) -> str:
+    found = owner.measured(name)
+    if found.value is None:
+        return f"not known: {found.null_reason}"
+    if found.value == ():
+        return "none seen"
+    return _listed(found.value) if isinstance(found.value, tuple) else setting_text(name, found.value)
+
+
+def _machine_range(name: str, records: Sequence[Record]) -> str:
+    """From the lowest to the highest value of what is different in every result."""
+    values = [getattr(record.machine, name) for record in records]
+    if all(value is None for value in values):
+        return _listed(_known_or_why(record.machine, name) for record in records)
+    return _range(values, partial(setting_text, name))
 
 
 def _prompts(record: Record) -> str:
@@ -72,18 +91,13 @@ _FACTS: Mapping[str, Callable[[Record], str]] = {
     "Run": lambda record: record.identity.run_id,
     "GPU": lambda record: _listed(gpu.name for gpu in record.gpus),
     "GPU UUID": lambda record: _listed(record.environment.gpu_uuids),
-    "GPU power limit": lambda record: _listed(
-        format_power(gpu.power_limit_w) for gpu in record.gpus if gpu.power_limit_w is not None
-    ),
-    "Persistence mode": lambda record: _listed(
-        "on" if gpu.persistence_mode else "off" for gpu in record.gpus if gpu.persistence_mode is not None
-    ),
+    **{f"GPU {label}": _fact(name, section) for section, name, label in GPU_SETTINGS},
     "VBIOS": _fact("vbios"),
     "Other processes on the GPU": _fact("other_gpu_processes"),
     "Device": _fact("device"),
     "CPU": lambda record: f"{record.environment.cpu}, {plural(record.environment.cpu_count, 'logical processor')}",
     "Memory": lambda record: format_bytes(record.environment.memory_b),
-    "Governor": _fact("governor"),
+    **{_capital(label): _fact(name, section) for section, name, label in MACHINE_SETTINGS},
     "Operating system": lambda record: f"{record.environment.os}, kernel {record.environment.kernel}",
     "Executor": _fact("executor"),
     "Image": _fact("image"),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 
 from lem.base.units import NS_PER_S
+from lem.base.variables import CACHE_VARIABLE
 from lem.meters.curve import Curve, Span, counter_curve
 from lem.meters.sampler import COUNTER_POLL_MS
+from lem.worker.launch import own_command
 from tests.gpu.bench import Bench, Step
 from tests.gpu.finding import Finding
 from tests.gpu.load import Busy
@@ -15,6 +20,7 @@ from tests.gpu.windows import COUNTER
 
 # Around an edge power changes for so long, to the slowest counter's eye; beyond it is level for so long.
 SETTLED_S, LEVEL_S = 0.4, 0.5
+_PROBE_S = 180.0
 
 
 class Edges(Step):
@@ -45,6 +51,19 @@ class Edges(Step):
         yield Finding("bounds on the moment of an update", statistics.median(bounds), "ms", note)
         yield _times("missing after a beginning", [_missing_ms(curve, busy) for busy in found])
         yield _times("left over after an end", [_left_over_ms(curve, busy) for busy in found])
+        bench.close_engine()  # a probe leaves a GPU alone that another program uses
+        yield _probed(bench)
+
+
+def _probed(bench: Bench) -> Finding:
+    command = [*own_command(sys.executable), "gpus", "--probe", "--json"]
+    env = {**bench.environ, CACHE_VARIABLE: str(bench.out / "cache")}
+    finished = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_PROBE_S, check=True)
+    (gpu,) = (gpu for gpu in json.loads(finished.stdout)["energy"]["gpus"] if gpu["uuid"] == bench.uuid)
+    lag_s, name = gpu["counter_lag_s"], "lag of the counter, by lem gpus --probe"
+    if lag_s is None:
+        return Finding(name, None, "ms", gpu["counter_lag_s_null_reason"])
+    return Finding(name, 1e3 * lag_s, "ms", "the median of three pulses of work")
 
 
 def _missing_ms(curve: Curve, busy: Busy) -> float:

@@ -10,7 +10,7 @@ import pytest
 
 from lem.base.errors import ConfigurationError
 from lem.config.campaign_config import CampaignConfig
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import ExperimentConfig, SyntheticPrompts
 from lem.config.kinds import ConfigProblems, dotted
 from lem.config.load import complete_campaign, kind_of, load_campaign, load_campaign_of_files, load_experiment
 from lem.config.yamlfile import FileProblems
@@ -344,6 +344,17 @@ def test_a_campaign_made_in_python_lists_the_same_experiments(folder: Path):
         ("opt", True),
         ("gpt2", False),
     ]
+
+
+@pytest.mark.parametrize("written", ["prompts: {type: file, path: own.txt}", "dataset: gsm8k"])
+def test_own_prompts_replace_those_of_a_preset_or_of_the_file_below(folder: Path, written: str):
+    write(folder, e=f"model: any\n{written}\n", child="_extends: e.yaml\nprompts: {type: synthetic, input_tokens: 8}\n")
+    config = load_experiment("e.yaml", preset="ai-energy-score").config
+    assert (config.dataset is None, config.prompts is None) == (written[0] == "p", written[0] == "d")
+    assert (config.min_output_tokens, config.max_output_tokens) == (10, 10)
+    sets = ["prompts.type=synthetic", "prompts.input_tokens=8"]
+    for config in (load_experiment("child.yaml").config, load_experiment("e.yaml", sets).config):
+        assert (config.dataset, config.prompts) == (None, SyntheticPrompts(input_tokens=8))
 
 
 def test_a_preset_is_below_the_files_of_a_campaign(folder: Path):

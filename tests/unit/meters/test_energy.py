@@ -735,6 +735,15 @@ def test_load_that_begins_slowly_is_not_taken_for_lag() -> None:
     assert found.uncertainty_budget_j["lag"] == pytest.approx(0.1 * (LOAD_W - IDLE_W) / 3**0.5, rel=0.05)
 
 
+def test_a_probed_lag_replaces_the_bound_where_the_window_does_not_show_it() -> None:
+    levels = [level if level.at_s != 15.0 else Level(15.0, LOAD_W, 0.25) for level in LEVELS]
+    attempt = gpu_attempt(levels=levels).with_gpu_header(counter_lag_s=0.06)
+    found = attempt.measured().energy
+    assert found.counter_lag_s == 0.06
+    assert found.uncertainty_budget_j is not None
+    assert found.uncertainty_budget_j["lag"] == pytest.approx(0.06 * (LOAD_W - IDLE_W) / 3**0.5, rel=0.05)
+
+
 def test_the_uncertainty_is_the_root_of_the_squares_of_its_causes() -> None:
     found = gpu_attempt(instant=Sensor(gain=1.1)).measured().energy
     budget_j = found.uncertainty_budget_j

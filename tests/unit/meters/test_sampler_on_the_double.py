@@ -17,13 +17,14 @@ from lem.cli.report import trace_of
 from lem.meters.samples import PartReader, SampleLog
 from lem.worker.launch import own_command
 from tests.doubles.nvml.library import NvmlDouble
-from tests.doubles.nvml.traces import Counter, Events, GpuProcess, GpuTrace, Level, PowerSignal, Ripple, Trace
+from tests.doubles.nvml.traces import Counter, Events, GpuProcess, GpuTrace, Level, Load, PowerSignal, Ripple, Trace
 from tests.processes import wait_for
 
 pytestmark = pytest.mark.needs("gcc")
 
 TIMEOUT_S = 60.0
 COMMAND = own_command(sys.executable)
+TORCH = Path(__file__).parents[2] / "doubles" / "pulsing_torch"
 
 
 @pytest.fixture
@@ -145,6 +146,21 @@ def test_the_gpus_are_listed_with_how_fine_their_counters_are(double: NvmlDouble
     assert "nvidia-smi -pm 1" in text
 
 
+def test_a_probe_finds_how_late_a_counter_is_and_later_samplers_know_it(double: NvmlDouble, tmp_path: Path) -> None:
+    load_log = tmp_path / "load"
+    gpu = GpuTrace(uuid="GPU-x", load=Load(str(load_log), 90.0, 400.0), counter=Counter(period_s=0.05, lag_s=0.1))
+    trace = Trace(time.monotonic_ns(), (gpu,))
+    double.say(*trace.lines())
+    (without,) = json.loads(_gpus(double, "--json", "--probe"))["energy"]["gpus"]
+    assert without["counter_lag_s_null_reason_coded"]["code"] == "no_pulses"
+    assert "No CUDA GPUs are available" in without["counter_lag_s_null_reason"]
+    words = ("--json", "--probe", "--python", sys.executable)
+    (found,) = json.loads(_gpus(double, *words, LEMTEST_LOAD_LOG=str(load_log)))["energy"]["gpus"]
+    assert found["counter_lag_s"] == pytest.approx(0.1, abs=0.01)
+    (listed,) = json.loads(_gpus(double, "--json"))["energy"]["gpus"]
+    assert listed["counter_lag_s"] == found["counter_lag_s"]
+
+
 def test_a_gpu_without_memory_of_its_own_and_one_that_fails_hide_no_other(double: NvmlDouble) -> None:
     unified = GpuTrace(uuid="GPU-unified", more=("fail nvmlDeviceGetMemoryInfo 3",))
     broken, usual = GpuTrace(uuid="GPU-broken", more=("fail * 999",)), GpuTrace(uuid="GPU-usual")
@@ -173,10 +189,11 @@ def test_each_second_limit_mean_and_slowdowns_are_read(double: NvmlDouble) -> No
     assert (log.header.gpus[0].average_source, log.header.gpus[0].counts_slowdowns) == ("field", True)
 
 
-def _gpus(double: NvmlDouble, *words: str) -> str:
+def _gpus(double: NvmlDouble, *words: str, **variables: str) -> str:
     command = [*COMMAND, "gpus", *words]
-    finished = subprocess.run(
-        command, env=double.environ(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
+    folder = str(double.script.parent)
+    usual = {"LEM_LOCK_DIR": folder, "LEM_CACHE_DIR": folder, "PYTHONPATH": str(TORCH)}
+    env = {**double.environ(), **usual, **variables}
+    finished = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert (finished.returncode, finished.stderr) == (0, "")
     return finished.stdout

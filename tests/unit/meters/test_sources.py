@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergySource
 from lem.base.reasons import Reason
 from lem.meters.attempt import choose_sources
-from lem.meters.capabilities import Capabilities, GpuCapability, find_capabilities
+from lem.meters.capabilities import PULSE_S, Capabilities, GpuCapability, find_capabilities
+from lem.meters.curve import NotMeasured, Span
+from lem.meters.machine import keep_lag, kept_lag_s
 from lem.meters.samples import GpuHeader, RaplZone, SampleHeader
+from tests.doubles.nvml.traces import Counter, GpuTrace, Level, PowerSignal, Trace
 from tests.doubles.powercap import Powercap
 from tests.scripted_attempt import config
 from tests.unit.meters.nvml_stand_in import FakeClock, FakeNvml
@@ -157,7 +162,7 @@ def test_a_counter_that_stands_still_is_told_and_not_waited_for_without_end() ->
     first, second = find(nvml, clock, probe_s=3.0).gpus
     assert first.counter_update_period_s == pytest.approx(0.1, rel=0.05)
     assert second.counter_update_period_s is None
-    assert second.describe()[0] == "energy counter; it changed fewer than three times in 3.0 s"
+    assert second.describe()[0] == "energy counter; the counter changed fewer than three times in the window"
     assert clock.now_ns < 3.1 * NS_PER_S
     clock.now_ns = 0
     find(counting(clock, {"GPU-a": 0.02, "GPU-b": 0.1}), clock, probe_s=60.0, enough=10)
@@ -169,8 +174,90 @@ def test_without_a_probe_nobody_waits() -> None:
     before_ns = clock.now_ns
     gpu = only(find(counting(clock, {"GPU-a": 0.1}), clock))
     assert clock.now_ns == before_ns
-    assert (gpu.counter_update_period_s, gpu.probe_error, gpu.source) == (None, None, "nvml_counter")
+    assert (gpu.counter_update_period_s, gpu.source) == (None, "nvml_counter")
     assert gpu.describe() == ("energy counter", "power: instantaneous, limit 700 W")
+
+
+class ScriptedWork(Future[Sequence[Span]]):
+    """A GPU whose counter follows pulses of work, which begin when they are asked for."""
+
+    def __init__(self, counter: Counter, rise_w: float = 300.0, error: NotMeasured | None = None) -> None:
+        super().__init__()
+        self.clock = FakeClock()
+        self.spans: tuple[Span, ...] = ()
+        self._counter, self._rise_w, self._error = counter, rise_w, error
+
+    def start(self, _uuid: str) -> ScriptedWork:
+        if self._error is not None:
+            raise self._error
+        length_ns = round(PULSE_S * NS_PER_S)
+        edges = [self.clock.now_ns + (2 * number + 1) * length_ns + 777_000 for number in range(3)]
+        self.spans = tuple(Span(edge_ns, edge_ns + length_ns) for edge_ns in edges)
+        return self
+
+    def done(self) -> bool:
+        return self.clock.now_ns >= 2 * self.spans[-1].closed_ns - self.spans[-1].opened_ns
+
+    def result(self, timeout: float | None = None) -> tuple[Span, ...]:
+        return self.spans
+
+    def nvml(self) -> FakeNvml:
+        nvml = FakeNvml(fields=INSTANT)
+        nvml.answers[COUNT] = lambda _: self._trace().counter_mj(self.clock.now_ns)
+        return nvml
+
+    def _trace(self) -> Trace:
+        edges = [
+            pair
+            for it in self.spans
+            for pair in ((it.opened_ns, 80.0 + self._rise_w, 0.004), (it.closed_ns, 80.0, 0.004))
+        ]
+        levels = tuple(Level(at_ns / NS_PER_S, power_w, tau_s) for at_ns, power_w, tau_s in ((0, 80.0, 0.0), *edges))
+        return Trace(0, (GpuTrace(signal=PowerSignal(levels=levels), counter=self._counter),))
+
+
+@pytest.mark.parametrize("lag_s", [0.0, 0.05, 0.1])
+@pytest.mark.parametrize("period_s", [0.02, 0.1, 0.5])
+def test_work_with_known_edges_shows_how_late_a_counter_is(lag_s: float, period_s: float) -> None:
+    work = ScriptedWork(Counter(period_s=period_s, jitter_s=0.002, phase_s=0.013, lag_s=lag_s))
+    found = find_capabilities(work.nvml(), work.clock, probe_s=5.0, start=work.start, rapl_root=Path("/nowhere"))
+    assert only(found).counter_lag_s == pytest.approx(lag_s, abs=0.01)
+    (document,) = found.to_dict()["gpus"]
+    assert document["counter_lag_s"] == only(found).counter_lag_s
+    assert f"{1e3 * document['counter_lag_s']:.0f} ms late" in only(found).describe()[0]
+
+
+@pytest.mark.parametrize(
+    ("work", "counter_error", "code"),
+    [
+        (ScriptedWork(Counter(), rise_w=0.0), 0, "lag_unseen"),
+        (ScriptedWork(Counter(period_s=1e9)), 0, "counter_slow"),
+        (ScriptedWork(Counter()), 3, "counter_absent"),
+        (ScriptedWork(Counter(), error=NotMeasured("not_probed")), 0, "not_probed"),
+    ],
+)
+def test_a_lag_that_is_not_seen_is_absent_with_its_reason(work: ScriptedWork, counter_error: int, code: str) -> None:
+    nvml = work.nvml()
+    nvml.failures.update({COUNT: counter_error} if counter_error else {})
+    found = find_capabilities(nvml, work.clock, probe_s=2.0, start=work.start, rapl_root=Path("/nowhere"))
+    assert only(found).counter_lag_s is None
+    (document,) = found.to_dict()["gpus"]
+    assert document["counter_lag_s_null_reason_coded"]["code"] == code
+
+
+def test_a_probed_lag_is_kept_for_its_gpu_and_driver(tmp_path: Path) -> None:
+    environ = {"LEM_CACHE_DIR": str(tmp_path)}
+    keep_lag("GPU-a/../b", "580.1", 0.098, environ)
+    keep_lag("GPU-c", "580.1", 0.02, environ)
+    assert kept_lag_s("GPU-a/../b", "580.1", environ) == 0.098
+    assert kept_lag_s("GPU-c", "580.1", environ) == 0.02
+    assert kept_lag_s("GPU-c", "581.0", environ) is None
+    assert kept_lag_s("GPU-d", "580.1", environ) is None
+    keep_lag("GPU-c", "580.1", 7.0, environ)
+    assert kept_lag_s("GPU-c", "580.1", environ) is None
+    for text in ("{", "[]", '{"uuid": "GPU-c", "driver": "580.1", "counter_lag_s": "0.1"}'):
+        (tmp_path / "counters" / "GPU-c.json").write_text(text, encoding="ascii")
+        assert kept_lag_s("GPU-c", "580.1", environ) is None
 
 
 @pytest.mark.parametrize(
@@ -186,8 +273,7 @@ def test_what_stands_in_for_a_counter_is_named(nvml: FakeNvml, source: str | Non
     gpu = only(find(nvml, probe_s=1.0))
     assert gpu.source == source
     assert words in " ".join(gpu.describe())
-    assert gpu.counter_update_period_s is None
-    assert gpu.probe_error is None
+    assert gpu.why_none("counter_update_period_s").code == "counter_absent"
 
 
 def test_a_module_and_lacking_persistence_are_told() -> None:

@@ -16,7 +16,8 @@ import pytest
 
 from lem import __version__
 from lem.base.errors import UserError
-from lem.orchestration.packing import cache_folder, provide_pyz
+from lem.base.variables import cache_folder
+from lem.orchestration.packing import provide_pyz
 from tests.pythons import find_pythons
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from lem.base.doc import text_width
-from lem.record import Record
+from lem.base.measurement import known
+from lem.base.reasons import Reason
+from lem.config.backends import ENERGY_SCORE_RULES
+from lem.record import Machine, Record
 from lem.results.aggregation import run_document
 from lem.results.run import Run, make_run
 from lem.results.table import render_record, render_run
 from tests.command_rig import on_terminal
 from tests.goldens import assert_golden
-from tests.records import completed, make_record
+from tests.records import completed, make_gpu, make_record
 
 # Deviations of the cycles from their middle, so that the intervals have a width.
 NOISE = (0.0, 0.012, -0.009, 0.004, -0.006)
@@ -196,6 +199,21 @@ def test_prompts_of_ai_energy_score_have_their_energy_in_its_unit() -> None:
     scored = dataclasses.replace(record, work=work)
     assert re.search(r"per 1,000 prompts, Wh.*\n.*small +1 +4\.000 ", render_run(make_run([scored])), re.DOTALL)
     assert "4 Wh per 1,000 prompts" in render_record(scored)
+    ruled = dataclasses.replace(record, requested={**record.requested, **ENERGY_SCORE_RULES})
+    assert "4 Wh per 1,000 prompts" in render_record(ruled)
+
+
+def test_settings_of_the_machine_and_its_gpus_are_disclosed_or_absent_with_their_reason() -> None:
+    unseen = Reason.of("no_ambient_sensor")
+    machine = Machine.of(turbo=False, smt=True, numa_nodes=2, load_1min=0.31, ambient_temp_c=known(None, unseen))
+    gpu = dataclasses.replace(make_gpu(), power_limit_w=600.0, sm_clock_app_hz=1.98e9, ecc_mode=True, null_reasons={})
+    record = dataclasses.replace(make_record(), machine=machine, gpus=(gpu,))
+    lines = render_record(record, width=2000).splitlines()
+    (shown,) = (line for line in lines if line.startswith("machine"))
+    assert "turbo off, SMT on, NUMA nodes 2, load before 0.31; not known: governor (not told by this kernel)" in shown
+    assert f"ambient temperature ({unseen})" in shown
+    (shown,) = (line for line in lines if line.startswith("GPU"))
+    assert "H200 GPU-1: power limit 600 W, application SM clock 1980 MHz, ECC on; not known: default power" in shown
 
 
 def test_goodput_is_shown_where_it_was_measured() -> None:

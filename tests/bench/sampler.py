@@ -1,0 +1,143 @@
+"""What a sampler and the heartbeats of a worker cost, beside the first build's.
+
+    python -m tests.bench.sampler [PAIRS] [SECONDS]
+
+Pairs of runs in the order ABBA, on the NVML double: CPU time by the kernel's own account (/proc/PID/schedstat), over a
+stretch in which nothing begins or ends. The sampler reads one GPU every 100 ms; the one of this build also watches an
+engine of 16 threads. Heartbeats are those of a campaign whose engine sleeps: host and supervisor, without the sampler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from lem.base.process import below, list_processes
+from tests.bench.host import campaign_text, in_turn
+from tests.doubles.nvml.library import NvmlDouble
+from tests.doubles.nvml.traces import Counter, GpuTrace, Level, PowerSignal, Trace
+from tests.equivalence.builds import BUILD, OLD_COMMIT, ROOT, Build, build_of, old_build
+
+PAIRS, SECONDS = 4.0, 20.0
+UUID = "GPU-11111111-2222-3333-4444-555555555555"
+_NEW_OPTION = "    measurement.max_wait_pct: [null]\n"  # unknown to the first build
+_ENGINE = "import threading, time\nfor _ in range(15): threading.Thread(target=time.sleep, args=(600,)).start()\n"
+_SETTLED_S = 3.0
+_READY_S = 60.0
+
+
+def cpu_s(pids: Sequence[int]) -> float:
+    """CPU time of all threads of these processes so far."""
+    total_ns = 0
+    for pid in pids:
+        for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            total_ns += int(path.read_text(encoding="ascii").split()[0])
+    return total_ns / 1e9
+
+
+def sampler_cost(build: Build, folder: Path, environ: dict[str, str], seconds: float, engine: int | None) -> float:
+    """The share of a CPU that a sampler takes."""
+    output = folder / "samples.part"
+    output.unlink(missing_ok=True)
+    command = [sys.executable, str(build.zip), "worker", "--sampler", "--output", str(output), "--gpu", UUID]
+    with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE) as sampler:
+        _wait_for(lambda: output.exists() and output.stat().st_size > 0)
+        if engine is not None and sampler.stdin is not None:
+            sampler.stdin.write(f"watch {engine}\n".encode())
+            sampler.stdin.flush()
+        share = _share_of_cpu(lambda: [sampler.pid], seconds)
+    if sampler.returncode:
+        raise RuntimeError(f"the sampler of {build.zip} ended with {sampler.returncode}")
+    return share
+
+
+def heartbeat_cost(build: Build, folder: Path, environ: dict[str, str], seconds: float) -> float:
+    """The share of a CPU that a campaign takes while its engine sleeps."""
+    text = campaign_text(1).replace(_NEW_OPTION, "" if build == old_build() else _NEW_OPTION)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        (Path(place) / "bench.yaml").write_text(text, "utf-8")
+        (Path(place) / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
+        script = json.dumps({"token_s": seconds})
+        env = {**environ, "PYTHONPATH": str(build.tree / "tests" / "doubles"), "LEMTEST_ENGINE_SCRIPT": script}
+        words = ["campaign", "bench.yaml", "--executor", "local", "--fresh", "--yes", "--json"]
+        command = [sys.executable, str(build.zip), *words]
+        with subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as host:
+            for line in host.stdout or ():
+                event = json.loads(line)
+                if event["event"] == "phase" and event.get("phase") == "window":
+                    break
+            share = _share_of_cpu(lambda: list(_without_sampler(host.pid)), seconds)
+            host.terminate()
+            host.communicate()
+    return share
+
+
+def _without_sampler(host: int) -> Iterator[int]:
+    for pid in [host, *below(host, list_processes())]:
+        if b"--sampler" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            yield pid
+
+
+def _share_of_cpu(pids: Callable[[], list[int]], seconds: float) -> float:
+    time.sleep(_SETTLED_S)
+    found, begun_s = pids(), time.monotonic()
+    before_s = cpu_s(found)
+    time.sleep(seconds)
+    return (cpu_s(found) - before_s) / (time.monotonic() - begun_s)
+
+
+def _wait_for(is_so: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + _READY_S
+    while not is_so():
+        if time.monotonic() > until_s:
+            raise TimeoutError
+        time.sleep(0.02)
+
+
+def main() -> int:
+    """0; the ratios are for a person to judge."""
+    numbers = [float(word) for word in sys.argv[1:]]
+    pairs, seconds = (*numbers, *(PAIRS, SECONDS)[len(numbers) :])
+    then, now = old_build(), build_of(ROOT, BUILD / "now" / "lem.pyz")
+    with tempfile.TemporaryDirectory() as text, subprocess.Popen([sys.executable, "-c", _ENGINE]) as engine:
+        folder = Path(text)
+        double = NvmlDouble(folder / "nvml")
+        signal = PowerSignal(levels=(Level(0.0, 300.0),))
+        double.say(*Trace(1, (GpuTrace(uuid=UUID, signal=signal, counter=Counter(period_s=0.1)),)).lines())
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("LEM")}
+        environ |= {**double.variables(), "LEM_LOCK_DIR": text, "LEM_CACHE_DIR": text}
+        costs: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
+            "sampler": (
+                lambda: sampler_cost(now, folder, environ, seconds, engine.pid),
+                lambda: sampler_cost(then, folder, environ, seconds, None),
+            ),
+            "heartbeats": (
+                lambda: heartbeat_cost(now, folder, environ, seconds),
+                lambda: heartbeat_cost(then, folder, environ, seconds),
+            ),
+        }
+        try:
+            for name, (ours, theirs) in costs.items():
+                shares = list(in_turn(ours, theirs, round(pairs)))
+                ratio = statistics.geometric_mean(mine / other for mine, other in shares)
+                mine = statistics.fmean(share for share, _ in shares)
+                other = statistics.fmean(share for _, share in shares)
+                print(
+                    f"{name}: {mine:.3%} of one CPU, {OLD_COMMIT[:7]} {other:.3%}; ratio {ratio:.3f} "
+                    f"({', '.join(f'{one / two:.3f}' for one, two in shares)})",
+                    flush=True,
+                )
+        finally:
+            engine.kill()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
