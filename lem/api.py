@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,7 +20,7 @@ from lem.orchestration.plan import Plan, plan_campaign
 from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import StopRequest
 from lem.orchestration.status import Event
-from lem.results.run import Run, read_run
+from lem.results.run import NO_RATES, Run, read_run
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,22 @@ def load(path: str | PathLike[str]) -> Campaign:
     return Campaign(load_campaign(Path(path)))
 
 
-def read(results_dir: str | PathLike[str], campaign: str, run: str | None = None) -> Run:
+def read(
+    results_dir: str | PathLike[str], campaign: str, run: str | None = None, *, rates: Mapping[str, float] = NO_RATES
+) -> Run:
     """The results of a run of a campaign.
 
     Args:
         campaign: its name.
         run: the ID of the run or the beginning of it; by default the last run.
+        rates: `grid_g_per_kwh`, `pue` and `price_per_kwh`, by which emissions and cost are computed; by default those
+            of the campaign.
 
     Raises:
         LemError: no such campaign or run, or more than one.
     """
     slug = slug_of(campaign)
-    found = resolve_run(Path(results_dir), slug, run).read()
+    found = resolve_run(Path(results_dir), slug, run).read(rates=rates)
     owners = {record.identity.campaign_name for record in found.records}
     if owners and campaign not in (slug, *owners):  # as `a b` where the results are those of `a-b`
         raise UserError(f"no campaign {campaign!r}: {found.folder} belongs to campaign {min(owners)!r}")

@@ -12,6 +12,7 @@ from lem.base import durable
 from lem.base.codec import DecodeError, complete, decode, encode, shown
 from lem.base.measurement import SLOWDOWN_MASK, Distribution, Measured, Section, known, parts_of_source
 from lem.base.reasons import Reason
+from lem.base.units import JOULES_PER_WATT_HOUR
 from lem.identities import violations
 
 # The files of an attempt, beside its sample log (lem/meters/samples.py).
@@ -26,6 +27,7 @@ ResultKey = tuple[str, str, str, int, int]
 """What no two results share: run, host, experiment, cycle, attempt."""
 
 _NOT_RECORDED = Reason.of("not_recorded")
+_J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,27 @@ class Carbon(Section):
     cost: float | None = None
 
 
+RATES = ("grid_g_per_kwh", "pue", "price_per_kwh")
+
+
+def carbon_of(energy_j: Measured[float], rates: Any) -> Carbon:
+    """Emissions and cost of the window's energy, by the `RATES` of an experiment's `measurement` or another `Carbon`.
+
+    co2e_g = kWh × PUE × g/kWh, and the cost likewise. Without a PUE there is neither: 1 would be a claim about the
+    user's site.
+    """
+    given = {name: known(getattr(rates, name), "option_not_given", option=f"measurement.{name}") for name in RATES}
+    pue = known(rates.pue, "pue_not_given")
+
+    def at(rate: Measured[float]) -> Measured[float]:
+        for item in (energy_j, pue, rate):
+            if item.value is None:
+                return Measured(None, item.null_reason)
+        return Measured((energy_j.value or 0.0) / _J_PER_KWH * (pue.value or 0.0) * (rate.value or 0.0))
+
+    return Carbon.of(**given, co2e_g=at(given["grid_g_per_kwh"]), cost=at(given["price_per_kwh"]))
+
+
 @dataclass(frozen=True)
 class Environment(Section):
     """Everything about host, engine and model that can change the numbers."""
@@ -333,6 +356,10 @@ class Record:
         record = object.__new__(cls)
         record.__dict__["_load"] = load
         return record
+
+    def with_sections(self, **others: Any) -> Record:
+        """The record with other sections in place of its own, which are still loaded when they are asked for."""
+        return Record.lazily(lambda name: others[name] if name in others else getattr(self, name))
 
     if not TYPE_CHECKING:  # else every misspelt name would have a value
 

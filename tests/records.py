@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +12,7 @@ from lem.base.codec import recognise
 from lem.base.measurement import PROMPTS_NEEDED, Distribution, EnergySource, is_gpu_source
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig, MeasurementConfig
-from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
+from lem.meters.energy import EnergyFindings, efficiency_of
 from lem.meters.requestlog import RequestLog
 from lem.meters.work import describe_work
 from lem.orchestration.grid import experiment_id
@@ -31,6 +32,7 @@ from lem.record import (
     Validity,
     Window,
     Work,
+    carbon_of,
 )
 from lem.worker.prompts import Prompt, fingerprint
 
@@ -70,7 +72,7 @@ class Described:
     """What a fixture record says of its attempt; everything else in it follows, or is the same in all."""
 
     config_name: str = "small"
-    config_hash: str = CONFIG_HASH
+    config_hash: str = ""  # by default follows from the name
     model: str = "/srv/models/tiny-llama"
     cycle: int = 0  # from 0
     order: int | None = None  # by default the cycle
@@ -93,6 +95,9 @@ class Described:
 def make_record(**fields: Any) -> Record:
     """A record of one attempt on a CPU, by default without an energy meter; `fields` are those of `Described`."""
     given = Described(**fields)
+    if not given.config_hash:
+        digest = CONFIG_HASH if given.config_name == "small" else hashlib.sha256(given.config_name.encode()).hexdigest()
+        given = dataclasses.replace(given, config_hash=digest[: len(CONFIG_HASH)])
     load_id = f"{given.run_id}-{given.config_hash}-{given.cycle}-{given.attempt}"
     rate = given.output_tok_per_s
     output_tok = 0 if rate == 0 else _OUTPUT_TOK

@@ -36,6 +36,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     selection.add_repeated(parser, "--gate", "METRIC=PERCENT%", "judge whether the metric changed by more than this")
     parser.add_argument("--strict", action="store_true", help="exit with 4 if a gate is inconclusive")
     selection.add_budget(parser)
+    selection.add_rates(parser)
     selection.add_results_dir(parser, "-o")
     form = parser.add_mutually_exclusive_group()
     selection.add_json(form)
@@ -73,7 +74,7 @@ class _Target(NamedTuple):
 def _compare(args: argparse.Namespace, asked: Mapping[str, Any]) -> Comparison:
     targets = _targets(args.results_dir, args.targets)
     runs = list(dict.fromkeys(target.where for target in targets))
-    found = [_read(item) for item in runs]
+    found = [_read(item, selection.rates_of(args)) for item in runs]
     if len(runs) == 1:
         if args.anchor or args.anchor_tolerance != _DEFAULT_TOLERANCE:
             raise UserError("--anchor requires two runs", "omit it: within one run, cycles are the pairs")
@@ -137,8 +138,8 @@ def _run_with(runs: Sequence[selection.SelectedRun], names: Sequence[str], resul
     raise UserError(f"{listed} are configurations of {campaigns}", "name the campaign first: lem compare CAMPAIGN A B")
 
 
-def _read(item: selection.SelectedRun) -> Run:
-    found = item.read()
+def _read(item: selection.SelectedRun, rates: Mapping[str, float]) -> Run:
+    found = item.read(rates=rates)
     if not found.records:
         raise UserError(f"run {item.run_id} of {item.campaign}: no complete result", f"see `lem check {item.run_id}`")
     return found
@@ -161,7 +162,7 @@ def _sides(
 
 def _subject(found: Run, wanted: str) -> Configuration:
     """The configuration of that name, or the only one whose name or hash starts with it."""
-    known = found.with_results
+    known = (*found.with_results, *found.removed)
     same = [item for item in known if item.name == wanted]
     matching = same or [item for item in known if item.name.startswith(wanted) or item.config_hash.startswith(wanted)]
     if len(matching) == 1:

@@ -17,7 +17,7 @@ from lem.base.units import format_duration, parse_percentage, plural, some_of
 from lem.cli.selection import add_json, add_repeated, checked, damaged, list_problems, problem_documents
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
-from lem.orchestration.fleet import check_same, costs_of, make_fleet_plan, parse_shard, part_of_plan, replan
+from lem.orchestration.fleet import costs_of, make_fleet_plan, matching, parse_shard, part_of_plan, replan
 from lem.orchestration.plan import Plan
 from lem.orchestration.resume import new_run_id
 from lem.results import merge
@@ -49,7 +49,7 @@ def store_plan(
         made = make_fleet_plan(plan, hosts, run_id, is_replicated=args.replicate, measured_by_config=measured_by_config)
     else:
         stored = merge.read_plan(args.plan)
-        check_same(plan, stored)
+        plan = matching(plan, stored)
         scan = repository.scan(stored.run_id)
         identities = [item.record.identity for item in scan.results]
         present = {(identity.host, identity.experiment_id) for identity in identities}

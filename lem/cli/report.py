@@ -31,6 +31,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run) or a run")
     text = f"the file to write, - for stdout (default: {_FILENAME} in the campaign's folder)"
     parser.add_argument("--output", "-o", metavar="FILE", help=text)
+    selection.add_rates(parser)
     selection.add_results_dir(parser)
     selection.add_json(parser, "print the path and size as a JSON document")
     parser.set_defaults(run=run)
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     if args.json and args.output == "-":
         raise UserError("--json and --output - both write to stdout", "Write the page to a file: --output FILE.")
     chosen = selection.resolve_run(args.results_dir, args.campaign)
-    results = chosen.read()
+    results = chosen.read(rates=selection.rates_of(args))
     text = make_report(results)
     selection.list_problems(err, selection.damaged(results.problems), lead="left out: ", rest="the page lists them")
     if args.output == "-":

@@ -31,6 +31,7 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     named = "a run, RUN/EXPERIMENT, an experiment, or a campaign (its last run)"
     showing.add_argument("id", metavar="ID", help=named)
     selection.add_budget(showing)
+    selection.add_rates(showing)
     showing.set_defaults(run=_show)
     again = actions.add_parser("recompute", help="recompute every figure from the samples and requests")
     again.add_argument("id", metavar="ID", help="as for show; exit code 1 if a figure differs or a result is damaged")
@@ -44,6 +45,7 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     exporting.add_argument("--attempts", choices=("used", "all"), default="used", help=text)
     text = "only these columns; markdown shows a selection by default"
     exporting.add_argument("--columns", metavar="A,B,…", help=text)
+    selection.add_rates(exporting)
     selection.add_results_dir(exporting)
     exporting.set_defaults(run=_export)
     for action in (listing, showing, again):
@@ -76,9 +78,9 @@ def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     item, exp_id = selection.resolve_experiment(args.results_dir, args.id)
     if exp_id is not None:
-        _show_experiment(args, item.scan(args.state_dir), exp_id, out, err)
+        _show_experiment(args, item.scan(args.state_dir, rates=selection.rates_of(args)), exp_id, out, err)
         return
-    found = item.read(args.state_dir)
+    found = item.read(args.state_dir, rates=selection.rates_of(args))
     if args.json:
         write_json(out, {**run_document(found), "problems": selection.problem_documents(found.problems)})
     else:
@@ -93,7 +95,7 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     found: dict[Path, StoredResult] = {}
     problems: dict[Path, Problem] = {}
     for item, exp_id in wanted:
-        scan = item.scan()
+        scan = item.scan(rates=selection.rates_of(args))
         found |= {it.path: it for it in scan.results if exp_id in (None, it.record.identity.experiment_id)}
         problems |= {it.path: it for it in scan.problems if exp_id in (None, it.exp_id)}
     text = _table_of(args, found.values())

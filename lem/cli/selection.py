@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -16,9 +17,13 @@ from lem.base.clock import utc_now
 from lem.base.doc import printable
 from lem.base.errors import UserError, did_you_mean
 from lem.base.units import some_of
+from lem.config.experiment import MeasurementConfig
+from lem.config.option import declared
+from lem.config.scalars import resolve_plain
 from lem.orchestration.journal import find_fact
 from lem.orchestration.status import CampaignStatus, Viewpoint, digests_of, find_manifest, read_status, remainder_of
-from lem.results.run import Run, read_run
+from lem.record import RATES
+from lem.results.run import NO_RATES, Run, read_run
 from lem.results.store import Digests, Problem, Repository, Scan, describe_future, folder_names, in_order
 
 _logger = logging.getLogger(__name__)
@@ -48,6 +53,25 @@ def add_budget(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--budget", action="store_true", help=text)
 
 
+def add_rates(parser: argparse._ActionsContainer) -> None:
+    """Options for the rates by which emissions and cost are computed, in place of those of the campaign."""
+    for name in RATES:
+        text = declared(MeasurementConfig)[name].description.rstrip(".")
+        text = f"{text[0].lower()}{text[1:]} (default: measurement.{name} of the campaign)"
+        kind = functools.partial(checked, functools.partial(_rate, name))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="NUMBER", help=text)
+
+
+def _rate(name: str, text: str) -> float:
+    found: float = getattr(MeasurementConfig.from_dict({name: resolve_plain(text)}), name)
+    return found
+
+
+def rates_of(args: argparse.Namespace) -> dict[str, float]:
+    """The rates that were given."""
+    return {name: value for name in RATES if (value := getattr(args, name)) is not None}
+
+
 def add_repeated(parser: argparse._ActionsContainer, name: str, metavar: str, text: str, kind: Any = str) -> None:
     parser.add_argument(name, action="append", default=[], type=kind, metavar=metavar, help=f"{text}; may be repeated")
 
@@ -68,15 +92,19 @@ class SelectedRun:
     campaign: str
     run_id: str
 
-    def scan(self, state_dir: Path = STATE_DIR) -> Scan:
-        """The results that are as the manifest of this run recorded them, if it is there."""
-        return Repository(self.results_dir, self.campaign).scan(self.run_id, digests=_digests(self._status(state_dir)))
+    def scan(self, state_dir: Path = STATE_DIR, *, rates: Mapping[str, float] | None = None) -> Scan:
+        """The results that are as the manifest of this run recorded them, if it is there; `rates` as there."""
+        digests = _digests(self._status(state_dir))
+        return Repository(self.results_dir, self.campaign).scan(self.run_id, digests=digests, rates=rates)
 
-    def read(self, state_dir: Path = STATE_DIR, *, is_checked: bool = False) -> Run:
+    def read(
+        self, state_dir: Path = STATE_DIR, *, is_checked: bool = False, rates: Mapping[str, float] = NO_RATES
+    ) -> Run:
         """The results, as for `scan`, and what is left to measure by that manifest."""
         status = self._status(state_dir)
         digests = _digests(status)
-        run = read_run(self.results_dir, self.campaign, self.run_id, is_checked=is_checked, digests=digests)
+        place = self.results_dir, self.campaign, self.run_id
+        run = read_run(*place, is_checked=is_checked, digests=digests, rates=rates)
         if status is None:
             return run
         rest = remainder_of(status, {record.identity.experiment_id for record in run.records})

@@ -199,6 +199,7 @@ def _entry_document(entry: CampaignManifestEntry) -> dict[str, Any]:
     return {
         "exp_id": entry.exp_id,
         "config_name": entry.config_name,
+        "config_hash": entry.config_hash,
         "cycle": entry.cycle_index + 1,
         "status": entry.status,
         "is_invalid": is_invalid(entry),

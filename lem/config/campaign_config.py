@@ -205,7 +205,9 @@ class CampaignExecutionConfig(Section):
         INTERLEAVED, "Order: interleaved ABC ABC; shuffled within each cycle; grouped AAA BBB.", choices=STRUCTURES
     )
     warmup_prompts: int = option(5, "Default of an experiment's warmup.min_prompts.", min=0, max=200, unit="prompts")
-    warmup_timeout_seconds: float = option(30.0, "Default of an experiment's warmup.timeout_seconds.", min=0, unit="s")
+    warmup_timeout_seconds: float = option(
+        30.0, "Default of an experiment's warmup.timeout_seconds.", min=0, unit="s", is_dropped=True
+    )
     config_gap_seconds: float = option(
         60.0,
         "Longest wait between experiments; ends when the device is idle again.",
@@ -214,9 +216,15 @@ class CampaignExecutionConfig(Section):
         unit="s",
     )
     cycle_gap_seconds: float = option(300.0, "Longest wait between cycles.", min=0, max=units.LONGEST_S, unit="s")
-    load_timeout_seconds: float = option(1800.0, "Time limit for loading an engine.", above=0, unit="s")
-    experiment_timeout_seconds: float = option(3600.0, "Time limit for an experiment after loading.", above=0, unit="s")
-    silence_timeout_seconds: float = option(600.0, "Time limit without any sign of progress.", above=0, unit="s")
+    load_timeout_seconds: float = option(
+        1800.0, "Time limit for loading an engine.", above=0, unit="s", is_dropped=True
+    )
+    experiment_timeout_seconds: float = option(
+        3600.0, "Time limit for an experiment after loading.", above=0, unit="s", is_dropped=True
+    )
+    silence_timeout_seconds: float = option(
+        600.0, "Time limit without any sign of progress.", above=0, unit="s", is_dropped=True
+    )
     reuse: str = option(
         "cycle",
         "How long an engine stays loaded. cycle: cycles are independent; campaign: faster, but without intervals over "

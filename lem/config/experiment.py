@@ -186,7 +186,7 @@ class WarmupConfig(Section):
         50, "Prompts at most, unless window_size steps need more.", min=1, max=200, unit="prompts"
     )
     window_size: int = option(5, "Latencies to compare.", min=3, max=20, unit="prompts")
-    timeout_seconds: float = option(30.0, "Time at most; 0 sets no limit.", min=0, unit="s")
+    timeout_seconds: float = option(30.0, "Time at most; 0 sets no limit.", min=0, unit="s", is_dropped=True)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class BaselineConfig(Section):
     enabled: bool = option(True, "Measure power at rest.")
     required: bool = option(False, "Refuse to measure without it.")
     duration_sec: float = option(30.0, "Length of the measurement.", min=0.5, max=120, unit="s")
-    cache_ttl_sec: float = option(3600.0, "Time for which a baseline is reused.", min=0, unit="s")
+    cache_ttl_sec: float = option(3600.0, "Time for which a baseline is reused.", min=0, unit="s", is_dropped=True)
     sample_interval_ms: int = option(100, "Time between samples.", min=20, max=1000, unit="ms")
 
 
@@ -239,9 +239,11 @@ class MeasurementConfig(Section):
     external_unit: str | None = option(
         None, "Unit of its power; null: as its first line says.", choices=("W", "kW", "mW"), identity=False
     )
-    grid_g_per_kwh: float | None = option(None, "Carbon intensity of the grid.", min=0, unit="g/kWh")
-    pue: float | None = option(None, "Power usage effectiveness of the site.", min=1, max=10)
-    price_per_kwh: float | None = option(None, "Price of energy, in any currency.", min=0, unit="1/kWh")
+    grid_g_per_kwh: float | None = option(None, "Carbon intensity of the grid.", min=0, unit="g/kWh", is_dropped=True)
+    pue: float | None = option(None, "Power usage effectiveness of the site.", min=1, max=10, is_dropped=True)
+    price_per_kwh: float | None = option(
+        None, "Price of energy, in any currency.", min=0, unit="1/kWh", is_dropped=True
+    )
 
 
 @dataclass(frozen=True)
@@ -383,10 +385,10 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
             return self.config_name
         return f"{self.model.name.rstrip('/').rpartition('/')[2] or self.model.name}-{self.backend}"
 
-    def make_identity(self) -> dict[str, Any]:
+    def make_identity(self, *, is_first: bool) -> dict[str, Any]:
         """What can change a measured number, the chosen backend's section filled in, as plain JSON values."""
-        out = {name: value for name, value in super().make_identity().items() if name not in BACKENDS}
-        out[self.backend] = self.section.identity()
+        out = {name: value for name, value in super().make_identity(is_first=is_first).items() if name not in BACKENDS}
+        out[self.backend] = self.section.identity(is_first=is_first)
         return out
 
     def engine_key(self) -> str:

@@ -191,6 +191,9 @@ class Option:
     reload: bool = UNSET  # a change needs another engine load; UNSET takes `Section.reloads`
     identity: bool = True  # it can change a measured number
     is_added: bool = False  # since the first build, whose hashes do not know it: at its default it changes none
+    is_dropped: bool = (
+        False  # no part of the identity since the first build, whose hashes hold it: all hold its default
+    )
     secret: bool = False  # never shown or logged
     is_width: bool = False  # it bounds how many requests are computed together
     check: Callable[[str], str | None] | None = None  # what is wrong with a text, or None

@@ -115,19 +115,24 @@ class Section:
         options = declared(type(self))
         return {name: value for name, value in self.to_dict().items() if value != options[name].default}
 
-    def identity(self) -> Mapping[str, Any]:
+    def identity(self, *, is_first: bool = False) -> Mapping[str, Any]:
         """The options that can change a measured number, as plain JSON values that must not be changed.
 
-        Computed once: thousands of experiments of a grid share the sections that are not among its axes.
+        With `is_first`, those that the first build counted among them. Computed once: thousands of experiments of a
+        grid share the sections that are not among its axes.
         """
-        known: Mapping[str, Any] | None = self.__dict__.get("_identity")
-        return self.__dict__.setdefault("_identity", self.make_identity()) if known is None else known
+        cache = "_first_identity" if is_first else "_identity"
+        known: Mapping[str, Any] | None = self.__dict__.get(cache)
+        return self.__dict__.setdefault(cache, self.make_identity(is_first=is_first)) if known is None else known
 
-    def make_identity(self) -> dict[str, Any]:
+    def make_identity(self, *, is_first: bool) -> dict[str, Any]:
         """As `identity`, computed every time."""
         found = {name: (self.__dict__[name], option) for name, option in declared(type(self)).items()}
         return {
-            name: plain(value, is_identity=True)
+            name: plain(
+                option.default if option.is_dropped and not is_first else value,
+                lambda section: section.identity(is_first=is_first),
+            )
             for name, (value, option) in found.items()
             if option.identity and not (option.is_added and value == option.default)
         }
@@ -151,14 +156,14 @@ class Section:
         yield from ()
 
 
-def plain(value: Any, *, is_identity: bool = False) -> Any:
-    """The value of an option as JSON has it, or the part of it that can change a measured number."""
+def plain(value: Any, of_section: Callable[[Section], Mapping[str, Any]] = Section.to_dict) -> Any:
+    """The value of an option as JSON has it, with what `of_section` takes of each section in it."""
     if isinstance(value, Section):
-        return value.identity() if is_identity else value.to_dict()
+        return of_section(value)
     if isinstance(value, dict):
-        return {key: plain(item, is_identity=is_identity) for key, item in value.items()}
+        return {key: plain(item, of_section) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, is_identity=is_identity) for item in value]
+        return [plain(item, of_section) for item in value]
     return str(value) if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""The energy, idle, efficiency and carbon sections of a record, from the sample log."""
+"""The energy, idle and efficiency sections of a record, from the sample log."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 from lem.base import measurement as names
 from lem.base.measurement import EnergySource, Measured, is_cpu_source, is_estimate, known, parts_of_source
 from lem.base.reasons import Reason
-from lem.base.units import JOULES_PER_WATT_HOUR
-from lem.config.experiment import MeasurementConfig
 from lem.meters import window
 from lem.meters.attempt import AttemptLog, measured, need
 from lem.meters.curve import NotMeasured, Span, update_period_s
@@ -27,12 +25,10 @@ from lem.meters.interference import (
 from lem.meters.machine import MachineFacts
 from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.uncertainty import budget_j, counter_lag_s, net_budget_j, net_energy_j
-from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Interference, Machine, Work
+from lem.record import Efficiency, Energy, Gpu, Idle, Interference, Machine, Work
 
 # Corrections of an external meter's clock and averaging above these limits are reported.
 _CLOCK_NOTED_S, _MEAN_NOTED_S = 0.5, 1.5
-
-_J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
 
 
 @dataclass(frozen=True)
@@ -305,27 +301,3 @@ def efficiency_of(energy_j: Measured[float], work: Work) -> Efficiency:
         ),
         output_tok_per_j=known(work.output_tok / total_j if total_j else None, "zero_energy"),
     )
-
-
-def carbon_of(energy_j: Measured[float], measurement: MeasurementConfig) -> Carbon:
-    """Emissions and cost of the window's energy, from what the user says of grid, site and price alone.
-
-    co2e_g = kWh × PUE × g/kWh, and the cost likewise. Without a PUE there is neither: 1 would be a claim about the
-    user's site.
-    """
-    given = {
-        name: known(getattr(measurement, name), "option_not_given", option=f"measurement.{name}")
-        for name in ("grid_g_per_kwh", "pue", "price_per_kwh")
-    }
-    return Carbon.of(
-        **given,
-        co2e_g=measured(lambda: _site_kwh(given["pue"], energy_j) * need(given["grid_g_per_kwh"])),
-        cost=measured(lambda: _site_kwh(given["pue"], energy_j) * need(given["price_per_kwh"])),
-    )
-
-
-def _site_kwh(pue: Measured[float], energy_j: Measured[float]) -> float:
-    total_j = need(energy_j)
-    if pue.value is None:
-        raise NotMeasured("pue_not_given")
-    return total_j / _J_PER_KWH * float(pue.value)

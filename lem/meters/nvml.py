@@ -112,6 +112,17 @@ def read_gpus() -> GpuReading:
     return GpuReading(tuple(gpus), driver, error)
 
 
+def power_limits_w() -> dict[str, float]:
+    """The power limit that is set for each GPU, by UUID; what boosts on its own (Dynamic Boost) does not move it."""
+    found: dict[str, float] = {}
+    with open_nvml() as nvml:
+        for uuid in () if isinstance(nvml, str) else filter(None, gpu_uuids(nvml)):
+            with contextlib.suppress(nvml.NVMLError, AttributeError):  # an older pynvml has fewer functions
+                limit_mw = nvml.nvmlDeviceGetPowerManagementLimit(nvml.nvmlDeviceGetHandleByUUID(uuid))
+                found |= {uuid: limit_mw / 1e3} if limit_mw else {}
+    return found
+
+
 def _state(nvml: Any, index: int) -> GpuState:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory = _memory_of(nvml, handle)

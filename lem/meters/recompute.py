@@ -12,18 +12,18 @@ from lem.base import measurement as names
 from lem.base.measurement import EnergySource, Measured, Section
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import AttemptLog, Baselines, choose_sources, span_of, without_still_counters
-from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
+from lem.meters.energy import EnergyFindings, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.requestlog import RequestLog
 from lem.meters.samples import Mark, SampleLog
 from lem.meters.work import WorkFindings, describe_work
-from lem.record import Record, Work
+from lem.record import RATES, Record, Work, carbon_of
 
 # The same sums over the same rows differ by rounding at most.
 _TOLERANCE = 1e-9
 
 # What the user or the hardware says: no figure.
-_NOT_COMPUTED = ("null_reasons", "name", "grid_g_per_kwh", "pue", "price_per_kwh")
+_NOT_COMPUTED = ("null_reasons", "name", *RATES)
 
 # Left out of the comparison if the CSV is gone.
 _FROM_CSV = ("energy.external_energy_j",)

@@ -25,6 +25,7 @@ from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.session import Context, Session
 from lem.orchestration.status import ActivityWriter
 from lem.orchestration.systemd import find_secrets
+from lem.results.configurations import write_listing
 from lem.results.run import StoppingRule, write_stopping_rule
 from lem.results.store import describe_future
 from lem.worker.supervisor import missing_distributions
@@ -159,6 +160,7 @@ class CampaignRunner(Context):
             missed = f"Nothing to resume: no manifest at {manager.manifest_path}"
             manifest, notes = self._new_manifest(plan), [missed] if self.options.resume else []
         else:
+            plan = plan.with_hashes(resume.stored_hashes(known, plan, self.repository))
             manifest, plan = known, plan.with_cycles(resume.added_cycles(known))
             notes = resume.update_manifest(known, plan, self._new_entries(plan.experiments), self.repository)
         secrets = find_secrets(os.environ)  # one that cannot be used is an error before anything is written
@@ -169,6 +171,7 @@ class CampaignRunner(Context):
                 write_configs(plan.configurations)
                 aside = manager.set_aside() if known is None else None
                 manager.save(manifest)
+                write_listing(self.repository.folder / str(manifest.run_id), plan.listing)
             if aside is not None:
                 notes = [*notes, f"The earlier manifest is now {aside}"]
             who = (self._state_folder, str(manifest.run_id), self._holder())

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from lem.base.errors import UserError
 from lem.config.experiment import ExperimentConfig
+from lem.orchestration.grid import campaign_config_hash
 from lem.orchestration.plan import Experiment, Plan
 from lem.results.merge import REPLICATE, SHARD, FleetPlan, HostPart, PlannedExperiment
 
@@ -132,19 +133,24 @@ def part_of_plan(plan: Plan, index: int, count: int, stored: FleetPlan | None = 
         part = divide(costs_of(plan.configurations, {}), count)[1][index - 1]
         chosen = {item.exp_id for item in plan.experiments if item.config_hash in part}
     else:
-        check_same(plan, stored)
+        plan = matching(plan, stored)
         if count != len(stored.hosts):
             raise UserError(f"the stored plan is for {len(stored.hosts)} hosts, not for {count}")
         chosen = set(stored.part(index).exp_ids)
     return dataclasses.replace(plan, experiments=tuple(item for item in plan.experiments if item.exp_id in chosen))
 
 
-def check_same(plan: Plan, stored: FleetPlan) -> None:
-    """Raise UserError unless the stored plan is of this campaign."""
-    if stored.config_hash != plan.config_hash:
-        hashes = f"{stored.config_hash}, here {plan.config_hash}"
+def matching(plan: Plan, stored: FleetPlan) -> Plan:
+    """The plan with the hashes of the stored plan; a UserError unless that is of this campaign."""
+    if stored.config_hash == plan.config_hash:
+        return plan
+    first = plan.as_first_hashed()
+    hashes = [item.config_hash for item in first.given]
+    if stored.config_hash != campaign_config_hash(plan.campaign, hashes, is_first=True):
+        found = f"{stored.config_hash}, here {plan.config_hash}"
         hint = "use the campaign file, the files that it names and the options that the plan was made with"
-        raise UserError(f"the stored plan is of another version of the campaign ({hashes})", hint)
+        raise UserError(f"the stored plan is of another version of the campaign ({found})", hint)
+    return first
 
 
 def costs_of(configurations: Sequence[Experiment], measured: Mapping[str, float]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from lem.config.kinds import ConfigProblems, Expanded, Items, Option, Problem, d
 from lem.config.option import canonical, declared, find_option, put
 from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
-from lem.results.store import run_time
+from lem.results.store import ID_HASH_LENGTH, run_time
 from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate, resolve_on_host
 
 __all__ = ["GridExpansionResult", "GridValidationIssue", "expand_campaign_grid", "validate_campaign_grid"]
@@ -352,7 +352,6 @@ def _clean(text: str) -> str:
 
 
 CONFIG_HASH_LENGTH = 16
-_ID_HASH_LENGTH = 12
 
 # The parts of an identity that name the source of prompts. The fingerprint of the prompts replaces them: a file of
 # prompts is known by its content, not by its path, and the bundled set by what it holds.
@@ -386,15 +385,18 @@ def generator_version() -> str:
     return digest.hexdigest()[:CONFIG_HASH_LENGTH]
 
 
-def config_hash(config: ExperimentConfig, prompts: Mapping[str, Any]) -> str:
-    """16 hex digits over everything that can change an experiment's numbers, with its `prompts_fingerprint`."""
-    settings = {key: value for key, value in config.identity().items() if key not in _PROMPT_KEYS}
+def config_hash(config: ExperimentConfig, prompts: Mapping[str, Any], *, is_first: bool = False) -> str:
+    """16 hex digits over everything that can change an experiment's numbers, with its `prompts_fingerprint`.
+
+    With `is_first`, as the first build computed it.
+    """
+    settings = {key: value for key, value in config.identity(is_first=is_first).items() if key not in _PROMPT_KEYS}
     return _digest({"config": settings, "prompts": prompts})
 
 
 def experiment_id(configuration_hash: str, cycle_index: int) -> str:
     """The name of one configuration in one cycle: `3f2a…-c1` for cycle 0."""
-    return f"{configuration_hash[:_ID_HASH_LENGTH]}-c{cycle_index + 1}"
+    return f"{configuration_hash[:ID_HASH_LENGTH]}-c{cycle_index + 1}"
 
 
 def make_run_id(now: datetime, rng: random.Random, existing: Iterable[str] = ()) -> str:
@@ -409,9 +411,13 @@ def make_run_id(now: datetime, rng: random.Random, existing: Iterable[str] = ())
     return f"{utc_stamp(now)}-{rng.getrandbits(16):04x}"
 
 
-def campaign_config_hash(campaign: CampaignConfig, config_hashes: Sequence[str]) -> str:
-    """16 hex digits over what a campaign measures and how: its configurations in order, execution and cold start."""
-    sections = {"execution": campaign.execution.to_dict(), "cold_start": campaign.cold_start.to_dict()}
+def campaign_config_hash(campaign: CampaignConfig, config_hashes: Sequence[str], *, is_first: bool = False) -> str:
+    """16 hex digits over what a campaign measures and how: its configurations in order, execution and cold start.
+
+    With `is_first`, as the first build computed it.
+    """
+    execution = campaign.execution.identity(is_first=is_first)
+    sections = {"execution": execution, "cold_start": campaign.cold_start.to_dict()}
     return _digest({**sections, "experiments": list(config_hashes)})
 
 

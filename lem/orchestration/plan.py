@@ -24,6 +24,8 @@ from lem.config.yamlfile import FileProblems
 from lem.meters.nvml import find_gpus
 from lem.orchestration import grid
 from lem.orchestration.grid import GridValidationIssue, experiment_id
+from lem.record import RATES
+from lem.results.configurations import ListedConfiguration
 
 GapKind = Literal["configuration", "cycle"]
 
@@ -40,6 +42,7 @@ class Experiment:
     cycle_index: int  # from 0
     order_index: int  # its place in the plan, from 0
     is_generated: bool = False  # from a grid or written in the campaign, so without a file of its own
+    prompts: Mapping[str, Any] = field(default_factory=dict)  # their `prompts_fingerprint`
 
     @property
     def backend(self) -> str:
@@ -110,6 +113,22 @@ class Plan:
     def config_hash(self) -> str:
         return grid.campaign_config_hash(self.campaign, [item.config_hash for item in self.given])
 
+    def as_first_hashed(self) -> Plan:
+        """The plan with the hashes of the first build."""
+        return self.with_hashes(
+            {item.config_hash: grid.config_hash(item.config, item.prompts, is_first=True) for item in self.given}
+        )
+
+    def with_hashes(self, others: Mapping[str, str]) -> Plan:
+        """The plan with other hashes for its configurations, by those that it has."""
+
+        def renamed(item: Experiment) -> Experiment:
+            digest = others.get(item.config_hash, item.config_hash)
+            return replace(item, config_hash=digest, exp_id=experiment_id(digest, item.cycle_index))
+
+        given, experiments = (tuple(map(renamed, items)) for items in (self.given, self.experiments))
+        return replace(self, given=given, experiments=experiments)
+
     @property
     def shuffle_seed(self) -> int | None:
         """The seed of the order; None where nothing is shuffled."""
@@ -119,6 +138,18 @@ class Plan:
     def configurations(self) -> tuple[Experiment, ...]:
         """One experiment for each configuration, in the order they first run."""
         return tuple({item.config_hash: item for item in reversed(self.experiments)}.values())[::-1]
+
+    @property
+    def listing(self) -> tuple[ListedConfiguration, ...]:
+        """The configurations in the order given, for the folder of the run."""
+        return tuple(
+            ListedConfiguration(
+                item.config_hash,
+                item.config_name,
+                {name: rate for name in RATES if (rate := getattr(item.config.measurement, name)) is not None},
+            )
+            for item in self.given
+        )
 
     @property
     def summary(self) -> str:
@@ -289,9 +320,18 @@ def _identify(
             same = Reason.of("repeated_experiment", name=found[digest].config_name)
             repeated.append(GridValidationIssue.of(item.name, same, severity="warning"))
             continue
-        exp_id, engine_key = experiment_id(digest, 0), config.engine_key()
         found[digest] = Experiment(
-            exp_id, item.name, config, item.config_dict, item.path, digest, engine_key, 0, 0, item.is_generated
+            exp_id=experiment_id(digest, 0),
+            config_name=item.name,
+            config=config,
+            config_dict=item.config_dict,
+            config_path=item.path,
+            config_hash=digest,
+            engine_key=config.engine_key(),
+            cycle_index=0,
+            order_index=0,
+            is_generated=item.is_generated,
+            prompts=prompts[key],
         )
     return tuple(found.values()), repeated
 

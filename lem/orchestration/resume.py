@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lem.base.clock import utc_text
-from lem.base.durable import GROUPED, sha256_of
+from lem.base.durable import GROUPED, read_sealed, sha256_of
 from lem.base.errors import UserError
 from lem.base.units import some_of
 from lem.config.campaign_config import CampaignConfig
-from lem.orchestration.grid import make_run_id
+from lem.config.experiment import ExperimentConfig
+from lem.orchestration.grid import config_hash, make_run_id, prompts_fingerprint
 from lem.orchestration.journal import find_fact
 from lem.orchestration.manifest import (
     COMPLETED,
@@ -32,10 +33,11 @@ from lem.orchestration.manifest import (
     ManifestManager,
 )
 from lem.orchestration.plan import Plan
-from lem.record import Record
+from lem.record import CONFIG_FILE, Record
 from lem.results.aggregation import measure_precision
 from lem.results.run import LEAST_CYCLES, MOST_CYCLES, StoppingRule, Target
 from lem.results.store import Repository, folder_names
+from lem.worker.prompts import resolve_on_host
 
 _logger = logging.getLogger(__name__)
 
@@ -147,6 +149,26 @@ def update_manifest(
     for entry in manifest.get_by_status(FAILED):
         entry.status = PENDING  # its turn comes again; until then it counts as neither
     return notes
+
+
+def stored_hashes(manifest: CampaignManifest, plan: Plan, repository: Repository) -> dict[str, str]:
+    """The hashes that the manifest has for configurations of the plan, where those of today are others.
+
+    They are those of the first build, which counted more options. What they stand for is hashed again, from the
+    `config.json` beside each result; one that cannot be read is measured again.
+    """
+    planned, run_folder = {item.config_hash for item in plan.given}, repository.folder / str(manifest.run_id)
+    found: dict[str, str] = {}
+    for entry in manifest.experiments:
+        if entry.config_hash in planned or entry.config_hash in found.values():
+            continue
+        for path in run_folder.glob(f"{entry.exp_id}/attempt-*/{CONFIG_FILE}"):
+            with contextlib.suppress(OSError, ValueError):
+                config = ExperimentConfig.from_dict(read_sealed(path).get("resolved", {}))
+                digest = config_hash(config, prompts_fingerprint(config, resolve_on_host(config, path.parent)))
+                if digest in planned:
+                    found.setdefault(digest, entry.config_hash)
+    return found
 
 
 def resume_text(manifest: CampaignManifest) -> str:

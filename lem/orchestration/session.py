@@ -20,7 +20,7 @@ from lem.base.durable import reason_of
 from lem.base.errors import DISK_FULL, EngineError, InfrastructureError, Interrupted, UserError
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome, Timeouts
-from lem.orchestration.grid import config_hash, prompts_fingerprint
+from lem.orchestration.grid import prompts_fingerprint
 from lem.orchestration.host_meters import GapOutcome, HostMeters, keep_gap
 from lem.orchestration.manifest import (
     CLOCK_STEP_NOTE,
@@ -394,8 +394,7 @@ def _write_prompts(experiment: Experiment, folder: AttemptFolder) -> None:
     resolved = resolve_on_host(experiment.config)
     if resolved is None:
         return
-    fingerprint = prompts_fingerprint(experiment.config, resolved)
-    if config_hash(experiment.config, fingerprint) != experiment.config_hash:
+    if prompts_fingerprint(experiment.config, resolved) != experiment.prompts:
         hint = "do not change prompts while a campaign runs; --resume plans it again with the new ones"
         path = resolved.source.get("path")
         raise UserError(f"the prompts have changed since the campaign was planned: {path}", hint)

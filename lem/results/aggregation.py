@@ -78,10 +78,12 @@ def configuration_document(configuration: Configuration) -> dict[str, Any]:
     """The configuration as JSON values, metrics in their groups: `["throughput"]["output_tok_per_s"]`."""
     document: dict[str, Any] = {
         "config_name": configuration.name,
+        "config_hash": configuration.config_hash,
         "n_cycles": configuration.n_cycles,
         "n_results": len(configuration.records),
         "n_invalid": configuration.n_invalid,
         "n_failed": configuration.n_failed,
+        "is_removed": configuration.is_removed,
         "invalid_reasons": {reason.text: count for reason, count in configuration.invalid_reasons.items()},
         "warnings": {reason.text: count for reason, count in configuration.warnings.items()},
         "energy_sources": list(configuration.energy_sources),

@@ -16,9 +16,10 @@ from lem.base.measurement import (
 from lem.base.reasons import Reason, alike
 from lem.base.units import percent, plural, some_of
 from lem.record import Record
+from lem.results.comparability import LENGTH_TOLERANCE, environment_changes, find_obstacles
 from lem.results.compare import exclusion_reason, find_effect
 from lem.results.findings import INTERFERENCE, NO_EFFECT, NO_RESUME, NOTES, SAME_WORK, WEAK, Finding
-from lem.results.metrics import LENGTH_TOLERANCE, Metric, find_obstacles
+from lem.results.metrics import Metric
 from lem.results.run import ENERGY, MOST_CYCLES, SHARED_LOAD, THROUGHPUT, UNACCOUNTED, Configuration, Run
 from lem.results.stats import Drift, cycles_to_settle, trend_of
 
@@ -132,6 +133,12 @@ def _throttling(run: Run) -> Found:
         yield _finding("throttled", what, _names(slowed))
 
 
+def _removed(run: Run) -> Found:
+    if run.removed:
+        names = [item.name for item in run.removed]
+        yield _finding("removed", Reason.of("removed", names=some_of(names, _DAMAGE_SHOWN)), names)
+
+
 def _work(run: Run) -> Found:
     """Whether all did the same work: those with the same limit of tokens made as many."""
     measured = [item for item in run.with_results if item.used]
@@ -163,6 +170,17 @@ def _obstacles(run: Run) -> Found:
                 seen.setdefault(obstacle.reason, []).append(other.name)
     for reason, names in seen.items():
         yield _finding("not_comparable", Reason.of("not_comparable", name=first.name, why=reason), names)
+
+
+def _environment(run: Run) -> Found:
+    """Whether all cycles of a configuration were measured in one environment."""
+    changed: dict[str, list[str]] = {}
+    for item in run.with_results:
+        parts = environment_changes(item.used)
+        if parts or len({record.environment.fingerprint for record in item.used}) > 1:
+            changed.setdefault("; ".join(parts) or "versions, image or GPUs", []).append(item.name)
+    for what, names in changed.items():
+        yield _finding("environment_changed", Reason.of("environment_changed", what=what), names)
 
 
 def _warnings(run: Run) -> Found:
@@ -363,11 +381,7 @@ _CHECKS: tuple[_OneCheck, ...] = (
     _of_configurations("shared_loads", lambda it: it.is_load_shared, lambda _: _SHARED),
     _work,
     _obstacles,
-    _of_configurations(
-        "environment_changed",
-        lambda item: len({record.environment.fingerprint for record in item.used}) > 1,
-        lambda _: Reason.of("environment_changed"),
-    ),
+    _environment,
     _warnings,
     _drift,
     _order,
@@ -379,4 +393,5 @@ _CHECKS: tuple[_OneCheck, ...] = (
     _wide_intervals,
     _pairs,
     _stopping,
+    _removed,
 )

@@ -18,7 +18,8 @@ from lem.base.measurement import Measured
 from lem.base.reasons import Reason, alike
 from lem.base.units import some_of
 from lem.record import Record
-from lem.results.metrics import METRICS, Metric, Obstacle, blocking_reason, cycle_values, find_obstacles
+from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
+from lem.results.metrics import METRICS, Metric, cycle_values
 from lem.results.run import NO_INTERVAL, Configuration, Run, make_run
 from lem.results.stats import (
     Effect,
@@ -311,7 +312,7 @@ def _row(
 def _pair_across(sides: _Sides, anchors: _Sides | None, metrics: Sequence[Metric], tolerance: float) -> Pair:
     before, after = sides
     others = anchors if anchors != sides else None
-    obstacles = find_obstacles(before.used, after.used, is_anchored=others is not None)
+    obstacles = find_obstacles(before.used, after.used, others and (others[0].used, others[1].used))
     rows = []
     for metric in metrics:
         raw = _raw(metric, before, after)

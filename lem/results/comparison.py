@@ -112,12 +112,21 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
             {
                 "baseline": _configuration_document(pair.baseline),
                 "other": _configuration_document(pair.other),
-                "obstacles": [{"text": item.reason.text, "is_blocking": item.is_blocking} for item in pair.obstacles],
+                "obstacles": [
+                    {
+                        "code": item.reason.code,
+                        "text": item.reason.text,
+                        "is_blocking": item.is_blocking,
+                        "is_confounder": item.is_confounder,
+                    }
+                    for item in pair.obstacles
+                ],
                 "metrics": {row.metric.name: row_document(row) for row in pair.rows},
             }
             for pair in comparison.pairs
         ],
         "missing": list(comparison.missing),
+        "removed": [item.name for run in comparison.runs for item in run.removed],
     }
 
 
@@ -159,15 +168,16 @@ class _Content:
         return self._of_one(*rows[0]) if len(self._pairs) == 1 else self._of_many(self._lead, rows)
 
     def obstacles(self) -> Iterable[str]:
-        """What is not comparable."""
-        for is_blocking, lead in ((True, "not comparable"), (False, "different, but shared with the anchor")):
-            found: dict[Reason, list[str]] = {}
-            for pair in self._pairs:
-                for obstacle in pair.obstacles:
-                    if obstacle.is_blocking == is_blocking:
-                        found.setdefault(obstacle.reason, []).append(pair.other.name)
-            for reason, names in found.items():
-                yield f"{lead}{self._whom(names)}: {reason}"
+        """What is not comparable, and what a difference may be due to."""
+        besides = "confounded" if self._anchor is None else "different"
+        leads = ("not comparable", besides, "different, but shared with the anchor")
+        found: dict[tuple[str, Reason], list[str]] = {}
+        for pair in self._pairs:
+            for item in pair.obstacles:
+                lead = leads[0 if item.is_blocking else 1 if item.is_confounder else 2]
+                found.setdefault((lead, item.reason), []).append(pair.other.name)
+        for (lead, reason), names in sorted(found.items(), key=lambda entry: leads.index(entry[0][0])):
+            yield f"{lead}{self._whom(names)}: {reason}"
 
     def reasons(self) -> Iterable[str]:
         """Why there is no verdict, or no interval; each reason once, unless obstacles or headline name it."""
@@ -247,6 +257,9 @@ class _Content:
             if run.stopping is not None:
                 of = f" in {self._run_label(run)}" if len(comparison.runs) > 1 else ""
                 yield f"Cycles were added{of} {run.stopping.describe()}: {UNACCOUNTED}."
+        compared = {item.name for pair in self._pairs for item in (pair.baseline, pair.other)}
+        if removed := [it.name for run in comparison.runs for it in run.removed if it.name not in compared]:
+            yield f"Removed from the campaign, so not compared: {some_of(removed, NAMES_SHOWN)}."
         yield from comparison.missing
 
     def _of_one(self, pair: Pair, row: Row) -> str:
@@ -254,14 +267,19 @@ class _Content:
         if row.p_adjusted is not None and not row.is_found:
             baseline, other = self._labels(pair)
             names = f"{row.metric.lower_label} between {other} and {baseline}"
-            return f"No difference in {names} was found: {''.join(_in_words(row))}{over}."
-        answer = f"{self._answer(pair, row)}{over}"
+            return f"No difference in {names} was found: {''.join(_in_words(row))}{over}{self._confounded(pair)}."
+        answer = f"{self._answer(pair, row)}{over}{self._confounded(pair)}"
         return f"{answer}; no verdict: {row.reason}." if row.p_adjusted is None else f"{answer}."
 
     def _answer(self, pair: Pair, row: Row) -> str:
         baseline, other = self._labels(pair)
         times, within = _in_words(row)
         return f"{other} {row.metric.relation.format(times)} {baseline}{within}"
+
+    def _confounded(self, pair: Pair) -> str:
+        """What else a difference within a run may be due to."""
+        found = [item.reason.text for item in pair.obstacles if item.is_confounder and self._anchor is None]
+        return f"; confounded by {', '.join(found)}" if found else ""
 
     def _of_many(self, metric: Metric, rows: Sequence[tuple[Pair, Row]]) -> str:
         sides = {side: [(pair, row) for pair, row in rows if _side(row) == side] for side in _SIDES}
@@ -277,7 +295,7 @@ class _Content:
             return f"None of {judged} configurations was found to differ from {against} in {metric.lower_label}{left}."
         pair, row = best(sides[side], key=lambda item: _goodness(item[1]))
         counts = ", ".join(f"{len(found)} {words}" for words, found in sides.items() if found)
-        return f"{self._answer(pair, row)}; of {len(rows)} configurations {counts}."
+        return f"{self._answer(pair, row)}{self._confounded(pair)}; of {len(rows)} configurations {counts}."
 
     def _metric_table(self, metric: Metric) -> Table:
         rows = self._comparison.rows(metric)

@@ -77,6 +77,7 @@ NOTES: Mapping[str, str] = {
     "warning": "",
     "same_order": "use structure: shuffled, so that lem check can measure the effect of the order",
     "indistinguishable": f"{MOST_CYCLES} cycles would not separate them: treat them as equal",
+    "removed": "nothing, unless they are to be compared: name them in lem compare, or add them to the campaign again",
     "stopping": "for a verdict that depends on the third digit, measure again with a fixed number of cycles",
 }
 

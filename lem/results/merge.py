@@ -16,6 +16,7 @@ from lem.base.errors import UserError
 from lem.base.units import ABSENT, plural
 from lem.record import RESULT_FILE, Record, ResultKey, read_record
 from lem.results import store
+from lem.results.configurations import read_listing, write_listing
 from lem.results.metrics import Metric
 from lem.results.run import ENERGY, THROUGHPUT, read_stopping_rule, write_stopping_rule
 from lem.results.store import Problem, Repository, StoredResult
@@ -267,10 +268,17 @@ def write_merged(gathered: Gathered, output: Path) -> int:
                 path = target / RESULT_FILE
                 # Not the record of `item`, whose configuration may have got the name of its host.
                 repository.record_result(identity.run_id, StoredResult(path, read_record(path), item.sha256))
-        for run_folder in dict.fromkeys(item.path.parents[2] for item in gathered.results):
+        run_folders = dict.fromkeys(item.path.parents[2] for item in gathered.results)
+        for run_folder in run_folders:
             rule = read_stopping_rule(run_folder)
-            if rule is not None and read_stopping_rule(folder / run_folder.name) != rule:
-                write_stopping_rule(folder / run_folder.name, rule)
+            merged = folder / run_folder.name
+            if rule is not None and read_stopping_rule(merged) != rule:
+                write_stopping_rule(merged, rule)
+        for run_id in dict.fromkeys(run_folder.name for run_folder in run_folders):
+            listings = [read_listing(item) for item in run_folders if item.name == run_id]
+            if None not in listings:  # else what the others have would look removed
+                everything = {digest: item for listing in listings if listing for digest, item in listing.items()}
+                write_listing(folder / run_id, [*everything.values()])
     except OSError as error:
         raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error, "--output")) from error
     repository.scan()  # which completes the index

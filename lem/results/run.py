@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lem.base import durable
@@ -22,6 +23,7 @@ from lem.base.units import percent
 from lem.record import Record, ResultKey
 from lem.results import metrics
 from lem.results.bootstrap import BootstrapResult, LogTInterval, bootstrap_ci, log_t_interval
+from lem.results.configurations import Listing, group_of, read_listing
 from lem.results.export import cell_text, make_table
 from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric
 from lem.results.stats import CONFIDENCE
@@ -52,6 +54,7 @@ _STOPPING_SCHEMA_VERSION = 1
 # By the part of the identity that results under one name should have in common.
 _MIXTURES = {"config_hash": "mixed_configurations", "host": "mixed_hosts", "run_id": "mixed_runs"}
 
+NO_RATES: Mapping[str, float] = MappingProxyType({})
 
 _logger = logging.getLogger(__name__)
 
@@ -162,6 +165,7 @@ class Configuration:
     records: tuple[Record, ...] = ()  # every whole result, valid or not, of all attempts, in the order of execution
     n_failed: int = 0  # experiments without a result
     confidence: float = CONFIDENCE  # of every interval
+    is_removed: bool = False  # the campaign has it no more: it is shown, and compared only by name
 
     @property
     def config_hash(self) -> str:
@@ -298,6 +302,7 @@ class Run:
     problems: tuple[Problem, ...] = ()  # attempts without a usable result
     stopping: StoppingRule | None = None  # the rule by which cycles were added; None where their number was fixed
     folder: Path | None = None  # where it is: <results_dir>/<campaign>/<run>
+    listing: Listing | None = None  # the configurations that the campaign has now; None where unknown
     paths: Mapping[ResultKey, Path] = field(default_factory=dict)  # of each result
 
     @property
@@ -310,18 +315,28 @@ class Run:
 
     @cached_property
     def configurations(self) -> tuple[Configuration, ...]:
-        """In the order in which they ran first, those without any result last."""
-        # By name: a configuration that several hosts ran has a name for each host.
-        groups: dict[str, list[Record]] = {}
+        """In the order in which they ran first; then those without any result, then those that were removed."""
+        groups: dict[tuple[str, str], list[Record]] = {}
         for record in metrics.distinct(_in_order(self.records)):
-            groups.setdefault(record.identity.config_name, []).append(record)
-        found = [Configuration(name, tuple(members), self.failed.get(name, 0)) for name, members in groups.items()]
-        return (*found, *(Configuration(name, (), n) for name, n in self.failed.items() if name not in groups))
+            groups.setdefault(group_of(record.identity), []).append(record)
+        found = []
+        for (digest, _), members in groups.items():
+            name = max(reversed(members), key=lambda record: record.identity.start_utc).identity.config_name
+            is_removed = self.listing is not None and digest not in self.listing
+            found.append(Configuration(name, tuple(members), self.failed.get(name, 0), is_removed=is_removed))
+        known = {item.name for item in found}
+        found += [Configuration(name, (), n) for name, n in self.failed.items() if name not in known]
+        return tuple(sorted(found, key=lambda item: item.is_removed))
 
     @property
     def with_results(self) -> tuple[Configuration, ...]:
-        """The configurations with a whole result, valid or not."""
-        return tuple(item for item in self.configurations if item.records)
+        """The configurations with a whole result, valid or not, that were not removed from the campaign."""
+        return tuple(item for item in self.configurations if item.records and not item.is_removed)
+
+    @property
+    def removed(self) -> tuple[Configuration, ...]:
+        """The configurations with results that were removed from the campaign."""
+        return tuple(item for item in self.configurations if item.is_removed)
 
     @cached_property
     def shared(self) -> Mapping[str, str]:
@@ -335,12 +350,12 @@ class Run:
     @property
     def primary_metric(self) -> Metric:
         """Energy per output token if every configuration with a valid result measured it, else the throughput."""
-        valid = [item for item in self.configurations if item.n_cycles]
+        valid = [item for item in self.with_results if item.n_cycles]
         return ENERGY if valid and all(item.estimate(ENERGY).values for item in valid) else THROUGHPUT
 
     def find(self, name: str) -> Configuration | None:
         """The configuration of that name, with results."""
-        return next((item for item in self.with_results if item.name == name), None)
+        return next((item for item in self.configurations if item.records and item.name == name), None)
 
     def rows(self) -> list[dict[str, Any]]:
         """A flat dict per experiment, ready for `pandas.DataFrame`: the columns and texts of `lem results export`."""
@@ -373,22 +388,30 @@ def make_run(
 
 
 def read_run(
-    results_dir: Path, campaign: str, run_id: str, *, is_checked: bool = False, digests: Digests | None = None
+    results_dir: Path,
+    campaign: str,
+    run_id: str,
+    *,
+    is_checked: bool = False,
+    digests: Digests | None = None,
+    rates: Mapping[str, float] = NO_RATES,
 ) -> Run:
     """The results of a run; what cannot be used is in `problems`. UserError for a name that cannot name a folder.
 
-    `is_checked` and `digests` are as for `Repository.scan`.
+    `is_checked`, `digests` and `rates` are as for `Repository.scan`.
     """
     repository = Repository(results_dir, campaign)
-    scan = repository.scan(run_id, is_checked=is_checked, digests=digests)
+    scan = repository.scan(run_id, is_checked=is_checked, digests=digests, rates=rates)
+    listing = read_listing(repository.folder / run_id)
     return make_run(
         [item.record for item in scan.results],
-        count_failed(scan),
+        count_failed(scan, listing),
         campaign_name=campaign,
         run_id=run_id,
         problems=scan.problems,
         stopping=read_stopping_rule(repository.folder / run_id),
         folder=repository.folder / run_id,
+        listing=listing,
         paths={item.record.identity.key: item.path for item in scan.results},
     )
 

@@ -23,6 +23,7 @@ from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
 from lem.base.units import MIB
 from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Identity, Record, RecordError
+from lem.results.configurations import Listing, labels_of, read_listing, with_rates
 from lem.results.index import AlteredError, Found, Index, describe_altered, record_result
 
 _logger = logging.getLogger(__name__)
@@ -197,19 +198,45 @@ class Repository:
         except OSError as error:
             _logger.warning("%s: %s is not in the index: %s", self.folder / run_id, result.path, reason_of(error))
 
-    def scan(self, run_id: str | None = None, *, is_checked: bool = False, digests: Digests | None = None) -> Scan:
+    def scan(
+        self,
+        run_id: str | None = None,
+        *,
+        is_checked: bool = False,
+        digests: Digests | None = None,
+        rates: Mapping[str, float] | None = None,
+    ) -> Scan:
         """Everything in the campaign's folder, or in one run of it; damage is a value and never raised.
 
         Each result is taken from the index of its run while its file has the same size, time and inode. With
-        `is_checked`, its digest must be the same, too. A result that has none of the `digests` is altered.
+        `is_checked`, its digest must be the same, too. A result that has none of the `digests` is altered. Each
+        configuration has its current label. With `rates`, emissions and cost are by them, else by those that the
+        campaign has now; without, as recorded.
         """
         if run_id is None:
             found = list(_nested(self.folder, lambda run: _run_items(run, is_checked=is_checked)))
         else:
             found = list(_run_items(self.folder / check_name(run_id, "run"), is_checked=is_checked))
         found = [_compared(item, digests or {}) if isinstance(item, StoredResult) else item for item in found]
-        results = _apart_by_host([item for item in found if isinstance(item, StoredResult)])
+        results = self._labelled([item for item in found if isinstance(item, StoredResult)], rates)
         return Scan(results, tuple(item for item in found if isinstance(item, Problem)))
+
+    def _labelled(self, results: Sequence[StoredResult], rates: Mapping[str, float] | None) -> tuple[StoredResult, ...]:
+        runs: dict[str, list[Identity]] = {}
+        for item in results:
+            runs.setdefault(item.record.identity.run_id, []).append(item.record.identity)
+        listings = {run_id: read_listing(self.folder / run_id) for run_id in runs}
+        labels = {run_id: labels_of(identities, listings[run_id]) for run_id, identities in runs.items()}
+        found = []
+        for item in results:
+            identity, record = item.record.identity, item.record
+            label = labels[identity.run_id][identity.config_hash, identity.host]
+            if label != identity.config_name:
+                record = record.with_sections(identity=dataclasses.replace(identity, config_name=label))
+            if rates is not None:
+                record = with_rates(record, listings[identity.run_id], rates)
+            found.append(item if record is item.record else dataclasses.replace(item, record=record))
+        return tuple(found)
 
     def _experiment_folder(self, run_id: str, exp_id: str) -> Path:
         return self.folder / check_name(run_id, "run") / check_name(exp_id, "experiment")
@@ -230,31 +257,26 @@ def experiment_folder_name(exp_id: str, host: str) -> str:
     return check_name(f"{exp_id}{_HOST_MARK}{host}", "host")
 
 
-def _apart_by_host(results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
-    """The results; a configuration that several hosts ran gets a name for each host."""
-    identities = [item.record.identity for item in results]
-    placed = {(identity.run_id, identity.config_hash, identity.host) for identity in identities}
-    n_hosts = collections.Counter(place[:2] for place in placed)
-    found = []
-    for item, identity in zip(results, identities, strict=True):
-        if n_hosts[identity.run_id, identity.config_hash] > 1:
-            named = dataclasses.replace(identity, config_name=f"{identity.config_name} @ {identity.host}")
-            item = dataclasses.replace(item, record=dataclasses.replace(item.record, identity=named))
-        found.append(item)
-    return tuple(found)
+def count_failed(scan: Scan, listing: Listing | None = None) -> dict[str, int]:
+    """Per configuration name, how many experiments have attempts but no whole result.
 
-
-def count_failed(scan: Scan) -> dict[str, int]:
-    """Per configuration name, how many experiments have attempts but no whole result."""
+    One that is not in the `listing` was removed from the campaign, so nothing of it is missing.
+    """
     identities = [item.record.identity for item in scan.results]
     whole = {(identity.run_id, identity.experiment_id) for identity in identities}
     names = {configuration_of(identity.experiment_id): identity.config_name for identity in identities}
+    listed = {digest[:ID_HASH_LENGTH]: item.config_name for digest, item in (listing or {}).items()}
     failed: dict[tuple[str, str], str] = {}
     for problem in scan.problems:
         key, configuration = (problem.run_id, problem.exp_id), configuration_of(problem.exp_id)
-        if problem.exp_id and key not in whole and key not in failed:
-            failed[key] = names.get(configuration) or config_of_problem(problem)[0] or configuration
+        is_removed = listing is not None and configuration not in listed
+        if problem.exp_id and key not in whole and key not in failed and not is_removed:
+            name = names.get(configuration) or listed.get(configuration) or config_of_problem(problem)[0]
+            failed[key] = name or configuration
     return dict(collections.Counter(failed.values()))
+
+
+ID_HASH_LENGTH = 12  # digits of a configuration's hash that the IDs of its experiments begin with
 
 
 def configuration_of(exp_id: str) -> str:

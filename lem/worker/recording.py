@@ -24,10 +24,10 @@ from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import dotted
 from lem.config.option import leaves
 from lem.engines.protocol import Engine, EngineReport
-from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
+from lem.meters.energy import EnergyFindings, efficiency_of
 from lem.meters.nvml import read_gpus
 from lem.meters.work import describe_work, unfit_reasons
-from lem.record import Compute, Environment, Identity, Record, Validity, Window, Work
+from lem.record import Compute, Environment, Identity, Record, Validity, Window, Work, carbon_of
 from lem.worker.channel import RunRequest, redact
 from lem.worker.prompts import ResolvedPrompts
 from lem.worker.window import MeasuredWindow

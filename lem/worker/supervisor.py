@@ -25,8 +25,8 @@ from lem.base import __version__
 from lem.base.errors import DISK_FULL, UserError
 from lem.base.process import describe_exit
 from lem.engines.common import BACKEND_DISTRIBUTIONS, OTHER_NAMES
-from lem.meters.machine import named_gpus, visible_gpus
-from lem.meters.nvml import find_gpus, read_gpus
+from lem.meters.machine import named_gpus, read_machine, visible_gpus
+from lem.meters.nvml import find_gpus, power_limits_w, read_gpus
 from lem.record import LOG_FILE
 from lem.worker import channel
 from lem.worker.channel import READ_B, ChannelError, EngineLog, LineBuffer, Message, Outbox, RunRequest
@@ -35,9 +35,10 @@ from lem.worker.launch import own_command
 
 
 def probe_environment() -> dict[str, Any]:
-    """Versions and devices by name, as JSON values: `python`, each engine distribution, `driver`, `gpus` (UUIDs).
+    """Versions, devices and their settings by name, as JSON values, as far as a resume compares them.
 
-    A distribution or driver that is not there is None.
+    They are `python`, each engine distribution, `driver`, `gpus` (UUIDs), `power_limits` and the CPU's `governor`. A
+    distribution, driver or governor that is not there is None.
     """
     distributions = sorted({name for names in BACKEND_DISTRIBUTIONS.values() for name in names})
     versions: dict[str, str | None] = dict.fromkeys(distributions)
@@ -46,8 +47,14 @@ def probe_environment() -> dict[str, Any]:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[distribution] = importlib.metadata.version(name)
                 break
-    gpus = sorted(gpu.uuid for gpu in find_gpus())
-    return {"python": platform.python_version(), **versions, "driver": read_gpus().driver, "gpus": gpus}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "driver": read_gpus().driver,
+        "gpus": sorted(gpu.uuid for gpu in find_gpus()),
+        "power_limits": [f"{uuid} {limit_w:g} W" for uuid, limit_w in sorted(power_limits_w().items())],
+        "governor": read_machine(Path("/proc"), Path("/sys")).governor,
+    }
 
 
 def missing_distributions(backend: str, environment: Mapping[str, Any]) -> tuple[str, ...]:

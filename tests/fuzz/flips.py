@@ -41,6 +41,7 @@ from lem.orchestration.manifest import (
 )
 from lem.orchestration.resume import forget_lost_results
 from lem.record import PROMPTS_FILE, read_with_digest, write_record
+from lem.results.configurations import CONFIGURATIONS_FILE, ListedConfiguration, read_listing, write_listing
 from lem.results.index import INDEX_FILE
 from lem.results.run import STOPPING_FILE, StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from lem.results.store import Problem, Repository, StoredResult, config_of_problem
@@ -112,6 +113,7 @@ class Place:
         folder = self.repository.prepare_attempt(RUN, entries[2].exp_id)  # one that failed
         folder.write_config({"model": "tiny"}, {**config().to_dict(), "config_name": "failed"})
         write_stopping_rule(self.run_folder, StoppingRule(Target(0.02), 5, 20))
+        write_listing(self.run_folder, [ListedConfiguration(entries[0].config_hash, "small", {"pue": 1.2})])
 
     def _write_result(self, cycle: int) -> StoredResult:
         record = with_requests(make_record(run_id=RUN, cycle=cycle), REQUESTS, PROMPTS, config())
@@ -172,8 +174,9 @@ def _resumed(place: Place) -> Iterator[tuple[str, Any]]:
 
 
 def _others(place: Place) -> Iterator[tuple[str, Any]]:
-    """The rule by which a run ended, and the configuration of an experiment without a result."""
+    """The rule by which a run ended, its configurations, and that of an experiment without a result."""
     yield "rule", read_stopping_rule(place.run_folder) or REFUSED
+    yield "configurations", read_listing(place.run_folder) or REFUSED
     name, requested = config_of_problem(Problem(place.attempt(2), "missing", ""))
     yield "failed", REFUSED if name is None else (name, requested)
 
@@ -192,6 +195,7 @@ FILES: Mapping[str, tuple[Callable[[Place], Path], tuple[Reader, ...]]] = {
     "config.json": (lambda place: place.attempt(0) / "config.json", (_verified,)),
     "config.json, failed": (lambda place: place.attempt(2) / "config.json", (_others,)),
     "stopping.json": (lambda place: place.run_folder / STOPPING_FILE, (_others,)),
+    "configurations.json": (lambda place: place.run_folder / CONFIGURATIONS_FILE, (_scanned, _others)),
     "prompts.jsonl": (lambda place: place.attempt(0) / PROMPTS_FILE, (_scanned, _verified)),
     "outputs.jsonl": (lambda place: place.attempt(0) / "outputs.jsonl", (_scanned, _verified)),
 }

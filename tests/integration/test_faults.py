@@ -115,6 +115,7 @@ def test_between_them_the_campaigns_write_every_file_there_is(lab: Lab) -> None:
         "samples.jsonl.gz",
         "outputs.jsonl",
         "result.json",
+        "configurations.json",
         "stopping.json",
     }
 

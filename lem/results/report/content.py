@@ -164,9 +164,9 @@ def compose(run: Run) -> Report:
     grouped_by, groups, meanings = _grouping(settings)
     labels = _labels([item.name for item in run.configurations])
 
-    def merit(pair: tuple[int, Configuration]) -> tuple[bool, float]:
+    def merit(pair: tuple[int, Configuration]) -> tuple[bool, bool, float]:
         value = pair[1].estimate(headline).value
-        return value is None, (1 if headline is ENERGY else -1) * (value or 0.0)
+        return pair[1].is_removed, value is None, (1 if headline is ENERGY else -1) * (value or 0.0)
 
     ranked = sorted(enumerate(run.configurations), key=merit)
     entries = tuple(
@@ -322,12 +322,15 @@ def verdict_of(report: Report) -> Verdict:
     metric = report.headline
     if not report.entries:
         return Verdict("No results.")
-    ranked = [entry for entry in report.entries if entry.centre(metric) is not None]
+    current = [entry for entry in report.entries if not entry.configuration.is_removed]
+    ranked = [entry for entry in current if entry.centre(metric) is not None]
     if not ranked:
         return Verdict("No configuration has a valid result, so there is nothing to compare.")
     first, *others = ranked
-    missing = [entry for entry in report.entries if entry.centre(metric) is None]
+    missing = [entry for entry in current if entry.centre(metric) is None]
+    removed = [entry for entry in report.entries if entry.configuration.is_removed]
     remarks = [f"No value for {_names(missing)}."] if missing else []
+    remarks += [f"Removed from the campaign, so not compared: {_names(removed)}."] if removed else []
     if not others:
         return Verdict(f"“{first.name}”: {_amount(first, metric)}.", tuple(remarks))
     best, *rest = (replace(entry.configuration, name=entry.label) for entry in ranked)
@@ -335,7 +338,13 @@ def verdict_of(report: Report) -> Verdict:
     rows = [(entry, pair.rows[0]) for entry, pair in zip(others, pairs, strict=True)]
     compared = [(entry, row) for entry, row in rows if row.p_adjusted is not None and row.effect is not None]
     refused = [(entry, row.reason) for entry, row in rows if row.p_adjusted is None and row.reason is not None]
-    remarks = [*_separated(compared, len(others)), *_refusals(refused), *remarks]
+    confounded = [
+        f"Against {_names([entry])} confounded by {item.reason}."
+        for entry, pair in zip(others, pairs, strict=True)
+        for item in pair.obstacles
+        if item.is_confounder
+    ]
+    remarks = [*confounded[:_NAMED], *_separated(compared, len(others)), *_refusals(refused), *remarks]
     ratio = _against(*compared[0]) if compared else ""
     verb = "uses the least energy per output token" if report.has_energy else "makes the most output tokens per second"
     found = f"“{first.name}” {verb}: {_amount(first, metric)}."

@@ -149,7 +149,7 @@ def test_the_table_holds_the_results_of_this_run_and_of_the_plan_alone(place):
     document = json.loads(_shown(make_campaign(place.folder), outcome, is_json=True))
     assert (document["event"], len(document["run_ids"])) == ("summary", 1)
     assert [item["n_cycles"] for item in document["configurations"]] == [2, 2]
-    edited = make_campaign(place.folder, outputs=(8,))
+    edited = make_campaign(place.folder, outputs=(8, 16))
     outcome = place.runner(edited, options=RunOptions(resume=True)).run()
     text = _shown(edited, outcome)
     assert "max_output_tokens=8" in text

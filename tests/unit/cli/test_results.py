@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lem.record import Record, decode_record, write_record
+from lem.results.configurations import ListedConfiguration, write_listing
 from lem.results.run import StoppingRule, Target, write_stopping_rule
 from lem.results.store import Repository
 from tests.command_rig import Output, run_lem
@@ -220,3 +221,25 @@ def test_a_file_gets_the_format_that_is_asked_for_or_that_of_its_name(
 def test_a_file_that_cannot_be_written_is_told(folder: Path) -> None:
     code, _, err = run("export", "-o", "nowhere/x.csv")
     assert (code, "name another file with --output" in err) == (2, True)
+
+
+def test_costs_and_emissions_are_by_the_rates_of_the_reader_else_of_the_campaign(folder: Path) -> None:
+    record = make_record(run_id=LATER, cycle=9, energy_per_output_tok_j=3.6)  # of 1,000 tokens: 0.001 kWh
+    path = store(folder, record)
+    before = path.read_bytes()
+    listed = ListedConfiguration(record.identity.config_hash, "small", {"price_per_kwh": 0.3, "pue": 2.0})
+    write_listing(folder / "demo" / LATER, [listed])
+    name = f"{LATER}/{record.identity.experiment_id}"
+
+    def figures(*words: str) -> list[str]:
+        found = run("export", name, "--columns", "cost,co2e_g,price_per_kwh", *words)
+        assert found.code == 0
+        return found.out.splitlines()[1].split(",")
+
+    assert figures() == ["0.0006", "", "0.3"]
+    assert figures("--price-per-kwh", "0.5", "--grid-g-per-kwh", "400") == ["0.001", "0.8", "0.5"]
+    (shown,) = json.loads(run("show", name, "--json", "--pue", "1").out)["attempts"]
+    assert shown["record"]["carbon"]["cost"] == pytest.approx(0.0003)
+    assert path.read_bytes() == before
+    refused = run("export", name, "--pue", "0.5")
+    assert (refused.code, "must be at least 1" in refused.err) == (2, True)

@@ -13,11 +13,11 @@ from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import AttemptLog, Baselines, without_still_counters
 from lem.meters.curve import NotMeasured, Span
-from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
+from lem.meters.energy import EnergyFindings, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.machine import GpuSettings
 from lem.meters.samples import CpuLoad, GpuSecond, Mark, MeterError, ProcessesSeen
-from lem.record import Energy, Gpu, Idle, Work
+from lem.record import Energy, Gpu, Idle, Work, carbon_of
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor
 from tests.doubles.powercap import Zone
 from tests.records import codes

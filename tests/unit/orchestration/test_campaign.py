@@ -8,19 +8,28 @@ from pathlib import Path
 
 import pytest
 
+from lem.base.durable import read_sealed
 from lem.base.errors import ExitCode, Interrupted, LockedError, OptionRefused, UserError
 from lem.cli.campaign_run import exit_code_of_outcome
 from lem.cli.selection import resolve_run
 from lem.config.campaign_config import CampaignColdStartConfig
-from lem.config.load import complete_campaign
+from lem.config.experiment import ExperimentConfig
+from lem.config.load import complete_campaign, load_campaign
+from lem.orchestration.grid import config_hash, prompts_fingerprint
 from lem.orchestration.manifest import JOURNALED_FROM, ManifestManager
 from lem.orchestration.plan import plan_campaign
 from lem.orchestration.resume import RunOptions
 from lem.record import read_record, write_record
+from lem.results.check import check_run
+from lem.results.compare import compare_configurations
+from lem.results.configurations import CONFIGURATIONS_FILE
+from lem.results.run import read_run
 from lem.results.store import Repository
+from lem.worker.prompts import resolve_on_host
 from tests.campaign_doubles import EIGHT, ENVIRONMENT, FOUR, FakeStop, Place, make_campaign
 from tests.faulty_disk import watching
 
+ROOT = Path(__file__).resolve().parents[3]
 RESUME = RunOptions(resume=True)
 # Stops the campaign in its first cycle: one experiment is completed, and three are left.
 GONE = {EIGHT: [UserError("gone")]}
@@ -85,6 +94,122 @@ def test_after_an_edit_unchanged_results_stay_new_ones_run_and_removed_ones_are_
     place.run(options=RESUME, outputs=(4, 8, 16))
     assert place.requests == []
     assert {entry.status for entry in place.manifest().experiments} == {"completed"}
+
+
+def _read(place, **options):
+    return read_run(place.folder / "results", "demo", place.manifest().run_id, **options)
+
+
+def test_a_configuration_stays_one_when_an_edit_of_the_grid_gives_it_another_name(place):
+    place.run(outputs=(4,), execution={"cycles": 1})
+    (alone,) = _read(place).configurations
+    assert alone.name != FOUR
+    place.run(options=RESUME, outputs=(4, 8), execution={"cycles": 2})
+    assert place.asked() == [(EIGHT, 1, 1), (FOUR, 2, 1), (EIGHT, 2, 1)]
+    found = _read(place)
+    assert [(item.name, item.n_cycles, item.is_removed) for item in found.configurations] == [
+        (FOUR, 2, False),
+        (EIGHT, 2, False),
+    ]
+    assert found.configurations[0].config_hash == alone.config_hash
+    assert {row["config_name"] for row in found.rows()} == {FOUR, EIGHT}
+    (pair,) = compare_configurations(found, found.with_results[0], found.with_results[1:]).pairs
+    assert (pair.baseline.name, pair.other.name) == (FOUR, EIGHT)
+    # Without its list, as an earlier build left it: the last name counts.
+    (found.folder / CONFIGURATIONS_FILE).unlink()
+    assert [item.name for item in _read(place).configurations] == [FOUR, EIGHT]
+
+
+def test_removed_configurations_are_named_as_removed_and_not_compared_unless_they_are_named(place):
+    place.run(outputs=(4, 8))
+    place.run(options=RESUME, outputs=(8, 16))
+    found, new = _read(place), "pytorch-max_output_tokens=16"
+    assert [item.name for item in found.configurations] == [EIGHT, new, f"{FOUR} (removed)"]
+    assert [item.name for item in found.with_results] == [EIGHT, new]
+    assert found.find(f"{FOUR} (removed)") == found.removed[0]
+    assert [item.configurations for item in check_run(found) if item.kind == "removed"] == [(f"{FOUR} (removed)",)]
+    place.run(options=RESUME, outputs=(4, 8, 16))
+    assert [item.name for item in _read(place).configurations] == [FOUR, EIGHT, new]
+
+
+def test_two_configurations_of_one_name_are_two(place):
+    place.run(outputs=(4,), shared={"max_input_tokens": [64]}, execution={"cycles": 1})
+    (before,) = _read(place).configurations
+    place.run(options=RESUME, outputs=(4,), shared={"max_input_tokens": [128]}, execution={"cycles": 1})
+    found = _read(place)
+    assert [(item.name, item.n_cycles) for item in found.configurations] == [
+        (before.name, 1),
+        (f"{before.name} (removed)", 1),
+    ]
+    (found.folder / CONFIGURATIONS_FILE).unlink()  # then there is no telling which of them is the current one
+    digests = [item.config_hash for item in found.configurations]
+    names = {item.name for item in _read(place).configurations}
+    assert names == {f"{before.name} {digest[:8]}" for digest in digests}
+
+
+def _priced(price):
+    return {"measurement.price_per_kwh": [price], "measurement.pue": [1.5]}
+
+
+def test_nothing_is_measured_again_after_a_change_of_timeouts_prices_or_cache_lifetimes(place):
+    place.run(shared=_priced(0.2))
+    timeouts = {"load_timeout_seconds": 7.0, "silence_timeout_seconds": 8.0, "warmup_timeout_seconds": 9.0}
+    place.run(options=RESUME, shared={**_priced(0.3), "baseline.cache_ttl_sec": [1.0]}, execution=timeouts)
+    assert place.requests == []
+    assert place.manifest().is_complete
+    assert _notes(place)[-1].startswith("Resuming: 0 remaining (4 completed")
+    assert {record.carbon.price_per_kwh for record in _read(place).records} == {0.3}
+    assert {record.carbon.price_per_kwh for record in _read(place, rates={"price_per_kwh": 0.4}).records} == {0.4}
+    recorded = {read_record(path).carbon.price_per_kwh for path in _results(place)}
+    assert recorded == {None}  # what the worker wrote is as it was
+
+
+def test_a_campaign_of_the_first_build_whose_hashes_held_prices_and_timeouts_goes_on(place):
+    shared = {**_priced(0.2), "warmup.timeout_seconds": [9.0]}
+    plan = place.runner(make_campaign(place.folder, shared=shared))._planned()
+    first = plan.as_first_hashed()
+    place.runner(plan.campaign, {EIGHT: ["ok", UserError("gone")]}, plan=first).run()
+    assert {entry.config_hash for entry in place.manifest().experiments} == {it.config_hash for it in first.given}
+    place.run(options=RESUME, shared=_priced(0.3))
+    assert place.asked() == [(EIGHT, 2, 2)]
+    assert place.manifest().is_complete
+    assert [(item.name, item.n_cycles) for item in _read(place).configurations] == [(FOUR, 2), (EIGHT, 2)]
+    assert {record.identity.config_hash for record in _read(place).records} == {it.config_hash for it in first.given}
+
+
+def test_a_recorded_campaign_of_the_first_build_resumes_with_an_edited_grid_and_price(place, monkeypatch):
+    recorded = ROOT / "tests/recorded/interrupted"
+    monkeypatch.chdir(place.folder)
+    shutil.copytree(recorded / "results", "results")
+    shutil.copytree(recorded / "state", ".state")
+    before = {path: path.read_bytes() for path in Path("results").rglob("result.json")}
+    edits = ["grid.shared.max_output_tokens=[4, 8]", "grid.shared.measurement.price_per_kwh=[0.3]"]
+    loaded = load_campaign(recorded / "interrupted.yaml", edits)
+    options = RunOptions(resume=True, is_environment_change_allowed=True)
+    runner = place.runner(loaded.config, options=options, plan=plan_campaign(loaded))
+    runner.host = "lab"
+    outcome = runner.run()
+    assert outcome.manifest.is_complete
+    assert place.asked() == [(EIGHT, 2, 2), (FOUR, 3, 1), (EIGHT, 3, 1)]
+    assert {path: path.read_bytes() for path in before} == before
+    found = read_run(Path("results"), "interrupted", outcome.manifest.run_id)
+    assert [(item.name, len(item.attempts)) for item in found.configurations] == [
+        (FOUR, 3),
+        (EIGHT, 3),
+        ("pytorch-max_output_tokens=16 (removed)", 1),
+    ]
+    assert {item.identity.config_name for item in found.records} == {item.name for item in found.configurations}
+
+
+@pytest.mark.parametrize("campaign", ["demo", "interrupted", "two-backends"])
+def test_what_the_first_build_hashed_is_hashed_alike_from_its_config_file(campaign):
+    paths = sorted((ROOT / "tests/recorded" / campaign / "results").rglob("config.json"))
+    assert paths
+    for path in paths:
+        config = ExperimentConfig.from_dict(read_sealed(path)["resolved"])
+        prompts = prompts_fingerprint(config, resolve_on_host(config, path.parent))
+        digests = {config_hash(config, prompts, is_first=is_first) for is_first in (True, False)}
+        assert {digest[:12] for digest in digests} == {path.parents[1].name.rpartition("-c")[0]}
 
 
 def test_the_seed_in_the_manifest_is_the_one_of_the_order_that_runs(place):

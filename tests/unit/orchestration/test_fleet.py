@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -12,16 +15,18 @@ import pytest
 from lem.base.errors import UserError
 from lem.config.load import load_campaign
 from lem.orchestration.fleet import divide, make_fleet_plan, parse_shard, part_of_plan, replan
+from lem.orchestration.grid import campaign_config_hash
 from lem.orchestration.plan import Plan, build_plan
 from lem.results.merge import FleetPlan, read_plan, write_plan
 
 RUN = "20260714T100000Z-3fa1"
 
 
-def plan(*outputs: int, cycles: int = 2) -> Plan:
-    grid = {"backends": ["pytorch"], "shared": {"max_output_tokens": list(outputs)}}
+def plan(*outputs: int, cycles: int = 2, shared: Mapping[str, Any] = MappingProxyType({}), **execution: Any) -> Plan:
+    grid = {"backends": ["pytorch"], "shared": {"max_output_tokens": list(outputs), **shared}}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        json.dump({"campaign_name": "demo", "model": "gpt2", "grid": grid, "execution": {"cycles": cycles}}, file)
+        settings = {"execution": {"cycles": cycles, **execution}}
+        json.dump({"campaign_name": "demo", "model": "gpt2", "grid": grid, **settings}, file)
         file.flush()
         loaded = load_campaign(file.name)
     return build_plan(loaded.config, loaded.listed)
@@ -79,6 +84,29 @@ def test_a_part_of_a_stored_plan_keeps_order_and_hash_and_is_of_the_same_campaig
         part_of_plan(plan(4, 64, 129), 1, 2, stored)
     with pytest.raises(UserError, match="for 2 hosts, not for 3"):
         part_of_plan(found, 1, 3, stored)
+
+
+TIMEOUTS: dict[str, Any] = {f"{name}_timeout_seconds": 99.0 for name in ("load", "experiment", "silence")}
+PRICED = {"measurement.price_per_kwh": [0.3], "baseline.cache_ttl_sec": [9.0]}
+
+
+def test_timeouts_prices_and_cache_lifetimes_may_change_after_a_plan_was_stored() -> None:
+    stored = fleet(plan(4, 64), "gpu1", "gpu2")
+    part = part_of_plan(plan(4, 64, shared=PRICED, **TIMEOUTS), 2, 2, stored)
+    assert [item.exp_id for item in part.experiments] == [*stored.hosts[1].exp_ids]
+    with pytest.raises(UserError, match="another version"):
+        part_of_plan(plan(4, 64, config_gap_seconds=1.0), 2, 2, stored)
+
+
+def test_a_plan_stored_by_the_first_build_whose_hashes_held_timeouts_and_prices_is_run() -> None:
+    found = plan(4, 64, shared=PRICED, **TIMEOUTS)
+    first = found.as_first_hashed()
+    hashes = [item.config_hash for item in first.given]
+    assert not {*hashes} & {item.config_hash for item in found.given}
+    digest = campaign_config_hash(found.campaign, hashes, is_first=True)
+    stored = dataclasses.replace(fleet(first, "gpu1", "gpu2"), config_hash=digest)
+    part = part_of_plan(found, 2, 2, stored)
+    assert [item.exp_id for item in part.experiments] == [*stored.hosts[1].exp_ids]
 
 
 def test_a_stored_plan_is_read_back_and_never_overwritten(tmp_path: Path) -> None:

@@ -1,0 +1,203 @@
+"""What two configurations should have in common besides what is compared, and what an environment consists of."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lem.base.reasons import Reason
+from lem.record import Record
+
+# Lengths are whole tokens; what differs by less comes from a rare early end.
+LENGTH_TOLERANCE = 0.01
+_ID_SHOWN = 12
+_ALL_GROUPS = ("energy", "throughput", "tokens", "latency")
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """One thing that is not the same on both sides."""
+
+    reason: Reason
+    is_blocking: bool = True  # it allows no verdict
+    is_shared: bool = False  # each side is compared with an anchor that has it too
+    groups: tuple[str, ...] = _ALL_GROUPS  # the groups of metrics it concerns
+
+    @property
+    def is_confounder(self) -> bool:
+        """Whether there is a verdict, which may be due to this instead of the configurations."""
+        return not self.is_blocking and not self.is_shared
+
+
+Sides = tuple[Sequence[Record], Sequence[Record]]
+
+
+@dataclass(frozen=True)
+class Circumstance:
+    """Something that both sides should have in common."""
+
+    code: str  # of the reason where it differs
+    find: Callable[[Sequence[Record], Sequence[Record]], tuple[Any, Any] | None]  # the two values where they differ
+    label: str = ""  # of a part of the environment
+    read: Callable[[Record], str | None] | None = None  # its value in a record
+    is_blocking: bool = True  # a difference allows no verdict
+    is_of_host: bool = False  # it acts on all that a host measures, so that it divides out if an anchor has it too
+    axes: tuple[str, ...] = ()  # the options that set it: where they differ, it is what is compared
+    groups: tuple[str, ...] = _ALL_GROUPS
+
+
+def find_obstacles(
+    before: Sequence[Record], after: Sequence[Record], anchors: Sides | None = None
+) -> tuple[Obstacle, ...]:
+    """What differs between the used records of two configurations besides what is compared.
+
+    Work, meters, cards and machines that differ allow no verdict. A setting of the machine or the version of a program
+    is named beside the verdict. Where each side is compared with an anchor of its own run in which the same differs
+    (the sensor of a card, a driver, a power limit), that divides out: it is reported and blocks nothing.
+    """
+    if not before or not after:
+        return ()
+    found = []
+    for item in CIRCUMSTANCES:
+        values = item.find(before, after)
+        if values is not None and not any(_is_axis(option, before, after) for option in item.axes):
+            reason = Reason.of(item.code, before=values[0], after=values[1])
+            is_shared = anchors is not None and item.is_of_host and item.find(*anchors) == values
+            found.append(Obstacle(reason, item.is_blocking and not is_shared, is_shared, item.groups))
+    return tuple(found)
+
+
+def blocking_reason(obstacles: Iterable[Obstacle], group: str) -> Reason | None:
+    """Why there can be no verdict on a group of metrics; None when there can."""
+    return next((item.reason for item in obstacles if item.is_blocking and group in item.groups), None)
+
+
+def environment_changes(records: Sequence[Record]) -> list[str]:
+    """What of the environment differs between records of one configuration: `power limit (350 W, 700 W)`."""
+    found = []
+    for item in CIRCUMSTANCES:
+        values = sorted({text for record in records if item.read and (text := item.read(record))})
+        if item.label and len(values) > 1:
+            found.append(f"{item.label} ({', '.join(values)})")
+    return found
+
+
+def _is_axis(option: str, *sides: Sequence[Record]) -> bool:
+    left, right = ({repr(_requested(record, option)) for record in side} for side in sides)
+    return left != right
+
+
+def _requested(record: Record, option: str) -> Any:
+    if option == "backend":
+        return record.identity.backend  # also where it was not written
+    value: Any = record.requested
+    for name in option.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _one(code: str, label: str, read: Callable[[Record], str | None], **rest: Any) -> Circumstance:
+    """A circumstance that has one value in each record."""
+
+    def find(*sides: Sequence[Record]) -> tuple[str, str] | None:
+        left, right = (sorted({text for item in side if (text := read(item))}) for side in sides)
+        return None if not left or not right or left == right else (", ".join(left), ", ".join(right))
+
+    return Circumstance(code, find, label, read, **rest)
+
+
+def _cards(*sides: Sequence[Record]) -> tuple[str, str] | None:
+    """Different cards. If one side has all cards of the other and more, that is a setting, not an obstacle."""
+    left, right = ({uuid for item in side for uuid in item.environment.gpu_uuids} for side in sides)
+    if not left or not right or left <= right or right <= left:
+        return None
+    before, after = (", ".join(sorted(uuid[:_ID_SHOWN] for uuid in side)) for side in (left, right))
+    return before, after
+
+
+def _lengths(*sides: Sequence[Record]) -> tuple[float, float] | None:
+    lengths = [[it.work.output_tok / it.work.requests_ok for it in side if it.work.requests_ok] for side in sides]
+    if not all(lengths):
+        return None
+    before, after = map(statistics.fmean, lengths)
+    return None if abs(before - after) <= LENGTH_TOLERANCE * max(before, after) else (before, after)
+
+
+def _libraries(*sides: Sequence[Record]) -> tuple[str, str] | None:
+    """The programs beside the engine that both sides have, in other versions."""
+    found: list[dict[str, set[str]]] = [{}, {}]
+    for versions, side in zip(found, sides, strict=True):
+        for record in side:
+            for name, version in record.environment.versions.items():
+                if name not in ("driver", record.environment.engine_name):
+                    versions.setdefault(name, set()).add(version)
+    names = [name for name, versions in found[0].items() if found[1].get(name, versions) != versions]
+    before, after = (", ".join(f"{name} {'/'.join(sorted(item[name]))}" for name in names) for item in found)
+    return (before, after) if names else None
+
+
+def _clock_limits(*sides: Sequence[Record]) -> tuple[str, str] | None:
+    """Clocks that a setting limited on one side alone, or application clocks that differ."""
+    gpus = [[gpu for record in side for gpu in record.gpus] for side in sides]
+    limited = [{gpu.clocks_set for gpu in side} - {None} for side in gpus]
+    clocks = [sorted({gpu.sm_clock_app_hz for gpu in side if gpu.sm_clock_app_hz}) for side in gpus]
+    if all(limited) and (True in limited[0]) != (True in limited[1]):
+        texts = ["limited by a setting" if True in side else "not limited" for side in limited]
+    elif all(clocks) and clocks[0] != clocks[1]:
+        texts = [", ".join(f"{clock_hz / 1e6:.0f} MHz" for clock_hz in side) for side in clocks]
+    else:
+        return None
+    return texts[0], texts[1]
+
+
+def _power_limit(record: Record) -> str:
+    return ", ".join(sorted({f"{gpu.power_limit_w:.0f} W" for gpu in record.gpus if gpu.power_limit_w}))
+
+
+def _cpu(record: Record) -> str:
+    found = record.environment
+    return f"{found.cpu} × {found.cpu_count}"
+
+
+def _engine(record: Record) -> str:
+    return f"{record.environment.engine_name} {record.environment.engine_version}"
+
+
+def _cpu_settings(record: Record) -> str:
+    governor, machine = record.environment.governor or record.machine.governor, record.machine
+    switches = (("turbo", machine.turbo), ("SMT", machine.smt))
+    parts = [f"governor {governor}"] if governor else []
+    return ", ".join([*parts, *(f"{name} {'on' if is_on else 'off'}" for name, is_on in switches if is_on is not None)])
+
+
+def _prompts(record: Record) -> str:
+    source = record.work.prompt_source
+    digest = source.get("sha256")
+    if isinstance(digest, str):
+        return f"{source.get('name') or source.get('kind') or 'prompts'} {digest[:8]}"
+    return str(source.get("name") or "")
+
+
+_OF_MACHINE: Mapping[str, Any] = {"is_blocking": False, "is_of_host": True}
+_OF_SOFTWARE: Mapping[str, Any] = {"is_blocking": False, "axes": ("backend", "image")}
+
+# In the order in which they are shown.
+CIRCUMSTANCES: tuple[Circumstance, ...] = (
+    _one("other_gpus", "GPU", lambda item: ", ".join(sorted({gpu.name for gpu in item.gpus}))),
+    Circumstance("other_cards", _cards, is_of_host=True),
+    _one("other_driver", "driver", lambda item: item.environment.versions.get("driver"), is_of_host=True),
+    _one("other_power_limit", "power limit", _power_limit, **_OF_MACHINE, axes=("gpu.power_limit_w",)),
+    Circumstance("other_clocks", _clock_limits, **_OF_MACHINE, axes=("gpu.lock_clock_mhz",)),
+    _one("other_cpu", "CPU", lambda item: "" if item.environment.gpu_uuids else _cpu(item), is_of_host=True),
+    _one("other_host_cpu", "CPU", lambda item: _cpu(item) if item.environment.gpu_uuids else "", **_OF_MACHINE),
+    _one("other_cpu_settings", "CPU settings", _cpu_settings, **_OF_MACHINE),
+    _one("other_kernel", "kernel", lambda item: item.environment.kernel, **_OF_MACHINE),
+    _one("other_engine", "engine", _engine, **_OF_SOFTWARE),
+    Circumstance("other_libraries", _libraries, **_OF_SOFTWARE),
+    _one("other_prompts", "", _prompts),
+    Circumstance("other_output_lengths", _lengths),
+    _one("other_traffic", "", lambda item: item.window.traffic_mode.replace("_", " ")),
+    _one("other_meter", "", lambda item: item.energy.energy_source, groups=("energy",)),
+)

@@ -1,0 +1,110 @@
+"""The configurations of a run as its campaign last had them: their labels, and the rates of energy.
+
+A configuration is identified by its hash. Its name is only a label, and prices and carbon figures change no
+measurement: both may change after a result was written. So a list of the current ones lies in the run's folder, and
+results are read with it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lem.base import durable
+from lem.base.codec import decode
+from lem.base.durable import make_folder, reason_of
+from lem.record import Identity, Record, carbon_of
+
+CONFIGURATIONS_FILE = "configurations.json"
+_SCHEMA_VERSION = 1
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ListedConfiguration:
+    config_hash: str
+    config_name: str
+    rates: Mapping[str, float] = field(default_factory=dict)  # those of `RATES` that are set
+
+
+@dataclass(frozen=True)
+class _List:
+    configurations: tuple[ListedConfiguration, ...]
+
+
+Listing = Mapping[str, ListedConfiguration]
+"""By hash, in the order of the campaign."""
+
+
+def write_listing(run_folder: Path, listed: Sequence[ListedConfiguration]) -> None:
+    """Keep the list with the results of the run, unless it is there already; OSError where it cannot be written."""
+    known = read_listing(run_folder)
+    if known is None or [*known.values()] != [*listed]:
+        make_folder(run_folder)
+        document = {"schema_version": _SCHEMA_VERSION, **dataclasses.asdict(_List(tuple(listed)))}
+        durable.write_json(run_folder / CONFIGURATIONS_FILE, durable.seal(document))
+
+
+def read_listing(run_folder: Path) -> Listing | None:
+    """The list of a run; None of one that an earlier lem made. A broken file is logged."""
+    path = run_folder / CONFIGURATIONS_FILE
+    try:
+        found = durable.read_sealed(path)
+        items = decode(_List, {"configurations": found.get("configurations")}, "list").configurations
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _logger.warning("%s: %s: names are those that the results were measured under", path, reason_of(error))
+        return None
+    except ValueError:
+        _logger.warning("%s is corrupt: names are those that the results were measured under", path)
+        return None
+    return {item.config_hash: item for item in items}
+
+
+def labels_of(identities: Iterable[Identity], listing: Listing | None) -> dict[tuple[str, str], str]:
+    """The label of each configuration of a run, by hash and host; no two have the same.
+
+    It is the current name, without a list the last one. One that the campaign has no more is named as removed, and one
+    that several hosts ran has a label for each host.
+    """
+    last: dict[str, Identity] = {}
+    hosts: dict[str, set[str]] = {}
+    for identity in identities:
+        if identity.start_utc >= last.setdefault(identity.config_hash, identity).start_utc:
+            last[identity.config_hash] = identity
+        hosts.setdefault(identity.config_hash, set()).add(identity.host)
+    names = {digest: identity.config_name for digest, identity in last.items()}
+    if listing is not None:
+        names = {
+            digest: listing[digest].config_name if digest in listing else f"{name} (removed)"
+            for digest, name in names.items()
+        }
+    counts = collections.Counter(names.values())
+    unique = {digest: name if counts[name] == 1 else f"{name} {digest[:8]}" for digest, name in names.items()}
+    return {
+        (digest, host): f"{unique[digest]} @ {host}" if len(them) > 1 else unique[digest]
+        for digest, them in hosts.items()
+        for host in them
+    }
+
+
+def group_of(identity: Identity) -> tuple[str, str]:
+    """What the results of one configuration have in common: its hash and, where its label names one, the host."""
+    return identity.config_hash, identity.host if identity.config_name.endswith(f" @ {identity.host}") else ""
+
+
+def with_rates(record: Record, listing: Listing | None, own: Mapping[str, float]) -> Record:
+    """The record with emissions and cost by the reader's `own` rates, else the campaign's, else its own."""
+    listed = listing.get(record.identity.config_hash) if listing else None
+    given: dict[str, Any] = {**(listed.rates if listed else {}), **own}
+    if all(getattr(record.carbon, name) == value for name, value in given.items()):
+        return record
+    rates = dataclasses.replace(record.carbon, **given)
+    return record.with_sections(carbon=carbon_of(record.energy.primary_j, rates))
