@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import bisect
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,7 +15,8 @@ from lem.base import log
 from lem.base.doc import Column, columns, write_json
 from lem.base.errors import UserError
 from lem.base.log import WIDTH, paint
-from lem.base.units import format_duration, parse_duration, plural
+from lem.base.reasons import Reason
+from lem.base.units import format_duration, parse_duration, percent, plural
 from lem.cli.campaign_run import CampaignCommand, Job
 from lem.cli.config import add_flags, given_flags
 from lem.cli.fleet import FleetPart, own_part, store_plan
@@ -26,9 +27,19 @@ from lem.orchestration.campaign import check_supported
 from lem.orchestration.executor import EXECUTORS, choose_executor
 from lem.orchestration.plan import ExpectedDurations, Plan, plan_campaign
 from lem.orchestration.resume import check_rule, make_rule
-from lem.results.aggregation import earlier_times, parse_target
-from lem.results.run import StoppingRule
+from lem.record import Record
+from lem.results.aggregation import (
+    RUN_NOISE,
+    Sensitivity,
+    earlier_sensitivity,
+    earlier_times,
+    parse_target,
+)
+from lem.results.metrics import SHORT_NAMES, Metric
+from lem.results.run import ENERGY, NO_INTERVAL, THROUGHPUT, StoppingRule
+from lem.results.stats import CONFIDENCE, Gate, parse_gates
 from lem.results.store import Repository
+from lem.results.student import MOST_CYCLES_PLANNED, POWER
 
 _WHAT = {
     "model": ("--model", "-m", "model for experiments that do not set one"),
@@ -87,6 +98,8 @@ def _add_control(group: argparse._ArgumentGroup) -> None:
     text = "start no experiment after this time; the running one finishes; exit code 124"
     add("--budget", type=partial(checked, parse_duration), metavar="8h", help=text)
     add("--dry-run", action="store_true", help="show the plan and exit; write nothing")
+    text = "with --dry-run: also show how many cycles decide this gate of lem compare"
+    add_repeated(group, "--gate", "METRIC=PERCENT%", text)
     add("--validate-only", action="store_true", help="validate and exit; write nothing")
     add("--yes", "-y", action="store_true", help="do not ask; resume an unfinished campaign")
     add("--fail-fast", action="store_true", help="stop after the first failed experiment")
@@ -103,6 +116,11 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
+    if args.gate and not args.dry_run:
+        raise UserError(
+            "--gate requires --dry-run", "after the campaign, use `lem compare CAMPAIGN --gate METRIC=PERCENT%`"
+        )
+    gates = parse_gates(args.gate)
     loaded = _load(args)
     rule = _rule(args, loaded.config)
     plan = plan_campaign(loaded).with_cycles(0 if rule is None else rule.least_cycles)
@@ -113,7 +131,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
     if not plan.experiments:
         raise UserError("no valid experiment is left", "`lem campaign --dry-run` lists each reason; nothing was run")
     if args.write_plan is not None:
-        store_plan(args, campaign, plan, _expected_durations(plan, campaign).measured_by_config, out)
+        store_plan(args, campaign, plan, _expected_durations(plan, _earlier_results(plan)).measured_by_config, out)
         return None
     part = FleetPart()
     if args.shard is not None or args.plan is not None or args.hosts is not None or args.replicate:
@@ -125,13 +143,18 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
     job = Job(campaign, plan, choose_executor(args.executor, campaign, plan, python=args.python), rule, part)
     check_supported(campaign, job.choice.name)
     if not args.dry_run:
+        if not args.quiet:
+            err.write("".join(f"{line}\n" for line in _lines(PlannedPower.of(plan, _earlier_results(plan)).facts())))
+            err.flush()
         return CampaignCommand(args, job, out, err).execute()
-    durations = _expected_durations(plan, campaign)
+    earlier = _earlier_results(plan)
+    durations, power = _expected_durations(plan, earlier), PlannedPower.of(plan, earlier, gates)
     if args.json:
         document = {**plan_document(plan), "expected_s": expected_document(plan, durations)}
-        write_json(out, {**document, "executor": job.choice.name, "place": job.choice.describe()})
+        document |= {"executor": job.choice.name, "place": job.choice.describe(), "detectable": power.document()}
+        write_json(out, document)
     else:
-        out.write(render_plan(job, durations, args.budget))
+        out.write(render_plan(job, durations, power, args.budget))
     return None
 
 
@@ -159,10 +182,16 @@ def _rule(args: argparse.Namespace, campaign: CampaignConfig) -> StoppingRule | 
     return rule
 
 
-def _expected_durations(plan: Plan, campaign: CampaignConfig) -> ExpectedDurations:
+def _earlier_results(plan: Plan) -> list[Record]:
+    """The results of the plan's configurations in all runs of the campaign."""
+    hashes = {item.config_hash for item in plan.configurations}
+    scan = Repository(Path(plan.campaign.io.results_dir), plan.campaign.slug).scan()
+    return [item.record for item in scan.results if item.record.identity.config_hash in hashes]
+
+
+def _expected_durations(plan: Plan, earlier: Sequence[Record]) -> ExpectedDurations:
     engines = {item.config_hash: item.engine_key for item in plan.configurations}
-    scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan()
-    found = earlier_times(item.record for item in scan.results if item.record.identity.config_hash in engines)
+    found = earlier_times(earlier)
     loads = {engines[digest]: load_s for digest, load_s in found.load.items()}
     return ExpectedDurations(found.measured, loads, found.gap)
 
@@ -185,8 +214,8 @@ def _reasons(label: str, reasons: Sequence[tuple[str, int]]) -> Iterator[str]:
         yield f"{label} and {len(reasons) - _REASONS_SHOWN} more reasons"
 
 
-def render_plan(job: Job, durations: ExpectedDurations, budget_s: float | None = None) -> str:
-    """The plan: configurations, order, engine loads, expected time (from earlier runs), and where it runs."""
+def render_plan(job: Job, durations: ExpectedDurations, power: PlannedPower, budget_s: float | None = None) -> str:
+    """The plan: configurations, order, engine loads, expected time, what it can detect, and where it runs."""
     campaign, plan, rule = job.campaign, job.plan, job.rule
     cycles = plural(campaign.execution.cycles, "cycle")
     configurations = plural(len(plan.configurations), "configuration")
@@ -206,12 +235,122 @@ def render_plan(job: Job, durations: ExpectedDurations, budget_s: float | None =
         facts["budget"] = f"{format_duration(budget_s)}, {_fitting(plan, durations, budget_s)}"
     facts["runs on"] = job.choice.describe()
     facts["results in"] = f"{campaign.io.results_dir}/{campaign.slug}"
+    return "\n".join([*_lines({**facts, **power.facts()}), "", *_order(plan)]) + "\n"
+
+
+def _lines(facts: Mapping[str, str]) -> Iterator[str]:
     width = max(map(len, facts)) + 2
-    lines: list[str] = []
     for name, text in facts.items():
-        lead = f"{name + ':':<{width}}"
-        lines += textwrap.wrap(text, WIDTH, initial_indent=lead, subsequent_indent=" " * width)
-    return "\n".join([*lines, "", *_order(plan)]) + "\n"
+        yield from textwrap.wrap(text, WIDTH, initial_indent=f"{name + ':':<{width}}", subsequent_indent=" " * width)
+
+
+_DIFFERENCES = (0.01, 0.02, 0.03, 0.05)
+
+
+@dataclass(frozen=True)
+class PlannedPower:
+    """Which differences a plan can detect if all of its configurations are compared with the first."""
+
+    cycles: int
+    n_comparisons: int  # that Holm adjusts together
+    metrics: tuple[Sensitivity, ...]  # energy and throughput, or those of the gates
+    gates: Mapping[Metric, float] = field(default_factory=dict)  # their thresholds
+    reason: Reason | None = None  # why no difference can be detected
+
+    @classmethod
+    def of(cls, plan: Plan, earlier: Sequence[Record], gates: Sequence[Gate] = ()) -> PlannedPower:
+        """By the spread of earlier results; without any, or for a gate that they do not cover, by an assumed one."""
+        cycles, n_pairs = plan.execution.cycles, len(plan.configurations) - 1
+        reason = Reason.of("one_cycle") if cycles == 1 else None
+        reason = NO_INTERVAL if plan.execution.reuse == "campaign" and not plan.is_cold else reason
+        reason = reason if n_pairs else Reason.of("nothing_to_compare")
+        metrics = [gate.metric for gate in gates] or [ENERGY, THROUGHPUT]
+        measured = {item.metric: item for it in metrics if (item := earlier_sensitivity(earlier, it)) is not None}
+        is_load_shared = sum(plan.loads()) <= cycles
+        found = [
+            measured.get(metric) or Sensitivity.assumed(metric, is_load_shared=is_load_shared)
+            for metric in metrics
+            if metric in measured or gates or not measured
+        ]
+        thresholds = {gate.metric: gate.threshold for gate in gates}
+        return cls(cycles, n_pairs * len(found), tuple(found), thresholds, reason)
+
+    def facts(self) -> dict[str, str]:
+        """For a terminal, by heading."""
+        if self.reason is not None:
+            return {"detects": f"no difference: {self.reason}"}
+        n, cycles, worst = self.n_comparisons, self.cycles, max(self.metrics, key=lambda item: item.spread)
+        detects = _by_metric((_size(it.smallest(cycles, n)), "", it) for it in self.metrics)
+        detects += f", with {percent(POWER)} power"
+        if n > 1:
+            alone = worst.smallest(cycles)
+            left = percent(worst.power(cycles, alone, n))
+            detects += f" in each of {n} comparisons (Holm); alone {_size(alone)}, for which {n} leave {left} power"
+        needed = {percent(size): worst.needed(size, n) for size in _DIFFERENCES}
+        if self.gates:
+            gated = ((it, self.gates[it.metric]) for it in self.metrics)
+            needed = {_gate_text(it.metric, size): it.needed(size, n, is_gate=True) for it, size in gated}
+        counts = ", ".join(f"{count or f'over {MOST_CYCLES_PLANNED}'} for {what}" for what, count in needed.items())
+        return {
+            "detects": detects,
+            "cycles needed": counts + (", if the configurations are equal" if self.gates else ""),
+            "spread": _by_metric((percent(it.spread), f" ({_origin(it)})", it) for it in self.metrics),
+        }
+
+    def document(self) -> dict[str, Any]:
+        """As JSON values; numbers of cycles are for all comparisons together, None beyond `MOST_CYCLES_PLANNED`."""
+        return {
+            "power": POWER,
+            "confidence": CONFIDENCE,
+            "cycles": self.cycles,
+            "comparisons": self.n_comparisons,
+            "reason": self.reason and self.reason.text,
+            "metrics": [self._metric_document(item) for item in self.metrics],
+        }
+
+    def _metric_document(self, item: Sensitivity) -> dict[str, Any]:
+        where = {"pairs": item.n_pairs, "run_ids": list(item.run_ids)}
+        origin = {"metric": item.metric.name, "spread": item.spread, **where}
+        if self.reason is not None:
+            return origin
+        n, cycles, gate = self.n_comparisons, self.cycles, self.gates.get(item.metric)
+        alone = item.smallest(cycles)
+        sizes = _DIFFERENCES if gate is None else (gate,)
+        return {
+            **origin,
+            "smallest_difference": item.smallest(cycles, n),
+            "smallest_difference_alone": alone,
+            "power_for_smallest_alone": item.power(cycles, alone, n),
+            "gate": gate,
+            "cycles_needed": [
+                {"difference": size, "cycles": item.needed(size, n, is_gate=gate is not None)} for size in sizes
+            ],
+        }
+
+
+def _size(difference: float) -> str:
+    return percent(difference) if difference < 1 else "over 100 %"
+
+
+def _gate_text(metric: Metric, threshold: float) -> str:
+    return f"gate {SHORT_NAMES.get(metric.name, metric.name)}={100 * threshold:g}%"
+
+
+def _by_metric(items: Iterable[tuple[str, str, Sensitivity]]) -> str:
+    """`2.7 % in energy and throughput`: a size, what follows the metrics, and a metric each."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for size, more, item in items:
+        found.setdefault((size, more), []).append(SHORT_NAMES.get(item.metric.name, item.metric.name))
+    return ", ".join(f"{size} in {' and '.join(names)}{more}" for (size, more), names in found.items())
+
+
+def _origin(item: Sensitivity) -> str:
+    if not item.n_pairs:
+        loads = f", loads {percent(item.load_noise)}" if item.load_noise else ""
+        return f"assumed: runs {percent(RUN_NOISE)}{loads}"
+    *others, last = item.run_ids
+    runs = f"{len(item.run_ids)} runs, the last {last}" if others else f"run {last}"
+    return f"from {plural(item.n_pairs, 'pair')} of cycles of {runs}"
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:
@@ -245,16 +384,17 @@ def expected_document(plan: Plan, durations: ExpectedDurations) -> dict[str, Any
         "measuring": expected.measured_s,
         "loading": expected.loading_s,
         "gaps": expected.gaps_s,
-        "gaps_at_most": plan.expected_time(replace(durations, gap_s=None)).gaps_s,
+        "gaps_at_most": expected.most_gaps_s,
         "is_complete": expected.is_complete,
     }
 
 
 def _expected(plan: Plan, durations: ExpectedDurations, about: str = "about ") -> str:
     expected = plan.expected_time(durations)
-    most_s = plan.expected_time(replace(durations, gap_s=None)).gaps_s
-    usual = f"gaps {format_duration(expected.gaps_s)}, at most" if expected.gaps_s < most_s else "gaps at most"
-    gaps = f"{usual} {format_duration(most_s)}" if most_s else "no gaps"
+    usual = "gaps at most"
+    if expected.gaps_s < expected.most_gaps_s:
+        usual = f"gaps {format_duration(expected.gaps_s)}, at most"
+    gaps = f"{usual} {format_duration(expected.most_gaps_s)}" if expected.most_gaps_s else "no gaps"
     if expected.measured_s is None or expected.loading_s is None or expected.total_s is None:
         return f"unknown before the first run; {gaps}"
     guess = "" if expected.is_complete else ", partly estimated from other configurations"

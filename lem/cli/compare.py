@@ -15,7 +15,7 @@ from lem.results.compare import Anchor, Comparison, compare_configurations, comp
 from lem.results.comparison import comparison_document, render_markdown, render_text
 from lem.results.metrics import parse_comparable
 from lem.results.run import Configuration, Run
-from lem.results.stats import parse_gate
+from lem.results.stats import parse_gates
 
 _TARGET = """CAMPAIGN: all its configurations against the baseline; CAMPAIGN A B …: B and the others against A; two
 campaigns or runs: the second against the first; CAMPAIGN/CONFIGURATION: one configuration"""
@@ -46,9 +46,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code of the gates; 0 without gates."""
-    gates = [parse_gate(text) for text in args.gate]
-    if len({gate.metric for gate in gates}) < len(gates):
-        raise UserError("two gates for the same metric", "give one --gate per metric")
+    gates = parse_gates(args.gate)
     if args.strict and not gates:
         raise UserError("--strict requires --gate", "for example --gate energy=3%")
     metrics = [parse_comparable(text) for text in args.metric]

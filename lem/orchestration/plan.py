@@ -78,6 +78,7 @@ class ExpectedTime:
     measured_s: float | None
     loading_s: float | None
     gaps_s: float  # all gaps
+    most_gaps_s: float  # the same if none ends early
     is_complete: bool  # every experiment's own time is known, not estimated from others
 
     @property
@@ -204,11 +205,12 @@ class Plan:
         """The time it will take; what was never run is assumed to take the mean of what was."""
         items = self.experiments
         loading = [item for item, is_load in zip(items, self.loads(), strict=True) if is_load]
-        caps_s = map(self.gap_cap_s, self.gap_kinds())
+        caps_s = [self.gap_cap_s(kind) for kind in self.gap_kinds()]
         return ExpectedTime(
             measured_s=_sum_known([item.config_hash for item in items], known.measured_by_config),
             loading_s=_sum_known([item.engine_key for item in loading], known.load_by_engine),
             gaps_s=sum(cap_s if known.gap_s is None else min(cap_s, known.gap_s) for cap_s in caps_s),
+            most_gaps_s=sum(caps_s),
             is_complete=all(item.config_hash in known.measured_by_config for item in items)
             and all(item.engine_key in known.load_by_engine for item in loading),
         )

@@ -1,4 +1,4 @@
-"""What the results of a campaign add up to: JSON documents, the precision of a run, and how long experiments took."""
+"""What the results of a campaign add up to: JSON documents, the precision of a run, and what a plan may expect."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from lem.base.errors import UserError
 from lem.base.units import parse_percentage, percent
 from lem.record import Record, RecordError, ResultKey, decode_record
 from lem.results.bootstrap import bootstrap_coverage_label
-from lem.results.metrics import METRICS, distinct, parse_comparable, parse_metric
+from lem.results.compare import find_effect
+from lem.results.metrics import METRICS, Metric, distinct, parse_comparable, parse_metric
 from lem.results.run import (
     LEAST_CYCLES,
     NO_INTERVAL,
@@ -30,14 +32,17 @@ from lem.results.run import (
     carbon_basis,
     make_run,
 )
-from lem.results.stats import CONFIDENCE, check_confidence
+from lem.results.stats import CONFIDENCE, change_of, check_confidence
+from lem.results.student import cycles_needed, power_of, smallest_difference
 from lem.results.uncertainty import combined_document
 
 __all__ = [
     "EarlierTimes",
     "Precision",
+    "Sensitivity",
     "aggregate_campaign_results",
     "configuration_document",
+    "earlier_sensitivity",
     "earlier_times",
     "measure_precision",
     "parse_target",
@@ -258,3 +263,59 @@ def _around(records: Sequence[Record]) -> dict[ResultKey, float]:
 
 def _inner_s(record: Record) -> float:
     return (record.window.warmup_s or 0.0) + record.window.window_s
+
+
+# Standard deviations assumed before there are results: of runs on one load of an engine, and of loads.
+RUN_NOISE, LOAD_NOISE = 0.005, 0.01
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a number of cycles can show in one metric, if the ratio of two configurations varies this much."""
+
+    metric: Metric
+    spread: float  # standard deviation of the log of the ratio within a cycle
+    n_pairs: int = 0  # degrees of freedom of `spread`; 0 where it is assumed
+    run_ids: tuple[str, ...] = ()  # the earlier runs that it comes from
+    load_noise: float = 0.0  # of loads, where it is assumed; 0 where both sides share one
+
+    @classmethod
+    def assumed(cls, metric: Metric, *, is_load_shared: bool) -> Sensitivity:
+        """The noise that is assumed; with shared loads, that of loads is the same on both sides of a ratio."""
+        load_noise = 0.0 if is_load_shared else LOAD_NOISE
+        return cls(metric, math.sqrt(2 * (RUN_NOISE**2 + load_noise**2)), load_noise=load_noise)
+
+    def smallest(self, cycles: int, n_comparisons: int = 1) -> float:
+        """The smallest difference, as a share, that is found with the chance `POWER` among as many by Holm."""
+        return change_of(smallest_difference(cycles, self.spread, _holm_confidence(n_comparisons)))
+
+    def power(self, cycles: int, difference: float, n_comparisons: int) -> float:
+        """The chance to find a difference among as many comparisons."""
+        error = self.spread / math.sqrt(cycles)
+        return power_of(math.log1p(difference), error, cycles - 1, _holm_confidence(n_comparisons))
+
+    def needed(self, difference: float, n_comparisons: int = 1, *, is_gate: bool = False) -> int | None:
+        """The cycles that find a difference, or that decide a gate of that width between equal configurations."""
+        distances = [math.log1p(difference)] * (2 if is_gate else 1)
+        return cycles_needed(distances, self.spread, _holm_confidence(n_comparisons))
+
+
+def _holm_confidence(n_comparisons: int) -> float:
+    """Of the interval of the first of as many comparisons, which Holm's procedure makes the widest."""
+    return 1 - (1 - CONFIDENCE) / n_comparisons
+
+
+def earlier_sensitivity(records: Iterable[Record], metric: Metric) -> Sensitivity | None:
+    """The spread of the ratios to the first configuration, pooled over runs; None where no two cycles measured one."""
+    runs: dict[str, list[Record]] = {}
+    for record in records:
+        runs.setdefault(record.identity.run_id, []).append(record)
+    n_pairs, squares, used = 0, 0.0, []
+    for run_id, members in runs.items():
+        first, *others = make_run(members).with_results
+        effects = [find_effect(metric, first, other)[0] for other in others]
+        known = [(it.n_cycles[0], it.std_error) for it in effects if it is not None and it.std_error is not None]
+        n_pairs += sum(n - 1 for n, _ in known)
+        squares += sum((n - 1) * n * std_error**2 for n, std_error in known)
+        used += [run_id] if known else []
+    return Sensitivity(metric, math.sqrt(squares / n_pairs), n_pairs, tuple(used)) if n_pairs else None

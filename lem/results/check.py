@@ -22,6 +22,7 @@ from lem.results.findings import INTERFERENCE, NO_EFFECT, NO_RESUME, NOTES, SAME
 from lem.results.metrics import Metric
 from lem.results.run import ENERGY, MOST_CYCLES, SHARED_LOAD, THROUGHPUT, UNACCOUNTED, Configuration, Run
 from lem.results.stats import Drift, cycles_to_settle, trend_of
+from lem.results.student import POWER
 
 # An interval wider than this cannot show a difference of a few percent.
 _WIDE = 0.05
@@ -270,7 +271,8 @@ def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Fi
     if further is None or n_cycles + further > MOST_CYCLES:
         return _finding("indistinguishable", found, names)
     command = f"lem campaign … --resume --cycles {n_cycles + further}"
-    remedy = f"{further} more cycles would separate them, if the difference stays the same: {command}"
+    odds = f"with {percent(POWER)} power, if the difference stays the same"
+    remedy = f"{further} more cycles would separate them {odds}: {command}"
     return _finding("too_few_cycles", found, names, remedy=remedy)
 
 

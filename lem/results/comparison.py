@@ -15,7 +15,8 @@ from lem.base.units import ABSENT, plural, some_of
 from lem.results.compare import NO_ANCHOR, Comparison, Pair, Row, row_document
 from lem.results.metrics import Metric, differing_settings, shared_settings
 from lem.results.run import UNACCOUNTED, Configuration, Run, carbon_basis, estimate_note
-from lem.results.stats import CONFIDENCE, MOST_FURTHER_CYCLES, Gate, Judgement, Verdict
+from lem.results.stats import CONFIDENCE, Gate, Judgement, Verdict
+from lem.results.student import MOST_CYCLES_PLANNED
 from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
 
 SCHEMA_VERSION = 1
@@ -414,7 +415,7 @@ def _further(judgement: Judgement) -> str:
         return " (no verdict)"
     more = judgement.further_cycles
     if more is None:
-        return f" (at the threshold: more than {MOST_FURTHER_CYCLES} further cycles)"
+        return f" (at the threshold: more than {MOST_CYCLES_PLANNED} cycles)"
     return f" (about {plural(more, 'more cycle')} would settle it)"
 
 

@@ -192,6 +192,7 @@ _ALIASES = {
     "itl": "itl_p50_s",
     "e2e": "e2e_p50_s",
 }
+SHORT_NAMES = {name: alias for alias, name in _ALIASES.items()}
 
 # What grows with the work in a window, and what to compare instead. Fields that a metric divides are not listed.
 _INSTEAD: Mapping[str, tuple[str, ...]] = {

@@ -1,11 +1,10 @@
-"""Statistics for a few cycles: Student's t, Holm, paired effects on logs, gates on them, and trends."""
+"""Statistics for a few cycles: Holm, paired effects on logs, gates on them, and trends."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import enum
-import functools
 import math
 import statistics
 import sys
@@ -16,6 +15,7 @@ from lem.base.errors import UserError
 from lem.base.reasons import Reason
 from lem.base.units import parse_percentage
 from lem.results.metrics import Metric, parse_comparable
+from lem.results.student import cycles_needed, student_t_cdf, student_t_quantile
 
 # Of every interval, unless another one is asked for.
 CONFIDENCE = 0.95
@@ -23,11 +23,6 @@ CONFIDENCE = 0.95
 # A change of more than this from the first experiment to the last is flagged.
 DRIFT_FLAGGED = 0.01
 
-# Beyond this many more cycles the effect lies on the threshold, as far as can be determined.
-MOST_FURTHER_CYCLES = 1000
-
-_MAX_TERMS = 10_000
-_TINY = 1e-300
 _LARGEST_LOG = math.log(sys.float_info.max)
 
 
@@ -52,83 +47,6 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
         floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = floor
     return tuple(adjusted)
-
-
-def student_t_cdf(t: float, df: float) -> float:
-    """The probability that a Student t variable with `df` degrees of freedom, at most 10^8, is at most `t`.
-
-    From the incomplete beta function: P(|T| > t) = I_x(df/2, 1/2) at x = df / (df + t²). [DLMF 8.17; Abramowitz and
-    Stegun 26.7.1]
-    """
-    if df <= 0:
-        raise ValueError(f"degrees of freedom must be positive, got {df}")
-    if math.isinf(t):
-        return 1.0 if t > 0 else 0.0
-    square = t * t
-    # x and 1 - x each by its own formula: for small t, 1 - x would lose every digit.
-    if square <= df:
-        centre = 0.5 * regularized_incomplete_beta(0.5, df / 2, square / (df + square), df / (df + square))
-        return 0.5 + centre if t > 0 else 0.5 - centre
-    tail = 0.5 * regularized_incomplete_beta(df / 2, 0.5, df / (df + square), square / (df + square))
-    return 1 - tail if t > 0 else tail
-
-
-@functools.cache
-def student_t_quantile(probability: float, df: float) -> float:
-    """The t that a Student t variable with `df` degrees of freedom stays below with `probability`."""
-    if not 0 < probability < 1:
-        raise ValueError(f"expected a probability between 0 and 1, got {probability}")
-    if probability == 0.5:
-        return 0.0
-    # By symmetry search in the lower tail, where the distribution function keeps its relative precision.
-    tail = min(probability, 1 - probability)
-    low, high = -1.0, 0.0
-    while student_t_cdf(low, df) > tail:
-        low, high = 2 * low, low
-    while low < (middle := (low + high) / 2) < high:
-        if student_t_cdf(middle, df) < tail:
-            low = middle
-        else:
-            high = middle
-    return high if probability < 0.5 else -high
-
-
-def regularized_incomplete_beta(a: float, b: float, x: float, complement: float) -> float:
-    """I_x(a, b), which rises from 0 at x = 0 to 1 at x = 1; `complement` is 1 - x with all its digits."""
-    if x == 0 or complement == 0:
-        return 0.0 if x == 0 else 1.0
-    # The fraction converges fast below the mean of the distribution; above it use I_x(a, b) = 1 - I_{1-x}(b, a).
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _beta_fraction(b, a, complement, x)
-    return _beta_fraction(a, b, x, complement)
-
-
-def _beta_fraction(a: float, b: float, x: float, complement: float) -> float:
-    """I_x(a, b) by its continued fraction, DLMF 8.17.22, evaluated forwards by the modified Lentz method.
-
-    I = x^a (1-x)^b / (a B(a, b)) · 1/(1 + d1/(1 + d2/(1 + …))), with
-    d_2m = m (b-m) x / ((a+2m-1) (a+2m)) and d_2m+1 = -(a+m) (a+b+m) x / ((a+2m) (a+2m+1)).
-    """
-    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-    front = math.exp(a * math.log(x) + b * math.log(complement) - log_beta) / a
-    value, numerator, denominator = 1.0, 1.0, 0.0
-    for index in range(1, _MAX_TERMS):
-        m = index // 2
-        if index % 2:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        denominator = 1 / _not_zero(1 + term * denominator)
-        numerator = _not_zero(1 + term / numerator)
-        step = numerator * denominator
-        value *= step
-        if abs(step - 1) < 1e-15:
-            return front / value
-    raise ArithmeticError(f"the incomplete beta function did not converge at a={a}, b={b}, x={x}")
-
-
-def _not_zero(value: float) -> float:
-    return value if abs(value) > _TINY else _TINY
 
 
 @dataclass(frozen=True)
@@ -229,25 +147,16 @@ def anchored_effect(now: Effect, before: Effect) -> Effect:
 def cycles_to_settle(effect: Effect, bound: float, confidence: float = CONFIDENCE) -> int | None:
     """How many more cycles would place the whole interval on one side of each of ±`bound` (on logs).
 
-    Of two campaigns, each needs the cycles. None without a standard error, and beyond `MOST_FURTHER_CYCLES`.
+    The true effect and spread are taken to be those found. Of two campaigns, each needs the cycles. None without a
+    standard error, and where `cycles_needed` is None.
     """
     if effect.std_error is None or effect.df is None:
         return None
-    n = min(effect.n_cycles)
-    distance = min(abs(effect.log_ratio - bound), abs(effect.log_ratio + bound))
-
-    def is_enough(further: int) -> bool:
-        df = (effect.df or 1) * (n + further - 1) / max(n - 1, 1)
-        error = (effect.std_error or 0) * math.sqrt(n / (n + further))
-        return student_t_quantile((1 + confidence) / 2, df) * error < distance
-
-    if not is_enough(MOST_FURTHER_CYCLES):
-        return None
-    low, high = 0, MOST_FURTHER_CYCLES
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_enough(middle) else (middle, high)
-    return high
+    n, log_ratio = min(effect.n_cycles), abs(effect.log_ratio)
+    distances = (abs(log_ratio - bound), *([log_ratio + bound] if log_ratio < bound else []))
+    spread = effect.std_error * math.sqrt(n)
+    needed = cycles_needed(distances, spread, confidence, df_per_pair=effect.df / max(n - 1, 1))
+    return None if needed is None else max(needed - n, 1)
 
 
 class Verdict(enum.Enum):
@@ -305,6 +214,14 @@ def parse_gate(text: str) -> Gate:
     if not 0 < threshold <= 1:
         raise UserError(f"--gate {text!r}: expected more than 0% and at most 100%, got {percentage!r}", hint)
     return Gate(parse_comparable(metric, is_for_gate=True), threshold)
+
+
+def parse_gates(texts: Sequence[str]) -> list[Gate]:
+    """The gates of `--gate`; UserError where two are for the same metric."""
+    gates = [parse_gate(text) for text in texts]
+    if len({gate.metric for gate in gates}) < len(gates):
+        raise UserError("two gates for the same metric", "give one --gate per metric")
+    return gates
 
 
 def judge(

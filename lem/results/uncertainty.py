@@ -18,7 +18,8 @@ from lem.base.reasons import Reason
 from lem.base.units import ABSENT, percent
 from lem.record import Energy, Record
 from lem.results.metrics import Metric
-from lem.results.stats import CONFIDENCE, Effect, paired_effect, student_t_quantile
+from lem.results.stats import CONFIDENCE, Effect, paired_effect
+from lem.results.student import student_t_quantile
 
 CYCLES = "cycles"  # the cause beside those of `Energy.uncertainty_budget_j`
 # The lag of one counter is the same in all windows, so only the difference of what it costs matters to a ratio.

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from lem.results.run import LEAST_CYCLES, MOST_CYCLES
-from lem.results.stats import student_t_quantile
+from lem.results.student import student_t_quantile
 
 # The standard deviation between cycles over the half width that is asked for.
 RATIOS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)

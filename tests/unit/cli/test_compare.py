@@ -62,10 +62,10 @@ demo // demo pytorch-bfloat16 vllm-bfloat16 // 0 // 2 configurations
 two // pytorch-bfloat16 vllm-bfloat16 // 0 // vllm-bfloat16 uses 0.410 × the energy per output token of pytorch
 demo // demo --baseline vllm-bfloat16 --gate energy=3% --gate throughput=2% // 3
   // _tok_j=3%: worse: pytorch-bfloat16, vllm-bfloat16-64; within 3%: vllm-float16 gate
-  // inconclusive: vllm-float16 (about 9 more cycles would settle it); better: vllm-bfloat16-64
+  // inconclusive: vllm-float16 (about 16 more cycles would settle it); better: vllm-bfloat16-64
   // adjusted by Holm over the 6 comparisons
 demo // demo vllm-bfloat16 vllm-float16 --gate energy=0.5% --strict // 4
-  // No difference in energy per output token between vllm-float16 and vllm-bfloat16 was found // about 16 more
+  // No difference in energy per output token between vllm-float16 and vllm-bfloat16 was found // about 35 more
 demo // demo vllm-bfloat16 vllm-bfloat16-64 --gate energy=3% --markdown // 3
   // **gate energy\_per\_output\_tok\_j=3%: worse: vllm-bfloat16-64**
   // | 0.2169 | 1.05 | 1.04–1.07 | &lt;0.001 | worse |

@@ -2,14 +2,16 @@ import dataclasses
 
 import pytest
 
-from lem.cli.campaign import expected_document, render_findings, render_plan
+from lem.cli.campaign import PlannedPower, expected_document, render_findings, render_plan
 from lem.cli.campaign_run import Job
 from lem.orchestration.dispatch import LocalExecutor
 from lem.orchestration.executor import ExecutorChoice
 from lem.orchestration.grid import GridValidationIssue
 from lem.orchestration.plan import ExpectedDurations, build_plan
+from lem.results.stats import parse_gates
 from tests.campaign_doubles import make_campaign
 from tests.command_rig import on_terminal
+from tests.records import make_record
 
 
 @pytest.fixture
@@ -29,7 +31,8 @@ def _durations(campaign, known=2, gap_s=None):
 
 def _render(campaign, durations=None, place="local, python3 (requested)"):
     choice = ExecutorChoice("local", LocalExecutor, lambda: place)
-    return render_plan(Job(campaign, build_plan(campaign), choice), durations or ExpectedDurations())
+    plan = build_plan(campaign)
+    return render_plan(Job(campaign, plan, choice), durations or ExpectedDurations(), PlannedPower.of(plan, []))
 
 
 def test_findings_are_the_counts_and_each_reason_once_and_many_are_cut_short(campaign):
@@ -72,3 +75,72 @@ def test_a_long_order_is_cut_short(tmp_path):
     lines = _render(make_campaign(tmp_path, outputs=range(1, 41), execution={"cycles": 3})).splitlines()
     assert lines[-1] == "and 90 more"
     assert len(lines) < 60
+
+
+def _power(campaign, rates=(), gates=()):
+    """By earlier results of the first two configurations, where the second one's throughput varies like this."""
+    plan = build_plan(campaign)
+    first, second = plan.configurations[:2]
+    records = [
+        make_record(config_name=item.config_name, config_hash=item.config_hash, cycle=cycle, output_tok_per_s=rate)
+        for cycle, varying in enumerate(rates)
+        for item, rate in ((first, 100.0), (second, varying))
+    ]
+    return PlannedPower.of(plan, records, parse_gates(gates))
+
+
+def _cycles(campaign, cycles, **execution):
+    return dataclasses.replace(campaign, execution=dataclasses.replace(campaign.execution, cycles=cycles, **execution))
+
+
+def test_what_a_plan_can_detect_is_assumed_before_there_are_results(campaign):
+    power = _power(_cycles(campaign, 5))
+    assert power.n_comparisons == 2
+    facts = power.facts()
+    assert facts == {
+        "detects": (
+            "1.5 % in energy and throughput, with 80 % power in each of 2 comparisons (Holm); alone 1.2 %, for which 2 "
+            "leave 63 % power"
+        ),
+        "cycles needed": "8 for 1 %, 4 for 2 %, 4 for 3 %, 3 for 5 %",
+        "spread": "0.71 % in energy and throughput (assumed: runs 0.5 %)",
+    }
+    document = power.document()
+    assert [item["metric"] for item in document["metrics"]] == ["energy_per_output_tok_j", "output_tok_per_s"]
+    assert [item["pairs"] for item in document["metrics"]] == [0, 0]
+
+
+def test_what_a_plan_can_detect_comes_from_earlier_results_and_names_their_run(campaign):
+    power = _power(_cycles(campaign, 5), rates=(150, 152, 149))
+    assert [item.metric.name for item in power.metrics] == ["output_tok_per_s"]
+    assert power.facts()["spread"] == "1 % in throughput (from 2 pairs of cycles of run 20260714T100000Z-3fa1)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "outputs", "code"),
+    [
+        ({"cycles": 1}, (4, 8), "one_cycle"),
+        ({"reuse": "campaign"}, (4, 8), "no_interval"),
+        ({}, (4,), "nothing_to_compare"),
+    ],
+)
+def test_a_plan_that_can_detect_nothing_says_why(tmp_path, changes, outputs, code):
+    plan = build_plan(make_campaign(tmp_path, outputs=outputs, execution=changes))
+    power = PlannedPower.of(plan, [])
+    assert power.reason is not None
+    assert power.reason.code == code
+    assert power.facts() == {"detects": f"no difference: {power.reason}"}
+    assert power.document()["reason"] == power.reason.text
+
+
+def test_gates_take_the_place_of_the_usual_differences(campaign):
+    power = _power(campaign, gates=["energy=3%", "ttft=10%"])
+    document = power.document()["metrics"]
+    assert [(item["metric"], item["gate"]) for item in document] == [
+        ("energy_per_output_tok_j", 0.03),
+        ("ttft_p50_s", 0.1),
+    ]
+    needed = [item["cycles_needed"][0]["cycles"] for item in document]
+    assert power.facts()["cycles needed"] == (
+        f"{needed[0]} for gate energy=3%, {needed[1]} for gate ttft=10%, if the configurations are equal"
+    )

@@ -188,15 +188,15 @@ def test_the_mean_of_the_known_is_assumed_for_what_never_ran() -> None:
     found = plan(grid={"backends": ["pytorch"], "shared": axes}, execution={"cycles": 1, "config_gap_seconds": 0})
     one, two, *_ = found.experiments
     known = ExpectedDurations({one.config_hash: 10.0, two.config_hash: 20.0}, {one.engine_key: 1.0})
-    assert found.expected_time(known) == ExpectedTime(60.0, 2.0, 0.0, is_complete=False)
+    assert found.expected_time(known) == ExpectedTime(60.0, 2.0, 0.0, 0.0, is_complete=False)
     part = replace(found, experiments=found.experiments[:2])
-    assert part.expected_time(known) == ExpectedTime(30.0, 1.0, 0.0, is_complete=True)
+    assert part.expected_time(known) == ExpectedTime(30.0, 1.0, 0.0, 0.0, is_complete=True)
 
 
 def test_without_earlier_results_only_the_gaps_are_known_and_take_at_most_their_cap() -> None:
     found = plan(grid=grid(1, 2), execution={"cycles": 2, "config_gap_seconds": 10, "cycle_gap_seconds": 100})
     expected = found.expected_time(ExpectedDurations(gap_s=40.0))
-    assert expected == ExpectedTime(None, None, 10 + 40 + 10, is_complete=False)
+    assert expected == ExpectedTime(None, None, 10 + 40 + 10, 10 + 100 + 10, is_complete=False)
     assert expected.total_s is None
     assert replace(found, experiments=()).expected_time(ExpectedDurations()).total_s == 0.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from typing import Any
@@ -11,9 +12,14 @@ import pytest
 
 from lem.base.reasons import Reason
 from lem.record import Record, RecordError
-from lem.results.aggregation import aggregate_campaign_results, configuration_document
+from lem.results.aggregation import (
+    Sensitivity,
+    aggregate_campaign_results,
+    configuration_document,
+    earlier_sensitivity,
+)
 from lem.results.metrics import distinct
-from lem.results.run import NO_INTERVAL, Configuration
+from lem.results.run import ENERGY, NO_INTERVAL, THROUGHPUT, Configuration
 from tests.records import NO_METER, NO_TOKEN_TIMES, make_record, sentences
 
 
@@ -164,3 +170,37 @@ def test_results_of_several_hosts_or_runs_under_one_name_are_warned_about() -> N
     aggregate = configured([make_record(), make_record(host="b"), make_record(run_id="later")])
     assert aggregate.n_cycles == 3
     assert {Reason.of("mixed_hosts", count=2), Reason.of("mixed_runs", count=2)} <= set(aggregate.warnings)
+
+
+def _pairs(run_id: str, *ratios: float) -> list[Record]:
+    large = {"config_name": "large", "config_hash": "f" * 16}
+    rates = [100.0 + cycle for cycle in range(len(ratios))]
+    others = [rate * ratio for rate, ratio in zip(rates, ratios, strict=True)]
+    return [*cycles(*rates, run_id=run_id), *cycles(*others, run_id=run_id, **large)]
+
+
+def test_the_spread_of_earlier_ratios_is_pooled_over_runs_and_names_them() -> None:
+    first, second = (1.50, 1.52, 1.49), (1.61, 1.60)
+    records = [*_pairs("20260714T100000Z-3fa1", *first), *_pairs("20260715T100000Z-aa01", *second)]
+    variances = [statistics.variance(map(math.log, ratios)) for ratios in (first, second)]
+    found = earlier_sensitivity(records, THROUGHPUT)
+    assert found is not None
+    assert found.spread == pytest.approx(math.sqrt((2 * variances[0] + variances[1]) / 3))
+    assert (found.n_pairs, found.run_ids) == (3, ("20260714T100000Z-3fa1", "20260715T100000Z-aa01"))
+    assert earlier_sensitivity(records, ENERGY) is None
+    assert earlier_sensitivity(_pairs("20260716T100000Z-bb02", 1.5), THROUGHPUT) is None
+
+
+def test_shared_loads_take_the_noise_of_loads_out_of_the_assumed_spread() -> None:
+    alone, shared = (Sensitivity.assumed(ENERGY, is_load_shared=is_shared) for is_shared in (False, True))
+    assert (alone.spread, shared.spread) == pytest.approx((math.sqrt(2) * 0.0111803, math.sqrt(2) * 0.005), rel=1e-5)
+    assert alone.smallest(5) > shared.smallest(5)
+
+
+def test_more_comparisons_need_more_cycles_and_leave_less_power() -> None:
+    found = Sensitivity(ENERGY, 0.01)
+    assert (found.needed(0.02), found.needed(0.02, 10), found.needed(0.00001)) == (5, 8, None)
+    least = found.smallest(5)
+    assert found.smallest(5, 10) > least
+    assert found.power(5, least, 1) == pytest.approx(0.8, abs=1e-3)
+    assert found.power(5, least, 10) < 0.5

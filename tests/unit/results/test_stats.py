@@ -24,9 +24,15 @@ from lem.results.stats import (
     judge,
     paired_effect,
     parse_gate,
+    trend_of,
+)
+from lem.results.student import (
+    POWER,
+    cycles_needed,
+    power_of,
+    smallest_difference,
     student_t_cdf,
     student_t_quantile,
-    trend_of,
 )
 
 
@@ -200,18 +206,51 @@ def test_without_an_error_there_is_no_verdict() -> None:
     assert judge([]) == ()
 
 
+@pytest.mark.parametrize("df", [1, 1.2, 1.5, 2, 4, 9, 30, 1000])
+@pytest.mark.parametrize("confidence", [0.95, 0.995])
+def test_power_is_that_of_scipys_noncentral_t(df: float, confidence: float) -> None:
+    for noncentrality in (0.0, 0.5, 2.0, 4.0, 15.0, 200.0):
+        expected = stats.nct.sf(stats.t.ppf((1 + confidence) / 2, df), df, noncentrality)
+        assert power_of(0.01 * noncentrality, 0.01, df, confidence) == pytest.approx(expected, abs=1e-6)
+    assert (power_of(0.01, 0.0, df, confidence), power_of(0.0, 0.0, df, confidence)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(("size", "n"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10), (2.0, 5)])
+def test_the_cycles_for_a_difference_are_those_of_g_power(size: float, n: int) -> None:
+    """G*Power 3.1, t tests, matched pairs, two tails, α = 0.05, power 0.8, by effect size dz."""
+    assert cycles_needed([size], 1.0, 0.95) == n
+    assert smallest_difference(n, 1.0, 0.95) <= size < smallest_difference(n - 1, 1.0, 0.95)
+
+
+def test_the_smallest_difference_is_found_with_the_power_stated() -> None:
+    for cycles, confidence in ((2, 0.95), (5, 0.95), (5, 0.99), (40, 0.95)):
+        least = smallest_difference(cycles, 0.02, confidence)
+        power = power_of(least, 0.02 / math.sqrt(cycles), cycles - 1, confidence)
+        assert power == pytest.approx(POWER, abs=1e-3)
+    assert smallest_difference(5, 0.0, 0.95) == 0.0
+
+
+def test_a_gate_of_equal_configurations_is_decided_as_often_as_stated() -> None:
+    """Simulated: the interval lies within both bounds in at least 80 % of campaigns of as many cycles."""
+    n = cycles_needed([0.03, 0.03], 0.02, 0.95)
+    assert n is not None
+    draws = np.random.default_rng(1).normal(0.0, 0.02, (20_000, n))
+    half = stats.t.ppf(0.975, n - 1) * draws.std(axis=1, ddof=1) / math.sqrt(n)
+    assert 0.8 <= np.mean(np.abs(draws.mean(axis=1)) + half < 0.03) < 0.9
+
+
 def test_the_further_cycles_are_those_that_settle_it() -> None:
-    """With as many the interval lies on one side; with one fewer it does not."""
     found = effect(1.5, 1.0, n=5)
     more = cycles_to_settle(found, ENERGY.bound)
     assert more is not None
     spread = 0.01 * math.sqrt(5)
-    distance = ENERGY.bound - found.log_ratio
 
-    def half(n: int) -> float:
-        return float(stats.t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
+    def missed(n: int) -> float:
+        critical, error = stats.t.ppf(0.975, n - 1), spread / math.sqrt(n)
+        distances = (ENERGY.bound - found.log_ratio, ENERGY.bound + found.log_ratio)
+        return float(sum(stats.nct.cdf(critical, n - 1, distance / error) for distance in distances))
 
-    assert half(5 + more) < distance <= half(5 + more - 1)
+    assert missed(5 + more) <= 1 - POWER < missed(5 + more - 1)
 
 
 def test_an_effect_at_the_threshold_is_settled_by_no_number_of_cycles() -> None:
