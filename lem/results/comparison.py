@@ -251,9 +251,7 @@ class _Content:
             moved = ", ".join(f"{ratio:.3f} × in {labels[name]}" for name, ratio in self._anchor.ratios.items())
             most = f"{100 * self._anchor.tolerance:g} %"
             yield f"anchor: {self._anchor.name}, itself {moved}; a change of more than {most} would rule out a verdict."
-        is_energy = self._anchor is None and any(metric.group == "energy" for metric in self._metrics)
-        if is_energy and any(item.is_by_board_sensors for _, item in self._labelled):
-            yield "Energy: board sensors are off by up to ±5 % per card, which cancels out on one card."
+        yield from self._energy_notes()
         for run in comparison.runs:
             if run.stopping is not None:
                 of = f" in {self._run_label(run)}" if len(comparison.runs) > 1 else ""
@@ -262,6 +260,13 @@ class _Content:
         if removed := [it.name for run in comparison.runs for it in run.removed if it.name not in compared]:
             yield f"Removed from the campaign, so not compared: {some_of(removed, NAMES_SHOWN)}."
         yield from comparison.missing
+
+    def _energy_notes(self) -> Iterable[str]:
+        if any(metric.section == "carbon" for metric in self._metrics):
+            yield f"CO₂e and cost: of the {carbon_basis(item for _, item in self._labelled)}."
+        is_energy = self._anchor is None and any(metric.group == "energy" for metric in self._metrics)
+        if is_energy and any(item.is_by_board_sensors for _, item in self._labelled):
+            yield "Energy: board sensors are off by up to ±5 % per card, which cancels out on one card."
 
     def _of_one(self, pair: Pair, row: Row) -> str:
         over = f", over the anchor {self._anchor.name}" if self._anchor and self._anchor.name else ""
@@ -303,10 +308,8 @@ class _Content:
         decimals = max((known for _, row in rows if (known := _decimals(row)) is not None), default=None)
         heading = metric.heading if metric.group != "latency" else metric.label
         heading = "\n".join(textwrap.wrap(heading, _HEADING_WIDTH, break_on_hyphens=False))
-        configurations = [item for _, item in self._labelled]
-        if metric.section == "carbon":
-            heading += f"\n({carbon_basis(configurations)})"
-        if metric.group == "energy" and (note := estimate_note(configurations)):
+        note = estimate_note(item for _, item in self._labelled)
+        if note and metric.group == "energy":
             heading += f"\n{note}"
         interval = f"{_CONFIDENCE}\nt interval"
         lines: list[tuple[str, ...]] = []

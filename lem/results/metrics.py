@@ -143,8 +143,11 @@ METRICS: tuple[Metric, ...] = (
     *_divided("warmup_energy_j", "Energy", _WARMUP_PROMPT),
     *_divided("co2e_g", "CO₂e", _OUTPUT_TOK, _TOK, _REQUEST, section="carbon", verb="emits"),
     *(
-        _energy(f"cost_per_{per.name}", "", f"Energy cost per {per.noun}", "cost", "carbon", verb="has", per=per)
-        for per in (_OUTPUT_TOK, _REQUEST)
+        _energy(name, "", f"Energy cost per {noun}", "cost", "carbon", verb="has", per=per, factor=factor)
+        for name, noun, per, factor in (
+            ("cost_per_million_output_tok", "million output tokens", _OUTPUT_TOK, 1e6),
+            ("cost_per_1000_requests", "1,000 requests", _REQUEST, 1e3),
+        )
     ),
     *(
         Metric(

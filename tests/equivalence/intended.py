@@ -84,7 +84,7 @@ INTENDED: tuple[Intended, ...] = (
     Intended("As above, and the preset, in the list of options.", "config fields", r"\+0 \+0 \+2 \+0 \+20 .+"),
     Intended("As above, in the list of presets.", "lem presets", r"\+2048 \+10 \+0\.1 \+1 \+000 \+10"),
     Intended("As above, in a new configuration file.", "listings: lem config new", "commented out"),
-    Intended("Metrics of goodput and of 1,000 requests are in the list.", "--until ci=1%:none", r"\+1000 \+50 \+95"),
+    Intended("The hint for an unknown metric no longer lists them all.", "--until ci=1%:none", r"(-\d+ ?)+"),
     Intended("A missing bundle is named instead of the file SHA256SUMS in it.", "lem bundle verify", "-256"),
     Intended(
         "Records, and exports of them, have more: in flight, lag, uncertainty, goodput, steps, machine, interference.",
@@ -103,7 +103,32 @@ INTENDED: tuple[Intended, ...] = (
     Intended(
         "What was interrupted is left, not failed.", "(compare interrupted|results show)", "n_failed$", suite="recorded"
     ),
-    Intended("As above, in the list of metrics.", "lem compare", r"\+1000 \+50 \+95", suite="recorded"),
+    # Issue 14
+    Intended(
+        "The hint for an unknown metric no longer lists them all.",
+        "lem compare .*--gate none",
+        r"(-\d+ ?)+",
+        suite="recorded",
+    ),
+    Intended(
+        "lem compare --json has a ratio for every comparable metric.",
+        "lem compare",
+        r"^\$\.pairs\[\d+\]\.metrics\.",
+        suite="recorded",
+        is_new=True,
+    ),
+    Intended(
+        "The report has net energy per request, and phases and CPU energy per token instead of joules.",
+        "lem report",
+        r"^elements$|([-+]\S+ ?)+",
+        suite="recorded",
+    ),
+    Intended(
+        "An interval is computed in another order, which changes its last digit.",
+        "interrupted/results: lem results show",
+        r"energy_per_total_tok_j\.t_log\.ci_(lower|upper)$",
+        suite="recorded",
+    ),
     Intended(
         "Net energy of older records had another rule and is not compared, which a message says; others move up.",
         "synthetic-.*: lem results recompute",

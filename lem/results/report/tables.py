@@ -214,7 +214,7 @@ _FIGURES: tuple[Metric | _OfGpus, ...] = (
             *("prefill_energy_per_input_tok_j", "decode_energy_per_output_tok_j"),
             *("cpu_package_energy_per_output_tok_j", "dram_energy_per_output_tok_j"),
             *("external_energy_per_output_tok_j", "load_energy_per_load_j", "warmup_energy_per_prompt_j"),
-            *("co2e_per_output_tok_g", "co2e_per_request_g", "cost_per_output_tok", "cost_per_request"),
+            *("co2e_per_output_tok_g", "co2e_per_request_g", "cost_per_million_output_tok", "cost_per_1000_requests"),
         )
     ),
     Metric("tok_per_step", "throughput", "", "throughput", "tok_per_step", "Tokens per step"),

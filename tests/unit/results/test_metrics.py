@@ -60,7 +60,8 @@ def full_record() -> Record:
         ("warmup_energy_per_prompt_j", 30 / 5, "J"),
         ("co2e_per_output_tok_g", 0.5 / 20, "g/tok"),
         ("co2e_per_request_g", 0.5 / 9, "g"),
-        ("cost_per_output_tok", 0.1 / 20, ""),
+        ("cost_per_million_output_tok", 1e6 * 0.1 / 20, ""),
+        ("cost_per_1000_requests", 1000 * 0.1 / 9, ""),
         ("good_requests_ratio", 6 / 10, ""),  # a failed request is not good
         ("output_tok_per_request", 20 / 9, "tok"),
     ],
@@ -81,7 +82,7 @@ def test_what_is_normalised_is_divided_by_what_its_name_says(name: str, value: f
         ("dram_energy_j", "dram_energy_per_output_tok_j"),
         ("load_energy_j", "load_energy_per_load_j"),
         ("co2e_g", "co2e_per_output_tok_g"),
-        ("cost", "cost_per_output_tok or cost_per_request"),
+        ("cost", "cost_per_million_output_tok or cost_per_1000_requests"),
         ("output_tok", "output_tok_per_request"),
         ("window_s", "output_tok_per_s"),
     ],

@@ -12,8 +12,12 @@ from lem.base.doc import text_width
 from lem.base.measurement import known
 from lem.base.reasons import Reason
 from lem.config.backends import ENERGY_SCORE_RULES
+from lem.config.experiment import MeasurementConfig
 from lem.record import Machine, Record
 from lem.results.aggregation import run_document
+from lem.results.compare import compare_configurations
+from lem.results.comparison import render_text
+from lem.results.metrics import parse_comparable
 from lem.results.run import Run, make_run
 from lem.results.table import render_record, render_run
 from tests.command_rig import on_terminal
@@ -28,6 +32,7 @@ GRID = {
     "batch_size=4, max_output_tokens=32": (274.9, 0.305),
     "batch_size=4, max_output_tokens=128": (308.4, 1.211),
 }
+OTHER = {"config_name": "large", "config_hash": "f" * 16}
 LONG = {f"pytorch-tiny-llama-{name}": values for name, values in GRID.items()}
 
 
@@ -189,6 +194,29 @@ def test_one_result_fits_80_columns_and_colour_changes_nothing_else(name: str) -
 def test_one_result_has_these_lines(name: str, lines: list[str]) -> None:
     found = render_record(RECORDS[name]).splitlines()
     assert [line for line in lines if not any(text.startswith(line) for text in found)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "scope", "basis"),
+    [("nvml_counter", "gpu", "GPU energy only"), ("rapl", "cpu_package", "energy of CPU packages and DRAM only")],
+)
+def test_emissions_and_cost_are_labelled_with_what_they_contain(source: str, scope: str, basis: str) -> None:
+    rates = MeasurementConfig(grid_g_per_kwh=360, pue=1.25, price_per_kwh=0.2)
+    records = [
+        completed(make_record(**item, cycle=cycle, energy_source=source), rates)
+        for cycle in range(3)
+        for item in ({"energy_per_output_tok_j": 0.5}, {"energy_per_output_tok_j": 0.4, **OTHER})
+    ]
+    assert {record.energy.energy_scope for record in records} == {scope}
+    carbon = f"carbon 0.0625 g CO₂e, cost 3.472e-05: {basis} × PUE 1.25"
+    assert carbon in " ".join(render_record(records[0]).split())
+    run = make_run(records)
+    assert run_document(run)["configurations"][0]["carbon_basis"] == f"{basis} × PUE"
+    metrics = [parse_comparable(name) for name in ("co2e_per_request_g", "cost_per_1000_requests")]
+    compared = compare_configurations(run, run.with_results[0], run.with_results[1:], metrics=metrics)
+    text = " ".join(render_text(compared).split())
+    assert f"CO₂e and cost: of the {basis} × PUE." in text
+    assert "emits 0.80" in text
 
 
 def test_prompts_of_ai_energy_score_have_their_energy_in_its_unit() -> None:
