@@ -51,7 +51,7 @@ for pair in lem.compare(first, second).pairs:
         if row.effect is None:
             print(f"  {row.metric.label}: {row.reason}")
         else:
-            print(f"  {row.metric.label}: {row.effect.ratio:.3g} times, 95 % interval {row.effect.interval()}")
+            print(f"  {row.metric.label}: {row.effect.ratio:.3g} times, 95 % interval {row.interval}")
 
 # %% Write the report
 print(lem.report(run, Path(results_dir) / "report.html"))

@@ -109,6 +109,7 @@ V1_TEXTS: Mapping[str, str] = {
 }
 
 _NEW_TEXTS: Mapping[str, str] = {
+    "unsteady": "the halves of the window differ in {what} by 2 % or more, and under traffic by more than chance gives",
     "no_meter_uncertainty": "only energies have a stated uncertainty of their meter",
     "rest_unchecked": (
         "power at rest was not measured after the window; if it moved by {tolerance:.0%}, the net energy is off by "
@@ -193,7 +194,7 @@ _NEW_TEXTS: Mapping[str, str] = {
     "other_traffic": "other traffic: {before} against {after}",
     "other_meter": "other energy meter: {before} against {after}",
     # Why there is no effect, no interval or no verdict.
-    "unequal_exclusions": "the configurations lost different numbers of cycles: {causes}",
+    "unequal_exclusions": "the configurations lost different shares of their cycles: {causes}",
     "shared_load": "cycles share an engine load (reuse: campaign), so they are not independent",
     "no_interval": "{why}: no interval",
     "one_cycle": "one cycle has no interval: use --cycles 3+",
@@ -207,6 +208,7 @@ _NEW_TEXTS: Mapping[str, str] = {
     "not_asked": "not among the metrics that were compared: for a verdict, name it with --metric",
     "out_of_range": "beyond the range of floating-point numbers",
     "not_measured": "not measured for {name}: {why}",
+    "never_valid": "no value for {name}: {why}",
     "no_common_cycle": "no cycle has a valid result of both",
     "nothing_to_compare": "there is nothing to compare",
     "own_anchor": "it is the only configuration that both runs measured unchanged, and cannot be its own anchor",
@@ -224,12 +226,15 @@ _NEW_TEXTS: Mapping[str, str] = {
     "results_damaged": "damaged results are left out: {named}",
     "results_left": "{experiments} not measured yet",
     "results_missing": "{experiments} without a complete result",
-    "cycles_added": "cycles were added {rule}: {unaccounted}",
+    "cycles_added": "cycles were added {rule}: {correction}",
     "no_overall_verdict": "no verdict between all configurations: {why}",
     "results_invalid": "{count:d} of {total:d} results are invalid and left out: {why}",
     "no_valid_result": "no valid result at all",
     "some_results": "{what} in {count:d} of {total:d} results",
-    "window_moved": "throughput or power moved by 2 % or more within the window",
+    "window_moved": (
+        "throughput or power moved by 2 % or more within the window (under traffic, also by more than chance does in "
+        "1 of 1,000 windows)"
+    ),
     "warmup_did_not_settle": "warm-up did not settle",
     "window_short": "a window under {least_s:g} s or {updates:d} updates of the energy counter",
     "filled_and_drained": (
@@ -259,15 +264,21 @@ _NEW_TEXTS: Mapping[str, str] = {
     "free_lengths": "output lengths are free, though they came out equal",
     "not_comparable": "not fully comparable with {name}: {why}",
     "environment_changed": "cycles of one configuration were measured in different environments: {what}",
-    "drift": "{metric} {moved} from the first experiment to the last{interval}",
-    "drift_or_chance": "{metric} {moved} from the first experiment to the last{interval}, which could be chance",
+    "drift": (
+        "{metric} {moved} from the first experiment to the last ({interval}; found in at most {rate} of campaigns "
+        "without drift)"
+    ),
+    "autocorrelation": (
+        "{metric}: autocorrelation of {lag_1:.2f} from cycle to cycle ({n:d} cycles; the test is wrong in {rate} of "
+        "campaigns and finds {sought:g} in {power})"
+    ),
     "blocks": "each configuration ran in its own block, so a drift would look like a difference",
     "same_order": (
         "the order is the same in every cycle: effects of one experiment, such as heat, always reach the same next one"
     ),
-    "place_matters": "{metric} {moved} from the first place within a cycle to the last{interval}",
-    "place_or_chance": (
-        "{metric} {moved} from the first place within a cycle to the last{interval}, which could be chance"
+    "order_effect": (
+        "{metric} {moved} from the first place within a cycle to the last ({interval}; found in at most {rate} of "
+        "campaigns in which the place has no effect)"
     ),
     "removed": "removed from the campaign: {names}; they are shown, but not compared",
     "only_one_cycle": "one cycle has no interval",

@@ -28,16 +28,11 @@ from lem.orchestration.executor import EXECUTORS, choose_executor
 from lem.orchestration.plan import ExpectedDurations, Plan, plan_campaign
 from lem.orchestration.resume import check_rule, make_rule
 from lem.record import Record
-from lem.results.aggregation import (
-    RUN_NOISE,
-    Sensitivity,
-    earlier_sensitivity,
-    earlier_times,
-    parse_target,
-)
+from lem.results.aggregation import RUN_NOISE, Sensitivity, earlier_sensitivity, earlier_times
 from lem.results.metrics import SHORT_NAMES, Metric
-from lem.results.run import ENERGY, NO_INTERVAL, THROUGHPUT, StoppingRule
+from lem.results.run import ENERGY, NO_INTERVAL, THROUGHPUT
 from lem.results.stats import CONFIDENCE, Gate, parse_gates
+from lem.results.stopping import StoppingRule, parse_target
 from lem.results.store import Repository
 from lem.results.student import MOST_CYCLES_PLANNED, POWER
 
@@ -92,7 +87,10 @@ def _add_control(group: argparse._ArgumentGroup) -> None:
     beginning.add_argument("--fresh", action="store_true", help="set the previous manifest aside and start over")
     text = "resume even if the engine, driver or GPU changed"
     add("--allow-environment-change", action="store_true", help=text)
-    text = "add cycles, at least 5, until every configuration's interval is this narrow"
+    text = (
+        "add cycles, at least 5, until every ratio to the first configuration has an interval this narrow; "
+        "each=2%%: until every configuration's own has; METRIC=3%%: until this gate has its verdicts"
+    )
     add("--until", type=partial(checked, parse_target), metavar="ci=2%[:METRIC]", help=text)
     add("--max-cycles", type=int, metavar="N", help="with --until: maximum number of cycles (default: 20)")
     text = "start no experiment after this time; the running one finishes; exit code 124"

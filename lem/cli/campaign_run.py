@@ -13,7 +13,6 @@ import shutil
 import socket
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,14 +29,14 @@ from lem.config.campaign_config import CampaignConfig
 from lem.config.option import is_secret
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.executor import ExecutorChoice
-from lem.orchestration.manifest import COMPLETED, FAILED, SKIPPED
+from lem.orchestration.manifest import COMPLETED, SKIPPED
 from lem.orchestration.plan import Plan
-from lem.orchestration.resume import CHOOSE_HINT, RunOptions, forget_lost_results
+from lem.orchestration.resume import CHOOSE_HINT, RunOptions, forget_lost_results, run_of
 from lem.orchestration.schedule import CampaignOutcome, Scheduler, Stopped, StopRequest
 from lem.orchestration.status import Event, Observer
 from lem.orchestration.systemd import Notification, ServiceManager
 from lem.results.aggregation import run_document
-from lem.results.run import StoppingRule, make_run, read_stopping_rule
+from lem.results.stopping import StoppingRule
 from lem.results.store import Repository
 from lem.results.table import render_run
 
@@ -238,16 +237,7 @@ def exit_code_of_outcome(outcome: CampaignOutcome) -> ExitCode:
 
 def show_results(campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO, *, is_json: bool) -> None:
     """Write the table, or the summary as a line of JSON; nothing if there are no results."""
-    run_id, manifest, results_dir = str(outcome.manifest.run_id), outcome.manifest, Path(campaign.io.results_dir)
-    planned = {entry.exp_id for entry in manifest.experiments if entry.status != SKIPPED}
-    scan = Repository(results_dir, campaign.slug).scan(run_id)
-    summary = make_run(
-        [item.record for item in scan.results if item.record.identity.experiment_id in planned],
-        failed=Counter(entry.config_name for entry in manifest.get_by_status(FAILED)),
-        campaign_name=campaign.campaign_name,
-        run_id=run_id,
-        stopping=read_stopping_rule(results_dir / campaign.slug / run_id),
-    )
+    summary = run_of(outcome.manifest, Repository(Path(campaign.io.results_dir), campaign.slug))
     if is_json:
         write_output(out, json.dumps({"event": "summary", **run_document(summary)}, ensure_ascii=False) + "\n")
     elif summary.configurations:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from lem.base.doc import screen_of, write_json
-from lem.base.errors import UserError, did_you_mean
+from lem.base.errors import ExitCode, UserError, did_you_mean
 from lem.base.units import parse_percentage
 from lem.cli import selection
-from lem.results.compare import Anchor, Comparison, compare_configurations, compare_runs, gate_code
+from lem.results.compare import Anchor, Comparison, compare_configurations, compare_runs, gate_code, unmeasured
 from lem.results.comparison import comparison_document, render_markdown, render_text
 from lem.results.metrics import parse_comparable
 from lem.results.run import Configuration, Run
@@ -20,7 +20,7 @@ from lem.results.stats import parse_gates
 _TARGET = """CAMPAIGN: all its configurations against the baseline; CAMPAIGN A B …: B and the others against A; two
 campaigns or runs: the second against the first; CAMPAIGN/CONFIGURATION: one configuration"""
 _EPILOG = """A campaign means its last run; name a run by its ID or a prefix of it. Exit codes: 0 success,
-3 a gate found a regression, 4 a gate is inconclusive under --strict."""
+2 a gate's metric was not measured, 3 a gate found a regression, 4 a gate is inconclusive."""
 _DEFAULT_TOLERANCE = "5%"
 
 
@@ -34,7 +34,9 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anchor-tolerance", default=_DEFAULT_TOLERANCE, metavar="PERCENT%", help=text)
     selection.add_repeated(parser, "--metric", "NAME", "compare this metric")
     selection.add_repeated(parser, "--gate", "METRIC=PERCENT%", "judge whether the metric changed by more than this")
-    parser.add_argument("--strict", action="store_true", help="exit with 4 if a gate is inconclusive")
+    strictness = parser.add_mutually_exclusive_group()
+    strictness.add_argument("--lenient", action="store_true", help="exit with 0 if a gate is inconclusive")
+    strictness.add_argument("--strict", action="store_true", help="the default: exit with 4 if a gate is inconclusive")
     selection.add_budget(parser)
     selection.add_rates(parser)
     selection.add_results_dir(parser, "-o")
@@ -47,13 +49,14 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code of the gates; 0 without gates."""
     gates = parse_gates(args.gate)
-    if args.strict and not gates:
-        raise UserError("--strict requires --gate", "for example --gate energy=3%")
+    for flag in ("strict", "lenient"):
+        if getattr(args, flag) and not gates:
+            raise UserError(f"--{flag} requires --gate", "for example --gate energy=3%")
     metrics = [parse_comparable(text) for text in args.metric]
     comparison = _compare(args, {"metrics": metrics, "gates": gates, "is_whole": args.json})
     problems = [problem for read in comparison.runs for problem in read.problems]
     selection.list_problems(err, selection.damaged(problems))
-    code = gate_code(comparison, is_strict=args.strict)
+    code = gate_code(comparison, is_lenient=args.lenient)
     if args.json:
         document = {**comparison_document(comparison), "problems": selection.problem_documents(problems)}
         write_json(out, {**document, "exit_code": int(code)})
@@ -61,6 +64,9 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         out.write(render_markdown(comparison))
     else:
         out.write(render_text(comparison, has_budget=args.budget, **screen_of(out)))
+    if code is ExitCode.USAGE:
+        names = dict.fromkeys(row.metric.name for row in unmeasured(comparison))
+        raise UserError(f"gate on a metric that was not measured: {', '.join(names)}", "gate one that both sides have")
     return int(code)
 
 

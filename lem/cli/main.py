@@ -158,7 +158,7 @@ def make_parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
         prog="lem",
         description="Measure what LLM inference costs: joules, tokens per second, latency, and their uncertainty.",
         epilog="exit codes: 0 success · 1 an experiment failed · 2 usage or configuration error, or unsuitable host · "
-        "3 a gate found a regression · 4 a gate is inconclusive under --strict, or lem check finds weak numbers · "
+        "3 a gate found a regression · 4 a gate is inconclusive, or lem check finds weak numbers · "
         "5 locked by another campaign · 70 bug in lem · 124 time budget reached · "
         "129 SIGHUP · 130 SIGINT · 143 SIGTERM",
     )

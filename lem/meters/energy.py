@@ -38,7 +38,7 @@ class EnergyFindings:
     idle: Idle
     interference: Interference
     machine: Machine
-    power_steady: bool | None  # whether the halves of the window drew the same power; None where unknown
+    power_change: float | None  # of the halves of the window, over their mean; None where unknown
     invalid_reasons: tuple[Reason, ...]  # why the window does not measure what it should
     warnings: tuple[Reason, ...]
 
@@ -76,7 +76,7 @@ def measure(
         idle=idle,
         interference=found,
         machine=_machine(attempt.log.header.machine),
-        power_steady=measured(lambda: window.is_power_steady(attempt, window_repeats)).value,
+        power_change=measured(lambda: window.power_change(attempt, window_repeats)).value,
         invalid_reasons=(
             *window.invalid_reasons(attempt, own_pids),
             *(() if span is None else holes(attempt, span, found)),

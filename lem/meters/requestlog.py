@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any
 from lem.base import durable
 from lem.base.clock import seconds_between
 from lem.base.codec import MOST, decode
-from lem.base.measurement import STEADY_TOLERANCE, Measured, known
+from lem.base.measurement import STEADY_TOLERANCE, UNSTEADY_SIGMAS, Measured, known
 from lem.base.units import GIB, MIB
 
 CLOSED_BATCH = "closed_batch"
@@ -172,9 +173,33 @@ class RequestLog:
             half = len(self.passes_ns) // 2
             first, second = self._rate(0, half), self._rate(len(self.passes_ns) - half, len(self.passes_ns))
         else:
-            first = sum(at_ns <= (self.opened_ns + self.closed_ns) // 2 for at_ns in self.tokens_ns)
-            second = len(self.tokens_ns) - first
-        return Measured(abs(first - second) < STEADY_TOLERANCE * (first + second) / 2)
+            first, second = map(sum, zip(*self._tokens_by_half, strict=True))
+        return Measured(abs(first - second) < self.steady_tolerance * (first + second) / 2)
+
+    @cached_property
+    def steady_tolerance(self) -> float:
+        """By how much the halves of a steady window may differ in power or throughput, over their mean.
+
+        Under traffic, chance alone moves work from one half to the other: a request brings its tokens with either sign,
+        which adds their squares, and only one window in 1,000 exceeds 3.29 standard deviations. If arrivals do not
+        vary, only lengths do, and the edges of the halves may cut off two requests.
+        """
+        if self.is_batch or not self.tokens_ns:
+            return STEADY_TOLERANCE
+        moved = [first - second for first, second in self._tokens_by_half if first or second]
+        if self.traffic_mode == "poisson":
+            variance = math.fsum(it**2 for it in moved)
+        else:
+            usual = math.fsum(map(abs, moved)) / len(moved)
+            variance = math.fsum((abs(it) - usual) ** 2 for it in moved) + 2 * usual**2
+        return max(STEADY_TOLERANCE, UNSTEADY_SIGMAS * math.sqrt(variance) / (len(self.tokens_ns) / 2))
+
+    @cached_property
+    def _tokens_by_half(self) -> tuple[tuple[int, int], ...]:
+        """Output tokens of each request under traffic in the first and in the second half of the window."""
+        middle_ns = (self.opened_ns + self.closed_ns) // 2
+        inside = ([at for at in it.counted_ns if self.is_inside(at)] for it in self.requests if it.is_good)
+        return tuple((first := sum(at <= middle_ns for at in times), len(times) - first) for times in inside)
 
     def _rate(self, first: int, end: int) -> float:
         """Output tokens per second of some passes."""

@@ -64,8 +64,8 @@ def gpu_crosscheck(attempt: AttemptLog, number: int) -> float:
     return means.between_j(inner) / counted_j
 
 
-def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool | None:
-    """Whether both halves of the window drew the same power, to 2 %; None if there is too little to compare.
+def power_change(attempt: AttemptLog, window_repeats: int) -> float | None:
+    """Power of the second half of the window less that of the first, over their mean; None if too little to compare.
 
     In a closed window the halves are whole passes over the prompts, without an odd middle one, so that both have the
     same share of prefill and decode.
@@ -82,7 +82,7 @@ def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool | None:
     if any(curve.count_in(half) < needed for curve in curves for half in halves):
         return None
     first_w, second_w = (sum(curve.mean_power_w(half) for curve in curves) for half in halves)
-    return abs(first_w - second_w) < names.STEADY_TOLERANCE * (first_w + second_w) / 2
+    return (second_w - first_w) / ((first_w + second_w) / 2) if first_w + second_w > 0 else None
 
 
 def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator[Reason]:

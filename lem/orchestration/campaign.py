@@ -19,14 +19,14 @@ from lem.meters.nvml import find_gpus
 from lem.orchestration import resume
 from lem.orchestration.dispatch import WorkerUnavailable
 from lem.orchestration.locks import Holder, campaign_lock, gpu_locks, hold_locks
-from lem.orchestration.manifest import SKIPPED, TOP_UP_NOTE, CampaignManifest, CampaignManifestEntry, ManifestManager
+from lem.orchestration.manifest import TOP_UP_NOTE, CampaignManifest, CampaignManifestEntry, ManifestManager
 from lem.orchestration.plan import Experiment, Plan, build_plan, write_configs
 from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.session import Context, Session
 from lem.orchestration.status import ActivityWriter
 from lem.orchestration.systemd import find_secrets
 from lem.results.configurations import write_listing
-from lem.results.run import StoppingRule, write_stopping_rule
+from lem.results.stopping import StoppingRule, next_stage, read_stopping_rule, write_stopping_rule
 from lem.results.store import describe_future
 from lem.worker.supervisor import missing_distributions
 
@@ -153,7 +153,7 @@ class CampaignRunner(Context):
             return self._run_locked(plan, deadline_s)
 
     def _run_locked(self, plan: Plan, deadline_s: float | None) -> CampaignOutcome:
-        manager = self._manager()
+        manager, rule = self._manager(), self.options.until
         manager.remove_leftovers()
         known = self._choose_manifest(manager)
         if known is None:
@@ -162,6 +162,8 @@ class CampaignRunner(Context):
         else:
             plan = plan.with_hashes(resume.stored_hashes(known, plan, self.repository))
             manifest, plan = known, plan.with_cycles(resume.added_cycles(known))
+            kept = read_stopping_rule(self.repository.folder / str(known.run_id))
+            rule = next_stage(kept, rule, resume.tested_cycles(known), plan.execution.cycles)
             notes = resume.update_manifest(known, plan, self._new_entries(plan.experiments), self.repository)
         secrets = find_secrets(os.environ)  # one that cannot be used is an error before anything is written
         with contextlib.ExitStack() as stack, self._workers():
@@ -169,6 +171,8 @@ class CampaignRunner(Context):
             self._check_environment(manifest, remaining)
             with manager.saving(UserError, "free some space or make the folder writable"):
                 write_configs(plan.configurations)
+                if known is not None and rule is not None:
+                    write_stopping_rule(self.repository.folder / str(known.run_id), rule)
                 aside = manager.set_aside() if known is None else None
                 manager.save(manifest)
                 write_listing(self.repository.folder / str(manifest.run_id), plan.listing)
@@ -193,8 +197,8 @@ class CampaignRunner(Context):
             if not remaining:
                 self.executor.clear()
             outcome = session.run(remaining, deadline_s)
-            if self.options.until is not None:
-                outcome = self._top_up(session, self.options.until, outcome, deadline_s, has_run=bool(remaining))
+            if self.options.until is not None and rule is not None:
+                outcome = self._top_up(session, rule, outcome, deadline_s, has_run=bool(remaining))
             outcome = session.conclude(outcome)
         stopped = outcome.stopped.value if outcome.stopped else None
         activity.end(stopped, outcome.error.message if outcome.error else outcome.remark)
@@ -219,10 +223,10 @@ class CampaignRunner(Context):
             write_stopping_rule(self.repository.folder / run_id, rule)
             while outcome.stopped is None:
                 cycles = session.plan.execution.cycles
-                planned = {entry.exp_id for entry in manifest.experiments if entry.status != SKIPPED}
-                records = [item.record for item in self.repository.scan(run_id).results]
-                records = [record for record in records if record.identity.experiment_id in planned]
-                is_needed, reason = resume.needs_cycle(records, rule, cycles)
+                if cycles > max(rule.looks, default=0):
+                    rule = replace(rule, looks=(*rule.looks, cycles))
+                    write_stopping_rule(self.repository.folder / run_id, rule)
+                is_needed, reason = resume.needs_cycle(resume.run_of(manifest, self.repository), rule, cycles)
                 outcome = replace(outcome, remark=reason)
                 if not is_needed:
                     return replace(outcome, signum=self.stop.signum)

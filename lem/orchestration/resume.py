@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +16,7 @@ from typing import Any
 from lem.base.clock import utc_text
 from lem.base.durable import GROUPED, read_sealed, sha256_of
 from lem.base.errors import UserError
-from lem.base.units import some_of
+from lem.base.units import percent, some_of
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
 from lem.orchestration.grid import config_hash, make_run_id, prompts_fingerprint
@@ -33,9 +34,10 @@ from lem.orchestration.manifest import (
     ManifestManager,
 )
 from lem.orchestration.plan import Plan
-from lem.record import CONFIG_FILE, Record
+from lem.record import CONFIG_FILE
 from lem.results.aggregation import measure_precision
-from lem.results.run import LEAST_CYCLES, MOST_CYCLES, StoppingRule, Target
+from lem.results.run import Run, make_run
+from lem.results.stopping import LEAST_CYCLES, MOST_CYCLES, StoppingRule, Target, read_stopping_rule
 from lem.results.store import Repository, folder_names
 from lem.worker.prompts import resolve_on_host
 
@@ -354,20 +356,42 @@ def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
         raise UserError(message, "lower --cycles or raise --max-cycles")
 
 
-def needs_cycle(records: Iterable[Record], rule: StoppingRule, cycles: int) -> tuple[bool, str]:
+def run_of(manifest: CampaignManifest, repository: Repository) -> Run:
+    """The results of what is planned now, with the rule by which cycles were added."""
+    run_id = str(manifest.run_id)
+    planned = {entry.exp_id for entry in manifest.experiments if entry.status != SKIPPED}
+    records = (item.record for item in repository.scan(run_id).results)
+    return make_run(
+        [record for record in records if record.identity.experiment_id in planned],
+        failed=Counter(entry.config_name for entry in manifest.get_by_status(FAILED)),
+        campaign_name=manifest.campaign_name,
+        run_id=run_id,
+        stopping=read_stopping_rule(repository.folder / run_id),
+    )
+
+
+def needs_cycle(run: Run, rule: StoppingRule, cycles: int) -> tuple[bool, str]:
     """Whether another cycle is needed after that many, by all whole results of the run, and why, for a person."""
-    found = measure_precision(records, rule.target, rule.least_cycles)
-    what = f"{rule.target.describe()} ({found.metric}, 95 % t interval)"
+    found, goal = measure_precision(run, rule), rule.target.goal if rule.target else ""
+    details = f"({found.metric}, t intervals at {percent(rule.alpha)})"
     without = [f"{name} ({reason})" for name, reason in found.without.items()]
     left_out = f"; ignored, without an interval: {some_of(without, _SHOWN)}" if without else ""
     if not found.wide:
-        text = f"every interval is within {what} after {cycles} cycles" if found.narrow else "no cycle is added"
+        text = f"{goal} after {cycles} cycles {details}" if found.narrow else "no cycle is added"
         text += "" if found.narrow or found.without else ": there are no results"
         return False, f"Top-up: {text}{left_out}"
-    wide = some_of(found.widest, _SHOWN)
+    not_yet = f"not yet: {goal} {details}: {some_of(found.widest, _SHOWN)}{left_out}"
     if cycles >= rule.most_cycles:
-        return False, f"Top-up: {cycles} cycles is the maximum; wider than {what}: {wide}{left_out}"
-    return True, f"Top-up: adding cycle {cycles + 1}; wider than {what}: {wide}{left_out}"
+        return False, f"Top-up: {cycles} cycles is the maximum; {not_yet}"
+    return True, f"Top-up: adding cycle {cycles + 1}; {not_yet}"
+
+
+def tested_cycles(manifest: CampaignManifest) -> int:
+    """The number of cycles planned until now; 0 while fewer than two have results, which show nothing yet."""
+    measured = {entry.cycle_index for entry in manifest.experiments if entry.result_path}
+    return max((it.cycle_index + 1 for it in manifest.experiments if it.status != SKIPPED), default=0) * (
+        len(measured) > 1
+    )
 
 
 def added_cycles(manifest: CampaignManifest) -> int:

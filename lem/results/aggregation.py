@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,26 +13,16 @@ from typing import Any, NamedTuple
 
 from lem.base.clock import parse_time
 from lem.base.codec import shown
-from lem.base.errors import UserError
-from lem.base.units import parse_percentage, percent
+from lem.base.units import percent
 from lem.record import Record, RecordError, ResultKey, decode_record
 from lem.results.bootstrap import bootstrap_coverage_label
-from lem.results.compare import find_effect
-from lem.results.metrics import METRICS, Metric, distinct, parse_comparable, parse_metric
-from lem.results.run import (
-    LEAST_CYCLES,
-    NO_INTERVAL,
-    SHARED_LOAD,
-    SINGLE_CYCLE,
-    Configuration,
-    Estimate,
-    Run,
-    Target,
-    carbon_basis,
-    make_run,
-)
-from lem.results.stats import CONFIDENCE, change_of, check_confidence
+from lem.results.compare import Row, compare_configurations, find_effect
+from lem.results.metrics import METRICS, Metric, distinct, parse_metric
+from lem.results.run import NO_INTERVAL, SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, carbon_basis, make_run
+from lem.results.stats import CONFIDENCE, Autocorrelation, Verdict, check_confidence
+from lem.results.stopping import StoppingRule, Target, gate_of
 from lem.results.student import cycles_needed, power_of, smallest_difference
+from lem.results.trends import change_of
 from lem.results.uncertainty import combined_document
 
 __all__ = [
@@ -45,7 +34,7 @@ __all__ = [
     "earlier_sensitivity",
     "earlier_times",
     "measure_precision",
-    "parse_target",
+    "row_document",
     "run_document",
 ]
 
@@ -153,16 +142,49 @@ def _as_record(config_name: str, index: int, item: Record | Mapping[str, Any]) -
         raise RecordError(f"{config_name}: result {index + 1}: {error}") from error
 
 
-_TARGET = re.compile(r"ci=(?P<half_width>[^:]+)(?::(?P<metric>[a-z0-9_]+))?")
+def row_document(row: Row) -> dict[str, Any]:
+    """The row as JSON values."""
+    effect, judgement = row.effect, row.judgement
+    low, high = row.interval or (None, None)
+    return {
+        "unit": row.metric.unit,
+        "baseline": row.means[0],
+        "other": row.means[1],
+        "ratio": effect.ratio if effect else None,
+        "ci_lower": low,
+        "ci_upper": high,
+        "df": effect.df if effect else None,
+        "n_cycles": list(effect.n_cycles) if effect else [],
+        "p_value": effect.p_value if effect else None,
+        "p_holm": row.p_adjusted,
+        "autocorrelation": _autocorrelation_document(effect.autocorrelation) if effect else None,
+        "combined": combined_document(row.combined),
+        "raw_ratio": row.raw_ratio,
+        "all_attempts_ratio": row.all_attempts_ratio,
+        "reason": row.reason and row.reason.text,
+        "gate": judgement
+        and {
+            "threshold": judgement.gate.threshold,
+            "verdict": judgement.verdict.value,
+            "reason": judgement.reason and judgement.reason.text,
+            "further_cycles": judgement.further_cycles,
+        },
+    }
+
+
+def _autocorrelation_document(found: Autocorrelation | None) -> dict[str, float] | None:
+    if found is None:
+        return None
+    return {"lag_1": found.lag_1, "n": found.n, "p_value": found.p_value, "power": found.power}
 
 
 class Precision(NamedTuple):
-    """How narrow the intervals of a run are."""
+    """How far a run is from its target."""
 
     metric: str
-    narrow: dict[str, float]  # half width over the mean, by name: within the target, and of enough cycles
+    narrow: dict[str, float]  # half width over the value, by name, of what reached the target with enough cycles
     wide: dict[str, float]  # others, inf without an interval; further cycles help
-    without: dict[str, str]  # why further cycles would not give an interval either, by name
+    without: dict[str, str]  # why further cycles would not help, by name
 
     @property
     def widest(self) -> list[str]:
@@ -172,39 +194,40 @@ class Precision(NamedTuple):
         return [f"{name} {width}" for name, width in widths.items()]
 
 
-def parse_target(text: str) -> Target:
-    """The target in `ci=2%` or `ci=2%:METRIC`; ValueError for anything else."""
-    match = _TARGET.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"expected a target such as ci=2% or ci=2%:output_tok_per_s, got {text!r}")
-    metric = match["metric"]
-    try:
-        half_width = parse_percentage(match["half_width"])
-    except ValueError as error:
-        raise ValueError(f"{text!r}: {error}") from error
-    if not 0 < half_width < 1:
-        raise ValueError(f"{text!r}: the width must be more than 0% and less than 100%")
-    try:
-        return Target(half_width, None if metric is None else parse_comparable(metric).name)
-    except UserError as error:
-        raise ValueError(f"{text!r}: {error}; {error.hint}") from error
+def measure_precision(run: Run, rule: StoppingRule) -> Precision:
+    """How far each configuration is from the target of the rule, in the one metric that the target is about.
 
-
-def measure_precision(records: Iterable[Record], target: Target, least_cycles: int = LEAST_CYCLES) -> Precision:
-    """How narrow the t interval of each configuration is; fewer cycles than `least_cycles` are never narrow."""
-    run = make_run(records)
-    metric = run.primary_metric if target.metric is None else parse_metric(target.metric)
+    Ratios and verdicts are those of `lem compare`, with the first configuration as the baseline. With fewer cycles than
+    the rule requires nothing is narrow. A single configuration has no ratio: its own interval counts.
+    """
+    target, run = rule.target or Target(math.inf), dataclasses.replace(run, stopping=rule)
+    metric = parse_metric(target.metric) if target.metric else run.primary_metric
     found = Precision(metric.name, {}, {}, {})
-    for item in run.configurations:
-        estimate = item.estimate(metric)
-        if estimate.value is None:
-            found.without[item.name] = (estimate.t_log.warning if estimate.t_log else estimate.null_reason) or ""
-        elif item.is_load_shared:
-            found.without[item.name] = "1 sample" if estimate.n == 1 else SHARED_LOAD.text
-        else:
-            width = math.inf if estimate.half_width is None else estimate.half_width
-            is_narrow = width <= target.half_width and estimate.n >= least_cycles
-            (found.narrow if is_narrow else found.wide)[item.name] = width
+    if target.kind == "each" or len(run.configurations) < 2:
+        for item in run.configurations:
+            estimate = item.estimate(metric)
+            if estimate.value is None:
+                found.without[item.name] = (estimate.t_log.warning if estimate.t_log else estimate.null_reason) or ""
+            elif item.is_load_shared:
+                found.without[item.name] = "1 sample" if estimate.n == 1 else SHARED_LOAD.text
+            else:
+                width = math.inf if estimate.half_width is None else estimate.half_width
+                is_narrow = width <= target.half_width and estimate.n >= rule.least_cycles
+                (found.narrow if is_narrow else found.wide)[item.name] = width
+        return found
+    baseline, *others = run.configurations
+    gates = (gate_of(target),) if target.kind == "gate" else ()
+    for pair in compare_configurations(run, baseline, others, metrics=(metric,), gates=gates).pairs:
+        (row,), name = pair.rows, pair.other.name
+        if row.reason and row.reason.code != "one_cycle":
+            found.without[name] = row.reason.text
+            continue
+        width = math.inf if row.interval is None or row.effect is None else row.interval[1] / row.effect.ratio - 1
+        is_met = width <= target.half_width
+        if row.judgement is not None:
+            is_met = row.judgement.verdict is not Verdict.INCONCLUSIVE
+        is_met &= row.effect is not None and min(row.effect.n_cycles) >= rule.least_cycles
+        (found.narrow if is_met else found.wide)[name] = width
     return found
 
 

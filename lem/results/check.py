@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lem.base import measurement
 from lem.base.measurement import (
@@ -11,6 +11,7 @@ from lem.base.measurement import (
     NET_SHIFT_TOLERANCE,
     REST_TOLERANCE,
     SHORT_WINDOW_S,
+    UNSTEADY_BY_CHANCE,
     WINDOW_UPDATES,
 )
 from lem.base.reasons import Reason, alike
@@ -20,9 +21,21 @@ from lem.results.comparability import LENGTH_TOLERANCE, environment_changes, fin
 from lem.results.compare import exclusion_reason, find_effect
 from lem.results.findings import INTERFERENCE, NO_EFFECT, NO_RESUME, NOTES, SAME_WORK, WEAK, Finding
 from lem.results.metrics import Metric
-from lem.results.run import ENERGY, MOST_CYCLES, SHARED_LOAD, THROUGHPUT, UNACCOUNTED, Configuration, Run
-from lem.results.stats import Drift, cycles_to_settle, trend_of
+from lem.results.run import SHARED_LOAD, Configuration, Run
+from lem.results.stats import AUTOCORRELATION_SOUGHT, CONFIDENCE, UNPLANNED, cycles_to_settle
+from lem.results.stopping import MOST_CYCLES
 from lem.results.student import POWER
+from lem.results.trends import (
+    FALSE_ALARMS,
+    WATCHED,
+    Drift,
+    autocorrelation_of_cycles,
+    by_cycle,
+    drift_of,
+    in_order,
+    is_chance,
+    position_effect,
+)
 
 # An interval wider than this cannot show a difference of a few percent.
 _WIDE = 0.05
@@ -140,6 +153,16 @@ def _removed(run: Run) -> Found:
         yield _finding("removed", Reason.of("removed", names=some_of(names, _DAMAGE_SHOWN)), names)
 
 
+def _unsteady(run: Run) -> Found:
+    """Windows that were not steady, unless they are as few as chance gives under traffic."""
+    used = [record for item in run.with_results for record in item.used]
+    moved = [record for record in used if record.validity.steady is False]
+    open_loop = [record for record in used if record.window.traffic_mode != "closed_batch"]
+    if all(record in open_loop for record in moved) and is_chance(len(moved), len(open_loop), UNSTEADY_BY_CHANCE):
+        return
+    yield from _of_results("unsteady", Reason.of("window_moved"), lambda item: item.validity.steady is False)(run)
+
+
 def _work(run: Run) -> Found:
     """Whether all did the same work: those with the same limit of tokens made as many."""
     measured = [item for item in run.with_results if item.used]
@@ -191,53 +214,45 @@ def _warnings(run: Run) -> Found:
 
 
 def _drift(run: Run) -> Found:
-    for metric in (ENERGY, THROUGHPUT):
-        values = _values(run, metric)
-        places = [record.identity.order_index for _, record, _ in values]
-        length = max(places, default=0) - min(places, default=0)
-        drift = trend_of(places, [value for *_, value in values], [name for name, *_ in values], length=length)
-        yield from _moves("drift", ("drift", "drift_or_chance"), metric, drift)
+    for metric in WATCHED:
+        yield from _moves("drift", metric, drift_of(run, metric))
 
 
-def _moves(kind: str, codes: tuple[str, str], metric: Metric, drift: Drift | None) -> Found:
-    if drift is None or not drift.is_flagged:
+def _moves(kind: str, metric: Metric, drift: Drift | None) -> Found:
+    if drift is None or not drift.is_found or drift.ci_lower is None or drift.ci_upper is None:
         return
     moved = f"{'rises' if drift.change > 0 else 'falls'} by {percent(abs(drift.change))}"
-    interval = ""
-    if drift.ci_lower is not None and drift.ci_upper is not None:
-        interval = f" (95 % {100 * drift.ci_lower:+.2g} to {100 * drift.ci_upper:+.2g} %)"
-    code = codes[0] if drift.is_significant else codes[1]
-    reason = Reason.of(code, metric=metric.label, moved=moved, interval=interval)
-    yield _finding(kind, reason, is_weak=drift.is_significant)
+    interval = f"{100 * drift.confidence:g} % {100 * drift.ci_lower:+.2g} to {100 * drift.ci_upper:+.2g} %"
+    rate = percent(FALSE_ALARMS)
+    yield _finding(kind, Reason.of(kind, metric=metric.label, moved=moved, interval=interval, rate=rate))
 
 
 def _order(run: Run) -> Found:
-    used = _in_order(record for item in run.with_results for record in item.used)
+    used = in_order(record for item in run.with_results for record in item.used)
     names = [item.identity.config_name for item in used]
     if len(set(names)) < 2:
         return
     if len([*itertools.groupby(names)]) == len(set(names)) < len(names):  # configuration after configuration
         yield _finding("grouped", Reason.of("blocks"))
         return
-    cycles = [tuple(record.identity.config_name for record in members) for members in _by_cycle(used).values()]
+    cycles = [tuple(record.identity.config_name for record in members) for members in by_cycle(used).values()]
     most = max(map(len, cycles))
     orders = [order for order in cycles if len(order) == most]
     if len(orders) > 1 and len(set(orders)) == 1:
         yield _finding("same_order", Reason.of("same_order"))
         return
     metric = run.primary_metric
-    yield from _moves("order_effect", ("place_matters", "place_or_chance"), metric, position_effect(run, metric))
+    yield from _moves("order_effect", metric, position_effect(run, metric))
 
 
-def position_effect(run: Run, metric: Metric) -> Drift | None:
-    """How a metric moves from the first place within a cycle to the last; None where every cycle has the same order."""
-    rows = _values(run, metric)
-    cycles = _by_cycle(record for _, record, _ in rows)
-    place_of = {item.identity.key: place for members in cycles.values() for place, item in enumerate(members)}
-    places = [place_of[record.identity.key] for _, record, _ in rows]
-    names, numbers = [name for name, *_ in rows], [record.identity.cycle_index for _, record, _ in rows]
-    effect = trend_of(places, [value for *_, value in rows], names, numbers, length=max(places, default=0))
-    return effect if effect is not None and effect.ci_lower is not None else None
+def _autocorrelation(run: Run) -> Found:
+    """Said of every campaign that is long enough, with what such a test can find."""
+    metric = run.primary_metric
+    found = autocorrelation_of_cycles(run, metric)
+    if found is not None:
+        data = {"lag_1": found.lag_1, "n": found.n, "sought": AUTOCORRELATION_SOUGHT, "power": percent(found.power)}
+        reason = Reason.of("autocorrelation", metric=metric.label, rate=percent(FALSE_ALARMS), **data)
+        yield _finding("autocorrelation", reason, is_weak=found.p_value < FALSE_ALARMS)
 
 
 def _wide_intervals(run: Run) -> Found:
@@ -261,10 +276,12 @@ def _pairs(run: Run) -> Found:
 
 def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Finding | None:
     effect, reason = find_effect(metric, lower, upper)
-    interval = effect.interval() if effect is not None and not reason else None
+    level = 1 - (1 - CONFIDENCE) * min(lower.share, upper.share)
+    interval = effect.interval(level) if effect is not None and not reason else None
     if effect is None or interval is None or not interval[0] <= 1 <= interval[1]:
         return None
-    further, n_cycles, names = cycles_to_settle(effect, 0.0), min(effect.n_cycles), (lower.name, upper.name)
+    further = cycles_to_settle(effect, 0.0, 1 - (1 - level) / UNPLANNED)
+    n_cycles, names = min(effect.n_cycles), (lower.name, upper.name)
     low, high = (f"{100 * (bound - 1):+.2g}" for bound in interval)
     data = {"more": upper.name, "less": lower.name, "metric": metric.lower_label, "low": low, "high": high}
     found = Reason.of("pair_open", **data, difference=percent(effect.ratio - 1), cycles=n_cycles)
@@ -277,8 +294,8 @@ def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Fi
 
 
 def _stopping(run: Run) -> Found:
-    if run.stopping is not None and run.records:
-        yield _finding("stopping", Reason.of("cycles_added", rule=run.stopping.describe(), unaccounted=UNACCOUNTED))
+    if (rule := run.stopping) is not None and run.records:
+        yield _finding("stopping", Reason.of("cycles_added", rule=rule.describe(), correction=rule.correction))
 
 
 def _is_slowed(record: Record) -> bool:
@@ -337,33 +354,13 @@ def _names(records: Iterable[Record]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item.identity.config_name for item in records))
 
 
-def _values(run: Run, metric: Metric) -> list[tuple[str, Record, float]]:
-    return [
-        (item.name, record, value)
-        for item in run.with_results
-        for record in item.used
-        if (value := metric.read(record)[0]) is not None and value > 0
-    ]
-
-
-def _in_order(records: Iterable[Record]) -> list[Record]:
-    return sorted(records, key=lambda item: item.identity.order_index)
-
-
-def _by_cycle(records: Iterable[Record]) -> Mapping[int, Sequence[Record]]:
-    found: dict[int, list[Record]] = {}
-    for record in _in_order(records):
-        found.setdefault(record.identity.cycle_index, []).append(record)
-    return found
-
-
 # In the order in which findings of the same weight are shown.
 _CHECKS: tuple[_OneCheck, ...] = (
     _interference,
     _missing,
     _exclusions,
     _of_configurations("no_valid_result", lambda item: not item.cycles, lambda _: Reason.of("no_valid_result")),
-    _of_results("unsteady", Reason.of("window_moved"), lambda item: item.validity.steady is False),
+    _unsteady,
     _of_results("warmup", Reason.of("warmup_did_not_settle"), lambda item: item.validity.warmup_converged is False),
     _of_results("short_window", Reason.of("window_short", least_s=SHORT_WINDOW_S, updates=WINDOW_UPDATES), _is_short),
     _of_configurations("fill_drain", _thin_share, lambda most: Reason.of("filled_and_drained", share=percent(most))),
@@ -387,6 +384,7 @@ _CHECKS: tuple[_OneCheck, ...] = (
     _warnings,
     _drift,
     _order,
+    _autocorrelation,
     _of_configurations(
         "few_cycles",
         lambda item: item.n_cycles if item.n_cycles < _LEAST_CYCLES else 0,

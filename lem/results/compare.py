@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from lem.base.errors import ExitCode, UserError
 from lem.base.measurement import Measured
@@ -33,7 +32,7 @@ from lem.results.stats import (
     paired_effect,
     ratio_of,
 )
-from lem.results.uncertainty import Causes, Combined, combined_document, of_effect, over_anchor, ratio_causes
+from lem.results.uncertainty import Causes, Combined, of_effect, over_anchor, ratio_causes
 
 # A difference is found when its p value is below this, after Holm.
 SIGNIFICANCE = 0.05
@@ -55,45 +54,17 @@ class Row:
     metric: Metric
     means: tuple[float | None, float | None]  # geometric means of baseline and other
     effect: Effect | None  # other over baseline; None with `reason`
+    interval: tuple[float, float] | None = None  # of the ratio: all of the comparison hold together with 95 %
     raw_ratio: float | None = None  # of the means, where `effect` is taken over an anchor
     all_attempts_ratio: float | None = None  # over every attempt, invalid ones too, where it differs
     reason: Reason | None = None  # why there is no effect, no interval, or no verdict
-    p_adjusted: float | None = None  # two-sided, of no difference, after Holm over the whole comparison
+    p_adjusted: float | None = None  # two-sided, of no difference, after Holm and for the tests before
     judgement: Judgement | None = None
     combined: Measured[Combined] | None = None  # of an energy's ratio: the spread of cycles and the meter together
 
     @property
     def is_found(self) -> bool:  # a difference
         return self.p_adjusted is not None and self.p_adjusted < SIGNIFICANCE
-
-
-def row_document(row: Row) -> dict[str, Any]:
-    """The row as JSON values."""
-    effect, judgement = row.effect, row.judgement
-    low, high = (effect.interval() if effect else None) or (None, None)
-    return {
-        "unit": row.metric.unit,
-        "baseline": row.means[0],
-        "other": row.means[1],
-        "ratio": effect.ratio if effect else None,
-        "ci_lower": low,
-        "ci_upper": high,
-        "df": effect.df if effect else None,
-        "n_cycles": list(effect.n_cycles) if effect else [],
-        "p_value": effect.p_value if effect else None,
-        "p_holm": row.p_adjusted,
-        "combined": combined_document(row.combined),
-        "raw_ratio": row.raw_ratio,
-        "all_attempts_ratio": row.all_attempts_ratio,
-        "reason": row.reason and row.reason.text,
-        "gate": judgement
-        and {
-            "threshold": judgement.gate.threshold,
-            "verdict": judgement.verdict.value,
-            "reason": judgement.reason and judgement.reason.text,
-            "further_cycles": judgement.further_cycles,
-        },
-    }
 
 
 @dataclass(frozen=True)
@@ -130,23 +101,51 @@ class Comparison:
     gates: tuple[Gate, ...]
     anchor: Anchor | None = None  # of two runs; None for one
     missing: tuple[str, ...] = ()  # what could not be compared: configurations without a result or a counterpart
+    chosen_from: int = 0  # of how many comparisons these were chosen after their values were seen; 0: of none
 
     @property
     def n_compared(self) -> int:  # how many p values Holm adjusted together
         return sum(row.p_adjusted is not None for pair in self.pairs for row in pair.rows)
+
+    @property
+    def alpha(self) -> float:
+        """What all intervals, p values and verdicts together may err: what earlier tests of the runs have left."""
+        return SIGNIFICANCE * min(
+            (item.share for pair in self.pairs for item in (pair.baseline, pair.other)), default=1
+        )
+
+    @property
+    def interval_confidence(self) -> float:
+        """Of each interval, so that all of them hold together with 95 % (Bonferroni); Holm has no such intervals."""
+        return 1 - self.alpha / max(self.n_compared, self.chosen_from, 1)
+
+    @property
+    def coverage(self) -> str:
+        """What its intervals hold, for cycles that are independent."""
+        n, usual = self.n_compared, f"{100 * (1 - SIGNIFICANCE):g} %"
+        each = f"all {n} hold together with {usual} (each {100 * self.interval_confidence:.4g} %)."
+        return each if n > 1 else f"it covers {usual} at any n."
 
     def rows(self, metric: Metric) -> list[tuple[Pair, Row]]:
         """Every pair in one metric."""
         return [(pair, row) for pair in self.pairs for row in pair.rows if row.metric is metric]
 
 
-def gate_code(comparison: Comparison, *, is_strict: bool) -> ExitCode:
-    """The exit code of the gates: a confirmed regression, or undecided where that counts, or fine."""
+def unmeasured(comparison: Comparison) -> list[Row]:
+    """What a gate cannot judge since a side has valid results and none measured its metric."""
+    rows = (row for pair in comparison.pairs for row in pair.rows if row.judgement)
+    return [row for row in rows if row.reason and row.reason.code == "not_measured"]
+
+
+def gate_code(comparison: Comparison, *, is_lenient: bool = False) -> ExitCode:
+    """The exit code of the gates: a confirmed regression, else a metric that was not measured, else undecided."""
     verdicts = {row.judgement.verdict for pair in comparison.pairs for row in pair.rows if row.judgement}
     if Verdict.WORSE in verdicts:
         return ExitCode.REGRESSION
+    if unmeasured(comparison):
+        return ExitCode.USAGE
     is_open = Verdict.INCONCLUSIVE in verdicts or not verdicts or comparison.missing
-    return ExitCode.INCONCLUSIVE if comparison.gates and is_strict and is_open else ExitCode.OK
+    return ExitCode.INCONCLUSIVE if comparison.gates and is_open and not is_lenient else ExitCode.OK
 
 
 def compare_configurations(
@@ -165,6 +164,12 @@ def compare_configurations(
     chosen, further = _metrics_to_show(metrics, gates, [baseline, *others], is_whole=is_whole)
     pairs = tuple(_pair_within(baseline, other, (*chosen, *further)) for other in others)
     return _finished(Comparison((run,), pairs, chosen, tuple(gates), missing=tuple(_without_result(run))))
+
+
+def compare_best(run: Run, ranked: Sequence[Configuration], metric: Metric) -> Comparison:
+    """The others against the first of `ranked`, chosen by its value: any two could have been the ones compared."""
+    pairs = tuple(_pair_within(ranked[0], other, (metric,)) for other in ranked[1:])
+    return _finished(Comparison((run,), pairs, (metric,), (), chosen_from=len(ranked) * (len(ranked) - 1) // 2))
 
 
 def compare_runs(
@@ -224,11 +229,7 @@ def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -
     below, above = (cycle_values(metric, item.cycles) for item in (baseline, other))
     shared = [cycle for cycle in below if cycle in above]
     if not shared:
-        for item in (baseline, other):
-            why = item.estimate(metric).null_reason
-            if why:
-                return None, Reason.of("not_measured", name=item.name, why=why)
-        return None, Reason.of("no_common_cycle")
+        return None, _why_unmeasured(metric, baseline, other) or Reason.of("no_common_cycle")
     usable = [cycle for cycle in shared if min(below[cycle], above[cycle]) > 0]
     if not usable:
         return None, Reason.of("no_ratio")
@@ -244,17 +245,27 @@ def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -
     return effect, Reason.of("one_cycle") if len(usable) == 1 else None
 
 
+def _why_unmeasured(metric: Metric, *configurations: Configuration) -> Reason | None:
+    for item in configurations:
+        if why := item.estimate(metric).null_reason:
+            return Reason.of("not_measured" if item.used else "never_valid", name=item.name, why=why)
+    return None
+
+
 def exclusion_reason(*configurations: Configuration) -> Reason | None:
-    """Why configurations that lost different numbers of cycles get no verdict: the rest does not represent them."""
-    if len({item.n_excluded for item in configurations}) < 2:
+    """Why configurations that lost different shares of their cycles get no verdict: the rest is not representative."""
+    if len({item.lost_ratio for item in configurations}) < 2:
         return None
     lost = []
     for item in configurations:
-        groups = alike(item.invalid_reasons.items())
-        causes = [f"{found[0][0]} × {sum(count for _, count in found)}" for found in groups]
+        without = {cycle: members for cycle, members in item.attempts.items() if cycle not in item.cycles}
+        reasons = (
+            (why, cycle) for cycle, them in without.items() for it in them for why in it.validity.invalid_reasons
+        )
+        causes = [f"{found[0][0]} × {len({cycle for _, cycle in found})}" for found in alike(reasons)]
         causes += [f"no result × {item.n_failed}"] if item.n_failed else []
         text = some_of(causes, _SHOWN_CAUSES, "; ")
-        lost.append(f"{item.n_excluded} of {item.name}" + (f" ({text})" if text else ""))
+        lost.append(f"{item.n_lost} of {item.name}" + (f" ({text})" if text else ""))
     return Reason.of("unequal_exclusions", causes="; ".join(lost))
 
 
@@ -323,7 +334,8 @@ def _pair_across(sides: _Sides, anchors: _Sides | None, metrics: Sequence[Metric
             row = _row(metric, sides, _over_anchor(metric, sides, others, tolerance), blocking, causes=causes)
         else:
             effect = None if raw is None else Effect(raw, None, None, (before.n_cycles, after.n_cycles))
-            row = _row(metric, sides, (effect, _OWN_ANCHOR if anchors else NO_ANCHOR))
+            why = _why_unmeasured(metric, *sides) or (_OWN_ANCHOR if anchors else NO_ANCHOR)
+            row = _row(metric, sides, (effect, why))
         rows.append(replace(row, raw_ratio=None if raw is None else ratio_of(raw)))
     return Pair(before, after, obstacles, tuple(rows))
 
@@ -395,7 +407,7 @@ def _raw(metric: Metric, before: Configuration, after: Configuration) -> float |
 
 
 def _finished(comparison: Comparison) -> Comparison:
-    """The comparison with p values adjusted over all of its rows, and the judgements of its gates."""
+    """The comparison with its intervals, p values adjusted over all of its rows, and the judgements of its gates."""
     rows = [
         row if row.metric in comparison.metrics else replace(row, reason=row.reason or _NOT_ASKED)
         for pair in comparison.pairs
@@ -404,11 +416,22 @@ def _finished(comparison: Comparison) -> Comparison:
     gates = {gate.metric: gate for gate in comparison.gates}
     found = ((index, row.effect.p_value) for index, row in enumerate(rows) if row.effect and not row.reason)
     p_values = {index: p_value for index, p_value in found if p_value is not None}
-    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    judged = iter(judge([(gates[row.metric], row.effect, row.reason) for row in rows if row.metric in gates]))
-    done = (
+    holms = holm(list(p_values.values()), of=comparison.chosen_from)
+    scale = SIGNIFICANCE / comparison.alpha  # so that a p value below `SIGNIFICANCE` is one below what is left
+    adjusted = {index: min(1.0, scale * p_value) for index, p_value in zip(p_values, holms, strict=True)}
+    questions = [(gates[row.metric], row.effect, row.reason) for row in rows if row.metric in gates]
+    judged = iter(judge(questions, confidence=1 - comparison.alpha))
+    done = [
         replace(row, p_adjusted=adjusted.get(index), judgement=next(judged) if row.metric in gates else None)
         for index, row in enumerate(rows)
+    ]
+    confidence = _with_rows(comparison, done).interval_confidence
+    return _with_rows(
+        comparison, (replace(row, interval=row.effect.interval(confidence) if row.effect else None) for row in done)
     )
-    pairs = tuple(replace(pair, rows=tuple(itertools.islice(done, len(pair.rows)))) for pair in comparison.pairs)
-    return replace(comparison, pairs=pairs)
+
+
+def _with_rows(comparison: Comparison, rows: Iterable[Row]) -> Comparison:
+    left = iter(rows)
+    pairs = (replace(pair, rows=tuple(itertools.islice(left, len(pair.rows)))) for pair in comparison.pairs)
+    return replace(comparison, pairs=tuple(pairs))

@@ -12,11 +12,13 @@ from lem.base.doc import NAMES_SHOWN, Column, Doc, Table, markdown_escaped, mark
 from lem.base.log import WIDTH, bounded_width
 from lem.base.reasons import Reason
 from lem.base.units import ABSENT, plural, some_of
-from lem.results.compare import NO_ANCHOR, Comparison, Pair, Row, row_document
+from lem.results.aggregation import row_document
+from lem.results.compare import NO_ANCHOR, Comparison, Pair, Row
 from lem.results.metrics import Metric, differing_settings, shared_settings
-from lem.results.run import UNACCOUNTED, Configuration, Run, carbon_basis, estimate_note
+from lem.results.run import Configuration, Run, carbon_basis, coverage_notes, estimate_note
 from lem.results.stats import CONFIDENCE, Gate, Judgement, Verdict
 from lem.results.student import MOST_CYCLES_PLANNED
+from lem.results.trends import autocorrelation_notes
 from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
 
 SCHEMA_VERSION = 1
@@ -27,16 +29,14 @@ _HEADING_WIDTH = 20
 _NAME_ROOM = 24  # columns of the table that its names need
 
 _RATIO_NOTE = (
-    "ratio: geometric mean of the ratios to the baseline within each cycle; t interval: Student t on their logs, "
-    f"it covers {_CONFIDENCE} at any n."
+    "ratio: geometric mean of the ratios to the baseline within each cycle; t interval: Student t on their logs"
 )
 _ANCHORED_RATIO_NOTE = (
     "ratio over anchor: how much the ratio to the anchor changed; t interval: Student t on logs, the variances of "
-    f"both runs added (Welch), {_CONFIDENCE}."
+    "both runs added (Welch)"
 )
 
-# Takes the place of a space at which no line may end: before a unit.
-_FIRM = "␠"
+_FIRM = "␠"  # in the place of a space at which no line may end: before a unit
 
 # What a row says of a configuration.
 _SIDES = ("better", "worse", "not distinguishable", "without a verdict")
@@ -100,6 +100,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "sentence": _Content(comparison).headline(),
         "confidence": CONFIDENCE,
+        "interval_confidence": comparison.interval_confidence,
         "n_compared": comparison.n_compared,
         "runs": [{"campaign_name": run.campaign_name, "run_id": run.run_id} for run in comparison.runs],
         "anchor": anchor
@@ -233,12 +234,16 @@ class _Content:
     def notes(self) -> Iterable[str]:
         comparison = self._comparison
         if any(row.effect and row.effect.std_error is not None for row in self._rows):
-            yield _RATIO_NOTE if self._anchor is None else _ANCHORED_RATIO_NOTE
+            yield f"{_RATIO_NOTE if self._anchor is None else _ANCHORED_RATIO_NOTE}; {comparison.coverage}"
+            yield from coverage_notes(item for _, item in self._labelled)
         combined = [row.combined for row in self._rows if row.effect]
         if any(found and found.value for found in combined):
             yield COMBINED_NOTE
         if why := why_unknown(combined):
             yield f"Combined uncertainty of the ratio of energies not known: {'; '.join(why)}."
+        rows = comparison.rows(self._lead) if self._lead else []
+        effects = ((pair.other.name, row.effect) for pair, row in rows if row.effect)
+        yield from autocorrelation_notes([(name, it.autocorrelation) for name, it in effects if it.autocorrelation])
         if comparison.n_compared:
             count = "the one comparison" if comparison.n_compared == 1 else f"the {comparison.n_compared} comparisons"
             yield f"p: of no difference, adjusted by Holm over {count}; ~: no difference found."
@@ -255,7 +260,7 @@ class _Content:
         for run in comparison.runs:
             if run.stopping is not None:
                 of = f" in {self._run_label(run)}" if len(comparison.runs) > 1 else ""
-                yield f"Cycles were added{of} {run.stopping.describe()}: {UNACCOUNTED}."
+                yield f"Cycles were added{of} {run.stopping.describe()}: {run.stopping.correction}."
         compared = {item.name for pair in self._pairs for item in (pair.baseline, pair.other)}
         if removed := [it.name for run in comparison.runs for it in run.removed if it.name not in compared]:
             yield f"Removed from the campaign, so not compared: {some_of(removed, NAMES_SHOWN)}."
@@ -370,7 +375,7 @@ def _in_words(row: Row) -> tuple[str, str]:
     """`0.41 ×` and `, 95 % 0.39–0.43, 5 cycles`."""
     if row.effect is None:
         return ABSENT, ""
-    decimals, interval = _decimals(row), row.effect.interval()
+    decimals, interval = _decimals(row), row.interval
     within = "" if interval is None else f", {_CONFIDENCE} {_bounds(interval, decimals)}"
     counts = " and ".join(map(str, row.effect.n_cycles))
     cycles = "cycle" if row.effect.n_cycles == (1,) else "cycles"
@@ -381,7 +386,7 @@ def _effect_cells(row: Row, decimals: int | None) -> tuple[str, str, str, str, s
     verdict = "" if row.judgement is None else _verdict(row.judgement.gate, row.judgement.verdict)
     if row.effect is None:
         return ABSENT, ABSENT, ABSENT, ABSENT, verdict
-    interval, p_value = row.effect.interval(), row.p_adjusted
+    interval, p_value = row.interval, row.p_adjusted
     shown = ABSENT if interval is None else _bounds(interval, decimals)
     p_text = ABSENT if p_value is None else f"{'' if row.is_found else '~ '}{p_value:.3f}"
     p_text = "<0.001" if p_value is not None and p_value < 0.001 else p_text
@@ -403,7 +408,7 @@ def _bounds(interval: tuple[float, float], decimals: int | None) -> str:
 
 def _decimals(row: Row) -> int | None:
     """Enough that the width of the interval shows; None without an interval."""
-    interval = row.effect.interval() if row.effect else None
+    interval = row.interval
     if interval is None:
         return None
     width = interval[1] - interval[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lem.base.measurement import SHORT_WINDOW_S
 from lem.base.reasons import Reason
-from lem.results.run import MOST_CYCLES
+from lem.results.stopping import MOST_CYCLES
 
 SAME_WORK = "set ignore_eos: true and min_output_tokens = max_output_tokens, so that all do the same work"
 NO_EFFECT = "ignore_eos was set but had no effect: the log.txt of the experiment may show why"
@@ -56,8 +56,9 @@ WEAK: Mapping[str, str] = {
     "drift": "lengthen the gaps, use structure: shuffled, and check what warms up; ratios within cycles suffer least",
     "grouped": "use structure: interleaved or shuffled",
     "order_effect": "raise execution.config_gap_seconds, so that the previous experiment has no effect",
+    "autocorrelation": "lengthen execution.cycle_gap_seconds, and find out what lasts from one cycle to the next",
     "few_cycles": "use --cycles 5, or --until ci=2%",
-    "wide_interval": "add cycles: lem campaign … --resume --until ci=2%; or find out why cycles differ",
+    "wide_interval": "add cycles: lem campaign … --resume --until each=2%; or find out why cycles differ",
     "too_few_cycles": "",
 }
 # Findings that are something to know about the numbers:
@@ -78,7 +79,7 @@ NOTES: Mapping[str, str] = {
     "same_order": "use structure: shuffled, so that lem check can measure the effect of the order",
     "indistinguishable": f"{MOST_CYCLES} cycles would not separate them: treat them as equal",
     "removed": "nothing, unless they are to be compared: name them in lem compare, or add them to the campaign again",
-    "stopping": "for a verdict that depends on the third digit, measure again with a fixed number of cycles",
+    "stopping": "use --until from the start: cycles that are added without a plan cost more",
 }
 
 

@@ -18,7 +18,8 @@ from lem.record import RESULT_FILE, Record, ResultKey, read_record
 from lem.results import store
 from lem.results.configurations import read_listing, write_listing
 from lem.results.metrics import Metric
-from lem.results.run import ENERGY, THROUGHPUT, read_stopping_rule, write_stopping_rule
+from lem.results.run import ENERGY, THROUGHPUT
+from lem.results.stopping import read_stopping_rule, write_stopping_rule
 from lem.results.store import Problem, Repository, StoredResult
 
 SCHEMA_VERSION = 1

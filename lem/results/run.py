@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lem.base import durable
-from lem.base.codec import decode
-from lem.base.durable import make_folder, reason_of
 from lem.base.measurement import ENERGY_COUNTED, Measured, is_estimate, is_gpu_source
 from lem.base.reasons import Reason
-from lem.base.units import percent
 from lem.record import Record, ResultKey
 from lem.results import metrics
-from lem.results.bootstrap import BootstrapResult, LogTInterval, bootstrap_ci, log_t_interval
+from lem.results.bootstrap import (
+    AUTOCORRELATED_COVERAGE,
+    HEAVY_TAILED_COVERAGE,
+    TRAFFIC_COVERAGE,
+    BootstrapResult,
+    LogTInterval,
+    bootstrap_ci,
+    log_t_interval,
+)
 from lem.results.configurations import Listing, group_of, read_listing
 from lem.results.export import cell_text, make_table
 from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric
 from lem.results.stats import CONFIDENCE
-from lem.results.store import Digests, Problem, Repository, StoredResult, count_failed, stopping_campaign
+from lem.results.stopping import StoppingRule, read_stopping_rule
+from lem.results.store import Digests, Problem, Repository, StoredResult, count_failed
 from lem.results.uncertainty import Combined, uncertainty_of
 
 ENERGY, THROUGHPUT = METRIC_BY_NAME["energy_per_output_tok_j"], METRIC_BY_NAME["output_tok_per_s"]
@@ -37,52 +40,14 @@ ENERGY, THROUGHPUT = METRIC_BY_NAME["energy_per_output_tok_j"], METRIC_BY_NAME["
 SHARED_LOAD = Reason.of("shared_load")
 NO_INTERVAL = Reason.of("no_interval", why=SHARED_LOAD)
 
+SETTLED_WINDOW_S = 300.0  # windows of traffic that are shorter depend on where the queue was at their start
+
 SINGLE_CYCLE = "Single cycle: use --cycles 3+ for confidence intervals"
-
-# With fewer cycles a rule never stops: three that happen to lie together say nothing about the next one.
-LEAST_CYCLES = 5
-MOST_CYCLES = 20
-
-# Stopping once an interval is narrow favours the cycles that happen to lie together. Simulated by
-# tests/bench/stopping.py (log-normal cycles, 5 to 20 of them): 92 % where the standard deviation between cycles is
-# twice the half width asked for, 95 % where it is a quarter or five times it.
-UNACCOUNTED = "the intervals do not account for that; in simulations they covered 92 to 95 % instead of 95 %"
-
-STOPPING_FILE = "stopping.json"
-_STOPPING_SCHEMA_VERSION = 1
 
 # By the part of the identity that results under one name should have in common.
 _MIXTURES = {"config_hash": "mixed_configurations", "host": "mixed_hosts", "run_id": "mixed_runs"}
 
 NO_RATES: Mapping[str, float] = MappingProxyType({})
-
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Target:
-    """How narrow the interval of every configuration should become."""
-
-    half_width: float  # of the 95 % interval over the mean: 0.02 is ±2 %
-    metric: str | None = None  # None: energy per output token where it is measured, else the output throughput
-
-    def describe(self) -> str:
-        return f"±{percent(self.half_width)}"
-
-
-@dataclass(frozen=True)
-class StoppingRule:
-    """The rule by which cycles were added to a run; it is kept with its results."""
-
-    target: Target
-    least_cycles: int
-    most_cycles: int
-
-    def describe(self) -> str:
-        """`until every interval of output_tok_per_s is within ±2 % (5 cycles at least, 20 at most)`."""
-        metric = "" if self.target.metric is None else f" of {self.target.metric}"
-        bounds = f"({self.least_cycles} cycles at least, {self.most_cycles} at most)"
-        return f"until every interval{metric} is within {self.target.describe()} {bounds}"
 
 
 @dataclass(frozen=True)
@@ -102,6 +67,7 @@ class Estimate:
     metric: Metric
     values: tuple[float, ...] = ()  # one per cycle that measured the metric, in the order of the cycles
     confidence: float = CONFIDENCE  # of every interval
+    share: float = 1.0  # of the error that this allows, what is left for the last test of a run with added cycles
     no_interval: Reason | None = None  # why several values have no interval
     all_attempts: AllAttempts | None = None  # where it differs from the estimate over valid attempts
     null_reason: str | None = None  # why no cycle measured the metric
@@ -114,17 +80,18 @@ class Estimate:
         if not self.values:
             return None
         found, why = bootstrap_ci(self.values, confidence=self.confidence), self.no_interval
-        return found if why is None else dataclasses.replace(found, ci_lower=None, ci_upper=None, warning=why.text)
+        return found if why is None else replace(found, ci_lower=None, ci_upper=None, warning=why.text)
 
     @cached_property
     def t_log(self) -> LogTInterval | None:
         """The geometric mean and its t interval; None when no cycle measured the metric."""
         if not self.values:
             return None
-        found, why = log_t_interval(self.values, self.confidence), self.no_interval
+        level = 1 - (1 - self.confidence) * self.share
+        found, why = replace(log_t_interval(self.values, level), confidence=self.confidence), self.no_interval
         if why is None:
             return found
-        return dataclasses.replace(found, ci_lower=None, ci_upper=None, reason=found.reason or why)
+        return replace(found, ci_lower=None, ci_upper=None, reason=found.reason or why)
 
     @property
     def value(self) -> float | None:
@@ -166,6 +133,7 @@ class Configuration:
     n_failed: int = 0  # experiments without a result
     confidence: float = CONFIDENCE  # of every interval
     is_removed: bool = False  # the campaign has it no more: it is shown, and compared only by name
+    share: float = 1.0  # of the error that this allows, what is left for the last test of a run with added cycles
 
     @property
     def config_hash(self) -> str:
@@ -206,8 +174,14 @@ class Configuration:
         return sum(not record.validity.valid for record in self.records)
 
     @property
-    def n_excluded(self) -> int:
-        return self.n_invalid + self.n_failed
+    def n_lost(self) -> int:
+        """Cycles without a valid result: an invalid attempt whose rerun is valid costs none."""
+        return len(self.attempts) - self.n_cycles + self.n_failed
+
+    @property
+    def lost_ratio(self) -> float:
+        """The share of its cycles that it lost, of those that ended; 0 before any did."""
+        return self.n_lost / max(len(self.attempts) + self.n_failed, 1)
 
     @cached_property
     def invalid_reasons(self) -> Mapping[Reason, int]:
@@ -252,6 +226,14 @@ class Configuration:
             self._estimates[chosen.name] = self._estimated(chosen)
         return self._estimates[chosen.name]
 
+    def interval_as_best(self, metric: str | Metric, of: int) -> tuple[float, float] | None:
+        """The interval of a configuration that was chosen for its value from `of` ones: it holds for all of them."""
+        found = self.estimate(metric)
+        if found.low is None or found.high is None:
+            return None
+        chosen = log_t_interval(found.values, 1 - (1 - self.confidence) * self.share / of)
+        return None if chosen.ci_lower is None or chosen.ci_upper is None else (chosen.ci_lower, chosen.ci_upper)
+
     @cached_property
     def _estimates(self) -> dict[str, Estimate]:
         return {}
@@ -272,7 +254,7 @@ class Configuration:
         is_partial = len(values) < self.n_cycles
         warning = f"measured in {len(values)} of {self.n_cycles} cycles: {reasons}" if is_partial else None
         no_interval = why if len(values) > 1 else None
-        return Estimate(metric, values, self.confidence, no_interval, all_attempts, None, warning, combined)
+        return Estimate(metric, values, self.confidence, self.share, no_interval, all_attempts, None, warning, combined)
 
 
 def estimate_note(configurations: Iterable[Configuration]) -> str:
@@ -287,6 +269,23 @@ def carbon_basis(configurations: Iterable[Configuration]) -> str:
     """What the emissions and the cost of these configurations contain: `GPU energy only × PUE`; empty if unknown."""
     scopes = sorted({record.energy.energy_scope or "" for item in configurations for record in item.used} - {""})
     return f"{' or '.join(ENERGY_COUNTED.get(scope, scope) for scope in scopes)} × PUE" if scopes else ""
+
+
+def coverage_notes(configurations: Iterable[Configuration]) -> Iterable[str]:
+    """Where a 95 % t interval over the cycles of these configurations covers less than it claims."""
+    share = {f"{rho:g}": f"{100 * found:g} %" for rho, found in AUTOCORRELATED_COVERAGE.items()}
+    correlated = " and ".join(share.values())
+    yield (
+        f"It assumes independent cycles: with an autocorrelation of {' and '.join(share)} it covers {correlated}, "
+        f"with heavy tails (t, 2 degrees of freedom) {100 * HEAVY_TAILED_COVERAGE:g} %."
+    )
+    windows = (record.window for item in configurations for record in item.used)
+    if any(it.traffic_mode in ("poisson", "constant") and it.window_s < SETTLED_WINDOW_S for it in windows):
+        found = ", ".join(f"{name} {100 * share:g} %" for name, share in TRAFFIC_COVERAGE.items())
+        yield (
+            f"Under traffic, windows under {SETTLED_WINDOW_S / 60:g} minutes miss slow changes of the queue: of what a "
+            f"long run gives, intervals of 30 s windows cover about: {found}."
+        )
 
 
 @dataclass(frozen=True)
@@ -323,10 +322,17 @@ class Run:
         for (digest, _), members in groups.items():
             name = max(reversed(members), key=lambda record: record.identity.start_utc).identity.config_name
             is_removed = self.listing is not None and digest not in self.listing
-            found.append(Configuration(name, tuple(members), self.failed.get(name, 0), is_removed=is_removed))
+            found.append(
+                Configuration(name, tuple(members), self.failed.get(name, 0), share=self.share, is_removed=is_removed)
+            )
         known = {item.name for item in found}
         found += [Configuration(name, (), n) for name, n in self.failed.items() if name not in known]
         return tuple(sorted(found, key=lambda item: item.is_removed))
+
+    @property
+    def share(self) -> float:
+        """The part of the usual error that is left for its intervals and verdicts, after tests of fewer cycles."""
+        return self.stopping.share if self.stopping else 1.0
 
     @property
     def with_results(self) -> tuple[Configuration, ...]:
@@ -418,26 +424,3 @@ def read_run(
 
 def _in_order(records: Iterable[Record]) -> list[Record]:
     return sorted(records, key=lambda it: (it.identity.order_index, it.identity.cycle_index, it.identity.attempt))
-
-
-def write_stopping_rule(run_folder: Path, rule: StoppingRule) -> None:
-    """Keep the rule with the results of the run; InfrastructureError where it cannot be written."""
-    with stopping_campaign(run_folder / STOPPING_FILE) as path:
-        make_folder(run_folder)
-        durable.write_json(path, durable.seal({"schema_version": _STOPPING_SCHEMA_VERSION, **dataclasses.asdict(rule)}))
-
-
-def read_stopping_rule(run_folder: Path) -> StoppingRule | None:
-    """The rule by which a run ended; None where its number of cycles was fixed. A broken file is logged."""
-    path = run_folder / STOPPING_FILE
-    try:
-        found = durable.read_sealed(path)
-        document = {name: found.get(name) for name in ("target", "least_cycles", "most_cycles")}
-        return decode(StoppingRule, document, "rule")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        _logger.warning("%s: %s: unknown whether the number of cycles was fixed", path, reason_of(error))
-    except ValueError:
-        _logger.warning("%s is corrupt: unknown whether the number of cycles was fixed", path)
-    return None

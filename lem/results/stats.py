@@ -1,14 +1,14 @@
-"""Statistics for a few cycles: Holm, paired effects on logs, gates on them, and trends."""
+"""Statistics for a few cycles: Holm, paired effects on logs, gates on them, and autocorrelation."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import enum
+import itertools
 import math
 import statistics
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lem.base.errors import UserError
@@ -20,9 +20,11 @@ from lem.results.student import cycles_needed, student_t_cdf, student_t_quantile
 # Of every interval, unless another one is asked for.
 CONFIDENCE = 0.95
 
-# A change of more than this from the first experiment to the last is flagged.
-DRIFT_FLAGGED = 0.01
+# Each time that cycles are added without a rule, after results of the planned number were there to be read, what the
+# next verdict may err is a quarter of what the last one might: 5 % + 1.25 % + … is at most 6.7 % in all.
+UNPLANNED = 4
 
+_FIVE_PERCENT = 1.6449  # the normal deviate that 5 % exceed
 _LARGEST_LOG = math.log(sys.float_info.max)
 
 
@@ -32,21 +34,66 @@ def check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence must be between 0 and 1, for example 0.95, got {confidence}")
 
 
-def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+def holm(p_values: Sequence[float], of: int = 0) -> tuple[float, ...]:
     """The p values adjusted by Holm's step-down method, in the order given.
 
     The smallest is multiplied by their number, the next by one less, and none may fall below its predecessor: the
-    chance of one false finding among all stays below the level used. [Holm 1979, Scand. J. Statistics 6:65]
+    chance of one false finding among all stays below the level used. [Holm 1979, Scand. J. Statistics 6:65] If they
+    were chosen from `of` p values, they count as the smallest of these.
     """
+    total = max(of, len(p_values))
     for value in p_values:
         if not 0 <= value <= 1:
             raise ValueError(f"expected a p value between 0 and 1, got {value}")
     adjusted = [0.0] * len(p_values)
     floor = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
+        floor = max(floor, min(1.0, (total - rank) * p_values[index]))
         adjusted[index] = floor
     return tuple(adjusted)
+
+
+# From so many values on, the autocorrelation is reported; with fewer the test finds next to nothing.
+AUTOCORRELATION_FROM = 10
+AUTOCORRELATION_SOUGHT = 0.3  # of which the power is stated
+
+
+@dataclass(frozen=True)
+class Autocorrelation:
+    """How much a value has in common with the next one: intervals take cycles for independent."""
+
+    lag_1: float
+    n: int
+
+    @property
+    def p_value(self) -> float:
+        """One-sided, of independent normal values. [Moran 1948, Biometrika 35:255: mean and variance]"""
+        n = self.n
+        return _normal_tail((self.lag_1 + 1 / n) / ((n - 2) / n / math.sqrt(n - 1)))
+
+    @property
+    def power(self) -> float:
+        """How often a test at 5 % finds `AUTOCORRELATION_SOUGHT` in so many values.
+
+        [Marriott and Pope 1954, Biometrika 41:390: the mean of the estimate; Bartlett 1946: its variance]
+        """
+        n, rho = self.n, AUTOCORRELATION_SOUGHT
+        least = -1 / n + _FIVE_PERCENT * (n - 2) / n / math.sqrt(n - 1)
+        return _normal_tail((least - (rho - (1 + 4 * rho) / n)) / math.sqrt((1 - rho**2) / n))
+
+
+def autocorrelation_of(values: Sequence[float]) -> Autocorrelation | None:
+    """That of successive values; None for too few of them, or equal ones."""
+    mean = statistics.fmean(values)
+    left = [value - mean for value in values]
+    squares = math.fsum(value**2 for value in left)
+    if len(values) < AUTOCORRELATION_FROM or squares <= 0:
+        return None
+    return Autocorrelation(math.fsum(one * two for one, two in itertools.pairwise(left)) / squares, len(values))
+
+
+def _normal_tail(z: float) -> float:
+    return math.erfc(z / math.sqrt(2)) / 2
 
 
 @dataclass(frozen=True)
@@ -57,6 +104,7 @@ class Effect:
     std_error: float | None  # of `log_ratio`; None where it is unknown: one cycle, or cycles that are no replicates
     df: float | None  # degrees of freedom of `std_error`
     n_cycles: tuple[int, ...]  # pairs it rests on, in each campaign
+    autocorrelation: Autocorrelation | None = None  # of the log ratios from cycle to cycle
 
     @property
     def ratio(self) -> float:
@@ -126,7 +174,7 @@ def paired_effect(numerators: Sequence[float], denominators: Sequence[float]) ->
     logs = [log_ratio(above, below) for above, below in zip(numerators, denominators, strict=True)]
     n = len(logs)
     std_error = statistics.stdev(logs) / math.sqrt(n) if n > 1 else None
-    return Effect(statistics.fmean(logs), std_error, n - 1 if n > 1 else None, (n,))
+    return Effect(statistics.fmean(logs), std_error, n - 1 if n > 1 else None, (n,), autocorrelation_of(logs))
 
 
 def anchored_effect(now: Effect, before: Effect) -> Effect:
@@ -245,7 +293,7 @@ def judge(
         if 2 * p_value * (len(claims) - rank) > alpha:
             break
         settled[index] = verdict
-    strictest = 1 - alpha / max(len(claims), 1)
+    strictest = 1 - alpha / UNPLANNED / max(len(claims), 1)
     return tuple(
         Judgement(gate, settled[index]) if index in settled else _unsettled(gate, effect, reason, strictest)
         for index, (gate, effect, reason) in enumerate(questions)
@@ -259,67 +307,3 @@ def _unsettled(gate: Gate, effect: Effect | None, reason: Reason | None, confide
         reason = reason or Reason.of("one_cycle")
     further = None if reason or effect is None else cycles_to_settle(effect, gate.bound, confidence)
     return Judgement(gate, Verdict.INCONCLUSIVE, reason, further)
-
-
-@dataclass(frozen=True)
-class Drift:
-    """The change of a metric from the first place to the last, as a share: 0.02 is 2 % more at the end."""
-
-    change: float
-    ci_lower: float | None  # 95 % t interval of the change; None with too few values
-    ci_upper: float | None
-    n: int  # values it rests on
-
-    @property
-    def is_flagged(self) -> bool:
-        return abs(self.change) > DRIFT_FLAGGED
-
-    @property
-    def is_significant(self) -> bool:
-        return self.ci_lower is not None and self.ci_upper is not None and not self.ci_lower <= 0 <= self.ci_upper
-
-
-def change_of(log_ratio: float) -> float:
-    """The change as a share that a log of a ratio means, at most the largest that a float can hold."""
-    return math.expm1(min(log_ratio, _LARGEST_LOG))
-
-
-def trend_of(
-    places: Sequence[int], values: Sequence[float], *groupings: Sequence[Hashable], length: int
-) -> Drift | None:
-    """The change of positive `values` over `length` places; None where places and groups cannot be separated.
-
-    Least squares of log values on the place, with a mean for each group of each grouping, so that what differs between
-    configurations (or cycles) is not taken for a trend.
-    """
-    steps = without_means([float(place) for place in places], *groupings)
-    logs = without_means([math.log(value) for value in values], *groupings)
-    counts = collections.Counter(groupings[0])
-    squares = math.fsum(step * step for step in steps)
-    if squares < 1e-6:
-        return None
-    slope = math.fsum(step * log for step, log in zip(steps, logs, strict=True)) / squares
-    total = slope * length
-    n = sum(counts[group] > 1 for group in groupings[0]) if len(groupings) == 1 else len(values)
-    freedom = len(values) - sum(len(set(labels)) for labels in groupings) + len(groupings) - 2
-    if freedom < 1:
-        return Drift(change_of(total), None, None, n)
-    left = math.fsum((log - slope * step) ** 2 for step, log in zip(steps, logs, strict=True))
-    half = student_t_quantile((1 + CONFIDENCE) / 2, freedom) * math.sqrt(left / freedom / squares) * length
-    return Drift(change_of(total), change_of(total - half), change_of(total + half), n)
-
-
-def without_means(values: Sequence[float], *groupings: Sequence[Hashable]) -> list[float]:
-    """The values less the means of each grouping, subtracted in turn until nothing is left of them."""
-    left = list(values)
-    for _ in range(100 if len(groupings) > 1 else 1):
-        before = left
-        for labels in groupings:
-            members: dict[Hashable, list[float]] = {}
-            for value, label in zip(left, labels, strict=True):
-                members.setdefault(label, []).append(value)
-            means = {label: statistics.fmean(items) for label, items in members.items()}
-            left = [value - means[label] for value, label in zip(left, labels, strict=True)]
-        if max((abs(one - two) for one, two in zip(before, left, strict=True)), default=0.0) < 1e-12:
-            break
-    return left

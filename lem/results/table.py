@@ -17,7 +17,16 @@ from lem.config.experiment import DATASET_ALIASES
 from lem.record import Energy, Gpu, Record
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES
-from lem.results.run import ENERGY, SHARED_LOAD, SINGLE_CYCLE, UNACCOUNTED, Configuration, Estimate, Run, estimate_note
+from lem.results.run import (
+    ENERGY,
+    SHARED_LOAD,
+    SINGLE_CYCLE,
+    Configuration,
+    Estimate,
+    Run,
+    coverage_notes,
+    estimate_note,
+)
 from lem.results.stats import CONFIDENCE
 from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
 
@@ -153,6 +162,7 @@ class _RunTable:
                 f"t interval: Student t on the logs of n cycles, around their geometric mean; it covers {_CONFIDENCE} "
                 "at any n."
             )
+            yield from coverage_notes(self._configurations)
             coverage = ", ".join(f"{bootstrap_coverage_label(size)} with {plural(size, 'cycle')}" for size in sizes)
             yield (
                 "Bootstrap interval: percentiles of the resampled arithmetic mean; nominal coverage "
@@ -164,7 +174,7 @@ class _RunTable:
         if why := why_unknown(energies):
             yield f"Combined uncertainty of the energy not known: {'; '.join(why)}."
         if self._run.stopping is not None:
-            yield f"Cycles were added {self._run.stopping.describe()}: {UNACCOUNTED}."
+            yield f"Cycles were added {self._run.stopping.describe()}: {self._run.stopping.correction}."
 
     def _gaps(self, label: str, metric: str) -> Iterable[str]:
         """Why numbers are missing, one line per reason; configurations without a valid result are named elsewhere."""

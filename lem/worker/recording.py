@@ -121,8 +121,8 @@ def _validity(found: Findings) -> Validity:
     unfit = unfit_reasons(measured, allows_overload=found.config.traffic_simulation.allow_overload)
     invalid = (*(failures if is_invalid else ()), *no_output, *unfit, *energy.invalid_reasons)
     # The window was one state when throughput and, where it is known, power were.
-    states = (("throughput", measured.steady.value), ("power", energy.power_steady))
-    unsteady = [what for what, is_steady in states if is_steady is False]
+    moved = abs(energy.power_change or 0.0) >= measured.steady_tolerance
+    unsteady = [what for what, is_it in (("throughput", measured.steady.value is False), ("power", moved)) if is_it]
     warnings = (
         *found.residence.report.warnings,
         *found.prompts.warnings,

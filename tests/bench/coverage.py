@@ -1,240 +1,518 @@
-"""Whether the statistics hold what they say, on campaigns whose truth is known: `python -m tests.bench.coverage`.
+"""Whether every interval, verdict and test holds what it claims, on campaigns whose truth is known.
 
-Each campaign is simulated whole: a deviation of each cycle that all its experiments share, of each engine load, of
-each attempt, a drift over the campaign, attempts that another process spoils and that are run again, and cycles lost
-because the second attempt was spoiled too. Its records go the way of real ones, through aggregation and comparison.
-Everything is seeded, so the figures are the same on every machine.
+    python -m tests.bench.coverage [--campaigns N]   simulated, 4,000 a line, some minutes
+    python -m tests.bench.coverage --only NAME       the lines of one group
+    python -m tests.bench.coverage real [N]          N real ones (20) of two equal configurations of the lab's model
+
+Simulated campaigns have deviations of cycles, engine loads and runs, and where it says so drift, effects of the place,
+attempts that are spoiled and rerun, and cycles that are lost. Their records go the way of real ones. Everything is
+seeded. For independent cycles, where 95 % and 5 % are claimed, coverage must be at least 93.5 %, errors at most 6.5 %.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from lem.results.bootstrap import BOOTSTRAP_COVERAGE
-from lem.results.compare import SIGNIFICANCE, Anchor, Comparison, Row, compare_configurations, compare_runs
-from lem.results.metrics import parse_metric
-from lem.results.run import Run, make_run
-from lem.results.stats import Verdict, anchored_effect, paired_effect, parse_gate
-from tests.synthetic_campaign import Campaign, Configuration
-
-N_CAMPAIGNS = 1000
-ENERGY = parse_metric("energy")
-TRUE_ENERGY_J = 0.3
-GATE_PERCENT = 3.0
-
-# Deviations of 1 % between loads and 0.5 % between runs, exclusions and drift as a bad day brings them.
-NOISY = Campaign(
-    configurations=(),
-    load_sd=0.01,
-    run_sd=0.005,
-    cycle_sd=0.01,
-    drift=0.01,
-    invalid_probability=0.1,
-    invalid_shift=0.2,
-    structure="shuffled",
-    window_s=1.0,
-    has_samples=False,
+from lem.base.durable import STRUCTURES
+from lem.base.measurement import UNSTEADY_BY_CHANCE
+from lem.meters.requestlog import Request, RequestLog
+from lem.meters.work import latency_of, percentile
+from lem.orchestration.resume import make_rule, needs_cycle
+from lem.record import Record
+from lem.results.bootstrap import (
+    AUTOCORRELATED_COVERAGE,
+    BOOTSTRAP_COVERAGE,
+    HEAVY_TAILED_COVERAGE,
+    TRAFFIC_COVERAGE,
+    log_t_interval,
 )
+from lem.results.check import check_run
+from lem.results.compare import (
+    SIGNIFICANCE,
+    Anchor,
+    Comparison,
+    Row,
+    compare_best,
+    compare_configurations,
+    compare_runs,
+)
+from lem.results.metrics import parse_metric
+from lem.results.run import Configuration, Run, make_run
+from lem.results.stats import Gate, Verdict, anchored_effect, paired_effect, parse_gate
+from lem.results.stopping import StoppingRule, next_stage, parse_target
+from lem.results.trends import WATCHED, autocorrelation_of_cycles, drift_of, is_chance, position_effect
+from lem.worker.requests import arrival_offsets_s
+from tests.bench.interference import make_model, run_campaign
+from tests.bench.simulation import TRUE_ENERGY_J, Simulated
 
+N_CAMPAIGNS, N_REAL = 4000, 20
+ENERGY, THROUGHPUT = parse_metric("energy"), parse_metric("throughput")
+GATE = parse_gate("energy=3%")
+AT_THE_GATE = 1.03
+SECOND_DAY = "20260715T100000Z-0002"
 
-@dataclass(frozen=True)
-class Coverage:
-    hits: int
-    total: int
+LEAST_COVERAGE, MOST_ERROR = 0.935, 0.065
+_SLACK = MOST_ERROR - 0.05
 
-    @property
-    def share(self) -> float:
-        return self.hits / self.total
-
-    def error(self, expected: float) -> float:
-        """Two standard errors of the share if `expected` is true."""
-        return 2 * math.sqrt(expected * (1 - expected) / self.total)
+# A bad day: all deviations, drift, and spoiled attempts.
+BAD_DAY = Simulated(drift=0.01, invalid=0.1)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A line of the output; `tolerance` is two standard errors of a share of so many campaigns."""
+    """A line of the output."""
 
     name: str
     found: float
-    expected: float | None
-    tolerance: float = 0.0
-
-    @property
-    def is_ok(self) -> bool:
-        return self.expected is None or abs(self.found - self.expected) <= self.tolerance
+    claim: str = ""
+    is_ok: bool | None = None  # None: shown, not judged
 
     def __str__(self) -> str:
-        line = f"{self.name:<64}{100 * self.found:>6.1f} %"
-        if self.expected is None:
-            return line
-        return f"{line}  {100 * self.expected:>5.1f} ± {100 * self.tolerance:.1f} %  {'ok' if self.is_ok else 'OFF'}"
+        verdict = {None: "", True: "ok", False: "OFF"}[self.is_ok]
+        return f"{self.name:<66}{100 * self.found:>6.1f} %  {self.claim:<12}{verdict}".rstrip()
 
 
-def simulated(
-    n_campaigns: int,
-    ratios: Sequence[float] = (1.0,),
-    *,
-    campaign: Campaign = NOISY,
-    first_seed: int = 1,
-    **changes: object,
-) -> Iterable[Run]:
-    """The results of campaigns with a configuration for each ratio to `TRUE_ENERGY_J`."""
-    configurations = tuple(
-        Configuration(f"batch-{index}", batch_size=index + 1, energy_per_output_tok_j=TRUE_ENERGY_J * ratio)
-        for index, ratio in enumerate(ratios)
-    )
-    for seed in range(first_seed, first_seed + n_campaigns):
-        made = dataclasses.replace(campaign, configurations=configurations, seed=seed, **changes)  # type: ignore[arg-type]
-        yield make_run(made.records())
+def covers(name: str, hits: Iterable[bool]) -> Figure:
+    share = share_of(hits)
+    return Figure(name, share, "95 %", share >= LEAST_COVERAGE)
 
 
-def interval_coverage(cycles: int, n_campaigns: int = N_CAMPAIGNS) -> tuple[Coverage, Coverage]:
-    """Of one configuration's energy: the t interval, and the bootstrap interval of the campaigns that lost no cycle."""
-    t_hits = bootstrap_hits = n_whole = 0
-    # Two configurations, so that drift meets the one at different places of each cycle.
-    for run in simulated(n_campaigns, (1.0, 2.0), cycles=cycles):
-        estimate = run.with_results[0].estimate(ENERGY)
-        t_log, bootstrap = estimate.t_log, estimate.bootstrap
-        truth = TRUE_ENERGY_J if run.with_results[0].name == "batch-0" else 2 * TRUE_ENERGY_J
-        t_hits += t_log is not None and _holds(t_log.ci_lower, t_log.ci_upper, truth)
-        if bootstrap is not None and bootstrap.n_samples == cycles:
-            n_whole += 1
-            bootstrap_hits += _holds(bootstrap.ci_lower, bootstrap.ci_upper, truth)
-    return Coverage(t_hits, n_campaigns), Coverage(bootstrap_hits, n_whole)
+def errs(name: str, errors: Iterable[bool], claim: float = 0.05) -> Figure:
+    share = share_of(errors)
+    return Figure(name, share, f"at most {100 * claim:g} %", share <= claim + min(_SLACK, claim))
 
 
-def ratio_coverage(cycles: int, n_campaigns: int = N_CAMPAIGNS) -> Coverage:
-    """The interval of a true ratio of 0.41, paired within cycles that share a deviation of 2 %."""
-    hits = total = 0
-    for run in simulated(n_campaigns, (1.0, 0.41), cycles=cycles, cycle_sd=0.02):
-        row = _rows(_against_first(run))[0]
-        interval = row.effect.interval() if row.effect else None
-        if interval is not None:
-            total += 1
-            hits += _holds(*interval, 0.41)
-    return Coverage(hits, total)
+def labelled(name: str, hits: Iterable[bool], label: float) -> Figure:
+    """A share beside the figure that users are shown; they agree to two standard errors and its last digit."""
+    found = list(hits)
+    tolerance = 0.01 + 2 * math.sqrt(label * (1 - label) / max(len(found), 1))
+    share = share_of(found)
+    return Figure(name, share, f"label {100 * label:.3g} %", abs(share - label) <= tolerance)
 
 
-def found_effects(ratio: float, cycles: int, n_campaigns: int = N_CAMPAIGNS) -> Coverage:
-    """How often a true ratio is found at p < 0.05 amid 2 % between cycles and 0.5 % between runs."""
-    runs = simulated(
-        n_campaigns, (1.0, ratio), cycles=cycles, cycle_sd=0.02, load_sd=0.0, drift=0.0, invalid_probability=0.0
-    )
-    return _share(_rows(_against_first(run))[0].is_found for run in runs)
-
-
-def false_differences(n_configurations: int, cycles: int, n_campaigns: int = N_CAMPAIGNS) -> Coverage:
-    """How often any difference is found among configurations that are all the same."""
-    runs = simulated(n_campaigns, (1.0,) * n_configurations, cycles=cycles, invalid_probability=0.0)
-    return _share(any(row.is_found for row in _rows(_against_first(run))) for run in runs)
-
-
-def gate_verdicts(
-    ratios: Sequence[float], cycles: int, n_campaigns: int = N_CAMPAIGNS
-) -> tuple[tuple[Verdict, ...], ...]:
-    """What the gate said, campaign by campaign, of configurations with these ratios to their baseline."""
-    gate = parse_gate(f"energy={GATE_PERCENT}%")
-    runs = simulated(n_campaigns, (1.0, *ratios), cycles=cycles, invalid_probability=0.0)
-    return tuple(
-        tuple(row.judgement.verdict for row in _rows(_against_first(run, [gate])) if row.judgement) for run in runs
-    )
-
-
-def false_differences_between_days(cycles: int, n_campaigns: int = N_CAMPAIGNS) -> tuple[Coverage, Coverage]:
-    """How often two runs of the same, 1 % between their days, are found to differ: naively, and over an anchor."""
-    quiet = dataclasses.replace(NOISY, day_sd=0.01, cycle_sd=0, load_sd=0, drift=0, invalid_probability=0)
-    before = simulated(n_campaigns, (1.0, 1.0), campaign=quiet, cycles=cycles, run_id="20260714T100000Z-0001")
-    after = simulated(n_campaigns, (1.0, 1.0), campaign=quiet, cycles=cycles, run_id="20260715T100000Z-0002")
-    naive, anchored = [], []
-    for one, other in zip(before, after, strict=True):
-        naive.append(_naive_p(one, other) < SIGNIFICANCE)
-        anchored.append(
-            any(row.is_found for row in _rows(compare_runs(one, other, anchor=Anchor("batch-0"), metrics=(ENERGY,))))
-        )
-    return _share(naive), _share(anchored)
-
-
-def figures(n_campaigns: int = N_CAMPAIGNS) -> Iterable[Figure]:
-    for cycles in (3, 5, 10):
-        t_interval, bootstrap = interval_coverage(cycles, n_campaigns)
-        label = BOOTSTRAP_COVERAGE[cycles]
-        yield _expected(f"t interval of a configuration, {cycles} cycles", t_interval, 0.95)
-        yield _expected(f"bootstrap interval, {cycles} cycles, against its label", bootstrap, label)
-    for cycles in (3, 5, 10):
-        yield _expected(f"t interval of a ratio, {cycles} cycles", ratio_coverage(cycles, n_campaigns), 0.95)
-    yield _expected(
-        "a difference found where there is none, 2 configurations", false_differences(2, 5, n_campaigns), 0.05
-    )
-    many = false_differences(6, 5, n_campaigns)
-    yield Figure("any difference found where there is none, 6 configurations (≤ 5)", many.share, None)
-    yield _expected("a true 1 % found, 2 % between cycles, 5 cycles", found_effects(1.01, 5, n_campaigns), 0.66)
-    yield from _gate_figures(n_campaigns)
-    naive, anchored = false_differences_between_days(5, n_campaigns)
-    yield _expected("two days, no difference: a naive test finds one", naive, 0.58)
-    yield _expected("two days, no difference: over an anchor", anchored, 0.05)
-
-
-def _gate_figures(n_campaigns: int) -> Iterable[Figure]:
-    for name, ratio in (("no effect", 1.0), ("1 % worse", 1.01), ("exactly 3 % worse", 1.03), ("6 % worse", 1.06)):
-        for cycles in (5, 10):
-            said = [verdicts[0] for verdicts in gate_verdicts((ratio,), cycles, n_campaigns)]
-            for verdict in (Verdict.WORSE, Verdict.WITHIN):
-                share = said.count(verdict) / len(said)
-                yield Figure(f"gate of 3 %, {name}, {cycles} cycles: {verdict.value}", share, None)
-    families = gate_verdicts((1.0, 1.01, 1.03, 0.96, 1.06), 5, n_campaigns)
-    wrong = sum(
-        Verdict.WORSE in said[:4] or Verdict.BETTER in (*said[:3], said[4]) or Verdict.WITHIN in (said[2], *said[3:])
-        for said in families
-    )
-    yield Figure("gate of 3 %, any wrong verdict among 5 configurations (≤ 5)", wrong / n_campaigns, None)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0; a figure outside two standard errors is shown as such: one in twenty is, when all is well."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--campaigns", type=int, default=N_CAMPAIGNS, metavar="N", help="default: %(default)s")
-    count = parser.parse_args(argv).campaigns
-    print(f"{count} simulated campaigns a line; ± is two standard errors")
-    for figure in figures(count):
-        print(figure, flush=True)
-    return 0
-
-
-def _expected(name: str, coverage: Coverage, expected: float) -> Figure:
-    return Figure(name, coverage.share, expected, coverage.error(expected))
-
-
-def _holds(lower: float | None, upper: float | None, truth: float) -> bool:
-    return lower is not None and upper is not None and lower <= truth <= upper
-
-
-def _share(outcomes: Iterable[bool]) -> Coverage:
+def share_of(outcomes: Iterable[bool]) -> float:
     found = list(outcomes)
-    return Coverage(sum(found), len(found))
+    return sum(found) / len(found) if found else math.nan
 
 
-def _against_first(run: Run, gates: Sequence[object] = ()) -> Comparison:
-    ordered = sorted(run.with_results, key=lambda item: item.name)
-    return compare_configurations(run, ordered[0], ordered[1:], metrics=(ENERGY,), gates=gates)  # type: ignore[arg-type]
+def simulated(n: int, base: Simulated = BAD_DAY, **changes: Any) -> Iterator[Run]:
+    for seed in range(1, n + 1):
+        yield make_run(replace(base, seed=seed, **changes).records())
 
 
-def _rows(comparison: Comparison) -> list[Row]:
+def against_first(run: Run, gates: Sequence[Gate] = ()) -> Comparison:
+    """With c00 as the baseline, whatever ran first, so that the true ratio is known."""
+    first, *others = sorted(run.with_results, key=lambda item: item.name)
+    return compare_configurations(run, first, others, metrics=(ENERGY,), gates=gates)
+
+
+def rows_of(comparison: Comparison) -> list[Row]:
     return [row for pair in comparison.pairs for row in pair.rows]
 
 
-def _naive_p(before: Run, after: Run) -> float:
+def holds(bounds: Sequence[float | None] | None, truth: float) -> bool:
+    if bounds is None or bounds[0] is None or bounds[1] is None:
+        return False
+    return bounds[0] <= truth <= bounds[1]
+
+
+# --- intervals
+
+
+def intervals(n: int) -> Iterator[Figure]:
+    for cycles in (3, 5, 10):
+        t_hits, bootstrap_hits = [], []
+        for run in simulated(n, cycles=cycles):
+            item = next(it for it in run.with_results if it.name == "c00")
+            estimate = item.estimate(ENERGY)
+            t_hits.append(holds((estimate.low, estimate.high), TRUE_ENERGY_J))
+            if (found := estimate.bootstrap) is not None and found.n_samples == cycles:
+                bootstrap_hits.append(holds((found.ci_lower, found.ci_upper), TRUE_ENERGY_J))
+        yield covers(f"t interval of a configuration, {cycles} cycles", t_hits)
+        yield labelled(f"bootstrap interval, {cycles} cycles", bootstrap_hits, BOOTSTRAP_COVERAGE[cycles])
+    for cycles in (3, 5, 10):
+        runs = simulated(n, ratios=(1.0, 0.41), cycles=cycles, cycle_sd=0.02)
+        yield covers(f"t interval of a ratio, {cycles} cycles", ratio_hits(runs, 0.41))
+    for count in (4, 12):
+        runs = simulated(n, ratios=(1.0,) * count)
+        hits = (all(holds(row.interval, 1.0) for row in rows_of(against_first(run))) for run in runs)
+        yield covers(f"all {count - 1} intervals of a comparison together, 5 cycles", hits)
+    yield from best_of_many(n)
+    yield covers(
+        "t interval of a ratio over an anchor, two days, 5 cycles", anchored(n, lambda row: holds(row.interval, 1))
+    )
+
+
+def ratio_hits(runs: Iterable[Run], truth: float) -> Iterator[bool]:
+    for run in runs:
+        if (interval := rows_of(against_first(run))[0].interval) is not None:  # of two cycles or more
+            yield holds(interval, truth)
+
+
+def best_of_many(n: int, count: int = 20) -> Iterator[Figure]:
+    """The configuration with the least energy, of equal ones: its own interval, and that of its ratio to the next."""
+    plain, own, ratio = [], [], []
+    for run in simulated(n, ratios=(1.0,) * count):
+        ranked = sorted(run.with_results, key=lambda item: item.estimate(ENERGY).value or math.inf)
+        estimate, chosen = ranked[0].estimate(ENERGY), ranked[0].interval_as_best(ENERGY, count)
+        plain.append(holds((estimate.low, estimate.high), TRUE_ENERGY_J))
+        own.append(holds(chosen, TRUE_ENERGY_J))
+        ratio.append(holds(rows_of(compare_best(run, ranked, ENERGY))[0].interval, 1.0))
+    yield Figure(f"best of {count}: its interval, not adjusted", share_of(plain))
+    yield covers(f"best of {count}: its interval in the report", own)
+    yield covers(f"best of {count}: the interval of its ratio to the next best", ratio)
+
+
+def anchored(n: int, judge: Callable[[Row], bool]) -> Iterator[bool]:
+    for before, after in two_days(n):
+        comparison = compare_runs(before, after, anchor=Anchor("c00"), metrics=(ENERGY,))
+        yield judge(next(row for pair in comparison.pairs for row in pair.rows if pair.other.name == "c01"))
+
+
+def two_days(n: int) -> Iterator[tuple[Run, Run]]:
+    quiet = Simulated(day_sd=0.01, cycle_sd=0.0, load_sd=0.0)
+    return zip(simulated(n, quiet), simulated(n, quiet, run_id=SECOND_DAY), strict=True)
+
+
+# --- verdicts
+
+
+def verdicts(n: int) -> Iterator[Figure]:
+    for count, cycles in ((2, 3), (2, 5), (2, 10), (6, 5), (12, 5)):
+        runs = simulated(n, ratios=(1.0,) * count, cycles=cycles)
+        found = (any(row.is_found for row in rows_of(against_first(run))) for run in runs)
+        yield errs(f"A/A: a difference among {count} equal configurations, {cycles} cycles", found)
+    both = (
+        compare_configurations(run, *sides(run), metrics=(ENERGY, THROUGHPUT))
+        for run in simulated(n, ratios=(1.0,) * 4)
+    )
+    yield errs("A/A: a difference in energy or throughput, 4 configurations", (found_any(it) for it in both))
+    yield from exclusions(n)
+    for cycles in (5, 10):
+        runs = simulated(n, ratios=(1.0, AT_THE_GATE), cycles=cycles)
+        said = [verdict_of(against_first(run, [GATE])) for run in runs]
+        yield errs(f"gate of 3 %, exactly 3 % worse, {cycles} cycles: worse", (it is Verdict.WORSE for it in said))
+        yield errs(f"gate of 3 %, exactly 3 % worse, {cycles} cycles: within", (it is Verdict.WITHIN for it in said))
+    truths = {
+        1.0: {Verdict.WITHIN},
+        1.01: {Verdict.WITHIN},
+        AT_THE_GATE: set(),
+        0.96: {Verdict.BETTER},
+        1.06: {Verdict.WORSE},
+    }
+    wrong = []
+    for run in simulated(n, ratios=(1.0, *truths)):
+        judged = [row.judgement.verdict for row in rows_of(against_first(run, [GATE])) if row.judgement]
+        wrong.append(
+            any(it not in {*truth, Verdict.INCONCLUSIVE} for it, truth in zip(judged, truths.values(), strict=True))
+        )
+    yield errs("gate of 3 %: any wrong verdict among 5 configurations, 5 cycles", wrong)
+    missed = (verdict_of(against_first(run, [GATE])) is not Verdict.WORSE for run in simulated(n, ratios=(1.0, 1.06)))
+    yield Figure("gate of 3 %, 6 % worse, 5 cycles: not found", share_of(missed))
+    power = simulated(n, Simulated(cycle_sd=0.02, load_sd=0.0), ratios=(1.0, 1.01))
+    yield labelled("a true 1 % is found, 2 % between cycles, 5 cycles", map(found_any, map(against_first, power)), 0.66)
+    naive = (naive_p(*days) < SIGNIFICANCE for days in two_days(n))
+    yield labelled("two days without a difference: a naive test finds one", naive, 0.58)
+    yield errs("two days without a difference: over an anchor", anchored(n, lambda row: row.is_found))
+
+
+def exclusions(n: int) -> Iterator[Figure]:
+    """Three in ten attempts are spoiled and rerun, so that one in eleven cycles is lost."""
+    withheld, wrong, needless = [], [], []
+    for run in simulated(n, invalid=0.3):
+        row = rows_of(against_first(run))[0]
+        is_withheld = row.reason is not None and row.reason.code == "unequal_exclusions"
+        withheld.append(is_withheld)
+        needless.append(is_withheld and len({item.n_lost for item in run.with_results}) == 1)
+        wrong += [row.is_found] if row.p_adjusted is not None else []
+    yield Figure("3 in 10 attempts spoiled: verdict withheld, since cycles were lost", share_of(withheld))
+    yield errs("3 in 10 attempts spoiled: withheld where equally many were lost", needless, 0.0)
+    yield errs("3 in 10 attempts spoiled: a difference found where there is none", wrong)
+
+
+def sides(run: Run) -> tuple[Configuration, Sequence[Configuration]]:
+    return run.with_results[0], run.with_results[1:]
+
+
+def found_any(comparison: Comparison) -> bool:
+    return any(row.is_found for row in rows_of(comparison))
+
+
+def verdict_of(comparison: Comparison) -> Verdict | None:
+    judgement = rows_of(comparison)[0].judgement
+    return judgement.verdict if judgement else None
+
+
+def naive_p(before: Run, after: Run) -> float:
     """Welch's test of one configuration in two runs, as if their cycles were all that varies."""
-    sides = [
-        next(item for item in run.with_results if item.name == "batch-1").estimate(ENERGY).values
-        for run in (after, before)
+    values = [
+        next(item for item in run.with_results if item.name == "c01").estimate(ENERGY).values for run in (after, before)
     ]
-    effect = anchored_effect(*(paired_effect(values, [1.0] * len(values)) for values in sides))
-    return effect.p_value if effect.p_value is not None else 1.0
+    return anchored_effect(*(paired_effect(it, [1.0] * len(it)) for it in values)).p_value or 1.0
+
+
+# --- cycles that are added
+
+
+def sequential(n: int) -> Iterator[Figure]:
+    """Cycles added by a rule from the start, and by hand as an inconclusive gate proposes."""
+    steady = Simulated(cycles=20)
+    for count, text in ((2, "ci=1.5%:energy"), (2, "ci=2.5%:energy"), (5, "ci=2%:energy")):
+        runs = [
+            grown(records, make_rule(parse_target(text), None)) for records in records_of(n, steady, (1.0,) * count)
+        ]
+        hits = [all(holds(row.interval, 1.0) for row in rows_of(against_first(run))) for run in runs]
+        yield covers(f"--until {text}, {count} configurations: all ratios, {mean_cycles(runs):.1f} cycles", hits)
+        found = (found_any(against_first(run)) for run in runs)
+        yield errs(f"--until {text}, {count} configurations: a difference found", found)
+    runs = [grown(it, make_rule(parse_target("each=1.5%:energy"), None)) for it in records_of(n, steady, (1.0, 1.0))]
+    hits = [holds((it.low, it.high), TRUE_ENERGY_J) for run in runs for it in (run.with_results[0].estimate(ENERGY),)]
+    yield covers(f"--until each=1.5%:energy: an interval, {mean_cycles(runs):.1f} cycles", hits)
+    for cycles, name in ((0, "--until energy=3%"), (1, "by hand after an inconclusive gate")):
+        runs = [
+            extended(records) if cycles else grown(records, make_rule(parse_target("energy=3%"), None))
+            for records in records_of(n, steady, (1.0, AT_THE_GATE))
+        ]
+        said = [verdict_of(against_first(run, [GATE])) for run in runs]
+        title = f"{name}, exactly 3 % worse, {mean_cycles(runs):.1f} cycles"
+        yield errs(f"{title}: worse", (it is Verdict.WORSE for it in said))
+        yield errs(f"{title}: within", (it is Verdict.WITHIN for it in said))
+        yield covers(f"{name}: the ratio's interval", (holds(lead_row(run).interval, AT_THE_GATE) for run in runs))
+    said = [
+        verdict_of(against_first(grown(it, make_rule(parse_target("energy=3%"), None)), [GATE]))
+        for it in records_of(n, steady, (1.0, 1.06))
+    ]
+    yield Figure("--until energy=3%, 6 % worse: not found", share_of(it is not Verdict.WORSE for it in said))
+
+
+def records_of(n: int, base: Simulated, ratios: tuple[float, ...]) -> Iterator[list[Record]]:
+    for seed in range(1, n + 1):
+        yield replace(base, seed=seed, ratios=ratios).records()
+
+
+def first_cycles(records: Sequence[Record], cycles: int, rule: StoppingRule | None) -> Run:
+    return make_run([it for it in records if it.identity.cycle_index < cycles], stopping=rule)
+
+
+def grown(records: Sequence[Record], rule: StoppingRule) -> Run:
+    """The run at its end, as `lem campaign --until` adds cycles."""
+    cycles = rule.least_cycles
+    while True:
+        rule = replace(rule, looks=(*rule.looks, cycles))
+        run = first_cycles(records, cycles, rule)
+        if not needs_cycle(run, rule, cycles)[0]:
+            return run
+        cycles += 1
+
+
+def extended(records: Sequence[Record], cycles: int = 5, most: int = 20) -> Run:
+    """The run at its end, of somebody who adds the cycles that an inconclusive gate proposes."""
+    rule: StoppingRule | None = None
+    while True:
+        run = first_cycles(records, cycles, rule)
+        judgement = rows_of(against_first(run, [GATE]))[0].judgement
+        if judgement is None or judgement.verdict is not Verdict.INCONCLUSIVE or cycles >= most:
+            return run
+        more = min(most, cycles + (judgement.further_cycles or most))
+        rule, cycles = next_stage(rule, None, cycles, more), more
+
+
+def lead_row(run: Run) -> Row:
+    return rows_of(against_first(run))[0]
+
+
+def mean_cycles(runs: Sequence[Run]) -> float:
+    return sum(max(item.n_cycles for item in run.with_results) for run in runs) / len(runs)
+
+
+# --- trends
+
+
+def trends(n: int) -> Iterator[Figure]:
+    driftless = replace(BAD_DAY, drift=0.0)
+    for count, cycles in itertools.product((2, 6, 12), (5, 10)):
+        runs = simulated(n, driftless, ratios=(1.0,) * count, cycles=cycles)
+        yield errs(f"drift found where there is none, {count} configurations, {cycles} cycles", map(has_drift, runs))
+    runs = simulated(n, ratios=(1.0,) * 6, cycles=10, drift=0.05)
+    yield Figure("a drift of 5 % is found, 6 configurations, 10 cycles", share_of(map(has_drift, runs)))
+    for count, cycles in ((4, 5), (4, 10)):
+        runs = simulated(n, driftless, ratios=(1.0,) * count, cycles=cycles)
+        yield errs(
+            f"effect of the place found where there is none, {count} configurations, {cycles} cycles",
+            map(has_place, runs),
+        )
+    for cycles in (10, 20):
+        runs = simulated(n, Simulated(cycles=cycles))
+        found = [it for run in runs if (it := autocorrelation_of_cycles(run, ENERGY))]
+        yield errs(f"autocorrelation found where there is none, {cycles} cycles", (it.p_value < 0.05 for it in found))
+        runs = simulated(n, Simulated(cycles=cycles, memory=0.3, run_sd=0.0))
+        found = [it for run in runs if (it := autocorrelation_of_cycles(run, ENERGY))]
+        yield labelled(
+            f"autocorrelation of 0.3 is found, {cycles} cycles", (it.p_value < 0.05 for it in found), found[0].power
+        )
+
+
+def has_drift(run: Run) -> bool:
+    return any((found := drift_of(run, metric)) is not None and found.is_found for metric in WATCHED)
+
+
+def has_place(run: Run) -> bool:
+    found = position_effect(run, ENERGY)
+    return found is not None and found.is_found
+
+
+def order(n: int) -> Iterator[Figure]:
+    """Equal configurations where the second place of a cycle costs 1 % more."""
+    noise = Simulated(cycle_sd=0.01, load_sd=0.0, run_sd=0.005, place=0.01)
+    for structure, cycles in itertools.product([it for it in STRUCTURES if it != "grouped"], (3, 5, 10)):
+        found = (found_any(against_first(run)) for run in simulated(n, noise, structure=structure, cycles=cycles))
+        name = f"second place costs 1 %: a difference found, {structure}, {cycles} cycles"
+        yield Figure(name, share_of(found)) if structure == "interleaved" else errs(name, found)
+
+
+# --- traffic
+
+
+WINDOW_NS = 30 * 10**9
+QPS, SERVERS, SERVICE_S = 4.0, 4, 0.7
+_TOKENS = 16
+
+
+def traffic(n: int) -> Iterator[Figure]:
+    """Windows of 30 s of Poisson arrivals at a queue with 4 servers, 70 % busy; lengths are exponential."""
+    for qps in (1.0, 4.0, 16.0):
+        unsteady = (window(seed, qps).steady.value is False for seed in range(n))
+        yield errs(f"steady Poisson window found unsteady, {qps:g} requests a second", unsteady, UNSTEADY_BY_CHANCE)
+    truth = traffic_figures(window(0, QPS, min(3000, 20 * n) * WINDOW_NS))
+    pool = [traffic_figures(window(seed, QPS)) for seed in range(1, 5 * n + 1)]
+    for place, name in enumerate(TRAFFIC_COVERAGE):
+        hits = []
+        for campaign in range(n):
+            values = [figures[place] for figures in pool[5 * campaign : 5 * campaign + 5]]
+            found = log_t_interval(values)
+            hits.append(holds((found.ci_lower, found.ci_upper), truth[place]))
+        yield labelled(f"EXEMPT traffic window of 30 s, {name}, 5 cycles", hits, TRAFFIC_COVERAGE[name])
+
+
+def window(seed: int, qps: float, length_ns: int = WINDOW_NS) -> RequestLog:
+    """Opened after 20 s, when the queue has settled."""
+    rng, free_ns = random.Random(f"window/{seed}"), [0] * round(SERVERS * qps / QPS or 1)
+    opened_ns = 20 * 10**9
+    requests = []
+    for number, offset_s in enumerate(arrival_offsets_s("poisson", qps, rng)):
+        arrived_ns = round(offset_s * 1e9)
+        if arrived_ns > opened_ns + length_ns:
+            break
+        server = min(range(len(free_ns)), key=free_ns.__getitem__)
+        started_ns = max(arrived_ns, free_ns[server])
+        free_ns[server] = finished_ns = started_ns + round(1e9 * SERVICE_S * rng.expovariate(1.0))
+        tokens = max(1, round(_TOKENS * (finished_ns - started_ns) / 1e9 / SERVICE_S))
+        requests.append(Request(number, 8, tokens, 0, arrived_ns, started_ns, finished_ns))
+    return RequestLog("poisson", opened_ns, opened_ns + length_ns, len(requests) + 1, tuple(requests))
+
+
+def traffic_figures(log: RequestLog) -> tuple[float, ...]:
+    found = latency_of(log.completed).e2e_s
+    assert found is not None
+    p95 = percentile(sorted(item.e2e_ns / 1e9 for item in log.completed), 0.95)
+    return found.p50, p95, found.mean, log.output_tok / log.window_s
+
+
+# --- exempt
+
+
+def exempt(n: int) -> Iterator[Figure]:
+    """What no interval over a few cycles can hold; users are shown the figure of the label."""
+    for memory, label in AUTOCORRELATED_COVERAGE.items():
+        runs = simulated(n, Simulated(cycles=10, memory=memory, run_sd=0.0), ratios=(1.0, 1.0))
+        yield labelled(f"EXEMPT autocorrelation of {memory:g}, ratio, 10 cycles", ratio_hits(runs, 1.0), label)
+    runs = simulated(n, Simulated(has_heavy_tails=True, cycle_sd=0.0), ratios=(1.0, 1.0))
+    yield labelled(
+        "EXEMPT heavy tails (Student t, 2 degrees), ratio, 5 cycles", ratio_hits(runs, 1.0), HEAVY_TAILED_COVERAGE
+    )
+
+
+GROUPS: dict[str, Callable[[int], Iterator[Figure]]] = {
+    "intervals": intervals,
+    "verdicts": verdicts,
+    "order": order,
+    "sequential": sequential,
+    "trends": trends,
+    "traffic": traffic,
+    "exempt": exempt,
+}
+
+
+# --- real campaigns
+
+# Two configurations that differ in nothing that is used: warm-up settles long before.
+SAME = """\
+campaign_name: same
+model: {model}
+grid:
+  backends: [pytorch]
+  shared:
+    max_output_tokens: [16]
+    max_input_tokens: [32]
+    fp_precision: [float32]
+    ignore_eos: [true]
+    gpus: [[]]
+    prompts: [{{type: synthetic, input_tokens: 16, sample_size: 8}}]
+    measurement.min_window_sec: [1]
+    measurement.max_wait_pct: [100]
+    measurement.max_foreign_pct: [100]
+    baseline.enabled: [false]
+    warmup.max_prompts: [40, 41]
+execution: {{cycles: 5, structure: shuffled, seed: {seed}, config_gap_seconds: 0, cycle_gap_seconds: 0}}
+"""
+
+
+def real(n: int) -> int:
+    """0 if differences are found at no more than the stated rate, as far as so few campaigns can tell."""
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        model = make_model(Path(name))
+        for seed in range(1, n + 1):
+            run = run_campaign(Path(name, str(seed)), Path(sys.executable), SAME.format(model=model, seed=seed))
+            first, second = run.with_results
+            rows = rows_of(compare_configurations(run, first, [second], metrics=(THROUGHPUT, parse_metric("e2e"))))
+            found.append(any(row.is_found for row in rows))
+            shown = [
+                f"{row.effect.ratio:.4f} (p {row.p_adjusted:.3f})" for row in rows if row.effect and row.p_adjusted
+            ]
+            kinds = ", ".join(item.kind for item in check_run(run) if item.is_weak) or "-"
+            print(f"{seed:>3} throughput, latency: {', '.join(shown)}; weak: {kinds}", flush=True)
+    print(errs(f"A/A: a difference in {n} real campaigns of 5 cycles", found))
+    return 1 if sum(found) and is_chance(sum(found), n, SIGNIFICANCE) is False else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """1 if a figure is off."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--campaigns", type=int, default=N_CAMPAIGNS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--only", choices=GROUPS, action="append", help="only this group")
+    args = parser.parse_args(argv)
+    if args.what[:1] == ["real"]:
+        return real(int(args.what[1]) if args.what[1:] else N_REAL)
+    print(
+        f"{args.campaigns} simulated campaigns a line; coverage at least 93.5 %, errors at most 1.5 % above the claim"
+    )
+    is_fine = True
+    for name in args.only or GROUPS:
+        for figure in GROUPS[name](args.campaigns):
+            print(figure, flush=True)
+            is_fine &= figure.is_ok is not False
+    return 0 if is_fine else 1
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def ratio_of(run: lem.Run) -> tuple[float, float, float] | None:
     for pair in lem.compare(first, second).pairs:
         for row in pair.rows:
             if row.metric.name == "output_tok_per_s" and row.effect is not None:
-                low, high = row.effect.interval() or (0.0, float("inf"))
+                low, high = row.interval or (0.0, float("inf"))
                 return row.effect.ratio, low, high
     return None
 

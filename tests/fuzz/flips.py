@@ -43,7 +43,7 @@ from lem.orchestration.resume import forget_lost_results
 from lem.record import PROMPTS_FILE, read_with_digest, write_record
 from lem.results.configurations import CONFIGURATIONS_FILE, ListedConfiguration, read_listing, write_listing
 from lem.results.index import INDEX_FILE
-from lem.results.run import STOPPING_FILE, StoppingRule, Target, read_stopping_rule, write_stopping_rule
+from lem.results.stopping import STOPPING_FILE, StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from lem.results.store import Problem, Repository, StoredResult, config_of_problem
 from lem.worker.prompts import Prompt, read_prompt_file, write_prompts
 from tests.records import make_record, with_measured, with_requests

@@ -38,7 +38,13 @@ _CAMPAIGN = Campaign(
     cycles=2,
     window_s=2.0,
 )
-_STOPPING = {"target": {"half_width": 0.02, "metric": None}, "least_cycles": 5, "most_cycles": 20}
+_STOPPING = {
+    "target": {"half_width": 0.02, "metric": None, "kind": "ratio"},
+    "least_cycles": 5,
+    "most_cycles": 20,
+    "looks": [5, 6],
+    "added": [3],
+}
 _ANY = (0, 1, 2, 3, 4)
 _ALL = ("results", "show", "demo")
 _HOSTILE_HTML = ("<script>alert(1)</script>", "<img src=x onerror", "</svg>=1+1")

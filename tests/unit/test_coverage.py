@@ -1,70 +1,83 @@
-"""The statistics hold what they say on simulated campaigns; seeded, so it is the same every time.
+"""The statistics hold what they claim on simulated campaigns; seeded, so it is the same every time.
 
 `python -m tests.bench.coverage` prints all figures; here are those that must not change unseen.
 """
 
 from __future__ import annotations
 
-import math
+import re
 
 import pytest
 
-from lem.results.bootstrap import BOOTSTRAP_COVERAGE
+from lem.orchestration.resume import make_rule
 from lem.results.stats import Verdict
+from lem.results.stopping import parse_target
 from tests.bench.coverage import (
-    Coverage,
-    false_differences,
-    false_differences_between_days,
-    found_effects,
-    gate_verdicts,
-    interval_coverage,
+    AT_THE_GATE,
+    GATE,
+    against_first,
+    covers,
+    errs,
+    extended,
+    found_any,
+    grown,
+    has_drift,
+    holds,
+    lead_row,
     main,
-    ratio_coverage,
+    ratio_hits,
+    records_of,
+    rows_of,
+    simulated,
+    verdict_of,
+    window,
 )
+from tests.bench.simulation import TRUE_ENERGY_J, Simulated
 
 
-def test_the_t_interval_holds_the_truth_and_the_bootstrap_what_its_label_says() -> None:
-    """1,000 campaigns with deviations of cycles and loads, drift, exclusions and reruns."""
-    t_interval, bootstrap = interval_coverage(5)
-    assert t_interval.total == 1000
-    assert t_interval.share == pytest.approx(0.95, abs=0.014)
-    assert 900 < bootstrap.total < 1000  # some lost a cycle, whose label is another
-    assert bootstrap.share == pytest.approx(BOOTSTRAP_COVERAGE[5], abs=bootstrap.error(BOOTSTRAP_COVERAGE[5]))
+def test_the_interval_of_a_configuration_and_of_a_ratio_hold_the_truth() -> None:
+    runs = list(simulated(400, ratios=(1.0, 0.41), cycles=4))
+    own = [next(item for item in run.with_results if item.name == "c00").estimate("energy") for run in runs]
+    assert covers("", (holds((it.low, it.high), TRUE_ENERGY_J) for it in own)).is_ok
+    assert covers("", ratio_hits(runs, 0.41)).is_ok
 
 
-def test_the_interval_of_a_ratio_holds_the_true_ratio() -> None:
-    coverage = ratio_coverage(4, 400)
-    assert coverage.total == 400
-    assert coverage.share == pytest.approx(0.95, abs=coverage.error(0.95))
+def test_all_intervals_of_a_comparison_hold_together_and_no_difference_is_found_where_there_is_none() -> None:
+    compared = [against_first(run) for run in simulated(300, ratios=(1.0,) * 5)]
+    assert covers("", (all(holds(row.interval, 1.0) for row in rows_of(it)) for it in compared)).is_ok
+    assert errs("", map(found_any, compared)).is_ok
 
 
-def test_a_true_effect_is_found_as_often_as_is_said_and_none_where_there_is_none() -> None:
-    power = found_effects(1.01, 5, 400)
-    assert power.share == pytest.approx(0.66, abs=power.error(0.66))
-    assert false_differences(5, 5, 300).share < 0.05 + Coverage(0, 300).error(0.05)
+def test_a_gate_is_seldom_wrong_and_cycles_that_are_added_do_not_change_that() -> None:
+    steady = Simulated(cycles=12)
+    runs = [extended(records, most=12) for records in records_of(300, steady, (1.0, AT_THE_GATE))]
+    assert errs("", (verdict_of(against_first(run, [GATE])) is Verdict.WORSE for run in runs)).is_ok
+    assert covers("", (holds(lead_row(run).interval, AT_THE_GATE) for run in runs)).is_ok
+    assert sum(run.stopping is not None for run in runs) > 250
 
 
-def test_a_gate_is_seldom_wrong_also_among_several() -> None:
-    """No effect, 1 % worse, on the threshold, 4 % better, 6 % worse: no verdict may say another thing."""
-    said = gate_verdicts((1.0, 1.01, 1.03, 0.96, 1.06), 5, 200)
-    truths = ({Verdict.WITHIN}, {Verdict.WITHIN}, set[Verdict](), {Verdict.BETTER}, {Verdict.WORSE})
-    wrong = sum(
-        any(verdict not in {*truth, Verdict.INCONCLUSIVE} for verdict, truth in zip(verdicts, truths, strict=True))
-        for verdicts in said
-    )
-    assert wrong / len(said) < 0.05 + Coverage(0, 200).error(0.05)
-    assert sum(verdicts[4] is Verdict.WORSE for verdicts in said) > 100
+def test_a_campaign_that_tests_after_every_cycle_covers_what_it_claims() -> None:
+    rule = make_rule(parse_target("ci=2%:energy"), 12)
+    runs = [grown(records, rule) for records in records_of(200, Simulated(cycles=12), (1.0, 1.0))]
+    assert covers("", (holds(lead_row(run).interval, 1.0) for run in runs)).is_ok
+    assert {run.stopping.looks[0] for run in runs if run.stopping} == {5}
+    assert len({len(run.stopping.looks) for run in runs if run.stopping}) > 3
 
 
-def test_an_anchor_takes_out_what_separates_two_days() -> None:
-    naive, anchored = false_differences_between_days(5, 300)
-    assert naive.share > 0.25
-    assert anchored.share < 0.05 + anchored.error(0.05)
+@pytest.mark.parametrize("count", [2, 8])
+def test_a_drift_is_seldom_found_where_there_is_none(count: int) -> None:
+    runs = simulated(200, Simulated(cycle_sd=0.02), ratios=(1.0,) * count)
+    assert errs("", map(has_drift, runs)).is_ok
+
+
+def test_steady_windows_of_poisson_traffic_are_steady() -> None:
+    assert [seed for seed in range(200) if window(seed, 4.0).steady.value is not True] == []
 
 
 def test_the_bench_prints_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--campaigns", "2"]) == 0
+    main(["--campaigns", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("2 simulated campaigns")
-    assert len(lines) > 20
-    assert not any(math.isnan(float(line.split("%")[0].split()[-1])) for line in lines[1:] if " %" in line)
+    assert len(lines) > 50
+    assert not [line for line in lines if "nan" in line.split()]
+    assert all(re.search(r" [ 0-9.]+ %", line) for line in lines[1:])

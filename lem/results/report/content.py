@@ -16,7 +16,7 @@ from lem.base.units import format_quantity, plural, some_of
 from lem.config.backends import WIDTH_OPTIONS
 from lem.record import Record
 from lem.results.check import check_run
-from lem.results.compare import Row, compare_configurations
+from lem.results.compare import Row, compare_best
 from lem.results.findings import Finding
 from lem.results.metrics import Metric
 from lem.results.report.plot import GROUPS_MAX
@@ -333,8 +333,8 @@ def verdict_of(report: Report) -> Verdict:
     remarks += [f"Removed from the campaign, so not compared: {_names(removed)}."] if removed else []
     if not others:
         return Verdict(f"“{first.name}”: {_amount(first, metric)}.", tuple(remarks))
-    best, *rest = (replace(entry.configuration, name=entry.label) for entry in ranked)
-    pairs = compare_configurations(report.run, best, rest, metrics=(metric,)).pairs
+    ordered = [replace(entry.configuration, name=entry.label) for entry in ranked]
+    pairs = compare_best(report.run, ordered, metric).pairs
     rows = [(entry, pair.rows[0]) for entry, pair in zip(others, pairs, strict=True)]
     compared = [(entry, row) for entry, row in rows if row.p_adjusted is not None and row.effect is not None]
     refused = [(entry, row.reason) for entry, row in rows if row.p_adjusted is None and row.reason is not None]
@@ -347,7 +347,7 @@ def verdict_of(report: Report) -> Verdict:
     remarks = [*confounded[:_NAMED], *_separated(compared, len(others)), *_refusals(refused), *remarks]
     ratio = _against(*compared[0]) if compared else ""
     verb = "uses the least energy per output token" if report.has_energy else "makes the most output tokens per second"
-    found = f"“{first.name}” {verb}: {_amount(first, metric)}."
+    found = f"“{first.name}” {verb}: {_amount(first, metric, len(ranked))}."
     if compared and compared[0][0] is others[0]:
         return Verdict(f"{found} {ratio}", tuple(remarks), has_winner=compared[0][1].is_found)
     sentence = f"{found} This ranks the estimates only: there is no verdict against the next best."
@@ -360,7 +360,7 @@ def _against(entry: Entry, row: Row) -> str:
     if effect is None or p is None:
         return ""
     relation = row.metric.relation.format(f"{1 / effect.ratio:#.3g} ×")
-    interval = effect.interval()
+    interval = row.interval
     within = f" (95 % {1 / interval[1]:#.3g} – {1 / interval[0]:#.3g})" if interval else ""
     chance = "" if row.is_found else ", which may be chance"
     p_text = "< 0.001" if p < 0.001 else f"= {p:.3f}"
@@ -394,8 +394,8 @@ def _names(entries: Sequence[Entry]) -> str:
     return some_of([f"{entry.number} “{entry.label}”" for entry in entries], _NAMED)
 
 
-def _amount(entry: Entry, metric: Metric) -> str:
-    value, span = entry.centre(metric) or 0.0, entry.span(metric)
+def _amount(entry: Entry, metric: Metric, chosen_from: int = 1) -> str:
+    value, span = entry.centre(metric) or 0.0, entry.configuration.interval_as_best(metric, chosen_from)
     unit = "J" if metric is ENERGY else "tok/s"
     estimate = ", an estimate from TDP" if metric is ENERGY and entry.is_estimate else ""
     interval = f" (95 % {_four_digits(span[0])} – {_four_digits(span[1])})" if span else ""

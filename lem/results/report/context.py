@@ -16,7 +16,7 @@ from lem.results.report import content, plot
 from lem.results.report.content import NOT_GIVEN, Entry, Phase, Report, Trace
 from lem.results.report.plot import GROUPS_MAX, Cell, Markup, Plot, Row, Scale, join, marks, spot, table, tag, text
 from lem.results.run import ENERGY
-from lem.results.stats import DRIFT_FLAGGED, Drift, change_of, trend_of, without_means
+from lem.results.trends import DRIFT_FLAGGED, FALSE_ALARMS, Drift, change_of, drift_of, without_means
 
 # --- the headline metric over two axes of the grid
 
@@ -32,7 +32,9 @@ class _Square:
 
     @property
     def is_partial(self) -> bool:
-        return self.best is not None and any(entry.configuration.n_excluded for entry in self.members)
+        return self.best is not None and any(
+            entry.configuration.n_invalid + entry.configuration.n_failed for entry in self.members
+        )
 
     @property
     def text(self) -> str:
@@ -187,10 +189,9 @@ def _order(metric: Metric, report: Report) -> Markup:
     ]
     values = sorted(found, key=lambda item: item[0])
     places, numbers = [place for place, *_ in values], [entry.number for _, entry, *_ in values]
-    length = max(places, default=0) - min(places, default=0)
-    drift = trend_of(places, [value for *_, value in values], numbers, length=length)
+    drift = drift_of(report.run, metric)
     if drift is None:
-        reason = "No configuration has two valid cycles, so nothing can be compared over time."
+        reason = "There are no two cycles with a value, so nothing can be compared over time."
         return plot.no_plot(identifier, heading, reason)
     shares = [100 * change_of(log) for log in without_means([math.log(value) for *_, value in values], numbers)]
     flagged = 100 * DRIFT_FLAGGED
@@ -220,8 +221,11 @@ def _order(metric: Metric, report: Report) -> Markup:
             marks([plot.line_to(*fitted)], "front"),
         ],
         [
-            tag("p", tag("span", "flagged", class_="tag bad") if drift.is_flagged else "", finding),
-            f"Flagged when the line rises or falls by more than the height of the shaded band, {flagged:g} %.",
+            tag("p", tag("span", "flagged", class_="tag bad") if drift.is_found else "", finding),
+            (
+                f"Flagged when the line rises or falls by more than the height of the shaded band, {flagged:g} %, and "
+                f"the interval does not contain 0: in at most {100 * FALSE_ALARMS:g} % of campaigns without drift."
+            ),
         ],
         table(heading, ["Position", "No.", "Configuration", "Cycle", name, "Difference"], rows),
     ).render()
@@ -234,7 +238,7 @@ def _drift_text(drift: Drift) -> str:
     interval = "too few values for an interval"
     if drift.ci_lower is not None and drift.ci_upper is not None:
         chance = "" if drift.is_significant else "; this may be chance"
-        interval = f"95 % {percent(drift.ci_lower)} to {percent(drift.ci_upper)}{chance}"
+        interval = f"{100 * drift.confidence:g} % {percent(drift.ci_lower)} to {percent(drift.ci_upper)}{chance}"
     return f"drifts by {percent(drift.change)} over the campaign ({interval})"
 
 

@@ -16,7 +16,7 @@ from lem.results.report import plot
 from lem.results.report.content import Entry, Report, verdict_of
 from lem.results.report.figures import mean_of
 from lem.results.report.plot import Cell, Markup, Row, details, join, paragraphs, scroller, table, tag
-from lem.results.run import ENERGY, UNACCOUNTED, carbon_basis
+from lem.results.run import ENERGY, carbon_basis, coverage_notes
 from lem.results.uncertainty import why_unknown
 
 # --- how many results can be used, and what weakens them
@@ -168,7 +168,7 @@ def _name(entry: Entry) -> Markup:
 
 def _explanations(report: Report) -> Iterator[str]:
     if report.run.stopping is not None:
-        yield f"Cycles were added {report.run.stopping.describe()}: {UNACCOUNTED}."
+        yield f"Cycles were added {report.run.stopping.describe()}: {report.run.stopping.correction}."
     sizes = sorted({entry.configuration.n_cycles for entry in report.entries if entry.span(report.headline)})
     if not sizes:
         return
@@ -179,6 +179,7 @@ def _explanations(report: Report) -> Iterator[str]:
         "covers 95 % at any number of cycles. The bootstrap interval is for the arithmetic mean, nominally 95 %"
         + (f"; its actual coverage is {covers}." if covers else ".")
     )
+    yield from coverage_notes(entry.configuration for entry in report.entries)
     estimates = [entry.configuration.estimate(metric) for entry in report.entries for metric in report.metrics]
     if any(estimate.combined and estimate.combined.value for estimate in estimates):
         yield (

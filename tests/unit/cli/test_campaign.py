@@ -154,7 +154,7 @@ def _dry_run(*words):
 def test_a_dry_run_shows_what_top_up_and_budget_would_take_by_earlier_results(here):
     shown = _dry_run("--until", "ci=2%:e2e_p50_s", "--max-cycles", "8", "--cycles", "2", "--budget", "1h")
     assert "2 configurations × 5 cycles = 10" in shown
-    assert "until every interval of e2e_p50_s is within ±2 % (5 cycles at least, 8 at most)" in shown
+    assert "until every ratio is within ±2 % in e2e_p50_s (5 cycles at least, 8 at most)" in shown
     assert "how much of the plan fits is unknown before the first run" in shown
     loaded = load_campaign("c.yaml")
     for item in build_plan(loaded.config, loaded.listed).configurations:

@@ -53,7 +53,7 @@ def test_findings_are_shown_with_what_to_do_the_weak_ones_first():
     labels = [line.split()[0] for line in narrow if line.startswith(("WEAK", "note"))]
     assert labels == sorted(labels)
     shown = " ".join(" ".join(narrow).split())
-    assert "WEAK unsteady: throughput or power moved by 2 % or more within the window in 3 of 3 results (vllm" in shown
+    assert "WEAK unsteady: throughput or power moved by 2 % or more within the window (under traffic" in shown
     assert "do: raise measurement.min_window_sec" in shown
     assert "note warning: 3 of 128 prompts were cut to 512 tokens (vllm" in shown
     assert "\x1b[31mWEAK\x1b[0m" in on_terminal(render_check(run, check_run(run), is_colour=True))

@@ -9,7 +9,7 @@ import pytest
 from lem.base.errors import UserError
 from lem.record import Record, write_record
 from lem.results.merge import FleetPlan, HostPart, PlannedExperiment, gather, write_merged, write_plan
-from lem.results.run import StoppingRule, Target, read_stopping_rule, write_stopping_rule
+from lem.results.stopping import StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from lem.results.store import Repository
 from tests.command_rig import Output, run_lem
 from tests.records import make_record

@@ -7,7 +7,7 @@ import pytest
 
 from lem.record import Record, decode_record, write_record
 from lem.results.configurations import ListedConfiguration, write_listing
-from lem.results.run import StoppingRule, Target, write_stopping_rule
+from lem.results.stopping import StoppingRule, Target, write_stopping_rule
 from lem.results.store import Repository
 from tests.command_rig import Output, run_lem
 from tests.records import make_record

@@ -488,24 +488,24 @@ def rising(watts_at_the_end: float) -> tuple[Level, ...]:
     return tuple(sorted((*LEVELS, Level(20.0, watts_at_the_end)), key=lambda level: level.at_s))
 
 
-@pytest.mark.parametrize(("second_half_w", "is_steady"), [(LOAD_W * 1.015, True), (LOAD_W * 1.03, False)])
-def test_halves_two_percent_apart_are_not_steady(second_half_w: float, is_steady: bool) -> None:
+@pytest.mark.parametrize(("second_half_w", "change"), [(LOAD_W * 1.015, 0.0149), (LOAD_W * 0.97, -0.0305)])
+def test_the_change_of_power_is_that_between_the_halves(second_half_w: float, change: float) -> None:
     attempt = dataclasses.replace(gpu_attempt(levels=rising(second_half_w)), marks=STEADY_MARKS)
-    assert attempt.measured(is_steady_mode=True).power_steady is is_steady
+    assert attempt.measured(is_steady_mode=True).power_change == pytest.approx(change, rel=0.02)
 
 
 def test_halves_of_a_closed_window_are_whole_passes() -> None:
     attempt = gpu_attempt(levels=rising(LOAD_W * 1.2))
-    assert attempt.measured(window_repeats=2).power_steady is False
+    assert attempt.measured(window_repeats=2).power_change == pytest.approx(0.2 / 1.1, rel=0.05)
     # Three passes: the middle one, in which power rose, belongs to neither half; the outer ones still differ.
-    assert attempt.measured(window_repeats=3).power_steady is False
-    assert attempt.measured(window_repeats=1).power_steady is None
-    assert gpu_attempt(counter=Counter(period_s=1.0)).measured().power_steady is None  # too coarse
+    assert attempt.measured(window_repeats=3).power_change == pytest.approx(0.2 / 1.1, rel=0.05)
+    assert attempt.measured(window_repeats=1).power_change is None
+    assert gpu_attempt(counter=Counter(period_s=1.0)).measured().power_change is None  # too coarse
 
 
 def test_rapl_read_once_a_second_is_enough_to_compare_halves() -> None:
     attempt = dataclasses.replace(cpu_attempt(package()), marks=(Mark(names.WINDOW, at(15.5), at(24.5)),))
-    assert attempt.measured(is_steady_mode=True).power_steady is True
+    assert attempt.measured(is_steady_mode=True).power_change == pytest.approx(0.0, abs=0.01)
 
 
 # Prefill and decode

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,32 @@ def means(*requests: Request) -> dict[str, float | None]:
     latency = latency_of(requests)
     sections = {name: getattr(latency, name) for name in ("ttft_s", "tpot_s", "icl_s", "e2e_s", "queue_s")}
     return {name: None if found is None else found.mean for name, found in sections.items()}
+
+
+def window_of(mode: str, arrivals: Sequence[int], lengths: Sequence[int] = (10,)) -> RequestLog:
+    """A window of 1,000 ms whose requests bring a token every millisecond from their arrival on."""
+    requests = tuple(
+        times(arrived=at, started=at, tokens=range(at + 1, at + 1 + lengths[place % len(lengths)]))
+        for place, at in enumerate(arrivals)
+    )
+    return RequestLog(mode, 0, 1000 * MS, 1, requests)
+
+
+def test_counting_noise_of_poisson_traffic_does_not_make_a_window_unsteady() -> None:
+    early, late = range(0, 480, 10), range(500, 980, 20)  # 48 requests against 24: 2.8 standard deviations
+    found = window_of("poisson", [*early, *late])
+    assert found.steady_tolerance == pytest.approx(3.2905 * math.sqrt(72 * 10**2) / 360)
+    assert found.steady.value is True
+    assert window_of("poisson", [*early, *range(500, 980, 40)]).steady.value is False  # 48 against 12: 4.6
+    assert window_of("constant", [*early, *late]).steady_tolerance == pytest.approx(3.2905 * math.sqrt(2) * 10 / 360)
+    assert window_of("constant", [*early, *late]).steady.value is False
+
+
+def test_under_regular_arrivals_only_lengths_are_noise() -> None:
+    found = window_of("constant", [*range(0, 480, 10), *range(500, 980, 10)], lengths=(5, 15))
+    assert found.steady_tolerance == pytest.approx(3.2905 * math.sqrt(96 * 5**2 + 2 * 10**2) / 480)
+    assert found.steady.value is True
+    assert window_of("poisson", [1200]).steady_tolerance == 0.02
 
 
 @pytest.mark.parametrize(("fraction", "value"), [(0.0, 10.0), (0.5, 25.0), (0.9, 37.0), (1.0, 40.0)])

@@ -146,8 +146,7 @@ def with_fast(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "code", "text"),
     [
-        (with_fast(throttled_cycles=(2,)), "unequal_exclusions", "thermal slowdown"),
-        (with_fast(invalid_attempts={2: 2}), "unequal_exclusions", "another process used the GPU"),
+        (with_fast(invalid_attempts={2: 2}), "unequal_exclusions", "1 of vllm (another process used the GPU"),
         (with_fast(failed_cycles=(4,)), "unequal_exclusions", "no result"),
         (with_fast(prompts="b" * 64), "other_prompts", "aaaaaaaa against synthetic bbbbbbbb"),
         (with_fast(output_tok_ratio=0.8), "other_output_lengths", "other output lengths"),
@@ -166,13 +165,18 @@ def test_what_forbids_a_verdict_is_its_reason(changes: dict[str, Any], code: str
     assert (row.reason.code, text in row.reason.text) == (code, True)
     assert (row.p_adjusted, row.judgement.verdict) == (None, Verdict.INCONCLUSIVE)
     assert row_of(comparison, "vllm-wide").is_found == ("configurations" in changes)
-    assert gate_code(comparison, is_strict=True) is ExitCode.INCONCLUSIVE
+    assert gate_code(comparison) is ExitCode.INCONCLUSIVE
 
 
-def test_equal_exclusions_allow_a_verdict() -> None:
-    configurations = tuple(dataclasses.replace(item, invalid_attempts={1: 1}) for item in (SLOW, FAST))
-    row = row_of(compared(run_of(configurations=configurations)))
-    assert row.is_found
+@pytest.mark.parametrize(("slow", "fast"), [({}, {2: 1}), ({1: 1}, {2: 1, 3: 1}), ({1: 2}, {3: 2})])
+def test_attempts_with_a_valid_rerun_and_equal_shares_of_lost_cycles_allow_a_verdict(
+    slow: dict[int, int], fast: dict[int, int]
+) -> None:
+    attempts = (dataclasses.replace(SLOW, invalid_attempts=slow), dataclasses.replace(FAST, invalid_attempts=fast))
+    row = row_of(compared(run_of(configurations=attempts), gates=(GATE,)))
+    assert (row.is_found, row.reason) == (True, None)
+    assert row.judgement is not None
+    assert row.judgement.verdict is Verdict.BETTER
     assert row.all_attempts_ratio is not None
 
 
@@ -183,20 +187,32 @@ def test_gates_are_judged_and_end_with_their_codes() -> None:
     comparison = compared(run, metrics=(), gates=(GATE,))
     verdicts = [row.judgement.verdict for pair in comparison.pairs for row in pair.rows if row.judgement]
     assert verdicts == [Verdict.WITHIN, Verdict.WORSE]
-    assert gate_code(comparison, is_strict=False) is ExitCode.REGRESSION
+    assert gate_code(comparison, is_lenient=True) is ExitCode.REGRESSION
     fine = compare_configurations(run, run.with_results[0], run.with_results[1:2], gates=(GATE,))
-    assert gate_code(fine, is_strict=True) is ExitCode.OK
+    assert gate_code(fine) is ExitCode.OK
     near = dataclasses.replace(FAST, name="near", batch_size=33, energy_per_output_tok_j=0.206)
     undecided = compared(run_of(configurations=(FAST, near)), gates=(GATE,))
-    assert gate_code(undecided, is_strict=False) is ExitCode.OK
-    assert gate_code(undecided, is_strict=True) is ExitCode.INCONCLUSIVE
+    assert gate_code(undecided, is_lenient=True) is ExitCode.OK
+    assert gate_code(undecided) is ExitCode.INCONCLUSIVE
+
+
+def test_a_gate_on_what_was_not_measured_is_an_error_unless_a_regression_was_found() -> None:
+    run = run_of(configurations=(FAST, dataclasses.replace(SLOW, energy_per_output_tok_j=None)))
+    only = compared(run, metrics=(), gates=(GATE,))
+    assert gate_code(only) is gate_code(only, is_lenient=True) is ExitCode.USAGE
+    both = compared(run, metrics=(), gates=(GATE, parse_gate("throughput=3%")))
+    assert gate_code(both) is ExitCode.REGRESSION
+    empty = run_of(configurations=(FAST, dataclasses.replace(SLOW, invalid_attempts=dict.fromkeys(range(5), 2))))
+    row = row_of(compared(empty, gates=(GATE,)), "pytorch")
+    assert (row.effect, row.reason) == (None, Reason.of("never_valid", name="pytorch", why="no valid result"))
+    assert gate_code(compared(empty, gates=(GATE,))) is ExitCode.INCONCLUSIVE
 
 
 def test_a_configuration_without_any_result_is_missing() -> None:
     run = make_run(dataclasses.replace(DEMO, configurations=(SLOW, FAST)).records(), {"gone": 5})
     comparison = compared(run, gates=(GATE,))
     assert comparison.missing == (f"no results: gone in {DEMO.run_id} (5 failed)",)
-    assert gate_code(comparison, is_strict=True) is ExitCode.INCONCLUSIVE
+    assert gate_code(comparison) is ExitCode.INCONCLUSIVE
 
 
 def test_records_in_any_order_and_twice_compare_the_same() -> None:
@@ -229,7 +245,7 @@ HOT = tuple(
         ((FAST,), (dataclasses.replace(FAST, options={"max_input_tokens": 100}),), "", "no_anchor"),
         ((FAST,), (FAST,), "vllm", "own_anchor"),
         ((SLOW, FAST), HOT, "pytorch", "anchor_moved"),
-        ((SLOW, FAST), (dataclasses.replace(SLOW, throttled_cycles=(0,)), FAST), "pytorch", "unequal_exclusions"),
+        ((SLOW, FAST), (dataclasses.replace(SLOW, invalid_attempts={0: 2}), FAST), "pytorch", "unequal_exclusions"),
     ],
 )
 def test_what_forbids_a_verdict_on_two_runs_is_its_reason(

@@ -1,25 +1,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import statistics
 from datetime import datetime, timedelta, timezone
 
 import pytest
+from scipy import stats
 
+from lem.base.units import percent
 from lem.results.aggregation import earlier_times, measure_precision, run_document
-from lem.results.run import (
-    STOPPING_FILE,
-    UNACCOUNTED,
-    StoppingRule,
-    Target,
-    make_run,
-    read_stopping_rule,
-    write_stopping_rule,
-)
+from lem.results.run import make_run
+from lem.results.stopping import STOPPING_FILE, StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from lem.results.table import render_run
-from tests.bench.stopping import coverage
 from tests.records import make_record
 
 RULE = StoppingRule(Target(0.02), 5, 20)
+LOOKED = StoppingRule(Target(0.02, "output_tok_per_s", "ratio"), 5, 20, looks=(5, 6, 8), added=(3,))
 
 
 def _records(rates, **more):
@@ -36,19 +34,42 @@ def test_the_half_width_is_that_of_the_interval_over_the_mean():
 def test_a_target_splits_configurations_into_narrow_and_wide():
     narrow = _records([100, 100.5, 99.5, 100, 100], config_name="narrow")
     wide = _records([90, 110, 90, 110, 100], config_name="wide", config_hash="f" * 16)
-    report = measure_precision([*narrow, *wide], Target(0.02))
+    report = measure_precision(make_run([*narrow, *wide]), RULE)
     assert (list(report.narrow), list(report.wide)) == (["narrow"], ["wide"])
 
 
+def test_the_ratio_to_the_first_configuration_is_watched_and_what_a_cycle_shares_cancels_out():
+    shared = [90.0, 110.0, 95.0, 105.0, 100.0]
+    first = _records(shared, config_name="first")
+    other = _records([rate * change for rate, change in zip(shared, (1, 1.005, 1, 0.995, 1), strict=True)],
+                     config_name="other", config_hash="f" * 16)  # fmt: skip
+    run = make_run([*first, *other])
+    assert set(measure_precision(run, RULE).wide) == {"first", "other"}
+    ratio = measure_precision(run, StoppingRule(Target(0.02, kind="ratio"), 5, 20, looks=(5,)))
+    assert (list(ratio.narrow), ratio.wide) == (["other"], {})
+    # sd 0.35 %, t of 4 degrees at 1.79 %: 3.88
+    assert ratio.narrow["other"] == pytest.approx(0.00354 * 3.88 / 5**0.5, rel=0.01)
+    wide, narrow = (StoppingRule(Target(it, "output_tok_per_s", "gate"), 5, 20, looks=(5,)) for it in (0.03, 0.001))
+    assert list(measure_precision(run, wide).narrow) == list(measure_precision(run, narrow).wide) == ["other"]
+
+
 def test_values_of_zero_have_no_interval_and_never_will():
-    report = measure_precision(_records([0.0, 1.0, 1.0, 1.0, 1.0]), Target(0.02))
+    report = measure_precision(make_run(_records([0.0, 1.0, 1.0, 1.0, 1.0])), RULE)
     assert report.wide == {}
     assert "zero or negative" in report.without["small"]
 
 
-def test_a_rule_comes_back_as_it_was_written(tmp_path):
-    write_stopping_rule(tmp_path / "run", RULE)
-    assert read_stopping_rule(tmp_path / "run") == RULE
+@pytest.mark.parametrize("rule", [RULE, LOOKED])
+def test_a_rule_comes_back_as_it_was_written(tmp_path, rule):
+    write_stopping_rule(tmp_path / "run", rule)
+    assert read_stopping_rule(tmp_path / "run") == rule
+
+
+def test_a_rule_of_an_earlier_build_may_have_tested_after_every_cycle(tmp_path):
+    target = {"half_width": 0.02, "metric": None}
+    document = {"schema_version": 1, "target": target, "least_cycles": 5, "most_cycles": 20}
+    (tmp_path / STOPPING_FILE).write_text(json.dumps(document))
+    assert read_stopping_rule(tmp_path) == dataclasses.replace(RULE, looks=tuple(range(5, 21)))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +80,10 @@ def test_a_rule_comes_back_as_it_was_written(tmp_path):
         "{}",
         '{"target": {"half_width": "x", "metric": null}}',
         '{"target": [1], "least_cycles": 1, "most_cycles": 2}',
+        '{"target": null, "least_cycles": 1, "most_cycles": 1000000000}',
+        '{"target": null, "least_cycles": 5, "most_cycles": 20, "looks": [21]}',
+        '{"target": null, "least_cycles": 5, "most_cycles": 20, "added": [5, 5]}',
+        '{"target": {"half_width": 0.1, "metric": null, "kind": "x"}, "least_cycles": 5, "most_cycles": 20}',
     ],
 )
 def test_a_broken_rule_is_told_and_is_none(tmp_path, caplog, content):
@@ -67,18 +92,20 @@ def test_a_broken_rule_is_told_and_is_none(tmp_path, caplog, content):
     assert "is corrupt: unknown whether" in caplog.text
 
 
-def test_table_and_json_say_by_which_rule_cycles_were_added():
-    run = make_run(_records([100, 101, 102, 103, 104]), stopping=RULE)
+def test_table_and_json_say_by_which_rule_cycles_were_added_and_widen_the_intervals():
+    records = _records([100, 101, 102, 103, 104])
+    run = make_run(records, stopping=LOOKED)
     shown = " ".join(render_run(run).split())
-    assert "until every interval is within ±2 % (5 cycles at least, 20 at most)" in shown
-    assert UNACCOUNTED in shown
-    target = {"half_width": 0.02, "metric": None}
-    assert run_document(run)["stopping"] == {"target": target, "least_cycles": 5, "most_cycles": 20}
-
-
-@pytest.mark.parametrize(("ratio", "least", "most"), [(0.25, 0.94, 0.96), (2.0, 0.90, 0.935), (5.0, 0.94, 0.96)])
-def test_the_coverage_told_is_the_simulated_one(ratio, least, most):
-    assert least < coverage(ratio, 3000)[0] < most
+    assert "after 3 cycles, then until every ratio is within ±2 % in output_tok_per_s (5 cycles at least" in shown
+    assert f"are taken at {percent(LOOKED.alpha)} instead of 5 %" in shown
+    target = {"half_width": 0.02, "metric": "output_tok_per_s", "kind": "ratio"}
+    bounds = {"least_cycles": 5, "most_cycles": 20}
+    assert run_document(run)["stopping"] == {"target": target, **bounds, "looks": (5, 6, 8), "added": (3,)}
+    (found,), (fixed,) = run.configurations, make_run(records).configurations
+    logs = [math.log(value) for value in found.estimate("throughput").values]
+    half = stats.t.ppf(1 - LOOKED.alpha / 2, 4) * statistics.stdev(logs) / math.sqrt(5)
+    assert found.estimate("throughput").high == pytest.approx(math.exp(statistics.fmean(logs) + half))
+    assert (found.estimate("throughput").half_width or 0) > (fixed.estimate("throughput").half_width or 1)
 
 
 # Load 0.8 s, warm-up 1.5 s, window 10 s, a gap of 0.4 s before it: 12.3 s are known of each experiment.

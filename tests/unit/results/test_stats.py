@@ -13,18 +13,15 @@ from scipy import stats
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
 from lem.results.stats import (
-    Drift,
     Effect,
     Gate,
     Verdict,
     anchored_effect,
-    change_of,
     cycles_to_settle,
     holm,
     judge,
     paired_effect,
     parse_gate,
-    trend_of,
 )
 from lem.results.student import (
     POWER,
@@ -34,6 +31,7 @@ from lem.results.student import (
     student_t_cdf,
     student_t_quantile,
 )
+from lem.results.trends import Drift, change_of, is_chance, trend_of
 
 
 @pytest.mark.parametrize(
@@ -284,7 +282,7 @@ LEVELS = {"a": 1.0, "b": 20.0, "c": 300.0}
 def drift_of(found: list[Observation]) -> Drift | None:
     places = [place for _, place, _ in found]
     length = max(places, default=0) - min(places, default=0)
-    return trend_of(places, [value for *_, value in found], [name for name, *_ in found], length=length)
+    return trend_of(places, [math.log(value) for *_, value in found], [name for name, *_ in found], length=length)
 
 
 def observations(drift: float, noise_sd: float, seed: int, cycles: int = 5) -> list[Observation]:
@@ -322,8 +320,14 @@ def test_a_drift_needs_two_values_of_a_configuration_and_three_for_an_interval()
     assert drift_of([]) is None
     drift = drift_of([("a", 0, 1.0), ("a", 1, 1.05)])
     assert drift is not None
-    assert (drift.n, drift.ci_lower, drift.is_flagged, drift.is_significant) == (2, None, True, False)
+    assert (drift.ci_lower, drift.is_found, drift.is_significant) == (None, False, False)
     assert drift.change == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("total", [1, 51, 52, 400])
+def test_events_are_chance_while_their_binomial_tail_is_above_five_percent(total: int) -> None:
+    for count in range(4):
+        assert is_chance(count, total, 0.001) is bool(stats.binom.sf(count - 1, total, 0.001) > 0.05)
 
 
 def test_a_change_beyond_all_measure_is_no_overflow() -> None:

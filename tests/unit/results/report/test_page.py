@@ -10,10 +10,10 @@ import pytest
 
 from lem.base.reasons import Reason
 from lem.record import Record
-from lem.results.aggregation import parse_target
 from lem.results.report import render_report
 from lem.results.report.content import compose, verdict_of
-from lem.results.run import StoppingRule, make_run
+from lem.results.run import make_run
+from lem.results.stopping import StoppingRule, parse_target
 from lem.results.store import Problem
 from tests.goldens import assert_golden
 from tests.records import make_record
@@ -71,7 +71,7 @@ def test_the_same_results_give_the_same_bytes_in_whatever_order_they_are_read() 
 
 
 def test_a_small_page() -> None:
-    rule = StoppingRule(parse_target("ci=2%"), least_cycles=5, most_cycles=8)
+    rule = StoppingRule(parse_target("ci=2%"), least_cycles=5, most_cycles=8, looks=(5,))
     page = page_of(small(), stopping=rule)
     body = page[page.index("<body>") : page.index("<script>")]
     assert_golden("results/report.html", body.replace("><", ">\n<") + "\n")
@@ -131,7 +131,7 @@ def test_a_row_stands_out_where_the_paired_comparison_finds_a_difference(cycles:
 
 def test_the_verdict_names_those_that_are_close_and_those_that_cannot_be_compared() -> None:
     close = (Configuration(f"c{size}", batch_size=size, energy_per_output_tok_j=0.301) for size in range(2, 6))
-    throttled = (Configuration(f"t{size}", batch_size=size, throttled_cycles=(0,)) for size in (8, 9))
+    throttled = (Configuration(f"t{size}", batch_size=size, invalid_attempts={0: 2}) for size in (8, 9))
     best = Configuration("best", energy_per_output_tok_j=0.295)
     verdict = verdict_of(compose(make_run(campaign(best, *close, *throttled))))
     assert not verdict.has_winner

@@ -1,0 +1,179 @@
+"""How a run moves over time: drift, the effect of the place within a cycle, and what cycles have in common."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lem.base.units import percent
+from lem.record import Record
+from lem.results.metrics import Metric
+from lem.results.run import ENERGY, THROUGHPUT, Run
+from lem.results.stats import AUTOCORRELATION_SOUGHT, Autocorrelation, autocorrelation_of
+from lem.results.student import student_t_quantile
+
+# A trend is reported if it is larger than this from the first place to the last, and if it is not chance.
+DRIFT_FLAGGED = 0.01
+FALSE_ALARMS = 0.05
+
+WATCHED = (ENERGY, THROUGHPUT)  # for drift
+
+_LARGEST_LOG = 700.0
+
+_Cycle = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The change of a metric from the first place to the last, as a share: 0.02 is 2 % more at the end."""
+
+    change: float
+    ci_lower: float | None  # t interval of the change; None with too few values
+    ci_upper: float | None
+    confidence: float  # of that interval
+
+    @property
+    def is_significant(self) -> bool:
+        return self.ci_lower is not None and self.ci_upper is not None and not self.ci_lower <= 0 <= self.ci_upper
+
+    @property
+    def is_found(self) -> bool:
+        return self.is_significant and abs(self.change) > DRIFT_FLAGGED
+
+
+def is_chance(count: int, total: int, probability: float) -> bool:
+    """Whether `count` or more of `total` independent events of that probability happen in over `FALSE_ALARMS`."""
+    fewer = math.fsum(
+        math.comb(total, found) * probability**found * (1 - probability) ** (total - found) for found in range(count)
+    )
+    return 1 - fewer > FALSE_ALARMS
+
+
+def change_of(log_ratio: float) -> float:
+    """The change as a share that a log of a ratio means, at most the largest that a float can hold."""
+    return math.expm1(min(log_ratio, _LARGEST_LOG))
+
+
+def trend_of(
+    places: Sequence[float],
+    logs: Sequence[float],
+    *groupings: Sequence[Hashable],
+    length: float,
+    confidence: float = 1 - FALSE_ALARMS,
+) -> Drift | None:
+    """The change of values, given by their logs, over `length` places; None if places and groups are not separable.
+
+    Least squares of the logs on the place, with a mean for each group of each grouping, so that what differs between
+    configurations (or cycles) is not taken for a trend.
+    """
+    steps, left = without_means(places, *groupings), without_means(logs, *groupings)
+    squares = math.fsum(step * step for step in steps)
+    if squares < 1e-6:
+        return None
+    slope = math.fsum(step * log for step, log in zip(steps, left, strict=True)) / squares
+    total = slope * length
+    freedom = len(logs) - sum(len(set(labels)) for labels in groupings) + len(groupings) - 2
+    if freedom < 1:
+        return Drift(change_of(total), None, None, confidence)
+    rest = math.fsum((log - slope * step) ** 2 for step, log in zip(steps, left, strict=True))
+    half = student_t_quantile((1 + confidence) / 2, freedom) * math.sqrt(rest / freedom / squares) * length
+    return Drift(change_of(total), change_of(total - half), change_of(total + half), confidence)
+
+
+def without_means(values: Sequence[float], *groupings: Sequence[Hashable]) -> list[float]:
+    """The values less the means of each grouping, subtracted in turn until nothing is left of them."""
+    left = list(values)
+    for _ in range(100 if len(groupings) > 1 else 1):
+        before = left
+        for labels in groupings:
+            members: dict[Hashable, list[float]] = {}
+            for value, label in zip(left, labels, strict=True):
+                members.setdefault(label, []).append(value)
+            means = {label: statistics.fmean(items) for label, items in members.items()}
+            left = [value - means[label] for value, label in zip(left, labels, strict=True)]
+        if max((abs(one - two) for one, two in zip(before, left, strict=True)), default=0.0) < 1e-12:
+            break
+    return left
+
+
+def drift_of(run: Run, metric: Metric) -> Drift | None:
+    """How a metric moves from the first experiment to the last: the slope over cycle means; None with too few cycles.
+
+    The experiments of a cycle share its conditions, so cycles and not experiments are the independent observations.
+    The confidence is divided among the metrics watched, so that all of them together have the stated false alarms.
+    """
+    cycles = _cycle_means(run, metric)
+    orders = [record.identity.order_index for _, record, _ in _values(run, metric)]
+    length = max(orders, default=0) - min(orders, default=0)
+    places, means = zip(*cycles.values(), strict=True) if cycles else ((), ())
+    confidence = 1 - FALSE_ALARMS / len(WATCHED)
+    return trend_of(places, means, [key[:2] for key in cycles], length=length, confidence=confidence)
+
+
+def autocorrelation_of_cycles(run: Run, metric: Metric) -> Autocorrelation | None:
+    """That of the cycle means of the host and run with the most cycles; None with too few of them."""
+    series: dict[tuple[str, str], list[float]] = {}
+    for key, (_, mean) in _cycle_means(run, metric).items():
+        series.setdefault(key[:2], []).append(mean)
+    return autocorrelation_of(max(series.values(), key=len)) if series else None
+
+
+def autocorrelation_notes(found: Sequence[tuple[str, Autocorrelation]]) -> Iterable[str]:
+    """That of ratios, by name, with the power of the test; nothing where there are none."""
+    if found:
+        (name, most), least = max(found, key=lambda item: item[1].lag_1), min(it.lag_1 for _, it in found)
+        lags = " to ".join(dict.fromkeys((f"{least:.2f}", f"{most.lag_1:.2f}")))
+        is_clear = most.p_value * len(found) < FALSE_ALARMS
+        clear = f", found in {name}: its interval is too narrow" if is_clear else ""
+        yield (
+            f"autocorrelation of the ratios from cycle to cycle: {lags}{clear}; a test at {percent(FALSE_ALARMS)} "
+            f"finds {AUTOCORRELATION_SOUGHT:g} in {percent(most.power)} of campaigns of {most.n} cycles."
+        )
+
+
+def _cycle_means(run: Run, metric: Metric) -> dict[_Cycle, tuple[float, float]]:
+    """By cycle, in order: the mean place of its experiments, and the mean log of their values over their usual ones."""
+    rows = _values(run, metric)
+    logs = without_means([math.log(value) for *_, value in rows], [name for name, *_ in rows])
+    cycles: dict[_Cycle, list[tuple[int, float]]] = {}
+    for (_, record, _), log in zip(rows, logs, strict=True):
+        identity = record.identity
+        key = (identity.run_id, identity.host, identity.cycle_index)
+        cycles.setdefault(key, []).append((identity.order_index, log))
+    return {
+        key: (statistics.fmean(place for place, _ in found), statistics.fmean(log for _, log in found))
+        for key, found in sorted(cycles.items())
+    }
+
+
+def position_effect(run: Run, metric: Metric) -> Drift | None:
+    """How a metric moves from the first place within a cycle to the last; None where every cycle has the same order."""
+    rows = _values(run, metric)
+    cycles = by_cycle(record for _, record, _ in rows)
+    place_of = {item.identity.key: place for members in cycles.values() for place, item in enumerate(members)}
+    places = [place_of[record.identity.key] for _, record, _ in rows]
+    names, numbers = [name for name, *_ in rows], [record.identity.cycle_index for _, record, _ in rows]
+    effect = trend_of(places, [math.log(value) for *_, value in rows], names, numbers, length=max(places, default=0))
+    return effect if effect is not None and effect.ci_lower is not None else None
+
+
+def _values(run: Run, metric: Metric) -> list[tuple[str, Record, float]]:
+    return [
+        (item.name, record, value)
+        for item in run.with_results
+        for record in item.used
+        if (value := metric.read(record)[0]) is not None and value > 0
+    ]
+
+
+def in_order(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=lambda item: item.identity.order_index)
+
+
+def by_cycle(records: Iterable[Record]) -> Mapping[int, Sequence[Record]]:
+    found: dict[int, list[Record]] = {}
+    for record in in_order(records):
+        found.setdefault(record.identity.cycle_index, []).append(record)
+    return found
