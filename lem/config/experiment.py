@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from lem.base.measurement import SHORT_WINDOW_S, EnergySource, is_estimate
@@ -16,6 +18,30 @@ from lem.config.option import Section, declared, matching, option, plain
 
 _check_gpu = matching(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+", "an index such as 0 or a UUID such as GPU-8c7a…")
 _ENGINE_KEY_LENGTH = 12
+
+# By backend: options whose product is the number of GPUs for one copy of the model; options that make it draft tokens,
+# and the one with their number; lengths that an engine is built for, and the options of the experiment whose sum they
+# are where they are not given.
+_DEGREES: Mapping[str, tuple[str, ...]] = {
+    "pytorch": ("parallelism_degree",),
+    "vllm": ("tensor_parallel_size", "pipeline_parallel_size"),
+    "tensorrt": ("tp_size", "pp_size"),
+}
+_DRAFTERS: Mapping[str, tuple[str, ...]] = {
+    "pytorch": ("assisted_generation.model", "assisted_generation.num_tokens"),
+    "vllm": ("speculative.method", "speculative.model"),
+    "tensorrt": ("draft_model",),
+}
+_DRAFT_LENGTHS: Mapping[str, str] = {
+    "pytorch": "assisted_generation.num_tokens",
+    "vllm": "speculative.num_tokens",
+    "tensorrt": "num_draft_tokens",
+}
+ENGINE_LENGTHS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "pytorch": {},
+    "vllm": {"max_model_len": ("max_input_tokens", "max_output_tokens")},
+    "tensorrt": {"max_input_len": ("max_input_tokens",), "max_output_len": ("max_output_tokens",)},
+}
 
 
 @dataclass(frozen=True)
@@ -326,8 +352,8 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
             if section.beam_search.enabled and (self.streaming or self.traffic_simulation.enabled):
                 yield Problem.of("pytorch.beam_search", "beams_untimed")
         if gpus is not None and self.parallel_degree > max(len(gpus), 1):
-            option_name = "vllm.tensor_parallel_size" if self.backend == "vllm" else f"{self.backend}.tp_size"
-            yield Problem.of(option_name, "gpus_not_named", needed=self.parallel_degree, named=len(gpus))
+            name = f"{self.backend}.{_DEGREES[self.backend][0]}"
+            yield Problem.of(name, "gpus_not_named", needed=self.parallel_degree, named=len(gpus))
 
     def _check_measurement(self) -> Iterator[Problem]:
         measurement = self.measurement
@@ -345,32 +371,18 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     @property
     def parallel_degree(self) -> int:
         """The number of GPUs that one copy of the model is spread over."""
-        section = self.section
-        if isinstance(section, VllmConfig):
-            return (section.tensor_parallel_size or 1) * (section.pipeline_parallel_size or 1)
-        if isinstance(section, TensorRTConfig):
-            return (section.tp_size or 1) * (section.pp_size or 1)
-        return section.parallelism_degree or 1
+        return math.prod(getattr(self.section, name) or 1 for name in _DEGREES[self.backend])
 
     @property
     def is_speculative(self) -> bool:
         """Whether the engine drafts tokens and verifies them."""
-        section = self.section
-        if isinstance(section, VllmConfig):
-            return section.speculative.method is not None or section.speculative.model is not None
-        if isinstance(section, TensorRTConfig):
-            return section.draft_model is not None
-        return section.assisted_generation.model is not None or section.assisted_generation.num_tokens is not None
+        return any(attrgetter(name)(self.section) is not None for name in _DRAFTERS[self.backend])
 
     @property
     def drafted_tok(self) -> int | None:
         """The tokens that are drafted in each step, if their number is fixed."""
-        section = self.section
-        if isinstance(section, VllmConfig):
-            return section.speculative.num_tokens
-        if isinstance(section, TensorRTConfig):
-            return section.num_draft_tokens
-        return section.assisted_generation.num_tokens
+        drafted: int | None = attrgetter(_DRAFT_LENGTHS[self.backend])(self.section)
+        return drafted
 
     @property
     def section(self) -> PyTorchConfig | VllmConfig | TensorRTConfig:
@@ -395,21 +407,16 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
         """12 hex digits over everything whose change needs another engine load."""
         options = {name: getattr(self, name) for name, item in declared(ExperimentConfig).items() if item.reload}
         options["model"] = _reload_options(self.model)
-        options[self.backend] = {**_reload_options(self.section), **self._derived_engine_options()}
+        options[self.backend] = {**_reload_options(self.section), **self.engine_lengths()}
         text = json.dumps(options, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_ENGINE_KEY_LENGTH]
 
-    def _derived_engine_options(self) -> dict[str, Any]:
-        """Lengths that an engine is built for, where they follow from the experiment's."""
-        section = self.section
-        if isinstance(section, VllmConfig):
-            return {"max_model_len": section.max_model_len or self.max_input_tokens + self.max_output_tokens}
-        if isinstance(section, TensorRTConfig):
-            return {
-                "max_input_len": section.max_input_len or self.max_input_tokens,
-                "max_output_len": section.max_output_len or self.max_output_tokens,
-            }
-        return {}
+    def engine_lengths(self) -> dict[str, int]:
+        """The lengths that the engine is built for, given or derived, by the option of its section."""
+        return {
+            name: getattr(self.section, name) or sum(getattr(self, source) for source in sources)
+            for name, sources in ENGINE_LENGTHS[self.backend].items()
+        }
 
 
 _DEFAULTS: Mapping[str, Any] = {backend: section() for backend, section in SECTIONS.items()}

@@ -19,7 +19,7 @@ from lem.base.clock import utc_stamp
 from lem.base.reasons import Reason
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig
-from lem.config.experiment import ExperimentConfig, SyntheticPrompts
+from lem.config.experiment import ENGINE_LENGTHS, ExperimentConfig, SyntheticPrompts
 from lem.config.kinds import ConfigProblems, Expanded, Items, Option, Problem, dotted
 from lem.config.option import canonical, declared, find_option, put
 from lem.config.rules import Gpu
@@ -28,13 +28,6 @@ from lem.results.store import ID_HASH_LENGTH, run_time
 from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate, resolve_on_host
 
 __all__ = ["GridExpansionResult", "GridValidationIssue", "expand_campaign_grid", "validate_campaign_grid"]
-
-# Options that determine an engine option (on the right) where that one is not given
-# (ExperimentConfig.engine_key).
-_DERIVED_RELOADS: Mapping[str, Mapping[str, str]] = {
-    "vllm": {"max_input_tokens": "max_model_len", "max_output_tokens": "max_model_len"},
-    "tensorrt": {"max_input_tokens": "max_input_len", "max_output_tokens": "max_output_len"},
-}
 
 # Reasons that name the backend and are clear without the option.
 _NAMES_BACKEND = frozenset({"tensorrt_precision", "tensorrt_gpu", "pytorch_one_gpu"})
@@ -135,8 +128,8 @@ def _plain(value: Any) -> Any:
 
 
 def _needs_reload(key: str, backend: str, given: set[str]) -> bool:
-    stands_in = _DERIVED_RELOADS.get(backend, {}).get(key)
-    if stands_in is not None and f"{backend}.{stands_in}" not in given:
+    derived = next((name for name, sources in ENGINE_LENGTHS[backend].items() if key in sources), None)
+    if derived is not None and f"{backend}.{derived}" not in given:
         return True
     found = find_option(ExperimentConfig, key)
     while found is None and "." in key:  # what a free mapping holds is not declared, the mapping is

@@ -82,11 +82,6 @@ class EngineFacts(Signature):
         return f"TensorRT-LLM {self.version}"
 
 
-def lengths_of(config: ExperimentConfig) -> tuple[int, int]:
-    section = section_of(config, TensorRTConfig)
-    return section.max_input_len or config.max_input_tokens, section.max_output_len or config.max_output_tokens
-
-
 def gpus_needed(config: ExperimentConfig) -> int:
     return config.parallel_degree * int(common.extra_of(config, _EXTRA).get("context_parallel_size") or 1)
 
@@ -102,7 +97,7 @@ def _given(config: ExperimentConfig) -> dict[str, Any]:
 
 def engine_arguments(config: ExperimentConfig, facts: EngineFacts, folders: Folders) -> dict[str, Any]:
     """Keywords of LLM, with keywords in place of its KvCacheConfig and DraftTargetDecodingConfig."""
-    longest_input, longest_output = lengths_of(config)
+    longest_input, longest_output = config.engine_lengths().values()
     arguments: dict[str, Any] = {
         "model": folders.model,
         "dtype": config.fp_precision,
@@ -191,7 +186,7 @@ def refuse_differences(config: ExperimentConfig, arguments: Any, facts: EngineFa
     """Refuse the load if TensorRT-LLM silently changed a value in `arguments`, its `LLM.args`."""
     pairs: dict[str, tuple[Any, Any]] = {
         "fp_precision": (config.fp_precision, look_up(arguments, "dtype")),
-        "tensorrt.max_output_len": (sum(lengths_of(config)), look_up(arguments, "max_seq_len")),
+        "tensorrt.max_output_len": (sum(config.engine_lengths().values()), look_up(arguments, "max_seq_len")),
     }
     effective = common.effective_values(arguments, OPTIONS)
     pairs |= {f"tensorrt.{name}": (value, effective[name]) for name, value in _given(config).items()}
@@ -204,7 +199,7 @@ def refuse_differences(config: ExperimentConfig, arguments: Any, facts: EngineFa
 def describe_effective(config: ExperimentConfig, arguments: Any) -> dict[str, Any]:
     """The effective configuration, see `EngineReport`; `arguments` are the engine's own."""
     section = section_of(config, TensorRTConfig).to_dict() | common.effective_values(arguments, OPTIONS)
-    section["max_input_len"], section["max_output_len"] = lengths_of(config)
+    section |= config.engine_lengths()
     has_drafter = any(look_up(arguments, f"speculative_config.{name}") is not None for name in _DRAFT_MODEL)
     section["draft_model"] = section["draft_model"] if has_drafter else None
     sampling = sampling_settings(config)

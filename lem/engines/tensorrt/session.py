@@ -112,7 +112,7 @@ class Session(common.ServedSession):
             with engine_call():
                 return SamplingParams(**settings, **bounds)
 
-        longest_input, longest_output = options.lengths_of(config)
+        longest_input, longest_output = config.engine_lengths().values()
         self._runner = Server(self._engine, parameters, longest_input, longest_input + longest_output)
         self._try_out(longest_output)
 

@@ -135,7 +135,7 @@ def engine_arguments(config: ExperimentConfig, folders: Folders, engine_seed: in
         "trust_remote_code": config.model.trust_remote_code,
         # Times of single requests are statistics to vLLM; its own offline benchmark leaves them on as well.
         "disable_log_stats": False,
-        "max_model_len": config.max_input_tokens + config.max_output_tokens,
+        **config.engine_lengths(),
     }
     if folders.tokenizer is not None:
         arguments["tokenizer"] = folders.tokenizer

@@ -133,6 +133,8 @@ def test_experiment_files_make_a_campaign_with_a_name(here):
         (["--until", "ci=2%", "--set", "daemon.enabled=true"], "daemon"),
         (["--until", "ci=2%", "--shard", "1/2"], "cannot be combined with --shard"),
         (["--max-cycles", "9"], "--until"),
+        (["--gate", "energy=3%"], "--gate requires --dry-run"),
+        (["--dry-run", "--gate", "energy=3"], "add the % sign"),
         (["--budget", "8"], "write it like 90s"),
         (["--budget", "8h", "--set", "daemon.enabled=true"], "total_duration"),
         (["--set", "cold_start.restart_container=true"], "cold_start.force_cold_start"),
