@@ -215,7 +215,7 @@ class Work(Section):
     output_tok: int
     padding_tok: int | None  # padding that the engine computed beside the input
     token_source: str  # `engine_ids` or `retokenized`
-    prompt_source: Mapping[str, Any]  # where the prompts came from: kind, revision, sha256, count
+    prompt_source: Mapping[str, Any]  # where the prompts came from: kind, revision, sha256, count, and the draw
     requests_good: int | None = None  # completed requests that met `traffic_simulation.slo`
 
 

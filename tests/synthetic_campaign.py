@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.base.clock import utc_text
+from lem.base.durable import BALANCED
 from lem.base.measurement import WINDOW
 from lem.config.campaign_config import generate_campaign_id, slug_of
 from lem.config.experiment import ExperimentConfig
@@ -50,6 +51,7 @@ from lem.orchestration.manifest import (
     CampaignManifestEntry,
     encode_manifest,
 )
+from lem.orchestration.order import cycle_order
 from lem.record import Identity, Record, encode_record
 from lem.results.index import record_result
 from lem.worker.prompts import Prompt, write_prompts
@@ -96,12 +98,13 @@ class Campaign:
     cycle_sd: float = 0.0  # what all experiments of a cycle share (a warm room)
     load_sd: float = 0.01  # what all attempts with one engine load share; under `is_reused` that is all cycles
     run_sd: float = 0.005  # of each attempt alone
+    place_effect: float = 0.0  # log of energy per token that the second place of each cycle adds
     drift: float = 0.0  # log of energy per token gained from the first experiment to the last; true in the middle
     day_sd: float = 0.0  # what the whole run shares, drawn from `seed` and `run_id`
     invalid_probability: float = 0.0  # of each attempt, by another process on the GPU; it is rerun once
     invalid_shift: float = 0.0  # log of energy per token that an invalid attempt has too much
     is_reused: bool = False  # `execution.reuse: campaign`
-    structure: str = "interleaved"  # or `shuffled` or `grouped`
+    structure: str = "interleaved"  # or another one of lem; `shuffled` is this module's own
     run_id: str = "20260714T100000Z-3fa1"
     host: str = "lab1"
     gpu_name: str = "NVIDIA H200"
@@ -134,6 +137,9 @@ class Campaign:
         elif self.structure == "shuffled":
             cells.sort(key=lambda cell: (cell[0], self._random("order", cell).random()))
         hashes = [self.hash_of(item) for item in self.configurations]
+        if self.structure == BALANCED:  # each has an engine of its own
+            orders = (cycle_order(hashes, BALANCED, self.seed, cycle) for cycle in range(self.cycles))
+            cells = [(cycle, number) for cycle, order in enumerate(orders) for number in order]
         return tuple(
             Experiment(self.configurations[number], cycle, order, experiment_id(hashes[number], cycle), hashes[number])
             for order, (cycle, number) in enumerate(cells)
@@ -195,6 +201,7 @@ class Campaign:
         log = sum(sd * self._random(quantity, *where).gauss(0, 1) for sd, where in deviations if sd)
         if quantity == "energy":
             log += self.drift * (experiment.order / total - 0.5)
+            log += self.place_effect * (experiment.order % len(self.configurations) == 1)
         return math.exp(log)
 
     def _invalid_count(self, experiment: Experiment) -> int:

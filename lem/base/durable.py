@@ -275,4 +275,4 @@ def sha256_of(path: Path) -> str:
 MANIFEST_FILENAME = "campaign_manifest.json"
 
 # The orders of experiments that `execution.structure` can ask for.
-INTERLEAVED, SHUFFLED, GROUPED = STRUCTURES = ("interleaved", "shuffled", "grouped")
+BALANCED, INTERLEAVED, SHUFFLED, GROUPED = STRUCTURES = ("balanced", "interleaved", "shuffled", "grouped")

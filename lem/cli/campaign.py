@@ -226,6 +226,8 @@ def render_plan(job: Job, durations: ExpectedDurations, power: PlannedPower, bud
         "engine loads": f"{sum(plan.loads())} (reuse: {reuse})",
         "expected time": _expected(plan, durations),
     }
+    if plan.enlarged_to is not None:
+        facts["prompts"] = f"{plan.enlarged_to} where none are named: the widest configuration runs as many at once"
     if rule is not None:
         longest = _expected(plan.with_cycles(rule.most_cycles), durations, about="")
         facts["top-up"] = f"{rule.describe()}; at most {longest}"

@@ -16,11 +16,11 @@ from lem.cli.progress import choose_progress
 from lem.cli.selection import add_json, add_repeated
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, CampaignIOConfig, with_campaign_defaults
 from lem.config.experiment import ExperimentConfig
-from lem.config.load import ListedExperiment, Loaded, load_experiment
+from lem.config.load import ListedExperiment, Loaded, encode_config, load_experiment
 from lem.meters.nvml import find_gpus
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.dispatch import LocalExecutor
-from lem.orchestration.plan import Plan, build_plan, encode_config
+from lem.orchestration.plan import Plan, build_plan
 from lem.orchestration.schedule import CampaignOutcome, StopRequest
 from lem.record import encode_record
 from lem.results.run import make_run

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.base import durable, units
-from lem.base.durable import INTERLEAVED, MANIFEST_FILENAME, STRUCTURES
+from lem.base.durable import BALANCED, MANIFEST_FILENAME, STRUCTURES
 from lem.base.errors import nearest
 from lem.config.backends import BACKENDS
 from lem.config.experiment import (
@@ -202,7 +202,9 @@ class CampaignExecutionConfig(Section):
 
     cycles: int = option(3, "Runs of every experiment; intervals need at least 3.", min=1, max=20)
     structure: str = option(
-        INTERLEAVED, "Order: interleaved ABC ABC; shuffled within each cycle; grouped AAA BBB.", choices=STRUCTURES
+        BALANCED,
+        "Order: balanced ABC CBA BCA ACB; interleaved ABC ABC; shuffled within each cycle; grouped AAA BBB.",
+        choices=STRUCTURES,
     )
     warmup_prompts: int = option(5, "Default of an experiment's warmup.min_prompts.", min=0, max=200, unit="prompts")
     warmup_timeout_seconds: float = option(
@@ -402,7 +404,7 @@ def with_campaign_defaults(
     if campaign.dataset is not None and out.get("prompts") is None:
         _fill_named(out, "dataset", campaign.dataset)
     if campaign.num_samples is not None:
-        _fill_sample_size(out, campaign.num_samples)
+        fill_sample_size(out, campaign.num_samples)
     warmup = out.setdefault("warmup", {})
     if isinstance(warmup, dict):  # else for validation to refuse
         prompts = campaign.execution.warmup_prompts
@@ -420,7 +422,8 @@ def _fill_named(out: dict[str, Any], key: str, default: Section) -> None:
         out[key] = {**default.changed(), **own}
 
 
-def _fill_sample_size(out: dict[str, Any], num_samples: int) -> None:
+def fill_sample_size(out: dict[str, Any], num_samples: int) -> None:
+    """Set the number of prompts where none is given; without prompts, take that many like those of the bundled set."""
     for key in ("dataset", "prompts"):
         if isinstance(out.get(key), dict):
             out[key].setdefault("sample_size", num_samples)

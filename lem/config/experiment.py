@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from lem.base.measurement import SHORT_WINDOW_S, EnergySource, is_estimate
-from lem.config.backends import BACKENDS, SECTIONS, PyTorchConfig, TensorRTConfig, VllmConfig
+from lem.config.backends import BACKENDS, SECTIONS, WIDTH_OPTIONS, PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.kinds import REQUIRED, Problem
 from lem.config.option import Section, declared, matching, option, plain
 
@@ -121,7 +121,7 @@ class SyntheticPrompts(Section):
     input_tokens: int = option(BUNDLED_INPUT_TOKENS, "Length of a prompt.", min=1, unit="tokens")
     output_tokens: int | None = option(None, "Most tokens to generate; null: max_output_tokens.", min=1, unit="tokens")
     sample_size: int = option(BUNDLED_SAMPLE_SIZE, "Prompts to make; 32 if not set.", min=1, unit="prompts")
-    seed: int = option(BUNDLED_SEED, "Seed of the text and the lengths.", min=0)
+    seed: int = option(BUNDLED_SEED, "Seed of text and lengths; each cycle draws others.", min=0)
     distribution: str = option("fixed", "Distribution of the lengths.", choices=("fixed", "uniform", "lognormal"))
 
 
@@ -136,7 +136,7 @@ class HuggingFacePrompts(Section):
     column: str | None = option(None, "Column of the prompt; the alias knows its own.")
     sample_size: int | None = option(None, "Prompts to take; null takes all.", min=1, unit="prompts")
     shuffle: bool = option(False, "Shuffle before taking.")
-    seed: int = option(42, "Seed of the shuffle.", min=0)
+    seed: int = option(42, "Seed of the shuffle; each cycle draws another.", min=0)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class TrafficConfig(Section, switch="enabled"):
     )
     target_qps: float = option(1.0, "Mean arrivals (poisson, constant).", above=0, unit="requests/s")
     concurrency: int = option(1, "Requests in flight (closed).", min=1, unit="requests")
-    seed: int | None = option(None, "Seed of the arrivals; null takes random_seed.", min=0)
+    seed: int | None = option(None, "Seed of the arrivals, of which each cycle draws others; null: random_seed.", min=0)
     allow_overload: bool = option(
         False, "Accept a queue that grows throughout the window (poisson, constant).", is_added=True
     )
@@ -389,6 +389,19 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
         """The options of the chosen backend; its defaults where nothing is given."""
         section: PyTorchConfig | VllmConfig | TensorRTConfig = getattr(self, self.backend) or _DEFAULTS[self.backend]
         return section
+
+    @property
+    def width(self) -> int:
+        """The most requests that the engine computes together."""
+        found: int = getattr(self.section, WIDTH_OPTIONS[self.backend])
+        return found
+
+    def most_at_once(self, prompts: int | None) -> int | None:
+        """The most requests that are there at once, of that many prompts; None where it is not known before the run."""
+        traffic = self.traffic_simulation
+        if traffic.enabled:
+            return traffic.concurrency if traffic.mode == "closed" else None
+        return 1 if self.streaming else prompts
 
     @property
     def name(self) -> str:

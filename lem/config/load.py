@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Generic, TypeVar
 
+from lem.base.doc import json_text
 from lem.base.errors import ConfigurationError
 from lem.config.backends import find_preset
 from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment, with_campaign_defaults
 from lem.config.experiment import DecoderConfig, ExperimentConfig
-from lem.config.kinds import ConfigProblems, MapKind, Path, Problem, as_written, dotted
+from lem.config.kinds import ConfigProblems, Expanded, MapKind, Path, Problem, as_written, dotted, simple
 from lem.config.option import Section, canonical, declared, find_option, is_secret, leaves, merge, nest, redacted
 from lem.config.yamlfile import Document, FileProblems, Located, Place, parse_value, read_document
 
@@ -351,3 +352,20 @@ def _without_problems(config: S | None, found: Located, problems: Located, hint:
     if located or config is None:
         raise FileProblems(located, hint)
     return config
+
+
+def encode_config(config_dict: Mapping[str, Any]) -> str:
+    """The configuration as JSON, which is YAML too; `${VAR}` as it was written, so that no secret lands in a file."""
+    return json_text(_as_yaml(config_dict))
+
+
+def _as_yaml(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_yaml(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_yaml(item) for item in value]
+    if isinstance(value, Expanded):
+        # In quotes a reference is text; one that stood for a number or a truth value is written as that.
+        plain = simple(value)
+        return value.written if isinstance(plain, str) else plain
+    return value.replace("${", "$${") if isinstance(value, str) else value

@@ -6,13 +6,14 @@ Combinations that cannot work are errors and are raised when an `ExperimentConfi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from lem.base.errors import nearest
-from lem.config.backends import PyTorchConfig, TensorRTConfig, VllmConfig
-from lem.config.experiment import DATASET_ALIASES, ExperimentConfig
+from lem.config.backends import WIDTH_OPTIONS, PyTorchConfig, TensorRTConfig, VllmConfig
+from lem.config.experiment import DATASET_ALIASES, ExperimentConfig, TrafficConfig
 from lem.config.kinds import Problem
+from lem.config.option import declared
 
 # FP8 tensor cores came with Ada (8.9); flash attention 2 and TensorRT-LLM need Ampere (8.0).
 # https://developer.nvidia.com/cuda-gpus, the READMEs of flash-attention and TensorRT-LLM.
@@ -23,6 +24,14 @@ HIGH_MEMORY_UTILIZATION = 0.95
 _PRE_QUANTIZED = ("awq", "gptq", "marlin", "int4_awq", "int4_gptq")
 _BYTES_PER_WEIGHT = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 _PARAMETERS_IN_NAME = re.compile(r"(?<![0-9a-z.])([0-9]+(?:\.[0-9]+)?)(b|m)(?![a-z0-9])", re.IGNORECASE)
+
+
+_UNUSED_BY_MODE: Mapping[str, tuple[str, ...]] = {
+    "poisson": ("concurrency",),
+    "constant": ("concurrency", "seed"),
+    "closed": ("target_qps", "seed", "allow_overload"),
+}
+_SWITCHED = ("traffic_simulation", "warmup", "baseline", "timeseries")  # sections that `enabled` switches off
 
 
 class Gpu(Protocol):
@@ -44,6 +53,49 @@ def warnings(config: ExperimentConfig, gpus: Sequence[Gpu] | None = None) -> tup
     """What a person should know about an experiment; `gpus` are those of its host, None when unknown."""
     found = (*_work_warnings(config), *_engine_warnings(config), *_other_warnings(config))
     return found if gpus is None else (*found, *_gpu_warnings(config, gpus))
+
+
+def width_warning(config: ExperimentConfig, prompts: int | None) -> Problem | None:
+    """That the width was set above what it can reach with that many prompts, if they are known."""
+    name, most = WIDTH_OPTIONS[config.backend], config.most_at_once(prompts)
+    if most is None or config.width <= most or config.width == declared(type(config.section))[name].default:
+        return None
+    return Problem.of(f"{config.backend}.{name}", "width_unreached", width=config.width, most=most)
+
+
+def effective(config: ExperimentConfig, prompts: int | None) -> dict[str, Any]:
+    """Its identity by dotted option without what the other options leave without effect, and without its prompts.
+
+    Configurations with equal values and equal prompts (`prompts` is their number, where known) cannot differ.
+    """
+    decoder, traffic, warmup = config.decoder, config.traffic_simulation, config.warmup
+    idle = ["prompts", "dataset", *(name for name in _SWITCHED if not getattr(config, name).enabled)]
+    idle += [f"traffic_simulation.{name}" for name in _UNUSED_BY_MODE[traffic.mode]]
+    if decoder.is_greedy:
+        idle += ["decoder.temperature", "decoder.top_k", "decoder.top_p", f"{config.backend}.min_p"]
+    if config.ignore_eos:
+        idle.append("min_output_tokens")
+    if not warmup.convergence_detection:
+        idle += ["warmup.cv_threshold", "warmup.max_prompts", "warmup.window_size"]
+    within = tuple(f"{name}." for name in idle)
+    found = {name: value for name, value in flat(config.identity()) if not f"{name}.".startswith(within)}
+    most = config.most_at_once(prompts)
+    found[f"{config.backend}.{WIDTH_OPTIONS[config.backend]}"] = (
+        config.width if most is None else min(config.width, most)
+    )
+    draws_arrivals = traffic.enabled and traffic.mode == "poisson" and traffic.seed is None
+    if decoder.is_greedy and not draws_arrivals:
+        found["random_seed"] = config.random_seed is not None  # vLLM samples more slowly with a seed
+    return found
+
+
+def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested options by dotted name."""
+    for name, value in options.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def parameters_by_name(name: str) -> float | None:
@@ -76,10 +128,8 @@ def _work_warnings(config: ExperimentConfig) -> Iterator[Problem]:
     elif decoder.temperature != 1 and decoder.top_p != 1:
         yield Problem.of("decoder.top_p", "sampling_compounds")
     if traffic.enabled:  # where the mode is an axis of a grid, an experiment may have options of the other mode
-        of_open_loop = {"target_qps": 1.0, "seed": None, "allow_overload": False}
-        unused = of_open_loop if traffic.mode == "closed" else {"concurrency": 1}
-        for name, default in unused.items():
-            if getattr(traffic, name) != default:
+        for name in _UNUSED_BY_MODE[traffic.mode]:
+            if getattr(traffic, name) != declared(TrafficConfig)[name].default:
                 yield Problem.of(f"traffic_simulation.{name}", "other_traffic_mode", mode=traffic.mode)
 
 

@@ -160,11 +160,13 @@ class CampaignRunner(Context):
             missed = f"Nothing to resume: no manifest at {manager.manifest_path}"
             manifest, notes = self._new_manifest(plan), [missed] if self.options.resume else []
         else:
+            plan = plan if known.structure else plan.as_by_older_build()
             plan = plan.with_hashes(resume.stored_hashes(known, plan, self.repository))
             manifest, plan = known, plan.with_cycles(resume.added_cycles(known))
             kept = read_stopping_rule(self.repository.folder / str(known.run_id))
             rule = next_stage(kept, rule, resume.tested_cycles(known), plan.execution.cycles)
             notes = resume.update_manifest(known, plan, self._new_entries(plan.experiments), self.repository)
+            notes += [] if known.structure else [resume.BEGUN_BEFORE.format(plan.execution.structure)]
         secrets = find_secrets(os.environ)  # one that cannot be used is an error before anything is written
         with contextlib.ExitStack() as stack, self._workers():
             remaining = self.apply_resume_filter(manifest, plan.experiments)
@@ -306,7 +308,7 @@ class CampaignRunner(Context):
         manifest = self._manager().create_manifest(campaign.campaign_id, campaign.campaign_name, plan.config_hash, new)
         path = self._manager().manifest_path
         manifest.run_id = self.options.run_id or resume.new_run_id(self.repository, path, self.now())
-        manifest.shuffle_seed = plan.shuffle_seed
+        manifest.shuffle_seed, manifest.structure = plan.shuffle_seed, plan.execution.structure
         return manifest
 
     def _new_entries(self, order: Sequence[Experiment]) -> list[CampaignManifestEntry]:

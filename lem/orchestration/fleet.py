@@ -12,7 +12,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from lem.base.errors import UserError
-from lem.config.experiment import ExperimentConfig
 from lem.orchestration.grid import campaign_config_hash
 from lem.orchestration.plan import Experiment, Plan
 from lem.results.merge import REPLICATE, SHARD, FleetPlan, HostPart, PlannedExperiment
@@ -141,28 +140,28 @@ def part_of_plan(plan: Plan, index: int, count: int, stored: FleetPlan | None = 
 
 
 def matching(plan: Plan, stored: FleetPlan) -> Plan:
-    """The plan with the hashes of the stored plan; a UserError unless that is of this campaign."""
-    if stored.config_hash == plan.config_hash:
-        return plan
-    first = plan.as_first_hashed()
+    """The plan with the hashes and the order of the stored plan; a UserError unless that is of this campaign."""
+    older = plan.as_by_older_build()
+    found = next((one for one in (plan, older) if one.config_hash == stored.config_hash), None)
+    if found is not None:
+        return found
+    first = older.as_first_hashed()
     hashes = [item.config_hash for item in first.given]
-    if stored.config_hash != campaign_config_hash(plan.campaign, hashes, is_first=True):
-        found = f"{stored.config_hash}, here {plan.config_hash}"
+    if stored.config_hash != campaign_config_hash(older.campaign, hashes, is_first=True):
+        text = f"{stored.config_hash}, here {plan.config_hash}"
         hint = "use the campaign file, the files that it names and the options that the plan was made with"
-        raise UserError(f"the stored plan is of another version of the campaign ({found})", hint)
+        raise UserError(f"the stored plan is of another version of the campaign ({text})", hint)
     return first
 
 
 def costs_of(configurations: Sequence[Experiment], measured: Mapping[str, float]) -> dict[str, float]:
     """The cost of each configuration by config_hash: in seconds if earlier results measured some, else in tokens."""
-    work = {item.config_hash: _work(item.config) for item in configurations}
+    work = {item.config_hash: _work(item) for item in configurations}
     known = [measured[digest] / work[digest] for digest in work if digest in measured]
     scale = sum(known) / len(known) if known else 1.0
     return {digest: measured.get(digest, tokens * scale) for digest, tokens in work.items()}
 
 
-def _work(config: ExperimentConfig) -> float:
+def _work(item: Experiment) -> float:
     """Tokens to generate; reading one costs far less, and how much less depends on the engine."""
-    source = config.dataset or config.prompts
-    count = getattr(source, "sample_size", None) or 1
-    return float(count * (config.max_output_tokens + config.max_input_tokens / 32))
+    return (item.n_prompts or 1) * (item.config.max_output_tokens + item.config.max_input_tokens / 32)

@@ -196,17 +196,17 @@ def validate_named(
         except ConfigProblems as error:
             model = config_dict.get("model", config_dict.get("model_name"))  # in any of the ways to write it
             has_model = bool(model.get("name") if isinstance(model, Mapping) else model)
-            why = map(_coded, error.problems) if has_model else [NO_MODEL]
+            why = map(coded, error.problems) if has_model else [NO_MODEL]
             filtered.append(GridValidationIssue.of(name, *why))
             configs.append(None)
             continue
         configs.append(config)
-        reasons = map(_coded, warnings_about(config, gpus))
+        reasons = map(coded, warnings_about(config, gpus))
         warnings += [GridValidationIssue.of(name, reason, severity="warning") for reason in reasons]
     return configs, Items(filtered), Items(warnings)
 
 
-def _coded(found: Problem) -> Reason:
+def coded(found: Problem) -> Reason:
     if found.reason is None:
         return Reason.of("verbatim", text=str(found))
     if found.reason.code in _NAMES_BACKEND:

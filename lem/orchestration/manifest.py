@@ -125,6 +125,7 @@ class CampaignManifest:
         config_hash: hash of the campaign's configuration, names and io left out.
         run_id: names the folder of its results; kept by a resume.
         shuffle_seed: of `structure: shuffled`; None for the others.
+        structure: the order in which it was started; None if an older build started it (`Plan.as_by_older_build`).
         environment: image, engine, driver and GPU UUIDs at the first load, by name.
         notes: what a reader of the results must know, such as an environment change that was allowed.
     """
@@ -138,6 +139,7 @@ class CampaignManifest:
     experiments: list[CampaignManifestEntry] = field(default_factory=list)
     run_id: str | None = None
     shuffle_seed: int | None = None
+    structure: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
 
@@ -233,7 +235,8 @@ def decode_manifest(data: bytes) -> CampaignManifest:
     if version not in (1, SCHEMA_VERSION):
         by = "a newer lem" if version > SCHEMA_VERSION else "another lem"
         raise ValueError(f"written by {by}: expected schema_version {SCHEMA_VERSION}, got {version}")
-    values = {name: value for name, value in document.items() if name != "schema_version"}
+    values = {"structure": None, **document}
+    del values["schema_version"]
     if version == 1:
         _add_digests(values)
     elif values.pop("sha256", None) is None or not journal.is_intact(data):

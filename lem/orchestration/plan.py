@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lem.base import durable
-from lem.base.doc import json_text
-from lem.base.durable import GROUPED, INTERLEAVED, SHUFFLED
+from lem.base.durable import BALANCED, GROUPED, INTERLEAVED, SHUFFLED
 from lem.base.errors import ConfigurationError, UserError
 from lem.base.reasons import Reason
-from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, with_campaign_defaults
-from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import Expanded, Problem, as_written, simple
-from lem.config.load import ListedExperiment, Loaded, Source
+from lem.config import rules
+from lem.config.campaign_config import (
+    CampaignConfig,
+    CampaignExecutionConfig,
+    fill_sample_size,
+    with_campaign_defaults,
+)
+from lem.config.experiment import ExperimentConfig, FilePrompts
+from lem.config.kinds import Problem, as_written
+from lem.config.load import ListedExperiment, Loaded, Source, encode_config
 from lem.config.option import canonical
 from lem.config.rules import Gpu
 from lem.config.yamlfile import FileProblems
 from lem.meters.nvml import find_gpus
 from lem.orchestration import grid
 from lem.orchestration.grid import GridValidationIssue, experiment_id
+from lem.orchestration.order import cycle_order
 from lem.record import RATES
 from lem.results.configurations import ListedConfiguration
+from lem.worker.prompts import BUNDLED, resolve_on_host
 
 GapKind = Literal["configuration", "cycle"]
 
@@ -43,6 +50,7 @@ class Experiment:
     order_index: int  # its place in the plan, from 0
     is_generated: bool = False  # from a grid or written in the campaign, so without a file of its own
     prompts: Mapping[str, Any] = field(default_factory=dict)  # their `prompts_fingerprint`
+    n_prompts: int | None = None  # where it is known before the run; of a data set at most
 
     @property
     def backend(self) -> str:
@@ -101,6 +109,7 @@ class Plan:
     total_generated: int  # configurations before validation; cycles do not count
     filtered: tuple[GridValidationIssue, ...]  # an error for each configuration left out
     warnings: tuple[GridValidationIssue, ...]  # about those that are in; several may be about one
+    given_before: tuple[Experiment, ...] = ()  # `given` as an older build had it, with 32 prompts where none are named
 
     @property
     def execution(self) -> CampaignExecutionConfig:
@@ -109,6 +118,12 @@ class Plan:
     @property
     def is_cold(self) -> bool:
         return self.campaign.cold_start.force_cold_start or self.campaign.cold_start.restart_container
+
+    @property
+    def enlarged_to(self) -> int | None:
+        """The prompts of configurations that name none, where the widest runs more than the usual 32 at once."""
+        before = {item.config_hash for item in self.given_before}
+        return next((item.n_prompts for item in self.given if item.config_hash not in before), None)
 
     @property
     def config_hash(self) -> str:
@@ -138,7 +153,10 @@ class Plan:
     @property
     def configurations(self) -> tuple[Experiment, ...]:
         """One experiment for each configuration, in the order they first run."""
-        return tuple({item.config_hash: item for item in reversed(self.experiments)}.values())[::-1]
+        first: dict[str, Experiment] = {}
+        for item in self.experiments:
+            first.setdefault(item.config_hash, item)
+        return tuple(first.values())
 
     @property
     def listing(self) -> tuple[ListedConfiguration, ...]:
@@ -172,6 +190,17 @@ class Plan:
             return self
         campaign = replace(self.campaign, execution=replace(self.execution, cycles=cycles))
         return replace(self, campaign=campaign, experiments=order_experiments(self.given, campaign.execution))
+
+    def as_by_older_build(self) -> Plan:
+        """The plan of a build before `balanced`, whose default was `interleaved`."""
+        execution = self.execution
+        if execution.structure == BALANCED:
+            execution = replace(execution, structure=INTERLEAVED)
+        given = self.given_before or self.given
+        planned = {(item.config_name, item.cycle_index) for item in self.experiments}
+        ordered = order_experiments(given, execution)
+        experiments = tuple(item for item in ordered if (item.config_name, item.cycle_index) in planned)
+        return replace(self, campaign=replace(self.campaign, execution=execution), experiments=experiments, given=given)
 
     def loads(self) -> list[bool]:
         """Whether each experiment loads an engine rather than reuse that of the one before.
@@ -257,14 +286,17 @@ def build_plan(
     """
     candidates = _collect(campaign, listed, preset or {}, source)
     configs, filtered, warnings = grid.validate_named([(item.name, item.config_dict) for item in candidates], gpus)
-    given, repeated = _identify(candidates, configs)
+    valid = [(item, config) for item, config in zip(candidates, configs, strict=True) if config is not None]
+    sized = _with_enough_prompts(valid)
+    given, repeated = _identify(sized)
     return Plan(
         campaign=campaign,
         experiments=order_experiments(given, campaign.execution),
         given=given,
         total_generated=len(candidates),
         filtered=filtered,
-        warnings=(*warnings, *repeated),
+        warnings=(*warnings, *repeated, *_cells_that_cannot_differ(given)),
+        given_before=given if sized is valid else _identify(valid)[0],
     )
 
 
@@ -298,26 +330,39 @@ def _collect(
     ]
 
 
-def _identify(
-    candidates: Sequence[_Candidate], configs: Sequence[ExperimentConfig | None]
-) -> tuple[tuple[Experiment, ...], list[GridValidationIssue]]:
-    """The valid configurations, each once and in the first cycle, and a warning for each repetition of one."""
-    prompts: dict[Any, dict[str, Any]] = {}
+_Valid = Sequence[tuple[_Candidate, ExperimentConfig]]
+
+
+def _with_enough_prompts(valid: _Valid) -> _Valid:
+    """Configurations without prompts get as many synthetic ones as the widest of them runs at once."""
+    bare = [config.dataset is None and config.prompts is None for _, config in valid]
+    widths = (
+        config.most_at_once(config.width) or 0 for (_, config), is_bare in zip(valid, bare, strict=True) if is_bare
+    )
+    size = max(widths, default=0)
+    if size <= BUNDLED.sample_size:
+        return valid
+    found = []
+    for (item, config), is_bare in zip(valid, bare, strict=True):
+        if is_bare:
+            config_dict = dict(item.config_dict)
+            fill_sample_size(config_dict, size)
+            found.append((replace(item, config_dict=config_dict), ExperimentConfig.from_dict(config_dict)))
+        else:
+            found.append((item, config))
+    return found
+
+
+def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidationIssue]]:
+    """The configurations, each once and in the first cycle, and a warning for each repetition of one."""
+    prompts: dict[Any, tuple[dict[str, Any], int | None]] = {}
     found: dict[str, Experiment] = {}
     repeated = []
-    for item, config in zip(candidates, configs, strict=True):
-        if config is None:
-            continue
+    for item, config in valid:
         key = (config.dataset, config.prompts)
         if key not in prompts:
-            try:
-                prompts[key] = grid.prompts_fingerprint(config)
-            except ConfigurationError as error:
-                if item.source is None:
-                    raise
-                where = ("grid", "shared", "prompts", "path") if item.is_of_grid else ("prompts", "path")
-                raise FileProblems(item.source.locate([Problem(where, error.message)]), error.hint) from error
-        digest = grid.config_hash(config, prompts[key])
+            prompts[key] = _find_prompts(item, config)
+        digest = grid.config_hash(config, prompts[key][0])
         if digest in found:
             same = Reason.of("repeated_experiment", name=found[digest].config_name)
             repeated.append(GridValidationIssue.of(item.name, same, severity="warning"))
@@ -333,41 +378,53 @@ def _identify(
             cycle_index=0,
             order_index=0,
             is_generated=item.is_generated,
-            prompts=prompts[key],
+            prompts=prompts[key][0],
+            n_prompts=prompts[key][1],
         )
     return tuple(found.values()), repeated
 
 
-def order_experiments(given: Sequence[Experiment], execution: CampaignExecutionConfig) -> tuple[Experiment, ...]:
-    """Every configuration in every cycle, in the order to run.
+def _find_prompts(item: _Candidate, config: ExperimentConfig) -> tuple[dict[str, Any], int | None]:
+    """The fingerprint of a configuration's prompts, and their number (of a data set, at most)."""
+    source = config.dataset or config.prompts or BUNDLED
+    try:
+        resolved = resolve_on_host(config) if isinstance(source, FilePrompts) else None
+    except ConfigurationError as error:
+        if item.source is None:
+            raise
+        where = ("grid", "shared", "prompts", "path") if item.is_of_grid else ("prompts", "path")
+        raise FileProblems(item.source.locate([Problem(where, error.message)]), error.hint) from error
+    return grid.prompts_fingerprint(config, resolved), len(resolved.prompts) if resolved else source.sample_size
 
-    `interleaved` is ABC ABC, `grouped` AAA BBB, `shuffled` another order in every cycle. Within a cycle equal engine
-    keys are adjacent, the first of them where it was given, since each cycle loads an engine once. A cycle's shuffle
-    depends on the seed and the cycle alone, so a campaign prolonged by a cycle keeps the order of the others.
-    """
-    cycles = range(execution.cycles)
-    groups: dict[str, list[Experiment]] = {}
+
+def _cells_that_cannot_differ(given: Sequence[Experiment]) -> Iterator[GridValidationIssue]:
+    """A warning for each width that is not reached, and for each configuration that does what an earlier one does."""
+    seen: dict[str, Mapping[str, Any]] = {}
     for item in given:
-        groups.setdefault(item.engine_key, []).append(item)
+        config = item.config
+        reasons = [grid.coded(found)] if (found := rules.width_warning(config, item.n_prompts)) else []
+        key = json.dumps([item.prompts, rules.effective(config, item.n_prompts)])
+        options = dict(rules.flat(config.identity()))
+        other = seen.setdefault(key, options)
+        if other is not options:
+            names = [name for name in {**other, **options} if other.get(name) != options.get(name)]
+            reasons.append(Reason.of("cannot_differ", options=" and ".join(names)))
+        for reason in reasons:
+            yield GridValidationIssue.of(item.config_name, reason, severity="warning")
+
+
+def order_experiments(given: Sequence[Experiment], execution: CampaignExecutionConfig) -> tuple[Experiment, ...]:
+    """Every configuration in every cycle, in the order to run: `grouped` is AAA BBB, the others as `cycle_order`."""
+    cycles, keys = range(execution.cycles), [item.engine_key for item in given]
     if execution.structure == GROUPED:
         ordered = [(item, cycle) for item in given for cycle in cycles]
-    elif execution.structure == INTERLEAVED:
-        ordered = [(item, cycle) for cycle in cycles for group in groups.values() for item in group]
     else:
-        ordered = [(item, cycle) for cycle in cycles for item in _shuffle(list(groups.values()), execution.seed, cycle)]
+        orders = ((cycle, cycle_order(keys, execution.structure, execution.seed, cycle)) for cycle in cycles)
+        ordered = [(given[place], cycle) for cycle, order in orders for place in order]
     return tuple(
         replace(item, exp_id=experiment_id(item.config_hash, cycle), cycle_index=cycle, order_index=index)
         for index, (item, cycle) in enumerate(ordered)
     )
-
-
-def _shuffle(groups: Sequence[Sequence[Experiment]], seed: int, cycle: int) -> list[Experiment]:
-    """Engines in another order, and the configurations of each; one engine's stay together."""
-    # Seeding with text hashes it with SHA-512, the same on every Python and machine.
-    rng = random.Random(f"{seed}/{cycle}")
-    shuffled = [rng.sample(group, len(group)) for group in groups]
-    rng.shuffle(shuffled)
-    return [item for group in shuffled for item in group]
 
 
 def write_configs(configurations: Iterable[Experiment]) -> None:
@@ -386,20 +443,3 @@ def write_configs(configurations: Iterable[Experiment]) -> None:
         except OSError as error:
             hint = "make the folder writable, or set io.configs_dir"
             raise UserError(f"cannot write {path}: {error.strerror}", hint) from error
-
-
-def encode_config(config_dict: Mapping[str, Any]) -> str:
-    """The configuration as JSON, which is YAML too; `${VAR}` as it was written, so that no secret lands in a file."""
-    return json_text(_as_yaml(config_dict))
-
-
-def _as_yaml(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _as_yaml(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_yaml(item) for item in value]
-    if isinstance(value, Expanded):
-        # In quotes a reference is text; one that stood for a number or a truth value is written as that.
-        plain = simple(value)
-        return value.written if isinstance(plain, str) else plain
-    return value.replace("${", "$${") if isinstance(value, str) else value

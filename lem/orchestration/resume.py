@@ -45,6 +45,7 @@ _logger = logging.getLogger(__name__)
 
 INTERRUPTED = "interrupted"
 REMOVED = "removed from the campaign file"
+BEGUN_BEFORE = "An older lem began this campaign: its order stays {}, and its cycles share their arrivals and prompts"
 CHOOSE_HINT = "use --resume to continue it, or --fresh to set it aside and start over"
 
 # A result that is not valid is measured once more, and then counts.
@@ -347,7 +348,7 @@ def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
         raise UserError("--until cannot be combined with a daemon", "a daemon repeats the campaign as it is")
     if execution.structure == GROUPED:
         message = "--until adds whole cycles, but structure grouped runs AAA BBB"
-        raise UserError(message, "use --structure interleaved or shuffled")
+        raise UserError(message, "use --structure balanced or shuffled")
     if execution.reuse == "campaign":
         message = "--until needs intervals, but execution.reuse campaign gives none"
         raise UserError(message, "use --set execution.reuse=cycle, which loads the engines again in each cycle")

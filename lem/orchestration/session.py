@@ -329,7 +329,7 @@ class Session:
 
     def _dispatch(self, experiment: Experiment, folder: AttemptFolder, request: RunRequest) -> Outcome:
         try:
-            _write_prompts(experiment, folder)
+            _write_prompts(experiment, folder, self._draw_of(experiment))
         except UserError as error:
             return Outcome(EngineError(error.message, error.hint, kind="prompts", is_permanent=True))
         execution, baseline = self.plan.execution, experiment.config.baseline
@@ -374,11 +374,16 @@ class Session:
             result_dir=str(folder.path.absolute()),
             engine_key=experiment.engine_key,
             keep_engine=keep_engine,
+            draw=self._draw_of(experiment),
             gap_s=None if gap is None else gap.gap_s,
             gap_end_code=None if gap is None else gap.code,
             executor=self.context.executor.name,
             secrets=self.secrets,
         )
+
+    def _draw_of(self, experiment: Experiment) -> int:
+        """Every cycle has a draw of its own, except where an older build began with one for all cycles."""
+        return experiment.cycle_index if self.manifest.structure else 0
 
     def _eta_s(self) -> float | None:
         """The time left at the mean of the experiments before, less what the current one has already used of it."""
@@ -389,9 +394,9 @@ class Session:
         return self._remaining * mean_s - min(elapsed_s, mean_s)
 
 
-def _write_prompts(experiment: Experiment, folder: AttemptFolder) -> None:
+def _write_prompts(experiment: Experiment, folder: AttemptFolder, draw: int) -> None:
     """Write the prompts where the host resolves them; a UserError when they are not those of the plan."""
-    resolved = resolve_on_host(experiment.config)
+    resolved = resolve_on_host(experiment.config, draw=draw)
     if resolved is None:
         return
     if prompts_fingerprint(experiment.config, resolved) != experiment.prompts:

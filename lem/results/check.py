@@ -21,20 +21,23 @@ from lem.results.comparability import LENGTH_TOLERANCE, environment_changes, fin
 from lem.results.compare import exclusion_reason, find_effect
 from lem.results.findings import INTERFERENCE, NO_EFFECT, NO_RESUME, NOTES, SAME_WORK, WEAK, Finding
 from lem.results.metrics import Metric
-from lem.results.run import SHARED_LOAD, Configuration, Run
+from lem.results.run import REPLAYED, SHARED_LOAD, Configuration, Run
 from lem.results.stats import AUTOCORRELATION_SOUGHT, CONFIDENCE, UNPLANNED, cycles_to_settle
 from lem.results.stopping import MOST_CYCLES
 from lem.results.student import POWER
 from lem.results.trends import (
+    BLOCKS,
     FALSE_ALARMS,
+    SAME_ORDER,
     WATCHED,
     Drift,
     autocorrelation_of_cycles,
-    by_cycle,
     drift_of,
-    in_order,
     is_chance,
+    is_same_order,
     position_effect,
+    ran_apart,
+    ran_later,
 )
 
 # An interval wider than this cannot show a difference of a few percent.
@@ -228,18 +231,11 @@ def _moves(kind: str, metric: Metric, drift: Drift | None) -> Found:
 
 
 def _order(run: Run) -> Found:
-    used = in_order(record for item in run.with_results for record in item.used)
-    names = [item.identity.config_name for item in used]
-    if len(set(names)) < 2:
+    if later := ran_later(run):
+        yield _finding("grouped", BLOCKS, [item.name for item in later])
         return
-    if len([*itertools.groupby(names)]) == len(set(names)) < len(names):  # configuration after configuration
-        yield _finding("grouped", Reason.of("blocks"))
-        return
-    cycles = [tuple(record.identity.config_name for record in members) for members in by_cycle(used).values()]
-    most = max(map(len, cycles))
-    orders = [order for order in cycles if len(order) == most]
-    if len(orders) > 1 and len(set(orders)) == 1:
-        yield _finding("same_order", Reason.of("same_order"))
+    if is_same_order(run):
+        yield _finding("same_order", SAME_ORDER)
         return
     metric = run.primary_metric
     yield from _moves("order_effect", metric, position_effect(run, metric))
@@ -277,7 +273,7 @@ def _pairs(run: Run) -> Found:
 def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Finding | None:
     effect, reason = find_effect(metric, lower, upper)
     level = 1 - (1 - CONFIDENCE) * min(lower.share, upper.share)
-    interval = effect.interval(level) if effect is not None and not reason else None
+    interval = effect.interval(level) if effect and not reason and not ran_apart(lower, upper) else None
     if effect is None or interval is None or not interval[0] <= 1 <= interval[1]:
         return None
     further = cycles_to_settle(effect, 0.0, 1 - (1 - level) / UNPLANNED)
@@ -378,6 +374,7 @@ _CHECKS: tuple[_OneCheck, ...] = (
     _of_results("estimate", Reason.of("estimate_only"), lambda item: item.energy.primary_j.is_estimate),
     _of_results("integrated_power", Reason.of("power_integrated"), _is_integrated),
     _of_configurations("shared_loads", lambda it: it.is_load_shared, lambda _: _SHARED),
+    _of_configurations("replayed", lambda it: it.is_replayed, lambda _: REPLAYED),
     _work,
     _obstacles,
     _environment,

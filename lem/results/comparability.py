@@ -9,6 +9,7 @@ from typing import Any
 
 from lem.base.reasons import Reason
 from lem.record import Record
+from lem.results.metrics import by_cycle
 
 # Lengths are whole tokens; what differs by less comes from a rare early end.
 LENGTH_TOLERANCE = 0.01
@@ -172,6 +173,14 @@ def _cpu_settings(record: Record) -> str:
     return ", ".join([*parts, *(f"{name} {'on' if is_on else 'off'}" for name, is_on in switches if is_on is not None)])
 
 
+def _other_prompts(*sides: Sequence[Record]) -> tuple[str, str] | None:
+    """The prompts of a cycle that both sides have, if they differ: every cycle draws its own."""
+    left, right = ({index: members for (_, _, index), members in by_cycle(side).items()} for side in sides)
+    of_cycle = _one("other_prompts", "", _prompts)
+    found = (of_cycle.find(left[index], right[index]) for index in left if index in right)
+    return next(filter(None, found), None)
+
+
 def _prompts(record: Record) -> str:
     source = record.work.prompt_source
     digest = source.get("sha256")
@@ -196,7 +205,7 @@ CIRCUMSTANCES: tuple[Circumstance, ...] = (
     _one("other_kernel", "kernel", lambda item: item.environment.kernel, **_OF_MACHINE),
     _one("other_engine", "engine", _engine, **_OF_SOFTWARE),
     Circumstance("other_libraries", _libraries, **_OF_SOFTWARE),
-    _one("other_prompts", "", _prompts),
+    Circumstance("other_prompts", _other_prompts),
     Circumstance("other_output_lengths", _lengths),
     _one("other_traffic", "", lambda item: item.window.traffic_mode.replace("_", " ")),
     _one("other_meter", "", lambda item: item.energy.energy_source, groups=("energy",)),

@@ -32,6 +32,7 @@ from lem.results.stats import (
     paired_effect,
     ratio_of,
 )
+from lem.results.trends import BLOCKS, ran_apart
 from lem.results.uncertainty import Causes, Combined, of_effect, over_anchor, ratio_causes
 
 # A difference is found when its p value is below this, after Holm.
@@ -294,14 +295,14 @@ def _metrics_to_show(
 
 def _pair_within(baseline: Configuration, other: Configuration, metrics: Sequence[Metric]) -> Pair:
     obstacles, sides = find_obstacles(baseline.used, other.used), (baseline, other)
-    excluded = exclusion_reason(*sides)
+    unpaired = exclusion_reason(*sides) or (BLOCKS if ran_apart(baseline, other) else None)
     rows = []
     for metric in metrics:
         estimates = [item.estimate(metric) for item in sides]
         below, above = (item.all_attempts.geometric_mean if item.all_attempts else item.value for item in estimates)
         ratio = above / below if below and above and any(item.all_attempts for item in estimates) else None
         found, causes = find_effect(metric, *sides), ratio_causes(metric, baseline.used, other.used)
-        row = _row(metric, sides, found, blocking_reason(obstacles, metric.group) or excluded, causes=causes)
+        row = _row(metric, sides, found, blocking_reason(obstacles, metric.group) or unpaired, causes=causes)
         rows.append(replace(row, all_attempts_ratio=ratio))
     return Pair(baseline, other, obstacles, tuple(rows))
 
@@ -328,8 +329,10 @@ def _pair_across(sides: _Sides, anchors: _Sides | None, metrics: Sequence[Metric
     for metric in metrics:
         raw = _raw(metric, before, after)
         if others is not None:
+            pairs = [*zip(sides, others, strict=True)]
+            is_apart = any(ran_apart(*pair) for pair in pairs)
             blocking = blocking_reason(obstacles, metric.group) or exclusion_reason(before, after, *others)
-            pairs = zip(sides, others, strict=True)
+            blocking = blocking or (BLOCKS if is_apart else None)
             causes = over_anchor(*(ratio_causes(metric, anchor.used, item.used) for item, anchor in pairs))
             row = _row(metric, sides, _over_anchor(metric, sides, others, tolerance), blocking, causes=causes)
         else:

@@ -18,7 +18,7 @@ from lem.results.metrics import Metric, differing_settings, shared_settings
 from lem.results.run import Configuration, Run, carbon_basis, coverage_notes, estimate_note
 from lem.results.stats import CONFIDENCE, Gate, Judgement, Verdict
 from lem.results.student import MOST_CYCLES_PLANNED
-from lem.results.trends import autocorrelation_notes
+from lem.results.trends import SAME_ORDER, autocorrelation_notes, is_same_order
 from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
 
 SCHEMA_VERSION = 1
@@ -102,6 +102,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "interval_confidence": comparison.interval_confidence,
         "n_compared": comparison.n_compared,
+        "is_same_order": any(map(is_same_order, comparison.runs)),
         "runs": [{"campaign_name": run.campaign_name, "run_id": run.run_id} for run in comparison.runs],
         "anchor": anchor
         and {
@@ -257,6 +258,8 @@ class _Content:
             most = f"{100 * self._anchor.tolerance:g} %"
             yield f"anchor: {self._anchor.name}, itself {moved}; a change of more than {most} would rule out a verdict."
         yield from self._energy_notes()
+        if any(map(is_same_order, comparison.runs)) and comparison.n_compared:
+            yield f"{SAME_ORDER.text.capitalize()}."
         for run in comparison.runs:
             if run.stopping is not None:
                 of = f" in {self._run_label(run)}" if len(comparison.runs) > 1 else ""

@@ -39,6 +39,7 @@ ENERGY, THROUGHPUT = METRIC_BY_NAME["energy_per_output_tok_j"], METRIC_BY_NAME["
 # 64, 43 and 27 % at 3, 5 and 10 cycles.
 SHARED_LOAD = Reason.of("shared_load")
 NO_INTERVAL = Reason.of("no_interval", why=SHARED_LOAD)
+REPLAYED = Reason.of("replayed_arrivals")
 
 SETTLED_WINDOW_S = 300.0  # windows of traffic that are shorter depend on where the queue was at their start
 
@@ -207,6 +208,12 @@ class Configuration:
         return metrics.share_a_load(self.cycles)
 
     @property
+    def is_replayed(self) -> bool:
+        """Whether its cycles, of an older build, replayed the same random arrivals."""
+        poisson = [item for item in self.used if item.window.traffic_mode == "poisson" and _has_seed(item.requested)]
+        return len(poisson) > 1 and len({item.work.prompt_source.get("draw") for item in poisson}) == 1
+
+    @property
     def is_estimate(self) -> bool:
         """Whether some of its energy is an estimate, which must be labelled as one."""
         return any(map(is_estimate, self.energy_sources))
@@ -255,6 +262,11 @@ class Configuration:
         warning = f"measured in {len(values)} of {self.n_cycles} cycles: {reasons}" if is_partial else None
         no_interval = why if len(values) > 1 else None
         return Estimate(metric, values, self.confidence, self.share, no_interval, all_attempts, None, warning, combined)
+
+
+def _has_seed(requested: Mapping[str, Any]) -> bool:
+    traffic = requested.get("traffic_simulation") or {}
+    return requested.get("random_seed", "default") is not None or traffic.get("seed") is not None
 
 
 def estimate_note(configurations: Iterable[Configuration]) -> str:

@@ -19,6 +19,7 @@ from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES
 from lem.results.run import (
     ENERGY,
+    REPLAYED,
     SHARED_LOAD,
     SINGLE_CYCLE,
     Configuration,
@@ -28,6 +29,7 @@ from lem.results.run import (
     estimate_note,
 )
 from lem.results.stats import CONFIDENCE
+from lem.results.trends import BLOCKS, SAME_ORDER, is_same_order, ran_later
 from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
 
 _LATENCIES = (("TTFT", "ttft_p50_s"), ("e2e", "e2e_p50_s"))
@@ -173,6 +175,12 @@ class _RunTable:
             yield COMBINED_NOTE
         if why := why_unknown(energies):
             yield f"Combined uncertainty of the energy not known: {'; '.join(why)}."
+        if replayed := [item for item in self._configurations if item.is_replayed]:
+            yield f"Traffic{self._of(replayed, 'of')}: {REPLAYED}."
+        if later := ran_later(self._run):
+            yield f"No verdict{self._of(later, 'on')}: {BLOCKS}."
+        elif is_same_order(self._run):
+            yield f"{SAME_ORDER.text.capitalize()}."
         if self._run.stopping is not None:
             yield f"Cycles were added {self._run.stopping.describe()}: {self._run.stopping.correction}."
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from lem.base.reasons import Reason
 from lem.base.units import percent
 from lem.record import Record
-from lem.results.metrics import Metric
-from lem.results.run import ENERGY, THROUGHPUT, Run
+from lem.results.metrics import Cycles, Metric, by_cycle
+from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run
 from lem.results.stats import AUTOCORRELATION_SOUGHT, Autocorrelation, autocorrelation_of
 from lem.results.student import student_t_quantile
 
 # A trend is reported if it is larger than this from the first place to the last, and if it is not chance.
 DRIFT_FLAGGED = 0.01
 FALSE_ALARMS = 0.05
+
+BLOCKS, SAME_ORDER = Reason.of("blocks"), Reason.of("same_order")
 
 WATCHED = (ENERGY, THROUGHPUT)  # for drift
 
@@ -98,6 +101,39 @@ def without_means(values: Sequence[float], *groupings: Sequence[Hashable]) -> li
     return left
 
 
+def ran_apart(one: Configuration, other: Configuration) -> bool:
+    """Whether all cycles of one came before those of the other: then they share no block of time."""
+    (first, last), (begin, end) = _span(one), _span(other)
+    return min(one.n_cycles, other.n_cycles) > 1 and (last < begin or end < first)
+
+
+def ran_later(run: Run) -> list[Configuration]:
+    """The configurations of which all cycles came after those of another one."""
+    several = [item for item in run.with_results if item.n_cycles > 1]
+    ended_first = min((_span(item)[1] for item in several), default="")
+    return [item for item in several if _span(item)[0] > ended_first]
+
+
+def _span(configuration: Configuration) -> tuple[str, str]:
+    """When the first and the last of the used results began, in UTC."""
+    times = [record.identity.start_utc for record in configuration.used]
+    return min(times, default=""), max(times, default="")
+
+
+def is_same_order(run: Run) -> bool:
+    """Whether every cycle ran the same configurations in the same order."""
+    orders = [tuple(record.identity.config_hash for record in members) for members in _in_order(run).values()]
+    most = max(map(len, orders), default=0)
+    whole = [order for order in orders if len(order) == most]
+    return most > 1 and len(whole) > 1 and len(set(whole)) == 1
+
+
+def _in_order(run: Run) -> Cycles:
+    """The used records of each cycle in the order in which they ran."""
+    used = (record for item in run.with_results for record in item.used)
+    return by_cycle(sorted(used, key=lambda item: item.identity.order_index))
+
+
 def drift_of(run: Run, metric: Metric) -> Drift | None:
     """How a metric moves from the first experiment to the last: the slope over cycle means; None with too few cycles.
 
@@ -151,8 +187,7 @@ def _cycle_means(run: Run, metric: Metric) -> dict[_Cycle, tuple[float, float]]:
 def position_effect(run: Run, metric: Metric) -> Drift | None:
     """How a metric moves from the first place within a cycle to the last; None where every cycle has the same order."""
     rows = _values(run, metric)
-    cycles = by_cycle(record for _, record, _ in rows)
-    place_of = {item.identity.key: place for members in cycles.values() for place, item in enumerate(members)}
+    place_of = {item.identity.key: place for members in _in_order(run).values() for place, item in enumerate(members)}
     places = [place_of[record.identity.key] for _, record, _ in rows]
     names, numbers = [name for name, *_ in rows], [record.identity.cycle_index for _, record, _ in rows]
     effect = trend_of(places, [math.log(value) for *_, value in rows], names, numbers, length=max(places, default=0))
@@ -166,14 +201,3 @@ def _values(run: Run, metric: Metric) -> list[tuple[str, Record, float]]:
         for record in item.used
         if (value := metric.read(record)[0]) is not None and value > 0
     ]
-
-
-def in_order(records: Iterable[Record]) -> list[Record]:
-    return sorted(records, key=lambda item: item.identity.order_index)
-
-
-def by_cycle(records: Iterable[Record]) -> Mapping[int, Sequence[Record]]:
-    found: dict[int, list[Record]] = {}
-    for record in in_order(records):
-        found.setdefault(record.identity.cycle_index, []).append(record)
-    return found

@@ -53,6 +53,7 @@ class RunRequest(Message, kind="run"):
     result_dir: str  # absolute path as the worker sees it
     engine_key: str  # hash of the options that need a reload
     keep_engine: bool  # leave the engine loaded afterwards
+    draw: int = 0  # of arrivals and prompts from their seeds; every cycle has its own
     gap_s: float | None = None  # the gap before this experiment, for the record
     gap_end_code: str | None = None  # why that gap ended
     executor: str = "local"  # or `docker`

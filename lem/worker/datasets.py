@@ -28,7 +28,7 @@ from lem.base.variables import (
     is_cache_read_only,
 )
 from lem.config.experiment import DATASET_ALIASES, DatasetConfig, ExperimentConfig, HuggingFacePrompts
-from lem.worker.prompts import Prompt, ResolvedPrompts, fingerprint, text_of_record
+from lem.worker.prompts import Prompt, ResolvedPrompts, fingerprint, seed_of_draw, text_of_record
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def choice_of_name(
 
 
 def resolve_dataset(
-    config: ExperimentConfig, environ: Mapping[str, str], secrets: Mapping[str, str]
+    config: ExperimentConfig, environ: Mapping[str, str], secrets: Mapping[str, str], draw: int = 0
 ) -> ResolvedPrompts:
     """The prompts of an experiment's data set, with its source, revision and hash.
 
@@ -95,7 +95,7 @@ def resolve_dataset(
     else:
         rows, revision = _load_from_hub(choice, secrets.get(TOKEN_VARIABLE))
         source = {"kind": "hub", "revision": revision}
-    prompts, warnings = _draw(rows, choice)
+    prompts, warnings = _draw(rows, choice, draw)
     chosen = {item.name: getattr(choice, item.name) for item in fields(choice) if item.name != "sample_size"}
     contents = {"sha256": fingerprint(prompts), "count": len(prompts)}
     return ResolvedPrompts(prompts, {**source, **chosen, **contents}, warnings)
@@ -293,7 +293,7 @@ def _writable_cache(folder: Path, is_offline: bool) -> Iterator[str | None]:
 # Rows
 
 
-def _draw(rows: Iterable[Row], choice: DatasetChoice) -> tuple[tuple[Prompt, ...], tuple[Reason, ...]]:
+def _draw(rows: Iterable[Row], choice: DatasetChoice, draw: int) -> tuple[tuple[Prompt, ...], tuple[Reason, ...]]:
     texts: list[str] = []
     skipped = 0
     for row in rows:
@@ -307,7 +307,7 @@ def _draw(rows: Iterable[Row], choice: DatasetChoice) -> tuple[tuple[Prompt, ...
     if not texts:
         raise _error(f"data set {choice.name}: no prompts found", "choose another column or split")
     if choice.shuffle_seed is not None:
-        shuffle(texts, choice.shuffle_seed)
+        shuffle(texts, seed_of_draw(choice.shuffle_seed, draw))
     wanted = choice.sample_size
     chosen = tuple(Prompt(text) for text in texts[:wanted])
     warnings = [Reason.of("rows_skipped", name=choice.name, skipped=skipped)] if skipped else []
@@ -316,7 +316,7 @@ def _draw(rows: Iterable[Row], choice: DatasetChoice) -> tuple[tuple[Prompt, ...
     return chosen, tuple(warnings)
 
 
-def shuffle(items: list[str], seed: int) -> None:
+def shuffle(items: list[str], seed: int | str) -> None:
     """Bring the items into another order (Fisher and Yates), the same for the same seed in every Python."""
     rng = random.Random(seed)
     for last in range(len(items) - 1, 0, -1):

@@ -20,7 +20,6 @@ from lem.base.errors import ConfigurationError, EngineError
 from lem.base.measurement import Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.config.backends import WIDTH_OPTIONS
 from lem.config.experiment import ExperimentConfig, WarmupConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Completion, Engine, TokenRequest
@@ -29,7 +28,7 @@ from lem.record import CONFIG_FILE, OUTPUTS_FILE, PROMPTS_FILE, Record
 from lem.worker.channel import RunRequest, redact
 from lem.worker.datasets import resolve_dataset
 from lem.worker.metering import Metering, Reporter, open_metering
-from lem.worker.prompts import ResolvedPrompts, resolve_on_host, write_prompts
+from lem.worker.prompts import ResolvedPrompts, resolve_on_host, seed_of_draw, write_prompts
 from lem.worker.recording import Findings, Residence, WarmupOutcome, compose_record, read_host
 from lem.worker.requests import DisjointRequests, TrafficPlan, encode_prompts, measure_traffic, serve_all
 from lem.worker.window import Answer, MeasuredWindow, measure_batch
@@ -100,7 +99,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
         config = ExperimentConfig.from_dict(request.config)
     is_resident = engine.is_resident(request.engine_key)
     metering = open_metering(request, config, is_resident=is_resident, clock=clock, reporter=reporter)
-    prompts = _resolve_prompts(config, folder, request.secrets)
+    prompts = _resolve_prompts(config, folder, request)
 
     if not is_resident:
         metering.rest_bare()
@@ -119,7 +118,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     engine.own_pids = metering.find_own_processes(engine.own_pids)
     reporter.phase("window")
     loaded.reset_peak_memory()
-    measured = _measure(loaded, requests, config, warmup, metering)
+    measured = _measure(loaded, requests, config, warmup, metering, _seed_of_arrivals(config, request))
     peak_b = loaded.peak_memory_b()
     reporter.phase("cooldown")
     if request.keep_engine:
@@ -158,13 +157,23 @@ def _refusing(kind: str) -> Iterator[None]:
         raise EngineError(error.message, error.hint, kind=kind, is_permanent=True) from error
 
 
-def _resolve_prompts(config: ExperimentConfig, folder: Path, secrets: Mapping[str, str]) -> ResolvedPrompts:
+def _resolve_prompts(config: ExperimentConfig, folder: Path, request: RunRequest) -> ResolvedPrompts:
     """The prompts the host left in the result folder, else those of the data set, which are then left there."""
     with _refusing("prompts"):
-        resolved = resolve_on_host(config, folder) or resolve_dataset(config, os.environ, secrets)
+        resolved = resolve_on_host(config, folder, draw=request.draw)
+        resolved = resolved or resolve_dataset(config, os.environ, request.secrets, request.draw)
     if not (folder / PROMPTS_FILE).is_file():
         write_prompts(folder, resolved.prompts)
     return resolved
+
+
+def _seed_of_arrivals(config: ExperimentConfig, request: RunRequest) -> int | str:
+    """The same for all configurations of a cycle: those without a seed share arrivals that no other run has."""
+    traffic, identity = config.traffic_simulation, request.identity
+    seed = config.random_seed if traffic.seed is None else traffic.seed
+    if seed is None:
+        return f"{identity.get('run_id')}/{identity.get('cycle_index')}"
+    return seed_of_draw(seed, request.draw)
 
 
 def _measure(
@@ -173,6 +182,7 @@ def _measure(
     config: ExperimentConfig,
     warmup: WarmupOutcome,
     metering: Metering,
+    arrival_seed: int | str,
 ) -> MeasuredWindow:
     clock, traffic = metering.clock, config.traffic_simulation
     min_window_s = metering.window_floor_s()
@@ -181,7 +191,7 @@ def _measure(
             mode=traffic.mode,
             target_qps=traffic.target_qps,
             concurrency=traffic.concurrency,
-            seed=config.random_seed if traffic.seed is None else traffic.seed,
+            seed=arrival_seed,
             min_window_s=min_window_s,
             ramp_limit_s=max(min_window_s, RAMP_STEPS * (warmup.step_s or 0.0)),
         )
@@ -261,13 +271,8 @@ def _warm_up(
 
 def _width(config: ExperimentConfig, prompts: int) -> int:
     """How many requests the measurement runs at once."""
-    traffic = config.traffic_simulation
-    if traffic.enabled and traffic.mode == "closed":
-        return traffic.concurrency
-    if config.streaming and not traffic.enabled:
-        return 1
-    width: int = getattr(config.section, WIDTH_OPTIONS[config.backend])
-    return min(width, prompts)
+    most = config.most_at_once(None)
+    return min(config.width, prompts) if most is None else most
 
 
 def warm_up(

@@ -54,9 +54,18 @@ class Prompt:
 BUNDLED = SyntheticPrompts(distribution=experiment.BUNDLED_DISTRIBUTION)
 
 
-def generate(plan: SyntheticPrompts) -> tuple[Prompt, ...]:
+def seed_of_draw(seed: int, draw: int) -> int | str:
+    """The seed of a `random.Random` for one of many draws: of prompts or arrivals, one for each cycle.
+
+    The first draw is that of builds that drew once for all cycles. A seed of text is hashed with SHA-512, the same on
+    every Python and machine.
+    """
+    return seed if draw == 0 else f"{seed}/{draw}"
+
+
+def generate(plan: SyntheticPrompts, draw: int = 0) -> tuple[Prompt, ...]:
     """Made-up prompts, no two alike, of which each has its length in tokens and at least as many words."""
-    rng = random.Random(plan.seed)
+    rng = random.Random(seed_of_draw(plan.seed, draw))
     made: list[Prompt] = []
     for index in range(plan.sample_size):
         length = _draw_length(plan.input_tokens, plan.distribution, rng)
@@ -105,10 +114,11 @@ class ResolvedPrompts:
     warnings: tuple[Reason, ...] = ()
 
 
-def resolve_on_host(config: ExperimentConfig, folder: Path | None = None) -> ResolvedPrompts | None:
+def resolve_on_host(config: ExperimentConfig, folder: Path | None = None, *, draw: int = 0) -> ResolvedPrompts | None:
     """The prompts of an experiment; None for a data set, which needs a hub or the `datasets` package.
 
-    Those in the `prompts.jsonl` of `folder`, a result folder, are taken as they are. Without `dataset` and `prompts` it
+    Those in the `prompts.jsonl` of `folder`, a result folder, are taken as they are; others are made anew for each
+    `draw`. Without `dataset` and `prompts` it
     is the bundled synthetic set, and the source says so. Where a file holds fewer than `sample_size`, all of them are
     taken and a warning says so: a repeated prompt would meet a warm prefix cache. Raises PromptError: a file that
     cannot be read or holds no usable prompts.
@@ -123,7 +133,7 @@ def resolve_on_host(config: ExperimentConfig, folder: Path | None = None) -> Res
     elif isinstance(chosen, FilePrompts):
         prompts = read_prompt_file(Path(chosen.path))[: chosen.sample_size]
     else:
-        prompts = generate(plan)
+        prompts = generate(plan, draw)
     contents = {"revision": None, "sha256": fingerprint(prompts), "count": len(prompts)}
     if isinstance(chosen, FilePrompts):
         path, wanted = str(chosen.path), chosen.sample_size or 0

@@ -76,7 +76,8 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
     """
     request, measured, energy = found.request, found.measured, found.energy
     done = describe_work(measured, found.config)
-    work = Work.of(**done.work, token_source="engine_ids", prompt_source=found.prompts.source)  # noqa: S106
+    source = {**found.prompts.source, "draw": request.draw}
+    work = Work.of(**done.work, token_source="engine_ids", prompt_source=source)  # noqa: S106
     # The user's metadata as written: a reference to the environment stays a reference.
     metadata = found.requested.get("extra_metadata")
     composed = Record(

@@ -136,7 +136,7 @@ class TrafficPlan:
     mode: str  # `poisson` or `constant` (open loop: arrivals do not wait for completions), or `closed`
     target_qps: float  # arrivals a second in the open loop
     concurrency: int  # requests always in flight in the closed loop
-    seed: int | None  # of the arrival times; None draws others each time
+    seed: int | str  # of the arrival times
     min_window_s: float
     ramp_limit_s: float  # the longest ramp before the window
 

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from lem.config import rules
+from lem.config.backends import BACKENDS
 from lem.config.experiment import ExperimentConfig
+from lem.config.introspection import template
 from lem.config.load import load_campaign, load_experiment
 from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
 from lem.orchestration.plan import build_plan
+from tests.documentation import Block, blocks, pages
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -64,3 +67,33 @@ def test_two_backends_run_the_same_work_in_another_order_every_cycle() -> None:
     assert {item.backend for item in plan.experiments} == {"pytorch", "vllm"}
     assert len(plan.experiments) == 2 * 2 * 3
     assert all(item.config.ignore_eos and item.config.decoder.is_greedy for item in plan.experiments)
+
+
+BLOCKS = [it for page in pages() for it in blocks(page) if "campaign_name:" in it.text and "grid:" in it.text]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_the_grids_of_the_documentation_compare_what_can_differ(block: Block, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(block.text, encoding="utf-8")
+    assert not _cannot_differ(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name", CAMPAIGNS)
+def test_the_grids_of_the_examples_compare_what_can_differ(name: str) -> None:
+    assert not _cannot_differ(EXAMPLES / name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_grid_of_a_template_compares_what_can_differ(backend: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(template("campaign", backend), encoding="utf-8")
+    assert not _cannot_differ(tmp_path / "c.yaml")
+    # With fewer prompts, it would not.
+    loaded = load_campaign(tmp_path / "c.yaml", [("num_samples", 4)])
+    assert any(issue.why[0].code == "at_option" for issue in build_plan(loaded.config, loaded.listed).warnings)
+
+
+def _cannot_differ(path: Path) -> list[str]:
+    loaded = load_campaign(path)
+    plan = build_plan(loaded.config, loaded.listed)
+    assert len(plan.configurations) > 1
+    return [issue.reason for issue in plan.warnings if {"cannot_differ", "at_option"} & {why.code for why in issue.why}]

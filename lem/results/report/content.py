@@ -22,6 +22,7 @@ from lem.results.metrics import Metric
 from lem.results.report.plot import GROUPS_MAX
 from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run, estimate_note
 from lem.results.store import config_of_problem, configuration_of
+from lem.results.trends import SAME_ORDER, is_same_order
 
 NOT_GIVEN = "not given"
 
@@ -338,6 +339,8 @@ def verdict_of(report: Report) -> Verdict:
     rows = [(entry, pair.rows[0]) for entry, pair in zip(others, pairs, strict=True)]
     compared = [(entry, row) for entry, row in rows if row.p_adjusted is not None and row.effect is not None]
     refused = [(entry, row.reason) for entry, row in rows if row.p_adjusted is None and row.reason is not None]
+    if compared and is_same_order(report.run):
+        remarks.append(f"{SAME_ORDER.text.capitalize()}.")
     confounded = [
         f"Against {_names([entry])} confounded by {item.reason}."
         for entry, pair in zip(others, pairs, strict=True)

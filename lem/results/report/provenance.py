@@ -82,7 +82,10 @@ def _machine_range(name: str, records: Sequence[Record]) -> str:
 
 
 def _prompts(record: Record) -> str:
-    parts = ((key, record.work.prompt_source.get(key)) for key in ("kind", "name", "count", "sha256"))
+    source = record.work.prompt_source
+    # Where every cycle draws its own, the seed of the draws names them.
+    drawn = next((key for key in ("seed", "shuffle_seed") if "draw" in source and source.get(key) is not None), None)
+    parts = ((key, source.get(key)) for key in ("kind", "name", "count", drawn or "sha256"))
     return ", ".join(f"{key} {value}" for key, value in parts if value is not None)
 
 

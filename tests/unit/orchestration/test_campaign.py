@@ -16,8 +16,9 @@ from lem.config.campaign_config import CampaignColdStartConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.load import complete_campaign, load_campaign
 from lem.orchestration.grid import config_hash, prompts_fingerprint
+from lem.orchestration.journal import sealed
 from lem.orchestration.manifest import JOURNALED_FROM, ManifestManager
-from lem.orchestration.plan import plan_campaign
+from lem.orchestration.plan import build_plan, plan_campaign
 from lem.orchestration.resume import RunOptions
 from lem.record import read_record, write_record
 from lem.results.check import check_run
@@ -219,6 +220,50 @@ def test_the_seed_in_the_manifest_is_the_one_of_the_order_that_runs(place):
     assert {request.identity["shuffle_seed"] for request in place.requests} == {2}
 
 
+def _as_by_older_build(place):
+    """Make the manifest one of a build that knew no `balanced`."""
+    manifest = place.manifest()
+    manifest.structure = None
+    ManifestManager(_manifest_path(place)).save(manifest)
+    without = _manifest_path(place).read_bytes().replace(b'  "structure": null,\n', b"")
+    body = without.split(b"\n", 3)[3]
+    _manifest_path(place).write_bytes(sealed(body))
+
+
+def test_a_campaign_that_an_older_build_began_keeps_its_order_its_prompts_and_its_hashes(place):
+    wide = {"traffic_simulation.enabled": [True], "traffic_simulation.mode": ["closed"]}
+    shared = {**wide, "traffic_simulation.concurrency": [40]}
+    older = make_campaign(place.folder, shared=shared, execution={"cycles": 3, "structure": "interleaved"})
+    place.runner(older, {EIGHT: ["ok", UserError("gone")]}, plan=build_plan(older).as_by_older_build()).run()
+    _as_by_older_build(place)
+    before = place.manifest()
+    place.events.clear()
+    place.run(options=RESUME, shared=shared, execution={"cycles": 3})
+    assert place.asked() == [(EIGHT, 2, 2), (FOUR, 3, 1), (EIGHT, 3, 1)]
+    assert {request.draw for request in place.requests} == {0}
+    assert {len(_prompts(request)) for request in place.requests} == {32}
+    manifest = place.manifest()
+    assert [item.exp_id for item in manifest.experiments] == [item.exp_id for item in before.experiments]
+    assert manifest.is_complete
+    assert _notes(place)[0].startswith("Resuming: 3 remaining (3 completed")
+    assert "its order stays interleaved" in _notes(place)[1]
+
+
+def test_every_cycle_draws_prompts_of_its_own_that_its_configurations_share(place):
+    place.run({EIGHT: ["invalid", "ok"]})
+    drawn: dict[int, set[tuple[str, ...]]] = {}
+    for request in place.requests:
+        drawn.setdefault(request.identity["cycle_index"], set()).add(_prompts(request))
+    assert sorted(map(len, drawn.values())) == [1, 1], "also of a second attempt"
+    assert drawn[0].isdisjoint(drawn[1])
+    assert {(item.draw, item.identity["cycle_index"]) for item in place.requests} == {(0, 0), (1, 1)}
+    assert len(place.requests) == 5
+
+
+def _prompts(request):
+    return tuple((Path(request.result_dir) / "prompts.jsonl").read_text().splitlines())
+
+
 # --- environment
 
 
@@ -358,7 +403,7 @@ def test_a_campaign_whose_results_vanish_while_it_runs_does_not_report_them_as_c
             path.unlink()
         return "ok"
 
-    outcome = place.run({EIGHT: ["ok", remove_the_others]})
+    outcome = place.run({EIGHT: ["ok", remove_the_others]}, execution={"structure": "interleaved"})
     assert place.statuses().count("completed") == outcome.manifest.completed_count == 1
     assert outcome.error is not None
     assert outcome.error.message.startswith("3 results missing, or not as measured: ")

@@ -169,3 +169,12 @@ def test_a_configuration_half_measured_by_a_lost_host_is_measured_whole_by_anoth
     assert len(cycles) == 2
     assert [host.name for host in anew.hosts if cycles & set(host.exp_ids)] == ["gpu1"]  # gpu3 has the anchor to do
     assert cycles <= set(anew.part(1).exp_ids)
+
+
+def test_a_plan_that_an_older_build_stored_is_run_in_its_order() -> None:
+    found = plan(4, 8, 16)
+    older = fleet(found.as_by_older_build(), "gpu1", "gpu2", is_replicated=True)
+    assert older.config_hash != found.config_hash
+    part = part_of_plan(found, 1, 2, older)
+    assert [item.exp_id for item in part.experiments] == [item.exp_id for item in older.experiments]
+    assert part.execution.structure == "interleaved"

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.load import Loaded, complete_campaign, load_campaign, load_experiment
-from lem.orchestration.grid import NO_MODEL
+from lem.orchestration.grid import NO_MODEL, config_hash, prompts_fingerprint
+from lem.orchestration.order import cycle_order
 from lem.orchestration.plan import (
     ExpectedDurations,
     ExpectedTime,
@@ -65,7 +67,7 @@ def test_configs_grid_and_experiments_stand_together(file_a: str) -> None:
         execution={"cycles": 2},
     )
     assert found.summary == "Generated 5 experiments (0 filtered, 0 warnings)"
-    assert order(found) == "3/1 4/1 5/1 1/1 2/1 3/2 4/2 5/2 1/2 2/2"
+    assert order(found) == "3/1 4/1 5/1 1/1 2/1 2/2 1/2 5/2 4/2 3/2"
     assert len(found.configurations) == 5
 
 
@@ -230,6 +232,38 @@ def test_interleaved_and_grouped_orders() -> None:
     assert ordered("AB", "grouped", cycles=3) == "A1 A2 A3 B1 B2 B3"
 
 
+def test_balanced_rotates_and_mirrors_the_order_from_cycle_to_cycle() -> None:
+    assert ordered("ABC", "balanced", cycles=4) == "A1 B1 C1 C2 B2 A2 B3 C3 A3 A4 C4 B4"
+    # Longer campaigns begin like shorter ones.
+    assert ordered("ABCD", "balanced", cycles=5).startswith(ordered("ABCD", "balanced", cycles=3))
+
+
+@pytest.mark.parametrize(
+    ("engines", "cycles"), [("xy", 4), ("xyz", 6), ("xxx", 6), ("xxyy", 8), ("xxyyzz", 24), ("xxxyyy", 24)]
+)
+def test_in_a_balanced_campaign_every_configuration_is_in_every_place_equally_often(engines: str, cycles: int) -> None:
+    names = "ABCDEF"[: len(engines)]
+    by_name = dict(zip(names, engines, strict=True))
+    words = ordered(names, "balanced", cycles=20, engines=by_name).split() if cycles <= 20 else []
+    orders = [cycle_order(engines, "balanced", 42, cycle) for cycle in range(cycles)]
+    found = Counter((place, index) for order in orders for place, index in enumerate(order))
+    assert set(found.values()) == {cycles // len(engines)}
+    shown = [word[0] for word in words[: len(names) * cycles]]
+    assert not words or shown == [names[index] for order in orders for index in order]
+
+
+@pytest.mark.parametrize("reuse", ["cycle", "none"])
+def test_a_balanced_campaign_loads_as_few_engines_as_an_interleaved_one(reuse: str) -> None:
+    engines = dict(zip("ABCDEFG", "xyxzyyx", strict=True))
+    given = [experiment(f"{name}1", engines) for name in engines]
+    loads = []
+    for structure in ("balanced", "interleaved"):
+        found = plan(grid=grid(1), execution={"structure": structure, "cycles": 7, "reuse": reuse})
+        found = replace(found, experiments=order_experiments(given, found.execution))
+        loads.append(sum(found.loads()))
+    assert loads[0] == loads[1] == (3 * 7 if reuse == "cycle" else 7 * 7)
+
+
 def test_shuffled_has_every_configuration_once_a_cycle_in_an_order_of_its_own() -> None:
     words = ordered("ABCDEFGH", "shuffled", cycles=3).split()
     cycles = [words[:8], words[8:16], words[16:]]
@@ -255,6 +289,104 @@ def test_shuffle_is_the_same_for_a_seed_everywhere_and_another_cycle_leaves_the_
     assert ordered("ABCDEF", "shuffled", cycles=1, seed=42) == "D1 A1 F1 C1 B1 E1"
     assert ordered("ABCDEF", "shuffled", seed=1) != ordered("ABCDEF", "shuffled", seed=2)
     assert ordered("ABCD", "shuffled", cycles=3).startswith(ordered("ABCD", "shuffled", cycles=2))
+
+
+# Cells that cannot differ
+
+VLLM = {"model": "gpt2", "backend": "vllm"}
+EIGHT_PROMPTS = {"type": "synthetic", "sample_size": 8}
+
+
+def cells(shared: dict[str, Any], overrides: dict[str, Any], backend: str = "vllm") -> list[str]:
+    """The warnings about a grid, without those about its parts."""
+    axes = {key: value if isinstance(value, list) else [value] for key, value in shared.items()}
+    made = plan(grid={"backends": [backend], "shared": axes, "backend_overrides": {backend: overrides}})
+    assert len(made.configurations) > 1
+    return [item.reason for item in made.warnings if item.why[0].code in ("cannot_differ", "at_option")]
+
+
+GREEDY = {"decoder.preset": "deterministic", "prompts": EIGHT_PROMPTS}
+CLOSED = {"traffic_simulation.enabled": True, "traffic_simulation.mode": "closed", "prompts": EIGHT_PROMPTS}
+WIDE = "vllm.max_num_seqs: {} acts as {}, since there are never more requests at once"
+
+
+def same(options: str) -> str:
+    return Reason.of("cannot_differ", options=options).text
+
+
+@pytest.mark.parametrize(
+    ("shared", "overrides", "found"),
+    [
+        # 256 is the default of lem, so nobody asked for it.
+        ({"prompts": EIGHT_PROMPTS}, {"max_num_seqs": [64, 256]}, [WIDE.format(64, 8), same("vllm.max_num_seqs")]),
+        ({"prompts": EIGHT_PROMPTS}, {"max_num_seqs": [4, 8]}, []),
+        ({"dataset": "alpaca"}, {"max_num_seqs": [64, 128]}, []),
+        ({"dataset": {"name": "alpaca", "sample_size": 16}}, {"max_num_seqs": [8, 256]}, []),
+        ({**GREEDY, "streaming": True}, {"max_num_seqs": [1, 256]}, [same("vllm.max_num_seqs")]),
+        (
+            {**CLOSED, "traffic_simulation.concurrency": [4, 64]},
+            {"max_num_seqs": [16, 32]},
+            [WIDE.format(16, 4), WIDE.format(32, 4), same("vllm.max_num_seqs")],
+        ),
+        (
+            {**GREEDY, "decoder.top_k": [5, 50]}, {},
+            ["decoder.top_k: top_k has no effect under greedy decoding", same("decoder.top_k")],
+        ),
+        (
+            {**GREEDY, "random_seed": [1, 2]}, {"min_p": [0.1, 0.2]},
+            [same("random_seed"), same("vllm.min_p"), same("random_seed and vllm.min_p")],
+        ),
+        ({**GREEDY, "random_seed": [1, None]}, {}, []),
+        ({"ignore_eos": True, "min_output_tokens": [1, 128]}, {}, [same("min_output_tokens")]),
+        ({"max_output_tokens": [1, 128]}, {}, []),
+    ],
+)  # fmt: skip
+def test_cells_that_cannot_differ_are_named_before_the_run(
+    shared: dict[str, Any], overrides: dict[str, Any], found: list[str]
+) -> None:
+    assert sorted(cells(shared, overrides)) == sorted(found)
+
+
+def test_prompts_of_a_file_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "three.txt").write_text("one\ntwo\nthree\n")
+    prompts = {"type": "file", "path": str(tmp_path / "three.txt"), "sample_size": 8}
+    wide = "pytorch.batch_size: 4 acts as 3, since there are never more requests at once"
+    assert cells({"prompts": prompts}, {"batch_size": [1, 3, 4]}, "pytorch") == [wide, same("pytorch.batch_size")]
+
+
+def test_without_prompts_the_synthetic_set_is_as_large_as_the_widest_configuration_needs() -> None:
+    made = plan(
+        grid={"backends": ["pytorch", "vllm"], "backend_overrides": {"vllm": {"max_num_seqs": [64, 300]}}},
+        experiments=[
+            {**VLLM, "prompts": EIGHT_PROMPTS, "config_name": "own"},
+            {**VLLM, "dataset": {"name": "alpaca", "sample_size": 7}, "config_name": "hub"},
+        ],
+    )
+    assert {item.config_name: item.n_prompts for item in made.configurations} == {
+        "own": 8, "hub": 7, "pytorch": 300, "vllm-max_num_seqs=64": 300, "vllm-max_num_seqs=300": 300,
+    }  # fmt: skip
+    assert (made.enlarged_to, made.warnings) == (300, ())
+    before = made.as_by_older_build()
+    assert {item.n_prompts for item in before.configurations} == {8, 7, 32}
+    assert before.enlarged_to is None
+    # As it was before: the bundled set, and its hash.
+    bare = ExperimentConfig.from_dict({"model": "gpt2", "warmup": {"min_prompts": 5, "timeout_seconds": 30.0}})
+    pytorch = next(item for item in before.configurations if item.backend == "pytorch")
+    assert pytorch.config_hash == config_hash(bare, prompts_fingerprint(bare))
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"pytorch": {"batch_size": 32}}, 32),
+        ({"pytorch": {"batch_size": 33}}, 33),
+        ({"pytorch": {"batch_size": 33}, "streaming": True}, 32),
+        ({"traffic_simulation": {"enabled": True, "mode": "closed", "concurrency": 40}}, 40),
+        ({"backend": "vllm", "traffic_simulation": {"enabled": True, "mode": "poisson"}}, 32),
+    ],
+)
+def test_what_a_configuration_needs(options: dict[str, Any], count: int) -> None:
+    assert plan(experiments=[options]).configurations[0].n_prompts == count
 
 
 # Gaps

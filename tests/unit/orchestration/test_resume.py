@@ -315,7 +315,7 @@ def test_five_cycles_are_run_at_least_and_no_more_where_they_are_enough(place):
 
 def test_whole_cycles_are_added_until_every_configuration_is_narrow(place):
     outcome = _run(place, NOISY, execution={"cycles": 5, "cycle_gap_seconds": 30})
-    assert place.asked()[10:] == [(FOUR, 6, 1), (EIGHT, 6, 1)]
+    assert place.asked()[10:] == [(EIGHT, 6, 1), (FOUR, 6, 1)]
     manifest = place.manifest()
     assert (manifest.total_experiments, manifest.is_complete) == (12, True)
     assert [entry.order_index for entry in manifest.experiments] == list(range(12))
@@ -345,7 +345,7 @@ def test_a_resume_keeps_the_cycles_that_were_added_and_ends_as_if_never_interrup
     assert place.manifest().total_experiments == 12
     options = RunOptions(until=_rule() if is_topped_up else None, resume=True)
     second = place.run({FOUR: [100.0]}, options=options, execution=FIVE)
-    assert place.asked() == [(EIGHT, 6, 1)]
+    assert place.asked() == [(FOUR, 6, 1)]
     assert place.manifest().is_complete
     assert ("after 6 cycles" in second.remark) is is_topped_up
     assert _kept(place).looks == ((5, 6) if is_topped_up else (5,))
@@ -358,7 +358,7 @@ def test_a_finished_campaign_is_topped_up_when_it_is_resumed_with_a_target_in_th
         _run(place, resume=True, environment={**ENVIRONMENT, "torch": "9.9.9"}, execution=FIVE)
     assert place.manifest().total_experiments == 10
     outcome = _run(place, {FOUR: [100.0]}, rule=_rule("ci=3.8%"), resume=True, execution=FIVE)
-    assert place.asked() == [(FOUR, 6, 1), (EIGHT, 6, 1)]
+    assert place.asked() == [(EIGHT, 6, 1), (FOUR, 6, 1)]
     assert "after 6 cycles" in outcome.remark
     assert (_kept(place).looks, _kept(place).added) == ((5, 6), (5,))
 

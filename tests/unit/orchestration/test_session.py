@@ -19,7 +19,7 @@ DIED = EngineError("the engine died", "look at the log", kind="died")
 
 def test_every_experiment_runs_once_in_the_order_of_the_plan_in_one_worker(place):
     outcome = place.run()
-    assert place.asked() == [(FOUR, 1, 1), (EIGHT, 1, 1), (FOUR, 2, 1), (EIGHT, 2, 1)]
+    assert place.asked() == [(FOUR, 1, 1), (EIGHT, 1, 1), (EIGHT, 2, 1), (FOUR, 2, 1)]
     assert place.statuses() == ["completed"] * 4
     assert (outcome.stopped, outcome.error, outcome.signum) == (None, None, None)
     pairs = ["experiment_started", "experiment_completed"] * 4

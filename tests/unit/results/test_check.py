@@ -144,7 +144,7 @@ NEAR = dataclasses.replace(VLLM, name="vllm64", batch_size=64, energy_per_output
         ),
         ("drift", True, dataclasses.replace(FINE, drift=0.03), "Energy per output token rises by 3", ()),
         ("same_order", False, dataclasses.replace(FINE, structure="interleaved"), "the same in every cycle", ()),
-        ("grouped", True, dataclasses.replace(FINE, structure="grouped"), "ran in its own block", ()),
+        ("grouped", True, dataclasses.replace(FINE, structure="grouped"), "all ran before", ("vllm",)),
         ("few_cycles", True, dataclasses.replace(FINE, cycles=1), "one cycle has no interval", ("pytorch", "vllm")),
         ("few_cycles", True, dataclasses.replace(FINE, cycles=2), "13 standard errors", ("pytorch", "vllm")),
         ("wide_interval", True, dataclasses.replace(FINE, load_sd=0.08), "is up to ±", ("pytorch", "vllm")),
@@ -263,3 +263,14 @@ def test_what_the_place_within_a_cycle_costs_is_found_in_a_shuffled_campaign():
 def test_without_energy_the_throughput_is_looked_at():
     records = [make_record(cycle=cycle, output_tok_per_s=100.0 + cycle) for cycle in range(5)]
     assert make_run(records).primary_metric.name == "output_tok_per_s"
+
+
+def test_cycles_that_replayed_their_arrivals_are_named():
+    poisson = [_section("window", traffic_mode="poisson")(record) for record in FINE.records()]
+    finding = _found(check_run(make_run(poisson)))["replayed"]
+    assert (finding.is_weak, finding.configurations) == (True, ("vllm", "pytorch"))
+    drawn = [
+        _section("work", prompt_source={**item.work.prompt_source, "draw": item.identity.cycle_index})(item)
+        for item in poisson
+    ]
+    assert "replayed" not in _found(check_run(make_run(drawn)))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from scipy import stats
 
 from lem.base.errors import ExitCode, UserError
 from lem.base.reasons import Reason
+from lem.record import Identity, Record
 from lem.results.compare import Anchor, Comparison, Row, compare_configurations, compare_runs, gate_code
+from lem.results.comparison import comparison_document, render_text
 from lem.results.metrics import parse_metric
 from lem.results.run import NO_INTERVAL, Run, make_run
 from lem.results.stats import Effect, Verdict, holm, parse_gate
@@ -152,6 +155,7 @@ def with_fast(**changes: Any) -> dict[str, Any]:
         (with_fast(output_tok_ratio=0.8), "other_output_lengths", "other output lengths"),
         ({"is_reused": True}, NO_INTERVAL.code, "cycles share an engine load"),
         ({"cycles": 1}, "one_cycle", "one cycle has no interval"),
+        ({"structure": "grouped"}, "blocks", "all ran before those of another"),
     ],
 )
 def test_what_forbids_a_verdict_is_its_reason(changes: dict[str, Any], code: str, text: str) -> None:
@@ -219,6 +223,44 @@ def test_records_in_any_order_and_twice_compare_the_same() -> None:
     records = DEMO.records()
     twice, once = (compared(make_run(found)).pairs for found in (reversed([*records, *records]), records))
     assert [pair.rows for pair in twice] == [pair.rows for pair in once]
+
+
+def test_a_configuration_that_was_added_after_the_others_gets_no_verdict_against_them() -> None:
+    early, late = run_of(configurations=(SLOW, FAST)), run_of(configurations=(WIDE,))
+    days = [_dated(early.records, "2026-07-14"), _dated(late.records, "2026-07-15")]
+    comparison = compared(make_run([*days[0], *days[1]]))
+    assert row_of(comparison, "vllm-wide").reason == Reason.of("blocks")
+    assert row_of(comparison).is_found
+
+
+def _dated(records: Iterable[Record], day: str) -> list[Record]:
+    def moved(found: Identity) -> Identity:
+        return dataclasses.replace(found, start_utc=day + found.start_utc[10:])
+
+    return [dataclasses.replace(item, identity=moved(item.identity)) for item in records]
+
+
+@pytest.mark.parametrize(("structure", "is_same"), [("interleaved", True), ("balanced", False), ("shuffled", False)])
+def test_an_order_that_is_the_same_in_every_cycle_gets_a_verdict_and_is_named(structure: str, is_same: bool) -> None:
+    comparison = compared(run_of(structure=structure))
+    assert row_of(comparison).is_found
+    assert ("The order is the same in every cycle" in render_text(comparison)) is is_same
+    assert comparison_document(comparison)["is_same_order"] is is_same
+
+
+def test_prompts_are_compared_within_cycles_since_each_cycle_draws_its_own() -> None:
+    records = [_with_prompts(item, item.identity.cycle_index) for item in run_of().records]
+    few = [item for item in records if (item.identity.config_name, item.identity.cycle_index) != ("vllm", 2)]
+    assert row_of(compared(make_run(few))).effect is not None
+    assert not [pair for pair in compared(make_run(few)).pairs if pair.obstacles]
+    other = [_with_prompts(item, 9) if item is records[1] else item for item in records]
+    obstacles = [found for pair in compared(make_run(other)).pairs for found in pair.obstacles]
+    assert {found.reason.code for found in obstacles} == {"other_prompts"}
+
+
+def _with_prompts(record: Record, number: int) -> Record:
+    source = {**record.work.prompt_source, "sha256": str(number) * 64, "draw": number}
+    return dataclasses.replace(record, work=dataclasses.replace(record.work, prompt_source=source))
 
 
 # -- two runs

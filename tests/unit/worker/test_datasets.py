@@ -29,8 +29,8 @@ def config(**options: Any) -> ExperimentConfig:
     return ExperimentConfig.from_dict({"model": "any", **options})
 
 
-def resolve(folder: Path, options: Mapping[str, Any]) -> ResolvedPrompts:
-    return resolve_dataset(config(**options), {DATASETS_VARIABLE: str(folder)}, {})
+def resolve(folder: Path, options: Mapping[str, Any], draw: int = 0) -> ResolvedPrompts:
+    return resolve_dataset(config(**options), {DATASETS_VARIABLE: str(folder)}, {}, draw)
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> None:
@@ -130,12 +130,15 @@ def test_blank_rows_are_skipped_and_too_few_are_told(tmp_path: Path) -> None:
 def test_shuffle_takes_others_by_its_seed(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "mine.jsonl", ROWS)
 
+    drawn = {"type": "huggingface", "dataset": "mine", "sample_size": 3, "shuffle": True, "seed": 1}
+
     def draw(seed: int) -> list[str]:
-        prompts = {"type": "huggingface", "dataset": "mine", "sample_size": 3, "shuffle": True, "seed": seed}
-        return texts(resolve(tmp_path, {"prompts": prompts}))
+        return texts(resolve(tmp_path, {"prompts": {**drawn, "seed": seed}}))
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
+    cycles = [texts(resolve(tmp_path, {"prompts": drawn}, draw=cycle)) for cycle in (0, 1, 1)]
+    assert cycles[0] == draw(1) != cycles[1] == cycles[2], "each cycle has its own"
     assert set(draw(1)) <= {row["prompt"] for row in ROWS}
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,9 @@ class Listener:
         self.told.append((done, total, text))
 
 
+_FIELDS = ("secrets", "gap_s", "gap_end_code", "identity", "draw")
+
+
 @dataclass
 class Bench:
     folder: Path
@@ -54,9 +58,7 @@ class Bench:
 
     def run(self, requested: Mapping[str, Any] | None = None, **given: Any) -> Record:
         """The record of an experiment; `given` are fields of the request, all else options of the experiment."""
-        fields: dict[str, Any] = {
-            name: given.pop(name) for name in ("secrets", "gap_s", "gap_end_code", "identity") if name in given
-        }
+        fields: dict[str, Any] = {name: given.pop(name) for name in _FIELDS if name in given}
         config = ExperimentConfig.from_dict({"model": "any", "warmup": {"enabled": False}, **given})
         durable.write_json(self.folder / "config.json", {"requested": requested or {"model": "any"}})
         whole: dict[str, Any] = {
@@ -526,3 +528,33 @@ def test_prompts_of_unlike_lengths_are_compared_on_equal_steps() -> None:
 def test_variation_is_sample_deviation_over_mean_of_the_last_values() -> None:
     assert variation_of([1.0, 1.0], 3) == math.inf
     assert variation_of([99.0, 1.0, 1.0, 1.18], 3) == pytest.approx(0.098, abs=0.001)  # of the population: 0.080
+
+
+TRAFFIC = {"enabled": True, "mode": "poisson", "target_qps": 20.0}
+
+
+def arrivals_s(bench: Bench, draw: int, **options: Any) -> list[float]:
+    """The first arrivals of a window, in seconds from the one before."""
+    options = {"traffic_simulation": {**TRAFFIC, **options.pop("traffic", {})}, "random_seed": 7, **options}
+    bench.run(draw=draw, measurement={"min_window_sec": 1}, **options)
+    log = read_requests(bench.folder / REQUESTS_FILENAME)
+    times_ns = sorted(item.arrived_ns for item in log.requests if item.arrived_ns is not None)
+    return [(later - earlier) / 1e9 for earlier, later in itertools.pairwise(times_ns)][:10]
+
+
+def test_every_cycle_draws_arrivals_of_its_own_and_its_configurations_share_them(bench: Bench) -> None:
+    first, second = arrivals_s(bench, 0), arrivals_s(bench, 1)
+    assert first != pytest.approx(second, rel=1e-3)
+    assert arrivals_s(bench, 1, max_output_tokens=3) == pytest.approx(second, abs=1e-6)
+    twice = arrivals_s(bench, 1, traffic={"target_qps": 40.0})
+    assert twice == pytest.approx([gap_s / 2 for gap_s in second], abs=1e-6)
+    # Without a seed, a run has arrivals that no other has, and its configurations share them.
+    unseeded = [
+        arrivals_s(bench, 0, random_seed=None, identity={**IDENTITY, "run_id": run_id}) for run_id in ("a", "a", "b")
+    ]
+    assert unseeded[0] == pytest.approx(unseeded[1], abs=1e-6)
+    assert unseeded[0] != pytest.approx(unseeded[2], rel=1e-3)
+
+
+def test_the_draw_of_prompts_is_recorded(bench: Bench) -> None:
+    assert bench.run(draw=3).work.prompt_source["draw"] == 3

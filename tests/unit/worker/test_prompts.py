@@ -222,3 +222,13 @@ def test_bundled_set_never_changes() -> None:
     text = "\n".join(f"{item.input_tokens} {item.prompt}" for item in generate(BUNDLED))
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert digest == "2c69b04f5636b590f9631642481173298127de2f77c2d946ea481dba6f966cb9"
+
+
+def test_each_draw_has_other_prompts_and_the_first_is_that_of_builds_that_drew_once() -> None:
+    drawn = [generate(BUNDLED, draw) for draw in range(3)]
+    assert drawn[0] == generate(BUNDLED)
+    assert len({prompt.prompt for prompts in drawn for prompt in prompts}) == 3 * BUNDLED.sample_size
+    assert len({tuple(prompt.input_tokens for prompt in prompts) for prompts in drawn}) == 3
+    resolved = resolve_on_host(ExperimentConfig.from_dict({"model": "any"}), draw=2)
+    assert resolved is not None
+    assert resolved.prompts == drawn[2]

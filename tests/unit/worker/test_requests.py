@@ -121,7 +121,7 @@ def closed_loop(concurrency: int, min_window_s: float = 0.05) -> TrafficPlan:
 
 
 def open_loop(
-    qps: float, min_window_s: float = 0.1, *, mode: str = "constant", ramp_limit_s: float = 1.0, seed: int | None = 1
+    qps: float, min_window_s: float = 0.1, *, mode: str = "constant", ramp_limit_s: float = 1.0, seed: int = 1
 ) -> TrafficPlan:
     return TrafficPlan(mode, qps, 1, seed=seed, min_window_s=min_window_s, ramp_limit_s=ramp_limit_s)
 
