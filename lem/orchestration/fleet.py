@@ -141,13 +141,12 @@ def part_of_plan(plan: Plan, index: int, count: int, stored: FleetPlan | None = 
 
 def matching(plan: Plan, stored: FleetPlan) -> Plan:
     """The plan with the hashes and the order of the stored plan; a UserError unless that is of this campaign."""
-    older = plan.as_by_older_build()
-    found = next((one for one in (plan, older) if one.config_hash == stored.config_hash), None)
-    if found is not None:
-        return found
-    first = older.as_first_hashed()
+    for one in (plan, plan.as_by_older_build()):
+        if one.config_hash == stored.config_hash:
+            return one
+    first = plan.as_first_hashed()
     hashes = [item.config_hash for item in first.given]
-    if stored.config_hash != campaign_config_hash(older.campaign, hashes, is_first=True):
+    if stored.config_hash != campaign_config_hash(first.campaign, hashes, is_first=True):
         text = f"{stored.config_hash}, here {plan.config_hash}"
         hint = "use the campaign file, the files that it names and the options that the plan was made with"
         raise UserError(f"the stored plan is of another version of the campaign ({text})", hint)

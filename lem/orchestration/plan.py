@@ -130,9 +130,10 @@ class Plan:
         return grid.campaign_config_hash(self.campaign, [item.config_hash for item in self.given])
 
     def as_first_hashed(self) -> Plan:
-        """The plan with the hashes of the first build."""
-        return self.with_hashes(
-            {item.config_hash: grid.config_hash(item.config, item.prompts, is_first=True) for item in self.given}
+        """The plan with the order and the hashes of the first build."""
+        older = self.as_by_older_build()
+        return older.with_hashes(
+            {item.config_hash: grid.config_hash(item.config, item.prompts, is_first=True) for item in older.given}
         )
 
     def with_hashes(self, others: Mapping[str, str]) -> Plan:

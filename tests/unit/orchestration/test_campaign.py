@@ -106,7 +106,7 @@ def test_a_configuration_stays_one_when_an_edit_of_the_grid_gives_it_another_nam
     (alone,) = _read(place).configurations
     assert alone.name != FOUR
     place.run(options=RESUME, outputs=(4, 8), execution={"cycles": 2})
-    assert place.asked() == [(EIGHT, 1, 1), (FOUR, 2, 1), (EIGHT, 2, 1)]
+    assert place.asked() == [(EIGHT, 1, 1), (EIGHT, 2, 1), (FOUR, 2, 1)]
     found = _read(place)
     assert [(item.name, item.n_cycles, item.is_removed) for item in found.configurations] == [
         (FOUR, 2, False),

@@ -103,7 +103,7 @@ def test_a_plan_stored_by_the_first_build_whose_hashes_held_timeouts_and_prices_
     first = found.as_first_hashed()
     hashes = [item.config_hash for item in first.given]
     assert not {*hashes} & {item.config_hash for item in found.given}
-    digest = campaign_config_hash(found.campaign, hashes, is_first=True)
+    digest = campaign_config_hash(first.campaign, hashes, is_first=True)
     stored = dataclasses.replace(fleet(first, "gpu1", "gpu2"), config_hash=digest)
     part = part_of_plan(found, 2, 2, stored)
     assert [item.exp_id for item in part.experiments] == [*stored.hosts[1].exp_ids]
