@@ -118,7 +118,9 @@ def parse_target(text: str) -> Target:
     try:
         half_width = parse_percentage(match["width"] if match else percentage)
         found = metric and parse_comparable(metric, is_for_gate=match is None).name
-    except (UserError, ValueError) as error:
+    except UserError as error:
+        raise ValueError(f"{text!r}: {error}; {error.hint}") from error
+    except ValueError as error:
         raise ValueError(f"{text!r}: {error}") from error
     if not 0 < half_width < 1:
         raise ValueError(f"{text!r}: the percentage must be more than 0% and less than 100%")

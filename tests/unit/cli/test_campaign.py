@@ -126,6 +126,7 @@ def test_experiment_files_make_a_campaign_with_a_name(here):
     [
         (["--until", "2%"], "expected a target such as ci=2%"),
         (["--until", "ci=2%:watts"], "unknown metric 'watts'"),
+        (["--until", "ci=2%:co2e_g"], "shown but not compared; use co2e_per_output_tok_g"),
         (["--until", "ci=2%", "--max-cycles", "4"], "5 to 20"),
         (["--until", "ci=2%", "--max-cycles", "7", "--cycles", "9"], "more than --max-cycles 7"),
         (["--until", "ci=2%", "--structure", "grouped"], "AAA BBB"),
