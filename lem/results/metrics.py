@@ -1,7 +1,8 @@
-"""What is read from records: metrics, their values by cycle, settings, and obstacles to a comparison."""
+"""What is read from records: metrics, their values by cycle, and settings."""
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from lem.base.errors import UserError, did_you_mean
 from lem.base.measurement import Section
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR
+from lem.config.experiment import ExperimentConfig
+from lem.config.option import walk
 from lem.record import Record, ResultKey
 
 
@@ -318,6 +321,12 @@ _LEFT_OUT = frozenset({
 })  # fmt: skip
 
 
+@functools.cache
+def rates_and_limits() -> frozenset[str]:
+    """Options that are no setting, since they change no number: prices, carbon figures, timeouts, cache lifetimes."""
+    return frozenset(name for name, item, _ in walk(ExperimentConfig) if item.is_dropped)
+
+
 def headline_settings(record: Record) -> dict[str, str]:
     """The few settings that head a table, by label; absent ones are left out."""
     return _texts(_SETTINGS, record)
@@ -350,7 +359,7 @@ def _flatten(options: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}.")
-        else:
+        elif f"{prefix}{name}" not in rates_and_limits():
             yield f"{prefix}{name}", _plain(value)
 
 

@@ -135,4 +135,31 @@ INTENDED: tuple[Intended, ...] = (
         r"^\$\.results\[\d+\]\.(differences\[|message$)",
         suite="recorded",
     ),
+    Intended(
+        "The status has the hash that identifies a configuration.",
+        "lem status",
+        r"\.config_hash$",
+        suite="recorded",
+        is_new=True,
+    ),
+    Intended(
+        "An obstacle has a code, and may be a confounder; removed configurations are listed.",
+        "lem compare",
+        r"obstacles\[\d+\]\.(code|is_confounder)$|^\$\.removed$",
+        suite="recorded",
+        is_new=True,
+    ),
+    Intended(
+        "Another power limit is named, here beside another GPU.",
+        "synthetic-two-cards/compare: lem compare",
+        r"obstacles\[\d+\]\.(text|is_blocking)$",
+        suite="recorded",
+        is_new=True,
+    ),
+    Intended(
+        "A time limit changes no number, so it is no setting.",
+        "lem compare",
+        r"settings\.warmup\.timeout_seconds$",
+        suite="recorded",
+    ),
 )

@@ -18,7 +18,7 @@ from lem.record import Record
 from lem.results.check import check_run
 from lem.results.compare import Row, compare_best
 from lem.results.findings import Finding
-from lem.results.metrics import Metric
+from lem.results.metrics import Metric, rates_and_limits
 from lem.results.report.plot import GROUPS_MAX
 from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run, estimate_note
 from lem.results.store import config_of_problem, configuration_of
@@ -186,10 +186,10 @@ def compose(run: Run) -> Report:
 
 
 def flat_settings(requested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A requested configuration by dotted name, each value as text, without names and metadata."""
+    """A requested configuration by dotted name, each value as text, without what can change no number."""
     found: dict[str, str] = {}
     for key, value in requested.items():
-        if not prefix and key in _NO_SETTINGS:
+        if f"{prefix}{key}" in _NO_SETTINGS | rates_and_limits():
             continue
         if isinstance(value, Mapping) and value:
             found |= flat_settings(value, f"{prefix}{key}.")

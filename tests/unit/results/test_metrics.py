@@ -18,6 +18,7 @@ from lem.results.metrics import (
     settings_of,
     shared_settings,
 )
+from lem.results.report.content import flat_settings
 from tests.records import make_gpu, make_record
 
 
@@ -143,6 +144,18 @@ def test_settings_are_those_of_the_heading_then_the_options_given() -> None:
         "pytorch.devices": "0, 1",
         "pytorch.none": "null",
     }
+
+
+def test_what_changes_no_number_is_no_setting() -> None:
+    requested = {
+        "measurement": {"price_per_kwh": 0.3, "pue": 1.2, "min_window_sec": 5},
+        "baseline": {"cache_ttl_sec": 9},
+        "warmup": {"timeout_seconds": 9, "min_prompts": 4},
+    }
+    expected = {"measurement.min_window_sec": "5", "warmup.min_prompts": "4"}
+    given = settings_of(make_record(requested=requested)).items() - settings_of(make_record(requested={})).items()
+    assert dict(given) == expected
+    assert flat_settings(requested) == expected
 
 
 def test_gpus_of_one_kind_are_counted_and_models_are_short() -> None:
