@@ -31,6 +31,11 @@ class Obstacle:
         """Whether there is a verdict, which may be due to this instead of the configurations."""
         return not self.is_blocking and not self.is_shared
 
+    @property
+    def document(self) -> dict[str, Any]:
+        reason = {"code": self.reason.code, "text": self.reason.text}
+        return {**reason, "is_blocking": self.is_blocking, "is_confounder": self.is_confounder}
+
 
 Sides = tuple[Sequence[Record], Sequence[Record]]
 

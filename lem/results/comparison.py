@@ -115,15 +115,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
             {
                 "baseline": _configuration_document(pair.baseline),
                 "other": _configuration_document(pair.other),
-                "obstacles": [
-                    {
-                        "code": item.reason.code,
-                        "text": item.reason.text,
-                        "is_blocking": item.is_blocking,
-                        "is_confounder": item.is_confounder,
-                    }
-                    for item in pair.obstacles
-                ],
+                "obstacles": [item.document for item in pair.obstacles],
                 "metrics": {row.metric.name: row_document(row) for row in pair.rows},
             }
             for pair in comparison.pairs
@@ -282,13 +274,13 @@ class _Content:
             baseline, other = self._labels(pair)
             names = f"{row.metric.lower_label} between {other} and {baseline}"
             return f"No difference in {names} was found: {''.join(_in_words(row))}{over}{self._confounded(pair)}."
-        answer = f"{self._answer(pair, row)}{over}{self._confounded(pair)}"
+        answer = f"{self._answer(pair, row)}{over}"
         return f"{answer}; no verdict: {row.reason}." if row.p_adjusted is None else f"{answer}."
 
     def _answer(self, pair: Pair, row: Row) -> str:
         baseline, other = self._labels(pair)
         times, within = _in_words(row)
-        return f"{other} {row.metric.relation.format(times)} {baseline}{within}"
+        return f"{other} {row.metric.relation.format(times)} {baseline}{within}{self._confounded(pair)}"
 
     def _confounded(self, pair: Pair) -> str:
         """What else a difference within a run may be due to."""
@@ -309,7 +301,7 @@ class _Content:
             return f"None of {judged} configurations was found to differ from {against} in {metric.lower_label}{left}."
         pair, row = best(sides[side], key=lambda item: _goodness(item[1]))
         counts = ", ".join(f"{len(found)} {words}" for words, found in sides.items() if found)
-        return f"{self._answer(pair, row)}{self._confounded(pair)}; of {len(rows)} configurations {counts}."
+        return f"{self._answer(pair, row)}; of {len(rows)} configurations {counts}."
 
     def _metric_table(self, metric: Metric) -> Table:
         rows = self._comparison.rows(metric)
