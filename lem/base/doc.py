@@ -16,14 +16,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO, TypedDict
 
-from lem.base.log import WIDTH, is_colour_wanted, paint
+from lem.base.log import WIDTH, bounded_width, is_colour_wanted, paint
 
 # The columns that a name gets in a table, and how many names a sentence lists.
 NAME_WIDTH = 36
 NAMES_SHOWN = 4
 
-_GAP = 2
-_NAME_MIN = 16
+GAP = 2
+NAME_MIN = 16
 
 # Names are cut and wrapped after these and blanks; `_`, `=` and `.` hold words and values together.
 SEPARATORS = "-,/;:|·"
@@ -49,8 +49,8 @@ def text_width(text: str) -> int:
     )
 
 
-def wrapped(text: str, width: int, lead: str = "") -> list[str]:
-    """`text` in lines of `width`, the first after `lead`, the others indented by its length.
+def wrapped(text: str, width: int, lead: str = "", *, indent: str | None = None) -> list[str]:
+    """`text` in lines of `width`, the first after `lead`, the others indented by its length, or by `indent`.
 
     A longer word is not cut: it is usually a path, which is copied.
     """
@@ -58,7 +58,7 @@ def wrapped(text: str, width: int, lead: str = "") -> list[str]:
         printable(text),
         width,
         initial_indent=lead,
-        subsequent_indent=" " * text_width(lead),
+        subsequent_indent=" " * text_width(lead) if indent is None else indent,
         break_on_hyphens=False,
         break_long_words=False,
     ) or [lead.rstrip()]
@@ -66,19 +66,27 @@ def wrapped(text: str, width: int, lead: str = "") -> list[str]:
 
 @dataclass(frozen=True)
 class Column:
-    """A column after the name: its heading, which may be in two lines, and one cell per row."""
+    """A column after the name: its heading, which may have several lines, and one cell per row."""
 
     heading: str
     cells: tuple[str, ...]
+    is_text: bool = False  # aligned left, as names are; numbers are aligned right
+    rank: int = 0  # where a table chooses: 0 is always shown, of others the lowest first
+
+    @property
+    def width(self) -> int:
+        return max(map(text_width, (*self.heading.split("\n"), *self.cells)))
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its heading, the names of its rows, its columns."""
+    """A table: the heading and the names of its rows, its columns, and what stands above it and between rows."""
 
     heading: str
     names: tuple[str, ...]
     columns: tuple[Column, ...]
+    title: str = ""
+    sections: tuple[str, ...] = ()  # of each row: a line comes before the first row of each
 
 
 class Doc:
@@ -110,8 +118,10 @@ class Doc:
 
     def table(self, table: Table) -> None:
         """Add a table, its headings bold."""
-        found = columns(table.heading, table.names, table.columns, self.width)
+        found = columns(table.heading, table.names, table.columns, self.width, table.sections)
         n_heads = max(text.count("\n") + 1 for text in (table.heading, *(column.heading for column in table.columns)))
+        if table.title:
+            self.text(table.title, "bold")
         self.lines(found[:n_heads], "bold")
         self.lines(found[n_heads:])
 
@@ -129,8 +139,9 @@ def markdown_table(table: Table) -> list[str]:
     heads = [table.heading, *(column.heading for column in table.columns)]
     rows = [(name, *(column.cells[index] for column in table.columns)) for index, name in enumerate(table.names)]
     return [
-        "| " + " | ".join(markdown_escaped(head.replace("\n", " ")) for head in heads) + " |",
-        "|" + "|".join([":---"] + ["---:"] * len(table.columns)) + "|",
+        *([f"**{markdown_escaped(table.title)}**", ""] if table.title else []),
+        "| " + " | ".join(markdown_escaped(head.replace("_\n", "_").replace("\n", " ")) for head in heads) + " |",
+        "|" + "|".join([":---", *(":---" if column.is_text else "---:" for column in table.columns)]) + "|",
         *("| " + " | ".join(map(markdown_escaped, row)) + " |" for row in rows),
     ]
 
@@ -164,28 +175,35 @@ class NameShortener:
         return f"Every name {' and '.join(parts)}." if parts else ""
 
 
-def columns(heading: str, names: Sequence[str], others: Sequence[Column], width: int) -> list[str]:
+def columns(
+    heading: str, names: Sequence[str], others: Sequence[Column], width: int, sections: Sequence[str] = ()
+) -> list[str]:
     """The lines of a table: names at the left, wrapped into the room that is left, the other columns to the right.
 
-    Columns are right-aligned. A table that cannot fit is wider than `width`, never cut.
+    A table that cannot fit is wider than `width`, never cut. `sections` are those of a `Table`.
     """
     heads = [text.split("\n") for text in (heading, *(column.heading for column in others))]
-    widths = [max(map(text_width, (*head, *column.cells))) for head, column in zip(heads[1:], others, strict=True)]
-    room = max(width - sum(widths) - _GAP * len(widths), _NAME_MIN)
+    widths = [column.width for column in others]
+    room = max(width - sum(widths) - GAP * len(widths), NAME_MIN)
     wrapped_names = [_wrap_name(printable(name), room) for name in names]
     widths.insert(0, max(text_width(line) for lines in (heads[0], *wrapped_names) for line in lines))
     height = max(map(len, heads))
     bottomed = [[""] * (height - len(head)) + head for head in heads]
-    lines = [_row(cells, widths) for cells in zip(*bottomed, strict=True)]
+    is_left = [True, *(column.is_text for column in others)]
+    lines = [_row(cells, widths, is_left) for cells in zip(*bottomed, strict=True)]
+    section = ""
     for row, (first, *rest) in enumerate(wrapped_names):
-        lines += [_row([first, *(column.cells[row] for column in others)], widths), *rest]
+        if sections and sections[row] != section:
+            section = sections[row]
+            lines += wrapped(section, width)
+        lines += [_row([first, *(column.cells[row] for column in others)], widths, is_left), *rest]
     return lines
 
 
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+def _row(cells: Sequence[str], widths: Sequence[int], is_left: Sequence[bool]) -> str:
     spaces = [" " * (width - text_width(cell)) for cell, width in zip(cells, widths, strict=True)]
-    others = (space + cell for space, cell in zip(spaces[1:], cells[1:], strict=True))
-    return (" " * _GAP).join([cells[0] + spaces[0], *others]).rstrip()
+    aligned = (cell + space if left else space + cell for cell, space, left in zip(cells, spaces, is_left, strict=True))
+    return (" " * GAP).join(aligned).rstrip()
 
 
 def _wrap_name(name: str, width: int) -> list[str]:
@@ -244,8 +262,9 @@ def write_json(out: TextIO, document: Any) -> None:
 
 
 def terminal_width(out: TextIO) -> int:
-    """The columns of a terminal, 80 for anything else."""
-    return max(WIDTH, shutil.get_terminal_size().columns) if out.isatty() else WIDTH
+    """The columns of a terminal, or COLUMNS, in a pipe too; else 80."""
+    is_known = out.isatty() or "COLUMNS" in os.environ
+    return bounded_width(shutil.get_terminal_size((WIDTH, 24)).columns) if is_known else WIDTH
 
 
 class Screen(TypedDict):

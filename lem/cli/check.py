@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, NameShortener, screen_of, write_json
 from lem.base.errors import ExitCode
-from lem.base.log import WIDEST, WIDTH
+from lem.base.log import WIDTH
 from lem.base.units import plural, some_of
 from lem.cli.selection import add_json, add_results_dir, add_state_dir, resolve_run
 from lem.results.check import check_run
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
 
 
 def check_document(checked: Run, findings: Sequence[Finding]) -> dict[str, Any]:
+    numbers = {item.name: item.number for item in checked.configurations}
     return {
         "schema_version": SCHEMA_VERSION,
         "campaign": checked.campaign_name,
@@ -58,6 +59,7 @@ def check_document(checked: Run, findings: Sequence[Finding]) -> dict[str, Any]:
                 "text": item.text,
                 "remedy": item.remedy,
                 "configurations": list(item.configurations),
+                "numbers": [numbers[name] for name in item.configurations if name in numbers],
             }
             for item in findings
         ],
@@ -66,9 +68,10 @@ def check_document(checked: Run, findings: Sequence[Finding]) -> dict[str, Any]:
 
 def render_check(checked: Run, findings: Sequence[Finding], *, is_colour: bool = False, width: int = WIDTH) -> str:
     """The findings as text: the weak ones first, and a conclusion at the end."""
-    doc = Doc(min(width, WIDEST), is_colour=is_colour)
+    doc = Doc(width, is_colour=is_colour)
     configurations = checked.with_results
     shortener = NameShortener([item.name for item in configurations], NAME_WIDTH)
+    labels = {item.name: f"{item.number} {shortener(item.name)}" for item in checked.configurations}
     cycles = max((item.n_cycles for item in configurations), default=0)
     counts = f"{plural(len(configurations), 'configuration')} · {plural(cycles, 'cycle')}"
     doc.text(f"{checked.campaign_name} · run {checked.run_id} · {counts}", "bold")
@@ -79,7 +82,7 @@ def render_check(checked: Run, findings: Sequence[Finding], *, is_colour: bool =
         label, style = ("WEAK", "red") if item.is_weak else ("note", "yellow")
         names = item.configurations
         is_named = not names or len(names) == len(configurations) or set(names) <= set(item.reason.data.values())
-        whom = "" if is_named else f" ({some_of([shortener(name) for name in names], NAMES_SHOWN)})"
+        whom = "" if is_named else f" ({some_of([labels[name] for name in names], NAMES_SHOWN)})"
         doc.labelled(f"{label:<{_LEAD}}", f"{item.kind.replace('_', ' ')}: {item.text}{whom}", style)
         if item.remedy:
             doc.text(item.remedy, lead=f"{'':<{_LEAD}}do: ")

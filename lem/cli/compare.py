@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from lem.base.doc import screen_of, write_json
-from lem.base.errors import ExitCode, UserError, did_you_mean
+from lem.base.errors import ExitCode, UserError
 from lem.base.units import parse_percentage
 from lem.cli import selection
-from lem.results.compare import Anchor, Comparison, compare_configurations, compare_runs, gate_code, unmeasured
+from lem.results.along import compare_along
+from lem.results.compare import (
+    Anchor,
+    Comparison,
+    compare_configurations,
+    compare_runs,
+    gate_code,
+    unmeasured,
+)
 from lem.results.comparison import comparison_document, render_markdown, render_text
 from lem.results.metrics import parse_comparable
 from lem.results.run import Configuration, Run
@@ -19,8 +27,8 @@ from lem.results.stats import parse_gates
 
 _TARGET = """CAMPAIGN: all its configurations against the baseline; CAMPAIGN A B …: B and the others against A; two
 campaigns or runs: the second against the first; CAMPAIGN/CONFIGURATION: one configuration"""
-_EPILOG = """A campaign means its last run; name a run by its ID or a prefix of it. Exit codes: 0 success,
-2 a gate's metric was not measured, 3 a gate found a regression, 4 a gate is inconclusive."""
+_EPILOG = f"""{selection.CONFIGURATION}. A campaign means its last run; name a run by its ID or a prefix of it.
+Exit codes: 0 success, 2 a gate's metric was not measured, 3 a gate found a regression, 4 a gate is inconclusive."""
 _DEFAULT_TOLERANCE = "5%"
 
 
@@ -28,7 +36,10 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.epilog = _EPILOG
     parser.add_argument("targets", nargs="+", metavar="TARGET", help=_TARGET)
-    parser.add_argument("--baseline", metavar="NAME", help="the configuration to compare with (default: the first)")
+    text = "the configuration to compare with, or with --by the value of the axis (default: the first)"
+    parser.add_argument("--baseline", metavar="NAME", help=text)
+    text = "one verdict for each value of this axis, over the configurations that are otherwise equal"
+    parser.add_argument("--by", metavar="AXIS", help=text)
     parser.add_argument("--anchor", default="", metavar="NAME", help="for two runs: the configuration common to both")
     text = "largest change of the anchor that still allows a verdict (default: 5%%)"
     parser.add_argument("--anchor-tolerance", default=_DEFAULT_TOLERANCE, metavar="PERCENT%", help=text)
@@ -82,13 +93,18 @@ def _compare(args: argparse.Namespace, asked: Mapping[str, Any]) -> Comparison:
     if len(runs) == 1:
         if args.anchor or args.anchor_tolerance != _DEFAULT_TOLERANCE:
             raise UserError("--anchor requires two runs", "omit it: within one run, cycles are the pairs")
+        if args.by is not None:
+            if targets[0].configuration is not None:
+                raise UserError("--by compares all configurations of a run", "name the campaign alone")
+            return compare_along(found[0], args.by, args.baseline, **asked)
         baseline, others = _sides(found[0], [item.configuration for item in targets], args.baseline)
         return compare_configurations(found[0], baseline, others, **asked)
-    if args.baseline:
-        raise UserError("--baseline requires a single run", "of two runs, the first is the baseline")
+    if args.baseline or args.by:
+        what = "--baseline" if args.baseline else "--by"
+        raise UserError(f"{what} requires a single run", "of two runs, the first is the baseline")
     before, after = found
     names = [item.configuration for item in targets]
-    chosen = (_subject(before, names[0]), _subject(after, names[1])) if names[0] and names[1] else None
+    chosen = (before.select(names[0]), after.select(names[1])) if names[0] and names[1] else None
     anchor = Anchor(args.anchor, _tolerance(args.anchor_tolerance))
     return compare_runs(before, after, chosen=chosen, anchor=anchor, **asked)
 
@@ -153,29 +169,15 @@ def _sides(
     found: Run, names: Sequence[str | None], baseline_name: str | None
 ) -> tuple[Configuration, list[Configuration]]:
     """The baseline and the others: the named ones, the baseline first, or else all."""
-    named = [_subject(found, name) for name in names if name is not None]
+    named = [found.select(name) for name in names if name is not None]
     if baseline_name is not None:
-        baseline = _subject(found, baseline_name)
+        baseline = found.select(baseline_name)
     else:
         baseline = named.pop(0) if len(named) > 1 else found.with_results[0]
     others = [item for item in named or found.with_results if item is not baseline]
     if not others:
         raise UserError(f"{found.campaign_name}: nothing to compare {baseline.name} with")
     return baseline, others
-
-
-def _subject(found: Run, wanted: str) -> Configuration:
-    """The configuration of that name, or the only one whose name or hash starts with it."""
-    known = (*found.with_results, *found.removed)
-    same = [item for item in known if item.name == wanted]
-    matching = same or [item for item in known if item.name.startswith(wanted) or item.config_hash.startswith(wanted)]
-    if len(matching) == 1:
-        return matching[0]
-    if matching:
-        raise selection.ambiguous(wanted, [item.name for item in matching])
-    names = [item.name for item in known]
-    message = f"run {found.run_id} has no configuration {wanted!r}{did_you_mean(wanted, names)}"
-    raise UserError(message, f"configurations: {', '.join(names)}")
 
 
 def _tolerance(text: str) -> float:

@@ -21,7 +21,7 @@ from lem.meters.curve import HOLE_PERIODS
 from lem.meters.rapl import PACKAGE, distinct_zones, rapl_step_j
 from lem.results.report import render_report
 from lem.results.report.content import Phase, Series, Slowdown, Trace, compose, select_traced, union
-from lem.results.run import Run
+from lem.results.run import Configuration, Run
 
 _FILENAME = "report.html"
 
@@ -31,6 +31,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run) or a run")
     text = f"the file to write, - for stdout (default: {_FILENAME} in the campaign's folder)"
     parser.add_argument("--output", "-o", metavar="FILE", help=text)
+    text = "the configuration to compare with, as for `lem compare` (default: the first)"
+    parser.add_argument("--baseline", metavar="NAME", help=text)
     selection.add_rates(parser)
     selection.add_results_dir(parser)
     selection.add_json(parser, "print the path and size as a JSON document")
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         raise UserError("--json and --output - both write to stdout", "Write the page to a file: --output FILE.")
     chosen = selection.resolve_run(args.results_dir, args.campaign)
     results = chosen.read(rates=selection.rates_of(args))
-    text = make_report(results)
+    text = make_report(results, None if args.baseline is None else results.select(args.baseline))
     selection.list_problems(err, selection.damaged(results.problems), lead="left out: ", rest="the page lists them")
     if args.output == "-":
         out.write(text)
@@ -63,9 +65,9 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         out.write(f"{path}\n")
 
 
-def make_report(run: Run) -> str:
+def make_report(run: Run, baseline: Configuration | None = None) -> str:
     """The page of a run; a sample log that cannot be used is named and left out."""
-    report = compose(run)
+    report = compose(run, baseline)
     logs = {key: path.parent / samples.FINISHED_FILENAME for key, path in run.paths.items()}
     with_log = [item for item in run.records if item.identity.key in logs and logs[item.identity.key].is_file()]
     traces, unread = [], []

@@ -24,11 +24,12 @@ _FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson
 
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "`lem results`: list, show, export and recompute results, from the result files alone."
+    parser.epilog = selection.CONFIGURATION
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="list every run in the results folder")
     listing.set_defaults(run=_list)
     showing = actions.add_parser("show", help="show a run as a table, or an experiment in full")
-    named = "a run, RUN/EXPERIMENT, an experiment, or a campaign (its last run)"
+    named = "a run, RUN/EXPERIMENT, an experiment, RUN/CONFIGURATION, or a campaign (its last run)"
     showing.add_argument("id", metavar="ID", help=named)
     selection.add_budget(showing)
     selection.add_rates(showing)
@@ -76,9 +77,9 @@ def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 
 
 def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
-    item, exp_id = selection.resolve_experiment(args.results_dir, args.id)
-    if exp_id is not None:
-        _show_experiment(args, item.scan(args.state_dir, rates=selection.rates_of(args)), exp_id, out, err)
+    item, exp_ids = selection.resolve_experiments(args.results_dir, args.id)
+    if exp_ids is not None:
+        _show_experiments(args, item.scan(args.state_dir, rates=selection.rates_of(args)), exp_ids, out, err)
         return
     found = item.read(args.state_dir, rates=selection.rates_of(args))
     if args.json:
@@ -89,15 +90,15 @@ def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 
 
 def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
-    wanted = [selection.resolve_experiment(args.results_dir, name) for name in args.ids]
+    wanted = [selection.resolve_experiments(args.results_dir, name) for name in args.ids]
     if not args.ids:
         wanted = [(item, None) for item in selection.list_runs(args.results_dir)]
     found: dict[Path, StoredResult] = {}
     problems: dict[Path, Problem] = {}
-    for item, exp_id in wanted:
-        scan = item.scan(rates=selection.rates_of(args))
-        found |= {it.path: it for it in scan.results if exp_id in (None, it.record.identity.experiment_id)}
-        problems |= {it.path: it for it in scan.problems if exp_id in (None, it.exp_id)}
+    for item, exp_ids in wanted:
+        results, others = _chosen(item.scan(rates=selection.rates_of(args)), exp_ids)
+        found |= {it.path: it for it in results}
+        problems |= {it.path: it for it in others}
     text = _table_of(args, found.values())
     if args.output is None:
         out.write(text)
@@ -121,23 +122,27 @@ def _table_of(args: argparse.Namespace, results: Iterable[StoredResult]) -> str:
     return render(table, form)
 
 
-def _show_experiment(args: argparse.Namespace, scan: Scan, exp_id: str, out: TextIO, err: TextIO) -> None:
-    results = [result for result in scan.results if result.record.identity.experiment_id == exp_id]
-    problems = [problem for problem in scan.problems if problem.exp_id == exp_id]
+def _chosen(scan: Scan, exp_ids: frozenset[str] | None) -> tuple[list[StoredResult], list[Problem]]:
+    """The results and problems of these experiments; of all for None."""
+    results = [it for it in scan.results if exp_ids is None or it.record.identity.experiment_id in exp_ids]
+    return results, [it for it in scan.problems if exp_ids is None or it.exp_id in exp_ids]
+
+
+def _show_experiments(args: argparse.Namespace, scan: Scan, exp_ids: frozenset[str], out: TextIO, err: TextIO) -> None:
+    results, problems = _chosen(scan, exp_ids)
+    named = ", ".join(sorted(exp_ids))
     if args.json:
         attempts = [{"path": str(result.path), "record": encode_record(result.record)} for result in results]
-        write_json(out, {"exp_id": exp_id, "attempts": attempts, "problems": selection.problem_documents(problems)})
+        write_json(out, {"exp_id": named, "attempts": attempts, "problems": selection.problem_documents(problems)})
         return
     texts = [f"{render_record(item.record, **screen_of(out))}\n{item.path}\n" for item in results]
-    out.write("\n".join(texts) if texts else f"{exp_id}: no complete result\n")
+    out.write("\n".join(texts) if texts else f"{named}: no complete result\n")
     selection.list_problems(err, problems)
 
 
 def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    item, exp_id = selection.resolve_experiment(args.results_dir, args.id)
-    scan = item.scan()
-    results = [result for result in scan.results if exp_id in (None, result.record.identity.experiment_id)]
-    problems = [problem for problem in scan.problems if exp_id in (None, problem.exp_id)]
+    item, exp_ids = selection.resolve_experiments(args.results_dir, args.id)
+    results, problems = _chosen(item.scan(), exp_ids)
     outcomes = [recompute_result(result) for result in results]
     if args.json:
         documents = [_document_of(outcome) for outcome in outcomes]

@@ -30,6 +30,10 @@ _logger = logging.getLogger(__name__)
 
 STATE_DIR = Path(".state")
 _PROBLEMS_SHOWN = 10
+_DATE_LENGTH = 8  # of a run ID; a shorter number is that of a configuration
+
+CONFIGURATION = """A configuration is named by its number in every table, by settings (axis=value, or several with
+commas), or by a part of its name"""
 
 T = TypeVar("T")
 
@@ -151,7 +155,8 @@ def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
     if of_campaign:
         return _last(of_campaign)
     found = [item for item in runs if item.run_id == wanted]
-    found = found or [item for item in runs if wanted and item.run_id.startswith(wanted)]
+    if wanted and not (wanted.isdecimal() and len(wanted) < _DATE_LENGTH):
+        found = found or [item for item in runs if item.run_id.startswith(wanted)]
     if len(found) > 1:
         raise ambiguous(wanted, [item.run_id for item in found])
     return found[0] if found else None
@@ -171,8 +176,11 @@ def resolve_run(results_dir: Path, wanted: str, run_id: str | None = None) -> Se
     return found
 
 
-def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str | None]:
-    """The run that `wanted` names, and the experiment in it, None for the whole run; UserError as in `resolve_run`."""
+def resolve_experiments(results_dir: Path, wanted: str) -> tuple[SelectedRun, frozenset[str] | None]:
+    """The run that `wanted` names, and the experiments in it, None for all of them; UserError as in `resolve_run`.
+
+    `RUN/EXPERIMENT` and the ID of an experiment name one, `RUN/CONFIGURATION` those of all its cycles.
+    """
     runs = list_runs(results_dir)
     campaign_runs = [item for item in runs if item.campaign == wanted]
     if campaign_runs:
@@ -190,9 +198,15 @@ def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str
     if len(distinct) > 1:
         names = (item.run_id if exp_id is None else f"{item.run_id}/{exp_id}" for item, exp_id in distinct)
         raise ambiguous(wanted, names)
-    if not distinct:
+    if distinct:
+        run, only = distinct.pop()
+        return run, None if only is None else frozenset({only})
+    place, _, configuration = wanted.partition("/")
+    where = find_run(runs, place) if configuration else None
+    if where is None:
         raise no_such_name(wanted, runs, results_dir)
-    return distinct.pop()
+    records = where.read().select(configuration).records
+    return where, frozenset(record.identity.experiment_id for record in records)
 
 
 def no_such_name(wanted: str, runs: Sequence[SelectedRun], results_dir: Path) -> UserError:

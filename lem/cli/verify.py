@@ -152,9 +152,12 @@ def _chosen(args: argparse.Namespace) -> tuple[list[StoredResult], list[Problem]
 
 
 def _by_name(results_dir: Path, wanted: str) -> Iterator[Scan]:
-    item, exp_id = selection.resolve_experiment(results_dir, wanted)
+    item, exp_ids = selection.resolve_experiments(results_dir, wanted)
     repository = Repository(results_dir, item.campaign)
-    yield repository.scan(item.run_id, is_checked=True) if exp_id is None else repository.check(item.run_id, exp_id)
+    if exp_ids is None:
+        yield repository.scan(item.run_id, is_checked=True)
+    else:
+        yield from (repository.check(item.run_id, exp_id) for exp_id in sorted(exp_ids))
 
 
 def _by_path(path: Path) -> Iterator[Scan]:

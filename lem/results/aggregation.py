@@ -15,6 +15,7 @@ from lem.base.clock import parse_time
 from lem.base.codec import shown
 from lem.base.units import percent
 from lem.record import Record, RecordError, ResultKey, decode_record
+from lem.results.axes import find_axes
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.compare import Row, compare_configurations, find_effect
 from lem.results.metrics import METRICS, Metric, distinct, parse_metric
@@ -71,6 +72,7 @@ def aggregate_campaign_results(
 def configuration_document(configuration: Configuration) -> dict[str, Any]:
     """The configuration as JSON values, metrics in their groups: `["throughput"]["output_tok_per_s"]`."""
     document: dict[str, Any] = {
+        "number": configuration.number,
         "config_name": configuration.name,
         "config_hash": configuration.config_hash,
         "n_cycles": configuration.n_cycles,
@@ -92,6 +94,7 @@ def configuration_document(configuration: Configuration) -> dict[str, Any]:
 
 def run_document(run: Run) -> dict[str, Any]:
     """The run as JSON values."""
+    labels = [axis.label for axis in find_axes([item.settings for item in run.with_results])]
     return {
         "schema_version": SCHEMA_VERSION,
         "campaign_name": run.campaign_name,
@@ -99,7 +102,10 @@ def run_document(run: Run) -> dict[str, Any]:
         "hosts": list(run.hosts),
         "confidence": CONFIDENCE,
         "shared": dict(run.shared),
-        "configurations": [configuration_document(item) for item in run.configurations],
+        "configurations": [
+            {**configuration_document(item), "axes": {label: item.settings.get(label) for label in labels}}
+            for item in run.configurations
+        ],
         "stopping": None if run.stopping is None else dataclasses.asdict(run.stopping),
         "note": SINGLE_CYCLE if run.is_single_cycle else None,
     }

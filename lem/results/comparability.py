@@ -194,6 +194,31 @@ def _prompts(record: Record) -> str:
     return str(source.get("name") or "")
 
 
+_WORKLOAD = frozenset({"other_prompts", "other_output_lengths", "other_traffic"})
+
+
+def share_workload(*sides: Sequence[Record]) -> bool:
+    """Whether two configurations had the same prompts, output lengths and traffic, so that one can be the better."""
+    # Prompts may be drawn for each cycle: of two configurations only common cycles have the same.
+    common = set.intersection(*({record.identity.cycle_index for record in side} for side in sides))
+    one, other = ([it for it in side if it.identity.cycle_index in common] or side for side in sides)
+    finds = [item.find for item in CIRCUMSTANCES if item.code in _WORKLOAD]
+    return _load(one[0]) == _load(other[0]) and all(find(one, other) is None for find in finds)
+
+
+def _load(record: Record) -> dict[str, Any]:
+    options = record.requested.get("traffic_simulation")
+    found = options if isinstance(options, Mapping) else {}
+    return {name: found[name] for name in ("target_qps", "concurrency") if name in found}
+
+
+def workload_of(record: Record) -> str:
+    """The workload for a person: `poisson, target_qps 2, synthetic 1f3a09bc, 128 tokens per answer`."""
+    load = [f"{name} {value}" for name, value in _load(record).items()]
+    length = f"{record.work.output_tok / max(record.work.requests_ok, 1):.3g} tokens per answer"
+    return ", ".join(filter(None, [record.window.traffic_mode.replace("_", " "), *load, _prompts(record), length]))
+
+
 _OF_MACHINE: Mapping[str, Any] = {"is_blocking": False, "is_of_host": True}
 _OF_SOFTWARE: Mapping[str, Any] = {"is_blocking": False, "axes": ("backend", "image")}
 

@@ -18,7 +18,7 @@ from lem.base.reasons import Reason, alike
 from lem.base.units import some_of
 from lem.record import Record
 from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
-from lem.results.metrics import METRICS, Metric, cycle_values
+from lem.results.metrics import METRICS, Metric
 from lem.results.run import NO_INTERVAL, Configuration, Run, make_run
 from lem.results.stats import (
     Effect,
@@ -93,6 +93,15 @@ _DEFAULT_ANCHOR = Anchor()
 
 
 @dataclass(frozen=True)
+class Along:
+    """An axis whose values are compared, and what is equal on both sides of each ratio."""
+
+    axis: str
+    held: tuple[str, ...]  # the other axes
+    alone: tuple[str, ...] = ()  # what has no counterpart and was left out
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that `lem compare` shows."""
 
@@ -101,6 +110,7 @@ class Comparison:
     metrics: tuple[Metric, ...]  # in the order in which they are shown
     gates: tuple[Gate, ...]
     anchor: Anchor | None = None  # of two runs; None for one
+    along: Along | None = None  # then the sides of each pair are `Pooled`
     missing: tuple[str, ...] = ()  # what could not be compared: configurations without a result or a counterpart
     chosen_from: int = 0  # of how many comparisons these were chosen after their values were seen; 0: of none
 
@@ -162,15 +172,15 @@ def compare_configurations(
 
     With `is_whole`, pairs also have a row for every other comparable metric that was measured, without a verdict.
     """
-    chosen, further = _metrics_to_show(metrics, gates, [baseline, *others], is_whole=is_whole)
-    pairs = tuple(_pair_within(baseline, other, (*chosen, *further)) for other in others)
-    return _finished(Comparison((run,), pairs, chosen, tuple(gates), missing=tuple(_without_result(run))))
+    chosen, further = metrics_to_show(metrics, gates, [baseline, *others], is_whole=is_whole)
+    pairs = tuple(pair_within(baseline, other, (*chosen, *further)) for other in others)
+    return finished(Comparison((run,), pairs, chosen, tuple(gates), missing=tuple(without_result(run))))
 
 
 def compare_best(run: Run, ranked: Sequence[Configuration], metric: Metric) -> Comparison:
     """The others against the first of `ranked`, chosen by its value: any two could have been the ones compared."""
-    pairs = tuple(_pair_within(ranked[0], other, (metric,)) for other in ranked[1:])
-    return _finished(Comparison((run,), pairs, (metric,), (), chosen_from=len(ranked) * (len(ranked) - 1) // 2))
+    pairs = tuple(pair_within(ranked[0], other, (metric,)) for other in ranked[1:])
+    return finished(Comparison((run,), pairs, (metric,), (), chosen_from=len(ranked) * (len(ranked) - 1) // 2))
 
 
 def compare_runs(
@@ -194,14 +204,14 @@ def compare_runs(
     """
     anchors = _find_anchor(before, after, anchor.name, chosen)
     matched, missing = ([chosen], []) if chosen else _match(before, after, anchors)
-    shown, further = _metrics_to_show(metrics, gates, [item for pair in matched for item in pair], is_whole=is_whole)
+    shown, further = metrics_to_show(metrics, gates, [item for pair in matched for item in pair], is_whole=is_whole)
     pairs = tuple(_pair_across(pair, anchors, (*shown, *further), anchor.tolerance) for pair in matched)
     found = replace(anchor, name="")
     if anchors is not None:
         ratios = {it.name: ratio_of(value) for it in shown if (value := _raw(it, *anchors)) is not None}
         found = Anchor(anchors[0].name, anchor.tolerance, ratios)
-    missing += [] if chosen else _without_result(before, after)
-    return _finished(Comparison((before, after), pairs, shown, tuple(gates), found, missing=tuple(missing)))
+    missing += [] if chosen else without_result(before, after)
+    return finished(Comparison((before, after), pairs, shown, tuple(gates), found, missing=tuple(missing)))
 
 
 def compare(a: Run | Configuration, b: Run | Configuration) -> Comparison:
@@ -227,7 +237,7 @@ def compare(a: Run | Configuration, b: Run | Configuration) -> Comparison:
 
 def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -> _Found:
     """The ratio of two configurations of one run, and why it or its error is missing; None when neither is."""
-    below, above = (cycle_values(metric, item.cycles) for item in (baseline, other))
+    below, above = baseline.values(metric), other.values(metric)
     shared = [cycle for cycle in below if cycle in above]
     if not shared:
         return None, _why_unmeasured(metric, baseline, other) or Reason.of("no_common_cycle")
@@ -270,7 +280,7 @@ def exclusion_reason(*configurations: Configuration) -> Reason | None:
     return Reason.of("unequal_exclusions", causes="; ".join(lost))
 
 
-def _without_result(*runs: Run) -> list[str]:
+def without_result(*runs: Run) -> list[str]:
     return [
         f"no results: {item.name} in {run.run_id} ({item.n_failed} failed)"
         for run in runs
@@ -279,7 +289,7 @@ def _without_result(*runs: Run) -> list[str]:
     ]
 
 
-def _metrics_to_show(
+def metrics_to_show(
     metrics: Sequence[Metric], gates: Sequence[Gate], configurations: Sequence[Configuration], *, is_whole: bool
 ) -> tuple[tuple[Metric, ...], tuple[Metric, ...]]:
     """The metrics to compare, and with `is_whole` the others that at least two configurations measured."""
@@ -293,7 +303,7 @@ def _metrics_to_show(
     return chosen, measured(it for it in METRICS if is_whole and it.is_comparable and it not in chosen)
 
 
-def _pair_within(baseline: Configuration, other: Configuration, metrics: Sequence[Metric]) -> Pair:
+def pair_within(baseline: Configuration, other: Configuration, metrics: Sequence[Metric]) -> Pair:
     obstacles, sides = find_obstacles(baseline.used, other.used), (baseline, other)
     unpaired = exclusion_reason(*sides) or (BLOCKS if ran_apart(baseline, other) else None)
     rows = []
@@ -409,7 +419,7 @@ def _raw(metric: Metric, before: Configuration, after: Configuration) -> float |
     return log_ratio(above, below) if below and above else None
 
 
-def _finished(comparison: Comparison) -> Comparison:
+def finished(comparison: Comparison) -> Comparison:
     """The comparison with its intervals, p values adjusted over all of its rows, and the judgements of its gates."""
     rows = [
         row if row.metric in comparison.metrics else replace(row, reason=row.reason or _NOT_ASKED)

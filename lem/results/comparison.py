@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import math
-import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lem.base import units
-from lem.base.doc import NAMES_SHOWN, Column, Doc, Table, markdown_escaped, markdown_table, text_width, wrapped
-from lem.base.log import WIDTH, bounded_width
+from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, markdown_escaped, markdown_table, text_width, wrapped
+from lem.base.log import WIDTH
 from lem.base.reasons import Reason
 from lem.base.units import ABSENT, plural, some_of
 from lem.results.aggregation import row_document
+from lem.results.along import Pooled
+from lem.results.axes import shared_settings
 from lem.results.compare import NO_ANCHOR, Comparison, Pair, Row
-from lem.results.metrics import Metric, differing_settings, shared_settings
-from lem.results.run import Configuration, Run, carbon_basis, coverage_notes, estimate_note
-from lem.results.stats import CONFIDENCE, Gate, Judgement, Verdict
+from lem.results.metrics import Metric
+from lem.results.run import Configuration, Run, carbon_basis, coverage_notes
+from lem.results.stats import CONFIDENCE, Judgement, Verdict
 from lem.results.student import MOST_CYCLES_PLANNED
 from lem.results.trends import SAME_ORDER, autocorrelation_notes, is_same_order
-from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
+from lem.results.uncertainty import COMBINED_NOTE, why_unknown
+from lem.results.views import ComparisonTables, bounds_text, decimals_of, percent_text, ratio_text, verdict_text
 
 SCHEMA_VERSION = 1
 
 _CONFIDENCE = f"{100 * CONFIDENCE:g} %"
-_LEAST_DECIMALS, _MOST_DECIMALS = 2, 4
-_HEADING_WIDTH = 20
-_NAME_ROOM = 24  # columns of the table that its names need
 
-_RATIO_NOTE = (
-    "ratio: geometric mean of the ratios to the baseline within each cycle; t interval: Student t on their logs"
-)
+_RATIO_NOTE = "ratio: to the baseline, within each cycle; t interval: Student t on its logs"
 _ANCHORED_RATIO_NOTE = (
     "ratio over anchor: how much the ratio to the anchor changed; t interval: Student t on logs, the variances of "
     "both runs added (Welch)"
@@ -40,6 +35,8 @@ _FIRM = "␠"  # in the place of a space at which no line may end: before a unit
 
 # What a row says of a configuration.
 _SIDES = ("better", "worse", "not distinguishable", "without a verdict")
+
+_BY_NUMBER = "configuration "
 
 # Settings that need no label.
 _PLAIN_SETTINGS = ("backend", "model", "precision", "traffic", "engine", "GPU")
@@ -53,12 +50,11 @@ def render_text(
     With `has_budget`, also what the uncertainty of each ratio of energies consists of.
     """
     content = _Content(comparison)
-    doc = Doc(bounded_width(width), is_colour=is_colour)
+    doc = Doc(width, is_colour=is_colour)
 
     def hanging(texts: Iterable[str], style: str = "") -> None:
         for text in texts:
-            first, *rest = _wrapped(text, doc.width - 2)
-            doc.lines([first, *(f"  {line}" for line in rest)], style)
+            doc.lines(_wrapped(text, doc.width, "  "), style)
 
     hanging(content.obstacles(), "red")
     doc.block()
@@ -68,7 +64,7 @@ def render_text(
     doc.block()
     for line in filter(None, content.title()):
         doc.text(line, "dim")
-    for table in (*content.tables(doc.width), *(content.budgets() if has_budget else ())):
+    for table in (*content.tables.tables(doc.width), *(content.tables.budgets() if has_budget else ())):
         doc.block()
         doc.table(table)
     doc.block()
@@ -87,10 +83,30 @@ def render_markdown(comparison: Comparison) -> str:
             *(f"- {markdown_escaped(text)}" for text in content.reasons()),
         ],
         [f"{title}  ", shared],
-        *map(markdown_table, content.tables()),
+        *map(markdown_table, content.tables.tables()),
         [f"- {markdown_escaped(text)}" for text in content.notes()],
     ]
     return "\n".join("\n".join(block) + "\n" for block in blocks if block)
+
+
+def headline_of(comparison: Comparison) -> str:
+    """The answer in one sentence."""
+    return _Content(comparison).headline()
+
+
+def remarks_of(comparison: Comparison) -> list[str]:
+    """What limits the answer, and what its numbers mean."""
+    content = _Content(comparison)
+    return [*content.obstacles(), *content.reasons(), *content.notes()]
+
+
+def best_of(comparison: Comparison, metric: Metric) -> Configuration | None:
+    """The best of those that are better than the baseline, or the baseline where all others are worse."""
+    rows = comparison.rows(metric)
+    if all(_side(row) == "worse" for _, row in rows):
+        return comparison.pairs[0].baseline
+    better = [(pair, row) for pair, row in rows if _side(row) == "better"]
+    return max(better, key=lambda item: _goodness(item[1]))[0].other if better else None
 
 
 def comparison_document(comparison: Comparison) -> dict[str, Any]:
@@ -111,6 +127,12 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
             "tolerance": anchor.tolerance,
             "reason": "" if anchor.name else NO_ANCHOR.text,
         },
+        "along": comparison.along
+        and {
+            "axis": comparison.along.axis,
+            "held_equal": list(comparison.along.held),
+            "left_out": list(comparison.along.alone),
+        },
         "pairs": [
             {
                 "baseline": _configuration_document(pair.baseline),
@@ -127,7 +149,8 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
 
 def _configuration_document(item: Configuration) -> dict[str, Any]:
     facts = {name: getattr(item, name) for name in ("config_hash", "run_id", "n_cycles", "n_invalid", "n_failed")}
-    return {"config_name": item.name, **facts, "settings": dict(item.settings)}
+    which = {"members": [it.number for it in item.members]} if isinstance(item, Pooled) else {"number": item.number}
+    return {"config_name": item.name, **which, **facts, "settings": dict(item.settings)}
 
 
 class _Content:
@@ -145,13 +168,28 @@ class _Content:
         else:
             sides = ((self._labels(pair), (pair.baseline, pair.other)) for pair in self._pairs)
             self._labelled = [labelled for labels, items in sides for labelled in zip(labels, items, strict=True)]
+        labels, items = [label for label, _ in self._labelled], [item for _, item in self._labelled]
+        self.tables = ComparisonTables(comparison, labels, items)
+        self._is_by_number = max((text_width(item.name) for _, item in self._labelled), default=0) > NAME_WIDTH
 
     def title(self) -> tuple[str, str]:
-        runs = " against ".join(f"{run.campaign_name} · run {run.run_id}" for run in reversed(self._comparison.runs))
-        count = len(self._pairs) + (self._anchor is None)
+        comparison = self._comparison
+        runs = " against ".join(f"{run.campaign_name} · run {run.run_id}" for run in reversed(comparison.runs))
+        count = plural(len(self._pairs) + (self._anchor is None), "value" if comparison.along else "configuration")
+        n_cycles = self.tables.n_cycles
+        cycles = f" · {plural(n_cycles, 'cycle')}" if n_cycles else ""
         shared = shared_settings(item.settings for _, item in self._labelled)
-        settings = (value if label in _PLAIN_SETTINGS else f"{label} {value}" for label, value in shared.items())
-        return f"{runs} · {plural(count, 'configuration')}", " · ".join(settings)
+        settings = [value if label in _PLAIN_SETTINGS else f"{label} {value}" for label, value in shared.items()]
+        if comparison.along is not None:
+            equal = ", ".join(comparison.along.held) or "everything else"
+            settings.insert(0, f"along {comparison.along.axis}, held equal: {equal}")
+        return f"{runs} · {count}{cycles}", " · ".join(settings)
+
+    def _name(self, item: Configuration) -> str:
+        """The configuration in a list: by its number alone where names are long."""
+        if self._anchor is not None or isinstance(item, Pooled):
+            return item.name
+        return str(item.number) if self._is_by_number else f"{item.number} {item.name}"
 
     def headline(self) -> str:
         """The answer in one sentence, in the first metric that can be compared."""
@@ -160,7 +198,8 @@ class _Content:
             alone = "there is only the baseline" if self._anchor is None else "the runs have no configuration in common"
             return f"Nothing can be compared: {texts or alone}."
         rows = [(pair, row) for pair, row in self._comparison.rows(self._lead) if row.effect]
-        return self._of_one(*rows[0]) if len(self._pairs) == 1 else self._of_many(self._lead, rows)
+        answer = self._of_one(*rows[0]) if len(self._pairs) == 1 else self._of_many(self._lead, rows)
+        return f"C{answer[1:]}" if answer.startswith(_BY_NUMBER) else answer
 
     def obstacles(self) -> Iterable[str]:
         """What is not comparable, and what a difference may be due to."""
@@ -170,7 +209,7 @@ class _Content:
         for pair in self._pairs:
             for item in pair.obstacles:
                 lead = leads[0 if item.is_blocking else 1 if item.is_confounder else 2]
-                found.setdefault((lead, item.reason), []).append(pair.other.name)
+                found.setdefault((lead, item.reason), []).append(self._name(pair.other))
         for (lead, reason), names in sorted(found.items(), key=lambda entry: leads.index(entry[0][0])):
             yield f"{lead}{self._whom(names)}: {reason}"
 
@@ -187,7 +226,7 @@ class _Content:
             for row in pair.rows:
                 if row.reason and row.reason not in named:
                     key = ("no verdict" if row.effect else "not compared", row.reason)
-                    found.setdefault(key, []).append((pair.other.name, row.metric))
+                    found.setdefault(key, []).append((self._name(pair.other), row.metric))
         for (what, reason), whom in found.items():
             names, metrics = (list(dict.fromkeys(column)) for column in zip(*whom, strict=True))
             is_all = len(metrics) == len(self._metrics)
@@ -199,30 +238,13 @@ class _Content:
             found: dict[Verdict, list[str]] = {}
             for pair, row in self._comparison.rows(gate.metric):
                 if row.judgement is not None:
-                    found.setdefault(row.judgement.verdict, []).append(pair.other.name + _further(row.judgement))
+                    whom = self._name(pair.other) + _further(row.judgement)
+                    found.setdefault(row.judgement.verdict, []).append(whom)
             order = (Verdict.WORSE, Verdict.INCONCLUSIVE, Verdict.WITHIN, Verdict.BETTER)
-            parts = [f"{_verdict(gate, item)}: {some_of(found[item], NAMES_SHOWN)}" for item in order if item in found]
-            yield f"gate {gate.metric.name}={_percent(gate)}: {'; '.join(parts) or 'nothing to judge'}"
-
-    def tables(self, width: int | None = None) -> list[Table]:
-        """In what the configurations differ, in as many tables as the width requires, and a table for each metric."""
-        differing = differing_settings([item.settings for _, item in self._labelled])
-        settings = [Column(label, tuple(value or ABSENT for value in values)) for label, values in differing.items()]
-        names = tuple(name for name, _ in self._labelled)
-        parts: list[list[Column]] = [settings] if width is None else _split(settings, width - _NAME_ROOM)
-        return [
-            *(Table("Differing settings", names, tuple(part)) for part in parts if part),
-            *(self._metric_table(it) for it in self._metrics if self._anchor is None or self._comparison.rows(it)),
-        ]
-
-    def budgets(self) -> Iterable[Table]:
-        """For each energy, what the uncertainty of its ratios consists of."""
-        for metric in self._metrics:
-            named = [(pair.other.name, row.combined) for pair, row in self._comparison.rows(metric)]
-            heading = "\n".join(textwrap.wrap(f"Uncertainty of the ratio, {metric.lower_label}", _HEADING_WIDTH))
-            table = budget_table(named, f"{heading},\n% (k = 1)")
-            if table is not None:
-                yield table
+            parts = [
+                f"{verdict_text(gate, item)}: {some_of(found[item], NAMES_SHOWN)}" for item in order if item in found
+            ]
+            yield f"gate {gate.metric.name}={percent_text(gate)}: {'; '.join(parts) or 'nothing to judge'}"
 
     def notes(self) -> Iterable[str]:
         comparison = self._comparison
@@ -235,15 +257,17 @@ class _Content:
         if why := why_unknown(combined):
             yield f"Combined uncertainty of the ratio of energies not known: {'; '.join(why)}."
         rows = comparison.rows(self._lead) if self._lead else []
-        effects = ((pair.other.name, row.effect) for pair, row in rows if row.effect)
+        effects = ((self._name(pair.other), row.effect) for pair, row in rows if row.effect)
         yield from autocorrelation_notes([(name, it.autocorrelation) for name, it in effects if it.autocorrelation])
+        yield from self.tables.notes()
+        open_rows = any(row.effect and row.p_adjusted is None for row in self._rows)
+        marks = "; ?: no verdict" if open_rows else ""
         if comparison.n_compared:
-            count = "the one comparison" if comparison.n_compared == 1 else f"the {comparison.n_compared} comparisons"
-            yield f"p: of no difference, adjusted by Holm over {count}; ~: no difference found."
+            count = plural(comparison.n_compared, "comparison")
+            yield f"p: Holm over {count}; ~: no difference found{marks}."
         if comparison.gates and comparison.n_compared:
             yield "verdict: where the whole interval lies, widened so that all verdicts hold together."
-        if any(row.all_attempts_ratio is not None for row in self._rows):
-            yield "over all attempts: including invalid ones, as far as they were measured."
+        yield from self._over_all_attempts()
         if self._anchor is not None and self._anchor.name:
             labels = {metric.name: metric.lower_label for metric in self._metrics}
             moved = ", ".join(f"{ratio:.3f} × in {labels[name]}" for name, ratio in self._anchor.ratios.items())
@@ -259,6 +283,7 @@ class _Content:
         compared = {item.name for pair in self._pairs for item in (pair.baseline, pair.other)}
         if removed := [it.name for run in comparison.runs for it in run.removed if it.name not in compared]:
             yield f"Removed from the campaign, so not compared: {some_of(removed, NAMES_SHOWN)}."
+        yield from comparison.along.alone if comparison.along else ()
         yield from comparison.missing
 
     def _energy_notes(self) -> Iterable[str]:
@@ -266,7 +291,15 @@ class _Content:
             yield f"CO₂e and cost: of the {carbon_basis(item for _, item in self._labelled)}."
         is_energy = self._anchor is None and any(metric.group == "energy" for metric in self._metrics)
         if is_energy and any(item.is_by_board_sensors for _, item in self._labelled):
-            yield "Energy: board sensors are off by up to ±5 % per card, which cancels out on one card."
+            yield "Energy: board sensors are off by up to ±5 %, which cancels out on one card."
+
+    def _over_all_attempts(self) -> Iterable[str]:
+        for metric in self._metrics:
+            rows = [(pair, row.all_attempts_ratio) for pair, row in self._comparison.rows(metric)]
+            every = [f"{self._name(pair.other)} {ratio:.3g}" for pair, ratio in rows if ratio is not None]
+            if every:
+                found = some_of(every, NAMES_SHOWN)
+                yield f"Ratio over all attempts, invalid ones too, in {metric.lower_label}: {found}."
 
     def _of_one(self, pair: Pair, row: Row) -> str:
         over = f", over the anchor {self._anchor.name}" if self._anchor and self._anchor.name else ""
@@ -289,7 +322,7 @@ class _Content:
 
     def _of_many(self, metric: Metric, rows: Sequence[tuple[Pair, Row]]) -> str:
         sides = {side: [(pair, row) for pair, row in rows if _side(row) == side] for side in _SIDES}
-        against = "the earlier run" if self._anchor else self._pairs[0].baseline.name
+        against = "the earlier run" if self._anchor else self._labels(self._pairs[0])[0]
         n_open = len(sides["without a verdict"])
         judged = len(rows) - n_open
         if not judged:
@@ -301,46 +334,16 @@ class _Content:
             return f"None of {judged} configurations was found to differ from {against} in {metric.lower_label}{left}."
         pair, row = best(sides[side], key=lambda item: _goodness(item[1]))
         counts = ", ".join(f"{len(found)} {words}" for words, found in sides.items() if found)
-        return f"{self._answer(pair, row)}; of {len(rows)} configurations {counts}."
-
-    def _metric_table(self, metric: Metric) -> Table:
-        rows = self._comparison.rows(metric)
-        decimals = max((known for _, row in rows if (known := _decimals(row)) is not None), default=None)
-        heading = metric.heading if metric.group != "latency" else metric.label
-        heading = "\n".join(textwrap.wrap(heading, _HEADING_WIDTH, break_on_hyphens=False))
-        note = estimate_note(item for _, item in self._labelled)
-        if note and metric.group == "energy":
-            heading += f"\n{note}"
-        interval = f"{_CONFIDENCE}\nt interval"
-        lines: list[tuple[str, ...]] = []
-        if self._anchor is None:
-            heads = ["n", "geom.\nmean", "ratio", interval, "combined", "p", "verdict"]
-            baseline = self._pairs[0].baseline
-            estimate = baseline.estimate(metric)
-            reference = ("1", "baseline") if estimate.value is not None else (ABSENT, "")
-            lines.append((baseline.name, str(estimate.n), _mean(metric, estimate.value), *reference, "", "", ""))
-            for pair, row in rows:
-                counted = (str(pair.other.estimate(metric).n), _mean(metric, row.means[1]))
-                lines.append((pair.other.name, *counted, *_effect_cells(row, decimals)))
-                if row.all_attempts_ratio is not None:
-                    ratio = _ratio(row.all_attempts_ratio, decimals)
-                    lines.append(("· over all attempts", "", "", ratio, "", "", "", ""))
-        else:
-            ratio_head = "ratio over\nanchor" if self._anchor.name else "ratio"
-            heads = ["before", "after", ratio_head, interval, "combined", "p", "verdict"]
-            for pair, row in rows:
-                names = dict.fromkeys((pair.baseline.name, pair.other.name))
-                means = (_mean(metric, mean) for mean in row.means)
-                lines.append((" → ".join(names), *means, *_effect_cells(row, decimals)))
-        labels, *cells = zip(*lines, strict=True)
-        table = [Column(head, tuple(column)) for head, column in zip(heads, cells, strict=True)]
-        hidden = set() if self._comparison.gates else {"verdict"}
-        hidden |= set() if any(row.combined and row.combined.value for _, row in rows) else {"combined"}
-        return Table(heading, tuple(labels), tuple(column for column in table if column.heading not in hidden))
+        return f"{self._answer(pair, row)}; of {len(rows)}: {counts}."
 
     def _labels(self, pair: Pair) -> tuple[str, str]:
+        sides = pair.baseline, pair.other
+        if self._comparison.along is not None:
+            return sides[0].name, sides[1].name
         if self._anchor is None:
-            return pair.baseline.name, pair.other.name
+            if self._is_by_number:
+                return str(sides[0].number), f"{_BY_NUMBER}{sides[1].number}"
+            return f"{sides[0].name} ({sides[0].number})", f"{sides[1].name} ({sides[1].number})"
         before, after = map(self._run_label, self._comparison.runs)
         return f"{pair.baseline.name} in {before}", f"{pair.other.name} in {after}"
 
@@ -350,7 +353,11 @@ class _Content:
         return run.campaign_name if len({item.campaign_name for item in runs}) == len(runs) else run.run_id
 
     def _whom(self, names: Sequence[str]) -> str:
-        return "" if len(self._pairs) in (1, len(names)) else f" ({some_of(names, NAMES_SHOWN)})"
+        if len(self._pairs) in (1, len(names)):
+            return ""
+        if self._is_by_number and len(names) > NAMES_SHOWN:
+            return f" ({len(names)} of {len(self._pairs)})"
+        return f" ({some_of(names, NAMES_SHOWN)})"
 
 
 def _side(row: Row) -> str:
@@ -370,45 +377,11 @@ def _in_words(row: Row) -> tuple[str, str]:
     """`0.41 ×` and `, 95 % 0.39–0.43, 5 cycles`."""
     if row.effect is None:
         return ABSENT, ""
-    decimals, interval = _decimals(row), row.interval
-    within = "" if interval is None else f", {_CONFIDENCE} {_bounds(interval, decimals)}"
+    decimals, interval = decimals_of(row), row.interval
+    within = "" if interval is None else f", {_CONFIDENCE} {bounds_text(interval, decimals)}"
     counts = " and ".join(map(str, row.effect.n_cycles))
     cycles = "cycle" if row.effect.n_cycles == (1,) else "cycles"
-    return f"{_ratio(row.effect.ratio, decimals)} ×", f"{within}, {counts} {cycles}"
-
-
-def _effect_cells(row: Row, decimals: int | None) -> tuple[str, str, str, str, str]:
-    verdict = "" if row.judgement is None else _verdict(row.judgement.gate, row.judgement.verdict)
-    if row.effect is None:
-        return ABSENT, ABSENT, ABSENT, ABSENT, verdict
-    interval, p_value = row.interval, row.p_adjusted
-    shown = ABSENT if interval is None else _bounds(interval, decimals)
-    p_text = ABSENT if p_value is None else f"{'' if row.is_found else '~ '}{p_value:.3f}"
-    p_text = "<0.001" if p_value is not None and p_value < 0.001 else p_text
-    combined = ABSENT if row.combined is None or row.combined.value is None else row.combined.value.text
-    return _ratio(row.effect.ratio, decimals), shown, combined, p_text, verdict
-
-
-def _mean(metric: Metric, value: float | None) -> str:
-    return units.format_latency(value) if metric.group == "latency" else units.format_quantity(value)
-
-
-def _ratio(value: float, decimals: int | None) -> str:
-    return f"{value:.3g}" if decimals is None else f"{value:.{decimals}f}"
-
-
-def _bounds(interval: tuple[float, float], decimals: int | None) -> str:
-    return "–".join(_ratio(bound, decimals) for bound in interval)
-
-
-def _decimals(row: Row) -> int | None:
-    """Enough that the width of the interval shows; None without an interval."""
-    interval = row.interval
-    if interval is None:
-        return None
-    width = interval[1] - interval[0]
-    needed = math.ceil(-math.log10(width)) if width > 0 else _MOST_DECIMALS
-    return min(max(needed, _LEAST_DECIMALS), _MOST_DECIMALS)
+    return f"{ratio_text(row.effect.ratio, decimals)} ×", f"{within}, {counts} {cycles}"
 
 
 def _further(judgement: Judgement) -> str:
@@ -422,27 +395,7 @@ def _further(judgement: Judgement) -> str:
     return f" (about {plural(more, 'more cycle')} would settle it)"
 
 
-def _verdict(gate: Gate, verdict: Verdict) -> str:
-    return f"within {_percent(gate)}" if verdict is Verdict.WITHIN else verdict.value
-
-
-def _percent(gate: Gate) -> str:
-    return f"{100 * gate.threshold:g}%"
-
-
-def _wrapped(text: str, width: int) -> list[str]:
+def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    """The text in lines, all but the first indented."""
     firm = text.replace(" %", f"{_FIRM}%").replace(" ×", f"{_FIRM}×")
-    return [line.replace(_FIRM, " ") for line in wrapped(firm, width)]
-
-
-def _split(settings: Sequence[Column], width: int) -> list[list[Column]]:
-    parts: list[list[Column]] = [[]]
-    room = width
-    for column in settings:
-        needed = 2 + max(map(text_width, (column.heading, *column.cells)))
-        if parts[-1] and needed > room:
-            parts.append([])
-            room = width
-        parts[-1].append(column)
-        room -= needed
-    return parts
+    return [line.replace(_FIRM, " ") for line in wrapped(firm, width, indent=indent)]

@@ -1,21 +1,18 @@
-"""What is read from records: metrics, their values by cycle, and settings."""
+"""What is read from records: metrics, and their values by cycle."""
 
 from __future__ import annotations
 
-import functools
-import json
+import math
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 from lem.base.errors import UserError, did_you_mean
 from lem.base.measurement import Section
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR
-from lem.config.experiment import ExperimentConfig
-from lem.config.option import walk
 from lem.record import Record, ResultKey
 
 
@@ -207,6 +204,17 @@ _INSTEAD: Mapping[str, tuple[str, ...]] = {
 }
 
 
+_SHORT_WIDTH = 16
+_SHORT_LABELS = {"energy_per_output_tok_j": "J/tok", "output_tok_per_s": "tok/s", "good_requests_per_s": "goodput"}
+
+
+def short_label(metric: Metric) -> str:
+    """A few letters to head a column, for others their label in short lines: `J/tok`, `TTFT p50`."""
+    if metric.percentile is not None:
+        return f"{metric.field.removesuffix('_s').upper()} {metric.percentile}"
+    return _SHORT_LABELS.get(metric.name) or "\n".join(textwrap.wrap(metric.heading, _SHORT_WIDTH))
+
+
 def parse_metric(text: str) -> Metric:
     """The metric of that name or alias; UserError where it is unknown."""
     name = text.strip()
@@ -290,80 +298,6 @@ def cycle_values(metric: Metric, cycles: Cycles) -> dict[Cycle, float]:
     return {cycle: statistics.fmean(values) for cycle, values in measured.items() if values}
 
 
-def _model(record: Record) -> str:
-    name = record.identity.model
-    return PurePath(name).name if name.startswith((".", "/", "~")) else name
-
-
-def _gpus(record: Record) -> str:
-    names = [gpu.name for gpu in record.gpus]
-    kinds = dict.fromkeys(names)
-    return ", ".join(f"{names.count(kind)} × {kind}" if names.count(kind) > 1 else kind for kind in kinds)
-
-
-# Settings in the heading of a table.
-_SETTINGS: Mapping[str, Callable[[Record], Any]] = {
-    "backend": lambda record: record.identity.backend,
-    "model": _model,
-    "precision": lambda record: record.requested.get("fp_precision"),
-    "device": lambda record: record.environment.device,
-    "traffic": lambda record: record.window.traffic_mode.replace("_", " "),
-}
-_MORE: Mapping[str, Callable[[Record], Any]] = {
-    "engine": lambda record: f"{record.environment.engine_name} {record.environment.engine_version}",
-    "GPU": _gpus,
-    "driver": lambda record: record.environment.versions.get("driver"),
-}
-
-# Options that are among the settings above, that are no settings, or that are better known from elsewhere.
-_LEFT_OUT = frozenset({
-    "backend", "model", "model_name", "fp_precision", "config_name", "io", "extra_metadata", "gpus", "num_cycles",
-})  # fmt: skip
-
-
-@functools.cache
-def rates_and_limits() -> frozenset[str]:
-    """Options that are no setting, since they change no number: prices, carbon figures, timeouts, cache lifetimes."""
-    return frozenset(name for name, item, _ in walk(ExperimentConfig) if item.is_dropped)
-
-
-def headline_settings(record: Record) -> dict[str, str]:
-    """The few settings that head a table, by label; absent ones are left out."""
-    return _texts(_SETTINGS, record)
-
-
-def settings_of(record: Record) -> dict[str, str]:
-    """Every setting by label: those of the heading, engine, GPU and driver, then the options as given."""
-    options = {name: item for name, item in record.requested.items() if name not in _LEFT_OUT}
-    return {**headline_settings(record), **_texts(_MORE, record), **dict(_flatten(options))}
-
-
-def shared_settings(settings: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    first, *others = [*settings] or [{}]
-    return {label: value for label, value in first.items() if all(item.get(label) == value for item in others)}
-
-
-def differing_settings(settings: Sequence[Mapping[str, str]]) -> dict[str, tuple[str | None, ...]]:
-    """The settings that differ: by label, the value in each; None where it is not set."""
-    labels = dict.fromkeys(label for item in settings for label in item)
-    values = {label: tuple(item.get(label) for item in settings) for label in labels}
-    return {label: found for label, found in values.items() if len(set(found)) > 1}
-
-
-def _texts(readers: Mapping[str, Callable[[Record], Any]], record: Record) -> dict[str, str]:
-    found = {label: read(record) for label, read in readers.items()}
-    return {label: str(value) for label, value in found.items() if value}
-
-
-def _flatten(options: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        elif f"{prefix}{name}" not in rates_and_limits():
-            yield f"{prefix}{name}", _plain(value)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value)) or "none"
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+def mean_of(values: Sequence[float]) -> float:
+    """The geometric mean; the arithmetic one where a value is 0 (an empty queue takes no time), which has no log."""
+    return math.exp(statistics.fmean(map(math.log, values))) if min(values) > 0 else statistics.fmean(values)

@@ -15,7 +15,7 @@ from typing import Any
 from lem.base.measurement import ENERGY_COUNTED, Measured, is_estimate, is_gpu_source
 from lem.base.reasons import Reason
 from lem.record import Record, ResultKey
-from lem.results import metrics
+from lem.results import axes, metrics
 from lem.results.bootstrap import (
     AUTOCORRELATED_COVERAGE,
     HEAVY_TAILED_COVERAGE,
@@ -135,6 +135,7 @@ class Configuration:
     confidence: float = CONFIDENCE  # of every interval
     is_removed: bool = False  # the campaign has it no more: it is shown, and compared only by name
     share: float = 1.0  # of the error that this allows, what is left for the last test of a run with added cycles
+    number: int = 1  # in every table of its run
 
     @property
     def config_hash(self) -> str:
@@ -162,7 +163,7 @@ class Configuration:
     @cached_property
     def settings(self) -> Mapping[str, str]:
         """What was configured, by label."""
-        return metrics.settings_of(self.records[0]) if self.records else {}
+        return axes.settings_of(self.records[0]) if self.records else {}
 
     @property
     def n_cycles(self) -> int:
@@ -223,6 +224,10 @@ class Configuration:
         """Whether some of its energy comes from the sensors on GPU boards, which are off by up to 5 % per card."""
         return any(map(is_gpu_source, self.energy_sources))
 
+    def values(self, metric: Metric, *, of_attempts: bool = False) -> Mapping[metrics.Cycle, float]:
+        """One value for each cycle that measured the metric; with `of_attempts`, over every attempt in it."""
+        return metrics.cycle_values(metric, self.attempts if of_attempts else self.cycles)
+
     def estimate(self, metric: str | Metric) -> Estimate:
         """The estimate of a metric, or of its name or alias; UserError where there is no such metric.
 
@@ -246,8 +251,8 @@ class Configuration:
         return {}
 
     def _estimated(self, metric: Metric) -> Estimate:
-        values = tuple(metrics.cycle_values(metric, self.cycles).values())
-        attempts, all_attempts = tuple(metrics.cycle_values(metric, self.attempts).values()), None
+        values = tuple(self.values(metric).values())
+        attempts, all_attempts = tuple(self.values(metric, of_attempts=True).values()), None
         if attempts and attempts != values:
             n_attempts = sum(metric.read(record)[0] is not None for record in self.records)
             geometric = math.exp(statistics.fmean(map(math.log, attempts))) if min(attempts) > 0 else None
@@ -326,7 +331,7 @@ class Run:
 
     @cached_property
     def configurations(self) -> tuple[Configuration, ...]:
-        """In the order in which they ran first; then those without any result, then those that were removed."""
+        """In the order of their numbers: as they ran first, then those without any result, then those removed."""
         groups: dict[tuple[str, str], list[Record]] = {}
         for record in metrics.distinct(_in_order(self.records)):
             groups.setdefault(group_of(record.identity), []).append(record)
@@ -339,7 +344,8 @@ class Run:
             )
         known = {item.name for item in found}
         found += [Configuration(name, (), n) for name, n in self.failed.items() if name not in known]
-        return tuple(sorted(found, key=lambda item: item.is_removed))
+        found.sort(key=lambda item: item.is_removed)
+        return tuple(replace(item, number=number) for number, item in enumerate(found, 1))
 
     @property
     def share(self) -> float:
@@ -359,7 +365,7 @@ class Run:
     @cached_property
     def shared(self) -> Mapping[str, str]:
         """The settings of the heading that all configurations have in common, by label."""
-        return metrics.shared_settings(map(metrics.headline_settings, _in_order(self.records)))
+        return axes.shared_settings(map(axes.headline_settings, _in_order(self.records)))
 
     @property
     def is_single_cycle(self) -> bool:
@@ -374,6 +380,14 @@ class Run:
     def find(self, name: str) -> Configuration | None:
         """The configuration of that name, with results."""
         return next((item for item in self.configurations if item.records and item.name == name), None)
+
+    def select(self, wanted: str) -> Configuration:
+        """The configuration with results that a number, a name, settings (`axis=value`) or a part of a name means.
+
+        Raises:
+            LemError: there is none, or more than one.
+        """
+        return axes.select([*self.with_results, *self.removed], wanted, f"run {self.run_id}")
 
     def rows(self) -> list[dict[str, Any]]:
         """A flat dict per experiment, ready for `pandas.DataFrame`: the columns and texts of `lem results export`."""

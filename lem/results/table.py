@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lem.base import units
-from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Column, Doc, NameShortener, Table, columns, printable
-from lem.base.log import WIDTH, bounded_width
+from lem.base.doc import NAMES_SHOWN, Column, Doc, columns, printable
+from lem.base.log import WIDTH
 from lem.base.measurement import ENERGY_COUNTED, Distribution
 from lem.base.reasons import alike
 from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
 from lem.config.backends import ENERGY_SCORE_RULES
 from lem.config.experiment import DATASET_ALIASES
 from lem.record import Energy, Gpu, Record
+from lem.results.axes import Key
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES
 from lem.results.run import (
@@ -37,6 +38,7 @@ _INTERVALS = (("Output throughput", "output_tok_per_s"), ("Energy per output tok
 _GOODPUT = (("Goodput", "good_requests_per_s"), ("Energy per good request", "energy_per_good_request_j"))
 _CONFIDENCE = f"{100 * CONFIDENCE:g} %"
 _LABEL_WIDTH = 12
+_NUMBERS_SHOWN = 12
 _PERCENTILES = ("mean", "p50", "p90", "p95", "p99")
 
 
@@ -47,7 +49,7 @@ def render_run(run: Run, *, has_budget: bool = False, is_colour: bool = False, w
     """
     if not run.configurations:
         return "No results.\n"
-    return _RunTable(run, Doc(bounded_width(width), is_colour=is_colour)).render(has_budget=has_budget)
+    return _RunTable(run, Doc(width, is_colour=is_colour)).render(has_budget=has_budget)
 
 
 class _RunTable:
@@ -55,17 +57,21 @@ class _RunTable:
         self._run = run
         self._configurations = run.configurations
         self._doc = doc
-        self._shortener = NameShortener([item.name for item in run.configurations], NAME_WIDTH)
+        numbers = [str(item.number) for item in run.configurations]
+        settings, names = zip(*((item.settings, item.name) for item in run.configurations), strict=True)
+        self._key = Key(numbers, settings, names)
+        self._has_key = False  # a table showed it
+        self._every: list[str] = []  # what the estimates over all attempts are
 
     def render(self, *, has_budget: bool) -> str:
         self._heading()
         self._estimates("output_tok_per_s", "Output throughput, tok/s")
         note = estimate_note(self._configurations)
-        self._estimates("energy_per_output_tok_j", f"Energy per output token, J\n{note}".rstrip())
+        self._estimates("energy_per_output_tok_j", f"Energy per output token, J {note}".rstrip())
         if any(_is_of_energy_score(record) for item in self._configurations for record in item.records):
-            self._estimates("energy_per_1000_requests_wh", f"Energy per 1,000 prompts, Wh\n{note}".rstrip())
+            self._estimates("energy_per_1000_requests_wh", f"Energy per 1,000 prompts, Wh {note}".rstrip())
         self._estimates("good_requests_per_s", "Goodput, good requests/s")
-        self._estimates("energy_per_good_request_j", f"Energy per good request, J\n{note}".rstrip())
+        self._estimates("energy_per_good_request_j", f"Energy per good request, J {note}".rstrip())
         self._outcomes()
         if has_budget:
             self._budgets()
@@ -85,7 +91,7 @@ class _RunTable:
         title = [run.campaign_name, runs if run.run_ids else "", count, most if len(cycles) == 1 else f"up to {most}"]
         self._doc.text(_listed(title), "bold")
         shared = _listed([*run.shared.values(), *(run.hosts if len(run.hosts) == 1 else ())])
-        for text in filter(None, (shared, self._shortener.explanation)):
+        for text in filter(None, (shared, self._key.explanation)):
             self._doc.text(text, "dim")
 
     def _estimates(self, metric: str, heading: str) -> None:
@@ -94,30 +100,37 @@ class _RunTable:
             return
         decimals = _common_decimals(estimates)
         rows: list[tuple[str, ...]] = []
+        every: list[str] = []
         for item, estimate in zip(self._configurations, estimates, strict=True):
-            name, bootstrap, every = self._shortener(item.name), estimate.bootstrap, estimate.all_attempts
+            bootstrap, whole = estimate.bootstrap, estimate.all_attempts
             low, high = (bootstrap.ci_lower, bootstrap.ci_upper) if bootstrap else (None, None)
             intervals = (_interval(estimate.low, estimate.high, decimals), _interval(low, high, decimals))
             combined = estimate.combined.value if estimate.combined else None
             shown = ABSENT if combined is None else combined.text
-            rows.append((name, str(estimate.n), _number(estimate.value, decimals), *intervals, shown))
-            if every is not None:
-                mean = _number(every.geometric_mean, decimals)
-                rows.append(("· over all attempts", str(every.n_cycles), mean, "", "", ""))
+            rows.append((str(estimate.n), _number(estimate.value, decimals), *intervals, shown))
+            if whole is not None:
+                every.append(f"{item.number} {_number(whole.geometric_mean, decimals)} (n = {whole.n_cycles})")
         headings = ["n", "geom.\nmean", f"{_CONFIDENCE}\nt interval", "bootstrap\ninterval"]
         if any(estimate.combined and estimate.combined.value for estimate in estimates):
             headings.append("combined")
-            heading = heading.replace(" per ", "\nper ", 1)  # makes room
-        else:
-            rows = [row[:-1] for row in rows]
-        names, *cells = zip(*rows, strict=True)
-        table = [Column(text, tuple(column)) for text, column in zip(headings, cells, strict=True)]
-        self._doc.block()
-        self._doc.table(Table(heading, tuple(names), tuple(table)))
+        cells = zip(*rows, strict=True)
+        self._table([Column(text, tuple(column)) for text, column in zip(headings, cells, strict=False)], heading)
+        if every:
+            self._every.append(f"{heading}, over all attempts, invalid ones too: {some_of(every, NAMES_SHOWN)}.")
+
+    def _table(self, columns: Sequence[Column], title: str) -> None:
+        """Add a table, the first one with names and axes, others where there is room for them."""
+        key = self._key
+        if self._has_key and key.n_above(columns, self._doc.width) != 0:
+            key = key.without_axes()
+        self._has_key = True
+        for table in key.tables(columns, self._doc.width, title):
+            self._doc.block()
+            self._doc.table(table)
 
     def _budgets(self) -> None:
-        named = [(self._shortener(item.name), item.estimate(ENERGY).combined) for item in self._configurations]
-        table = budget_table(named, "Uncertainty of the energy\nper output token, % (k = 1)")
+        named = [(str(item.number), item.estimate(ENERGY).combined) for item in self._configurations]
+        table = budget_table(named, "Uncertainty of the energy per output token, % (k = 1)")
         self._doc.block()
         if table is not None:
             self._doc.table(table)
@@ -134,12 +147,10 @@ class _RunTable:
             Column("invalid", tuple(str(item.n_invalid) for item in configurations)),
             Column("failed", tuple(str(item.n_failed) for item in configurations)),
         ]
-        names = tuple(self._shortener(item.name) for item in configurations)
-        self._doc.block()
-        self._doc.table(Table("Latency, results" if latencies else "Results", names, (*latencies, *counts)))
+        self._table([*latencies, *counts], "Latency, results" if latencies else "Results")
 
     def _notes(self) -> None:
-        notes = [*self._interval_notes()]
+        notes = [*self._interval_notes(), *self._every]
         if any(item.estimate(metric).values for item in self._configurations for _, metric in _LATENCIES):
             notes.append("Latency: median over the requests of a cycle, geometric mean over the cycles.")
         if any(item.is_by_board_sensors for item in self._configurations):
@@ -215,13 +226,15 @@ class _RunTable:
             self._doc.labelled("left: ", f"{plural(left, 'experiment')} not measured yet{remedy}", "yellow")
         empty = [item for item in self._configurations if not item.n_cycles]
         if empty:
-            self._doc.labelled("no valid result: ", self._names(empty), "red")
+            named = [f"{item.number} {item.name}" for item in empty]
+            self._doc.labelled("no valid result: ", some_of(named, NAMES_SHOWN, "; "), "red")
 
     def _of(self, members: Sequence[Configuration], preposition: str) -> str:
         return "" if len(members) == len(self._configurations) else f" {preposition} {self._names(members)}"
 
     def _names(self, members: Sequence[Configuration]) -> str:
-        return some_of([self._shortener(item.name) for item in members], NAMES_SHOWN, "; ")
+        numbers = some_of([str(item.number) for item in members], _NUMBERS_SHOWN)
+        return f"configuration {numbers}" if len(members) == 1 else f"configurations {numbers}"
 
 
 def _common_decimals(estimates: Sequence[Estimate]) -> int | None:

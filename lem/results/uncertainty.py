@@ -188,7 +188,7 @@ def budget_table(named: Sequence[tuple[str, Measured[Combined] | None]], heading
         Column("k", tuple(f"{found.factor:.2f}" for _, found in rows)),
         Column("combined", tuple(found.text for _, found in rows)),
     ]
-    return Table(heading, tuple(name for name, _ in rows), tuple(columns)) if rows else None
+    return Table("#", tuple(name for name, _ in rows), tuple(columns), heading) if rows else None
 
 
 def why_unknown(found: Iterable[Measured[Combined] | None]) -> list[str]:

@@ -11,18 +11,19 @@ from operator import attrgetter
 from typing import Any
 
 from lem.base.doc import SEPARATORS, name_tokens, printable, text_width
-from lem.base.reasons import Reason
 from lem.base.units import format_quantity, plural, some_of
 from lem.config.backends import WIDTH_OPTIONS
 from lem.record import Record
+from lem.results.axes import rates_and_limits
 from lem.results.check import check_run
-from lem.results.compare import Row, compare_best
+from lem.results.comparability import share_workload
+from lem.results.compare import Comparison, compare_configurations
+from lem.results.comparison import best_of, headline_of, remarks_of
 from lem.results.findings import Finding
-from lem.results.metrics import Metric, rates_and_limits
+from lem.results.metrics import Metric
 from lem.results.report.plot import GROUPS_MAX
 from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run, estimate_note
 from lem.results.store import config_of_problem, configuration_of
-from lem.results.trends import SAME_ORDER, is_same_order
 
 NOT_GIVEN = "not given"
 
@@ -96,7 +97,7 @@ def union(spans: Iterable[tuple[float, float]], hole_s: float = 0.0) -> list[tup
 
 @dataclass(frozen=True)
 class Entry:
-    number: int  # from 1, in the order of merit
+    number: int  # in every table of the run
     name: str
     label: str  # without what all names share, short enough for a plot
     configuration: Configuration
@@ -123,12 +124,26 @@ class Entry:
         return None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
 
 
+def workloads_of(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """The entries with results that count, apart by workload."""
+    found: list[list[Entry]] = []
+    for entry in entries:
+        if entry.used:
+            same = next((group for group in found if share_workload(group[0].used, entry.used)), None)
+            if same is None:
+                found.append([entry])
+            else:
+                same.append(entry)
+    return found
+
+
 @dataclass(frozen=True)
 class Report:
     run: Run
     findings: tuple[Finding, ...]  # of `lem check`
     headline: Metric  # of the verdict: energy per output token, or throughput where no energy was measured
-    entries: tuple[Entry, ...]  # best first, those without a value last
+    comparison: Comparison | None  # of all others with the baseline, as `lem compare` has it; None for fewer than two
+    entries: tuple[Entry, ...]  # in the order of their numbers
     records: tuple[Record, ...]  # in the order of execution
     grouped_by: str
     groups: tuple[str, ...]  # the meaning of each colour and shape; () where all look the same
@@ -152,8 +167,8 @@ class Report:
         return f" {note}" if note else ""
 
 
-def compose(run: Run) -> Report:
-    """The content of the page, without traces."""
+def compose(run: Run, baseline: Configuration | None = None) -> Report:
+    """The content of the page, without traces; by default the baseline is the first configuration."""
     estimates = [item.estimate(ENERGY) for item in run.configurations]
     is_measured = any(estimate.values or estimate.all_attempts for estimate in estimates)
     headline = ENERGY if is_measured else THROUGHPUT
@@ -165,19 +180,18 @@ def compose(run: Run) -> Report:
     grouped_by, groups, meanings = _grouping(settings)
     labels = _labels([item.name for item in run.configurations])
 
-    def merit(pair: tuple[int, Configuration]) -> tuple[bool, bool, float]:
-        value = pair[1].estimate(headline).value
-        return pair[1].is_removed, value is None, (1 if headline is ENERGY else -1) * (value or 0.0)
-
-    ranked = sorted(enumerate(run.configurations), key=merit)
     entries = tuple(
-        Entry(number, printable(it.name), labels[it.name], it, settings[index], groups[index] if groups else number - 1)
-        for number, (index, it) in enumerate(ranked, 1)
+        Entry(it.number, printable(it.name), labels[it.name], it, settings[index], groups[index] if groups else index)
+        for index, it in enumerate(run.configurations)
     )
+    first = baseline or next(iter(run.with_results), None)
+    others = [item for item in run.with_results if item is not first]
+    comparison = compare_configurations(run, first, others, metrics=(headline,)) if first and others else None
     return Report(
         run=run,
         findings=check_run(run),
         headline=headline,
+        comparison=comparison,
         entries=entries,
         records=tuple(sorted(run.records, key=lambda record: _PLACE(record.identity))),
         grouped_by=grouped_by,
@@ -315,82 +329,29 @@ def _numbers_first(value: str) -> tuple[int, float, str]:
 class Verdict:
     sentence: str
     remarks: tuple[str, ...] = ()  # how it was found, and what could not be decided and why
-    has_winner: bool = False  # the first configuration differs from the next
+    best: int | None = None  # the number of the best, if it differs from the baseline, or all others do
 
 
 def verdict_of(report: Report) -> Verdict:
-    """The best configuration by the headline metric, and how it compares with the others (as `lem compare` would)."""
-    metric = report.headline
-    if not report.entries:
-        return Verdict("No results.")
+    """The sentence of `lem compare`, in the headline metric."""
+    metric, comparison = report.headline, report.comparison
     current = [entry for entry in report.entries if not entry.configuration.is_removed]
     ranked = [entry for entry in current if entry.centre(metric) is not None]
+    missing = [entry for entry in current if entry.centre(metric) is None]
+    remarks = [f"No value for {_names(missing)}."] if missing else []
+    if not report.entries:
+        return Verdict("No results.")
     if not ranked:
         return Verdict("No configuration has a valid result, so there is nothing to compare.")
-    first, *others = ranked
-    missing = [entry for entry in current if entry.centre(metric) is None]
-    removed = [entry for entry in report.entries if entry.configuration.is_removed]
-    remarks = [f"No value for {_names(missing)}."] if missing else []
-    remarks += [f"Removed from the campaign, so not compared: {_names(removed)}."] if removed else []
-    if not others:
-        return Verdict(f"“{first.name}”: {_amount(first, metric)}.", tuple(remarks))
-    ordered = [replace(entry.configuration, name=entry.label) for entry in ranked]
-    pairs = compare_best(report.run, ordered, metric).pairs
-    rows = [(entry, pair.rows[0]) for entry, pair in zip(others, pairs, strict=True)]
-    compared = [(entry, row) for entry, row in rows if row.p_adjusted is not None and row.effect is not None]
-    refused = [(entry, row.reason) for entry, row in rows if row.p_adjusted is None and row.reason is not None]
-    if compared and is_same_order(report.run):
-        remarks.append(f"{SAME_ORDER.text.capitalize()}.")
-    confounded = [
-        f"Against {_names([entry])} confounded by {item.reason}."
-        for entry, pair in zip(others, pairs, strict=True)
-        for item in pair.obstacles
-        if item.is_confounder
-    ]
-    remarks = [*confounded[:_NAMED], *_separated(compared, len(others)), *_refusals(refused), *remarks]
-    ratio = _against(*compared[0]) if compared else ""
-    verb = "uses the least energy per output token" if report.has_energy else "makes the most output tokens per second"
-    found = f"“{first.name}” {verb}: {_amount(first, metric, len(ranked))}."
-    if compared and compared[0][0] is others[0]:
-        return Verdict(f"{found} {ratio}", tuple(remarks), has_winner=compared[0][1].is_found)
-    sentence = f"{found} This ranks the estimates only: there is no verdict against the next best."
-    return Verdict(sentence, (ratio, *remarks) if ratio else tuple(remarks))
-
-
-def _against(entry: Entry, row: Row) -> str:
-    """How much another differs, with the ratio the way round in which the best comes first."""
-    effect, p = row.effect, row.p_adjusted
-    if effect is None or p is None:
-        return ""
-    relation = row.metric.relation.format(f"{1 / effect.ratio:#.3g} ×")
-    interval = row.interval
-    within = f" (95 % {1 / interval[1]:#.3g} – {1 / interval[0]:#.3g})" if interval else ""
-    chance = "" if row.is_found else ", which may be chance"
-    p_text = "< 0.001" if p < 0.001 else f"= {p:.3f}"
-    cycles = plural(effect.n_cycles[0], "cycle")
-    return f"It {relation} “{entry.name}”{within}, {cycles}, Holm-adjusted p {p_text}{chance}."
-
-
-def _separated(compared: Sequence[tuple[Entry, Row]], n_others: int) -> list[str]:
-    if not compared:
-        return []
-    close = [entry for entry, row in compared if not row.is_found]
-    found = f"Differs from {len(compared) - len(close)} of {plural(n_others, 'other configuration')}"
-    lines = [f"{found}: paired within cycles, with Holm's correction over {plural(len(compared), 'comparison')}."]
-    return [*lines, f"No difference found from {_names(close)}; more cycles may show one."] if close else lines
-
-
-def _refusals(refused: Sequence[tuple[Entry, Reason]]) -> Iterable[str]:
-    by_code: dict[str, list[tuple[Entry, Reason]]] = {}
-    for entry, reason in refused:
-        by_code.setdefault(reason.code, []).append((entry, reason))
-    for members in by_code.values():
-        entries, (first, reason) = [entry for entry, _ in members], members[0]
-        if len(members) == 1:
-            yield f"No verdict against {_names(entries)}: {reason}."
-        else:
-            shown = ", ".join(str(entry.number) for entry in entries[:12]) + (" …" if len(entries) > 12 else "")
-            yield f"No verdict against {len(entries)} others ({shown}); against {first.number}: {reason}."
+    if comparison is None:
+        return Verdict(f"“{ranked[0].name}”: {_amount(ranked[0], metric)}.", tuple(remarks))
+    least = metric is ENERGY
+    first = (min if least else max)(ranked, key=lambda entry: entry.centre(metric) or 0.0)
+    remarks.insert(
+        0, f"{'Lowest' if least else 'Highest'} mean: {_names([first])}, {_amount(first, metric, len(ranked))}."
+    )
+    best = best_of(comparison, metric)
+    return Verdict(headline_of(comparison), (*remarks, *remarks_of(comparison)), best.number if best else None)
 
 
 def _names(entries: Sequence[Entry]) -> str:

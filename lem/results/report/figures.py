@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lem.base.measurement import PROMPTS_NEEDED, Distribution
 from lem.base.units import format_latency, format_quantity, plural, some_of
-from lem.results.metrics import LATENCIES, READABLE_LATENCIES, Metric
+from lem.results.comparability import workload_of
+from lem.results.metrics import LATENCIES, READABLE_LATENCIES, Metric, mean_of
 from lem.results.report import plot
-from lem.results.report.content import Entry, Report
+from lem.results.report.content import Entry, Report, workloads_of
 from lem.results.report.plot import Cell, Markup, Plot, Row, Scale, join, marks, number_cell, spot, table, tag, text
 from lem.results.run import ENERGY, THROUGHPUT
 
@@ -42,7 +42,8 @@ class _Point:
     y: float
     x_span: tuple[float, float] | None
     y_span: tuple[float, float] | None
-    is_best: bool = False  # on the frontier
+    workload: int = 0  # from 0
+    is_best: bool = False  # on the frontier of its workload
 
 
 def pareto_section(report: Report) -> Markup:
@@ -52,11 +53,12 @@ def pareto_section(report: Report) -> Markup:
     latency = _Axis("e2e_p50_s", "End-to-end latency, median, s")
     if all(entry.centre("ttft_p50_s") is not None for entry in entries if entry.used):
         latency = _Axis("ttft_p50_s", "Time to first token, median, s")
-    parts = [_pareto("pareto-latency", "Throughput against latency", latency, throughput, entries)]
+    workloads = workloads_of(entries)
+    parts = [_pareto("pareto-latency", "Throughput against latency", latency, throughput, workloads)]
     if report.has_energy:
         parts = [
-            _pareto("pareto-throughput", "Energy against throughput", throughput, energy, entries),
-            _pareto("pareto-latency", "Energy against latency", latency, energy, entries),
+            _pareto("pareto-throughput", "Energy against throughput", throughput, energy, workloads),
+            _pareto("pareto-latency", "Energy against latency", latency, energy, workloads),
         ]
     is_explained = report.groups and report.grouped_by != "configuration"
     note = tag("p", f"Colour and shape: {report.grouped_by}.") if is_explained else Markup()
@@ -64,29 +66,21 @@ def pareto_section(report: Report) -> Markup:
     return join([note, key, tag("div", *parts, class_="pair")])
 
 
-def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iterable[Entry]) -> Markup:
-    points = [
-        _Point(entry, x, y, entry.span(across.metric), entry.span(up.metric))
-        for entry in entries
-        if (x := entry.centre(across.metric)) is not None and (y := entry.centre(up.metric)) is not None
-    ]
+def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, workloads: Sequence[Sequence[Entry]]) -> Markup:
+    points = [point for number, entries in enumerate(workloads) for point in _points(number, entries, across, up)]
     if not points:
         return plot.no_plot(identifier, title, "No configuration has a valid result with both values.")
-    signs = [1 if axis.is_less_better else -1 for axis in (across, up)]
-    on_frontier = frontier([(signs[0] * point.x, signs[1] * point.y) for point in points])
-    points = [replace(point, is_best=index in on_frontier) for index, point in enumerate(points)]
     best = sorted((point for point in points if point.is_best), key=lambda p: p.x, reverse=not across.is_less_better)
-    names = [f"{point.entry.number} {point.entry.label}" for point in best]
+    fronts = [*_fronts(best)]
     x_scale = plot.fitting_scale(_extent((point.x, point.x_span) for point in points), _LEFT, _PARETO_RIGHT)
     y_scale = plot.fitting_scale(_extent((point.y, point.y_span) for point in points), _BOTTOM, _TOP)
-    grey = len(points) - len(names)
+    grey = len(points) - len(best)
     corner = f"{'lower' if up.is_less_better else 'upper'} {'left' if across.is_less_better else 'right'}"
     arrow = {"lower left": "↙", "lower right": "↘", "upper left": "↖", "upper right": "↗"}[corner]
     return Plot(
         identifier,
         title,
-        f"{plural(len(points), 'configuration')} as points with crosses for their intervals; on the frontier: "
-        + ", ".join(names[:_NAMED]),
+        f"{plural(len(points), 'configuration')} as points with crosses for their intervals. {' '.join(fronts)}",
         _SIZE,
         [
             plot.horizontal_axis(x_scale, _BOTTOM, _TOP, across.label),
@@ -95,12 +89,33 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iter
             *_pareto_marks(points, x_scale, y_scale),
         ],
         [
-            f"On the frontier: {some_of(names, _NAMED)}.",
-            (f"Grey: {grey} that another configuration beats in both means. " if grey else "")
+            *fronts,
+            (f"Grey: {grey} that another configuration of the same workload beats in both means. " if grey else "")
             + "Crosses: 95 % t intervals; where they overlap, the order may be chance.",
         ],
         _pareto_table(points, across, up),
     ).render()
+
+
+def _points(workload: int, entries: Iterable[Entry], across: _Axis, up: _Axis) -> list[_Point]:
+    points = [
+        _Point(entry, x, y, entry.span(across.metric), entry.span(up.metric), workload)
+        for entry in entries
+        if (x := entry.centre(across.metric)) is not None and (y := entry.centre(up.metric)) is not None
+    ]
+    signs = [1 if axis.is_less_better else -1 for axis in (across, up)]
+    best = frontier([(signs[0] * point.x, signs[1] * point.y) for point in points])
+    return [replace(point, is_best=index in best) for index, point in enumerate(points)]
+
+
+def _fronts(best: Sequence[_Point]) -> Iterator[str]:
+    """Who is on each frontier, by workload where there are several."""
+    fronts: dict[int, list[_Point]] = {}
+    for point in best:
+        fronts.setdefault(point.workload, []).append(point)
+    for front in fronts.values():
+        of = f" of {workload_of(front[0].entry.used[0])}" if len(fronts) > 1 else ""
+        yield f"On the frontier{of}: {some_of([f'{it.entry.number} {it.entry.label}' for it in front], _NAMED)}."
 
 
 def frontier(costs: Sequence[tuple[float, float]]) -> tuple[int, ...]:
@@ -144,8 +159,10 @@ def _pareto_marks(points: Sequence[_Point], x_scale: Scale, y_scale: Scale) -> I
     yield marks(map(cross, grey), "span grey")
     for group in _groups(point.entry for point in grey):
         yield marks((spot(*place(point), plot.shape(group)) for point in grey if point.entry.group == group), "m grey")
-    if len(best) > 1:
-        yield marks([plot.line_to(*map(place, best))], "front")
+    for workload in sorted({point.workload for point in best}):
+        line = [place(point) for point in best if point.workload == workload]
+        if len(line) > 1:
+            yield marks([plot.line_to(*line)], "front")
     for point in best:
         group = point.entry.group
         tooltip = tag("title", f"{point.entry.number} {point.entry.name}")
@@ -361,11 +378,6 @@ def latency_section(report: Report) -> Markup:
 
 def _distributions(entry: Entry, kind: str) -> list[Distribution]:
     return [value for record in entry.used if (value := getattr(record.latency, kind)) is not None]
-
-
-def mean_of(values: Sequence[float]) -> float:
-    """The geometric mean; the arithmetic one where a value is 0 (an empty queue takes no time), which has no log."""
-    return math.exp(statistics.fmean(map(math.log, values))) if min(values) > 0 else statistics.fmean(values)
 
 
 def _percentiles(entry: Entry, kind: str) -> _Percentiles:

@@ -11,13 +11,14 @@ from lem.base.reasons import Reason, alike
 from lem.base.units import format_latency, plural, some_of
 from lem.record import Gpu, Record
 from lem.results.bootstrap import bootstrap_coverage_label
-from lem.results.metrics import METRIC_BY_NAME, Metric
+from lem.results.compare import Comparison
+from lem.results.metrics import METRIC_BY_NAME, Metric, mean_of
 from lem.results.report import plot
 from lem.results.report.content import Entry, Report, verdict_of
-from lem.results.report.figures import mean_of
 from lem.results.report.plot import Cell, Markup, Row, details, join, paragraphs, scroller, table, tag
 from lem.results.run import ENERGY, carbon_basis, coverage_notes
 from lem.results.uncertainty import why_unknown
+from lem.results.views import decimals_of, effect_cells
 
 # --- how many results can be used, and what weakens them
 
@@ -119,13 +120,13 @@ def results_section(report: Report) -> Markup:
     """The answer in a sentence, how far it goes, and the table of all configurations with what its numbers mean."""
     verdict = verdict_of(report)
     answer = tag("div", tag("p", verdict.sentence, class_="verdict"), *paragraphs(verdict.remarks))
-    content = _overview(report, has_winner=verdict.has_winner)
+    content = _overview(report, best=verdict.best)
     class_ = "scroll tall" if len(report.entries) > _TALL_FROM else "scroll"
     overview = scroller("Table of all configurations", content, class_)
     return join([answer, overview, *paragraphs(_explanations(report)), _more_figures(report)])
 
 
-def _overview(report: Report, *, has_winner: bool) -> Markup:
+def _overview(report: Report, *, best: int | None) -> Markup:
     decimals = {metric: plot.decimals_of(entry.centre(metric) for entry in report.entries) for metric in report.metrics}
     latencies = [
         (label, name)
@@ -136,6 +137,8 @@ def _overview(report: Report, *, has_winner: bool) -> Markup:
     for metric in report.metrics:
         note = report.estimate_note if metric is ENERGY else ""
         head += [f"{metric.heading}{note}", "95 % intervals"]
+        if metric is report.headline and report.comparison is not None:
+            head.append(f"Ratio to {report.comparison.pairs[0].baseline.number}")
     head += [*(label for label, _ in latencies), "Cycles"]
     rows: list[Row] = []
     for entry in report.entries:
@@ -143,13 +146,28 @@ def _overview(report: Report, *, has_winner: bool) -> Markup:
         for metric, digits in decimals.items():
             is_estimated = entry.is_estimate and metric is ENERGY
             row += plot.interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
+            if metric is report.headline and report.comparison is not None:
+                row.append(_ratio(entry, report.comparison))
         for _, name in latencies:
             estimate = entry.configuration.estimate(name)
             row.append(plot.number_cell(estimate.value, estimate.null_reason, format_latency))
         rows.append([*row, entry.configuration.n_cycles])
     caption = f"Every configuration of {report.run.campaign_name}, sortable by each column"
-    sorted_by = (2, "ascending" if report.has_energy else "descending")
-    return table(caption, head, rows, row_head=1, sorted_by=sorted_by, best=0 if has_winner else None)
+    places = [place for place, entry in enumerate(report.entries) if entry.number == best]
+    return table(caption, head, rows, row_head=1, sorted_by=(0, "ascending"), best=places[0] if places else None)
+
+
+def _ratio(entry: Entry, comparison: Comparison) -> Cell:
+    """The ratio to the baseline with its interval, as `lem compare` shows it."""
+    if entry.number == comparison.pairs[0].baseline.number:
+        return Cell("baseline", 1.0, is_number=True)
+    row = next((pair.rows[0] for pair in comparison.pairs if pair.other.number == entry.number), None)
+    if row is None or row.effect is None:
+        why = row.reason.text if row is not None and row.reason else None
+        return Cell(tag("span", "none", class_="absent", title=why), is_number=True)
+    ratio, interval, _, p_value, _ = effect_cells(row, decimals_of(row))
+    below = tag("small", f"{interval}, p {p_value}" if row.p_adjusted is not None else interval)
+    return Cell(join([ratio, Markup(" "), below]), row.effect.ratio, is_number=True)
 
 
 def _name(entry: Entry) -> Markup:

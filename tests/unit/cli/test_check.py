@@ -55,7 +55,7 @@ def test_findings_are_shown_with_what_to_do_the_weak_ones_first():
     shown = " ".join(" ".join(narrow).split())
     assert "WEAK unsteady: throughput or power moved by 2 % or more within the window (under traffic" in shown
     assert "do: raise measurement.min_window_sec" in shown
-    assert "note warning: 3 of 128 prompts were cut to 512 tokens (vllm" in shown
+    assert "note warning: 3 of 128 prompts were cut to 512 tokens (2 vllm" in shown
     assert "\x1b[31mWEAK\x1b[0m" in on_terminal(render_check(run, check_run(run), is_colour=True))
     assert max(map(len, narrow)) <= 80 < max(map(len, wide))
 

@@ -55,25 +55,31 @@ CAMPAIGNS: dict[str, tuple[Campaign, ...]] = {
 
 # Where, the words after `lem compare`, the exit code, and parts of what is printed, its lines joined.
 ANSWERS = r"""
-demo // demo // 0 // vllm-float16 uses 0.41 × the energy // of 3 configurations 3 better. // over the 9 comparisons
+demo // demo // 0 // vllm-float16 (3) uses 0.41 × the energy // (1), 95 % // of 3: 3 better. // Holm over 9
+  // 2 vllm bfloat16 32 0.206 0.41 0.40–0.42 <0.001 2.45 ~ 1.00 // all 9 hold together with 95 % (each 99.44 %)
 demo // demo pytorch-bfloat16 vllm-bfloat16 // 0 // 2 configurations
-  // vllm-bfloat16 5 0.206 0.41 0.40–0.41 <0.001 // all 3 hold together with 95 % (each 98.33 %)
-two // pytorch-bfloat16 vllm-bfloat16 // 0 // vllm-bfloat16 uses 0.41 × the energy per output token of pytorch
+  // J/tok 0.5029 0.206 0.41 0.40–0.41 <0.001 Output
+demo // demo 2 3 // 0 // No difference in energy per output token between vllm-float16 (3) and vllm-bfloat16 (2)
+demo // demo/2 demo/batch_size=64 // 0 // vllm-bfloat16-64 (4) uses 1.05
+demo // demo --by backend // 0 // backend=vllm uses 0.41 × the energy per output token of backend=pytorch
+  // along backend, held equal: precision, batch_size · // without a counterpart (backend=vllm): vllm-float16;
+demo // demo --by batch_size --baseline 64 --metric energy --gate energy=3% // 0 // batch_size=32 uses 0.95
+two // pytorch-bfloat16 vllm-bfloat16 // 0 // (2) uses 0.41 × the energy per output token of pytorch
 demo // demo --baseline vllm-bfloat16 --gate energy=3% --gate throughput=2% // 3
-  // _tok_j=3%: worse: pytorch-bfloat16, vllm-bfloat16-64; within 3%: vllm-float16 gate
-  // inconclusive: vllm-float16 (about 21 more cycles would settle it); better: vllm-bfloat16-64
-  // adjusted by Holm over the 6 comparisons
+  // _tok_j=3%: worse: 1 pytorch-bfloat16, 4 vllm-bfloat16-64; within 3%: 3 vllm-float16 gate
+  // inconclusive: 3 vllm-float16 (about 21 more cycles would settle it); better: 4 vllm-bfloat16-64
+  // Holm over 6 comparisons
 demo // demo vllm-bfloat16 vllm-float16 --gate energy=0.5% // 4
-  // No difference in energy per output token between vllm-float16 and vllm-bfloat16 was found // about 51 more
+  // No difference in energy per output token between vllm-float16 (3) and vllm-bfloat16 (2) was found // about 51 more
 demo // demo vllm-bfloat16 vllm-bfloat16-64 --gate energy=3% --markdown // 3
-  // **gate energy\_per\_output\_tok\_j=3%: worse: vllm-bfloat16-64**
+  // **gate energy\_per\_output\_tok\_j=3%: worse: 4 vllm-bfloat16-64**
   // | 0.2169 | 1.05 | 1.04–1.07 | &lt;0.001 | worse |
 single // demo --metric energy // 0 // No verdict on energy per output token for any of 3 // use --cycles 3+
-  // 1 0.2088 0.41 – –
+  // 2 vllm-bfloat16 vllm bfloat16 32 0.2088 ? 0.41 –
 no-meter // demo // 0 // makes 2.45 × the output tokens per second of
-  // median n mean ratio t interval p pytorch-bfloat16 5 2.513 s
-trouble // demo --markdown // 0 // - **not comparable (vllm-bfloat16-64): other prompts
-  // | · over all attempts | | | 0.426 | | |
+  // Output throughput, tok/s 895.5 2195 2.45 // End-to-end latency, median 2.513 s
+trouble // demo --markdown // 0 // - **not comparable (3 vllm-bfloat16-64): other prompts
+  // invalid ones too, in energy per output token: 2 vllm-bfloat16 0.426.
 days // before after --gate energy=3% // 3 // vllm-bfloat16 in after uses 1.12 ×
   // worse: vllm-bfloat16; within 3%: vllm-float16 // 0.2026 0.2318 1.12 1.11–1.14 <0.001 worse
 days // before/vllm-bfloat16 20260801/vllm-bfloat16 // 0 // 95 % 1.11–1.14, 5 and 5 cycles, over the anchor pytorch
@@ -81,18 +87,27 @@ days // before/vllm-bfloat16 20260801/vllm-bfloat16 // 0 // 95 % 1.11–1.14, 5 
 days // before after --anchor vllm-float16 --metric energy // 0 // anchor: vllm-float16, itself 1.018 × in energy
 apart // before after // 0 // Nothing can be compared: the runs have no configuration in common
 strangers // before after --gate energy=3% --lenient // 0 // no verdict: no unchanged configuration
-  // pytorch-bfloat16 → vllm-
+  // vllm-bfloat16 in after vllm
 """
 
 REFUSALS: list[tuple[str, str, str]] = [
     ("demo", "dmo", "no campaign, run or experiment 'dmo' in results (did you mean 'demo'?)"),
     ("demo", "demo pytorch", "demo: nothing to compare pytorch-bfloat16 with"),
     ("demo", "demo nothing pytorch", "has no configuration 'nothing'"),
-    ("demo", "demo vllm pytorch", "'vllm' is ambiguous: vllm-bfloat16, vllm-bfloat16-64, vllm-float16"),
+    ("demo", "demo vllm pytorch", "'vllm' is ambiguous: 2 vllm-bfloat16; 3 vllm-float16; 4 vllm-bfloat16-64"),
     ("demo", "demo --gate energi=3%", "unknown metric 'energi' (did you mean 'energy'?)"),
     ("demo", "demo --gate energy=3% --gate energy_per_output_tok_j=5%", "two gates for the same metric"),
     ("demo", "demo --gate gpu_energy_j=3%", "use energy_per_output_tok_j or energy_per_total_tok_j"),
     ("demo", "demo --metric co2e_g", "co2e_g grows with the work in a window, so it is shown but not compared"),
+    (
+        "demo",
+        "demo 1 batch_size=32",
+        "'batch_size=32' is ambiguous: 1 pytorch-bfloat16; 2 vllm-bfloat16; 3 vllm-float16",
+    ),
+    ("demo", "demo 7", "has no configuration '7'"),
+    ("demo", "demo --by nothing", "no axis 'nothing'"),
+    ("demo", "demo 1 2 --by precision", "--by compares all configurations"),
+    ("days", "before after --by precision", "--by requires a single run"),
     ("demo", "demo --strict", "--strict requires --gate"),
     ("demo", "demo --lenient", "--lenient requires --gate"),
     ("demo", "demo --gate energy=3% --lenient --strict", "not allowed with argument"),

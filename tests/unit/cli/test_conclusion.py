@@ -159,7 +159,7 @@ def test_the_table_holds_the_results_of_this_run_and_of_the_plan_alone(place):
 @pytest.mark.parametrize(
     ("size", "error", "shown"),
     [
-        (8, OptionRefused("no"), "no valid result: pytorch-max_output_tokens=8"),
+        (8, OptionRefused("no"), "no valid result: 2 pytorch-max_output_tokens=8"),
         (4, EngineError("full", kind="full"), ""),  # which stops the campaign at its first experiment
     ],
 )

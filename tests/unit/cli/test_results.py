@@ -86,7 +86,7 @@ def test_list_of_an_empty_or_missing_folder_says_so(tmp_path: Path) -> None:
     ("words", "row"),
     [
         (("list",), ["demo", RUN, "1", "3", "0", "5", "0"]),
-        (("show", RUN), ["small", "250.0", "ms", "3", "0", "5"]),
+        (("show", RUN), ["1", "small", "250.0", "ms", "3", "0", "5"]),
         (("export", RUN, LATER, "--columns", "run_id,cycle_index"), [f"{LATER},2"]),
     ],
 )
@@ -108,7 +108,7 @@ def test_a_run_is_shown_as_a_table_by_name_or_beginning_and_of_a_campaign_the_la
     code, out, err = run("show", wanted)
     assert (code, err) == (0, "")
     assert out.startswith(f"demo · run {run_id} · 1 configuration · 3 cycles")
-    assert ["small", "3", "101.0", "98.5", "–", "103.5", "100.0", "–", "102.0"] in rows_of(out)
+    assert ["1", "small", "3", "101.0", "98.5", "–", "103.5", "100.0", "–", "102.0"] in rows_of(out)
     assert ("Cycles were added until every interval is within ±2 %" in out) == (run_id == LATER)
 
 
@@ -128,6 +128,14 @@ def test_an_experiment_is_shown_in_full_with_its_path(folder: Path) -> None:
     assert out.endswith(f"\n{path}\n")
     (attempt,) = json.loads(run("show", f"{RUN}/{EXPERIMENT}-c2", "--json").out)["attempts"]
     assert (attempt["path"], decode_record(attempt["record"]).identity.cycle_index) == (path, 1)
+
+
+@pytest.mark.parametrize("wanted", [f"{RUN}/1", f"{RUN}/small"])
+def test_a_configuration_is_shown_exported_and_recomputed_in_all_its_cycles(folder: Path, wanted: str) -> None:
+    out = run("show", wanted).out
+    assert [f"small · cycle {number} · attempt 1" in out for number in (1, 2, 3, 4)] == [True, True, True, False]
+    lines = run("export", wanted, "--columns", "run_id,cycle_index").out.splitlines()
+    assert lines[1:] == [f"{RUN},{number}" for number in range(3)]
 
 
 def test_every_attempt_of_an_experiment_is_shown(folder: Path) -> None:
@@ -153,7 +161,8 @@ def test_an_experiment_without_a_result_says_so(damaged: Path) -> None:
         ("", "no campaign, run or experiment ''"),
         ("../demo", "no campaign"),
         ("/", "no campaign"),
-        ("demo/../other", "no campaign"),
+        ("demo/../other", "has no configuration '../other'"),
+        ("demo/2", "has no configuration '2'"),
     ],
 )
 def test_a_name_of_several_or_none_is_a_usage_error(folder: Path, wanted: str, expected: str) -> None:

@@ -11,15 +11,10 @@ from lem.record import Record
 from lem.results.metrics import (
     METRIC_BY_NAME,
     METRICS,
-    differing_settings,
-    headline_settings,
     parse_comparable,
     parse_metric,
-    settings_of,
-    shared_settings,
 )
-from lem.results.report.content import flat_settings
-from tests.records import make_gpu, make_record
+from tests.records import make_record
 
 
 def full_record() -> Record:
@@ -117,58 +112,3 @@ def test_a_count_of_zero_and_a_value_beyond_measure_have_their_reasons() -> None
 def test_the_mean_and_percentiles_of_every_latency_are_metrics(kind: str, part: str) -> None:
     metric = parse_comparable(f"{kind}_{part}_s")
     assert (metric.field, metric.percentile, metric.is_higher_better) == (f"{kind}_s", part, False)
-
-
-def test_settings_are_those_of_the_heading_then_the_options_given() -> None:
-    record = make_record(
-        requested={
-            "model": {"name": "m"},
-            "backend": "pytorch",
-            "fp_precision": "float16",
-            "max_output_tokens": 32,
-            "config_name": "x",
-            "extra_metadata": {"note": "n"},
-            "pytorch": {"batch_size": 1, "compile": {"enabled": True}, "devices": [0, 1], "none": None},
-        }
-    )
-    assert settings_of(record) == {
-        "backend": "pytorch",
-        "model": "tiny-llama",
-        "precision": "float16",
-        "device": "cpu",
-        "traffic": "closed batch",
-        "engine": "transformers 5.23.0",
-        "max_output_tokens": "32",
-        "pytorch.batch_size": "1",
-        "pytorch.compile.enabled": "true",
-        "pytorch.devices": "0, 1",
-        "pytorch.none": "null",
-    }
-
-
-def test_what_changes_no_number_is_no_setting() -> None:
-    requested = {
-        "measurement": {"price_per_kwh": 0.3, "pue": 1.2, "min_window_sec": 5},
-        "baseline": {"cache_ttl_sec": 9},
-        "warmup": {"timeout_seconds": 9, "min_prompts": 4},
-    }
-    expected = {"measurement.min_window_sec": "5", "warmup.min_prompts": "4"}
-    given = settings_of(make_record(requested=requested)).items() - settings_of(make_record(requested={})).items()
-    assert dict(given) == expected
-    assert flat_settings(requested) == expected
-
-
-def test_gpus_of_one_kind_are_counted_and_models_are_short() -> None:
-    record = dataclasses.replace(make_record(), gpus=(make_gpu(), make_gpu()))
-    assert settings_of(record)["GPU"] == "2 × H200"
-    assert "GPU" not in settings_of(make_record())
-    assert headline_settings(make_record(model="org/model"))["model"] == "org/model"
-    assert headline_settings(make_record(model="./here/model"))["model"] == "model"
-
-
-def test_what_all_have_is_shared_and_the_rest_differs() -> None:
-    one, other = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"}
-    assert shared_settings([one, other]) == {"a": "1"}
-    assert differing_settings([one, other]) == {"b": ("2", "9"), "c": ("3", None), "d": (None, "4")}
-    assert shared_settings([]) == {}
-    assert differing_settings([]) == {}

@@ -98,12 +98,12 @@ def words_of(run: Run) -> str:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("shared_load", "batch_size=1, max_output_tokens=32 3 111.4 – –"),
-        ("single_cycle", "batch_size=1, max_output_tokens=32 1 111.3 – –"),
-        ("unlike_magnitudes", "tiny 3 12357 12039 – 12685 12234 – 12494 huge 3 0.01233"),
-        ("energy_estimate", "Energy per output token, J geom. 95 % bootstrap (an estimate from TDP)"),
+        ("shared_load", "1 batch_size=1, max_output_tokens=32 3 111.4 – –"),
+        ("single_cycle", "1 batch_size=1, max_output_tokens=32 1 111.3 – –"),
+        ("unlike_magnitudes", "1 tiny 3 12357 12039 – 12685 12234 – 12494 2 huge 3 0.01233"),
+        ("energy_estimate", "Energy per output token, J (an estimate from TDP) geom. 95 % bootstrap"),
         ("nothing", "No results."),
-        ("all_failed", "Results valid invalid failed small 0 0 3"),
+        ("all_failed", "Results # configuration valid invalid failed 1 small 0 0 3"),
     ],
 )
 def test_a_table_holds(name: str, words: str) -> None:
@@ -121,8 +121,8 @@ def test_the_table_fits_80_columns_and_colour_changes_nothing_else(name: str) ->
 
 def test_an_interval_is_shown_as_a_point_only_where_it_is_one() -> None:
     records = [make_record(cycle=cycle, output_tok_per_s=100 + cycle * 0.004) for cycle in range(3)]
-    row = next(line for line in render_run(make_run(records)).splitlines() if line.startswith("small"))
-    low_t, high_t, low, high = re.findall(r"[0-9.]+", row)[2:]
+    row = next(line for line in render_run(make_run(records)).splitlines() if line.startswith("1  small"))
+    low_t, high_t, low, high = re.findall(r"[0-9.]+", row)[3:]
     assert (low_t != high_t, low != high) == (True, True)
     constant = [make_record(cycle=cycle) for cycle in range(3)]
     assert "100.0 – 100.0  100.0 – 100.0" in render_run(make_run(constant))
@@ -225,7 +225,7 @@ def test_prompts_of_ai_energy_score_have_their_energy_in_its_unit() -> None:
     source = {"hub_name": "AIEnergyScore/text_generation", "count": 25}
     work = dataclasses.replace(record.work, prompt_source=source)
     scored = dataclasses.replace(record, work=work)
-    assert re.search(r"per 1,000 prompts, Wh.*\n.*small +1 +4\.000 ", render_run(make_run([scored])), re.DOTALL)
+    assert re.search(r"per 1,000 prompts, Wh.*\n.*1 +small +1 +4\.000 ", render_run(make_run([scored])), re.DOTALL)
     assert "4 Wh per 1,000 prompts" in render_record(scored)
     ruled = dataclasses.replace(record, requested={**record.requested, **ENERGY_SCORE_RULES})
     assert "4 Wh per 1,000 prompts" in render_record(ruled)

@@ -152,7 +152,7 @@ def test_table_and_documents_show_it_and_the_budget_on_request() -> None:
     assert "±6.1 %" in text or "±6.2 %" in text
     assert "(k = 1)" not in text
     asked = render_run(run, has_budget=True)
-    budget = [line.split() for line in asked.splitlines() if line.startswith("vllm")][-1]
+    budget = [line.split() for line in asked.splitlines() if line.startswith("2 ")][-1]
     assert (budget[2:4], budget[-2:]) == (["3", "0.4"], ["±6.1", "%"])
     assert max(map(len, asked.splitlines())) <= 80
     document = run_document(run)["configurations"][0]["energy"]["energy_per_output_tok_j"]["combined"]

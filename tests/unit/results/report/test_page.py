@@ -10,9 +10,11 @@ import pytest
 
 from lem.base.reasons import Reason
 from lem.record import Record
+from lem.results.compare import compare_configurations
+from lem.results.comparison import headline_of
 from lem.results.report import render_report
-from lem.results.report.content import compose, verdict_of
-from lem.results.run import make_run
+from lem.results.report.content import compose, verdict_of, workloads_of
+from lem.results.run import ENERGY, make_run
 from lem.results.stopping import StoppingRule, parse_target
 from lem.results.store import Problem
 from tests.goldens import assert_golden
@@ -118,25 +120,49 @@ def test_what_was_left_out_is_named_whatever_folder_it_is_in() -> None:
     assert "3 experiments failed" in text
 
 
-@pytest.mark.parametrize(("cycles", "has_winner"), [(5, True), (1, False)])
-def test_a_row_stands_out_where_the_paired_comparison_finds_a_difference(cycles: int, has_winner: bool) -> None:
+@pytest.mark.parametrize(
+    ("baseline", "cycles", "best"), [(None, 5, 1), ("hungry", 5, 1), (None, 1, None), ("hungry", 1, None)]
+)
+def test_a_row_stands_out_where_the_paired_comparison_finds_a_difference(
+    baseline: str | None, cycles: int, best: int | None
+) -> None:
     thrifty = Configuration("thrifty", energy_per_output_tok_j=0.2)
     records = campaign(thrifty, Configuration("hungry", backend="pytorch", energy_per_output_tok_j=0.4), cycles=cycles)
-    verdict = verdict_of(compose(make_run(records)))
-    assert verdict.sentence.startswith("“thrifty”")
-    ratios = re.findall(r"It uses [0-9.]+ × .* “hungry” \(95 % ([0-9.]+) – ([0-9.]+)\), 5 cycles", verdict.sentence)
-    assert [float(low) < 0.5 < float(high) for low, high in ratios] == [True] * has_winner
-    assert (verdict.has_winner, page_of(records).count("<tr class=best>")) == (has_winner, has_winner)
+    run = make_run(records)
+    report = compose(run, run.select(baseline) if baseline else None)
+    verdict = verdict_of(report)
+    start = "thrifty (1) uses 0.5|thrifty (1) uses 0.498" if baseline else "hungry (2) uses 2.0|hungry (2) uses 1.9"
+    assert verdict.sentence.startswith(tuple(start.split("|")))
+    assert (verdict.best, render_report(report).count("<tr class=best>")) == (best, int(best is not None))
+    chosen = run.select(baseline or "1")
+    others = [item for item in run.configurations if item is not chosen]
+    assert verdict.sentence == headline_of(compare_configurations(run, chosen, others, metrics=(ENERGY,)))
 
 
-def test_the_verdict_names_those_that_are_close_and_those_that_cannot_be_compared() -> None:
+def test_the_verdict_counts_those_that_are_close_and_names_those_that_cannot_be_compared() -> None:
     close = (Configuration(f"c{size}", batch_size=size, energy_per_output_tok_j=0.301) for size in range(2, 6))
     throttled = (Configuration(f"t{size}", batch_size=size, invalid_attempts={0: 2}) for size in (8, 9))
     best = Configuration("best", energy_per_output_tok_j=0.295)
     verdict = verdict_of(compose(make_run(campaign(best, *close, *throttled))))
-    assert not verdict.has_winner
-    assert sum("No difference found from" in remark for remark in verdict.remarks) == 1
-    assert sum("2 others" in remark for remark in verdict.remarks) == 1
+    assert verdict.best is None
+    assert "4 not distinguishable, 2 without a verdict" in verdict.sentence or "None of 4" in verdict.sentence
+    assert [whom in " ".join(verdict.remarks) for whom in ("(6 t8)", "(7 t9)")] == [True, True]
+
+
+def test_there_is_a_frontier_for_each_workload() -> None:
+    short = [
+        Configuration(f"s{size}", batch_size=size, energy_per_output_tok_j=joules, output_tok_per_s=rate, ttft_s=0.1)
+        for size, joules, rate in ((1, 0.3, 800.0), (8, 0.2, 1600.0))
+    ]
+    long = dataclasses.replace(
+        short[0], name="long", energy_per_output_tok_j=0.5, output_tok_per_s=500.0, options={"max_output_tokens": 512}
+    )
+    report = compose(make_run(campaign(*short, long)))
+    assert [[entry.name for entry in group] for group in workloads_of(report.entries)] == [["s1", "s8"], ["long"]]
+    text = text_of(render_report(report))
+    assert "On the frontier of closed batch, synthetic aaaaaaaa, 128 tokens per answer: 2 s8." in text
+    assert "On the frontier of closed batch, synthetic aaaaaaaa, 512 tokens per answer: 3 long." in text
+    assert "Grey: 1 that another configuration of the same workload beats in both means." in text
 
 
 def test_not_measured_is_never_zero_and_a_measured_zero_is_not_a_missing_value() -> None:

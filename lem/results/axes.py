@@ -1,0 +1,316 @@
+"""What identifies configurations for people: numbers, settings and axes, and the words that name one of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Any, Protocol, TypeVar
+
+from lem.base.doc import GAP, NAME_MIN, NAME_WIDTH, Column, NameShortener, Table, printable, text_width
+from lem.base.errors import UserError, did_you_mean
+from lem.base.units import ABSENT, some_of
+from lem.config.backends import WIDTH_OPTIONS
+from lem.config.experiment import ExperimentConfig
+from lem.config.option import walk
+from lem.record import Record
+
+_CANDIDATES_SHOWN = 8
+
+
+class Configured(Protocol):
+    """What a configuration is known by."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config_hash(self) -> str: ...
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def settings(self) -> Mapping[str, str]: ...
+
+
+C = TypeVar("C", bound=Configured)
+
+
+def select(configurations: Sequence[C], wanted: str, where: str) -> C:
+    """The configuration of that number or name, else that setting (`axis=value,…`), else part of a name or hash.
+
+    UserError where there is none, or where several match; `where` says what was searched.
+    """
+    settings = parse_settings(wanted)
+    merged = _with_one_width([item.settings for item in configurations])
+    shown = {item.number: each for item, each in zip(configurations, merged, strict=True)}
+    rules: tuple[Callable[[C], bool], ...] = (
+        lambda item: wanted in (str(item.number), item.name, item.config_hash),
+        lambda item: (
+            settings is not None and any(has_settings(it, settings) for it in (item.settings, shown[item.number]))
+        ),
+        lambda item: wanted in item.name or item.config_hash.startswith(wanted),
+    )
+    if not wanted or wanted.isdecimal():  # a number is no part of a name
+        rules = rules[:1]
+    found = next(filter(None, ([item for item in configurations if rule(item)] for rule in rules)), [])
+    if len(found) == 1:
+        return found[0]
+    named = [f"{item.number} {item.name}" for item in found or configurations]
+    candidates = some_of(named, _CANDIDATES_SHOWN, "; ")
+    if found:
+        hint = "name one by its number, its full name, or more settings: axis=value,axis=value"
+        raise UserError(f"{wanted!r} is ambiguous: {candidates}", hint)
+    meant = did_you_mean(wanted, [item.name for item in configurations])
+    raise UserError(f"{where} has no configuration {wanted!r}{meant}", f"configurations: {candidates}")
+
+
+def _model(record: Record) -> str:
+    name = record.identity.model
+    return PurePath(name).name if name.startswith((".", "/", "~")) else name
+
+
+def _gpus(record: Record) -> str:
+    names = [gpu.name for gpu in record.gpus]
+    kinds = dict.fromkeys(names)
+    return ", ".join(f"{names.count(kind)} × {kind}" if names.count(kind) > 1 else kind for kind in kinds)
+
+
+# Settings in the heading of a table.
+_HEADLINES: Mapping[str, Callable[[Record], Any]] = {
+    "backend": lambda record: record.identity.backend,
+    "model": _model,
+    "precision": lambda record: record.requested.get("fp_precision"),
+    "device": lambda record: record.environment.device,
+    "traffic": lambda record: record.window.traffic_mode.replace("_", " "),
+}
+_MORE: Mapping[str, Callable[[Record], Any]] = {
+    "engine": lambda record: f"{record.environment.engine_name} {record.environment.engine_version}",
+    "GPU": _gpus,
+    "driver": lambda record: record.environment.versions.get("driver"),
+}
+
+# Options that are among the settings above, that are no settings, or that are better known from elsewhere.
+_LEFT_OUT = frozenset({
+    "backend", "model", "model_name", "fp_precision", "config_name", "io", "extra_metadata", "gpus", "num_cycles",
+})  # fmt: skip
+
+
+@functools.cache
+def rates_and_limits() -> frozenset[str]:
+    """Options that are no setting, since they change no number: prices, carbon figures, timeouts, cache lifetimes."""
+    return frozenset(name for name, item, _ in walk(ExperimentConfig) if item.is_dropped)
+
+
+def headline_settings(record: Record) -> dict[str, str]:
+    """The few settings that head a table, by label; absent ones are left out."""
+    return _texts(_HEADLINES, record)
+
+
+def settings_of(record: Record) -> dict[str, str]:
+    """Every setting by label: those of the heading, engine, GPU and driver, then the options as given."""
+    options = {name: item for name, item in record.requested.items() if name not in _LEFT_OUT}
+    return {**headline_settings(record), **_texts(_MORE, record), **dict(_flatten(options))}
+
+
+def shared_settings(settings: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    first, *others = [*settings] or [{}]
+    return {label: value for label, value in first.items() if all(item.get(label) == value for item in others)}
+
+
+# What follows from another setting, and is no axis of its own where both vary together.
+_DERIVED = frozenset({"device", "engine", "traffic.mode"})
+_WIDTHS = frozenset(f"{backend}.{option}" for backend, option in WIDTH_OPTIONS.items())
+_WIDTH = "batch_size"  # of several backends
+# Settings that tables call otherwise than the option is called.
+_OPTION_NAMES = {"fp_precision": "precision", "model.name": "model"}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting in which configurations differ."""
+
+    label: str  # of the setting
+    heading: str  # the shortest end of its label that no other axis has
+    values: tuple[str, ...]  # of each configuration, without the folders or owner that they do not need
+
+    @property
+    def partition(self) -> tuple[int, ...]:
+        """For each configuration the first one with the same value."""
+        return tuple(map(self.values.index, self.values))
+
+    @property
+    def column(self) -> Column:
+        return Column(self.heading.replace("_", "_\n"), self.values, is_text=True)
+
+    def of(self, index: int) -> str:
+        return f"{self.heading}={self.values[index]}"
+
+
+def find_axes(settings: Sequence[Mapping[str, str]]) -> tuple[Axis, ...]:
+    """The axes of configurations with these settings, in the order of the settings; no settings are unknown ones."""
+    settings = _with_one_width(settings)
+    labels = dict.fromkeys(label for item in settings for label in item)
+    values = {label: tuple(item.get(label, ABSENT) for item in settings) for label in labels}
+    known = [place for place, item in enumerate(settings) if item]
+    differing = {label: each for label, each in values.items() if len({each[place] for place in known}) > 1}
+    found = [Axis(label, label, _shortened(each)) for label, each in differing.items()]
+    partitions = {axis.partition for axis in found if axis.label not in _DERIVED}
+    kept = [axis for axis in found if axis.label not in _DERIVED or axis.partition not in partitions]
+    return tuple(replace(axis, heading=_heading(axis.label, kept)) for axis in kept)
+
+
+def _with_one_width(settings: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
+    """How many requests an engine takes at once is one setting, though each backend has its own option for it."""
+    if len({label for item in settings for label in item} & _WIDTHS) < 2:
+        return settings
+    return [{_WIDTH if label in _WIDTHS else label: value for label, value in item.items()} for item in settings]
+
+
+def _shortened(values: tuple[str, ...]) -> tuple[str, ...]:
+    ends = tuple(printable(value.rstrip("/").rpartition("/")[2] or value) for value in values)
+    return ends if len(set(ends)) == len(set(values)) else tuple(map(printable, values))
+
+
+def _heading(label: str, axes: Iterable[Axis]) -> str:
+    parts = label.split(".")
+    ends = (".".join(parts[-length:]) for length in range(1, len(parts)))
+    others = [axis.label for axis in axes if axis.label != label]
+    return next((end for end in ends if not any(f".{it}".endswith(f".{end}") for it in others)), label)
+
+
+def parse_settings(text: str) -> dict[str, str] | None:
+    """The settings in `axis=value,axis=value`; None where the text is not of that form."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {name.strip(): value.strip() for name, _, value in pairs} if all(sign for _, sign, _ in pairs) else None
+
+
+def is_label(label: str, name: str) -> bool:
+    """Whether a user who writes `name` means that setting: its label, the end of it, or the option of it."""
+    return f".{label}".endswith(f".{name}") or label == _OPTION_NAMES.get(name)
+
+
+def has_settings(settings: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    return all(
+        any(is_label(label, name) and value in (found, found.rpartition("/")[2]) for label, found in settings.items())
+        for name, value in wanted.items()
+    )
+
+
+class Key:
+    """What identifies the rows of tables about configurations: numbers, axes, and names that say more than these."""
+
+    def __init__(
+        self,
+        numbers: Sequence[str],
+        settings: Sequence[Mapping[str, str]],
+        names: Sequence[str] = (),
+        *,
+        heading: str = "#",
+    ) -> None:
+        self._numbers, self._heading = tuple(numbers), heading
+        self.axes = find_axes(settings)
+        each = set(zip(*(axis.values for axis in self.axes), strict=True))
+        self._needs_names = bool(names) and (len(each) < len(names) or not all(settings))
+        # A name that was made from the axes repeats them.
+        is_given = self._needs_names or not any("=" in name for name in names)
+        shortener = NameShortener(names if is_given else (), NAME_WIDTH)
+        self._names = tuple(map(shortener, names)) if is_given else ()
+        self.explanation = shortener.explanation  # what was left out of every name
+
+    def without_axes(self) -> Key:
+        """For the tables after the first."""
+        return Key(self._numbers, (), heading=self._heading)
+
+    def n_above(self, columns: Sequence[Column], width: int) -> int | None:
+        """How many columns of axes and names must go for these to fit; None where they do not fit beside the rest."""
+        table = self._table(columns, width)
+        return None if table is None else len(self._columns()) + len(columns) - len(table.columns)
+
+    def tables(self, columns: Sequence[Column], width: int | None = None, title: str = "") -> list[Table]:
+        """A table with a row for each configuration: number, name, axes, and these columns.
+
+        Where it is too wide, axes become headings between the rows; else a table of names and axes comes first.
+        """
+        beside = self._table(columns, width)
+        if beside is not None:
+            return [replace(beside, title=title)]
+        return [*self.axis_tables(width), Table(self._heading, self._numbers, tuple(columns), title)]
+
+    def axis_tables(self, width: int | None = None) -> list[Table]:
+        """The numbers, names and axes alone; none where there is nothing to say of the numbers."""
+        columns = self._columns()
+        if not columns:
+            return []
+        if (whole := self._table((), width)) is not None:
+            return [whole]
+        rows = tuple(map(" ".join, zip(self._numbers, self._names, strict=True))) if self._names else self._numbers
+        parts: list[list[Column]] = [[]]
+        for column in columns[bool(self._names) :]:
+            if parts[-1] and width is not None and not fits(rows, [*parts[-1], column], width):
+                parts.append([])
+            parts[-1].append(column)
+        return [Table(self._heading, rows, tuple(part)) for part in parts]
+
+    def _columns(self) -> list[Column]:
+        names = [Column("configuration", self._names, is_text=True)] if self._names else []
+        return [*names, *(axis.column for axis in self.axes)]
+
+    def _table(self, columns: Sequence[Column], width: int | None) -> Table | None:
+        """The table; None where it does not fit."""
+        beside, above, known = list(self.axes), list[Axis](), self._columns()
+        names = known[: len(known) - len(beside)]
+        while width is not None and not fits(self._numbers, [*names, *(it.column for it in beside), *columns], width):
+            if names and not self._needs_names:
+                names = []
+                continue
+            # The one that changes least often, and of these the widest.
+            choice = sorted(beside, key=lambda axis: (len(_groups([*above, axis])), -axis.column.width))[:1]
+            if not choice or len(_groups([*above, *choice])) > len(self._numbers) // 2:
+                return None
+            beside.remove(choice[0])
+            above += choice
+        above.sort(key=self.axes.index)
+        order = [index for group in _groups(above) for index in group] if above else range(len(self._numbers))
+        shown = tuple(
+            replace(column, cells=tuple(column.cells[index] for index in order))
+            for column in (*names, *(axis.column for axis in beside), *columns)
+        )
+        sections = tuple(", ".join(axis.of(index) for axis in above) for index in order) if above else ()
+        return Table(self._heading, tuple(self._numbers[index] for index in order), shown, sections=sections)
+
+
+def fits(numbers: Sequence[str], columns: Iterable[Column], width: int) -> bool:
+    """Whether a table of these rows, whose names may be wrapped, is at most that wide."""
+    names = min(max(map(text_width, numbers), default=1), NAME_MIN)
+    return names + sum(GAP + column.width for column in columns) <= width
+
+
+def _groups(axes: Sequence[Axis]) -> list[list[int]]:
+    """The rows with the same values of all of these axes."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index, values in enumerate(zip(*(axis.values for axis in axes), strict=True)):
+        groups.setdefault(values, []).append(index)
+    return list(groups.values())
+
+
+def _texts(readers: Mapping[str, Callable[[Record], Any]], record: Record) -> dict[str, str]:
+    found = {label: read(record) for label, read in readers.items()}
+    return {label: str(value) for label, value in found.items() if value}
+
+
+def _flatten(options: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif f"{prefix}{name}" not in rates_and_limits():
+            yield f"{prefix}{name}", _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value)) or "none"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
