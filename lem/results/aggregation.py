@@ -168,6 +168,7 @@ def row_document(row: Row) -> dict[str, Any]:
         "raw_ratio": row.raw_ratio,
         "all_attempts_ratio": row.all_attempts_ratio,
         "reason": row.reason and row.reason.text,
+        "reason_code": row.reason and row.reason.code,
         "gate": judgement
         and {
             "threshold": judgement.gate.threshold,

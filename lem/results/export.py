@@ -20,6 +20,7 @@ from lem.base.errors import UserError, did_you_mean
 from lem.base.log import escaped
 from lem.base.measurement import Distribution, parts_of_source
 from lem.base.reasons import Reason
+from lem.config.option import leaves
 from lem.record import Gpu, Record, ResultKey
 from lem.results.metrics import LATENCIES, METRICS, READABLE_LATENCIES, used_records
 from lem.results.store import StoredResult
@@ -155,12 +156,8 @@ def _distribution(name: str, record: Record) -> Iterator[tuple[str, _Cell]]:
 
 
 def _dotted(prefix: str, mapping: Mapping[str, Any]) -> Iterator[tuple[str, _Cell]]:
-    for name, value in sorted(mapping.items()):
-        path = f"{prefix}.{name}"
-        if isinstance(value, Mapping) and value:
-            yield from _dotted(path, value)
-        else:
-            yield path, (_plain(value), "given as null")
+    for path, value in leaves(mapping):
+        yield ".".join((prefix, *map(str, path))), (_plain(value), "given as null")
 
 
 def _plain(value: Any) -> Any:

@@ -194,7 +194,7 @@ def test_the_document_also_holds_the_metrics_that_the_text_leaves_out(places: di
     assert metrics["energy_per_output_tok_j"]["p_holm"] < 0.001
     further = metrics["gpu_energy_net_per_output_tok_j"]
     assert further["ci_lower"] < further["ratio"] < further["ci_upper"]
-    assert (further["p_holm"], "--metric" in further["reason"]) == (None, True)
+    assert (further["p_holm"], further["reason_code"], "--metric" in further["reason"]) == (None, "not_asked", True)
     assert "Net GPU energy" not in compare(places["demo"], "demo")[1]
     assert "Net GPU energy" in compare(places["demo"], "demo", "--metric", "net")[1]
 
