@@ -279,7 +279,7 @@ _NEW_TEXTS: Mapping[str, str] = {
     "blocks": "the cycles of one all ran before those of another, so a drift looks like a difference",
     "same_order": (
         "the order is the same in every cycle, so an effect of the place looks like a difference: 1 % at the second "
-        "place is found in 66 % of campaigns of 5 cycles"
+        "place is found in 67 % of campaigns of 5 cycles"
     ),
     "order_effect": (
         "{metric} {moved} from the first place within a cycle to the last ({interval}; found in at most {rate} of "

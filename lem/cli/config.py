@@ -102,7 +102,10 @@ def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"file": file, "kind": kind_of(file), "valid": True}
     if report["kind"] == "experiment":
         experiment = load_experiment(file, args.set, args.preset).config
-        return {**report, "name": experiment.name, "warnings": [str(item) for item in rules.warnings(experiment)]}
+        source = experiment.dataset or experiment.prompts
+        width = rules.width_warning(experiment, None if source is None else source.sample_size)
+        found = (*rules.warnings(experiment), *filter(None, (width,)))
+        return {**report, "name": experiment.name, "warnings": [str(item) for item in found]}
     loaded = load_campaign(file, args.set, args.preset)
     plan = build_plan(loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source)
     filtered = [f"{reason} × {count}" for reason, count in plan.filtered_by_reason]

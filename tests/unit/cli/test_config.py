@@ -40,6 +40,20 @@ def test_valid_files_are_told_with_their_warnings_and_what_is_filtered():
     assert lines[4].endswith(" × 1")
 
 
+def test_what_cannot_differ_is_told_without_a_run(folder: Path):
+    prompts = "prompts: {type: synthetic, sample_size: 3}\n"
+    (folder / "e.yaml").write_text(f"model: gpt2\n{prompts}pytorch: {{batch_size: 4}}\n", encoding="utf-8")
+    shared = "{fp_precision: [float16], prompts: [{type: synthetic, sample_size: 3}]}"
+    grid = CAMPAIGN.replace("{fp_precision: [float16, float32]}", shared).replace("[1, 4]", "[3, 4]")
+    (folder / "c.yaml").write_text(grid, encoding="utf-8")
+    code, out, _ = run_lem("config", "validate", "e.yaml", "c.yaml")
+    unreached = "pytorch.batch_size: 4 acts as 3, since there are never more requests at once"
+    assert code == 0
+    assert out.splitlines()[1] == f"  warning: {unreached}"
+    assert f"  warning: {unreached} × 1" in out
+    assert "differs only in pytorch.batch_size" in out
+
+
 def test_a_campaign_of_which_nothing_is_left_is_not_valid(folder: Path):
     (folder / "c.yaml").write_text(CAMPAIGN.replace("model: gpt2\n", ""), encoding="utf-8")
     code, _, err = run_lem("config", "validate", "c.yaml")
