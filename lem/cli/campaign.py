@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from lem.base import log
 from lem.base.doc import Column, columns, write_json
+from lem.base.durable import GROUPED
 from lem.base.errors import UserError
 from lem.base.log import WIDTH, paint
 from lem.base.reasons import Reason
@@ -35,6 +36,7 @@ from lem.results.stats import CONFIDENCE, Gate, parse_gates
 from lem.results.stopping import StoppingRule, parse_target
 from lem.results.store import Repository
 from lem.results.student import MOST_CYCLES_PLANNED, POWER
+from lem.results.trends import BLOCKS
 
 _WHAT = {
     "model": ("--model", "-m", "model for experiments that do not set one"),
@@ -263,6 +265,7 @@ class PlannedPower:
         cycles, n_pairs = plan.execution.cycles, len(plan.configurations) - 1
         reason = Reason.of("one_cycle") if cycles == 1 else None
         reason = NO_INTERVAL if plan.execution.reuse == "campaign" and not plan.is_cold else reason
+        reason = BLOCKS if plan.execution.structure == GROUPED else reason
         reason = reason if n_pairs else Reason.of("nothing_to_compare")
         metrics = [gate.metric for gate in gates] or [ENERGY, THROUGHPUT]
         measured = {item.metric: item for it in metrics if (item := earlier_sensitivity(earlier, it)) is not None}

@@ -121,6 +121,7 @@ def test_what_a_plan_can_detect_comes_from_earlier_results_and_names_their_run(c
     [
         ({"cycles": 1}, (4, 8), "one_cycle"),
         ({"reuse": "campaign"}, (4, 8), "no_interval"),
+        ({"structure": "grouped"}, (4, 8), "blocks"),
         ({}, (4,), "nothing_to_compare"),
     ],
 )
