@@ -36,6 +36,7 @@ from lem.orchestration.manifest import (
 from lem.orchestration.plan import Plan
 from lem.record import CONFIG_FILE
 from lem.results.aggregation import measure_precision
+from lem.results.configurations import read_listing, read_numbered
 from lem.results.run import Run, make_run
 from lem.results.stopping import LEAST_CYCLES, MOST_CYCLES, StoppingRule, Target, read_stopping_rule
 from lem.results.store import Repository, folder_names
@@ -368,6 +369,8 @@ def run_of(manifest: CampaignManifest, repository: Repository) -> Run:
         campaign_name=manifest.campaign_name,
         run_id=run_id,
         stopping=read_stopping_rule(repository.folder / run_id),
+        listing=read_listing(repository.folder / run_id),
+        numbered=read_numbered(repository.folder / run_id),
     )
 
 

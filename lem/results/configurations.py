@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,36 +37,63 @@ class ListedConfiguration:
 @dataclass(frozen=True)
 class _List:
     configurations: tuple[ListedConfiguration, ...]
+    numbered: tuple[str, ...]  # hashes of all that it ever had, in the order of their numbers
 
 
 Listing = Mapping[str, ListedConfiguration]
 """By hash, in the order of the campaign."""
 
 
-def write_listing(run_folder: Path, listed: Sequence[ListedConfiguration]) -> None:
-    """Keep the list with the results of the run, unless it is there already; OSError where it cannot be written."""
-    known = read_listing(run_folder)
-    if known is None or [*known.values()] != [*listed]:
+def write_listing(run_folder: Path, listed: Sequence[ListedConfiguration], numbered: Sequence[str] = ()) -> None:
+    """Keep the list with the results of the run, unless it is there already; OSError where it cannot be written.
+
+    Known configurations keep their numbers, also those that are no longer listed; then come `numbered`, then new ones.
+    """
+    known = _read(run_folder)
+    every = (*(known.numbered if known else ()), *numbered, *(item.config_hash for item in listed))
+    found = _List(tuple(listed), tuple(dict.fromkeys(every)))
+    if known != found:
         make_folder(run_folder)
-        document = {"schema_version": _SCHEMA_VERSION, **dataclasses.asdict(_List(tuple(listed)))}
+        document = {"schema_version": _SCHEMA_VERSION, **dataclasses.asdict(found)}
         durable.write_json(run_folder / CONFIGURATIONS_FILE, durable.seal(document))
 
 
 def read_listing(run_folder: Path) -> Listing | None:
     """The list of a run; None of one that an earlier lem made. A broken file is logged."""
+    found = _read(run_folder)
+    return None if found is None else {item.config_hash: item for item in found.configurations}
+
+
+def read_numbered(run_folder: Path) -> tuple[str, ...]:
+    """The hashes of the configurations of a run in the order of their numbers; () for an earlier lem."""
+    found = _read(run_folder)
+    return () if found is None else found.numbered
+
+
+def _read(run_folder: Path) -> _List | None:
     path = run_folder / CONFIGURATIONS_FILE
     try:
         found = durable.read_sealed(path)
-        items = decode(_List, {"configurations": found.get("configurations")}, "list").configurations
+        return decode(_List, {name: found.get(name, []) for name in ("configurations", "numbered")}, "list")
     except FileNotFoundError:
         return None
     except OSError as error:
         _logger.warning("%s: %s: names are those that the results were measured under", path, reason_of(error))
-        return None
     except ValueError:
         _logger.warning("%s is corrupt: names are those that the results were measured under", path)
-        return None
-    return {item.config_hash: item for item in items}
+    return None
+
+
+def numbers_of(numbered: Sequence[str], listing: Listing | None, known: Sequence[tuple[str, str]]) -> list[int]:
+    """The number of each configuration (its hash, which may be empty, and its name); others come after the numbered."""
+    by_hash = {digest: number for number, digest in enumerate(numbered, 1)}
+    by_name = {item.config_name: by_hash.get(digest) for digest, item in (listing or {}).items()}
+    following, found = itertools.count(len(numbered) + 1), list[int]()
+    for digest, name in known:
+        number = by_hash.get(digest) if digest else by_name.get(name)
+        # Each host's part of a configuration that several ran is a configuration.
+        found.append(next(following) if number is None or number in found else number)
+    return found
 
 
 def labels_of(identities: Iterable[Identity], listing: Listing | None) -> dict[tuple[str, str], str]:

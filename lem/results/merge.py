@@ -16,7 +16,7 @@ from lem.base.errors import UserError
 from lem.base.units import ABSENT, plural
 from lem.record import RESULT_FILE, Record, ResultKey, read_record
 from lem.results import store
-from lem.results.configurations import read_listing, write_listing
+from lem.results.configurations import read_listing, read_numbered, write_listing
 from lem.results.metrics import Metric
 from lem.results.run import ENERGY, THROUGHPUT
 from lem.results.stopping import read_stopping_rule, write_stopping_rule
@@ -279,7 +279,8 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             listings = [read_listing(item) for item in run_folders if item.name == run_id]
             if None not in listings:  # else what the others have would look removed
                 everything = {digest: item for listing in listings if listing for digest, item in listing.items()}
-                write_listing(folder / run_id, [*everything.values()])
+                numbered = [digest for item in run_folders if item.name == run_id for digest in read_numbered(item)]
+                write_listing(folder / run_id, [*everything.values()], numbered)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error, "--output")) from error
     repository.scan()  # which completes the index

@@ -25,7 +25,7 @@ from lem.results.bootstrap import (
     bootstrap_ci,
     log_t_interval,
 )
-from lem.results.configurations import Listing, group_of, read_listing
+from lem.results.configurations import Listing, group_of, numbers_of, read_listing, read_numbered
 from lem.results.export import cell_text, make_table
 from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric
 from lem.results.stats import CONFIDENCE
@@ -319,6 +319,7 @@ class Run:
     stopping: StoppingRule | None = None  # the rule by which cycles were added; None where their number was fixed
     folder: Path | None = None  # where it is: <results_dir>/<campaign>/<run>
     listing: Listing | None = None  # the configurations that the campaign has now; None where unknown
+    numbered: tuple[str, ...] = ()  # hashes in the order of the numbers; () where they follow the execution
     paths: Mapping[ResultKey, Path] = field(default_factory=dict)  # of each result
 
     @property
@@ -331,7 +332,7 @@ class Run:
 
     @cached_property
     def configurations(self) -> tuple[Configuration, ...]:
-        """In the order of their numbers: as they ran first, then those without any result, then those removed."""
+        """In the order of their numbers, which is that of the campaign or else of the execution; those removed last."""
         groups: dict[tuple[str, str], list[Record]] = {}
         for record in metrics.distinct(_in_order(self.records)):
             groups.setdefault(group_of(record.identity), []).append(record)
@@ -344,8 +345,9 @@ class Run:
             )
         known = {item.name for item in found}
         found += [Configuration(name, (), n) for name, n in self.failed.items() if name not in known]
-        found.sort(key=lambda item: item.is_removed)
-        return tuple(replace(item, number=number) for number, item in enumerate(found, 1))
+        numbers = numbers_of(self.numbered, self.listing, [(item.config_hash, item.name) for item in found])
+        numbered = (replace(item, number=number) for item, number in zip(found, numbers, strict=True))
+        return tuple(sorted(numbered, key=lambda item: (item.is_removed, item.number)))
 
     @property
     def share(self) -> float:
@@ -444,6 +446,7 @@ def read_run(
         stopping=read_stopping_rule(repository.folder / run_id),
         folder=repository.folder / run_id,
         listing=listing,
+        numbered=read_numbered(repository.folder / run_id),
         paths={item.record.identity.key: item.path for item in scan.results},
     )
 

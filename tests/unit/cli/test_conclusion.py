@@ -18,6 +18,7 @@ from lem.config.campaign_config import CampaignNotificationConfig
 from lem.orchestration.manifest import CampaignManifest, CampaignManifestEntry
 from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import CampaignOutcome, Stopped
+from lem.results.run import read_run
 from tests.campaign_doubles import Place, make_campaign
 
 HOOK = "http://localhost/secret"
@@ -154,6 +155,27 @@ def test_the_table_holds_the_results_of_this_run_and_of_the_plan_alone(place):
     text = _shown(edited, outcome)
     assert "max_output_tokens=8" in text
     assert "max_output_tokens=4" not in text
+
+
+def test_a_configuration_keeps_its_number_when_the_grid_is_edited(place):
+    place.runner(make_campaign(place.folder, outputs=(8, 16))).run()
+    edited = make_campaign(place.folder, outputs=(4, 8))
+    outcome = place.runner(edited, options=RunOptions(resume=True)).run()
+    document = json.loads(_shown(edited, outcome, is_json=True))
+    assert {item["config_name"]: item["number"] for item in document["configurations"]} == {
+        "pytorch-max_output_tokens=8": 1,
+        "pytorch-max_output_tokens=4": 3,
+    }
+    run = read_run(place.folder / "results", "demo", str(outcome.manifest.run_id))
+    assert [(item.number, item.is_removed) for item in run.configurations] == [(1, False), (3, False), (2, True)]
+    assert [run.select(word).number for word in ("2", "max_output_tokens=4")] == [2, 3]
+    again = make_campaign(place.folder, outputs=(16, 8))
+    outcome = place.runner(again, options=RunOptions(resume=True)).run()
+    run = read_run(place.folder / "results", "demo", str(outcome.manifest.run_id))
+    assert [(item.name, item.number) for item in run.with_results] == [
+        ("pytorch-max_output_tokens=8", 1),
+        ("pytorch-max_output_tokens=16", 2),
+    ]
 
 
 @pytest.mark.parametrize(
