@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from lem.base import durable, log, process
+from lem.base import log, process
 from lem.base.clock import Clock, utc_now, utc_text
 from lem.base.doc import terminal_width, wrapped, write_json
 from lem.base.errors import EngineError, ExitCode, UserError
-from lem.base.log import WIDTH, paint, shorten
+from lem.base.log import WIDTH, paint
 from lem.base.units import GIB
 from lem.base.variables import GPU_VARIABLE
 from lem.cli.selection import add_json, add_repeated, add_results_dir
@@ -88,7 +88,6 @@ def _as_text(verdict: Verdict, *, is_colour: bool, width: int) -> str:
 
 PROBE_S = 5.0
 PROBE_CHANGES = 40
-_MOST_ERROR = 300  # characters
 
 _WIDEST_GPUS = 110
 
@@ -105,15 +104,12 @@ def add_gpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_gpus)
 
 
-def run_gpus(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
+def run_gpus(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     if args.python is not None and not args.probe:
         raise UserError("--python without --probe", "add --probe: only the probe runs PyTorch")
     with open_nvml() as nvml:
         reading = read_gpus()
-        if args.probe:
-            found = _probe(nvml, args.python or sys.executable, reading, err)
-        else:
-            found = find_capabilities(nvml, Clock())
+        found = _probe(nvml, args.python or sys.executable, reading) if args.probe else find_capabilities(nvml, Clock())
     if args.json:
         out.write(json.dumps({"schema_version": 1, **asdict(reading), "energy": found.to_dict()}) + "\n")
         return
@@ -132,7 +128,7 @@ def run_gpus(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 _PULSES_S = 180.0  # at most: PyTorch may come from a slow disk
 
 
-def _probe(nvml: Any, python: str, reading: GpuReading, err: TextIO) -> Capabilities:
+def _probe(nvml: Any, python: str, reading: GpuReading) -> Capabilities:
     """What can be measured, with the periods and lags of counters; the lags are kept."""
     in_use = {gpu.uuid: ", ".join(str(item.pid) for item in gpu.processes) for gpu in reading.gpus if gpu.processes}
     holder = Holder(os.getpid(), socket.gethostname(), "lem gpus --probe", utc_text(utc_now()))
@@ -151,10 +147,7 @@ def _probe(nvml: Any, python: str, reading: GpuReading, err: TextIO) -> Capabili
         found = find_capabilities(nvml, Clock(), probe_s=PROBE_S, enough=PROBE_CHANGES, start=start)
     for gpu in found.gpus:
         if gpu.counter_lag_s is not None:
-            try:
-                keep_lag(gpu.meter.uuid, gpu.meter.driver, gpu.counter_lag_s)
-            except OSError as error:
-                err.write(f"the lag of {gpu.meter.uuid} is not kept: {durable.reason_of(error)}\n")
+            keep_lag(gpu.meter.uuid, gpu.meter.driver, gpu.counter_lag_s)
     return found
 
 
@@ -166,7 +159,7 @@ def _pulse(python: str, uuid: str) -> Sequence[Span]:
         raise NotMeasured("no_pulses", error=error.message) from error
     if done.code != 0:
         last = (done.stderr.strip().splitlines() or [process.describe_exit(done.code)])[-1]
-        raise NotMeasured("no_pulses", error=f"{python}: {shorten(last, _MOST_ERROR)}")
+        raise NotMeasured("no_pulses", error=f"{python}: {last}")
     return [Span(*json.loads(line)) for line in done.stdout.splitlines()]
 
 

@@ -17,7 +17,6 @@ from lem.base.measurement import EnergyScope, EnergySource, Measured, Section, k
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import choose_gpu_method, measured, need
 from lem.meters.curve import Span, counter_curve, update_period_s
-from lem.meters.machine import kept_lag_s
 from lem.meters.nvml import NvmlMeter, gpu_uuids
 from lem.meters.rapl import POWERCAP, find_rapl, find_tdp
 from lem.meters.sampler import Complaints, GpuWatch
@@ -27,9 +26,6 @@ from lem.meters.uncertainty import lag_s
 # Shorter than a tenth of the shortest update period seen (20 ms).
 _POLL_S = 0.002
 PULSE_S = 1.5  # of work, with rests as long: some updates of a slow counter, once power has settled
-
-_NOT_PROBED: Measured[float] = known(None, "not_probed")
-
 
 # When a GPU worked; its result raises NotMeasured where it could not.
 Pulses = Future[Sequence[Span]]
@@ -122,21 +118,19 @@ def find_capabilities(
         return Capabilities(cpu, gpu_error=f"NVML is not available: {nvml}")
     uuids = gpu_uuids(nvml)
     meters = [NvmlMeter(nvml, uuid) for uuid in uuids if uuid is not None]
-    found = _probed(meters, clock, probe_s, enough, start) if probe_s > 0 else [_described(it.header) for it in meters]
+    not_probed: Measured[float] = known(None, "not_probed")
+    found = [_with(meter.header, not_probed, known(meter.header.counter_lag_s, "not_probed")) for meter in meters]
+    if probe_s > 0:
+        found = _probed(meters, clock, probe_s, enough, start)
     text = "the GPU does not answer; dmesg says why (Xid), reset it or reboot"
     lost = GpuHeader(None, "unknown", "unknown", "unknown", counter_error=text, power_error=text)
-    found += [_described(replace(lost, index=index)) for index, uuid in enumerate(uuids) if uuid is None]
+    found += [_with(replace(lost, index=index), not_probed, not_probed) for index, uuid in enumerate(uuids) if not uuid]
     gpus = sorted(found, key=lambda gpu: -1 if gpu.meter.index is None else gpu.meter.index)
     return Capabilities(cpu, tuple(gpus), None if gpus else "NVML sees no GPU")
 
 
-def _described(
-    header: GpuHeader, period: Measured[float] = _NOT_PROBED, lag: Measured[float] | None = None
-) -> GpuCapability:
-    """The GPU; without a lag that was sought now, with the one that was kept."""
-    if lag is None:
-        lag = known(kept_lag_s(header.uuid, header.driver), "not_probed")
-    return GpuCapability.of(meter=header, counter_update_period_s=period, counter_lag_s=lag)
+def _with(header: GpuHeader, period_s: Measured[float], lag_s: Measured[float]) -> GpuCapability:
+    return GpuCapability.of(meter=header, counter_update_period_s=period_s, counter_lag_s=lag_s)
 
 
 def _probed(
@@ -158,13 +152,14 @@ def _probed(
         changes += [row for watch in watches for row in watch.poll() if isinstance(row, CounterChange)]
         clock.sleep(_POLL_S)
     span = Span(opened_ns, max(clock.monotonic_ns(), opened_ns + 1))
-    found = [_described(meter.header, known(None, "counter_absent"), known(None, "counter_absent")) for meter in meters]
+    absent: Measured[float] = known(None, "counter_absent")
+    found = [_with(meter.header, absent, absent) for meter in meters]
     for place in wanted:
-        period = measured(partial(update_period_s, changes, place, span))
-        lag = None if start is None else period
-        if lag is not None and lag.value is not None:
+        header, period = meters[place].header, measured(partial(update_period_s, changes, place, span))
+        lag = known(header.counter_lag_s, "not_probed") if start is None else period
+        if start is not None and period.value is not None:
             lag = measured(partial(_lag_s, changes, place, pulses[place]))
-        found[place] = _described(meters[place].header, period, lag)
+        found[place] = _with(header, period, lag)
     return found
 
 

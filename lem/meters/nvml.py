@@ -10,7 +10,7 @@ from typing import Any
 
 from lem.base.codec import decode
 from lem.base.measurement import EnergyScope
-from lem.meters.machine import GpuFacts, is_name_of
+from lem.meters.machine import GpuFacts, is_name_of, kept_lag_s
 from lem.meters.samples import GpuHeader
 
 # nvml.h, nvmlReturn_t
@@ -294,6 +294,7 @@ class NvmlMeter:
             energy_scope=scope,
             power_source=power_source,
             average_source=self._keep_first("average", self._averages(scope))[0] or "none",
+            counter_lag_s=kept_lag_s(uuid, driver),
             counts_slowdowns=self._keep_first("slowed", self._slowdowns())[0] is not None,
             counter_error=errors["counter_error"],
             power_error=errors["power_error"],

@@ -244,12 +244,13 @@ def _are_one(rows: Sequence[RaplReading], others: Sequence[RaplReading]) -> bool
     times = [row.at_ns for row in others]
     compared = 0
     for row in rows:
-        near = others[min(bisect_left(times, row.at_ns), len(others) - 1)] if others else row
-        apart_s = abs(near.at_ns - row.at_ns) / NS_PER_S
-        if apart_s < _SAME_ROUND_S:
-            compared += 1
-            if abs(near.energy_uj - row.energy_uj) > _SAME_COUNTER_UJ + _MOST_PACKAGE_W * apart_s * 1e6:
-                return False
+        place = bisect_left(times, row.at_ns)
+        for near in others[max(0, place - 1) : place + 1]:  # read just before it, or just after
+            apart_s = abs(near.at_ns - row.at_ns) / NS_PER_S
+            if apart_s < _SAME_ROUND_S:
+                compared += 1
+                if abs(near.energy_uj - row.energy_uj) > _SAME_COUNTER_UJ + _MOST_PACKAGE_W * apart_s * 1e6:
+                    return False
     return compared >= 2
 
 

@@ -19,7 +19,7 @@ from lem.base.clock import Clock
 from lem.base.errors import ExitCode, LemError
 from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.meters import samples
-from lem.meters.machine import kept_lag_s, read_gpu_settings, read_machine
+from lem.meters.machine import read_gpu_settings, read_machine
 from lem.meters.nvml import MeterFailure, NvmlMeter, open_nvml
 from lem.meters.rapl import find_rapl, find_tdp
 from lem.meters.samples import (
@@ -44,6 +44,7 @@ COUNTER_POLL_MS = 19
 SHORTEST_INTERVAL_MS = 10
 LONGEST_INTERVAL_MS = 60_000
 
+_RARE_NS = 5 * COUNTER_POLL_MS * NS_PER_MS  # a fifth of its interval more or less hurts no sample, whose time is kept
 _CLOCK_PAIR_MS = 10_000
 _LOOK_MS = 500  # a stop of the engine is seen if it lasts this long
 
@@ -126,6 +127,9 @@ class Complaints:
     def __init__(self) -> None:
         self._reported: dict[str, str] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._reported)
+
     def of(self, meter: str, at_ns: int, message: str) -> list[Row]:
         """The row for a failure, unless it was the last one reported for this meter."""
         if self._reported.get(meter) == message:
@@ -157,7 +161,6 @@ class GpuWatch:
         self._hopeless |= {"power"} if meter.header.power_error is not None else set()
         self._is_lost = not meter.is_known
         self._is_failing = self._is_lost
-        self._reported: set[str] = set()  # whose failure was reported
 
     def poll(self) -> list[Row]:
         """The change of the energy counter, if there was one since the last poll."""
@@ -226,17 +229,15 @@ class GpuWatch:
         try:
             value = self._meter.read(what)
         except MeterFailure as failure:
-            name = samples.gpu_meter(self._place, what)
-            self._reported.add(what)
             if failure.is_lasting:
                 self._hopeless.add(what)
             else:
                 self._is_failing = True
                 self._is_lost = failure.is_lost
+            name = samples.gpu_meter(self._place, what)
             rows += self._complaints.of(name, self._clock.monotonic_ns(), str(failure))
             return None
-        if what in self._reported:
-            self._reported.remove(what)
+        if self._complaints:
             self._complaints.withdraw(samples.gpu_meter(self._place, what))
         return value
 
@@ -245,14 +246,14 @@ class _Schedule:
     """Moments at a fixed distance, counted from the first one: a late one delays none of the others; 0 ms is never."""
 
     def __init__(self, first_ns: int, period_ms: int) -> None:
-        self._period_ns = period_ms * NS_PER_MS
-        self.next_ns: float = first_ns + self._period_ns if period_ms else math.inf
+        self.period_ns = period_ms * NS_PER_MS
+        self.next_ns: float = first_ns + self.period_ns if period_ms else math.inf
 
     def is_due(self, now_ns: int) -> bool:
         """Whether the moment has come; further ones that were missed are skipped."""
         if now_ns < self.next_ns:
             return False
-        self.next_ns += ((now_ns - self.next_ns) // self._period_ns + 1) * self._period_ns
+        self.next_ns += ((now_ns - self.next_ns) // self.period_ns + 1) * self.period_ns
         return True
 
 
@@ -265,6 +266,7 @@ class _Sampler:
     def __init__(self, options: SamplerOptions, nvml: Any, clock: Clock, roots: Roots) -> None:
         self._clock = clock
         self._complaints = Complaints()
+        self._polled: list[Row] = []  # not written yet
         meters = () if isinstance(nvml, str) else tuple(NvmlMeter(nvml, name) for name in options.gpus)
         self._gpus = [GpuWatch(meter, place, clock, self._complaints) for place, meter in enumerate(meters)]
         self._rapl = find_rapl(roots.powercap)
@@ -280,11 +282,7 @@ class _Sampler:
             host=platform.node(),
             interval_ms=options.interval_ms,
             gpus=tuple(
-                replace(
-                    meter.header,
-                    settings=read_gpu_settings(nvml, meter.header.uuid, roots.sys),
-                    counter_lag_s=kept_lag_s(meter.header.uuid, meter.header.driver),
-                )
+                replace(meter.header, settings=read_gpu_settings(nvml, meter.header.uuid, roots.sys))
                 for meter in meters
             ),
             machine=read_machine(roots.proc, roots.sys),
@@ -303,7 +301,11 @@ class _Sampler:
 
     @property
     def next_ns(self) -> int:
-        return int(min(self._polls.next_ns, self._samples.next_ns, self._seconds.next_ns, self._looks.next_ns))
+        """When to wake; what is due rarely waits for a poll, since a wake costs more than most readings."""
+        schedules = [self._samples, self._seconds, self._looks]
+        if self._polls.next_ns < math.inf:
+            schedules = [self._polls] if self._samples.period_ns >= _RARE_NS else [self._polls, self._samples]
+        return int(min(schedule.next_ns for schedule in schedules))
 
     def obey(self, order: str) -> list[Row]:
         """Follow an order of the owner; another is reported in the rows.
@@ -327,7 +329,7 @@ class _Sampler:
         now_ns = self._clock.monotonic_ns()
         rows: list[Row] = []
         if self._polls.is_due(now_ns):
-            rows += [row for gpu in self._gpus for row in gpu.poll()]
+            self._polled += [row for gpu in self._gpus for row in gpu.poll()]
         if self._samples.is_due(now_ns):
             rows += [row for gpu in self._gpus for row in gpu.sample()]
         if self._looks.is_due(now_ns):
@@ -336,11 +338,16 @@ class _Sampler:
             rows += self._each_second()
         if self._clock_pairs.is_due(now_ns):
             rows.append(self.clock_pair())
-        return rows
+        return self._with_polled(rows) if rows or self._samples.next_ns == math.inf else rows
+
+    def _with_polled(self, rows: list[Row]) -> list[Row]:
+        """Rows after those of polls, which are written with the next sample: a write costs as much as a wake."""
+        polled, self._polled = self._polled, []
+        return polled + rows
 
     def everything(self) -> list[Row]:
         """A row of each meter, for the log's start and end."""
-        rows = [row for gpu in self._gpus for row in gpu.poll()]
+        rows = self._with_polled([row for gpu in self._gpus for row in gpu.poll()])
         if self._samples.next_ns < math.inf:
             rows += [row for gpu in self._gpus for row in gpu.sample()]
         return [*rows, *self._each_second()]

@@ -23,7 +23,7 @@ from lem.base import durable
 from lem.base.codec import MOST, complete, decode, decode_row, shown
 from lem.base.measurement import EnergyScope
 from lem.base.reasons import Reason
-from lem.base.units import GIB, MIB
+from lem.base.units import GIB, KIB, MIB, NS_PER_S
 from lem.meters.machine import GpuSettings, MachineFacts
 
 SAMPLES_SCHEMA = 2
@@ -215,6 +215,9 @@ _LETTERS = {kind: letter for letter, kind in _KINDS.items()}
 # Some fifteen million rows. A damaged or hostile file must not fill the memory; a log above this is refused, never cut.
 _MOST_B = GIB
 
+# Of a few GPUs, 16 KiB are more than three seconds.
+_TAIL_B, _TAIL_S = 16 * KIB, 3
+
 _VALUES = {kind: attrgetter(*(item.name for item in dataclasses.fields(kind))) for kind in _LETTERS}
 
 
@@ -280,14 +283,19 @@ class PartReader:
         return self._log
 
 
-def read_tail(path: Path, most_b: int = 8192) -> list[Row]:
-    """The rows in the last bytes of a log that is being written; [] if it is missing or no log."""
+def read_tail(path: Path) -> list[Row]:
+    """The rows of the last seconds of a log that is being written; [] if it is missing or no log."""
     try:
         with durable.open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - most_b))
+            file.seek(max(0, size - _TAIL_B))
             lines = file.read().split(b"\n")[1:-1]  # the first may have lost its beginning, the last its end
-        return [_decode_row(json.loads(line)) for line in lines]
+        rows: list[Row] = []
+        for line in reversed(lines):
+            rows.append(_decode_row(json.loads(line)))
+            if rows[-1].at_ns < rows[0].at_ns - _TAIL_S * NS_PER_S:
+                break
+        return rows[::-1]
     except (OSError, RecursionError, ValueError):
         return []
 

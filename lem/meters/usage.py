@@ -92,7 +92,7 @@ class Limits:
 
     def __init__(self, roots: Roots, pid: int | str) -> None:
         self._folders: tuple[Path, ...] = ()
-        self._freezers: tuple[Path, ...] = ()
+        self._freezers: tuple[tuple[Path, str], ...] = ()  # a file, and what it says of a frozen cgroup
         with contextlib.suppress(OSError):
             for line in read_small(roots.proc / str(pid) / "cgroup").decode(errors="replace").splitlines():
                 _, controllers, path = line.split(":", 2)
@@ -100,7 +100,8 @@ class Limits:
                 if controllers == "" or "cpu" in names:
                     self._folders += tuple(_levels(roots.cgroup, controllers, path))
                 if controllers == "" or "freezer" in names:  # a cgroup shows it also if one above is frozen
-                    self._freezers += (next(_levels(roots.cgroup, controllers, path)),)
+                    name, frozen = ("freezer.state", "FROZEN") if controllers else ("cgroup.events", "frozen 1")
+                    self._freezers += ((next(_levels(roots.cgroup, controllers, path)) / name, frozen),)
         self._before_s: dict[Path, float] = {}
 
     def throttled_s(self) -> float:
@@ -122,10 +123,7 @@ class Limits:
     @property
     def is_frozen(self) -> bool:
         """Whether the cgroup is frozen now, as by `docker pause`."""
-        return any(
-            _pairs(folder / "cgroup.events").get("frozen") == 1 or _text(folder / "freezer.state") == "FROZEN"
-            for folder in self._freezers
-        )
+        return any(frozen in _text(path).splitlines() for path, frozen in self._freezers)
 
     @property
     def cpus(self) -> float | None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from lem.base.durable import reason_of
 from lem.base.errors import UserError
 from lem.base.measurement import is_estimate, is_gpu_source
-from lem.base.units import KIB, NS_PER_S
+from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import Baselines
 from lem.meters.interference import interference_now
@@ -143,8 +143,6 @@ RECOVERED_POWER_RATIO = 0.05
 RECOVERED_OVER_S = 3.0
 
 _GAP_INTERVAL_MS = 100
-# Holds the readings of two seconds of a few GPUs.
-_TAIL_B = 16 * KIB
 _STOP_TIMEOUT_S = 5.0
 _NOT_WANTED = "neither energy nor a time series was asked for"
 
@@ -163,7 +161,7 @@ class Attendance:
                 self.sampler.watch(pid)
             self.sampler.set_interval(interval_ms(self.request.config, event.data["phase"]))
         if event.kind == "progress" and self.request.samples_path is not None:
-            rows = read_tail(Path(self.request.samples_path), _TAIL_B)
+            rows = read_tail(Path(self.request.samples_path))
             last_ns = self._usage[-1].at_ns if self._usage else 0
             used = (row for row in rows if isinstance(row, CpuUse) and row.run_s is not None)
             self._usage.extend(row for row in used if row.at_ns > last_ns)

@@ -23,7 +23,7 @@ from lem.base.process import below, list_processes
 from tests.bench.host import campaign_text, in_turn
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Level, PowerSignal, Trace
-from tests.equivalence.builds import BUILD, OLD_COMMIT, ROOT, Build, build_of, old_build
+from tests.equivalence.builds import OLD_COMMIT, ROOT, Build, build_of, old_build
 
 PAIRS, SECONDS = 4.0, 20.0
 UUID = "GPU-11111111-2222-3333-4444-555555555555"
@@ -105,9 +105,9 @@ def main() -> int:
     """0; the ratios are for a person to judge."""
     numbers = [float(word) for word in sys.argv[1:]]
     pairs, seconds = (*numbers, *(PAIRS, SECONDS)[len(numbers) :])
-    then, now = old_build(), build_of(ROOT, BUILD / "now" / "lem.pyz")
     with tempfile.TemporaryDirectory() as text, subprocess.Popen([sys.executable, "-c", _ENGINE]) as engine:
         folder = Path(text)
+        then, now = old_build(), build_of(ROOT, folder / "lem.pyz")
         double = NvmlDouble(folder / "nvml")
         signal = PowerSignal(levels=(Level(0.0, 300.0),))
         double.say(*Trace(1, (GpuTrace(uuid=UUID, signal=signal, counter=Counter(period_s=0.1)),)).lines())

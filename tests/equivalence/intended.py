@@ -42,12 +42,18 @@ INTENDED: tuple[Intended, ...] = (
         r"-20 \+100 -100 \+500( -20 \+100 -100 \+500)*",
         suite="recorded",
     ),
+    Intended(
+        "The environment of a report has the settings of the machine and its GPUs.",
+        "lem report",
+        r"^elements\.(tr|th|td)$",
+        suite="recorded",
+    ),
     Intended("The size of a page, whose words were rewritten.", "lem report", r"^\$\.bytes$", suite="recorded"),
     Intended(
         "What was interrupted is left, not failed.", "results list", r"^\$\[\d+\]\.(left|failed)$", suite="recorded"
     ),
     Intended(
-        "As above, in a table: the column of what is left.", "results list", r"(-1 \+0 )?\+\d+$", suite="recorded"
+        "As above, in a table: the column of what is left.", "results list", r"(-1 )?\+0( \+\d+)*", suite="recorded"
     ),
     Intended(
         "As above: no cycle of it was lost by a failure.", "interrupted/results: lem check", r".+", suite="recorded"
@@ -130,9 +136,34 @@ INTENDED: tuple[Intended, ...] = (
         suite="recorded",
     ),
     Intended(
-        "Net energy of older records had another rule and is not compared, which a message says; others move up.",
+        "Net energy of older records had another rule and is not compared, which a message says.",
         "synthetic-.*: lem results recompute",
-        r"^\$\.results\[\d+\]\.(differences\[|message$)",
+        r"^\$\.results\[\d+\]\.(differences\[(energy|gpus)\S*gpu_energy_net_j\]\.|message\b)",
+        suite="recorded",
+    ),
+    Intended(
+        "As above, in text: the net energy goes, fewer figures count, and their sum is told; results without raw data "
+        "do not agree with them.",
+        "synthetic-.*: lem results recompute",
+        r"-46 \+3\d( -[\d.]+){1,2}( -46 \+3\d( -[\d.]+){1,2})*( -\d+ \+0)? \+\d+",
+        suite="recorded",
+    ),
+    Intended(
+        "A result in full has its net energy, and the settings of the machine and its GPUs.",
+        r"(h200|synthetic-.*)/results: lem results show \S+/\S+$",
+        r"\+[\d.]+( \+[\d.]+)*",
+        suite="recorded",
+    ),
+    Intended(
+        "Configurations without a complete result are named as they are found, not by the alphabet.",
+        "synthetic-rough/results: lem check demo --json",
+        r"^\$\.findings\[0\]\.configurations\[[01]\]$",
+        suite="recorded",
+    ),
+    Intended(
+        "What was interrupted is left, not failed, and counted in a line of its own.",
+        "interrupted/results: lem results show",
+        r"-1 \+0 \+\d+",
         suite="recorded",
     ),
     Intended(

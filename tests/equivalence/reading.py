@@ -79,13 +79,17 @@ def _document(content: str) -> Any:
 
 
 def flatten(value: Any, path: str = "$") -> Iterator[tuple[str, Any]]:
-    """The scalars of a document by JSON path. An empty list or mapping is a value too."""
+    """The scalars of a document by JSON path. An empty list or mapping is a value too.
+
+    Things that name a `field` are found by it, so that one that is gone moves no other.
+    """
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from flatten(item, f"{path}.{key}")
     elif isinstance(value, list) and value:
         for index, item in enumerate(value):
-            yield from flatten(item, f"{path}[{index}]")
+            name = item.get("field", index) if isinstance(item, dict) else index
+            yield from flatten(item, f"{path}[{name}]")
     else:
         yield path, value
 
@@ -178,4 +182,4 @@ _LAYOUT = ("table", "tr", "th", "td", "svg", "path", "rect", "circle", "line", "
 def _page_facts(content: str) -> Facts:
     page = _Page()
     page.feed(content)
-    return Facts("page", {"elements": {tag: page.elements[tag] for tag in _LAYOUT}, "numbers": page.numbers})
+    return Facts("page", {**{f"elements.{tag}": page.elements[tag] for tag in _LAYOUT}, "numbers": page.numbers})

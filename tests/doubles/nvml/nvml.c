@@ -237,6 +237,27 @@ int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor)
     return code;
 }
 
+/* What other tools ask of a GPU before they measure: Hopper, shared by all, without graphics. */
+static int give_constant(const char *function, void *handle, unsigned int *out, unsigned int value)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, function, handle, &gpu);
+    if (code == SUCCESS)
+        *out = value;
+    return code;
+}
+
+int nvmlDeviceGetArchitecture(void *handle, unsigned int *out) { return give_constant(__func__, handle, out, 9); }
+
+int nvmlDeviceGetComputeMode(void *handle, unsigned int *out) { return give_constant(__func__, handle, out, 0); }
+
+int nvmlDeviceGetGraphicsRunningProcesses_v3(void *handle, unsigned int *count, Process *processes)
+{
+    (void)processes;
+    return give_constant(__func__, handle, count, 0);
+}
+
 int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory)
 {
     Script script;

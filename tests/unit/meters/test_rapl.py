@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lem.meters.rapl import find_rapl, find_tdp, zone_folders
+from lem.meters.rapl import distinct_zones, find_rapl, find_tdp, zone_folders
+from lem.meters.samples import RaplReading
 from tests.doubles.powercap import Powercap, Zone
 from tests.processes import ordinary_user
 
@@ -137,6 +138,21 @@ def test_a_die_that_repeats_its_socket_adds_no_design_power(
 ) -> None:
     dies(tmp_path, begins_uj)
     assert find_tdp(None, tmp_path)[0] == tdp_w
+
+
+@pytest.mark.parametrize("later_us", [-200, 0, 200])
+@pytest.mark.parametrize(("watts", "kept"), [((68.0, 68.0), (0,)), ((90.0, 60.0), (0, 1))])
+def test_dies_that_repeat_their_socket_are_one_in_whichever_order_they_are_read(
+    later_us: int, watts: tuple[float, float], kept: tuple[int, ...]
+) -> None:
+    rows = [
+        RaplReading(
+            die, second * 10**9 + die * later_us * 1000, round(5e9 + power_w * 1e6 * (second + die * later_us / 1e6))
+        )
+        for second in range(1, 6)
+        for die, power_w in enumerate(watts)
+    ]
+    assert distinct_zones(rows, {0: "package-0-die-0", 1: "package-0-die-1"}) == kept
 
 
 def test_the_design_power_of_dies_that_cannot_be_compared_is_unknown(tmp_path: Path) -> None:
