@@ -23,9 +23,10 @@ from lem.orchestration.dispatch import LocalExecutor
 from lem.orchestration.plan import Plan, build_plan
 from lem.orchestration.schedule import CampaignOutcome, StopRequest
 from lem.record import encode_record
+from lem.results.detail import render_record
 from lem.results.run import make_run
 from lem.results.store import Repository
-from lem.results.table import render_record, render_run
+from lem.results.table import render_run
 
 _MODEL = {"model": ("--model", "-m", "override the model"), "dataset": ("--dataset", "-d", "override the data set")}
 _CYCLES = {

@@ -14,10 +14,11 @@ from lem.cli import selection
 from lem.cli.verify import Outcome, recompute_result, shown
 from lem.record import encode_record
 from lem.results.aggregation import run_document
+from lem.results.detail import render_record
 from lem.results.export import make_table, render, summary_columns, with_columns
 from lem.results.run import Run
 from lem.results.store import Problem, Scan, StoredResult
-from lem.results.table import render_record, render_run
+from lem.results.table import render_run
 
 _FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".md": "markdown"}
 

@@ -12,7 +12,7 @@ from typing import Any
 from lem.base.errors import UserError, did_you_mean
 from lem.base.measurement import Section
 from lem.base.reasons import Reason
-from lem.base.units import JOULES_PER_WATT_HOUR
+from lem.base.units import JOULES_PER_WATT_HOUR, format_latency, format_quantity
 from lem.record import Record, ResultKey
 
 
@@ -60,7 +60,12 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        return ", ".join(filter(None, (self.label, self.unit)))
+        """The label with the unit of what `shown` gives, less the `/tok` that the label says."""
+        unit = "" if self.group == "latency" else self.unit.removesuffix("/tok")
+        return ", ".join(filter(None, (self.label, unit)))
+
+    def shown(self, value: float | None) -> str:
+        return format_latency(value) if self.group == "latency" else format_quantity(value)
 
     @property
     def relation(self) -> str:

@@ -1,28 +1,24 @@
-"""The table of a run, and one result in full."""
+"""The table of a run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from lem.base import units
-from lem.base.doc import NAMES_SHOWN, Column, Doc, columns, printable
+from lem.base.doc import NAMES_SHOWN, Column, Doc, printable
 from lem.base.log import WIDTH
-from lem.base.measurement import ENERGY_COUNTED, Distribution
 from lem.base.reasons import alike
 from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
-from lem.config.backends import ENERGY_SCORE_RULES
-from lem.config.experiment import DATASET_ALIASES
-from lem.record import Energy, Gpu, Record
 from lem.results.axes import Key
 from lem.results.bootstrap import bootstrap_coverage_label
-from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES
+from lem.results.detail import SCORE, is_of_energy_score
+from lem.results.metrics import METRIC_BY_NAME, Metric
 from lem.results.run import (
     ENERGY,
     REPLAYED,
     SHARED_LOAD,
     SINGLE_CYCLE,
+    THROUGHPUT,
     Configuration,
     Estimate,
     Run,
@@ -33,13 +29,12 @@ from lem.results.stats import CONFIDENCE
 from lem.results.trends import BLOCKS, SAME_ORDER, is_same_order, ran_later
 from lem.results.uncertainty import COMBINED_NOTE, budget_table, why_unknown
 
-_LATENCIES = (("TTFT", "ttft_p50_s"), ("e2e", "e2e_p50_s"))
-_INTERVALS = (("Output throughput", "output_tok_per_s"), ("Energy per output token", "energy_per_output_tok_j"))
-_GOODPUT = (("Goodput", "good_requests_per_s"), ("Energy per good request", "energy_per_good_request_j"))
+_GOODPUT = (METRIC_BY_NAME["good_requests_per_s"], METRIC_BY_NAME["energy_per_good_request_j"])
+# Without intervals, beside the counts of results, by a short heading.
+_NET = {"net\nJ/tok": METRIC_BY_NAME["gpu_energy_net_per_output_tok_j"]}
+_LATENCIES = {"TTFT\np50": METRIC_BY_NAME["ttft_p50_s"], "e2e\np50": METRIC_BY_NAME["e2e_p50_s"]}
 _CONFIDENCE = f"{100 * CONFIDENCE:g} %"
-_LABEL_WIDTH = 12
 _NUMBERS_SHOWN = 12
-_PERCENTILES = ("mean", "p50", "p90", "p95", "p99")
 
 
 def render_run(run: Run, *, has_budget: bool = False, is_colour: bool = False, width: int = WIDTH) -> str:
@@ -65,13 +60,9 @@ class _RunTable:
 
     def render(self, *, has_budget: bool) -> str:
         self._heading()
-        self._estimates("output_tok_per_s", "Output throughput, tok/s")
-        note = estimate_note(self._configurations)
-        self._estimates("energy_per_output_tok_j", f"Energy per output token, J {note}".rstrip())
-        if any(_is_of_energy_score(record) for item in self._configurations for record in item.records):
-            self._estimates("energy_per_1000_requests_wh", f"Energy per 1,000 prompts, Wh {note}".rstrip())
-        self._estimates("good_requests_per_s", "Goodput, good requests/s")
-        self._estimates("energy_per_good_request_j", f"Energy per good request, J {note}".rstrip())
+        is_scored = any(is_of_energy_score(record) for item in self._configurations for record in item.records)
+        for metric in (THROUGHPUT, ENERGY, *([SCORE] if is_scored else []), *_GOODPUT):
+            self._estimates(metric)
         self._outcomes()
         if has_budget:
             self._budgets()
@@ -94,7 +85,9 @@ class _RunTable:
         for text in filter(None, (shared, self._key.explanation)):
             self._doc.text(text, "dim")
 
-    def _estimates(self, metric: str, heading: str) -> None:
+    def _estimates(self, metric: Metric) -> None:
+        note = estimate_note(self._configurations) if metric.group == "energy" else ""
+        heading = f"{metric.heading} {note}".rstrip()
         estimates = [item.estimate(metric) for item in self._configurations]
         if not any(estimate.values or estimate.all_attempts for estimate in estimates):
             return
@@ -106,8 +99,8 @@ class _RunTable:
             low, high = (bootstrap.ci_lower, bootstrap.ci_upper) if bootstrap else (None, None)
             intervals = (_interval(estimate.low, estimate.high, decimals), _interval(low, high, decimals))
             combined = estimate.combined.value if estimate.combined else None
-            shown = ABSENT if combined is None else combined.text
-            rows.append((str(estimate.n), _number(estimate.value, decimals), *intervals, shown))
+            counted = (str(estimate.n), _number(estimate.value, decimals))
+            rows.append((*counted, *intervals, ABSENT if combined is None else combined.text))
             if whole is not None:
                 every.append(f"{item.number} {_number(whole.geometric_mean, decimals)} (n = {whole.n_cycles})")
         headings = ["n", "geom.\nmean", f"{_CONFIDENCE}\nt interval", "bootstrap\ninterval"]
@@ -117,6 +110,9 @@ class _RunTable:
         self._table([Column(text, tuple(column)) for text, column in zip(headings, cells, strict=False)], heading)
         if every:
             self._every.append(f"{heading}, over all attempts, invalid ones too: {some_of(every, NAMES_SHOWN)}.")
+
+    def _has(self, metric: Metric) -> bool:
+        return any(item.estimate(metric).values for item in self._configurations)
 
     def _table(self, columns: Sequence[Column], title: str) -> None:
         """Add a table, the first one with names and axes, others where there is room for them."""
@@ -137,29 +133,31 @@ class _RunTable:
 
     def _outcomes(self) -> None:
         configurations = self._configurations
-        latencies = [
-            Column(f"{label}\np50", tuple(units.format_latency(item.estimate(metric).value) for item in configurations))
-            for label, metric in _LATENCIES
-            if any(item.estimate(metric).values for item in configurations)
+        beside = [
+            Column(heading, tuple(metric.shown(item.estimate(metric).value) for item in configurations))
+            for heading, metric in (_NET | _LATENCIES).items()
+            if self._has(metric)
         ]
         counts = [
             Column("valid", tuple(str(len(item.records) - item.n_invalid) for item in configurations)),
             Column("invalid", tuple(str(item.n_invalid) for item in configurations)),
             Column("failed", tuple(str(item.n_failed) for item in configurations)),
         ]
-        self._table([*latencies, *counts], "Latency, results" if latencies else "Results")
+        self._table([*beside, *counts], "Results")
 
     def _notes(self) -> None:
         notes = [*self._interval_notes(), *self._every]
-        if any(item.estimate(metric).values for item in self._configurations for _, metric in _LATENCIES):
+        if any(map(self._has, _LATENCIES.values())):
             notes.append("Latency: median over the requests of a cycle, geometric mean over the cycles.")
+        if any(map(self._has, _NET.values())):
+            notes.append("net: GPU energy less what the GPU draws at rest with the engine loaded.")
         if any(item.is_by_board_sensors for item in self._configurations):
             notes.append(
                 "Energy: board sensors are off by up to ±5 % per card: compare configurations on one card, not cards."
             )
         has_slo = any(record.work.requests_good is not None for it in self._configurations for record in it.used)
-        for label, metric in (*_LATENCIES, *_INTERVALS, *(_GOODPUT if has_slo else ())):
-            notes += self._gaps(label, metric)
+        for metric in (*_LATENCIES.values(), THROUGHPUT, ENERGY, *(_GOODPUT if has_slo else ())):
+            notes += self._gaps(metric)
         self._doc.block()
         for note in notes:
             self._doc.text(note, "dim", lead="  ")
@@ -195,7 +193,7 @@ class _RunTable:
         if self._run.stopping is not None:
             yield f"Cycles were added {self._run.stopping.describe()}: {self._run.stopping.correction}."
 
-    def _gaps(self, label: str, metric: str) -> Iterable[str]:
+    def _gaps(self, metric: Metric) -> Iterable[str]:
         """Why numbers are missing, one line per reason; configurations without a valid result are named elsewhere."""
         measurable = [item for item in self._configurations if item.n_cycles]
         by_reason: dict[str, list[Configuration]] = {}
@@ -207,7 +205,7 @@ class _RunTable:
                 by_reason.setdefault(reason, []).append(item)
         for reason, members in by_reason.items():
             of = "" if len(members) == len(measurable) else self._of(members, "for")
-            yield f"{label}{of}: {reason.rstrip('.')}."
+            yield f"{metric.label}{of}: {reason.rstrip('.')}."
 
     def _warnings(self) -> None:
         self._doc.block()
@@ -224,9 +222,7 @@ class _RunTable:
         if left := sum(self._run.left.values()):
             remedy = f": {self._run.remedy}" if self._run.remedy else ""
             self._doc.labelled("left: ", f"{plural(left, 'experiment')} not measured yet{remedy}", "yellow")
-        empty = [item for item in self._configurations if not item.n_cycles]
-        if empty:
-            named = [f"{item.number} {item.name}" for item in empty]
+        if named := [f"{item.number} {item.name}" for item in self._configurations if not item.n_cycles]:
             self._doc.labelled("no valid result: ", some_of(named, NAMES_SHOWN, "; "), "red")
 
     def _of(self, members: Sequence[Configuration], preposition: str) -> str:
@@ -262,190 +258,3 @@ def _interval(lower: float | None, upper: float | None, decimals: int | None) ->
 
 def _listed(parts: Iterable[str]) -> str:
     return " · ".join(printable(part) for part in parts if part)
-
-
-def render_record(record: Record, *, is_colour: bool = False, width: int = WIDTH) -> str:
-    """The result as text that ends in a newline; all of it is in its JSON."""
-    identity = record.identity
-    doc = Doc(width, is_colour=is_colour)
-    doc.text(f"{identity.config_name} · cycle {identity.cycle_index + 1} · attempt {identity.attempt}", "bold")
-    doc.text(f"{identity.campaign_name} · run {identity.run_id} · {identity.host} · {identity.start_utc}", "dim")
-    doc.block()
-    for label, text in _facts(record):
-        doc.text(text, lead=label.ljust(_LABEL_WIDTH))
-    doc.block()
-    _add_latency(doc, record)
-    doc.block()
-    for reason in record.validity.warnings:
-        doc.labelled("warning: ", reason.text, "yellow")
-    return doc.render()
-
-
-def _facts(record: Record) -> Iterable[tuple[str, str]]:
-    validity, window, work, environment = record.validity, record.window, record.work, record.environment
-    yield "valid", "yes" if validity.valid else "no: " + "; ".join(map(str, validity.invalid_reasons))
-    yield "model", f"{record.identity.model} on {record.identity.backend}"
-    yield "engine", f"{environment.engine_name} {environment.engine_version} on {environment.device}"
-    if validity.engine_reused:
-        yield "load", f"none, engine reused: {validity.engine_load_id}"
-    else:
-        took = _measured(window, "load_s", units.format_duration)
-        compiled = "" if window.compile_s is None else f", compiled in {units.format_duration(window.compile_s)}"
-        yield "load", f"{took}{compiled}, fresh engine: {validity.engine_load_id}"
-    converged = {True: ", converged", False: ", not converged", None: ""}[validity.warmup_converged]
-    took = _measured(window, "warmup_s", units.format_duration)
-    yield "warm-up", f"{took}, {window.warmup_prompts} prompts{converged}"
-    n = window.window_repeats
-    repeats = {0: "not every prompt once", 1: "all prompts once"}.get(n, f"all prompts {n} times")
-    mode, steady = window.traffic_mode.replace("_", " "), ", not steady" if validity.steady is False else ""
-    yield "window", f"{units.format_duration(window.window_s)}, {mode}, {repeats}{steady}"
-    if window.in_flight_mean is not None and window.fill_drain_ratio is not None:
-        thin = f"under 90 % of the peak for {units.percent(window.fill_drain_ratio)} of the window"
-        yield "in flight", f"{window.in_flight_mean:.3g} requests on average, {window.in_flight_peak} at most; {thin}"
-    good = "" if work.requests_good is None else f", {work.requests_good} good"
-    requests = f"{work.requests_ok} requests{good}, {work.requests_failed} failed"
-    yield "work", f"{requests}; {work.input_tok} tokens in, {work.output_tok} out ({work.token_source})"
-    yield "throughput", _throughput(record)
-    yield "energy", _energy(record)
-    if (energy_j := record.energy.primary_j.value) is not None:
-        yield "uncertainty", _uncertainty(record.energy, energy_j, "energy_uncertainty_j", "uncertainty_budget_j")
-    if (net_j := record.energy.gpu_energy_net_j) is not None:
-        spread = _uncertainty(record.energy, net_j, "net_uncertainty_j", "net_uncertainty_budget_j")
-        yield "net of idle", f"{units.format_energy(net_j)}, {spread}"
-    elif (why := record.energy.why_none("gpu_energy_net_j")).code == "net_shifted":
-        yield "net of idle", f"not measured: {why}"
-    disturbed = record.interference
-    if disturbed.wait_ratio is not None and disturbed.foreign_ratio is not None:
-        waited, others = units.percent(disturbed.wait_ratio), units.percent(disturbed.foreign_ratio)
-        yield "CPU", f"waited for {waited} of its time; other programs were {others} of the load"
-    if (carbon := _carbon(record)) is not None:
-        yield "carbon", carbon
-    yield "memory", _measured(record.compute, "peak_memory_b", units.format_bytes)
-    yield "machine", _disclosed(MACHINE_SETTINGS + MACHINE_STATE, record)
-    for gpu in record.gpus:
-        yield "GPU", f"{gpu.name} {gpu.uuid}: {_disclosed(GPU_SETTINGS, gpu)}"
-
-
-# What can change the numbers and is not what was asked for, as found before the experiment: the section of the record,
-# the field, and what it is called.
-MACHINE_SETTINGS = (
-    ("environment", "governor", "governor"),
-    ("machine", "turbo", "turbo"),
-    ("machine", "smt", "SMT"),
-    ("machine", "numa_nodes", "NUMA nodes"),
-)
-MACHINE_STATE = (("machine", "load_1min", "load before"), ("machine", "ambient_temp_c", "ambient temperature"))
-GPU_SETTINGS = (
-    ("gpus", "power_limit_w", "power limit"),
-    ("gpus", "power_limit_default_w", "default power limit"),
-    ("gpus", "sm_clock_max_hz", "highest SM clock"),
-    ("gpus", "sm_clock_app_hz", "application SM clock"),
-    ("gpus", "clocks_set", "clock limit by a setting"),
-    ("gpus", "persistence_mode", "persistence mode"),
-    ("gpus", "ecc_mode", "ECC"),
-    ("gpus", "pcie_gen", "PCIe generation"),
-    ("gpus", "pcie_width", "PCIe lanes"),
-    ("gpus", "pcie_width_max", "PCIe lanes at most"),
-    ("gpus", "nvlinks", "NVLinks"),
-    ("gpus", "numa_node", "NUMA node"),
-)
-
-
-def setting_text(name: str, value: Any) -> str:
-    """A value of these, by the unit in its name."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if name.endswith("_hz"):
-        return f"{value / 1e6:.0f} MHz"
-    return units.format_power(value) if name.endswith("_w") else f"{value:g} °C" if name.endswith("_c") else str(value)
-
-
-def _disclosed(settings: Iterable[tuple[str, str, str]], owner: Record | Gpu) -> str:
-    """`turbo off, SMT on; not known: governor (the kernel exposes none)`."""
-    seen: list[str] = []
-    unknown: dict[str, list[str]] = {}
-    for section, name, label in settings:
-        found = (owner if isinstance(owner, Gpu) else getattr(owner, section)).measured(name)
-        if found.value is None:
-            unknown.setdefault(str(found.null_reason), []).append(label)
-        else:
-            seen.append(f"{label} {setting_text(name, found.value)}")
-    parts = [", ".join(seen)] if seen else []
-    return "; ".join([*parts, *(f"not known: {', '.join(labels)} ({why})" for why, labels in unknown.items())])
-
-
-def _is_of_energy_score(record: Record) -> bool:
-    """Whether it has the prompts or follows the rules of AI Energy Score, whose unit is Wh per 1,000 prompts."""
-    rules, asked = ENERGY_SCORE_RULES, record.requested
-    is_by_rules = all(asked.get(name) == value for name, value in rules.items())
-    return is_by_rules or record.work.prompt_source.get("hub_name") == DATASET_ALIASES["ai_energy_score"].path
-
-
-def _throughput(record: Record) -> str:
-    throughput = record.throughput
-    output = f"output {_measured(throughput, 'output_tok_per_s', units.format_rate)}"
-    if throughput.total_tok_per_s is None or throughput.requests_per_s is None:
-        return output
-    requests = units.format_quantity(throughput.requests_per_s, "requests/s")
-    parts = [output, f"with input {units.format_rate(throughput.total_tok_per_s)}", requests]
-    if throughput.good_requests_per_s is not None:
-        parts.append(f"goodput {units.format_quantity(throughput.good_requests_per_s, 'requests/s')}")
-    if throughput.draft_accepted_ratio is not None and throughput.tok_per_step is not None:
-        accepted = units.percent(throughput.draft_accepted_ratio)
-        parts.append(f"{throughput.tok_per_step:.3g} tokens per step, {accepted} of drafts accepted")
-    return ", ".join(parts)
-
-
-def _energy(record: Record) -> str:
-    energy_j, per_tok = record.energy.primary_j, record.efficiency.energy_per_output_tok_j
-    if energy_j.value is None:
-        return f"not measured: {energy_j.null_reason}"
-    parts = [units.format_energy(energy_j.value) + (" (an estimate)" if energy_j.is_estimate else "")]
-    parts += [f"{per_tok:.4g} J per output token"] if per_tok is not None else []
-    per_thousand_wh, _ = METRIC_BY_NAME["energy_per_1000_requests_wh"].read(record)
-    if per_thousand_wh is not None and _is_of_energy_score(record):
-        parts.append(f"{per_thousand_wh:.4g} Wh per 1,000 prompts")
-    per_good = record.efficiency.energy_per_good_request_j
-    parts += [f"{per_good:.4g} J per good request"] if per_good is not None else []
-    return ", ".join([*parts, f"by {energy_j.source}"])
-
-
-def _carbon(record: Record) -> str | None:
-    """Emissions and cost with what they contain; None where the user gave no figures for them."""
-    carbon = record.carbon
-    parts = [] if carbon.co2e_g is None else [f"{units.format_quantity(carbon.co2e_g, 'g')} CO₂e"]
-    parts += [] if carbon.cost is None else [f"cost {units.format_quantity(carbon.cost)}"]
-    basis = ENERGY_COUNTED.get(record.energy.energy_scope or "", "energy")
-    return f"{', '.join(parts)}: {basis} × PUE {carbon.pue:g}" if parts else None
-
-
-def _uncertainty(energy: Energy, whole_j: float, name: str, budget_name: str) -> str:
-    """`±3.1 % (k = 1): sensor 2.9 %, lag 1 %`, the largest cause first."""
-    total_j, budget = getattr(energy, name), getattr(energy, budget_name)
-    if total_j is None or not budget or not whole_j:
-        return f"uncertainty not known: {energy.why_none(name)}"
-    parts = sorted(((part_j / abs(whole_j), cause) for cause, part_j in budget.items()), reverse=True)
-    causes = ", ".join(f"{cause.replace('_', ' ')} {units.percent(share)}" for share, cause in parts)
-    return f"±{units.percent(total_j / abs(whole_j))} (k = 1): {causes}"
-
-
-def _add_latency(doc: Doc, record: Record) -> None:
-    latency = record.latency
-    kinds = {name: getattr(latency, f"{name}_s") for name in (READABLE_LATENCIES if latency.itl_s else LATENCIES)}
-    seen: dict[str, Distribution] = {name: value for name, value in kinds.items() if value is not None}
-    if seen:
-        found = seen.values()
-        table = [Column(name, tuple(units.format_latency(getattr(it, name)) for it in found)) for name in _PERCENTILES]
-        table.append(Column("n", tuple(str(value.n) for value in found)))
-        doc.lines(columns("latency", list(seen), table, doc.width))
-    by_reason: dict[str, list[str]] = {}
-    for name, value in kinds.items():
-        if value is None:
-            by_reason.setdefault(latency.why_none(f"{name}_s").text, []).append(name)
-    for reason, names in by_reason.items():
-        doc.text(f"{', '.join(names)}: not measured: {reason}")
-
-
-def _measured(section: Any, name: str, form: Callable[[float], str]) -> str:
-    value = getattr(section, name)
-    return form(value) if value is not None else f"not measured: {section.null_reasons.get(name)}"

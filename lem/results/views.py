@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Final
 
-from lem.base import units
 from lem.base.doc import Column, Table
 from lem.base.units import ABSENT
 from lem.results.along import Pooled
@@ -73,7 +72,7 @@ class ComparisonTables:
             yield from self._overview(key, width)
         else:
             for metric in self._metrics:
-                yield from key.tables(self._columns(metric, is_lead=True), None, _titled(metric))
+                yield from key.tables(self._columns(metric, is_lead=True), None, metric.heading)
 
     def budgets(self) -> Iterator[Table]:
         """For each energy, what the uncertainty of its ratios consists of."""
@@ -93,7 +92,7 @@ class ComparisonTables:
         cells = [
             (
                 str(pair.baseline.estimate(row.metric).n),
-                *(_mean(row.metric, mean) for mean in row.means),
+                *(row.metric.shown(mean) for mean in row.means),
                 *effect_cells(row, decimals_of(row)),
             )
             for row in rows
@@ -102,7 +101,7 @@ class ComparisonTables:
         hidden |= set() if self._comparison.gates else {"verdict"}
         hidden |= set() if any(_has_combined(row) for row in rows) else {"combined"}
         found = [Column(head, tuple(column)) for head, column in zip(heads, zip(*cells, strict=True), strict=True)]
-        names = (f"{_titled(row.metric)} {self._mark(row.metric)}".rstrip() for row in rows)
+        names = (f"{row.metric.heading} {self._mark(row.metric)}".rstrip() for row in rows)
         return Table("metric", tuple(names), tuple(column for column in found if column.heading not in hidden))
 
     def _overview(self, key: Key, width: int) -> Iterator[Table]:
@@ -129,12 +128,12 @@ class ComparisonTables:
         """What is known of a metric, for every row; the lead shows its means and interval in any case."""
         rows = self._comparison.rows(metric)
         decimals = max((known for _, row in rows if (known := decimals_of(row)) is not None), default=None)
-        cells = [(*(_mean(metric, mean) for mean in row.means), *effect_cells(row, decimals)) for _, row in rows]
+        cells = [(*(metric.shown(mean) for mean in row.means), *effect_cells(row, decimals)) for _, row in rows]
         counts = [str(pair.other.estimate(metric).n) for pair, _ in rows]
         if self._anchor is None:
             estimate = self._pairs[0].baseline.estimate(metric)
             reference = ("1", "baseline") if estimate.value is not None else (ABSENT, "")
-            cells.insert(0, ("", _mean(metric, estimate.value), *reference, "", "", ""))
+            cells.insert(0, ("", metric.shown(estimate.value), *reference, "", "", ""))
             counts.insert(0, str(estimate.n))
         before, after, ratio, interval, combined, p_value, verdict = (
             tuple(column) for column in zip(*cells, strict=True)
@@ -177,10 +176,6 @@ def _number(item: Configuration) -> str:
     return item.name.partition("=")[2] if isinstance(item, Pooled) else str(item.number)
 
 
-def _titled(metric: Metric) -> str:
-    return metric.label if metric.group == "latency" else metric.heading
-
-
 def _has_combined(row: Row) -> bool:
     return row.combined is not None and row.combined.value is not None
 
@@ -196,10 +191,6 @@ def effect_cells(row: Row, decimals: int | None) -> tuple[str, str, str, str, st
     combined = ABSENT if row.combined is None or row.combined.value is None else row.combined.value.text
     mark = "" if row.is_found else "? " if p_value is None else "~ "
     return f"{mark}{ratio_text(row.effect.ratio, decimals)}", shown, combined, p_text, verdict
-
-
-def _mean(metric: Metric, value: float | None) -> str:
-    return units.format_latency(value) if metric.group == "latency" else units.format_quantity(value)
 
 
 def ratio_text(value: float, decimals: int | None) -> str:

@@ -9,10 +9,10 @@ from functools import partial
 from lem.base.measurement import EnergySource, Section, is_estimate
 from lem.base.units import format_bytes, format_duration, format_latency, format_power, plural, some_of
 from lem.record import Record
+from lem.results.detail import GPU_SETTINGS, MACHINE_SETTINGS, MACHINE_STATE, setting_text
 from lem.results.report import plot
 from lem.results.report.content import Report
 from lem.results.report.plot import Markup, Row, details, join, paragraphs, scroller, table, tag
-from lem.results.table import GPU_SETTINGS, MACHINE_SETTINGS, MACHINE_STATE, setting_text
 
 _VALUES_SHOWN = 6
 

@@ -242,7 +242,7 @@ _FIGURES: tuple[Metric | _OfGpus, ...] = (
     Metric("fill_drain_ratio", "throughput", "ratio", "window", "fill_drain_ratio", "Filling or draining"),
     _OfGpus("GPU power, mean, W", lambda gpu: gpu.power_mean_w, math.fsum),
     _OfGpus("GPU temperature, maximum, °C", lambda gpu: gpu.temp_max_c, max),
-    Metric("load_s", "latency", "s", "window", "load_s", "Engine load"),
+    Metric("load_s", "throughput", "s", "window", "load_s", "Engine load"),
 )
 
 

@@ -58,7 +58,7 @@ ANSWERS = r"""
 demo // demo // 0 // vllm-float16 (3) uses 0.41 × the energy // (1), 95 % // of 3: 3 better. // Holm over 9
   // 2 vllm bfloat16 32 0.206 0.41 0.40–0.42 <0.001 2.45 ~ 1.00 // all 9 hold together with 95 % (each 99.44 %)
 demo // demo pytorch-bfloat16 vllm-bfloat16 // 0 // 2 configurations
-  // J/tok 0.5029 0.206 0.41 0.40–0.41 <0.001 Output
+  // token, J 0.5029 0.206 0.41 0.40–0.41 <0.001 Output
 demo // demo 2 3 // 0 // No difference in energy per output token between vllm-float16 (3) and vllm-bfloat16 (2)
 demo // demo/2 demo/batch_size=64 // 0 // vllm-bfloat16-64 (4) uses 1.05
 demo // demo --by backend // 0 // backend=vllm uses 0.41 × the energy per output token of backend=pytorch

@@ -17,12 +17,13 @@ from lem.meters.samples import CpuLoad
 from lem.record import Energy, Record, decode_record, encode_record
 from lem.results.compare import compare_configurations
 from lem.results.comparison import render_text
+from lem.results.detail import render_record
 from lem.results.export import make_table, render, summary_columns, with_columns
 from lem.results.report import render_report
 from lem.results.report.content import compose
 from lem.results.run import make_run
 from lem.results.store import StoredResult
-from lem.results.table import render_record, render_run
+from lem.results.table import render_run
 from tests.doubles.powercap import Zone
 from tests.records import make_record, with_measured
 from tests.scripted_attempt import Attempt, at, cpu_attempt, gpu_attempt

@@ -17,9 +17,10 @@ from lem.record import Machine, Record
 from lem.results.aggregation import run_document
 from lem.results.compare import compare_configurations
 from lem.results.comparison import render_text
+from lem.results.detail import render_record
 from lem.results.metrics import parse_comparable
 from lem.results.run import Run, make_run
-from lem.results.table import render_record, render_run
+from lem.results.table import render_run
 from tests.command_rig import on_terminal
 from tests.goldens import assert_golden
 from tests.records import completed, make_gpu, make_record
@@ -221,11 +222,11 @@ def test_emissions_and_cost_are_labelled_with_what_they_contain(source: str, sco
 
 def test_prompts_of_ai_energy_score_have_their_energy_in_its_unit() -> None:
     record = make_record(energy_per_output_tok_j=0.36, n_requests=25)  # 1,000 tokens in 25 requests
-    assert "prompts, Wh" not in render_run(make_run([record]))
+    assert "requests, Wh" not in render_run(make_run([record]))
     source = {"hub_name": "AIEnergyScore/text_generation", "count": 25}
     work = dataclasses.replace(record.work, prompt_source=source)
     scored = dataclasses.replace(record, work=work)
-    assert re.search(r"per 1,000 prompts, Wh.*\n.*1 +small +1 +4\.000 ", render_run(make_run([scored])), re.DOTALL)
+    assert re.search(r"per 1,000 requests, Wh.*\n.*1 +small +1 +4\.000 ", render_run(make_run([scored])), re.DOTALL)
     assert "4 Wh per 1,000 prompts" in render_record(scored)
     ruled = dataclasses.replace(record, requested={**record.requested, **ENERGY_SCORE_RULES})
     assert "4 Wh per 1,000 prompts" in render_record(ruled)
@@ -253,9 +254,7 @@ def test_goodput_is_shown_where_it_was_measured() -> None:
     good = completed(dataclasses.replace(record, work=work, throughput=rates))
     assert good.efficiency.energy_per_good_request_j == 50.0
     text = render_run(make_run([good]))
-    assert re.search(
-        r"Goodput, good requests/s.*small +1 +1\.000 .*Energy per good request, J.*50\.00 ", text, re.DOTALL
-    )
+    assert re.search(r"Goodput, 1/s.*small +1 +1\.000 .*Energy per good request, J.*50\.00 ", text, re.DOTALL)
     shown = " ".join(render_record(good).split())
     assert "25 requests, 10 good, 0 failed" in shown
     assert "goodput 1 requests/s" in shown

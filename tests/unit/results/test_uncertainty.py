@@ -14,10 +14,11 @@ from lem.record import Record
 from lem.results.aggregation import run_document
 from lem.results.compare import compare_configurations
 from lem.results.comparison import comparison_document, render_text
+from lem.results.detail import render_record
 from lem.results.metrics import METRIC_BY_NAME
 from lem.results.run import ENERGY, THROUGHPUT, Run, make_run
 from lem.results.stats import Effect
-from lem.results.table import render_record, render_run
+from lem.results.table import render_run
 from lem.results.uncertainty import combine, over_anchor
 from tests.synthetic_campaign import Campaign, Configuration
 
