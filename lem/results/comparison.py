@@ -95,9 +95,14 @@ def headline_of(comparison: Comparison) -> str:
 
 
 def remarks_of(comparison: Comparison) -> list[str]:
-    """What limits the answer, and what its numbers mean."""
+    """What limits the answer."""
     content = _Content(comparison)
-    return [*content.obstacles(), *content.reasons(), *content.notes()]
+    return [*content.obstacles(), *content.reasons(), *content.left_out()]
+
+
+def ratio_notes_of(comparison: Comparison) -> list[str]:
+    """What ratios, their intervals and marks mean."""
+    return [*_Content(comparison).ratio_notes()]
 
 
 def best_of(comparison: Comparison, metric: Metric) -> Configuration | None:
@@ -247,44 +252,52 @@ class _Content:
             yield f"gate {gate.metric.name}={percent_text(gate)}: {'; '.join(parts) or 'nothing to judge'}"
 
     def notes(self) -> Iterable[str]:
-        comparison = self._comparison
+        yield from self.ratio_notes()
         if any(row.effect and row.effect.std_error is not None for row in self._rows):
-            yield f"{_RATIO_NOTE if self._anchor is None else _ANCHORED_RATIO_NOTE}; {comparison.coverage}"
             yield from coverage_notes(item for _, item in self._labelled)
         combined = [row.combined for row in self._rows if row.effect]
         if any(found and found.value for found in combined):
             yield COMBINED_NOTE
         if why := why_unknown(combined):
             yield f"Combined uncertainty of the ratio of energies not known: {'; '.join(why)}."
+        yield from self.tables.notes()
+        yield from self._over_all_attempts()
+        yield from self._energy_notes()
+        for run in self._comparison.runs:
+            if run.stopping is not None:
+                of = f" in {self._run_label(run)}" if len(self._comparison.runs) > 1 else ""
+                yield f"Cycles were added{of} {run.stopping.describe()}: {run.stopping.correction}."
+        yield from self.left_out()
+
+    def ratio_notes(self) -> Iterable[str]:
+        """What ratios, their intervals, marks and verdicts mean."""
+        comparison = self._comparison
+        if any(row.effect and row.effect.std_error is not None for row in self._rows):
+            yield f"{_RATIO_NOTE if self._anchor is None else _ANCHORED_RATIO_NOTE}; {comparison.coverage}"
         rows = comparison.rows(self._lead) if self._lead else []
         effects = ((self._name(pair.other), row.effect) for pair, row in rows if row.effect)
         yield from autocorrelation_notes([(name, it.autocorrelation) for name, it in effects if it.autocorrelation])
-        yield from self.tables.notes()
-        open_rows = any(row.effect and row.p_adjusted is None for row in self._rows)
-        marks = "; ?: no verdict" if open_rows else ""
         if comparison.n_compared:
-            count = plural(comparison.n_compared, "comparison")
-            yield f"p: Holm over {count}; ~: no difference found{marks}."
-        if comparison.gates and comparison.n_compared:
-            yield "verdict: where the whole interval lies, widened so that all verdicts hold together."
-        yield from self._over_all_attempts()
+            marks = "; ?: no verdict" if any(row.effect and row.p_adjusted is None for row in self._rows) else ""
+            yield f"p: Holm over {plural(comparison.n_compared, 'comparison')}; ~: no difference found{marks}."
+            if comparison.gates:
+                yield "verdict: where the whole interval lies, widened so that all verdicts hold together."
+            if any(map(is_same_order, comparison.runs)):
+                yield f"{SAME_ORDER.text.capitalize()}."
         if self._anchor is not None and self._anchor.name:
             labels = {metric.name: metric.lower_label for metric in self._metrics}
             moved = ", ".join(f"{ratio:.3f} × in {labels[name]}" for name, ratio in self._anchor.ratios.items())
             most = f"{100 * self._anchor.tolerance:g} %"
             yield f"anchor: {self._anchor.name}, itself {moved}; a change of more than {most} would rule out a verdict."
-        yield from self._energy_notes()
-        if any(map(is_same_order, comparison.runs)) and comparison.n_compared:
-            yield f"{SAME_ORDER.text.capitalize()}."
-        for run in comparison.runs:
-            if run.stopping is not None:
-                of = f" in {self._run_label(run)}" if len(comparison.runs) > 1 else ""
-                yield f"Cycles were added{of} {run.stopping.describe()}: {run.stopping.correction}."
+
+    def left_out(self) -> Iterable[str]:
+        """Configurations that were not compared."""
+        runs, along = self._comparison.runs, self._comparison.along
         compared = {item.name for pair in self._pairs for item in (pair.baseline, pair.other)}
-        if removed := [it.name for run in comparison.runs for it in run.removed if it.name not in compared]:
+        if removed := [it.name for run in runs for it in run.removed if it.name not in compared]:
             yield f"Removed from the campaign, so not compared: {some_of(removed, NAMES_SHOWN)}."
-        yield from comparison.along.alone if comparison.along else ()
-        yield from comparison.missing
+        yield from along.alone if along else ()
+        yield from self._comparison.missing
 
     def _energy_notes(self) -> Iterable[str]:
         if any(metric.section == "carbon" for metric in self._metrics):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,6 +136,17 @@ def workloads_of(entries: Iterable[Entry]) -> list[list[Entry]]:
             else:
                 same.append(entry)
     return found
+
+
+def frontier(costs: Sequence[tuple[float, float]]) -> tuple[int, ...]:
+    """The indices of the points that no other is at most as costly as in both and less in one; cheapest first."""
+    kept: list[int] = []
+    least, last = math.inf, None
+    for index in sorted(range(len(costs)), key=lambda index: costs[index]):
+        if costs[index][1] < least or costs[index] == last:
+            kept.append(index)
+            least, last = costs[index][1], costs[index]
+    return tuple(kept)
 
 
 @dataclass(frozen=True)

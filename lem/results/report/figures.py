@@ -12,7 +12,7 @@ from lem.base.units import format_latency, format_quantity, plural, some_of
 from lem.results.comparability import workload_of
 from lem.results.metrics import LATENCIES, READABLE_LATENCIES, Metric, mean_of
 from lem.results.report import plot
-from lem.results.report.content import Entry, Report, workloads_of
+from lem.results.report.content import Entry, Report, frontier, workloads_of
 from lem.results.report.plot import Cell, Markup, Plot, Row, Scale, join, marks, number_cell, spot, table, tag, text
 from lem.results.run import ENERGY, THROUGHPUT
 
@@ -75,8 +75,8 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, workloads: Se
     x_scale = plot.fitting_scale(_extent((point.x, point.x_span) for point in points), _LEFT, _PARETO_RIGHT)
     y_scale = plot.fitting_scale(_extent((point.y, point.y_span) for point in points), _BOTTOM, _TOP)
     grey = len(points) - len(best)
-    corner = f"{'lower' if up.is_less_better else 'upper'} {'left' if across.is_less_better else 'right'}"
-    arrow = {"lower left": "↙", "lower right": "↘", "upper left": "↖", "upper right": "↗"}[corner]
+    corner = {(True, True): "↙ lower left", (True, False): "↘ lower right", (False, True): "↖ upper left"}
+    better = corner.get((up.is_less_better, across.is_less_better), "↗ upper right")
     return Plot(
         identifier,
         title,
@@ -85,7 +85,7 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, workloads: Se
         [
             plot.horizontal_axis(x_scale, _BOTTOM, _TOP, across.label),
             plot.vertical_axis(y_scale, _LEFT, _PARETO_RIGHT, up.label + up.note),
-            text(_PARETO_RIGHT, _TOP - 10, f"better: {arrow} {corner}", "hint", "end"),
+            text(_PARETO_RIGHT, _TOP - 10, f"better: {better}", "hint", "end"),
             *_pareto_marks(points, x_scale, y_scale),
         ],
         [
@@ -116,17 +116,6 @@ def _fronts(best: Sequence[_Point]) -> Iterator[str]:
     for front in fronts.values():
         of = f" of {workload_of(front[0].entry.used[0])}" if len(fronts) > 1 else ""
         yield f"On the frontier{of}: {some_of([f'{it.entry.number} {it.entry.label}' for it in front], _NAMED)}."
-
-
-def frontier(costs: Sequence[tuple[float, float]]) -> tuple[int, ...]:
-    """The indices of the points that no other is at most as costly as in both and less in one; cheapest first."""
-    kept: list[int] = []
-    least, last = math.inf, None
-    for index in sorted(range(len(costs)), key=lambda index: costs[index]):
-        if costs[index][1] < least or costs[index] == last:
-            kept.append(index)
-            least, last = costs[index][1], costs[index]
-    return tuple(kept)
 
 
 def _extent(points: Iterable[tuple[float, tuple[float, float] | None]]) -> Iterator[float]:

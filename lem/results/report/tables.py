@@ -12,6 +12,7 @@ from lem.base.units import format_latency, plural, some_of
 from lem.record import Gpu, Record
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.compare import Comparison
+from lem.results.comparison import ratio_notes_of
 from lem.results.metrics import METRIC_BY_NAME, Metric, mean_of
 from lem.results.report import plot
 from lem.results.report.content import Entry, Report, verdict_of
@@ -166,8 +167,8 @@ def _ratio(entry: Entry, comparison: Comparison) -> Cell:
         why = row.reason.text if row is not None and row.reason else None
         return Cell(tag("span", "none", class_="absent", title=why), is_number=True)
     ratio, interval, _, p_value, _ = effect_cells(row, decimals_of(row))
-    below = tag("small", f"{interval}, p {p_value}" if row.p_adjusted is not None else interval)
-    return Cell(join([ratio, Markup(" "), below]), row.effect.ratio, is_number=True)
+    title = None if row.p_adjusted is None else f"p {p_value}, adjusted by Holm"
+    return Cell(join([ratio, Markup(" "), tag("small", interval, title=title)]), row.effect.ratio, is_number=True)
 
 
 def _name(entry: Entry) -> Markup:
@@ -181,7 +182,8 @@ def _name(entry: Entry) -> Markup:
     ]
     shown = [tag("span", text, class_=f"tag {kind}") for is_there, text, kind in badges if is_there]
     swatch = tag("i", class_=f"dot g{entry.group}")
-    return join([swatch, plot.breakable(entry.name), tag("div", *shown) if shown else Markup()])
+    name = tag("span", plot.breakable(entry.label), title=None if entry.label == entry.name else entry.name)
+    return join([swatch, name, tag("div", *shown) if shown else Markup()])
 
 
 def _explanations(report: Report) -> Iterator[str]:
@@ -198,6 +200,7 @@ def _explanations(report: Report) -> Iterator[str]:
         + (f"; its actual coverage is {covers}." if covers else ".")
     )
     yield from coverage_notes(entry.configuration for entry in report.entries)
+    yield from ratio_notes_of(report.comparison) if report.comparison is not None else ()
     estimates = [entry.configuration.estimate(metric) for entry in report.entries for metric in report.metrics]
     if any(estimate.combined and estimate.combined.value for estimate in estimates):
         yield (

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lem.results.report.content import Report, compose
+from lem.results.report.content import Report, compose, frontier
 from lem.results.report.context import heatmap_section, order_section
-from lem.results.report.figures import frontier, latency_section, pareto_section
+from lem.results.report.figures import latency_section, pareto_section
 from lem.results.run import make_run, read_run
 from tests.synthetic_campaign import Campaign, Configuration, sweep
 
