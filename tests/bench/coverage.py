@@ -28,6 +28,7 @@ from lem.meters.requestlog import Request, RequestLog
 from lem.meters.work import latency_of, percentile
 from lem.orchestration.resume import make_rule, needs_cycle
 from lem.record import Record
+from lem.results.aggregation import Sensitivity
 from lem.results.bootstrap import (
     AUTOCORRELATED_COVERAGE,
     BOOTSTRAP_COVERAGE,
@@ -49,6 +50,7 @@ from lem.results.metrics import parse_metric
 from lem.results.run import Configuration, Run, make_run
 from lem.results.stats import Gate, Verdict, anchored_effect, paired_effect, parse_gate
 from lem.results.stopping import StoppingRule, next_stage, parse_target
+from lem.results.student import POWER
 from lem.results.trends import WATCHED, autocorrelation_of_cycles, drift_of, is_chance, position_effect
 from lem.worker.requests import arrival_offsets_s
 from tests.bench.interference import make_model, run_campaign
@@ -223,6 +225,23 @@ def verdicts(n: int) -> Iterator[Figure]:
     naive = (naive_p(*days) < SIGNIFICANCE for days in two_days(n))
     yield labelled("two days without a difference: a naive test finds one", naive, 0.58)
     yield errs("two days without a difference: over an anchor", anchored(n, lambda row: row.is_found))
+
+
+def planning(n: int) -> Iterator[Figure]:
+    """What the dry run says of differences and cycles, by the noise that it assumes."""
+    assumed = Sensitivity.assumed(ENERGY, is_load_shared=False)
+    for count, cycles in ((2, 3), (2, 5), (2, 10), (7, 5)):
+        ratio = 1 + assumed.smallest(cycles, count - 1)
+        runs = simulated(n, Simulated(), ratios=(1.0, ratio, *[1.0] * (count - 2)), cycles=cycles)
+        hits = (rows_of(against_first(run))[0].is_found for run in runs)
+        yield labelled(f"smallest difference of {cycles} cycles, {count - 1} comparisons: found", hits, POWER)
+    for threshold in (0.02, 0.03):
+        cycles = assumed.needed(threshold, is_gate=True) or 0
+        gate = replace(GATE, threshold=threshold)
+        said = (verdict_of(against_first(run, [gate])) for run in simulated(n, Simulated(), cycles=cycles))
+        share = share_of(it is Verdict.WITHIN for it in said)
+        name = f"gate of {100 * threshold:g} %, equal configurations, the {cycles} cycles it needs: within"
+        yield Figure(name, share, f"at least {100 * POWER:g} %", share >= POWER - _SLACK)
 
 
 def exclusions(n: int) -> Iterator[Figure]:
@@ -449,6 +468,7 @@ def exempt(n: int) -> Iterator[Figure]:
 GROUPS: dict[str, Callable[[int], Iterator[Figure]]] = {
     "intervals": intervals,
     "verdicts": verdicts,
+    "planning": planning,
     "order": order,
     "sequential": sequential,
     "trends": trends,
