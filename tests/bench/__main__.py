@@ -36,6 +36,9 @@ Beside others, in ABBA pairs, for some minutes on a machine that does nothing el
   a second program beside a campaign, and quiet windows of real engines:
     {python} -m tests.bench.interference disturbed
     {python} -m tests.bench.interference quiet
+  the sampler and the heartbeats of the first build, and other tools on meters whose joules are known (as root):
+    {python} -m tests.bench.sampler
+    {python} -m tests.bench.peers
   vLLM's own offline benchmark, once the lab is up:
     {lab}/environments/vllm/bin/python -m tests.bench.offline {lab}/models/demo"""
 

@@ -89,7 +89,7 @@ INTENDED: tuple[Intended, ...] = (
     Intended("As above, in the text of a resolved experiment.", "lem experiment", r"\+2 \+20\.0 \+20\.0"),
     Intended("As above, and the preset, in the list of options.", "config fields", r"\+0 \+0 \+2 \+0 \+20 .+"),
     Intended("As above, in the list of presets.", "lem presets", r"\+2048 \+10 \+0\.1 \+1 \+000 \+10"),
-    Intended("As above, in a new configuration file.", "listings: lem config new", "commented out"),
+    Intended("As above, in a new configuration file.", "(listings|help/config-new): lem config new", "commented out"),
     Intended("The hint for an unknown metric no longer lists them all.", "--until ci=1%:none", r"(-\d+ ?)+"),
     Intended("A missing bundle is named instead of the file SHA256SUMS in it.", "lem bundle verify", "-256"),
     Intended(
@@ -193,4 +193,22 @@ INTENDED: tuple[Intended, ...] = (
         r"settings\.warmup\.timeout_seconds$",
         suite="recorded",
     ),
+    Intended("lem gpus --probe has a Python put work on GPUs.", r"help/(gpus|worker)", "options"),
+    # Issue 14
+    Intended(
+        "Gates are strict: --lenient is the option now, and a campaign may name its gates.",
+        r"help/(lem|campaign|compare|report): ",
+        "options",
+    ),
+    Intended(
+        "`balanced` is an order of experiments, and the default.", "schema|fields", r"structure\.(enum|choices|default)"
+    ),
+    Intended(
+        "The dry run shows what the planned cycles can detect.",
+        "--dry-run",
+        r"^\$\.detectable\b",
+        is_new=True,
+    ),
+    Intended("As above, in text.", "--dry-run", r"\+\S+( \+\S+)*"),
+    Intended("Help with figures of the new options.", "lem completion (zsh|fish)", r"\+\d( \+\d)*"),
 )

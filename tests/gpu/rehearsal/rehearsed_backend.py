@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
         raise RuntimeError("the rehearsed backend is for rehearsals")
     engine: Engine = RehearsedEngine(Session(_on_cpu(config), secrets), rehearsal.load_log)
     return engine
+
+
+def pulse(pulse_s: float) -> Iterator[tuple[int, int]]:
+    """Pulses of work, with rests between."""
+    rehearsal = Rehearsal.under_way()
+    if rehearsal is None:
+        raise RuntimeError("the rehearsed backend is for rehearsals")
+    for _ in range(2):
+        time.sleep(pulse_s)
+        opened_ns = say_busy(rehearsal.load_log, 1)
+        time.sleep(pulse_s)
+        yield opened_ns, say_busy(rehearsal.load_log, 0)
+    time.sleep(pulse_s)
 
 
 class RehearsedEngine:
