@@ -26,8 +26,9 @@ class Pooled(Configuration):
     @classmethod
     def of(cls, name: str, members: Sequence[Configuration]) -> Pooled:
         records = tuple(record for item in members for record in item.records)
-        n_failed, number = sum(item.n_failed for item in members), min(item.number for item in members)
-        return cls(name, records, n_failed, number=number, members=tuple(members))
+        n_failed, share = sum(item.n_failed for item in members), min(item.share for item in members)
+        number = min(item.number for item in members)
+        return cls(name, records, n_failed, share=share, number=number, members=tuple(members))
 
     @cached_property
     def cycles(self) -> Cycles:

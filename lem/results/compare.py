@@ -112,7 +112,6 @@ class Comparison:
     anchor: Anchor | None = None  # of two runs; None for one
     along: Along | None = None  # then the sides of each pair are `Pooled`
     missing: tuple[str, ...] = ()  # what could not be compared: configurations without a result or a counterpart
-    chosen_from: int = 0  # of how many comparisons these were chosen after their values were seen; 0: of none
 
     @property
     def n_compared(self) -> int:  # how many p values Holm adjusted together
@@ -128,7 +127,7 @@ class Comparison:
     @property
     def interval_confidence(self) -> float:
         """Of each interval, so that all of them hold together with 95 % (Bonferroni); Holm has no such intervals."""
-        return 1 - self.alpha / max(self.n_compared, self.chosen_from, 1)
+        return 1 - self.alpha / max(self.n_compared, 1)
 
     @property
     def coverage(self) -> str:
@@ -175,12 +174,6 @@ def compare_configurations(
     chosen, further = metrics_to_show(metrics, gates, [baseline, *others], is_whole=is_whole)
     pairs = tuple(pair_within(baseline, other, (*chosen, *further)) for other in others)
     return finished(Comparison((run,), pairs, chosen, tuple(gates), missing=tuple(without_result(run))))
-
-
-def compare_best(run: Run, ranked: Sequence[Configuration], metric: Metric) -> Comparison:
-    """The others against the first of `ranked`, chosen by its value: any two could have been the ones compared."""
-    pairs = tuple(pair_within(ranked[0], other, (metric,)) for other in ranked[1:])
-    return finished(Comparison((run,), pairs, (metric,), (), chosen_from=len(ranked) * (len(ranked) - 1) // 2))
 
 
 def compare_runs(
@@ -429,7 +422,7 @@ def finished(comparison: Comparison) -> Comparison:
     gates = {gate.metric: gate for gate in comparison.gates}
     found = ((index, row.effect.p_value) for index, row in enumerate(rows) if row.effect and not row.reason)
     p_values = {index: p_value for index, p_value in found if p_value is not None}
-    holms = holm(list(p_values.values()), of=comparison.chosen_from)
+    holms = holm(list(p_values.values()))
     scale = SIGNIFICANCE / comparison.alpha  # so that a p value below `SIGNIFICANCE` is one below what is left
     adjusted = {index: min(1.0, scale * p_value) for index, p_value in zip(p_values, holms, strict=True)}
     questions = [(gates[row.metric], row.effect, row.reason) for row in rows if row.metric in gates]

@@ -34,21 +34,19 @@ def check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence must be between 0 and 1, for example 0.95, got {confidence}")
 
 
-def holm(p_values: Sequence[float], of: int = 0) -> tuple[float, ...]:
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     """The p values adjusted by Holm's step-down method, in the order given.
 
     The smallest is multiplied by their number, the next by one less, and none may fall below its predecessor: the
-    chance of one false finding among all stays below the level used. [Holm 1979, Scand. J. Statistics 6:65] If they
-    were chosen from `of` p values, they count as the smallest of these.
+    chance of one false finding among all stays below the level used. [Holm 1979, Scand. J. Statistics 6:65]
     """
-    total = max(of, len(p_values))
     for value in p_values:
         if not 0 <= value <= 1:
             raise ValueError(f"expected a p value between 0 and 1, got {value}")
     adjusted = [0.0] * len(p_values)
     floor = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        floor = max(floor, min(1.0, (total - rank) * p_values[index]))
+        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = floor
     return tuple(adjusted)
 
