@@ -143,8 +143,9 @@ class Plan:
             digest = others.get(item.config_hash, item.config_hash)
             return replace(item, config_hash=digest, exp_id=experiment_id(digest, item.cycle_index))
 
-        given, experiments = (tuple(map(renamed, items)) for items in (self.given, self.experiments))
-        return replace(self, given=given, experiments=experiments)
+        parts = (self.given, self.experiments, self.given_before)
+        given, experiments, given_before = (tuple(map(renamed, items)) for items in parts)
+        return replace(self, given=given, experiments=experiments, given_before=given_before)
 
     @property
     def shuffle_seed(self) -> int | None:

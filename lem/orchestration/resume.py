@@ -158,13 +158,15 @@ def update_manifest(
 def stored_hashes(manifest: CampaignManifest, plan: Plan, repository: Repository) -> dict[str, str]:
     """The hashes that the manifest has for configurations of the plan, where those of today are others.
 
-    They are those of the first build, which counted more options. What they stand for is hashed again, from the
-    `config.json` beside each result; one that cannot be read is measured again.
+    They are those of the first build, which counted more options. Where these have changed, what was measured is hashed
+    again, from the `config.json` beside each result; a configuration whose files cannot be read is measured again.
     """
     planned, run_folder = {item.config_hash for item in plan.given}, repository.folder / str(manifest.run_id)
-    found: dict[str, str] = {}
-    for entry in manifest.experiments:
-        if entry.config_hash in planned or entry.config_hash in found.values():
+    others = [entry for entry in manifest.experiments if entry.config_hash not in planned]
+    first = {config_hash(it.config, it.prompts, is_first=True): it.config_hash for it in plan.given if others}
+    found = {first[entry.config_hash]: entry.config_hash for entry in others if entry.config_hash in first}
+    for entry in others:
+        if entry.config_hash in found.values():
             continue
         for path in run_folder.glob(f"{entry.exp_id}/attempt-*/{CONFIG_FILE}"):
             with contextlib.suppress(OSError, ValueError):

@@ -178,6 +178,16 @@ def test_a_campaign_of_the_first_build_whose_hashes_held_prices_and_timeouts_goe
     assert {record.identity.config_hash for record in _read(place).records} == {it.config_hash for it in first.given}
 
 
+def test_configurations_that_the_first_build_never_began_keep_its_hashes(place):
+    changes = {"outputs": (4, 8, 16), "shared": _priced(0.2)}
+    plan = place.runner(make_campaign(place.folder, **changes))._planned()
+    place.runner(plan.campaign, GONE, plan=plan.as_first_hashed()).run()
+    before = {entry.exp_id for entry in place.manifest().experiments}
+    place.run(options=RESUME, **changes)
+    assert {entry.exp_id for entry in place.manifest().experiments} == before
+    assert place.manifest().is_complete
+
+
 def test_a_recorded_campaign_of_the_first_build_resumes_with_an_edited_grid_and_price(place, monkeypatch):
     recorded = ROOT / "tests/recorded/interrupted"
     monkeypatch.chdir(place.folder)
