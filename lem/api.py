@@ -20,7 +20,7 @@ from lem.orchestration.plan import Plan, plan_campaign
 from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import StopRequest
 from lem.orchestration.status import Event
-from lem.results.run import NO_RATES, Run, read_run
+from lem.results.run import Run, read_run
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def load(path: str | PathLike[str]) -> Campaign:
 
 
 def read(
-    results_dir: str | PathLike[str], campaign: str, run: str | None = None, *, rates: Mapping[str, float] = NO_RATES
+    results_dir: str | PathLike[str], campaign: str, run: str | None = None, *, rates: Mapping[str, float] | None = None
 ) -> Run:
     """The results of a run of a campaign.
 

@@ -23,7 +23,7 @@ from lem.config.scalars import resolve_plain
 from lem.orchestration.journal import find_fact
 from lem.orchestration.status import CampaignStatus, Viewpoint, digests_of, find_manifest, read_status, remainder_of
 from lem.record import RATES
-from lem.results.run import NO_RATES, Run, read_run
+from lem.results.run import Run, read_run
 from lem.results.store import Digests, Problem, Repository, Scan, describe_future, folder_names, in_order
 
 _logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class SelectedRun:
         return Repository(self.results_dir, self.campaign).scan(self.run_id, digests=digests, rates=rates)
 
     def read(
-        self, state_dir: Path = STATE_DIR, *, is_checked: bool = False, rates: Mapping[str, float] = NO_RATES
+        self, state_dir: Path = STATE_DIR, *, is_checked: bool = False, rates: Mapping[str, float] | None = None
     ) -> Run:
         """The results, as for `scan`, and what is left to measure by that manifest."""
         status = self._status(state_dir)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.base.reasons import Reason
+from lem.record import Window
 from lem.results.stats import CONFIDENCE, check_confidence, paired_effect
 
 __all__ = [
@@ -42,6 +43,7 @@ BOOTSTRAP_COVERAGE = types.MappingProxyType({2: 0.50, 3: 0.75, 5: 0.84, 10: 0.90
 AUTOCORRELATED_COVERAGE = types.MappingProxyType({0.3: 0.86, 0.5: 0.78})
 HEAVY_TAILED_COVERAGE = 0.97
 TRAFFIC_COVERAGE = types.MappingProxyType({"p50": 0.9, "p95": 0.8, "mean": 0.85, "tok/s": 0.95})
+SETTLED_WINDOW_S = 300.0  # windows of traffic that are shorter depend on where the queue was at their start
 
 
 @dataclass(frozen=True)
@@ -205,3 +207,19 @@ def _quantile(ordered: Sequence[float], probability: float) -> float:
     below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def coverage_notes(windows: Iterable[Window]) -> Iterable[str]:
+    """Where a 95 % t interval over cycles with these windows covers less than it claims."""
+    share = {f"{rho:g}": f"{100 * found:g} %" for rho, found in AUTOCORRELATED_COVERAGE.items()}
+    correlated = " and ".join(share.values())
+    yield (
+        f"It assumes independent cycles: with an autocorrelation of {' and '.join(share)} it covers {correlated}, "
+        f"with heavy tails (t, 2 degrees of freedom) {100 * HEAVY_TAILED_COVERAGE:g} %."
+    )
+    if any(it.traffic_mode in ("poisson", "constant") and it.window_s < SETTLED_WINDOW_S for it in windows):
+        found = ", ".join(f"{name} {100 * share:g} %" for name, share in TRAFFIC_COVERAGE.items())
+        yield (
+            f"Under traffic, windows under {SETTLED_WINDOW_S / 60:g} minutes miss slow changes of the queue: of what a "
+            f"long run gives, intervals of 30 s windows cover about: {found}."
+        )

@@ -12,9 +12,10 @@ from lem.base.units import ABSENT, plural, some_of
 from lem.results.aggregation import row_document
 from lem.results.along import Pooled
 from lem.results.axes import shared_settings
+from lem.results.bootstrap import coverage_notes
 from lem.results.compare import NO_ANCHOR, Comparison, Pair, Row
 from lem.results.metrics import Metric
-from lem.results.run import Configuration, Run, carbon_basis, coverage_notes
+from lem.results.run import Configuration, Run, carbon_basis
 from lem.results.stats import CONFIDENCE, Judgement, Verdict
 from lem.results.student import MOST_CYCLES_PLANNED
 from lem.results.trends import SAME_ORDER, autocorrelation_notes, is_same_order
@@ -254,7 +255,7 @@ class _Content:
     def notes(self) -> Iterable[str]:
         yield from self.ratio_notes()
         if any(row.effect and row.effect.std_error is not None for row in self._rows):
-            yield from coverage_notes(item for _, item in self._labelled)
+            yield from coverage_notes(record.window for _, item in self._labelled for record in item.used)
         combined = [row.combined for row in self._rows if row.effect]
         if any(found and found.value for found in combined):
             yield COMBINED_NOTE

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from lem.base.measurement import ENERGY_COUNTED, Measured, is_estimate, is_gpu_source
@@ -17,9 +16,6 @@ from lem.base.reasons import Reason
 from lem.record import Record, ResultKey
 from lem.results import axes, metrics
 from lem.results.bootstrap import (
-    AUTOCORRELATED_COVERAGE,
-    HEAVY_TAILED_COVERAGE,
-    TRAFFIC_COVERAGE,
     BootstrapResult,
     LogTInterval,
     bootstrap_ci,
@@ -41,14 +37,10 @@ SHARED_LOAD = Reason.of("shared_load")
 NO_INTERVAL = Reason.of("no_interval", why=SHARED_LOAD)
 REPLAYED = Reason.of("replayed_arrivals")
 
-SETTLED_WINDOW_S = 300.0  # windows of traffic that are shorter depend on where the queue was at their start
-
 SINGLE_CYCLE = "Single cycle: use --cycles 3+ for confidence intervals"
 
 # By the part of the identity that results under one name should have in common.
 _MIXTURES = {"config_hash": "mixed_configurations", "host": "mixed_hosts", "run_id": "mixed_runs"}
-
-NO_RATES: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -288,23 +280,6 @@ def carbon_basis(configurations: Iterable[Configuration]) -> str:
     return f"{' or '.join(ENERGY_COUNTED.get(scope, scope) for scope in scopes)} × PUE" if scopes else ""
 
 
-def coverage_notes(configurations: Iterable[Configuration]) -> Iterable[str]:
-    """Where a 95 % t interval over the cycles of these configurations covers less than it claims."""
-    share = {f"{rho:g}": f"{100 * found:g} %" for rho, found in AUTOCORRELATED_COVERAGE.items()}
-    correlated = " and ".join(share.values())
-    yield (
-        f"It assumes independent cycles: with an autocorrelation of {' and '.join(share)} it covers {correlated}, "
-        f"with heavy tails (t, 2 degrees of freedom) {100 * HEAVY_TAILED_COVERAGE:g} %."
-    )
-    windows = (record.window for item in configurations for record in item.used)
-    if any(it.traffic_mode in ("poisson", "constant") and it.window_s < SETTLED_WINDOW_S for it in windows):
-        found = ", ".join(f"{name} {100 * share:g} %" for name, share in TRAFFIC_COVERAGE.items())
-        yield (
-            f"Under traffic, windows under {SETTLED_WINDOW_S / 60:g} minutes miss slow changes of the queue: of what a "
-            f"long run gives, intervals of 30 s windows cover about: {found}."
-        )
-
-
 @dataclass(frozen=True)
 class Run:
     """The results of one run of a campaign, grouped by configuration."""
@@ -428,14 +403,14 @@ def read_run(
     *,
     is_checked: bool = False,
     digests: Digests | None = None,
-    rates: Mapping[str, float] = NO_RATES,
+    rates: Mapping[str, float] | None = None,
 ) -> Run:
     """The results of a run; what cannot be used is in `problems`. UserError for a name that cannot name a folder.
 
     `is_checked`, `digests` and `rates` are as for `Repository.scan`.
     """
     repository = Repository(results_dir, campaign)
-    scan = repository.scan(run_id, is_checked=is_checked, digests=digests, rates=rates)
+    scan = repository.scan(run_id, is_checked=is_checked, digests=digests, rates=rates or {})
     listing = read_listing(repository.folder / run_id)
     return make_run(
         [item.record for item in scan.results],

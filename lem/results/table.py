@@ -10,7 +10,7 @@ from lem.base.log import WIDTH
 from lem.base.reasons import alike
 from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
 from lem.results.axes import Key
-from lem.results.bootstrap import bootstrap_coverage_label
+from lem.results.bootstrap import bootstrap_coverage_label, coverage_notes
 from lem.results.detail import SCORE, is_of_energy_score
 from lem.results.metrics import METRIC_BY_NAME, Metric
 from lem.results.run import (
@@ -22,7 +22,6 @@ from lem.results.run import (
     Configuration,
     Estimate,
     Run,
-    coverage_notes,
     estimate_note,
 )
 from lem.results.stats import CONFIDENCE
@@ -173,7 +172,7 @@ class _RunTable:
                 f"t interval: Student t on the logs of n cycles, around their geometric mean; it covers {_CONFIDENCE} "
                 "at any n."
             )
-            yield from coverage_notes(self._configurations)
+            yield from coverage_notes(record.window for item in self._configurations for record in item.used)
             coverage = ", ".join(f"{bootstrap_coverage_label(size)} with {plural(size, 'cycle')}" for size in sizes)
             yield (
                 "Bootstrap interval: percentiles of the resampled arithmetic mean; nominal coverage "

@@ -10,14 +10,14 @@ from pathlib import PurePath
 from lem.base.reasons import Reason, alike
 from lem.base.units import format_latency, plural, some_of
 from lem.record import Gpu, Record
-from lem.results.bootstrap import bootstrap_coverage_label
+from lem.results.bootstrap import bootstrap_coverage_label, coverage_notes
 from lem.results.compare import Comparison
 from lem.results.comparison import ratio_notes_of
 from lem.results.metrics import METRIC_BY_NAME, Metric, mean_of
 from lem.results.report import plot
 from lem.results.report.content import Entry, Report, verdict_of
 from lem.results.report.plot import Cell, Markup, Row, details, join, paragraphs, scroller, table, tag
-from lem.results.run import ENERGY, carbon_basis, coverage_notes
+from lem.results.run import ENERGY, carbon_basis
 from lem.results.uncertainty import why_unknown
 from lem.results.views import decimals_of, effect_cells
 
@@ -199,7 +199,7 @@ def _explanations(report: Report) -> Iterator[str]:
         "covers 95 % at any number of cycles. The bootstrap interval is for the arithmetic mean, nominally 95 %"
         + (f"; its actual coverage is {covers}." if covers else ".")
     )
-    yield from coverage_notes(entry.configuration for entry in report.entries)
+    yield from coverage_notes(record.window for entry in report.entries for record in entry.used)
     yield from ratio_notes_of(report.comparison) if report.comparison is not None else ()
     estimates = [entry.configuration.estimate(metric) for entry in report.entries for metric in report.metrics]
     if any(estimate.combined and estimate.combined.value for estimate in estimates):
