@@ -1,12 +1,16 @@
 """A whole campaign: what it leaves on disk, and what it shows to people, programs, logs and terminals."""
 
+import itertools
 import json
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 
+from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
+from lem.record import read_record
 from tests.campaign_rig import EIGHT, FOUR, Terminal, campaign_text
 
 
@@ -44,6 +48,31 @@ def test_a_campaign_leaves_a_whole_manifest_whole_results_and_a_table(rig):
     assert re.fullmatch(rf"\d\d:\d\d:\d\d \[4/4\] ok ({FOUR}|{EIGHT}) · cycle 2/2 · .* tok/s · [\d.]+ s", done[-1])
     assert lines[-1] == f"4 completed, 0 failed, 0 left; results in results/demo/{manifest.run_id}"
     assert "\x1b" not in ended.err + ended.out
+
+
+def test_every_cycle_draws_arrivals_and_prompts_that_its_configurations_share_and_verify_agrees(rig):
+    traffic = "".join(
+        f"    traffic_simulation.{name}: [{value}]\n"
+        for name, value in {"enabled": "true", "target_qps": 60, "allow_overload": "true"}.items()
+    )
+    rig.write(campaign_text().replace("    gpus:", f"{traffic}    gpus:").replace("0.01", "0.3"))
+    ended = rig.run("--yes")
+    assert ended.code == 0, ended.err
+    drawn: dict[int, list[list[float]]] = {}
+    prompts: dict[int, set[str]] = {}
+    for path in map(rig.folder.joinpath, rig.results()):
+        cycle = read_record(path).identity.cycle_index
+        times = sorted(it.arrived_ns or 0 for it in read_requests(path.parent / REQUESTS_FILENAME).requests)
+        drawn.setdefault(cycle, []).append([(two - one) / 1e9 for one, two in itertools.pairwise(times[:10])])
+        prompts.setdefault(cycle, set()).add((path.parent / "prompts.jsonl").read_text())
+    for first, second in drawn.values():
+        assert first == pytest.approx(second, abs=1e-6)
+    assert drawn[0][0] != pytest.approx(drawn[1][0], abs=1e-3)
+    assert ([len(found) for found in prompts.values()], prompts[0] & prompts[1]) == ([1, 1], set())
+    for words in (["verify", "demo"], ["results", "recompute", "demo"]):
+        command = [sys.executable, "-m", "lem", *words]
+        done = subprocess.run(command, check=False, cwd=rig.folder, env=rig.environ(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_each_engine_process_of_a_cold_campaign_is_a_new_one_in_a_new_worker(rig):
