@@ -72,7 +72,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_experiment_tried_again(rig,
 
 
 @pytest.mark.parametrize(
-    ("process", "nth", "where"), [("engine", 6, "result.json"), ("host", 14, "campaign_manifest.json")]
+    ("process", "nth", "where"), [("engine", 6, "result.json"), ("host", 15, "campaign_manifest.json")]
 )
 def test_a_full_disk_stops_with_the_rest_pending_and_the_resume_completes_it(rig, process, nth, where):
     fault = Fault(str(rig.folder / "journal"), process, "lem.write", nth, "enospc")

@@ -47,7 +47,7 @@ def test_cycles_are_added_until_the_most_and_the_table_says_what_that_does_to_in
     assert rig.manifest().is_complete
     assert "Top-up: adding cycle 6" in ended.err
     assert "Top-up: 6 cycles is the maximum" in ended.err
-    assert "the intervals do not account for that" in " ".join(ended.out.split())
+    assert "so that they hold whenever the run stops" in " ".join(ended.out.split())
 
 
 def test_killed_in_an_added_cycle_it_is_resumed_with_that_cycle(rig):

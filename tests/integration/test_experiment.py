@@ -87,7 +87,7 @@ def test_a_full_disk_is_told_and_what_was_measured_is_shown(rig, is_json):
         "journal": str(rig.folder / "journal"),
         "process": "host",
         "event": "lem.write",
-        "nth": 7,
+        "nth": 8,
         "action": "enospc",
     }
     words = ["--json"] if is_json else []
