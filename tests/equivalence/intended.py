@@ -211,4 +211,10 @@ INTENDED: tuple[Intended, ...] = (
     ),
     Intended("As above, in text.", "--dry-run", r"\+\S+( \+\S+)*"),
     Intended("Help with figures of the new options.", "lem completion (zsh|fish)", r"\+\d( \+\d)*"),
+    Intended(
+        "As above, where the balanced order is another one than the old default.",
+        r"campaign .*--dry-run(?!.*--json)",
+        r"(-\d+ )?(\+\d+ )?(\+256 )?\+[\d.]+ \+80 \+\d+ \+[\d.]+ \+\d+ \+\d+ "
+        r"\+\d+ \+1 \+\d+ \+2 \+\d+ \+3 \+\d+ \+5 \+[\d.]+ \+0\.5( \+1)?( [+-]\d+)*",
+    ),
 )
