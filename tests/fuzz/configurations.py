@@ -45,7 +45,7 @@ _GRID: dict[str, Any] = {
     "daemon": {"enabled": True, "interval": "6h", "total_duration": "48h"},
     "notification": {"webhook_url": "${HOOK:-https://example.org/x}", "on": ["failure"]},
 }
-_POSITION = re.compile(r"\A((c|e|base)\.yaml|/\S+):\d+:\d+\Z")  #  may name any file
+_POSITION = re.compile(r"\A((c|e|base)\.yaml|/\S+):\d+:\d+\Z")  # `_extends` may name any file
 _COMMANDS = (
     ("campaign", "c.yaml", "--cycles", "3", "--seed", "7", "--budget", "8h", "--until", "ci=2%", "--max-cycles", "9"),
     ("campaign", "c.yaml", "--warmup-timeout", "1.5", "--config-gap", "0", "--cycle-gap", "3", "--warmup-prompts", "2"),
