@@ -120,21 +120,24 @@ class Comparison:
     @property
     def alpha(self) -> float:
         """What all intervals, p values and verdicts together may err: what earlier tests of the runs have left."""
-        return SIGNIFICANCE * min(
-            (item.share for pair in self.pairs for item in (pair.baseline, pair.other)), default=1
-        )
+        sides = (item for pair in self.pairs for item in (pair.baseline, pair.other))
+        return SIGNIFICANCE * min((item.share for item in sides), default=1)
+
+    @property
+    def n_intervals(self) -> int:  # of all that is shown, those without a verdict too
+        effects = (row.effect for pair in self.pairs for row in pair.rows if row.metric in self.metrics)
+        return sum(effect is not None and effect.std_error is not None for effect in effects)
 
     @property
     def interval_confidence(self) -> float:
         """Of each interval, so that all of them hold together with 95 % (Bonferroni); Holm has no such intervals."""
-        return 1 - self.alpha / max(self.n_compared, 1)
+        return 1 - self.alpha / max(self.n_intervals, 1)
 
     @property
     def coverage(self) -> str:
         """What its intervals hold, for cycles that are independent."""
-        n, usual = self.n_compared, f"{100 * (1 - SIGNIFICANCE):g} %"
-        each = f"all {n} hold together with {usual} (each {100 * self.interval_confidence:.4g} %)."
-        return each if n > 1 else f"it covers {usual} at any n."
+        n, each = self.n_intervals, f"each {100 * self.interval_confidence:.4g} %"
+        return f"all {n} hold together with 95 % ({each})." if n > 1 else "it covers 95 % at any n."
 
     def rows(self, metric: Metric) -> list[tuple[Pair, Row]]:
         """Every pair in one metric."""
@@ -427,17 +430,14 @@ def finished(comparison: Comparison) -> Comparison:
     adjusted = {index: min(1.0, scale * p_value) for index, p_value in zip(p_values, holms, strict=True)}
     questions = [(gates[row.metric], row.effect, row.reason) for row in rows if row.metric in gates]
     judged = iter(judge(questions, confidence=1 - comparison.alpha))
-    done = [
-        replace(row, p_adjusted=adjusted.get(index), judgement=next(judged) if row.metric in gates else None)
+    done = (
+        replace(
+            row,
+            p_adjusted=adjusted.get(index),
+            interval=row.effect.interval(comparison.interval_confidence) if row.effect else None,
+            judgement=next(judged) if row.metric in gates else None,
+        )
         for index, row in enumerate(rows)
-    ]
-    confidence = _with_rows(comparison, done).interval_confidence
-    return _with_rows(
-        comparison, (replace(row, interval=row.effect.interval(confidence) if row.effect else None) for row in done)
     )
-
-
-def _with_rows(comparison: Comparison, rows: Iterable[Row]) -> Comparison:
-    left = iter(rows)
-    pairs = (replace(pair, rows=tuple(itertools.islice(left, len(pair.rows)))) for pair in comparison.pairs)
-    return replace(comparison, pairs=tuple(pairs))
+    pairs = tuple(replace(pair, rows=tuple(itertools.islice(done, len(pair.rows)))) for pair in comparison.pairs)
+    return replace(comparison, pairs=pairs)
