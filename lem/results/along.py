@@ -8,7 +8,7 @@ from functools import cached_property
 
 from lem.base.errors import UserError
 from lem.base.units import some_of
-from lem.results.axes import find_axes, is_label, shared_settings
+from lem.results.axes import Axis, find_axes, is_label, shared_settings
 from lem.results.compare import Along, Comparison, finished, metrics_to_show, pair_within, without_result
 from lem.results.metrics import Cycle, Cycles, Metric, mean_of, used_cycles
 from lem.results.run import Configuration, Run
@@ -67,7 +67,8 @@ def compare_along(
         hint = f"axes of this run: {', '.join(axis.heading for axis in axes) or 'none'}"
         raise UserError(f"{'more than one axis' if chosen else 'no axis'} {name!r}", hint)
     (axis,) = chosen
-    others = [item for item in axes if item is not axis]
+    own = [item for item in axes if _is_own(item, axis)]
+    others = [item for item in axes if item is not axis and item not in own]
     by_value: dict[str, dict[tuple[str, ...], Configuration]] = {}
     for index, item in enumerate(known):
         hosts = sorted({record.identity.host for record in item.records})  # what several hosts ran is several ones
@@ -91,5 +92,12 @@ def compare_along(
         raise UserError(f"no two configurations differ in {axis.heading} alone", hint)
     shown, further = metrics_to_show(metrics, gates, [item for sides in pairs for item in sides], is_whole=is_whole)
     compared = tuple(pair_within(before, after, (*shown, *further)) for before, after in pairs)
-    along = Along(axis.heading, tuple(item.heading for item in others), tuple(left_out))
+    held, with_it = (tuple(item.heading for item in each) for each in (others, own))
+    along = Along(axis.heading, held, with_it, tuple(left_out))
     return finished(Comparison((run,), compared, shown, tuple(gates), along=along, missing=tuple(without_result(run))))
+
+
+def _is_own(other: Axis, axis: Axis) -> bool:
+    """Whether it is an option of one backend, where backends are compared: others cannot have the same value."""
+    is_option = axis.label == "backend" and other.label.partition(".")[0] in axis.values
+    return is_option and len(set(zip(axis.values, other.values, strict=True))) == len(set(axis.values))

@@ -98,6 +98,7 @@ class Along:
 
     axis: str
     held: tuple[str, ...]  # the other axes
+    with_it: tuple[str, ...] = ()  # options of one value alone, which cannot be held equal
     alone: tuple[str, ...] = ()  # what has no counterpart and was left out
 
 

@@ -13,7 +13,7 @@ from lem.results.aggregation import row_document
 from lem.results.along import Pooled
 from lem.results.axes import shared_settings
 from lem.results.bootstrap import coverage_notes
-from lem.results.compare import NO_ANCHOR, Comparison, Pair, Row
+from lem.results.compare import NO_ANCHOR, Along, Comparison, Pair, Row
 from lem.results.metrics import Metric
 from lem.results.run import Configuration, Run, carbon_basis
 from lem.results.stats import CONFIDENCE, Judgement, Verdict
@@ -133,12 +133,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
             "tolerance": anchor.tolerance,
             "reason": "" if anchor.name else NO_ANCHOR.text,
         },
-        "along": comparison.along
-        and {
-            "axis": comparison.along.axis,
-            "held_equal": list(comparison.along.held),
-            "left_out": list(comparison.along.alone),
-        },
+        "along": _along_document(comparison.along),
         "pairs": [
             {
                 "baseline": _configuration_document(pair.baseline),
@@ -151,6 +146,13 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "missing": list(comparison.missing),
         "removed": [item.name for run in comparison.runs for item in run.removed],
     }
+
+
+def _along_document(along: Along | None) -> dict[str, Any] | None:
+    if along is None:
+        return None
+    facts = {"held_equal": along.held, "with_it": along.with_it, "left_out": along.alone}
+    return {"axis": along.axis, **{name: list(texts) for name, texts in facts.items()}}
 
 
 def _configuration_document(item: Configuration) -> dict[str, Any]:
@@ -186,9 +188,9 @@ class _Content:
         cycles = f" · {plural(n_cycles, 'cycle')}" if n_cycles else ""
         shared = shared_settings(item.settings for _, item in self._labelled)
         settings = [value if label in _PLAIN_SETTINGS else f"{label} {value}" for label, value in shared.items()]
-        if comparison.along is not None:
-            equal = ", ".join(comparison.along.held) or "everything else"
-            settings.insert(0, f"along {comparison.along.axis}, held equal: {equal}")
+        if (along := comparison.along) is not None:
+            with_it = f" with {', '.join(along.with_it)}" if along.with_it else ""
+            settings.insert(0, f"along {along.axis}{with_it}, held equal: {', '.join(along.held) or 'everything else'}")
         return f"{runs} · {count}{cycles}", " · ".join(settings)
 
     def _name(self, item: Configuration) -> str:

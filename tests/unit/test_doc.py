@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
-from lem.base.doc import Column, NameShortener, columns, printable, text_width, wrapped
+from lem.base.doc import Column, NameShortener, columns, printable, terminal_width, text_width, wrapped
 from lem.base.log import paint
 from tests.command_rig import on_terminal
 
@@ -63,6 +65,22 @@ def test_every_name_keeps_something_of_its_own() -> None:
     assert all(shortener(name).strip("…") for name in names)
     shortener = NameShortener(["a-long-prefix-of-names-batch_size=16", "a-long-prefix-of-names-batch_size=1"], 10)
     assert (shortener.prefix, shortener.suffix) == ("a-long-prefix-of-names-", "")  # no part of a word
+
+
+@pytest.mark.parametrize(("columns", "width"), [(None, 80), ("100", 100), ("40", 72), ("500", 120)])
+def test_a_width_follows_columns_in_a_pipe_too(
+    columns: str | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert terminal_width(io.StringIO()) == width
+
+
+def test_rows_of_one_section_have_one_heading_and_texts_are_aligned_left() -> None:
+    text = Column("kind", ("a", "long", "b"), is_text=True)
+    lines = columns("#", ["1", "2", "3"], [text, Column("n", ("1", "20", "3"))], 40, ("x=1", "x=1", "x=2"))
+    assert lines == ["#  kind   n", "x=1", "1  a      1", "2  long  20", "x=2", "3  b      3"]
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:

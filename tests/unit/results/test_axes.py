@@ -104,7 +104,7 @@ def test_along_an_axis_every_value_gets_one_verdict_over_all_others(run: Run) ->
     assert comparison.along.held == ("model", "precision", "max_output_tokens")
     document = comparison_document(comparison)
     held = ["model", "precision", "max_output_tokens"]
-    assert document["along"] == {"axis": "batch_size", "held_equal": held, "left_out": []}
+    assert document["along"] == {"axis": "batch_size", "held_equal": held, "with_it": [], "left_out": []}
     assert document["pairs"][0]["other"]["members"] == [3, 4, 7, 8, 11, 12, 15, 16]
     text = " ".join(render_text(comparison).split())
     assert "batch_size=16 uses 0.2" in text
@@ -122,6 +122,19 @@ def test_what_has_no_counterpart_is_left_out_and_named(run: Run) -> None:
     row = next(row for row in pair.rows if row.metric is ENERGY)
     assert row.effect is not None
     assert row.effect.ratio == pytest.approx(4, rel=0.02)
+
+
+def test_an_option_of_one_backend_does_not_keep_backends_apart() -> None:
+    cells = [
+        Configuration(f"{backend}-{length}", backend=backend, energy_per_output_tok_j=joules, options=options)
+        for backend, joules, own in (("pytorch", 0.5, {}), ("vllm", 0.2, {"vllm": {"enforce_eager": True}}))
+        for length, options in ((32, {"max_output_tokens": 32, **own}), (64, {"max_output_tokens": 64, **own}))
+    ]
+    comparison = compare_along(make_run(Campaign(tuple(cells), has_samples=False).records()), "backend", None)
+    assert comparison.along is not None
+    assert (comparison.along.held, comparison.along.with_it) == (("max_output_tokens",), ("enforce_eager",))
+    assert "along backend with enforce_eager, held equal: max_output_tokens" in render_text(comparison)
+    assert comparison.along.alone == ()
 
 
 def test_a_cycle_that_one_configuration_lost_is_no_pair_along_an_axis() -> None:
