@@ -285,7 +285,7 @@ _NEW_TEXTS: Mapping[str, str] = {
         "{metric} {moved} from the first place within a cycle to the last ({interval}; found in at most {rate} of "
         "campaigns in which the place has no effect)"
     ),
-    "removed": "removed from the campaign: {names}; they are shown, but not compared",
+    "removed": "no longer in the campaign: {names}; shown, but not compared",
     "only_one_cycle": "one cycle has no interval",
     "only_two_cycles": "an interval of two cycles is 13 standard errors wide",
     "wide_interval": "the interval of {metric} is up to ±{width} wide",
