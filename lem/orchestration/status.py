@@ -10,7 +10,7 @@ import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ class ActivityWriter:
             raise
 
     def _write(self) -> None:
-        document = {"schema_version": SCHEMA_VERSION, **asdict(self._activity)}
+        document = {"schema_version": SCHEMA_VERSION, **vars(self._activity)}
         # The process holds the campaign's lock: no other writes under this name.
         temporary = self.folder / (durable.TEMPORARY_PREFIX + ACTIVITY_NAME)
         with contextlib.suppress(OSError):
