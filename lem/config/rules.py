@@ -5,6 +5,7 @@ Combinations that cannot work are errors and are raised when an `ExperimentConfi
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -63,8 +64,8 @@ def width_warning(config: ExperimentConfig, prompts: int | None) -> Problem | No
     return Problem.of(f"{config.backend}.{name}", "width_unreached", width=config.width, most=most)
 
 
-def effective(config: ExperimentConfig, prompts: int | None) -> dict[str, Any]:
-    """Its identity by dotted option without what the other options leave without effect, and without its prompts.
+def effective(config: ExperimentConfig, options: Mapping[str, Any], prompts: int | None) -> dict[str, Any]:
+    """Of its identity by dotted option, what the other options leave with an effect, and without its prompts.
 
     Configurations with equal values and equal prompts (`prompts` is their number, where known) cannot differ.
     """
@@ -77,8 +78,7 @@ def effective(config: ExperimentConfig, prompts: int | None) -> dict[str, Any]:
         idle.append("min_output_tokens")
     if not warmup.convergence_detection:
         idle += ["warmup.cv_threshold", "warmup.max_prompts", "warmup.window_size"]
-    within = tuple(f"{name}." for name in idle)
-    found = {name: value for name, value in flat(config.identity()) if not f"{name}.".startswith(within)}
+    found = {name: options[name] for name in _without(tuple(options), tuple(idle))}
     most = config.most_at_once(prompts)
     found[f"{config.backend}.{WIDTH_OPTIONS[config.backend]}"] = (
         config.width if most is None else min(config.width, most)
@@ -87,6 +87,12 @@ def effective(config: ExperimentConfig, prompts: int | None) -> dict[str, Any]:
     if decoder.is_greedy and not draws_arrivals:
         found["random_seed"] = config.random_seed is not None  # vLLM samples more slowly with a seed
     return found
+
+
+@functools.lru_cache  # the same for most of the thousands of configurations of a grid
+def _without(names: tuple[str, ...], sections: tuple[str, ...]) -> tuple[str, ...]:
+    within = tuple(f"{name}." for name in sections)
+    return tuple(name for name in names if not f"{name}.".startswith(within))
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

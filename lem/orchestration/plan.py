@@ -405,8 +405,8 @@ def _cells_that_cannot_differ(given: Sequence[Experiment]) -> Iterator[GridValid
     for item in given:
         config = item.config
         reasons = [grid.coded(found)] if (found := rules.width_warning(config, item.n_prompts)) else []
-        key = json.dumps([item.prompts, rules.effective(config, item.n_prompts)])
         options = dict(rules.flat(config.identity()))
+        key = json.dumps([item.prompts, rules.effective(config, options, item.n_prompts)])
         other = seen.setdefault(key, options)
         if other is not options:
             names = [name for name in {**other, **options} if other.get(name) != options.get(name)]
