@@ -89,7 +89,7 @@ INTENDED: tuple[Intended, ...] = (
     Intended("As above, in the text of a resolved experiment.", "lem experiment", r"\+2 \+20\.0 \+20\.0"),
     Intended("As above, and the preset, in the list of options.", "config fields", r"\+0 \+0 \+2 \+0 \+20 .+"),
     Intended("As above, in the list of presets.", "lem presets", r"\+2048 \+10 \+0\.1 \+1 \+000 \+10"),
-    Intended("As above, in a new configuration file.", "(listings|help/config-new): lem config new", "commented out"),
+    Intended("As above, in a new configuration file.", "lem config new", "commented out"),
     Intended("The hint for an unknown metric no longer lists them all.", "--until ci=1%:none", r"(-\d+ ?)+"),
     Intended("A missing bundle is named instead of the file SHA256SUMS in it.", "lem bundle verify", "-256"),
     Intended(
@@ -216,5 +216,21 @@ INTENDED: tuple[Intended, ...] = (
         r"campaign .*--dry-run(?!.*--json)",
         r"(-\d+ )?(\+\d+ )?(\+256 )?\+[\d.]+ \+80 \+\d+ \+[\d.]+ \+\d+ \+\d+ "
         r"\+\d+ \+1 \+\d+ \+2 \+\d+ \+3 \+\d+ \+5 \+[\d.]+ \+0\.5( \+1)?( [+-]\d+)*",
+    ),
+    Intended("`balanced` is the default order in a resolved campaign.", "config show", r"execution\.structure$"),
+    Intended(
+        "Experiments of a plan run in a balanced order.",
+        "lem campaign .*(--dry-run|--validate-only).*--json",
+        r"^\$\.experiments\[\d+\]\.(exp_id|config_name|backend|loads_engine)$",
+    ),
+    Intended(
+        "Without prompts, the synthetic set is as large as the widest configuration needs.",
+        "lem experiment .*--dry-run --json",
+        r"^\$\.config\.prompts\b",
+    ),
+    Intended(
+        "As above, in the table of the plan, with what it can detect.",
+        r"docs/grid\.yaml: lem campaign grid\.yaml --dry-run --executor local$",
+        r"([-+]\S+ ?)+",
     ),
 )
