@@ -164,12 +164,14 @@ def keep_lag(uuid: str, driver: str, lag_s: float, environ: Mapping[str, str] = 
 
 def kept_lag_s(uuid: str, driver: str, environ: Mapping[str, str] = os.environ) -> float | None:
     """How late the energy counter of a GPU is, if it was probed under this driver."""
-    with contextlib.suppress(AttributeError, OSError, ValueError):
+    try:
         kept = durable.read_json(_kept_path(uuid, environ))
-        lag_s = kept.get("counter_lag_s")
-        is_its = (kept.get("uuid"), kept.get("driver")) == (uuid, driver)
-        return lag_s if is_its and isinstance(lag_s, float) and 0 <= lag_s < MOST_LAG_S else None
-    return None
+    except (OSError, ValueError):
+        return None
+    if not isinstance(kept, dict) or (kept.get("uuid"), kept.get("driver")) != (uuid, driver):
+        return None
+    lag_s = kept.get("counter_lag_s")
+    return lag_s if isinstance(lag_s, float) and 0 <= lag_s < MOST_LAG_S else None
 
 
 def _kept_path(uuid: str, environ: Mapping[str, str]) -> Path:
