@@ -318,11 +318,11 @@ class _Sampler:
         if word == "interval" and value.isdecimal() and is_interval(int(value)):
             self._samples = _Schedule(now_ns, int(value) if self._gpus else 0)
             self._usage.find_processes()
-            return list(self._read_usage())
+            return self._with_polled([*self._read_usage()])
         if word == "watch" and value.isdecimal():
             self._usage.watch(int(value))
             self._looks = _Schedule(now_ns, _LOOK_MS)
-            return list(self._read_usage())
+            return self._with_polled([*self._read_usage()])
         return self._complaints.of("orders", now_ns, f"not understood: {order.strip()}")
 
     def due(self) -> list[Row]:
@@ -341,7 +341,10 @@ class _Sampler:
         return self._with_polled(rows) if rows or self._samples.next_ns == math.inf else rows
 
     def _with_polled(self, rows: list[Row]) -> list[Row]:
-        """Rows after those of polls, which are written with the next sample: a write costs as much as a wake."""
+        """Rows after those of polls, which are written with the next sample: a write costs as much as a wake.
+
+        A reader of a row relies on all readings before it.
+        """
         polled, self._polled = self._polled, []
         return polled + rows
 

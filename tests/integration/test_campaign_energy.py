@@ -132,7 +132,9 @@ def test_pandas_and_scipy_compute_the_same_table_from_the_files(
     monkeypatch.chdir(metered.rig.folder)
     found: dict[str, Any] = {}
     (snippet,) = (block.text for block in blocks(ROOT / "docs" / "results.md") if block.language == "python")
-    exec(snippet.replace("results/batch-sizes", "results/demo"), found)  # noqa: S102
+    compared = lem_json("compare", "demo")
+    snippet = snippet.replace("results/batch-sizes", "results/demo")
+    exec(snippet.replace("confidence = 0.95", f"confidence = {compared['interval_confidence']}"), found)  # noqa: S102
 
     shown = lem_json("results", "show", "demo")
     assert len(shown["configurations"]) == 2
@@ -152,7 +154,7 @@ def test_pandas_and_scipy_compute_the_same_table_from_the_files(
             n_figures += 1
     assert n_figures == len(found["estimates"]) == 2 * 8
 
-    (pair,) = lem_json("compare", "demo")["pairs"]
+    (pair,) = compared["pairs"]
     assert (pair["baseline"]["config_name"], pair["other"]["config_name"]) == (found["baseline"], found["other"])
     assert len(found["ratios"]) == 8
     for metric, expected in found["ratios"].items():
