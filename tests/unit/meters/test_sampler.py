@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lem.meters.sampler import COUNTER_POLL_MS, PipeOwner, SampleFileError, SamplerOptions, run_sampler
-from lem.meters.samples import PartReader, SampleLog
+from lem.meters.samples import CounterChange, CpuUse, PartReader, SampleLog, read_tail
 from lem.meters.usage import Roots
 from tests.doubles.powercap import Powercap
 from tests.unit.meters.nvml_stand_in import FakeClock, FakeNvml
@@ -174,6 +174,15 @@ def test_the_interval_changes_when_the_owner_says_so_and_the_counter_is_polled_a
     assert times[:11] == [*(polled(step * 0.1) for step in range(10)), polled(1.5)]
     assert set(times[11:]) <= {polled(2.0), 2.0}
     assert len(log.counters) == 21
+
+
+def test_the_row_of_an_order_comes_after_every_reading_before_it(rig: Rig) -> None:
+    rig.counts(300.0, 0.02)
+    rig.run(0.6, (0.15, "watch 1"), (0.45, "interval 500"))
+    rows = [row for row in read_tail(rig.output) if isinstance(row, (CounterChange, CpuUse))]
+    times = [row.at_ns for row in rows]
+    assert {round(rig.since_start_s(row.at_ns), 2) for row in rows if isinstance(row, CpuUse)} >= {0.15, 0.45}
+    assert times == sorted(times)
 
 
 @pytest.mark.parametrize("order", ["interval", "interval 5", "interval 10.5", "hello 3", "interval 999999"])
