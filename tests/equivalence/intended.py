@@ -233,4 +233,50 @@ INTENDED: tuple[Intended, ...] = (
         r"docs/grid\.yaml: lem campaign grid\.yaml --dry-run --executor local$",
         r"([-+]\S+ ?)+",
     ),
+    Intended(
+        "Tables begin with numbers and axes, and a comparison has all metrics in one; the values are in its JSON.",
+        "lem (compare|results show)",
+        r"^[-+].*",
+        suite="recorded",
+    ),
+    Intended(
+        "Configurations have numbers and axes; a comparison may be along an axis.",
+        "lem (compare|results show|check)",
+        r"\.(number|numbers|axes)\b|^\$\.(along|interval_confidence|is_same_order)$",
+        suite="recorded",
+        is_new=True,
+    ),
+    Intended(
+        "The answer names configurations with their numbers, and intervals hold together.",
+        "lem compare",
+        r"^\$\.sentence$|\.ci_(lower|upper)$",
+        suite="recorded",
+    ),
+    Intended(
+        "The report has the ratios and the baseline of lem compare, and configurations in the order of their numbers.",
+        "lem report",
+        r"^[-+].*|^elements\.",
+        suite="recorded",
+    ),
+    Intended(
+        "lem compare --by and the numbers of configurations are in the help.", "help/(compare|results|report)", ".+"
+    ),
+    Intended(
+        "Gates are strict: inconclusive is 4, and a metric that was not measured is 2, with a message.",
+        "lem compare .*--gate",
+        r"^\$$|^\$\.exit_code$|is empty",
+        suite="recorded",
+    ),
+    Intended(
+        "Drift, effects of the place and unsteady windows have stated rates of false alarms; lost cycles are counted.",
+        "lem check",
+        r"^\$\.findings|^\$\.weak$|^\$$|^[-+].*",
+        suite="recorded",
+    ),
+    Intended(
+        "A value of zero drops one cycle's ratio, and exclusions that cost no cycle withhold no verdict.",
+        "/compare: lem compare",
+        r"\.(reason|further_cycles|n_failed|n_compared|p_holm)$",
+        suite="recorded",
+    ),
 )

@@ -117,7 +117,8 @@ def test_the_policy_forbids_other_scripts_and_pictures_and_hostile_names_are_tex
 ) -> None:
     with opened(chromium, pages["hostile"]) as found:
         assert found.evaluate("[window.hacked, document.images.length, document.scripts.length]") == [None, 0, 1]
-        assert "<img src=x" in found.page.inner_text("table.overview")
+        titles = "[...document.querySelectorAll('table.overview span[title]')].map(item => item.title).join()"
+        assert "<img src=x" in found.evaluate(titles)  # the whole name, of which the cell shows the ends
         found.evaluate("""() => {
             const script = document.createElement("script");
             script.textContent = "window.hacked = 1";
@@ -152,7 +153,7 @@ def test_the_keyboard_sorts_and_what_is_not_measured_stays_last(pages: dict[str,
         column = next(i for i, text in enumerate(heads.all_inner_texts()) if "Output throughput" in text)
         head, sorted_heads = heads.nth(column), found.page.locator("table.overview thead th[aria-sort]")
         assert sorted_heads.count() == 1
-        assert "Energy per output token" in sorted_heads.inner_text()
+        assert "No." in sorted_heads.inner_text()
         head.locator("button").focus()
         for key, order, sign in (("Enter", "ascending", 1), ("Space", "descending", -1)):
             found.page.keyboard.press(key)
