@@ -21,8 +21,8 @@ from lem.results.student import cycles_needed, student_t_cdf, student_t_quantile
 CONFIDENCE = 0.95
 
 # Each time that cycles are added without a rule, after results of the planned number were there to be read, what the
-# next verdict may err is a quarter of what the last one might: 5 % + 1.25 % + … is at most 6.7 % in all.
-UNPLANNED = 4
+# next verdict may err is an eighth of what the last one might: 5 % + 0.63 % + … is at most 5.8 % in all.
+UNPLANNED = 8
 
 _FIVE_PERCENT = 1.6449  # the normal deviate that 5 % exceed
 _LARGEST_LOG = math.log(sys.float_info.max)

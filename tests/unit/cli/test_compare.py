@@ -67,10 +67,10 @@ demo // demo --by batch_size --baseline 64 --metric energy --gate energy=3% // 0
 two // pytorch-bfloat16 vllm-bfloat16 // 0 // (2) uses 0.41 × the energy per output token of pytorch
 demo // demo --baseline vllm-bfloat16 --gate energy=3% --gate throughput=2% // 3
   // _tok_j=3%: worse: 1 pytorch-bfloat16, 4 vllm-bfloat16-64; within 3%: 3 vllm-float16 gate
-  // inconclusive: 3 vllm-float16 (about 21 more cycles would settle it); better: 4 vllm-bfloat16-64
+  // inconclusive: 3 vllm-float16 (about 24 more cycles would settle it); better: 4 vllm-bfloat16-64
   // Holm over 6 comparisons
 demo // demo vllm-bfloat16 vllm-float16 --gate energy=0.5% // 4
-  // No difference in energy per output token between vllm-float16 (3) and vllm-bfloat16 (2) was found // about 51 more
+  // No difference in energy per output token between vllm-float16 (3) and vllm-bfloat16 (2) was found // about 60 more
 demo // demo vllm-bfloat16 vllm-bfloat16-64 --gate energy=3% --markdown // 3
   // **gate energy\_per\_output\_tok\_j=3%: worse: 4 vllm-bfloat16-64**
   // | 0.2169 | 1.05 | 1.04–1.07 | &lt;0.001 | worse |

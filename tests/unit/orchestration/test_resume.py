@@ -283,7 +283,7 @@ def test_a_planned_run_is_gone_on_with_and_another_one_set_aside(tmp_path):
 # The cycles that --until adds
 
 
-# The ratio of the two is within ±3.0 % with five cycles, ±2.4 % with six; after an unplanned stage ±4.4 and ±3.2 %.
+# The ratio of the two is within ±3.0 % with five cycles, ±2.4 % with six; after an unplanned stage ±5.2 and ±3.9 %.
 NOISY = {FOUR: [98.3, 101.7, 98.3, 101.7, 100.0, 100.0, 100.0, 100.0]}
 FIVE = {"cycles": 5}
 
@@ -357,7 +357,7 @@ def test_a_finished_campaign_is_topped_up_when_it_is_resumed_with_a_target_in_th
     with pytest.raises(UserError, match="environment"):
         _run(place, resume=True, environment={**ENVIRONMENT, "torch": "9.9.9"}, execution=FIVE)
     assert place.manifest().total_experiments == 10
-    outcome = _run(place, {FOUR: [100.0]}, rule=_rule("ci=3.8%"), resume=True, execution=FIVE)
+    outcome = _run(place, {FOUR: [100.0]}, rule=_rule("ci=4.5%"), resume=True, execution=FIVE)
     assert place.asked() == [(EIGHT, 6, 1), (FOUR, 6, 1)]
     assert "after 6 cycles" in outcome.remark
     assert (_kept(place).looks, _kept(place).added) == ((5, 6), (5,))

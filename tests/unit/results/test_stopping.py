@@ -28,9 +28,9 @@ def test_one_test_of_everything_has_the_whole_level_and_no_step_more_than_its_sh
     assert sum(found) > 0.05, "tests of the same cycles err together"
 
 
-def test_the_level_is_that_of_the_last_test_and_a_quarter_after_cycles_without_a_plan() -> None:
+def test_the_level_is_that_of_the_last_test_and_an_eighth_after_cycles_without_a_plan() -> None:
     assert StoppingRule(None, 5, 20).alpha == pytest.approx(0.05)
-    assert StoppingRule(None, 5, 20, added=(5, 8)).alpha == pytest.approx(0.05 / 16)
+    assert StoppingRule(None, 5, 20, added=(5, 8)).alpha == pytest.approx(0.05 / 64)
     looked = StoppingRule(PLANNED.target, 5, 20, looks=(5, 6))
     assert looked.alpha == pytest.approx(levels((0.25, 0.3), 0.05)[-1])
     assert looked.share == pytest.approx(looked.alpha / 0.05)
