@@ -250,7 +250,7 @@ class Key:
         rows = tuple(map(" ".join, zip(self._numbers, self._names, strict=True))) if self._names else self._numbers
         parts: list[list[Column]] = [[]]
         for column in columns[bool(self._names) :]:
-            if parts[-1] and width is not None and not fits(rows, [*parts[-1], column], width):
+            if parts[-1] and width is not None and not fits(self._heading, rows, [*parts[-1], column], width):
                 parts.append([])
             parts[-1].append(column)
         return [Table(self._heading, rows, tuple(part)) for part in parts]
@@ -263,7 +263,9 @@ class Key:
         """The table; None where it does not fit."""
         beside, above, known = list(self.axes), list[Axis](), self._columns()
         names = known[: len(known) - len(beside)]
-        while width is not None and not fits(self._numbers, [*names, *(it.column for it in beside), *columns], width):
+        while width is not None and not fits(
+            self._heading, self._numbers, [*names, *(it.column for it in beside), *columns], width
+        ):
             if names and not self._needs_names:
                 names = []
                 continue
@@ -283,10 +285,11 @@ class Key:
         return Table(self._heading, tuple(self._numbers[index] for index in order), shown, sections=sections)
 
 
-def fits(numbers: Sequence[str], columns: Iterable[Column], width: int) -> bool:
+def fits(heading: str, numbers: Sequence[str], columns: Iterable[Column], width: int) -> bool:
     """Whether a table of these rows, whose names may be wrapped, is at most that wide."""
     names = min(max(map(text_width, numbers), default=1), NAME_MIN)
-    return names + sum(GAP + column.width for column in columns) <= width
+    first = max(names, *map(text_width, heading.split("\n")))
+    return first + sum(GAP + column.width for column in columns) <= width
 
 
 def _groups(axes: Sequence[Axis]) -> list[list[int]]:

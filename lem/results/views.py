@@ -53,7 +53,7 @@ class ComparisonTables:
         """What each row begins with."""
         along, numbers = self._comparison.along, [_number(item) for item in self._items]
         if along is not None:
-            return Key(numbers, (), heading=along.axis)
+            return Key(numbers, (), heading=along.axis.replace("_", "_\n"))
         if self._anchor is not None:
             return Key([*map(self._row_name, self._pairs)], (), heading="configuration")
         return Key(numbers, [item.settings for item in self._items], self._labels)

@@ -124,6 +124,20 @@ def test_what_has_no_counterpart_is_left_out_and_named(run: Run) -> None:
     assert row.effect.ratio == pytest.approx(4, rel=0.02)
 
 
+def test_three_values_of_an_axis_fit_the_screen_with_their_long_heading() -> None:
+    cells = [
+        Configuration(
+            f"{size}", batch_size=size, energy_per_output_tok_j=0.4 / size, output_tok_per_s=500 * size, ttft_s=1
+        )
+        for size in (1, 4, 16)
+    ]
+    comparison = compare_along(make_run(Campaign(tuple(cells), has_samples=False).records()), "max_num_seqs", "4")
+    assert [pair.other.name for pair in comparison.pairs] == ["max_num_seqs=1", "max_num_seqs=16"]
+    lines = render_text(comparison).splitlines()
+    assert max(map(text_width, lines)) <= 80
+    assert [line.split()[0] for line in lines if line[:2] in ("4 ", "1 ", "16")] == ["4", "1", "16"]
+
+
 def test_an_option_of_one_backend_does_not_keep_backends_apart() -> None:
     cells = [
         Configuration(f"{backend}-{length}", backend=backend, energy_per_output_tok_j=joules, options=options)
