@@ -109,7 +109,7 @@ def ratio_notes_of(comparison: Comparison) -> list[str]:
 def best_of(comparison: Comparison, metric: Metric) -> Configuration | None:
     """The best of those that are better than the baseline, or the baseline where all others are worse."""
     rows = comparison.rows(metric)
-    if all(_side(row) == "worse" for _, row in rows):
+    if rows and all(_side(row) == "worse" for _, row in rows):
         return comparison.pairs[0].baseline
     better = [(pair, row) for pair, row in rows if _side(row) == "better"]
     return max(better, key=lambda item: _goodness(item[1]))[0].other if better else None
@@ -346,11 +346,12 @@ class _Content:
         # The best, if any is better; else the worst, so that bad news is not left to the table.
         side, best = ("better", max) if sides["better"] else ("worse", min)
         if not sides[side]:
-            left = f", {n_open} without a verdict" if n_open else ""
-            return f"None of {judged} configurations was found to differ from {against} in {metric.lower_label}{left}."
+            left = f": {judged} not distinguishable, {n_open} without a verdict" if n_open else ""
+            return f"No configuration was found to differ from {against} in {metric.lower_label}{left}."
         pair, row = best(sides[side], key=lambda item: _goodness(item[1]))
         counts = ", ".join(f"{len(found)} {words}" for words, found in sides.items() if found)
-        return f"{self._answer(pair, row)}; of {len(rows)}: {counts}."
+        others = f" Of {len(rows)}: {counts}." if len(rows) > 1 else ""
+        return f"{self._answer(pair, row)}.{others}"
 
     def _labels(self, pair: Pair) -> tuple[str, str]:
         sides = pair.baseline, pair.other

@@ -198,7 +198,7 @@ def compose(run: Run, baseline: Configuration | None = None) -> Report:
     )
     first = baseline or next(iter(run.with_results), None)
     others = [item for item in run.with_results if item is not first]
-    comparison = compare_configurations(run, first, others, metrics=(headline,)) if first and others else None
+    comparison = compare_configurations(run, first, others) if first and others else None
     return Report(
         run=run,
         findings=check_run(run),
@@ -345,7 +345,7 @@ class Verdict:
 
 
 def verdict_of(report: Report) -> Verdict:
-    """The sentence of `lem compare`, in the headline metric."""
+    """The sentence of `lem compare`."""
     metric, comparison = report.headline, report.comparison
     current = [entry for entry in report.entries if not entry.configuration.is_removed]
     ranked = [entry for entry in current if entry.centre(metric) is not None]

@@ -148,7 +148,7 @@ def _overview(report: Report, *, best: int | None) -> Markup:
             is_estimated = entry.is_estimate and metric is ENERGY
             row += plot.interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
             if metric is report.headline and report.comparison is not None:
-                row.append(_ratio(entry, report.comparison))
+                row.append(_ratio(entry, metric, report.comparison))
         for _, name in latencies:
             estimate = entry.configuration.estimate(name)
             row.append(plot.number_cell(estimate.value, estimate.null_reason, format_latency))
@@ -158,11 +158,11 @@ def _overview(report: Report, *, best: int | None) -> Markup:
     return table(caption, head, rows, row_head=1, sorted_by=(0, "ascending"), best=places[0] if places else None)
 
 
-def _ratio(entry: Entry, comparison: Comparison) -> Cell:
+def _ratio(entry: Entry, metric: Metric, comparison: Comparison) -> Cell:
     """The ratio to the baseline with its interval, as `lem compare` shows it."""
     if entry.number == comparison.pairs[0].baseline.number:
         return Cell("baseline", 1.0, is_number=True)
-    row = next((pair.rows[0] for pair in comparison.pairs if pair.other.number == entry.number), None)
+    row = next((row for pair, row in comparison.rows(metric) if pair.other.number == entry.number), None)
     if row is None or row.effect is None:
         why = row.reason.text if row is not None and row.reason else None
         return Cell(tag("span", "none", class_="absent", title=why), is_number=True)

@@ -55,7 +55,7 @@ CAMPAIGNS: dict[str, tuple[Campaign, ...]] = {
 
 # Where, the words after `lem compare`, the exit code, and parts of what is printed, its lines joined.
 ANSWERS = r"""
-demo // demo // 0 // vllm-float16 (3) uses 0.41 × the energy // (1), 95 % // of 3: 3 better. // Holm over 9
+demo // demo // 0 // vllm-float16 (3) uses 0.41 × the energy // (1), 95 % // Of 3: 3 better. // Holm over 9
   // 2 vllm bfloat16 32 0.206 0.41 0.40–0.42 <0.001 2.45 ~ 1.00 // all 9 hold together with 95 % (each 99.44 %)
 demo // demo pytorch-bfloat16 vllm-bfloat16 // 0 // 2 configurations
   // token, J 0.5029 0.206 0.41 0.40–0.41 <0.001 Output
