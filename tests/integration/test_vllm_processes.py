@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 
 
 def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wide_tiny_model: Path) -> None:
-    """And a token of the hub is found in none of them."""
+    """Nor sockets; and a token of the hub is found in none of them."""
     before = processes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -33,6 +33,8 @@ def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wid
             assert any(read(pid, "environ") for pid in started)
             for pid in started:
                 assert b"hf_planted_in_a_test" not in read(pid, "environ") + read(pid, "cmdline")
+            sockets = {folder for pid in started if (folder := variable(pid, "VLLM_RPC_BASE_PATH"))}
+            assert {any(item.is_socket() for item in Path(folder).iterdir()) for folder in sockets} == {True}
             assert report.effective["multiprocessing"] is True
             assert report.effective["vllm"]["enforce_eager"] is False
             assert report.effective["engine"]["compilation_config"]["mode"] != "NONE"
@@ -44,6 +46,7 @@ def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wid
         finally:
             engine.close()
     wait_for(lambda: None if processes() - before else True)
+    assert not any(Path(folder).exists() for folder in sockets)
 
 
 def assert_told_at_once_when_killed(engine: Engine, started: set[int]) -> None:
@@ -85,6 +88,13 @@ def read(pid: int, name: str) -> bytes:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return b""
+
+
+def variable(pid: int, name: str) -> str:
+    values = (
+        item.partition(b"=")[2] for item in read(pid, "environ").split(b"\0") if item.startswith(f"{name}=".encode())
+    )
+    return next(values, b"").decode()
 
 
 @pytest.mark.long

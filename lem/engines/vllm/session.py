@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import secrets as random_source
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,6 +65,7 @@ _PACKAGES = (
 _VARIABLES = ("VLLM_", "OMP_NUM_THREADS", GPU_VARIABLE, "TORCHINDUCTOR_", "NCCL_")
 _UNRECORDED = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "_DIR", "_PATH", "_ROOT")
 _SEED_BITS = 31
+_SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
 _COMPILATION = re.compile(r"\(compilation: ([0-9.]+) s")
 
 
@@ -79,7 +81,7 @@ class Session(common.ServedSession):
         self._output = running.ChildOutput()  # of these processes
         self._ending = threading.Event()  # set before they are ended on purpose
         self._gone = threading.Event()  # set once one of them has ended
-        with _visible_devices(config) as self._uuids:
+        with _visible_devices(config) as self._uuids, _own_sockets() as self._sockets:
             drafter = "vllm.speculative.model", section_of(config, VllmConfig).speculative.model
             is_other_format = section_of(config, VllmConfig).load_format not in {None, "auto", "safetensors"}
             token = secrets.get(TOKEN_VARIABLE) or None
@@ -132,6 +134,7 @@ class Session(common.ServedSession):
             from vllm.distributed import cleanup_dist_env_and_memory
 
             cleanup_dist_env_and_memory()
+        self._sockets.cleanup()
 
     @property
     def _is_forgetful(self) -> bool:
@@ -285,6 +288,18 @@ def _can_rewind(device: str) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _own_sockets() -> Iterator[tempfile.TemporaryDirectory[str]]:
+    """A folder for the sockets of an engine made meanwhile: vLLM (0.32.0) leaves seven of each engine behind."""
+    folder = tempfile.TemporaryDirectory(prefix="lem-", ignore_cleanup_errors=True)
+    try:
+        with common.environment(_SOCKETS_VARIABLE, None if _SOCKETS_VARIABLE in os.environ else folder.name):
+            yield folder
+    except BaseException:
+        folder.cleanup()
+        raise
 
 
 @contextlib.contextmanager
