@@ -301,7 +301,7 @@ class _Sampler:
 
     @property
     def next_ns(self) -> int:
-        """When to wake; what is due rarely waits for a poll, since a wake costs more than most readings."""
+        """When to wake; rare readings wait for the next poll, since a wake costs more than most readings."""
         schedules = [self._samples, self._seconds, self._looks]
         if self._polls.next_ns < math.inf:
             schedules = [self._polls] if self._samples.period_ns >= _RARE_NS else [self._polls, self._samples]
