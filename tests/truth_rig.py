@@ -79,6 +79,11 @@ class Package:
     reading: Reading = lambda _, energy_uj: energy_uj
     is_counted: bool = True  # False for a second view on joules that another zone has
 
+    @property
+    def zone(self) -> Zone:
+        limit_uw = None if self.limit_w is None else round(self.limit_w * 1e6)
+        return Zone(self.folder, self.name, max_uj=self.range_uj or self.max_uj, max_power_uw=limit_uw)
+
 
 @dataclass(frozen=True)
 class CsvMeter:
@@ -174,16 +179,7 @@ class World(SteppedClock):
         self._now = os.open(self.folder / "now", os.O_CREAT | os.O_WRONLY, 0o644)
         self.gpus = tuple(self._on_load(gpu) for gpu in self.scene.gpus)
         self.double = NvmlDouble(self.folder / "nvml", more=(str(self.folder / "now"),))
-        zones = tuple(
-            Zone(
-                it.folder,
-                it.name,
-                max_uj=it.range_uj or it.max_uj,
-                max_power_uw=None if it.limit_w is None else round(it.limit_w * 1e6),
-            )
-            for it in self.scene.packages
-        )
-        self.powercap = Powercap(self.folder / "powercap", zones)
+        self.powercap = Powercap(self.folder / "powercap", tuple(it.zone for it in self.scene.packages))
         self.powercap.make(0)
         self.csv_path = self.folder / "meter.csv"
         self._csv_next_ns = START_NS - 60 * S  # it has run for a while

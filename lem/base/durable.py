@@ -13,18 +13,23 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import shutil
 import stat
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from lem.base.doc import json_text
 from lem.base.errors import DISK_FULL
 from lem.base.units import GIB, MIB
+
+_Found = TypeVar("_Found")
+
+_logger = logging.getLogger(__name__)
 
 _MOST_RATIO = 120  # of the unpacked size to the packed one
 _MOST_LINE_B = 16 * MIB  # the marks of some 300,000 passes
@@ -179,6 +184,22 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if document.pop(_SEAL, None) not in (None, _digest_of(document)):
         raise ValueError("its content does not match its checksum: it was damaged, or edited")
     return document
+
+
+def read_if_whole(path: Path, decode: Callable[[dict[str, Any]], _Found], without: str) -> _Found | None:
+    """What `decode` makes of a file that was written with `seal`; None if there is none.
+
+    None also of one that is damaged or that `decode` refuses with ValueError; then a warning says what holds `without`.
+    """
+    try:
+        return decode(read_sealed(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _logger.warning("%s: %s: %s", path, reason_of(error), without)
+    except ValueError:
+        _logger.warning("%s is corrupt: %s", path, without)
+    return None
 
 
 def _digest_of(document: Mapping[str, Any]) -> str:

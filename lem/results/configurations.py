@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +17,11 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.codec import decode
-from lem.base.durable import make_folder, reason_of
+from lem.base.durable import make_folder
 from lem.record import Identity, Record, carbon_of
 
 CONFIGURATIONS_FILE = "configurations.json"
 _SCHEMA_VERSION = 1
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,17 +68,11 @@ def read_numbered(run_folder: Path) -> tuple[str, ...]:
 
 
 def _read(run_folder: Path) -> _List | None:
-    path = run_folder / CONFIGURATIONS_FILE
-    try:
-        found = durable.read_sealed(path)
+    def decoded(found: Mapping[str, Any]) -> _List:
         return decode(_List, {name: found.get(name, []) for name in ("configurations", "numbered")}, "list")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        _logger.warning("%s: %s: names are those that the results were measured under", path, reason_of(error))
-    except ValueError:
-        _logger.warning("%s is corrupt: names are those that the results were measured under", path)
-    return None
+
+    without = "names are those that the results were measured under"
+    return durable.read_if_whole(run_folder / CONFIGURATIONS_FILE, decoded, without)
 
 
 def numbers_of(numbered: Sequence[str], listing: Listing | None, known: Sequence[tuple[str, str]]) -> list[int]:

@@ -12,17 +12,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lem.base import durable
 from lem.base.codec import complete, decode
-from lem.base.durable import make_folder, reason_of
+from lem.base.durable import make_folder
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
 from lem.base.units import parse_percentage, percent
@@ -39,9 +38,6 @@ _SCHEMA_VERSION = 2
 
 _MOST_TESTS = 100
 _LEAST_ALPHA = 1e-9  # a quantile of less would lose its digits
-
-_logger = logging.getLogger(__name__)
-
 
 # The interval of each configuration, or of its ratio to the first one, or a verdict on that ratio.
 KINDS = ("each", "ratio", "gate")
@@ -216,28 +212,23 @@ def write_stopping_rule(run_folder: Path, rule: StoppingRule) -> None:
 
 def read_stopping_rule(run_folder: Path) -> StoppingRule | None:
     """The rule by which a run ended; None where its number of cycles was fixed. A broken file is logged."""
-    path = run_folder / STOPPING_FILE
-    try:
-        found = durable.read_sealed(path)
-        names = [item.name for item in dataclasses.fields(StoppingRule)]
-        document: dict[str, Any] = {name: found[name] for name in names if name in found}
-        rule = decode(StoppingRule, complete(StoppingRule, document, Reason.of("not_recorded")), "rule")
-        for tests in (rule.looks, rule.added):
-            if any(later <= one for one, later in itertools.pairwise((0, *tests))) or len(tests) > _MOST_TESTS:
-                raise ValueError("impossible tests")
-        is_possible = 0 < rule.least_cycles <= rule.most_cycles <= _MOST_TESTS
-        if not is_possible or max(rule.looks, default=1) > rule.most_cycles:
-            raise ValueError("impossible bounds")
-        if rule.target is not None and rule.target.kind not in KINDS:
-            raise ValueError("unknown kind")
-        if "looks" in found:
-            return rule
-        # In version 1 tests were not counted: at most one after each cycle.
-        return dataclasses.replace(rule, looks=tuple(range(rule.least_cycles, rule.most_cycles + 1)))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        _logger.warning("%s: %s: unknown whether the number of cycles was fixed", path, reason_of(error))
-    except ValueError:
-        _logger.warning("%s is corrupt: unknown whether the number of cycles was fixed", path)
-    return None
+    without = "unknown whether the number of cycles was fixed"
+    return durable.read_if_whole(run_folder / STOPPING_FILE, _decoded, without)
+
+
+def _decoded(found: Mapping[str, Any]) -> StoppingRule:
+    names = [item.name for item in dataclasses.fields(StoppingRule)]
+    document: dict[str, Any] = {name: found[name] for name in names if name in found}
+    rule = decode(StoppingRule, complete(StoppingRule, document, Reason.of("not_recorded")), "rule")
+    for tests in (rule.looks, rule.added):
+        if any(later <= one for one, later in itertools.pairwise((0, *tests))) or len(tests) > _MOST_TESTS:
+            raise ValueError("impossible tests")
+    is_possible = 0 < rule.least_cycles <= rule.most_cycles <= _MOST_TESTS
+    if not is_possible or max(rule.looks, default=1) > rule.most_cycles:
+        raise ValueError("impossible bounds")
+    if rule.target is not None and rule.target.kind not in KINDS:
+        raise ValueError("unknown kind")
+    if "looks" in found:
+        return rule
+    # In version 1 tests were not counted: at most one after each cycle.
+    return dataclasses.replace(rule, looks=tuple(range(rule.least_cycles, rule.most_cycles + 1)))

@@ -37,7 +37,7 @@ from tests.bench.peers_side import REST_S
 from tests.bench.truth import ROOT, ROWS
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Trace
-from tests.doubles.powercap import Powercap, Zone
+from tests.doubles.powercap import Powercap
 from tests.truth_rig import Package, Scene
 
 FOLDER = ROOT / "build" / "peers"
@@ -139,16 +139,7 @@ class World:
     def make_powercap(self) -> None:
         """A folder like /sys/class, with the links of a real one by which the peers find their way."""
         root = self.folder / "class" / "powercap"
-        zones = (
-            Zone(
-                it.folder,
-                it.name,
-                max_uj=it.range_uj or it.max_uj,
-                max_power_uw=None if it.limit_w is None else round(it.limit_w * 1e6),
-            )
-            for it in self.scene.packages
-        )
-        Powercap(root, tuple(zones)).make(0)
+        Powercap(root, tuple(it.zone for it in self.scene.packages)).make(0)
         for it in self.scene.packages:
             (root / "intel-rapl" / it.folder).symlink_to(Path("..") / it.folder)
         (root / "intel-rapl" / "subsystem").symlink_to("..")

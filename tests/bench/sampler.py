@@ -24,6 +24,7 @@ from tests.bench.host import campaign_text, in_turn
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Level, PowerSignal, Trace
 from tests.equivalence.builds import OLD_COMMIT, ROOT, Build, build_of, old_build
+from tests.processes import wait_for
 
 PAIRS, SECONDS = 4.0, 20.0
 UUID = "GPU-11111111-2222-3333-4444-555555555555"
@@ -48,7 +49,7 @@ def sampler_cost(build: Build, folder: Path, environ: dict[str, str], seconds: f
     output.unlink(missing_ok=True)
     command = [sys.executable, str(build.zip), "worker", "--sampler", "--output", str(output), "--gpu", UUID]
     with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE) as sampler:
-        _wait_for(lambda: output.exists() and output.stat().st_size > 0)
+        wait_for(lambda: True if output.exists() and output.stat().st_size > 0 else None, _READY_S)
         if engine is not None and sampler.stdin is not None:
             sampler.stdin.write(f"watch {engine}\n".encode())
             sampler.stdin.flush()
@@ -91,14 +92,6 @@ def _share_of_cpu(pids: Callable[[], list[int]], seconds: float) -> float:
     before_s = cpu_s(found)
     time.sleep(seconds)
     return (cpu_s(found) - before_s) / (time.monotonic() - begun_s)
-
-
-def _wait_for(is_so: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + _READY_S
-    while not is_so():
-        if time.monotonic() > until_s:
-            raise TimeoutError
-        time.sleep(0.02)
 
 
 def main() -> int:
