@@ -14,7 +14,7 @@ from lem.base.errors import UserError, did_you_mean
 from lem.base.units import ABSENT, some_of
 from lem.config.backends import WIDTH_OPTIONS
 from lem.config.experiment import ExperimentConfig
-from lem.config.option import walk
+from lem.config.option import leaves, walk
 from lem.record import Record
 
 _CANDIDATES_SHOWN = 8
@@ -305,12 +305,11 @@ def _texts(readers: Mapping[str, Callable[[Record], Any]], record: Record) -> di
     return {label: str(value) for label, value in found.items() if value}
 
 
-def _flatten(options: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        elif f"{prefix}{name}" not in rates_and_limits():
-            yield f"{prefix}{name}", _plain(value)
+def _flatten(options: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for path, value in leaves(options):
+        name = ".".join(map(str, path))
+        if name not in rates_and_limits() and not isinstance(value, Mapping):
+            yield name, _plain(value)
 
 
 def _plain(value: Any) -> str:

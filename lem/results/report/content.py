@@ -14,6 +14,7 @@ from typing import Any
 from lem.base.doc import SEPARATORS, name_tokens, printable, text_width
 from lem.base.units import format_quantity, plural, some_of
 from lem.config.backends import WIDTH_OPTIONS
+from lem.config.option import leaves
 from lem.record import Record
 from lem.results.axes import rates_and_limits
 from lem.results.check import check_run
@@ -211,17 +212,14 @@ def compose(run: Run, baseline: Configuration | None = None) -> Report:
     )
 
 
-def flat_settings(requested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat_settings(requested: Mapping[str, Any]) -> dict[str, str]:
     """A requested configuration by dotted name, each value as text, without what can change no number."""
     found: dict[str, str] = {}
-    for key, value in requested.items():
-        if f"{prefix}{key}" in _NO_SETTINGS | rates_and_limits():
-            continue
-        if isinstance(value, Mapping) and value:
-            found |= flat_settings(value, f"{prefix}{key}.")
-        else:
+    for path, value in leaves(requested):
+        names = list(itertools.accumulate(map(str, path), "{}.{}".format))  # of the sections around it, and its own
+        if not (_NO_SETTINGS | rates_and_limits()).intersection(names):
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-            found[f"{prefix}{key}"] = printable(shown)
+            found[names[-1]] = printable(shown)
     return found
 
 
