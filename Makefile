@@ -12,7 +12,7 @@ EQUIVALENCE_ARGS ?=
 CAMPAIGN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-containers test test-long equivalence lint audit format bench clean distclean test-env demo-env FORCE
+.PHONY: help demo demo-containers sdist test test-long equivalence lint audit format bench clean distclean test-env demo-env FORCE
 
 help:
 	@echo 'make demo       run a small campaign with a real transformer on this machine, and show the table'
@@ -21,6 +21,7 @@ help:
 	@echo 'make test-long  run the tests that take minutes each, which make test leaves out'
 	@echo 'make equivalence  compare this tree with the first build (EQUIVALENCE_ARGS=--live: run campaigns too)'
 	@echo 'make lem.pyz    build the program as one file'
+	@echo 'make sdist      pack everything that git tracks into build/dist: the program, the tests, the zip builder'
 	@echo 'make lint       ruff and mypy; yamllint, ansible-lint and systemd-analyze for the fleet'
 	@echo 'make audit      bandit, and pip-audit of the vendored packages (needs PyPI and its advisory database)'
 	@echo 'make format     format the code with ruff'
@@ -35,6 +36,13 @@ help:
 # Always rebuilt, so that deleted files disappear from the zip, too. This takes less than a second.
 lem.pyz: FORCE
 	@$(PYTHON) lem.pyz-build/build.py --output $@
+
+# setuptools leaves a folder that would add files of this tree to the next sdist.
+sdist: test-env
+	@rm -rf *.egg-info
+	@$(TEST_PYTHON) -c 'from setuptools.build_meta import build_sdist; print("build/dist/" + build_sdist("build/dist"))' \
+	  | tail -n 1
+	@rm -rf *.egg-info
 
 demo: lem.pyz demo-env
 	$(DEMO_PYTHON) examples/make_demo_model.py build/demo-model

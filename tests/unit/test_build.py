@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+import lem
 from tests.pythons import Python, find_pythons
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,3 +192,35 @@ def test_an_installation_has_a_lem_command(tmp_path: Path) -> None:
     assert (finished.returncode, finished.stderr) == (0, "")
     shipped = {path.relative_to(root) for path in (root / "lem").rglob("*") if path.is_file()}
     assert shipped <= {path.relative_to(target) for path in (target / "lem").rglob("*")}
+
+
+@pytest.mark.needs("checkout")
+def test_an_sdist_has_every_file_of_the_project_and_builds_the_same_program(pyz: Path, tmp_path: Path) -> None:
+    finished = run(["git", "ls-files", "-z"], cwd=ROOT)
+    names = {name for name in finished.stdout.split("\0") if (ROOT / name).is_file() and name}
+    root = tmp_path / "project"
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    (root / "tests" / "__pycache__").mkdir()
+    (root / "tests" / "__pycache__" / "left.pyc").touch()
+    command = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+    finished = run([sys.executable, "-c", command], cwd=root)
+    assert finished.returncode == 0, finished.stderr
+    (archive,) = (root / "dist").iterdir()
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    found = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    assert {name for name in found if not re.match(r"lem_energy\.egg-info/", name)} - names == {"PKG-INFO", "setup.cfg"}
+    assert names - found == set()
+    finished = build(unpacked, tmp_path / "again.pyz")
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "again.pyz").read_bytes() == pyz.read_bytes()
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what the format requires
+    assert citation["cff-version"] == "1.2.0"
+    assert (citation["version"], citation["license"]) == (lem.__version__, "MIT")

@@ -17,7 +17,7 @@ from lem.config.load import load_campaign, load_experiment
 from lem.record import Record
 from tests.documentation import ROOT, blocks, commands, files, links, pages, prose
 
-ALL_PAGES = (*pages(), *sorted(ROOT.glob("tests/*/README.md")))
+ALL_PAGES = (*pages(), ROOT / "SECURITY.md", *sorted(ROOT.glob("tests/*/README.md")))
 NAMES = [str(page.relative_to(ROOT)) for page in ALL_PAGES]
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 
