@@ -369,6 +369,11 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
             yield Problem.of("measurement.cpu_tdp_w", "tdp_unused", energy=measurement.energy)
 
     @property
+    def is_templated(self) -> bool:
+        """Whether the prompts are made from messages by a chat template, so that these are kept."""
+        return False
+
+    @property
     def parallel_degree(self) -> int:
         """The number of GPUs that one copy of the model is spread over."""
         return math.prod(getattr(self.section, name) or 1 for name in _DEGREES[self.backend])

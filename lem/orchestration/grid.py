@@ -374,7 +374,7 @@ def generator_version() -> str:
     for distribution in ("fixed", "uniform", "lognormal"):
         plan = SyntheticPrompts(input_tokens=64, output_tokens=64, sample_size=32, seed=42, distribution=distribution)
         for prompt in generate(plan):
-            digest.update(repr(dataclasses.astuple(prompt)).encode("utf-8"))
+            digest.update(repr((prompt.prompt, prompt.input_tokens, prompt.output_tokens)).encode("utf-8"))
     return digest.hexdigest()[:CONFIG_HASH_LENGTH]
 
 

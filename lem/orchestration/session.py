@@ -39,7 +39,7 @@ from lem.orchestration.status import Event, Observer
 from lem.record import Record, RecordError, read_with_digest
 from lem.results.store import AttemptFolder, Repository, StoredResult
 from lem.worker.channel import RunRequest
-from lem.worker.prompts import resolve_on_host
+from lem.worker.prompts import as_json, resolve_on_host
 
 _logger = logging.getLogger(__name__)
 
@@ -403,10 +403,7 @@ def _write_prompts(experiment: Experiment, folder: AttemptFolder, draw: int) -> 
         hint = "do not change prompts while a campaign runs; --resume plans it again with the new ones"
         path = resolved.source.get("path")
         raise UserError(f"the prompts have changed since the campaign was planned: {path}", hint)
-    folder.write_prompts(
-        {"prompt": item.prompt, "input_tokens": item.input_tokens, "output_tokens": item.output_tokens}
-        for item in resolved.prompts
-    )
+    folder.write_prompts(map(as_json, resolved.prompts))
 
 
 def _host_error(error: OSError | MemoryError) -> EngineError:

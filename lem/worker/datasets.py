@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import logging
 import os
 import random
 import re
@@ -28,13 +27,18 @@ from lem.base.variables import (
     is_cache_read_only,
 )
 from lem.config.experiment import DATASET_ALIASES, DatasetConfig, ExperimentConfig, HuggingFacePrompts
-from lem.worker.prompts import Prompt, ResolvedPrompts, fingerprint, seed_of_draw, text_of_record
-
-_logger = logging.getLogger(__name__)
+from lem.worker.prompts import (
+    TEXT_COLUMNS,
+    Prompt,
+    ResolvedPrompts,
+    as_measured,
+    fingerprint,
+    prompt_of_record,
+    seed_of_draw,
+    taken_from,
+)
 
 Row = Mapping[str, Any] | str  # an object, or a line of a `.txt` file
-# Looked for in this order when no column is named.
-TEXT_COLUMNS = ("prompt", "text", "instruction", "question", "messages", "conversations", "input", "query", "content")
 # The one file to read of a repository that holds several unlike ones.
 DATA_FILES: Mapping[str, str] = MappingProxyType(
     {"anon8231489123/ShareGPT_Vicuna_unfiltered": "ShareGPT_V3_unfiltered_cleaned_split.json"}
@@ -95,9 +99,10 @@ def resolve_dataset(
     else:
         rows, revision = _load_from_hub(choice, secrets.get(TOKEN_VARIABLE))
         source = {"kind": "hub", "revision": revision}
-    prompts, warnings = _draw(rows, choice, draw)
+    drawn, warnings = _draw(rows, choice, draw)
+    prompts = as_measured(drawn, config)
     chosen = {item.name: getattr(choice, item.name) for item in fields(choice) if item.name != "sample_size"}
-    contents = {"sha256": fingerprint(prompts), "count": len(prompts)}
+    contents = {"sha256": fingerprint(prompts), "count": len(prompts), **taken_from(prompts)}
     return ResolvedPrompts(prompts, {**source, **chosen, **contents}, warnings)
 
 
@@ -294,29 +299,29 @@ def _writable_cache(folder: Path, is_offline: bool) -> Iterator[str | None]:
 
 
 def _draw(rows: Iterable[Row], choice: DatasetChoice, draw: int) -> tuple[tuple[Prompt, ...], tuple[Reason, ...]]:
-    texts: list[str] = []
-    skipped = 0
+    found: list[Prompt] = []
+    skipped: list[str] = []
     for row in rows:
-        if choice.shuffle_seed is None and len(texts) == choice.sample_size:
+        if choice.shuffle_seed is None and len(found) == choice.sample_size:
             break
-        text = _text_of(row, choice)
-        if text is None:
-            skipped += 1
-        else:
-            texts.append(text)
-    if not texts:
-        raise _error(f"data set {choice.name}: no prompts found", "choose another column or split")
+        try:
+            found.append(_prompt_of(row, choice))
+        except ValueError as error:
+            skipped.append(str(error))
+    if not found:
+        why = f": {skipped[0]}" if skipped else ""
+        raise _error(f"data set {choice.name}: no prompts found{why}", "choose another column or split")
     if choice.shuffle_seed is not None:
-        shuffle(texts, seed_of_draw(choice.shuffle_seed, draw))
+        shuffle(found, seed_of_draw(choice.shuffle_seed, draw))
     wanted = choice.sample_size
-    chosen = tuple(Prompt(text) for text in texts[:wanted])
-    warnings = [Reason.of("rows_skipped", name=choice.name, skipped=skipped)] if skipped else []
+    chosen = tuple(found[:wanted])
+    warnings = [Reason.of("rows_skipped", name=choice.name, skipped=len(skipped))] if skipped else []
     if wanted is not None and len(chosen) < wanted:
         warnings.append(Reason.of("dataset_too_small", name=choice.name, wanted=wanted, found=len(chosen)))
     return chosen, tuple(warnings)
 
 
-def shuffle(items: list[str], seed: int | str) -> None:
+def shuffle(items: list[Any], seed: int | str) -> None:
     """Bring the items into another order (Fisher and Yates), the same for the same seed in every Python."""
     rng = random.Random(seed)
     for last in range(len(items) - 1, 0, -1):
@@ -324,24 +329,13 @@ def shuffle(items: list[str], seed: int | str) -> None:
         items[last], items[other] = items[other], items[last]
 
 
-def _text_of(row: Row, choice: DatasetChoice) -> str | None:
-    """The prompt in a row; None when there is no text in it."""
+def _prompt_of(row: Row, choice: DatasetChoice) -> Prompt:
+    """The prompt in a row; ValueError: there is none in it."""
     if isinstance(row, str):
-        return row if row.strip() else None
+        return prompt_of_record(row)
     column = choice.column or next((name for name in TEXT_COLUMNS if name in row), None)
     if column is None or column not in row:
         wanted = f"no column {column!r}" if column else "no column that usually holds text"
         message = f"data set {choice.name}: {wanted}; it has {', '.join(sorted(row))}"
         raise _error(message, "set dataset.column to one of them")
-    value = row[column]
-    if value is None or value == "":
-        return None
-    is_chat = column in ("messages", "conversations")
-    if isinstance(value, list) and not is_chat:
-        message = f"data set {choice.name}: column {column!r} holds lists, not text"
-        raise _error(message, "set dataset.column to another column")
-    try:
-        return text_of_record({column if is_chat else "prompt": value})
-    except ValueError as error:
-        _logger.debug("data set %s: a row was skipped: %s", choice.name, error)
-        return None
+    return prompt_of_record(row, (column,))

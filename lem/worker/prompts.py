@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,19 @@ SENTENCE_MIN_WORDS = 6
 SENTENCE_MAX_WORDS = 14
 
 
+# Of a conversation: `role` (system, user, assistant or tool) and `content`, which is text, or None beside `tool_calls`;
+# `name` and `tool_call_id` where they are given. The arguments of a call are an object, as chat templates expect.
+Message = Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Prompt:
-    prompt: str
+    prompt: str  # of a conversation the texts of its messages, with blank lines between them
     input_tokens: int | None = None  # exact length in tokens to cut or extend it to; None leaves it as it is
     output_tokens: int | None = None  # bound on the tokens to generate for it; None takes the experiment's
+    messages: tuple[Message, ...] = ()  # a conversation up to the turn to generate, for a chat template; () for a text
+    tools: tuple[Mapping[str, Any], ...] = ()  # what the conversation may call, as the API of OpenAI writes it
+    taken_from: str | None = field(default=None, compare=False)  # the column and the turns, for the record
 
 
 # What is measured when neither dataset nor prompts is given.
@@ -98,6 +108,21 @@ def _text(index: int, words: int, rng: random.Random) -> str:
     return " ".join(pieces)
 
 
+# Looked for in this order when no column is named.
+TEXT_COLUMNS = (
+    *("prompt", "messages", "conversations", "conversation", "turns", "instruction", "question", "text", "input"),
+    *("query", "content"),
+)
+_LISTS_OF_TURNS = ("turns", "conversations", "conversation")
+# The roles of messages, by the names that data sets give them.
+_ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    "developer": "system",
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "function": "tool",
+}
 MAX_LISTED_PROBLEMS = 10
 # A file above this is a data set put in by mistake; prompts are held in memory, on the host too.
 MAX_FILE_B = 256 * MIB
@@ -134,7 +159,8 @@ def resolve_on_host(config: ExperimentConfig, folder: Path | None = None, *, dra
         prompts = read_prompt_file(Path(chosen.path))[: chosen.sample_size]
     else:
         prompts = generate(plan, draw)
-    contents = {"revision": None, "sha256": fingerprint(prompts), "count": len(prompts)}
+    prompts = as_measured(prompts, config)
+    contents = {"revision": None, "sha256": fingerprint(prompts), "count": len(prompts), **taken_from(prompts)}
     if isinstance(chosen, FilePrompts):
         path, wanted = str(chosen.path), chosen.sample_size or 0
         too_few = Reason.of("prompt_file_too_small", path=path, wanted=wanted, found=len(prompts))
@@ -144,21 +170,44 @@ def resolve_on_host(config: ExperimentConfig, folder: Path | None = None, *, dra
     return ResolvedPrompts(prompts, {"kind": kind, "name": kind, **contents, **parameters})
 
 
+def as_measured(prompts: Sequence[Prompt], config: ExperimentConfig) -> tuple[Prompt, ...]:
+    """The prompts; without a chat template, each conversation as its text alone."""
+    if config.is_templated:
+        return tuple(prompts)
+    return tuple(replace(item, messages=(), tools=()) if item.messages else item for item in prompts)
+
+
+def taken_from(prompts: Iterable[Prompt]) -> dict[str, str]:
+    """For the record: which column and turns were taken, and of how many rows where they differ; {} if unknown."""
+    counts = Counter(item.taken_from for item in prompts if item.taken_from is not None)
+    parts = [name if len(counts) == 1 else f"{name} ({count})" for name, count in sorted(counts.items())]
+    return {"taken_from": "; ".join(parts)} if parts else {}
+
+
 def fingerprint(prompts: Iterable[Prompt]) -> str:
     """SHA-256 over the contents of prompts in their order, whatever file and format they came from."""
-    return hashlib.sha256(b"".join(map(_line, prompts))).hexdigest()
+    lines = (_line(as_json(replace(item, taken_from=None))) for item in prompts)
+    return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def as_json(prompt: Prompt) -> dict[str, Any]:
+    """A line of `prompts.jsonl`: `prompt`, or `messages` (and `tools`) from which it is made again."""
+    tools = {"tools": prompt.tools} if prompt.tools else {}
+    contents = {"messages": prompt.messages, **tools} if prompt.messages else {"prompt": prompt.prompt}
+    bounds = {"input_tokens": prompt.input_tokens, "output_tokens": prompt.output_tokens}
+    return {**contents, **bounds, **({"taken_from": prompt.taken_from} if prompt.taken_from else {})}
 
 
 def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     """Write `prompts.jsonl` into a result folder, whole or not at all. Raises OSError: as `durable.write_bytes`."""
-    durable.write_bytes(folder / PROMPTS_FILE, b"".join(map(_line, prompts)))
+    durable.write_bytes(folder / PROMPTS_FILE, b"".join(_line(as_json(item)) for item in prompts))
 
 
 def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
     """The prompts of a text file, one a line, or of a `.jsonl` file.
 
-    A line of `.jsonl` is an object with `prompt`, or with `messages` (or ShareGPT's `conversations`), and may bound its
-    own `input_tokens` and `output_tokens`; a JSON string is a prompt too. Raises PromptError: no such file, not UTF-8,
+    A line of `.jsonl` is an object (`prompt_of_record`), and may bound its own `input_tokens` and `output_tokens`; a
+    JSON string is a prompt too. Raises PromptError: no such file, not UTF-8,
     empty, or lines that are blank or malformed, each with its number.
     """
     lines = _read_text(path).split("\n")
@@ -181,28 +230,104 @@ def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
-def text_of_record(record: Any) -> str:
-    """The prompt in an object with `prompt`, `messages` or `conversations`, or in a plain string.
+def prompt_of_record(record: Any, columns: Iterable[str] = TEXT_COLUMNS) -> Prompt:
+    """The prompt in an object, or in a plain string; of an object, in the first of these columns that it has.
 
-    Messages are joined in their order up to the last turn of the user, blank lines between them: no chat template is
-    applied, since it would be another one for every model. Of `conversations` (ShareGPT) it is the first human turn.
-    Raises ValueError: there is no text in it; the message says what was due.
+    A line for OpenAI's batch API holds it in its `body`. Raises ValueError: there is none; the message says what was
+    expected.
     """
     if isinstance(record, str):
-        return _some_text(record, "prompt")
+        return Prompt(_some_text(record, "prompt"))
     if not isinstance(record, Mapping):
         raise ValueError(f"expected an object, got {type(record).__name__}")
-    if "prompt" in record:
-        return _some_text(record["prompt"], "prompt")
-    if "messages" in record:
-        return _text_of_messages(record["messages"])
-    if "conversations" not in record:
-        raise ValueError("expected 'prompt' or 'messages'")
-    turns = record["conversations"]
-    for turn in turns if isinstance(turns, list) else ():
-        if isinstance(turn, Mapping) and turn.get("from", turn.get("role")) in ("human", "user"):
-            return _some_text(turn.get("value", turn.get("content")), "first human turn")
-    raise ValueError("conversations: no human turn")
+    body = record.get("body")
+    if isinstance(body, Mapping) and "custom_id" in record:
+        limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+        return replace(prompt_of_record(body, columns), output_tokens=_bound(body, limit))
+    column = next((name for name in columns if record.get(name) is not None), None)
+    if column is None:
+        raise ValueError(f"expected 'prompt', 'text' or 'messages', got {', '.join(map(repr, record)) or 'no keys'}")
+    found = _prompt_of_value(column, record[column])
+    if not found.messages:
+        return found
+    found = replace(found, tools=_tools(record.get("tools")))
+    try:
+        json.dumps(as_json(found), ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{column}: not JSON in Unicode: {error}") from error
+    return found
+
+
+def _prompt_of_value(column: str, value: Any) -> Prompt:
+    """Of ShareGPT's `conversations` the first human turn, of MT-Bench's `turns` the first, and messages as such."""
+    if not isinstance(value, list):
+        return Prompt(_some_text(value, column), taken_from=column)
+    if value and all(isinstance(item, str) for item in value) and column in _LISTS_OF_TURNS:
+        return Prompt(_some_text(value[0], "first turn"), taken_from=f"{column}, first turn")
+    if not value or not all(isinstance(item, Mapping) for item in value):
+        raise ValueError(f"{column}: expected text, or a list of messages with role and content")
+    if column != "conversations" and "from" not in value[0]:
+        return prompt_of_messages(value, column)
+    for turn in value:
+        if turn.get("from", turn.get("role")) in ("human", "user"):
+            text = _some_text(turn.get("value", turn.get("content")), "first human turn")
+            return Prompt(text, taken_from=f"{column}, first human turn")
+    raise ValueError(f"{column}: no human turn")
+
+
+def prompt_of_messages(given: Sequence[Mapping[str, Any]], column: str = "messages") -> Prompt:
+    """A conversation up to its last turn of the user or of a tool: the answer is not part of the prompt.
+
+    Raises ValueError: a message that is not text, or there is none of the user.
+    """
+    messages = [_message(item) for item in given]
+    roles = [item["role"] for item in messages]
+    if "user" not in roles:
+        raise ValueError(f"{column}: no message with the role 'user'")
+    end = max(index for index, role in enumerate(roles) if role in ("user", "tool"))
+    text = "\n\n".join(item["content"] for item in messages[: end + 1] if item["content"])
+    return Prompt(text, messages=tuple(messages[: end + 1]), taken_from=f"{column}, up to the last {roles[end]} turn")
+
+
+def _message(given: Mapping[str, Any]) -> Message:
+    role = _ROLES.get(str(given.get("role")))
+    if role is None:
+        raise ValueError(f"expected a role of {', '.join(_ROLES)}, got {given.get('role')!r}")
+    calls = [_tool_call(item) for item in given.get("tool_calls") or ()]
+    content = given.get("content")
+    if isinstance(content, list):
+        content = "\n".join(map(_text_of_part, content))
+    if content is not None or not calls:
+        is_user = role == "user"
+        content = _some_text(content, f"content of the {role} message", may_be_blank=not is_user)
+    known = {name: given[name] for name in ("name", "tool_call_id") if given.get(name) is not None}
+    return {"role": role, "content": content, **known, **({"tool_calls": calls} if calls else {})}
+
+
+def _text_of_part(part: Any) -> str:
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if kind not in ("text", "input_text"):
+        raise ValueError(f"expected a content part of type text, got {kind}")
+    return _some_text(part.get("text"), "content part", may_be_blank=True)
+
+
+def _tool_call(call: Any) -> Mapping[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise ValueError("tool_calls: expected objects with 'function'")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):  # a model may have called with what is not JSON
+            arguments = json.loads(arguments)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _tools(given: Any) -> tuple[Mapping[str, Any], ...]:
+    """The tools of a conversation; data sets store them as JSON text too."""
+    tools = json.loads(given) if isinstance(given, str) and given.strip() else given or []
+    if not isinstance(tools, list) or not all(isinstance(item, Mapping) for item in tools):
+        raise ValueError("tools: expected a list of objects")
+    return tuple(tools)
 
 
 def _read_text(path: Path) -> str:
@@ -229,8 +354,16 @@ def _parse_json_line(line: str) -> Prompt:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-    bounds = record if isinstance(record, dict) else {}
-    return Prompt(text_of_record(record), _bound(bounds, "input_tokens"), _bound(bounds, "output_tokens"))
+    prompt = prompt_of_record(record)
+    if not isinstance(record, dict):
+        return prompt
+    origin = record.get("taken_from", prompt.taken_from)
+    return replace(
+        prompt,
+        input_tokens=_bound(record, "input_tokens"),
+        output_tokens=_bound(record, "output_tokens") or prompt.output_tokens,
+        taken_from=origin if isinstance(origin, str) else None,
+    )
 
 
 def _bound(record: Mapping[str, Any], key: str) -> int | None:
@@ -242,25 +375,15 @@ def _bound(record: Mapping[str, Any], key: str) -> int | None:
     return value
 
 
-def _some_text(value: Any, what: str) -> str:
+def _some_text(value: Any, what: str, *, may_be_blank: bool = False) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{what}: expected text, got {type(value).__name__}")
-    if not value.strip():
+    if not value.strip() and not may_be_blank:
         raise ValueError(f"the {what} is blank")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(f"the {what} contains half of a surrogate pair")
     return value
 
 
-def _text_of_messages(messages: Any) -> str:
-    if not isinstance(messages, list) or not messages or not all(isinstance(item, Mapping) for item in messages):
-        raise ValueError("messages: expected a list of objects with role and content")
-    last_user = max((index for index, item in enumerate(messages) if item.get("role") == "user"), default=None)
-    if last_user is None:
-        raise ValueError("messages: none with the role 'user'")
-    return "\n\n".join(_some_text(item.get("content"), "content of a message") for item in messages[: last_user + 1])
-
-
-def _line(prompt: Prompt) -> bytes:
-    record = {"prompt": prompt.prompt, "input_tokens": prompt.input_tokens, "output_tokens": prompt.output_tokens}
+def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"

@@ -59,7 +59,7 @@ def test_data_set_in_the_folder_is_taken_with_source_and_hash(tmp_path: Path) ->
     found = resolve(tmp_path, {"dataset": {"name": "mine", "sample_size": 3}})
     assert texts(found) == ["prompt 0", "prompt 1", "prompt 2"]
     place = {"kind": "local", "path": str(tmp_path / "mine.jsonl"), "name": "mine", "split": "train"}
-    expected = {**place, "revision": None, "sha256": fingerprint(found.prompts), "count": 3, "shuffle_seed": None}
+    expected = {**place, "revision": None, "sha256": fingerprint(found.prompts), "count": 3, "taken_from": "prompt"}
     assert found.source == {**dict.fromkeys(found.source), "hub_name": "mine", **expected}
     assert found.warnings == ()
 
@@ -158,7 +158,7 @@ def test_every_permutation_is_as_likely() -> None:
     [
         ([{"a": "x", "b": "y"}], None, "it has a, b"),
         ([{"prompt": "x"}], "nope", "no column 'nope'"),
-        ([{"prompt": ["x"]}], None, "holds lists"),
+        ([{"prompt": ["x"]}], None, "no prompts found: prompt: expected text, or a list of messages"),
         ([{"prompt": ""}], None, "no prompts found"),
         ([], None, "no prompts found"),
         ([["x"]], None, "line 1: expected an object"),

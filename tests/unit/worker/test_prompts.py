@@ -18,9 +18,9 @@ from lem.worker.prompts import (
     ResolvedPrompts,
     fingerprint,
     generate,
+    prompt_of_record,
     read_prompt_file,
     resolve_on_host,
-    text_of_record,
     write_prompts,
 )
 
@@ -53,36 +53,95 @@ def test_jsonl_lines_are_objects_or_texts_with_their_own_bounds(tmp_path: Path) 
     assert read_prompt_file(write(tmp_path, "p.jsonl", content)) == (Prompt("a", None, 7), Prompt("b", 5), Prompt("c"))
 
 
-MESSAGES = [
-    {"role": role, "content": content}
-    for role, content in (("system", "Be brief."), ("user", "Why?"), ("assistant", "Because."))
-]
+def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+ASKED = [message("system", "Be brief."), message("user", "Why?")]
+MESSAGES = [*ASKED, message("assistant", "Because.")]
 TURNS = [{"from": who, "value": text} for who, text in (("gpt", "Hi"), ("human", "Go"), ("human", "On"))]
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+CALLED = [
+    message("user", "Add."),
+    message("assistant", None, tool_calls=[CALL]),
+    message("tool", "2", tool_call_id="c1"),
+]
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+PARTS = [{"type": "text", "text": "Why"}, {"type": "text", "text": "not?"}]
+WILD = [{"role": role, "content": text, "toxic": False} for role, text in (("user", "Hi"), ("assistant", "Oh"))]
 
 
+# Each with the text that is measured without a chat template, and what the record says about it.
 @pytest.mark.parametrize(
-    ("record", "text"),
-    [({"messages": MESSAGES}, "Be brief.\n\nWhy?"), ({"conversations": TURNS}, "Go")],
-    ids=["up to the last turn of the user", "the first human turn"],
-)
-def test_the_prompt_of_a_conversation(record: Any, text: str) -> None:
-    assert text_of_record(record) == text
+    ("record", "text", "taken_from"),
+    [
+        ("a", "a", None),
+        ({"prompt": "a", "text": "b"}, "a", "prompt"),
+        ({"text": "b"}, "b", "text"),
+        ({"messages": MESSAGES}, "Be brief.\n\nWhy?", "messages, up to the last user turn"),
+        ({"prompt": MESSAGES, "completion": "b"}, "Be brief.\n\nWhy?", "prompt, up to the last user turn"),
+        ({"messages": [*MESSAGES, *ASKED]}, "Be brief.\n\nWhy?\n\nBecause.\n\nBe brief.\n\nWhy?",
+         "messages, up to the last user turn"),
+        ({"messages": CALLED, "tools": TOOLS}, "Add.\n\n2", "messages, up to the last tool turn"),
+        ({"messages": [*CALLED, message("assistant", "Two.")]}, "Add.\n\n2", "messages, up to the last tool turn"),
+        ({"messages": [message("user", PARTS)]}, "Why\nnot?", "messages, up to the last user turn"),
+        ({"messages": [message("developer", ""), message("user", "a")]}, "a", "messages, up to the last user turn"),
+        ({"conversations": TURNS}, "Go", "conversations, first human turn"),
+        ({"conversation": TURNS}, "Go", "conversation, first human turn"),
+        ({"conversation_id": 7, "conversation": WILD}, "Hi", "conversation, up to the last user turn"),
+        ({"question_id": 81, "turns": ["Write.", "Rewrite."]}, "Write.", "turns, first turn"),
+        ({"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": MESSAGES}},
+         "Be brief.\n\nWhy?", "messages, up to the last user turn"),
+        ({"custom_id": "2", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 9}}, "a", "prompt"),
+    ],
+)  # fmt: skip
+def test_the_prompt_of_each_accepted_shape(record: Any, text: str, taken_from: str | None) -> None:
+    prompt = prompt_of_record(record)
+    assert (prompt.prompt, prompt.taken_from) == (text, taken_from)
+
+
+def test_messages_keep_roles_turns_and_tools_without_the_answer() -> None:
+    assert prompt_of_record({"messages": MESSAGES}).messages == tuple(ASKED)
+    assert prompt_of_record({"conversation": WILD}).messages == (message("user", "Hi"),)
+    assert prompt_of_record({"messages": [message("user", PARTS)]}).messages == (message("user", "Why\nnot?"),)
+    called = prompt_of_record({"messages": CALLED, "tools": json.dumps(TOOLS)})
+    assert called.tools == tuple(TOOLS)
+    given = {**CALL, "function": {"name": "add", "arguments": {"a": 1}}}  # an object, as chat templates expect
+    assert called.messages == (CALLED[0], message("assistant", None, tool_calls=[given]), CALLED[2])
+
+
+def test_a_batch_line_bounds_its_output() -> None:
+    bounds: tuple[dict[str, int], ...] = ({"max_tokens": 9}, {"max_tokens": 9, "max_completion_tokens": 8}, {})
+    lines = ({"custom_id": "1", "body": {"messages": MESSAGES, **bound}} for bound in bounds)
+    assert [prompt_of_record(line).output_tokens for line in lines] == [9, 8, None]
 
 
 @pytest.mark.parametrize(
     "record",
     [
-        {"text": "a"},
+        {"answer": "a"},
+        {},
         {"prompt": 3},
         {"prompt": "  "},
         {"prompt": None},
         {"prompt": "\ud800"},
+        {"text": ["a"]},
         {"messages": []},
-        {"messages": "a"},
-        {"messages": [{"role": "assistant", "content": "a"}]},
-        {"messages": [{"role": "user", "content": ["a"]}]},
+        {"messages": 1},
+        {"messages": [message("assistant", "a")]},
+        {"messages": [message("user", ["a"])]},
+        {"messages": [message("user", None)]},
+        {"messages": [message("user", [{"type": "image_url", "image_url": {"url": "a"}}])]},
+        {"messages": [message("narrator", "a"), message("user", "a")]},
+        {"messages": [message("user", "a"), message("assistant", None), message("user", "b")]},
+        {"messages": [message("user", "a")], "tools": "{"},
+        {"messages": [message("user", "a")], "tools": [{"name": "\ud800"}]},
+        {"messages": [message("user", "a")], "tools": [{"limit": float("nan")}]},
         {"conversations": [{"from": "gpt", "value": "a"}]},
         {"conversations": 1},
+        {"turns": []},
+        {"custom_id": "1", "body": {"input": 7}},
+        {"custom_id": "1", "body": {"prompt": "a", "max_tokens": 0}},
         ["a"],
         None,
         7,
@@ -90,7 +149,7 @@ def test_the_prompt_of_a_conversation(record: Any, text: str) -> None:
 )
 def test_a_record_without_text_is_refused(record: Any) -> None:
     with pytest.raises(ValueError, match=r"\w"):
-        text_of_record(record)
+        prompt_of_record(record)
 
 
 def test_every_bad_line_is_named_with_its_number_and_many_are_counted(tmp_path: Path) -> None:
@@ -139,6 +198,34 @@ def test_written_prompts_are_read_back_as_they_were(tmp_path: Path) -> None:
     assert read_prompt_file(tmp_path / PROMPTS_FILE) == prompts
     first = json.loads((tmp_path / PROMPTS_FILE).read_text(encoding="utf-8").split("\n")[0])
     assert set(first) == {"prompt", "input_tokens", "output_tokens"}
+
+
+def test_conversations_are_written_and_read_back_with_what_they_were_taken_from(tmp_path: Path) -> None:
+    records = ({"messages": CALLED, "tools": TOOLS}, {"messages": MESSAGES}, {"conversations": TURNS})
+    prompts = tuple(map(prompt_of_record, records))
+    write_prompts(tmp_path, prompts)
+    read = read_prompt_file(tmp_path / PROMPTS_FILE)
+    assert read == prompts
+    assert [item.taken_from for item in read] == [item.taken_from for item in prompts]
+    assert fingerprint(read) == fingerprint(prompts)
+
+
+def test_prompts_of_earlier_builds_are_read_with_the_same_fingerprint(tmp_path: Path) -> None:
+    content = b'{"prompt": "a\\n\\nb", "input_tokens": null, "output_tokens": 7}\n'
+    read = read_prompt_file(write(tmp_path, PROMPTS_FILE, content))
+    assert read == (Prompt("a\n\nb", None, 7),)
+    line = b'{"prompt":"a\\n\\nb","input_tokens":null,"output_tokens":7}\n'
+    assert fingerprint(read) == hashlib.sha256(line).hexdigest()
+
+
+def test_without_a_chat_template_a_conversation_is_measured_as_its_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "p.jsonl", (json.dumps({"messages": MESSAGES}) + '\n{"prompt": "a"}\n').encode())
+    found = resolve(prompts={"type": "file", "path": str(path)})
+    assert found is not None
+    assert found.prompts == (Prompt("Be brief.\n\nWhy?"), Prompt("a"))
+    assert found.source["taken_from"] == "messages, up to the last user turn (1); prompt (1)"
+    # The fingerprint of builds that knew no messages: their campaigns resume without repeating anything.
+    assert found.source["sha256"] == fingerprint([Prompt("Be brief.\n\nWhy?"), Prompt("a")])
 
 
 def test_fingerprint_depends_on_contents_and_order_alone(tmp_path: Path) -> None:
