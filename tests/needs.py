@@ -100,6 +100,19 @@ def _program(name: str) -> str | None:
     return None if shutil.which(name) else f"no {name} on this machine (apt-get install {name})"
 
 
+def language_server() -> Path | None:
+    """yaml-language-server, on PATH or in build/npm."""
+    local = Path(__file__).parents[1] / "build/npm/node_modules/.bin/yaml-language-server"
+    found = shutil.which("yaml-language-server") or shutil.which(local)
+    return Path(found) if found else None
+
+
+def _language_server() -> str | None:
+    if language_server() is not None:
+        return None
+    return "no yaml-language-server on this machine (npm install --prefix build/npm yaml-language-server@1.25.0)"
+
+
 def _gcc() -> str | None:
     if shutil.which("gcc"):
         return None
@@ -163,6 +176,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "gcc": Need(_gcc, is_mandatory=True),
         "zsh": Need(partial(_program, "zsh"), is_mandatory=False),
         "fish": Need(partial(_program, "fish"), is_mandatory=False),
+        "yaml-language-server": Need(_language_server, is_mandatory=False),
         "lab": Need(_lab, is_mandatory=True),
         # Hosts that are containers of the lab, and Ansible to reach them.
         "fleet": Need(_fleet, is_mandatory=True),

@@ -18,6 +18,7 @@ from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import BoolKind, ChoiceKind, NumberKind, Problem, dotted
 from lem.config.load import Loaded, kind_of, load_campaign, load_experiment
 from lem.config.option import Section, find_option, is_secret, leaves, merge, nest
+from lem.config.schema import document_schema
 from lem.config.yamlfile import FileProblems
 from lem.orchestration.plan import build_plan
 
@@ -188,7 +189,7 @@ def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
 
 def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     section = CampaignConfig if args.kind == "campaign" else ExperimentConfig
-    write_json(out, introspection.document_schema(section, f"lem {args.kind}"))
+    write_json(out, document_schema(section, args.kind))
 
 
 def _fields(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:

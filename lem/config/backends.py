@@ -12,11 +12,11 @@ from typing import Any
 
 from lem.base.errors import ConfigurationError, did_you_mean
 from lem.config.kinds import Problem
-from lem.config.option import Section, declared, matching, option
+from lem.config.option import Matching, Section, declared, option
 
 BACKENDS = ("pytorch", "vllm", "tensorrt")
 
-_check_memory_size = matching(r"[0-9]+(\.[0-9]+)? ?([KMG]i?B)", "a size such as 10GiB or 800MB")
+_check_memory_size = Matching(r"[0-9]+(\.[0-9]+)? ?([KMG]i?B)", "a size such as 10GiB or 800MB")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lem.config.experiment import (
     WarmupConfig,
 )
 from lem.config.kinds import REQUIRED, Items, Problem, check_url
-from lem.config.option import Section, canonical, check_partial, declared, matching, nest, option, put
+from lem.config.option import Matching, Section, canonical, check_partial, declared, nest, option, put
 
 __all__ = [
     "CampaignColdStartConfig",
@@ -45,8 +45,8 @@ __all__ = [
 
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY_GROUPS = {"weekdays": _WEEKDAYS[:5], "weekends": _WEEKDAYS[5:]}
-_check_time = matching(r"([01][0-9]|2[0-3]):[0-5][0-9]", "a time from 00:00 to 23:59")
-_check_file_name = matching(r"(?!\.\.?\Z)[^/]+", "a file name without a folder")
+_check_time = Matching(r"([01][0-9]|2[0-3]):[0-5][0-9]", "a time from 00:00 to 23:59")
+_check_file_name = Matching(r"(?!\.\.?$)[^/]+", "a file name without a folder")
 _MAX_SLUG = 64
 
 # Twelve days of measuring at 10 s each. A plan of this size takes 0.4 GB of memory; a few long axes exceed any limit.

@@ -14,9 +14,9 @@ from typing import Any
 from lem.base.measurement import SHORT_WINDOW_S, EnergySource, is_estimate
 from lem.config.backends import BACKENDS, SECTIONS, WIDTH_OPTIONS, PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.kinds import REQUIRED, Problem
-from lem.config.option import Section, declared, matching, option, plain
+from lem.config.option import Matching, Section, declared, option, plain
 
-_check_gpu = matching(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+", "an index such as 0 or a UUID such as GPU-8c7a…")
+_check_gpu = Matching(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+", "an index such as 0 or a UUID such as GPU-8c7a…")
 _ENGINE_KEY_LENGTH = 12
 
 # By backend: options whose product is the number of GPUs for one copy of the model; options that make it draft tokens,

@@ -1,4 +1,4 @@
-"""The options described: for programs by dotted name, as JSON Schema, as a reference, and as commented templates."""
+"""The options described: for programs by dotted name, as a reference, and as commented templates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lem.config import kinds
 from lem.config.backends import BACKENDS, PRESETS, SECTIONS, WIDTH_OPTIONS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, CampaignHealthCheckConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.option import Section, SectionKind, VariantKind, declared, plain, walk
+from lem.config.option import Section, declared, plain, walk
 from lem.config.scalars import resolve_plain
 
 __all__ = [
@@ -91,79 +91,6 @@ def _describe(item: kinds.Option) -> dict[str, Any]:
     }
 
 
-# JSON Schema
-
-
-def document_schema(section: type[Section], title: str) -> dict[str, Any]:
-    """The schema of a whole file, `_extends` included."""
-    schema = _section_schema(section)
-    extends = {"type": "string", "description": "A file whose values this one inherits."}
-    schema["properties"] = {"_extends": extends, **schema["properties"]}
-    required = schema.pop("required", None)
-    if required:  # the file it inherits from may give it
-        schema["anyOf"] = [{"required": required}, {"required": ["_extends"]}]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **schema}
-
-
-def _section_schema(section: type[Section]) -> dict[str, Any]:
-    options = declared(section)
-    properties = {name: _option_schema(item) for name, item in options.items()}
-    for alias, name in section.aliases.items():
-        properties[alias] = {**properties[name], "description": f"Another name of {name}."}
-    schema: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": properties}
-    # An option that an alias may give as well is not required under its own name.
-    aliased = section.aliases.values()
-    required = [name for name, item in options.items() if item.default is kinds.REQUIRED and name not in aliased]
-    if required:
-        schema["required"] = required
-    if section.alternative is not None:
-        return {"anyOf": [schema, {**_section_schema(section.alternative), "required": []}]}
-    if section.shorthand is not None:
-        return {"anyOf": [{"type": "string", "minLength": 1}, schema]}
-    return schema
-
-
-def _option_schema(item: kinds.Option) -> dict[str, Any]:
-    notes = [item.description]
-    if item.unit:
-        notes.append(f"Unit: {item.unit}.")
-    if item.backends is not None:
-        notes.append(f"Honoured by {', '.join(item.backends)}.")
-    kind = _kind_schema(item.kind)
-    if item.is_nullable:
-        is_simple = isinstance(kind.get("type"), str) and set(kind) <= {"type", "minLength", *kinds.LIMITS}
-        kind = {**kind, "type": [kind["type"], "null"]} if is_simple else {"anyOf": [kind, {"type": "null"}]}
-    schema = {"description": " ".join(notes), **kind}
-    is_empty_list = item.default == () and isinstance(item.kind, kinds.ListKind)
-    if item.default is not kinds.REQUIRED and not isinstance(item.default, Section) and not is_empty_list:
-        schema["default"] = plain(item.default)
-    return schema
-
-
-def _kind_schema(kind: kinds.Kind) -> dict[str, Any]:
-    match kind:
-        case kinds.BoolKind():
-            return {"type": "boolean"}
-        case kinds.NumberKind():
-            return {"type": kind.label, **kind.item.bounds}
-        case kinds.TextKind():
-            return {"type": ["string", "integer"] if kind.item.takes_integer else "string", "minLength": 1}
-        case kinds.ChoiceKind():
-            return {"enum": list(kind.item.choices)}
-        case kinds.ListKind():
-            items = _kind_schema(kind.inner)
-            limits = {"minItems": kind.item.min_items, "uniqueItems": kind.item.is_unique}
-            schema = {"type": "array", "items": items, **{word: limit for word, limit in limits.items() if limit}}
-            return {"anyOf": [items, schema]} if kind.item.takes_scalar else schema
-        case kinds.MapKind():
-            return {"type": "object", "additionalProperties": _kind_schema(kind.inner)}
-        case VariantKind():
-            return {"oneOf": [_section_schema(section) for section in kind.sections]}
-        case SectionKind():
-            return _section_schema(kind.sections[0])
-    return {}
-
-
 # Reference
 
 
@@ -206,6 +133,27 @@ _PAGE_START = """\
 A campaign or an experiment is a YAML file. The command line wins over the file, the file over the preset,
 the preset over the default. Unknown keys, values out of bounds and duplicate keys are errors. `${VAR}`
 and `${VAR:-default}` expand in text; `_extends: base.yaml` inherits another file.
+
+## In an editor
+
+With a JSON Schema, an editor checks as you type, completes names and values, and shows what an option does. The schema
+covers the axes of a grid, dotted names and overrides, too:
+
+```sh
+lem config schema > lem-campaign.json
+lem config schema experiment > lem-experiment.json
+```
+
+Name it in the first line of a file, relative to the file:
+
+```
+# yaml-language-server: $schema=lem-campaign.json
+```
+
+That works in editors with yaml-language-server (tested with version 1.25), such as VS Code with the YAML extension.
+In a hook or in CI, run `check-jsonschema --schemafile lem-campaign.json my.yaml` (tested with 0.39). A schema cannot
+find everything: `lem config validate` also checks the rules between options, the files that are named, and `${VAR}`.
+check-jsonschema merges `<<` before it looks at the schema, whereas `lem` refuses merge keys.
 
 ## Campaign
 """

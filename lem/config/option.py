@@ -32,9 +32,15 @@ def option(
     return dataclasses.field(default=kinds.UNSET, metadata={_METADATA: declaration})
 
 
-def matching(pattern: str, wanted: str) -> Callable[[str], str | None]:
-    """A check that a text matches a regular expression, which is `wanted` in words."""
-    return lambda text: None if re.fullmatch(pattern, text) else f"expected {wanted}, got {text!r}"
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """A check that a text matches a regular expression of both Python and JSON Schema, which is `wanted` in words."""
+
+    pattern: str
+    wanted: str
+
+    def __call__(self, text: str) -> str | None:
+        return None if re.fullmatch(self.pattern, text) else f"expected {self.wanted}, got {text!r}"
 
 
 S = TypeVar("S", bound="Section")

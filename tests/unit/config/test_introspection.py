@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ import pytest
 
 from lem.base.errors import ConfigurationError
 from lem.config.backends import BACKENDS
-from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.introspection import (
-    document_schema,
     get_campaign_params,
     get_experiment_params,
     render_page,
@@ -52,55 +49,6 @@ def test_an_option_is_described_as_plain_json() -> None:
 def test_the_reference_page_is_fresh():
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == render_page(), "lem config fields --markdown > docs/configuration.md"
-
-
-# JSON Schema
-
-
-KEYWORDS = {
-    *("$schema", "title", "type", "properties", "additionalProperties", "required", "description", "default", "enum"),
-    *("anyOf", "oneOf", "items", "minItems", "uniqueItems", "minLength"),
-    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
-}
-
-
-def subschemas(schema: Any) -> Iterator[dict[str, Any]]:
-    if not isinstance(schema, dict):
-        return
-    yield schema
-    for part in [*schema.get("properties", {}).values(), *schema.get("anyOf", []), *schema.get("oneOf", [])]:
-        yield from subschemas(part)
-    for key in ("items", "additionalProperties"):
-        yield from subschemas(schema.get(key))
-
-
-@pytest.mark.parametrize("section", [CampaignConfig, ExperimentConfig])
-def test_the_schema_has_every_option_and_no_unknown_keyword(section: Any):
-    schema = document_schema(section, "t")
-    found = list(subschemas(schema))
-    assert set().union(*found) <= KEYWORDS
-    properties = {name for part in found for name in part.get("properties", {})}
-    params = get_campaign_params() if section is CampaignConfig else get_experiment_params()
-    assert {name.rpartition(".")[2] for name in params} <= properties
-    assert json.loads(json.dumps(schema, allow_nan=False)) == schema
-
-
-def test_the_schema_of_some_options():
-    schema = document_schema(ExperimentConfig, "t")["properties"]
-    assert schema["max_output_tokens"] == {
-        "description": "Tokens to generate at most. Unit: tokens.",
-        "type": "integer",
-        "minimum": 1,
-        "default": 128,
-    }
-    assert schema["backend"]["enum"] == list(BACKENDS)
-    assert schema["random_seed"]["type"] == ["integer", "null"]
-    assert schema["model_name"]["description"] == "Another name of model."
-    assert "anyOf" not in document_schema(ExperimentConfig, "t")
-    assert document_schema(CampaignConfig, "t")["anyOf"] == [
-        {"required": ["campaign_name"]},
-        {"required": ["_extends"]},
-    ]
 
 
 # Templates
