@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lem.base.absences import NULL_TEXTS
+from lem.base.units import plain
 
 _Thing = TypeVar("_Thing")
 
@@ -339,6 +340,14 @@ TEXTS: Mapping[str, str] = {**V1_TEXTS, **_NEW_TEXTS, **NULL_TEXTS}
 _NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 
 
+class _Plain(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        return plain(value, format_spec) if isinstance(value, float) else format(value, format_spec)
+
+
+_PLAIN = _Plain()
+
+
 @dataclass(frozen=True)
 class Reason:
     """One reason; `of` makes and checks it."""
@@ -360,7 +369,7 @@ class Reason:
     @property
     def text(self) -> str:
         """The sentence, without a full stop."""
-        return self.worded(TEXTS)
+        return _PLAIN.format(TEXTS[self.code], **self.data)
 
     @property
     def kind(self) -> Hashable:
@@ -369,7 +378,7 @@ class Reason:
         return (self.code, *sorted(texts))
 
     def worded(self, texts: Mapping[str, str]) -> str:
-        """The sentence from another table than `TEXTS`."""
+        """The sentence from another table than `TEXTS`, as earlier versions wrote it into records."""
         return texts[self.code].format(**self.data)
 
     def __str__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 
 # Shown for a missing number.
 ABSENT = "–"
@@ -69,6 +70,15 @@ def format_duration(seconds: float) -> str:
     return f"{hours // 24}d {hours % 24:02d}h"
 
 
+def plain(value: float, spec: str) -> str:
+    """As `format` with a spec such as `.3g` or `+.2g`, but without an exponent: 130, where `.2g` gives 1.3e+02."""
+    text = format(value, spec)
+    if "e" not in text or not 1e-9 < abs(value) < 1e15:
+        return text
+    sign = "+" if spec.startswith("+") else ""
+    return format(value, f"{sign}.0f") if abs(value) >= 1 else format(Decimal(text), f"{sign}f")
+
+
 def format_quantity(value: float | None, unit: str = "", digits: int = SIGNIFICANT_DIGITS) -> str:
     """`value` to `digits` significant digits without thousands separators; an en dash for None."""
     if value is None:
@@ -125,7 +135,7 @@ def plural(count: int, noun: str) -> str:
 
 def percent(share: float) -> str:
     """`12 %`, `1.2 %`, `0.03 %`."""
-    return f"{100 * share:.2g} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
+    return f"{plain(100 * share, '.2g')} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
 
 
 def with_decimals(value: float, decimals: int | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,21 +11,21 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base import log
-from lem.base.doc import Column, columns, write_json
+from lem.base.doc import Column, columns, terminal_width, wrapped, write_json
 from lem.base.durable import GROUPED
 from lem.base.errors import UserError
 from lem.base.log import WIDTH, paint
 from lem.base.reasons import Reason
-from lem.base.units import format_duration, parse_duration, percent, plural
+from lem.base.units import ABSENT, format_duration, parse_duration, percent, plural, some_of
 from lem.cli.campaign_run import CampaignCommand, Job
 from lem.cli.config import add_flags, given_flags
 from lem.cli.fleet import FleetPart, own_part, store_plan
-from lem.cli.selection import add_json, add_repeated, checked
+from lem.cli.selection import add_json, add_repeated, checked, typed_again
 from lem.config.campaign_config import CampaignConfig
 from lem.config.load import Loaded, load_campaign, load_campaign_of_files
 from lem.orchestration.campaign import check_supported
 from lem.orchestration.executor import EXECUTORS, choose_executor
-from lem.orchestration.plan import ExpectedDurations, Plan, plan_campaign
+from lem.orchestration.plan import ExpectedDurations, Experiment, Plan, plan_campaign
 from lem.orchestration.resume import check_rule, make_rule
 from lem.record import Record
 from lem.results.aggregation import RUN_NOISE, Sensitivity, earlier_sensitivity, earlier_times
@@ -144,7 +143,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
     check_supported(campaign, job.choice.name)
     if not args.dry_run:
         if not args.quiet:
-            err.write("".join(f"{line}\n" for line in _lines(PlannedPower.of(plan, _earlier_results(plan)).facts())))
+            facts = PlannedPower.of(plan, _earlier_results(plan)).facts()
+            err.writelines(f"{line}\n" for line in _lines(facts, terminal_width(err)))
             err.flush()
         return CampaignCommand(args, job, out, err).execute()
     earlier = _earlier_results(plan)
@@ -154,7 +154,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
         document |= {"executor": job.choice.name, "place": job.choice.describe(), "detectable": power.document()}
         write_json(out, document)
     else:
-        out.write(render_plan(job, durations, power, args.budget))
+        out.write(render_plan(job, durations, power, args.budget, terminal_width(out)))
+    args.next = typed_again(args, "--dry-run", "--gate")
     return None
 
 
@@ -214,7 +215,9 @@ def _reasons(label: str, reasons: Sequence[tuple[str, int]]) -> Iterator[str]:
         yield f"{label} and {len(reasons) - _REASONS_SHOWN} more reasons"
 
 
-def render_plan(job: Job, durations: ExpectedDurations, power: PlannedPower, budget_s: float | None = None) -> str:
+def render_plan(
+    job: Job, durations: ExpectedDurations, power: PlannedPower, budget_s: float | None = None, width: int = WIDTH
+) -> str:
     """The plan: configurations, order, engine loads, expected time, what it can detect, and where it runs."""
     campaign, plan, rule = job.campaign, job.plan, job.rule
     cycles = plural(campaign.execution.cycles, "cycle")
@@ -237,13 +240,13 @@ def render_plan(job: Job, durations: ExpectedDurations, power: PlannedPower, bud
         facts["budget"] = f"{format_duration(budget_s)}, {_fitting(plan, durations, budget_s)}"
     facts["runs on"] = job.choice.describe()
     facts["results in"] = f"{campaign.io.results_dir}/{campaign.slug}"
-    return "\n".join([*_lines({**facts, **power.facts()}), "", *_order(plan)]) + "\n"
+    return "\n".join([*_lines({**facts, **power.facts()}, width), "", *_order(plan, width)]) + "\n"
 
 
-def _lines(facts: Mapping[str, str]) -> Iterator[str]:
-    width = max(map(len, facts)) + 2
+def _lines(facts: Mapping[str, str], width: int) -> Iterator[str]:
+    room = max(map(len, facts)) + 2
     for name, text in facts.items():
-        yield from textwrap.wrap(text, WIDTH, initial_indent=f"{name + ':':<{width}}", subsequent_indent=" " * width)
+        yield from wrapped(text, width, f"{name + ':':<{room}}")
 
 
 _DIFFERENCES = (0.01, 0.02, 0.03, 0.05)
@@ -422,15 +425,35 @@ def _fitting(plan: Plan, durations: ExpectedDurations, budget_s: float) -> str:
     return f"enough to start about {started} of {len(plan.experiments)} experiments; --resume runs the rest"
 
 
-def _order(plan: Plan) -> Iterable[str]:
-    shown = plan.experiments[:_ORDER_SHOWN]
-    gaps = [plan.gap_cap_s(kind) for kind in plan.gap_kinds()[:_ORDER_SHOWN]]
+def _order(plan: Plan, width: int) -> Iterator[str]:
+    """The first cycle, and how the others differ from it."""
+    numbers = {item.config_hash: number for number, item in enumerate(plan.configurations, 1)}
+    cycles: dict[int, list[tuple[Experiment, bool, float]]] = {}
+    for step in zip(plan.experiments, plan.loads(), map(plan.gap_cap_s, plan.gap_kinds()), strict=True):
+        cycles.setdefault(step[0].cycle_index, []).append(step)
+    (first, steps), *others = cycles.items()
+    shown = steps[:_ORDER_SHOWN]
     table = [
-        Column("cycle", tuple(str(item.cycle_index + 1) for item in shown)),
-        Column("backend", tuple(item.backend for item in shown)),
-        Column("engine", tuple("load" if is_load else "reuse" for is_load in plan.loads()[:_ORDER_SHOWN])),
-        Column("gap before", tuple(format_duration(gap) if gap else "–" for gap in gaps)),
+        Column("backend", tuple(item.backend for item, *_ in shown), is_text=True),
+        Column("engine", tuple("load" if is_load else "reuse" for _, is_load, _ in shown), is_text=True),
+        Column("gap before", tuple(format_duration(gap_s) if gap_s else ABSENT for *_, gap_s in shown)),
     ]
-    yield from columns("experiment", [item.config_name for item in shown], table, WIDTH)
-    if len(plan.experiments) > len(shown):
-        yield f"and {len(plan.experiments) - len(shown)} more"
+    names = [f"{numbers[item.config_hash]} {item.config_name}" for item, *_ in shown]
+    yield from columns(f"cycle {first + 1}", names, table, width)
+    if len(steps) > len(shown):
+        yield f"and {len(steps) - len(shown)} more"
+    if others and plan.execution.structure == GROUPED:
+        yield from wrapped(f"{len(cycles)} cycles: each experiment runs in all of them before the next one.", width)
+        return
+    orders = {cycle: [numbers[item.config_hash] for item, *_ in own] for cycle, own in cycles.items()}
+    differences: dict[str, list[int]] = {}
+    for cycle, own in others:
+        named = some_of([*map(str, orders[cycle])], _ORDER_SHOWN, " ")
+        parts = ["the same order" if orders[cycle] == orders[first] else f"order {named}"]
+        parts += [f"after a gap of at most {format_duration(own[0][2])}"] if own[0][2] else []
+        loads = sum(is_load for _, is_load, _ in own)
+        parts += [plural(loads, "engine load")] if loads != sum(is_load for _, is_load, _ in steps) else []
+        differences.setdefault(", ".join(parts), []).append(cycle + 1)
+    for text, them in differences.items():
+        which = f"{them[0]} to {them[-1]}" if len(them) == them[-1] - them[0] + 1 > 2 else ", ".join(map(str, them))
+        yield from wrapped(text, width, f"cycle{'s' * (len(them) > 1)} {which}: ")

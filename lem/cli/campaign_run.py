@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import select
@@ -24,9 +23,16 @@ from lem.base.doc import screen_of
 from lem.base.durable import reason_of
 from lem.base.errors import ExitCode, Interrupted, LemError, UserError
 from lem.cli.fleet import FleetPart
-from lem.cli.progress import LineProgress, StatusProgress, campaign_logger, choose_progress, write_output
+from lem.cli.progress import (
+    LineProgress,
+    StatusProgress,
+    campaign_logger,
+    choose_progress,
+    write_json_event,
+    write_output,
+)
+from lem.cli.selection import folder_options, without_secret
 from lem.config.campaign_config import CampaignConfig
-from lem.config.option import is_secret
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.executor import ExecutorChoice
 from lem.orchestration.manifest import COMPLETED, SKIPPED
@@ -107,6 +113,9 @@ class CampaignCommand:
             self._stop.close()
         if self._stop.signum is not None:
             return 128 + self._stop.signum
+        if outcome is not None and outcome.error is None and outcome.manifest.completed_count:
+            places = folder_options(Path(self._campaign.io.results_dir), Path(self._campaign.io.state_dir))
+            args.next = ["check", self._campaign.slug, *places]
         return ExitCode.OK if outcome is None else exit_code_of_outcome(outcome)
 
     def _run(self, runner: CampaignRunner) -> CampaignOutcome | None:
@@ -239,7 +248,7 @@ def show_results(campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO
     """Write the table, or the summary as a line of JSON; nothing if there are no results."""
     summary = run_of(outcome.manifest, Repository(Path(campaign.io.results_dir), campaign.slug))
     if is_json:
-        write_output(out, json.dumps({"event": "summary", **run_document(summary)}, ensure_ascii=False) + "\n")
+        write_json_event(out, "summary", utc_now(), **run_document(summary))
     elif summary.configurations:
         write_output(out, render_run(summary, **screen_of(out)))
 
@@ -272,16 +281,9 @@ def resume_command(words: Sequence[str]) -> str:
     script = Path(words[1]) if len(words) > 1 else Path()
     if script.name == "lem" and shutil.which("lem") == str(script):
         words = ["lem", *words[2:]]
-    kept = [_without_secret(word) for word in words if word not in ("--fresh", "--resume", "--no-resume")]
+    kept = [without_secret(word) for word in words if word not in ("--fresh", "--resume", "--no-resume")]
     kept.insert(kept.index("--") if "--" in kept else len(kept), "--resume")
     return shlex.join(kept)
-
-
-def _without_secret(word: str) -> str:
-    """The argument, with `(hidden)` instead of a secret value."""
-    start = "--set=" if word.startswith("--set=") else ""
-    key, sign, _ = word[len(start) :].partition("=")
-    return f"{start}{key}=(hidden)" if sign and is_secret(CampaignConfig, tuple(key.split("."))) else word
 
 
 def webhook_message(campaign: CampaignConfig, ended: CampaignOutcome | LemError) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, NameShortener, screen_of,
 from lem.base.errors import ExitCode
 from lem.base.log import WIDTH
 from lem.base.units import plural, some_of
-from lem.cli.selection import add_json, add_results_dir, add_state_dir, resolve_run
+from lem.cli.selection import add_json, add_results_dir, add_state_dir, folder_options, resolve_run
 from lem.results.check import check_run
 from lem.results.findings import Finding
 from lem.results.run import Run
@@ -27,7 +27,7 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "exit codes: 0 nothing is weak, 2 no such campaign, 4 something is weak (inconclusive)"
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run) or a run")
-    add_results_dir(parser, "-o")
+    add_results_dir(parser)
     add_state_dir(parser)
     add_json(parser)
     parser.set_defaults(run=run)
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
     """Exit code 4 if something is weak."""
     checked = resolve_run(args.results_dir, args.campaign).read(args.state_dir, is_checked=True)
     findings = check_run(checked)
+    args.next = ["report", args.campaign, *folder_options(args.results_dir)]
     if args.json:
         write_json(out, check_document(checked, findings))
     else:

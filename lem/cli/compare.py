@@ -50,7 +50,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     strictness.add_argument("--strict", action="store_true", help="the default: exit with 4 if a gate is inconclusive")
     selection.add_budget(parser)
     selection.add_rates(parser)
-    selection.add_results_dir(parser, "-o")
+    selection.add_results_dir(parser)
     form = parser.add_mutually_exclusive_group()
     selection.add_json(form)
     form.add_argument("--markdown", action="store_true", help="print Markdown, for a comment on a pull request")
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         out.write(render_markdown(comparison))
     else:
         out.write(render_text(comparison, has_budget=args.budget, **screen_of(out)))
+        if len(comparison.runs) == 1:
+            args.next = ["report", comparison.runs[0].campaign_name, *selection.folder_options(args.results_dir)]
     if code is ExitCode.USAGE:
         names = dict.fromkeys(row.metric.name for row in unmeasured(comparison))
         raise UserError(f"gate on a metric that was not measured: {', '.join(names)}", "gate one that both sides have")

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from lem.base import log
 from lem.base.doc import write_json
 from lem.base.errors import ConfigurationError, ExitCode, did_you_mean
-from lem.cli.selection import add_json, add_repeated
+from lem.cli.selection import add_json, add_repeated, typed_again
 from lem.config import introspection, rules
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig
@@ -96,7 +96,11 @@ def _validate(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         reports.append(report)
     if args.json:
         write_json(out, reports)
-    return ExitCode.OK if all(report["valid"] for report in reports) else ExitCode.USAGE
+    if not all(report["valid"] for report in reports):
+        return ExitCode.USAGE
+    if len(reports) == 1:
+        args.next = [reports[0]["kind"], *typed_again(args)[args.typed.index("validate") + 1 :], "--dry-run"]
+    return ExitCode.OK
 
 
 def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:

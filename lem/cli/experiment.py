@@ -1,11 +1,11 @@
-"""`lem experiment`: run one experiment."""
+"""`lem experiment`: run one experiment, from a file or from options alone."""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from lem.base import durable, log
 from lem.base.doc import screen_of, write_json
@@ -13,7 +13,7 @@ from lem.base.errors import ExitCode, UserError
 from lem.cli.campaign import render_findings
 from lem.cli.config import add_flags, given_flags
 from lem.cli.progress import choose_progress
-from lem.cli.selection import add_json, add_repeated
+from lem.cli.selection import add_json, add_repeated, folder_options, typed_again
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, CampaignIOConfig, with_campaign_defaults
 from lem.config.experiment import ExperimentConfig
 from lem.config.load import ListedExperiment, Loaded, encode_config, load_experiment
@@ -28,7 +28,10 @@ from lem.results.run import make_run
 from lem.results.store import Repository
 from lem.results.table import render_run
 
-_MODEL = {"model": ("--model", "-m", "override the model"), "dataset": ("--dataset", "-d", "override the data set")}
+_MODEL = {
+    "model": ("--model", "-m", "the model: a name on the hub, or a folder"),
+    "dataset": ("--dataset", "-d", "the data set (see lem datasets)"),
+}
 _CYCLES = {
     "num_cycles": ("--cycles", "-c", "number of cycles (num_cycles)"),
     "warmup.min_prompts": ("--warmup-prompts", "minimum number of warm-up prompts"),
@@ -38,7 +41,7 @@ _RESULTS = {"io.results_dir": ("--results-dir", "-o", "results folder")}
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="an experiment file")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="an experiment file; not needed with --model")
     parser.add_argument("--preset", metavar="NAME", help="preset to start from (see lem presets)")
     add_flags(parser, ExperimentConfig, _MODEL)
     parser.add_argument("--sample-size", "-n", type=int, metavar="N", help="number of prompts")
@@ -54,6 +57,8 @@ def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    if args.file is None and not (args.model or any(text.startswith("model") for text in args.set)):
+        raise UserError("expected an experiment file, or --model NAME", "for example: lem experiment --model gpt2")
     loaded = load_experiment(args.file, [*given_flags(args, {**_MODEL, **_CYCLES, **_RESULTS}), *args.set], args.preset)
     with durable.scratch_folder(Path(tempfile.gettempdir())) as state_dir:
         campaign, plan = _as_campaign(loaded, args, str(state_dir))
@@ -62,6 +67,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         executor = LocalExecutor(args.python)
         if args.dry_run:
             _describe(plan, campaign, executor.python, args, out)
+            args.next = typed_again(args, "--dry-run")
             return ExitCode.OK
         console, stop = log.Console(err), StopRequest()
         log.configure(console, verbosity=-1 if args.quiet else args.verbose)
@@ -73,6 +79,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         finally:
             console.close()
         _show(args, campaign, outcome, out)
+        if outcome.manifest.completed_count:
+            args.next = ["check", campaign.slug, *folder_options(Path(campaign.io.results_dir))]
         if outcome.error is not None:  # its hint is about resuming, which an experiment cannot do
             log.Console(err).error(outcome.error.message)
     if outcome.signum is not None:
@@ -82,19 +90,23 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 def _as_campaign(loaded: Loaded[ExperimentConfig], args: argparse.Namespace, state: str) -> tuple[CampaignConfig, Plan]:
     """The experiment as a campaign of one configuration, without gaps and with a temporary manifest."""
-    config, file, mapping = loaded.config, Path(args.file), loaded.source.mapping
+    config, mapping = loaded.config, loaded.source.mapping
+    file = None if args.file is None else Path(args.file)
+    name = config.config_name or (Path(config.model.name).name if file is None else file.stem)
+    what: dict[str, Any] = {"experiments": ({"inline": dict(mapping)},)} if file is None else {"configs": (str(file),)}
     campaign = CampaignConfig(
-        campaign_name=config.config_name or file.stem,
-        configs=(str(file),),
+        campaign_name=name,
+        **what,
         execution=CampaignExecutionConfig(cycles=config.num_cycles, config_gap_seconds=0, cycle_gap_seconds=0),
         io=CampaignIOConfig(results_dir=config.io.results_dir or "results", state_dir=state),
     )
     if args.sample_size is not None:
-        chosen = CampaignConfig(campaign_name="experiment", configs=(str(file),), num_samples=args.sample_size)
+        chosen = CampaignConfig(campaign_name=name, **what, num_samples=args.sample_size)
         mapping = with_campaign_defaults(chosen, mapping, {"num_samples"})
     plan = build_plan(campaign, [ListedExperiment(mapping, loaded.source, file)], gpus=find_gpus() or None)
     if not plan.experiments:
-        raise UserError("; ".join(reason for reason, _ in plan.filtered_by_reason), "correct the experiment file")
+        remedy = "correct the options" if file is None else "correct the experiment file"
+        raise UserError("; ".join(reason for reason, _ in plan.filtered_by_reason), remedy)
     return campaign, plan
 
 

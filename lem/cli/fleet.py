@@ -13,8 +13,8 @@ from typing import Any, TextIO
 from lem.base.clock import utc_now
 from lem.base.doc import Column, columns, printable, terminal_width, write_json
 from lem.base.errors import ExitCode, UserError
-from lem.base.units import format_duration, parse_percentage, plural, some_of
-from lem.cli.selection import add_json, add_repeated, checked, damaged, list_problems, problem_documents
+from lem.base.units import format_duration, parse_percentage, plain, plural, some_of
+from lem.cli.selection import add_json, add_repeated, checked, damaged, folder_options, list_problems, problem_documents
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
 from lem.orchestration.fleet import costs_of, make_fleet_plan, matching, parse_shard, part_of_plan, replan
@@ -59,6 +59,7 @@ def store_plan(
         write_json(out, dataclasses.asdict(made))
     else:
         out.write("\n".join(_described(made)) + "\n")
+        args.next = ["campaign", *args.files, "--plan", args.write_plan, "--shard", f"1/{len(made.hosts)}"]
 
 
 def _described(plan: merge.FleetPlan) -> list[str]:
@@ -95,7 +96,7 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="DIR", help="results folder of a host, or a folder that contains it")
-    add("--output", "-o", type=Path, required=True, metavar="DIR", help="results folder to merge into")
+    add("--output", type=Path, required=True, metavar="DIR", help="results folder to merge into")
     add("--campaign", metavar="NAME", help="the campaign, if the folders hold several")
     add("--plan", type=Path, metavar="PLAN", help="stored plan: merge only its run, and list what is missing")
     kind = partial(checked, parse_percentage)
@@ -136,6 +137,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         counts = f"{plural(len(gathered.results), 'result')} of {plural(len(matrix.hosts), 'host')}"
         out.write("\n".join([*lines, f"{counts} in {args.output}, {new} of them new"]) + "\n")
         list_problems(err, gathered.problems, lead="left out: ")
+        args.next = ["check", gathered.campaign, *folder_options(args.output)]
     return ExitCode.EXPERIMENT_FAILED if matrix.missing or damaged(gathered.problems) else ExitCode.OK
 
 
@@ -164,7 +166,7 @@ def _document(gathered: merge.Gathered, matrix: merge.Matrix, anchor: merge.Anch
 def _described_anchor(anchor: merge.AnchorCheck) -> str:
     if anchor.spread is None:
         return "anchor: fewer than two hosts have a valid result of it; hosts cannot be compared"
-    values = ", ".join(f"{host} {value:.4g} {anchor.unit}" for host, value in anchor.by_host.items())
+    values = ", ".join(f"{host} {plain(value, '.4g')} {anchor.unit}" for host, value in anchor.by_host.items())
     return f"anchor: hosts are within {100 * anchor.spread:.1f} % in {anchor.metric} ({values})"
 
 
@@ -196,6 +198,7 @@ def _make(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
         write_json(out, {"path": str(path)})
     else:
         out.write(f"{path}, {'signed' if args.sign_key is not None else 'not signed'}\n")
+        args.next = ["bundle", "verify", path]
 
 
 def _verify(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:

@@ -19,7 +19,7 @@ from lem.base import log, process
 from lem.base.clock import Clock, utc_now, utc_text
 from lem.base.doc import terminal_width, wrapped, write_json
 from lem.base.errors import EngineError, ExitCode, UserError
-from lem.base.log import WIDTH, paint
+from lem.base.log import paint
 from lem.base.units import GIB
 from lem.base.variables import GPU_VARIABLE
 from lem.cli.selection import add_json, add_repeated, add_results_dir
@@ -49,7 +49,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     add_repeated(parser, "--backend", "NAME", "backend that must be available")
     parser.add_argument("--compose-file", metavar="FILE", help="compose file; separate several by colons")
     parser.add_argument("--env-file", type=Path, metavar="FILE", help="environment file for compose")
-    add_results_dir(parser, "-o")
+    add_results_dir(parser)
     add_json(parser)
     parser.set_defaults(run=run_doctor)
 
@@ -65,6 +65,7 @@ def run_doctor(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     else:
         width = min(terminal_width(out), _WIDEST_DOCTOR)
         out.write(_as_text(verdict, is_colour=log.is_colour_wanted(out), width=width))
+        args.next = ["config", "new"] if verdict.executors else ()
     return ExitCode.USAGE if verdict.failed else ExitCode.OK
 
 
@@ -259,5 +260,5 @@ def run_presets(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
         for preset in chosen:
             tokens = f"{preset.values['max_input_tokens']}/{preset.values['max_output_tokens']}"
             text = f"{preset.name:<{width}}{tokens:<10}{preset.description}"
-            out.write(textwrap.fill(text, WIDTH, subsequent_indent=" " * (width + 10)) + "\n")
+            out.write(textwrap.fill(text, terminal_width(out), subsequent_indent=" " * (width + 10)) + "\n")
         out.write("\nTokens: maximum input/output. All decode greedily. `lem presets NAME` shows one.\n")

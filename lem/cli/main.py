@@ -8,14 +8,16 @@ import errno
 import importlib
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from lem.base import __version__, log
 from lem.base.doc import prepare_streams
-from lem.base.errors import DISK_FULL, ExitCode, LemError, UserError, did_you_mean, exit_code_of
+from lem.base.errors import DISK_FULL, ExitCode, LemError, UserError, did_you_mean, exit_code_of, in_brackets
 from lem.base.variables import COMPOSE_VARIABLES, VARIABLES
 
 # Each has a function `add_NAME_arguments(parser)`, which sets `run(args, out, err)`: it returns an exit code, or None
@@ -39,6 +41,7 @@ COMMANDS: Mapping[str, str] = {
     "merge": "merge the results of several hosts into one campaign",
     "bundle": "pack lem.pyz, images, models and checksums for an offline host",
     "completion": "print a completion script for bash, zsh or fish",
+    "help": "show how to start, or the options of a command",
     "worker": "",
 }
 
@@ -46,7 +49,25 @@ COMMANDS: Mapping[str, str] = {
 _MODULES: Mapping[str, str] = {
     **dict.fromkeys(("doctor", "gpus", "compose", "datasets", "presets"), "host"),
     **dict.fromkeys(("merge", "bundle"), "fleet"),
+    "help": "main",
 }
+
+_START = """\
+lem measures what LLM inference costs: joules, tokens per second, latency, and
+their uncertainty.
+
+  lem doctor                            check this machine
+  lem experiment --model MODEL          measure one model
+  lem config new > campaign.yaml        write a campaign, to edit
+  lem campaign campaign.yaml --dry-run  show its plan; without --dry-run, run it
+  lem status                            see how far campaigns are
+  lem results show CAMPAIGN             show the table of its results
+  lem check CAMPAIGN                    list what weakens its numbers
+  lem compare CAMPAIGN                  compare its configurations
+  lem report CAMPAIGN                   write all of it as one HTML page
+
+`lem help COMMAND` shows the options of a command, `lem --help` all commands.
+"""
 
 # Errors of a standard stream on a full disk or a closed terminal; unlike errors of files, they name no file.
 _STREAM_ERRORS = DISK_FULL | {errno.EFBIG, errno.EIO}
@@ -118,23 +139,49 @@ def _execute(arguments: list[str], console: log.Console, out: TextIO, err: TextI
         if name.startswith("LEM_") and name not in VARIABLES | COMPOSE_VARIABLES:
             label, known = console.paint("warning:", "yellow"), ", ".join(sorted(VARIABLES))
             console.line(f"{label} unknown environment variable {name} (known: {known})", logging.WARNING)
-    return int(args.run(args, out, err) or ExitCode.OK)
+    code = int(args.run(args, out, err) or ExitCode.OK)
+    if args.next and not args.quiet and not getattr(args, "json", False):
+        out.flush()
+        console.line(f"next: {shlex.join([*own_call(), *map(str, args.next)])}")
+    return code
+
+
+def own_call() -> list[str]:
+    """The words that started lem, for commands that are to be copied; `lem` where it is on PATH."""
+    started = Path(sys.argv[0])
+    is_own = started.suffix == ".pyz" or started.parts[-2:] == ("lem", "__main__.py")
+    return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1] if is_own else ["lem"]
+
+
+def add_help_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="COMMAND", help="a command, such as campaign or results export")
+    parser.set_defaults(run=_help)
+
+
+def _help(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
+    if args.words:
+        return main([*args.words, "--help"], out, err)
+    out.write(_START)
+    return None
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line; UserError where it is invalid, SystemExit once help or the version is printed."""
+    arguments = arguments or ["help"]
     named = next((word for word in arguments if not word.startswith("-")), None)
     if named is not None and named not in COMMANDS:
         raise UserError(f"unknown command {named!r}{did_you_mean(named, list(COMMANDS))}", "see `lem --help`")
     parser = make_parser([] if named is None else [named])
-    common = argparse.Namespace(quiet=False, verbose=0, no_color=False)
+    common = argparse.Namespace(quiet=False, verbose=0, no_color=False, next=(), typed=arguments)
     args, unknown = parser.parse_known_args(arguments, common)
     if unknown:
         name, chosen = unknown[0].partition("=")[0], args.parser
         if not name.startswith("-"):
             chosen.error(f"unexpected argument {unknown[0]!r}")
         options = list(chosen._option_string_actions)  # noqa: SLF001 - as in _add_common
-        chosen.error(f"unknown option {name!r}{did_you_mean(name, options)}")
+        # A short option is like every other short one.
+        near = [it for it in ("--results-dir", "--output") if it in options] if name == "-o" else ()
+        chosen.error(f"unknown option {name!r}{in_brackets(near[0]) if near else did_you_mean(name, options)}")
     return args
 
 

@@ -7,9 +7,11 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any, TextIO
 
 from lem.base import log, units
+from lem.base.clock import utc_now, utc_text
 from lem.base.doc import printable
 from lem.base.measurement import INTERFERENCE_FROM
 from lem.cli.main import discard_output
@@ -28,7 +30,7 @@ _NAME_AT_LEAST = 12
 
 def choose_progress(console: log.Console, out: TextIO, *, is_json: bool, is_quiet: bool) -> Observer:
     if is_json:
-        return JsonProgress(out)
+        return JsonProgress(out, None if is_quiet else console)
     if is_quiet:
         return QuietProgress(console)
     return TerminalProgress(console) if console.is_live else LineProgress(console)
@@ -44,16 +46,28 @@ def write_output(stream: TextIO, text: str) -> None:
         discard_output(stream)
 
 
-class JsonProgress:
-    """One JSON object per line on stdout."""
+# What events hold for people alone.
+_DISPLAYED = ("text", "invalid_reasons")
 
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
+
+class JsonProgress:
+    """One JSON object per line on stdout, and notes for people on stderr."""
+
+    def __init__(self, out: TextIO, console: log.Console | None, now: Callable[[], datetime] = utc_now) -> None:
+        self._out, self._console, self._now = out, console, now
 
     def __call__(self, event: Event) -> None:
-        if event.kind != "tick":
-            counts = {"event": event.kind, "done": event.done, "total": event.total, "eta_s": event.eta_s}
-            write_output(self._out, json.dumps({**counts, **event.data}, ensure_ascii=False) + "\n")
+        if event.kind == "note" and self._console is not None:
+            self._console.line(str(event.data["text"]))
+        elif event.kind not in ("note", "tick"):
+            data = {name: value for name, value in event.data.items() if name not in _DISPLAYED}
+            write_json_event(
+                self._out, event.kind, self._now(), done=event.done, total=event.total, eta_s=event.eta_s, **data
+            )
+
+
+def write_json_event(out: TextIO, kind: str, at: datetime, **data: Any) -> None:
+    write_output(out, json.dumps({"event": kind, "time": utc_text(at), **data}, ensure_ascii=False) + "\n")
 
 
 class QuietProgress:
@@ -195,7 +209,7 @@ class _State:
             parts.append(units.format_power(self.watts))
         if event.eta_s is not None:
             at, today = time.localtime(now + event.eta_s), time.localtime(now)
-            parts.append(time.strftime("ETA %H:%M" if at[:3] == today[:3] else "ETA %a %H:%M", at))
+            parts.append(time.strftime("ends at %H:%M" if at[:3] == today[:3] else "ends on %a at %H:%M", at))
         return f"[{event.done}/{event.total}] " + " · ".join(filter(None, parts))
 
 

@@ -51,7 +51,7 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     selection.add_results_dir(exporting)
     exporting.set_defaults(run=_export)
     for action in (listing, showing, again):
-        selection.add_results_dir(action, "-o")
+        selection.add_results_dir(action)
         selection.add_json(action)
     for action in (listing, showing):
         selection.add_state_dir(action)
@@ -87,6 +87,7 @@ def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         write_json(out, {**run_document(found), "problems": selection.problem_documents(found.problems)})
     else:
         out.write(render_run(found, has_budget=args.budget, **screen_of(out)))
+        args.next = ["check", args.id, *selection.folder_options(args.results_dir, args.state_dir)]
         selection.list_problems(err, found.problems)
 
 

@@ -17,8 +17,9 @@ from lem.base.clock import utc_now
 from lem.base.doc import printable
 from lem.base.errors import UserError, did_you_mean
 from lem.base.units import some_of
+from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import MeasurementConfig
-from lem.config.option import declared
+from lem.config.option import declared, is_secret
 from lem.config.scalars import resolve_plain
 from lem.orchestration.journal import find_fact
 from lem.orchestration.status import CampaignStatus, Viewpoint, digests_of, find_manifest, read_status, remainder_of
@@ -28,7 +29,7 @@ from lem.results.store import Digests, Problem, Repository, Scan, describe_futur
 
 _logger = logging.getLogger(__name__)
 
-STATE_DIR = Path(".state")
+RESULTS_DIR, STATE_DIR = Path("results"), Path(".state")
 _PROBLEMS_SHOWN = 10
 _DATE_LENGTH = 8  # of a run ID; a shorter number is that of a configuration
 
@@ -38,14 +39,37 @@ commas), or by a part of its name"""
 T = TypeVar("T")
 
 
-def add_results_dir(parser: argparse.ArgumentParser, *names: str) -> None:
-    text = "results folder (default: results)"
-    parser.add_argument("--results-dir", *names, type=Path, default=Path("results"), metavar="DIR", help=text)
+def add_results_dir(parser: argparse.ArgumentParser) -> None:
+    text = f"results folder (default: {RESULTS_DIR})"
+    parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR, metavar="DIR", help=text)
 
 
 def add_state_dir(parser: argparse.ArgumentParser) -> None:
     text = f"state folder (default: {STATE_DIR})"
     parser.add_argument("--state-dir", type=Path, default=STATE_DIR, metavar="DIR", help=text)
+
+
+def folder_options(results_dir: Path, state_dir: Path = STATE_DIR) -> list[str]:
+    """The options by which another command finds these folders."""
+    given = {"--results-dir": (results_dir, RESULTS_DIR), "--state-dir": (state_dir, STATE_DIR)}
+    return [word for name, (path, usual) in given.items() if path != usual for word in (name, str(path))]
+
+
+def typed_again(args: argparse.Namespace, *dropped: str) -> list[str]:
+    """The command line as it was typed, without these options (and their values, but for flags) and secrets."""
+    kept: list[str] = []
+    for before, word in zip(["", *args.typed], args.typed, strict=False):
+        takes_value = before in dropped and not isinstance(getattr(args, before[2:].replace("-", "_")), bool)
+        if word.partition("=")[0] not in dropped and not takes_value:
+            kept.append(without_secret(word))
+    return kept
+
+
+def without_secret(word: str) -> str:
+    """The argument, with `(hidden)` instead of a secret value."""
+    start = "--set=" if word.startswith("--set=") else ""
+    key, sign, _ = word[len(start) :].partition("=")
+    return f"{start}{key}=(hidden)" if sign and is_secret(CampaignConfig, tuple(key.split("."))) else word
 
 
 def add_json(parser: argparse._ActionsContainer, text: str = "print one JSON document") -> None:

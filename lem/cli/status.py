@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, tzinfo
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base.clock import utc_now
-from lem.base.doc import NAME_WIDTH, Column, Doc, NameShortener, Table, printable, write_json
+from lem.base.doc import NAME_WIDTH, Column, Doc, NameShortener, Table, printable, terminal_width, write_json
 from lem.base.errors import UserError, did_you_mean
-from lem.base.log import WIDTH, bounded_width, is_colour_wanted
+from lem.base.log import WIDTH, is_colour_wanted
 from lem.base.units import format_duration
 from lem.cli.selection import add_json, add_state_dir
 from lem.config.campaign_config import slug_of
@@ -47,8 +46,7 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     """Exit code 0 whatever the states are, 2 if there is no such campaign."""
     viewpoint = Viewpoint(utc_now(), socket.gethostname(), boot_time())
-    width = bounded_width(shutil.get_terminal_size().columns) if out.isatty() else WIDTH
-    viewer = Viewer(viewpoint.now, width=width, is_colour=is_colour_wanted(out))
+    viewer = Viewer(viewpoint.now, width=terminal_width(out), is_colour=is_colour_wanted(out))
     if args.campaign is not None:
         status = _find(args.state_dir, args.campaign, viewpoint)
         if args.json:
@@ -133,7 +131,7 @@ def render_statuses(statuses: Sequence[CampaignStatus], viewer: Viewer) -> str:
         "done": [str(item.count(COMPLETED)) for item in statuses],
         "failed": [str(item.count(FAILED)) for item in statuses],
         "left": [str(item.n_left) for item in statuses],
-        "ETA": [_eta(item, viewer) for item in statuses],
+        "ends at": [_eta(item, viewer) for item in statuses],
         "last update": [viewer.clock(_last_update(item)) for item in statuses],
     }
     table = tuple(Column(heading, tuple(texts)) for heading, texts in cells.items())
@@ -220,7 +218,7 @@ def _counts(status: CampaignStatus, viewer: Viewer) -> Iterator[str]:
     yield ", ".join(parts)
     if status.left_s and status.n_left:
         left = format_duration(status.left_s)
-        yield f"ETA {_eta(status, viewer)}, in {left}" if status.state == State.RUNNING else f"about {left} left"
+        yield f"ends at {_eta(status, viewer)}, in {left}" if status.state == State.RUNNING else f"about {left} left"
 
 
 def _facts(status: CampaignStatus, viewer: Viewer) -> Iterator[tuple[str, str]]:

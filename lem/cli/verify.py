@@ -47,7 +47,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = f"a {RESULT_FILE}, the folder of an attempt, run or campaign, or a name as for `lem results show`"
     parser.add_argument("results", nargs="+", metavar="RESULT", help=text)
-    selection.add_results_dir(parser, "-o")
+    selection.add_results_dir(parser)
     selection.add_state_dir(parser)
     selection.add_json(parser)
     parser.set_defaults(run=run)

@@ -184,11 +184,13 @@ def complete_campaign(campaign: CampaignConfig, environ: Mapping[str, str] = os.
 
 
 def load_experiment(
-    path: FilePath | str, sets: Sets = (), preset: str | None = None, environ: Mapping[str, str] = os.environ
+    path: FilePath | str | None, sets: Sets = (), preset: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> Loaded[ExperimentConfig]:
-    """An experiment file, validated; as `load_campaign`."""
+    """An experiment file, or overrides alone, validated; as `load_campaign`."""
     loader = _Loader(sets, preset, environ)
-    source, found = loader.read(FilePath(path), ExperimentConfig)
+    source, found = loader.start(ExperimentConfig), []
+    if path is not None:
+        source, found = loader.read(FilePath(path), ExperimentConfig)
     hint = f"{path} is a campaign: lem campaign {path}" if "campaign_name" in source.mapping else ""
     source = loader.with_sets(source)
     config, problems = _validate(ExperimentConfig, source)
@@ -225,13 +227,13 @@ class _Loader:
             documents.append(document)
             found += _without_secrets(document.located)
             following = _base_of(documents, found)
-        source = dataclasses.replace(self._start(section), main=documents[0])
+        source = dataclasses.replace(self.start(section), main=documents[0])
         for document in reversed(documents):
             values = {key: value for key, value in document.tree.items() if key != EXTENDS}
             source = source.over(Layer("file", document.name, values, document))
         return source, found
 
-    def _start(self, section: type[Section]) -> Source:
+    def start(self, section: type[Section]) -> Source:
         source = Source(section)
         if self.preset is None or section is not ExperimentConfig:
             return source
@@ -274,7 +276,7 @@ class _Loader:
             if isinstance(entry, Mapping) and entry.get("config") is not None:
                 yield from self._of_file(campaign, (*path, "config"), entry["config"], entry.get("overrides"), problems)
             elif isinstance(entry, Mapping):
-                start = dataclasses.replace(self._start(ExperimentConfig), main=campaign.main, prefix=path)
+                start = dataclasses.replace(self.start(ExperimentConfig), main=campaign.main, prefix=path)
                 source = _over(start, campaign, entry.get("inline", entry), path)
                 yield ListedExperiment(source.mapping, source, None)
 

@@ -290,6 +290,7 @@ class Session:
             **who,
             valid=best.record.validity.valid,
             invalid_reasons=[reason.text for reason in best.record.validity.invalid_reasons],
+            invalid_codes=[reason.code for reason in best.record.validity.invalid_reasons],
             output_tok_per_s=best.record.throughput.output_tok_per_s,
             elapsed_s=elapsed_s,
             result=best.attempt.result_path,

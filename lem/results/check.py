@@ -15,7 +15,7 @@ from lem.base.measurement import (
     WINDOW_UPDATES,
 )
 from lem.base.reasons import Reason, alike
-from lem.base.units import percent, plural, some_of
+from lem.base.units import percent, plain, plural, some_of
 from lem.record import Record
 from lem.results.comparability import LENGTH_TOLERANCE, environment_changes, find_obstacles
 from lem.results.compare import exclusion_reason, find_effect
@@ -222,12 +222,9 @@ def _drift(run: Run) -> Found:
 
 
 def _moves(kind: str, metric: Metric, drift: Drift | None) -> Found:
-    if drift is None or not drift.is_found or drift.ci_lower is None or drift.ci_upper is None:
-        return
-    moved = f"{'rises' if drift.change > 0 else 'falls'} by {percent(abs(drift.change))}"
-    interval = f"{100 * drift.confidence:g} % {100 * drift.ci_lower:+.2g} to {100 * drift.ci_upper:+.2g} %"
-    rate = percent(FALSE_ALARMS)
-    yield _finding(kind, Reason.of(kind, metric=metric.label, moved=moved, interval=interval, rate=rate))
+    if drift is not None and drift.is_found:
+        about = {"metric": metric.label, "moved": drift.moved, "interval": drift.interval}
+        yield _finding(kind, Reason.of(kind, **about, rate=percent(FALSE_ALARMS)))
 
 
 def _order(run: Run) -> Found:
@@ -278,7 +275,7 @@ def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Fi
         return None
     further = cycles_to_settle(effect, 0.0, 1 - (1 - level) / UNPLANNED)
     n_cycles, names = min(effect.n_cycles), (lower.name, upper.name)
-    low, high = (f"{100 * (bound - 1):+.2g}" for bound in interval)
+    low, high = (plain(100 * (bound - 1), "+.2g") for bound in interval)
     data = {"more": upper.name, "less": lower.name, "metric": metric.lower_label, "low": low, "high": high}
     found = Reason.of("pair_open", **data, difference=percent(effect.ratio - 1), cycles=n_cycles)
     if further is None or n_cycles + further > MOST_CYCLES:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.base.reasons import Reason
+from lem.base.units import plain
 from lem.record import Record
 from lem.results.metrics import by_cycle
 
@@ -215,7 +216,7 @@ def _load(record: Record) -> dict[str, Any]:
 def workload_of(record: Record) -> str:
     """The workload for a person: `poisson, target_qps 2, synthetic 1f3a09bc, 128 tokens per answer`."""
     load = [f"{name} {value}" for name, value in _load(record).items()]
-    length = f"{record.work.output_tok / max(record.work.requests_ok, 1):.3g} tokens per answer"
+    length = f"{plain(record.work.output_tok / max(record.work.requests_ok, 1), '.3g')} tokens per answer"
     return ", ".join(filter(None, [record.window.traffic_mode.replace("_", " "), *load, _prompts(record), length]))
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from lem.base.errors import ExitCode, UserError
 from lem.base.measurement import Measured
 from lem.base.reasons import Reason, alike
-from lem.base.units import some_of
+from lem.base.units import plain, some_of
 from lem.record import Record
 from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
 from lem.results.metrics import METRICS, Metric
@@ -137,7 +137,7 @@ class Comparison:
     @property
     def coverage(self) -> str:
         """What its intervals hold, for cycles that are independent."""
-        n, each = self.n_intervals, f"each {100 * self.interval_confidence:.4g} %"
+        n, each = self.n_intervals, f"each {plain(100 * self.interval_confidence, '.4g')} %"
         return f"all {n} hold together with 95 % ({each})." if n > 1 else "it covers 95 % at any n."
 
     def rows(self, metric: Metric) -> list[tuple[Pair, Row]]:

@@ -8,7 +8,7 @@ from typing import Any
 from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, markdown_escaped, markdown_table, text_width, wrapped
 from lem.base.log import WIDTH
 from lem.base.reasons import Reason
-from lem.base.units import ABSENT, plural, some_of
+from lem.base.units import ABSENT, plain, plural, some_of
 from lem.results.aggregation import row_document
 from lem.results.along import Pooled
 from lem.results.axes import shared_settings
@@ -312,7 +312,7 @@ class _Content:
     def _over_all_attempts(self) -> Iterable[str]:
         for metric in self._metrics:
             rows = [(pair, row.all_attempts_ratio) for pair, row in self._comparison.rows(metric)]
-            every = [f"{self._name(pair.other)} {ratio:.3g}" for pair, ratio in rows if ratio is not None]
+            every = [f"{self._name(pair.other)} {plain(ratio, '.3g')}" for pair, ratio in rows if ratio is not None]
             if every:
                 found = some_of(every, NAMES_SHOWN)
                 yield f"Ratio over all attempts, invalid ones too, in {metric.lower_label}: {found}."

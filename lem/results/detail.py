@@ -56,7 +56,8 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     yield "window", f"{units.format_duration(window.window_s)}, {mode}, {repeats}{steady}"
     if window.in_flight_mean is not None and window.fill_drain_ratio is not None:
         thin = f"under 90 % of the peak for {units.percent(window.fill_drain_ratio)} of the window"
-        yield "in flight", f"{window.in_flight_mean:.3g} requests on average, {window.in_flight_peak} at most; {thin}"
+        average = f"{units.plain(window.in_flight_mean, '.3g')} requests on average"
+        yield "in flight", f"{average}, {window.in_flight_peak} at most; {thin}"
     good = "" if work.requests_good is None else f", {work.requests_good} good"
     requests = f"{work.requests_ok} requests{good}, {work.requests_failed} failed"
     yield "work", f"{requests}; {work.input_tok} tokens in, {work.output_tok} out ({work.token_source})"
@@ -147,7 +148,7 @@ def _throughput(record: Record) -> str:
         parts.append(f"goodput {units.format_quantity(throughput.good_requests_per_s, 'requests/s')}")
     if throughput.draft_accepted_ratio is not None and throughput.tok_per_step is not None:
         accepted = units.percent(throughput.draft_accepted_ratio)
-        parts.append(f"{throughput.tok_per_step:.3g} tokens per step, {accepted} of drafts accepted")
+        parts.append(f"{units.plain(throughput.tok_per_step, '.3g')} tokens per step, {accepted} of drafts accepted")
     return ", ".join(parts)
 
 
@@ -156,12 +157,12 @@ def _energy(record: Record) -> str:
     if energy_j.value is None:
         return f"not measured: {energy_j.null_reason}"
     parts = [units.format_energy(energy_j.value) + (" (an estimate)" if energy_j.is_estimate else "")]
-    parts += [f"{per_tok:.4g} J per output token"] if per_tok is not None else []
+    parts += [f"{units.plain(per_tok, '.4g')} J per output token"] if per_tok is not None else []
     per_thousand_wh, _ = SCORE.read(record)
     if per_thousand_wh is not None and is_of_energy_score(record):
-        parts.append(f"{per_thousand_wh:.4g} Wh per 1,000 prompts")
+        parts.append(f"{units.plain(per_thousand_wh, '.4g')} Wh per 1,000 prompts")
     per_good = record.efficiency.energy_per_good_request_j
-    parts += [f"{per_good:.4g} J per good request"] if per_good is not None else []
+    parts += [f"{units.plain(per_good, '.4g')} J per good request"] if per_good is not None else []
     return ", ".join([*parts, f"by {energy_j.source}"])
 
 

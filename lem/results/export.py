@@ -20,6 +20,7 @@ from lem.base.errors import UserError, did_you_mean
 from lem.base.log import escaped
 from lem.base.measurement import Distribution, parts_of_source
 from lem.base.reasons import Reason
+from lem.base.units import plain
 from lem.config.option import leaves
 from lem.record import Gpu, Record, ResultKey
 from lem.results.metrics import LATENCIES, METRICS, READABLE_LATENCIES, used_records
@@ -212,7 +213,7 @@ def _as_markdown(table: Table) -> str:
 
 
 def _markdown_cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else cell_text(value)
+    text = plain(value, ".6g") if isinstance(value, float) else cell_text(value)
     return markdown_escaped(text)
 
 

@@ -13,7 +13,7 @@ from lem.base import durable
 from lem.base.codec import decode
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import UserError
-from lem.base.units import ABSENT, plural
+from lem.base.units import ABSENT, plain, plural
 from lem.record import RESULT_FILE, Record, ResultKey, read_record
 from lem.results import store
 from lem.results.configurations import read_listing, read_numbered, write_listing
@@ -183,7 +183,7 @@ def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance:
             continue
         spread = max(by_host.values()) / min(by_host.values()) - 1 if len(by_host) > 1 else None
         if spread is not None and spread > tolerance:
-            values = ", ".join(f"{host} {value:.4g} {metric.unit}" for host, value in by_host.items())
+            values = ", ".join(f"{host} {plain(value, '.4g')} {metric.unit}" for host, value in by_host.items())
             apart, most = f"{100 * spread:.1f} %", f"more than {100 * tolerance:g} %"
             text = f"the hosts differ by {apart} in {metric.name} of the anchor, {most}: {values}"
             raise UserError(text, "replicate the campaign on each host, or raise --anchor-tolerance")

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lem.base.reasons import Reason
-from lem.base.units import percent
+from lem.base.units import percent, plain
 from lem.record import Record
 from lem.results.metrics import Cycles, Metric, by_cycle
 from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run
@@ -44,6 +44,19 @@ class Drift:
     @property
     def is_found(self) -> bool:
         return self.is_significant and abs(self.change) > DRIFT_FLAGGED
+
+    @property
+    def moved(self) -> str:
+        """`rises by 3 %`."""
+        return f"{'rises' if self.change > 0 else 'falls'} by {percent(abs(self.change))}"
+
+    @property
+    def interval(self) -> str:
+        """`95 % +1.2 to +4.8 %`, or why there is none."""
+        if self.ci_lower is None or self.ci_upper is None:
+            return "too few values for an interval"
+        low, high = (plain(100 * bound, "+.2g") for bound in (self.ci_lower, self.ci_upper))
+        return f"{100 * self.confidence:g} % {low} to {high} %"
 
 
 def is_chance(count: int, total: int, probability: float) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from lem.base.doc import Column, Table
 from lem.base.measurement import EDGES, SENSOR, Measured, known, parts_of_source
 from lem.base.reasons import Reason
-from lem.base.units import ABSENT, percent
+from lem.base.units import ABSENT, percent, plain
 from lem.record import Energy, Record
 from lem.results.metrics import Metric
 from lem.results.stats import CONFIDENCE, Effect, paired_effect
@@ -198,4 +198,4 @@ def why_unknown(found: Iterable[Measured[Combined] | None]) -> list[str]:
 
 
 def _share(share: float | None) -> str:
-    return ABSENT if share is None else f"{100 * share:.2g}"
+    return ABSENT if share is None else plain(100 * share, ".2g")

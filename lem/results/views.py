@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Final
 
 from lem.base.doc import Column, Table
-from lem.base.units import ABSENT
+from lem.base.units import ABSENT, plain
 from lem.results.along import Pooled
 from lem.results.axes import Key
 from lem.results.compare import Comparison, Pair, Row
@@ -194,7 +194,7 @@ def effect_cells(row: Row, decimals: int | None) -> tuple[str, str, str, str, st
 
 
 def ratio_text(value: float, decimals: int | None) -> str:
-    return f"{value:.3g}" if decimals is None else f"{value:.{decimals}f}"
+    return plain(value, ".3g") if decimals is None else f"{value:.{decimals}f}"
 
 
 def bounds_text(interval: tuple[float, float], decimals: int | None) -> str:

@@ -105,9 +105,9 @@ def _fleet_scenes() -> Iterator[LiveScene]:
     write = ("campaign", "c.yaml", "--write-plan", "plan.json", "--hosts", "one,two")
     first, second = ((*FRESH, "--plan", "plan.json", "--shard", f"{n}/2", "-o", f"host{n}") for n in (1, 2))
     merge = LiveStep(
-        ("merge", "host1", "host2", "-o", "all", "--plan", "plan.json", "--anchor-tolerance", "1e9%", "--json")
+        ("merge", "host1", "host2", "--output", "all", "--plan", "plan.json", "--anchor-tolerance", "1e9%", "--json")
     )
-    table = LiveStep(("results", "show", "demo", "-o", "all", "--json"))
+    table = LiveStep(("results", "show", "demo", "--results-dir", "all", "--json"))
     files = {"c.yaml": campaign((4, 8, 16), 1)}
     yield LiveScene("plan", (LiveStep(write), LiveStep(first), LiveStep(second), merge, table), files)
     of_old = (LiveStep(write, is_old=True), LiveStep(first, is_old=True), LiveStep(second), merge)

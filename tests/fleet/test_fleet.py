@@ -218,7 +218,7 @@ def test_results_that_arrived_are_kept_and_a_second_call_runs_only_what_is_missi
     assert kept.items() <= fleet.gpu2.results("twice").items()
     assert len(controller.merged("twice")) == 8
     assert (controller.fleet_dir / "twice" / "plan.json").read_bytes() == plan
-    shown = controller.lem("results", "show", "twice", "-o", controller.fleet_dir / "twice" / "merged")
+    shown = controller.lem("results", "show", "twice", "--results-dir", controller.fleet_dir / "twice" / "merged")
     assert "@ gpu1" in shown.stdout
     assert "@ gpu2" in shown.stdout
 

@@ -53,12 +53,22 @@ def test_parts_of_one_plan_merge_to_one_run_and_a_second_start_does_nothing(host
     assert [len(one.records()), len(two.records())] == [4, 4]  # the anchor and one more, twice
 
     merged = _lem(
-        controller, "merge", one.folder, two.folder, "-o", "all", "--plan", plan, "--anchor-tolerance", "1e9%", "--json"
+        controller,
+        "merge",
+        one.folder,
+        two.folder,
+        "--output",
+        "all",
+        "--plan",
+        plan,
+        "--anchor-tolerance",
+        "1e9%",
+        "--json",
     )
     assert merged.returncode == 0, merged.stderr
     document = json.loads(merged.stdout)
     assert (document["results"], document["lacking"], document["problems"]) == (8, [], [])
-    shown = _lem(controller, "results", "show", "demo", "-o", "all")
+    shown = _lem(controller, "results", "show", "demo", "--results-dir", "all")
     assert "@ one" in shown.stdout
     assert "@ two" in shown.stdout
 
@@ -85,7 +95,7 @@ def test_what_a_lost_host_lacks_is_planned_anew_for_the_others(hosts):
     plan = _store_plan(controller)
     part = ["--executor", "local", "--yes"]
     assert one.run("--plan", str(plan), "--shard", "1/2", *part).code == 0
-    merge = ["-o", "results", "--anchor-tolerance", "1e9%", "--json"]
+    merge = ["--output", "results", "--anchor-tolerance", "1e9%", "--json"]
     assert _lem(controller, "merge", one.folder, *merge, "--plan", plan).returncode == 1
 
     anew = controller.folder / "anew.json"

@@ -150,8 +150,8 @@ def test_on_a_terminal_there_is_one_live_line_below_the_lines_that_stay(rig):
     assert live[0] == f"[0/2] {FOUR} · pytorch · cycle 1/1 · starting"
     assert max(map(len, live)) <= 79
     assert any("measuring" in line for line in live)
-    assert any(re.fullmatch(r"\[1/2\] gap, at most 0\.2 s · ETA .*", line) for line in live)
-    assert any(re.search(r"cycle 1/1 · .* · ETA \d\d:\d\d", line) for line in live)
+    assert any(re.fullmatch(r"\[1/2\] gap, at most 0\.2 s · ends at .*", line) for line in live)
+    assert any(re.search(r"cycle 1/1 · .* · ends at \d\d:\d\d", line) for line in live)
     shown = terminal.shown
     assert f"\x1b[32mok\x1b[0m {EIGHT} · cycle 1/1" in shown
     assert "\x1b[" not in re.sub(r"\x1b\[(2K|\d*m)", "", shown)

@@ -78,7 +78,9 @@ def test_the_same_experiment_twice_is_refused() -> None:
 
 def test_a_verifiable_campaign_agrees_with_its_raw_data_and_digests(tmp_path: Path) -> None:
     Campaign(TWO[:1], cycles=4, window_s=5, is_verifiable=True).write(tmp_path)
-    code, out, err = run_lem("verify", "demo", "-o", str(tmp_path / "results"), "--state-dir", str(tmp_path / ".state"))
+    code, out, err = run_lem(
+        "verify", "demo", "--results-dir", str(tmp_path / "results"), "--state-dir", str(tmp_path / ".state")
+    )
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "4 of 4 results agree with digest and raw data."
     assert out.count("index and manifest") == 4

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lem.base import units
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -88,3 +93,37 @@ def test_a_long_list_says_how_many_it_leaves_out(texts: tuple[str, ...], shown: 
 @pytest.mark.parametrize(("decimals", "text"), [(None, "1234"), (0, "1234"), (2, "1234.50")])
 def test_a_value_has_the_decimals_of_its_column(decimals: int | None, text: str) -> None:
     assert units.with_decimals(1234.5, decimals) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "spec", "text"),
+    [
+        (130.4, "+.2g", "+130"),
+        (-130.4, "+.2g", "-130"),
+        (12345.6, ".4g", "12346"),
+        (1e-5, ".2g", "0.00001"),
+        (-1.3e-5, "+.2g", "-0.000013"),
+        (0.0, ".2g", "0"),
+        (2.346, ".3g", "2.35"),
+    ],
+)
+def test_plain_numbers_have_no_exponent(value: float, spec: str, text: str) -> None:
+    assert units.plain(value, spec) == text
+
+
+def test_percentages_have_no_exponent() -> None:
+    assert [units.percent(share) for share in (1.304, 99.96, 0.0996, 1e-7)] == ["130 %", "9996 %", "10 %", "0.00001 %"]
+
+
+def test_numbers_of_few_digits_are_formatted_without_an_exponent_everywhere() -> None:
+    """A format such as `.2g` writes 130 as 1.3e+02; `lem.base.units.plain` does not."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted((ROOT / "lem").rglob("*.py"))
+        if "_vendor" not in path.parts and path.name != "units.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FormattedValue) and isinstance(node.format_spec, ast.JoinedStr)
+        for part in node.format_spec.values
+        if isinstance(part, ast.Constant) and re.fullmatch(r"[+]?[.][0-6]g", part.value)
+    ]
+    assert found == []

@@ -16,7 +16,7 @@ from lem.results.report import content, plot
 from lem.results.report.content import NOT_GIVEN, Entry, Phase, Report, Trace
 from lem.results.report.plot import GROUPS_MAX, Cell, Markup, Plot, Row, Scale, join, marks, spot, table, tag, text
 from lem.results.run import ENERGY
-from lem.results.trends import DRIFT_FLAGGED, FALSE_ALARMS, Drift, change_of, drift_of, without_means
+from lem.results.trends import DRIFT_FLAGGED, FALSE_ALARMS, change_of, drift_of, without_means
 
 # --- the headline metric over two axes of the grid
 
@@ -207,7 +207,8 @@ def _order(metric: Metric, report: Report) -> Markup:
         dots.setdefault(entry.group, []).append(spot(x_scale(place), y_scale(share), plot.DOT))
         cycle, difference = record.identity.cycle_index + 1, Cell(f"{share:+.2f} %", share, is_number=True)
         rows.append([place, entry.number, entry.label, cycle, plot.number_cell(value), difference])
-    finding = f"{name} {_drift_text(drift)}."
+    chance = "" if drift.is_significant or drift.ci_lower is None else "; this may be chance"
+    finding = f"{name} {drift.moved} from the first experiment to the last ({drift.interval}{chance})."
     return Plot(
         identifier,
         heading,
@@ -229,17 +230,6 @@ def _order(metric: Metric, report: Report) -> Markup:
         ],
         table(heading, ["Position", "No.", "Configuration", "Cycle", name, "Difference"], rows),
     ).render()
-
-
-def _drift_text(drift: Drift) -> str:
-    def percent(ratio: float) -> str:
-        return f"{100 * ratio:+.2f} %".replace("-", "\N{MINUS SIGN}")
-
-    interval = "too few values for an interval"
-    if drift.ci_lower is not None and drift.ci_upper is not None:
-        chance = "" if drift.is_significant else "; this may be chance"
-        interval = f"{100 * drift.confidence:g} % {percent(drift.ci_lower)} to {percent(drift.ci_upper)}{chance}"
-    return f"drifts by {percent(drift.change)} over the campaign ({interval})"
 
 
 # --- power and temperature over time of some experiments

@@ -12,7 +12,7 @@ from functools import partial
 from lem.base import units
 from lem.base.doc import SEPARATORS, printable, text_width
 from lem.base.reasons import Reason
-from lem.base.units import SIGNIFICANT_DIGITS, percent, with_decimals
+from lem.base.units import SIGNIFICANT_DIGITS, percent, plain, with_decimals
 from lem.results.run import Estimate
 
 NOT_MEASURED = "not measured"
@@ -255,8 +255,7 @@ def fitting_scale(values: Iterable[float], begin: float, end: float, *, is_from_
 
 def tick_text(value: float) -> str:
     """The value of a tick, which is round and so needs few digits."""
-    text = f"{value:.6g}"
-    return f"{value:.0f}" if "e+" in text and abs(value) < 1e9 else text
+    return plain(value, ".6g")
 
 
 # The colours of Okabe and Ito ("Color universal design", 2008) are the classes g0 to g7 of the style sheet; each has a

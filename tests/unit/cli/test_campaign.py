@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 
 import pytest
 
@@ -95,7 +96,9 @@ def test_a_dry_run_writes_nothing_and_options_win_over_the_file_and_set_over_bot
     words = ["--cycles", "5", "--structure", "shuffled", "--seed", "7", "--config-gap", "3", "-o", "elsewhere"]
     words += ["--set", "execution.cycles=4", "--set", "grid.shared.max_output_tokens=[16, 32]", "--force-cold-start"]
     ended = _run("c.yaml", "--dry-run", *words)
-    assert (ended.code, ended.err) == (0, "Generated 2 experiments (0 filtered, 0 warnings)\n")
+    found, following = ended.err.splitlines()
+    assert (ended.code, found) == (0, "Generated 2 experiments (0 filtered, 0 warnings)")
+    assert following == f"next: lem campaign c.yaml {shlex.join(words)}"
     for shown in (
         "2 configurations × 4 cycles = 8",
         "order:         shuffled, seed 7",
@@ -113,7 +116,7 @@ def test_experiment_files_make_a_campaign_with_a_name(here):
     ended = _run("one.yaml", "two.yaml", "--campaign-name", "Pair", "--dry-run", "-c", "1")
     assert ended.code == 0
     assert "campaign:      Pair" in ended.out
-    assert [line.split()[0] for line in ended.out.splitlines()[-2:]] == ["one", "two"]
+    assert [line.split()[:2] for line in ended.out.splitlines()[-2:]] == [["1", "one"], ["2", "two"]]
     nameless = _run("one.yaml", "two.yaml", "--dry-run")
     assert (nameless.code, "--campaign-name" in nameless.err) == (2, True)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lem.cli.main import COMMANDS, make_parser
 from tests.command_rig import run_lem
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -143,7 +148,10 @@ def test_a_file_that_the_host_refuses_is_no_bug(monkeypatch: pytest.MonkeyPatch,
         (("campaign", "c.yaml", "--resume", "--fresh"), "lem campaign: argument --fresh: not allowed with"),
         (("campaign", "c.yaml", "--cycles", "many"), "lem campaign: argument --cycles/-c: invalid int value: 'many'"),
         (("config", "shwo"), "lem config: argument ACTION: invalid choice: 'shwo'"),
-        ((), "lem: the following arguments are required: COMMAND"),
+        (("-q",), "lem: the following arguments are required: COMMAND"),
+        (("help", "campain"), "unknown command 'campain' (did you mean 'campaign'?)"),
+        (("check", "demo", "-o", "x"), "lem check: unknown option '-o' (did you mean '--results-dir'?)"),
+        (("merge", "a", "--output", "b", "-o", "x"), "lem merge: unknown option '-o' (did you mean '--output'?)"),
     ],
 )
 def test_a_word_that_is_wrong_is_named_with_the_command_and_what_was_meant(
@@ -176,3 +184,43 @@ def test_a_name_that_is_too_long_for_a_file_is_told_where_it_is_named(folder: Pa
     (folder / "c.yaml").write_text(f"_extends: {'x' * 5000}\nmodel: gpt2\n", encoding="utf-8")
     ended = lem("config", "validate", "c.yaml")
     assert (ended.returncode, b"c.yaml:1:11: _extends: x" in ended.stderr) == (2, True)
+
+
+def test_without_a_command_lem_shows_how_to_start() -> None:
+    shown = run_lem()
+    assert shown == run_lem("help")
+    assert (shown.code, shown.err) == (0, "")
+    commands = re.findall(r"^  lem ([a-z]+)", shown.out, re.MULTILINE)
+    assert set(commands) <= set(COMMANDS)
+    assert {"doctor", "experiment", "campaign", "report"} <= set(commands)
+    assert max(map(len, shown.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("words", [("campaign",), ("results", "export"), ("help",)])
+def test_help_of_a_command_is_that_of_the_option(words: tuple[str, ...]) -> None:
+    assert run_lem("help", *words) == run_lem(*words, "--help")
+
+
+def _options(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, argparse.Action]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                yield from _options(child, (*path, name))
+        elif "-o" in action.option_strings:
+            yield " ".join(path), action
+
+
+def test_the_short_option_o_has_two_meanings_and_no_third() -> None:
+    assert {name: action.option_strings for name, action in _options(make_parser())} == {
+        "campaign": ["--results-dir", "-o"],
+        "experiment": ["--results-dir", "-o"],
+        "report": ["--output", "-o"],
+        "results export": ["--output", "-o"],
+    }
+
+
+def test_what_lem_suggests_can_be_copied_from_every_way_to_start_it(folder: Path) -> None:
+    ended = lem("campaign", "c.yaml", "--dry-run", "--executor", "local")
+    last = ended.stderr.decode().splitlines()[-1]
+    assert last == f"next: {shlex.join([sys.executable, '-m', 'lem', 'campaign', 'c.yaml', '--executor', 'local'])}"
+    assert b"next:" not in lem("campaign", "c.yaml", "--dry-run", "--executor", "local", "-q").stderr

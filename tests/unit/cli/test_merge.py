@@ -87,7 +87,7 @@ def test_results_keep_their_bytes_and_a_host_is_a_block_for_every_reader(
     target = files_below(folder / f"{OTHER[:12]}-c1+gpu2" / "attempt-1")
     assert {name: content for name, (content, _) in target.items()} == {name: it for name, (it, _) in source.items()}
     assert {path.name for path in folder.rglob("*") if path.parent.name == "attempt-1"} == {"result.json", "log.txt"}
-    document = json.loads(run_lem("results", "show", "demo", "-o", tmp_path / "all", "--json").out)
+    document = json.loads(run_lem("results", "show", "demo", "--results-dir", tmp_path / "all", "--json").out)
     found = {item["config_name"]: item["n_cycles"] for item in document["configurations"]}
     assert found == {"short @ gpu1": 2, "short @ gpu2": 2, "long": 1}
 
@@ -105,7 +105,8 @@ def test_results_of_another_host_join_those_of_this_one(hosts: tuple[Path, Path]
     own = hosts[0] / "results"
     before = results_below(own)
     code, out, err = run_lem("merge", own, hosts[1], "--output", own)
-    assert (code, err, "5 results of 2 hosts" in out, "3 of them new" in out) == (0, "", True, True)
+    following = f"next: lem check demo --results-dir {own}\n"
+    assert (code, err, "5 results of 2 hosts" in out, "3 of them new" in out) == (0, following, True, True)
     assert set(before) < set(results_below(own))
     assert len(results_below(own)) == 5
 

@@ -73,8 +73,45 @@ def test_the_expected_time_is_a_document_too(campaign):
 
 def test_a_long_order_is_cut_short(tmp_path):
     lines = _render(make_campaign(tmp_path, outputs=range(1, 41), execution={"cycles": 3})).splitlines()
-    assert lines[-1] == "and 90 more"
+    assert "and 10 more" in lines
+    assert lines[-4].startswith("cycle 2: order 40 39 38")
     assert len(lines) < 60
+
+
+@pytest.mark.parametrize(
+    ("execution", "shown"),
+    [
+        ({"cycles": 1}, []),
+        ({"cycles": 3}, ["cycle 2: order 3 2 1", "cycle 3: order 2 3 1"]),
+        (
+            {"cycles": 4, "structure": "interleaved", "cycle_gap_seconds": 300},
+            ["cycles 2 to 4: the same order, after a gap of at most 5m 00s"],
+        ),
+        (
+            {"cycles": 2, "structure": "interleaved", "reuse": "campaign"},
+            ["cycle 2: the same order, 0 engine loads"],
+        ),
+        ({"cycles": 2, "structure": "grouped"}, ["2 cycles: each experiment runs in all of them before the next one."]),
+    ],
+)
+def test_the_plan_shows_one_cycle_and_how_the_others_differ(tmp_path, execution, shown):
+    gaps = {"config_gap_seconds": 0, "cycle_gap_seconds": 0}
+    lines = _render(make_campaign(tmp_path, outputs=(4, 8, 16), execution={**gaps, **execution})).splitlines()
+    first = lines.index("") + 1
+    assert lines[first].split() == ["cycle", "1", "backend", "engine", "gap", "before"]
+    assert [line.split()[:2] for line in lines[first + 1 : first + 4]] == [
+        [str(number), f"pytorch-max_output_tokens={tokens}"] for number, tokens in ((1, 4), (2, 8), (3, 16))
+    ]
+    assert lines[first + 4 :] == shown
+
+
+def test_the_plan_is_as_wide_as_the_screen(campaign):
+    plan = build_plan(campaign)
+    job = Job(campaign, plan, ExecutorChoice("local", LocalExecutor, lambda: "local, " + "a long reason " * 12))
+    for width in (60, 80, 100):
+        lines = render_plan(job, ExpectedDurations(), PlannedPower.of(plan, []), None, width).splitlines()
+        widths = [len(line) for line in lines if not line.startswith("results in:")]  # a path, which is not cut
+        assert width - 14 < max(widths) <= width
 
 
 def _power(campaign, rates=(), gates=()):

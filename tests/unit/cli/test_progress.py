@@ -1,6 +1,7 @@
 import io
 import json
 import time
+from datetime import datetime, timezone
 
 import pytest
 
@@ -56,7 +57,7 @@ STARTED = _event("experiment_started", **WHO)
 def test_live_line_names_experiment_backend_cycle_phase_and_end(live):
     progress = {"phase_done": 5, "phase_total": 10, "text": "5 requests", "power_w": 312.4}
     lines = live(STARTED, _event("phase", 3600, phase="window"), _event("progress", 3600, **progress))
-    assert lines[-1] == "[3/12] gpt2-b4 · pytorch · cycle 2/3 · measuring 5/10 · 312.4 W · ETA 13:00"
+    assert lines[-1] == "[3/12] gpt2-b4 · pytorch · cycle 2/3 · measuring 5/10 · 312.4 W · ends at 13:00"
 
 
 @pytest.mark.parametrize(
@@ -79,8 +80,8 @@ def test_a_long_name_gives_way_on_the_live_line(live, monkeypatch):
     name = "pytorch-" + "x" * 200 + "-b64"
     last = live(_event("experiment_started", 3600, **{**WHO, "config_name": name}))[-1]
     assert len(last) == 79
-    assert last.startswith("[3/12] pytorch-")
-    assert last.endswith("…" + "x" * 14 + "-b64 · pytorch · cycle 2/3 · starting · ETA 13:00")
+    assert last.startswith("[3/12] pytorch")
+    assert last.endswith("…" + "x" * 11 + "-b64 · pytorch · cycle 2/3 · starting · ends at 13:00")
     monkeypatch.setenv("COLUMNS", "30")  # where even that does not help, the line is cut
     assert live(STARTED)[-1] == "[3/12] gpt2-b4 · pytorch · c…"
 
@@ -151,10 +152,19 @@ def test_a_failure_tells_error_remedy_and_log_even_when_quiet():
     ]
 
 
-def test_json_is_one_object_a_line():
-    out = io.StringIO()
-    show = JsonProgress(out)
+def test_json_is_one_object_a_line_with_its_time_and_nothing_that_is_for_people():
+    out, err = io.StringIO(), io.StringIO()
+    show = JsonProgress(out, log.Console(err), lambda: datetime(2026, 7, 15, 12, 0, 1, 500_000, tzinfo=timezone.utc))
+    how_far = {"exp_id": "e", "phase_done": 3, "phase_total": None}
     show(_event("experiment_started", 12.5, **WHO))
     show(_event("tick"))
-    (line,) = out.getvalue().splitlines()
-    assert json.loads(line) == {"event": "experiment_started", "done": 3, "total": 12, "eta_s": 12.5, **WHO}
+    show(_event("progress", **how_far, text="warm-up prompts"))
+    show(_event("note", text="the anchor was added"))
+    show(_event("experiment_completed", **WHO, invalid_reasons=["too hot"], invalid_codes=["hot"]))
+    common = {"time": "2026-07-15T12:00:01.500000Z", "done": 3, "total": 12}
+    assert [*map(json.loads, out.getvalue().splitlines())] == [
+        {"event": "experiment_started", **common, "eta_s": 12.5, **WHO},
+        {"event": "progress", **common, "eta_s": None, **how_far},
+        {"event": "experiment_completed", **common, "eta_s": None, **WHO, "invalid_codes": ["hot"]},
+    ]
+    assert err.getvalue() == "the anchor was added\n"

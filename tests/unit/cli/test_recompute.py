@@ -52,12 +52,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def documents(folder: Path, wanted: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(recompute(wanted, "-o", str(folder), "--json").out)["results"]
+    found: list[dict[str, Any]] = json.loads(recompute(wanted, "--results-dir", str(folder), "--json").out)["results"]
     return found
 
 
 def test_results_that_agree_say_so_and_one_can_be_asked_for(folder: Path) -> None:
-    code, out, err = recompute("demo", "-o", str(folder))
+    code, out, err = recompute("demo", "--results-dir", str(folder))
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert [line.partition("(small): ")[2].partition(",")[0] for line in lines[:2]] == ["agrees", "agrees"]
@@ -71,7 +71,7 @@ def test_results_that_agree_say_so_and_one_can_be_asked_for(folder: Path) -> Non
 def test_a_result_that_differs_is_shown_and_is_the_exit_code(folder: Path) -> None:
     record = measured_record(2)
     store(folder, dataclasses.replace(record, energy=dataclasses.replace(record.energy, counter_update_period_s=1.5)))
-    code, out, _ = recompute("demo", "-o", str(folder))
+    code, out, _ = recompute("demo", "--results-dir", str(folder))
     assert code == 1
     assert "energy.counter_update_period_s: recorded 1.5, recomputed " in out
     figures = sum(item["compared"] for item in documents(folder, "demo"))
@@ -91,31 +91,31 @@ def test_without_samples_energy_cannot_be_recomputed_and_none_is_no_contradictio
     folder: Path, record: Record, code: int, told: str
 ) -> None:
     store(folder, record, has_samples=False)
-    ended = recompute("demo", "-o", str(folder))
+    ended = recompute("demo", "--results-dir", str(folder))
     assert (ended.code, told in ended.out) == (code, True)
 
 
 @pytest.mark.parametrize("name", ["config.json", FINISHED_FILENAME])
 def test_a_damaged_file_is_told(folder: Path, name: str) -> None:
     (store(folder, measured_record(2)) / name).write_bytes(b"{}")
-    code, out, _ = recompute("demo", "-o", str(folder))
+    code, out, _ = recompute("demo", "--results-dir", str(folder))
     assert (code, "impossible: " in out, name in out) == (1, True, True)
 
 
 def test_a_result_that_is_not_whole_is_told_too(folder: Path) -> None:
     (store(folder, measured_record(2)) / "result.json").unlink()
-    code, out, err = recompute("demo", "-o", str(folder))
+    code, out, err = recompute("demo", "--results-dir", str(folder))
     assert (code, "2 of 2" in out, err.startswith("missing: ")) == (0, True, True)
 
 
 def test_a_damaged_result_is_the_exit_code_too(folder: Path) -> None:
     path = store(folder, measured_record(2)) / "result.json"
     path.write_bytes(path.read_bytes()[:-100])
-    code, out, err = recompute("demo", "-o", str(folder))
+    code, out, err = recompute("demo", "--results-dir", str(folder))
     assert (code, "2 of 2" in out, err.startswith("corrupt: ")) == (1, True, True)
     for whole in folder.rglob("result.json"):
         whole.write_bytes(b"{}")
-    assert recompute("demo", "-o", str(folder)).code == 1
+    assert recompute("demo", "--results-dir", str(folder)).code == 1
 
 
 # Requests
@@ -152,7 +152,7 @@ def test_every_figure_of_the_requests_is_recomputed_where_nothing_was_sampled(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     record = read_record(run(tmp_path, **options) / "result.json")
-    code, out, _ = recompute("demo", "-o", str(tmp_path))
+    code, out, _ = recompute("demo", "--results-dir", str(tmp_path))
     (found,) = documents(tmp_path, "demo")
     assert (code, found["status"], found["differences"]) == (0, "agrees", [])
     # Of the window, of work, of throughput, and mean, median, p90 and both counts of each latency
@@ -190,7 +190,7 @@ def test_requests_that_are_missing_or_damaged_are_no_agreement(content: bytes | 
         path.unlink()
     else:
         path.write_bytes(content)
-    ended = recompute("demo", "-o", str(tmp_path))
+    ended = recompute("demo", "--results-dir", str(tmp_path))
     assert (ended.code, "impossible: " in ended.out, REQUESTS_FILENAME in ended.out) == (1, True, True)
     assert ended.out.splitlines()[-1] == "0 of 1 results agree with their raw data (0 figures recomputed)"
 

@@ -106,7 +106,7 @@ ENDED = _activity(doing="ended", stopped="signal", exp_id=None)
             {
                 "Demo of backends · running since 10:00",
                 "run 20260714T100000Z-3fa1, process 4711 on lab1",
-                "ETA 13:05, in 35m 00s",
+                "ends at 13:05, in 35m 00s",
                 f"now        {NAMES[1]} · cycle 2 · measuring 12 of 100, since 12:26 (3m 05s)",
             },
         ),
@@ -217,7 +217,7 @@ def test_every_campaign_of_the_folder_has_a_line_and_damage_in_one_does_not_hide
     code, out, err = _run_status("--state-dir", "state")
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["campaign", "state", "done", "failed", "left", "ETA", "last", "update"]
+    assert rows[0] == ["campaign", "state", "done", "failed", "left", "ends", "at", "last", "update"]
     assert [rows[1][:2], rows[2][:5]] == [["broken", "unreadable"], ["demo", "done", "4", "0", "0"]]
 
 

@@ -95,4 +95,4 @@ def test_drift_is_flagged_above_one_percent_and_not_below(drift: float, n_flagge
     campaign = Campaign(pair, cycles=8, load_sd=0, run_sd=1e-4, drift=drift, has_samples=False)
     section = order_section(compose(make_run(campaign.records())))
     assert section.count('<span class="tag bad">flagged') == n_flagged
-    assert f"Energy per output token drifts by +{100 * drift:.1f}" in section
+    assert f"Energy per output token rises by {100 * drift:g}" in section
