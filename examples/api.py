@@ -38,7 +38,7 @@ for configuration in run.configurations:
 
 # %% One row per experiment, for pandas
 try:
-    import pandas as pd  # type: ignore[import-untyped]
+    import pandas as pd
 except ImportError:
     print(f"pandas is not installed; the first of {len(run.rows())} rows has {len(run.rows()[0])} columns")
 else:

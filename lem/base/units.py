@@ -79,6 +79,11 @@ def plain(value: float, spec: str) -> str:
     return format(value, f"{sign}.0f") if abs(value) >= 1 else format(Decimal(text), f"{sign}f")
 
 
+def hash_label(digits: str) -> str:
+    """A short hash as outputs show it: programs take some of the bare ones, such as 123e456, for numbers."""
+    return f"h{digits}" if digits else ""
+
+
 def format_quantity(value: float | None, unit: str = "", digits: int = SIGNIFICANT_DIGITS) -> str:
     """`value` to `digits` significant digits without thousands separators; an en dash for None."""
     if value is None:

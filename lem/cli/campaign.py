@@ -16,7 +16,7 @@ from lem.base.durable import GROUPED
 from lem.base.errors import UserError
 from lem.base.log import WIDTH, paint
 from lem.base.reasons import Reason
-from lem.base.units import ABSENT, format_duration, parse_duration, percent, plural, some_of
+from lem.base.units import ABSENT, format_duration, hash_label, parse_duration, percent, plural, some_of
 from lem.cli.campaign_run import CampaignCommand, Job
 from lem.cli.config import add_flags, given_flags
 from lem.cli.fleet import FleetPart, own_part, store_plan
@@ -225,7 +225,7 @@ def render_plan(
     order = campaign.execution.structure
     reuse = "none, cold start" if plan.is_cold else campaign.execution.reuse
     facts = {
-        "campaign": f"{campaign.campaign_name} ({campaign.campaign_id})",
+        "campaign": f"{campaign.campaign_name} ({hash_label(campaign.campaign_id)})",
         "experiments": f"{configurations} × {cycles} = {len(plan.experiments)}",
         "order": order if plan.shuffle_seed is None else f"{order}, seed {plan.shuffle_seed}",
         "engine loads": f"{sum(plan.loads())} (reuse: {reuse})",

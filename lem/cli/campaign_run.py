@@ -22,6 +22,7 @@ from lem.base.clock import utc_now
 from lem.base.doc import screen_of
 from lem.base.durable import reason_of
 from lem.base.errors import ExitCode, Interrupted, LemError, UserError
+from lem.base.units import hash_label
 from lem.cli.fleet import FleetPart
 from lem.cli.progress import (
     LineProgress,
@@ -297,7 +298,7 @@ def webhook_message(campaign: CampaignConfig, ended: CampaignOutcome | LemError)
     return {
         "event": event,
         "campaign": campaign.campaign_name,
-        "campaign_id": campaign.campaign_id,
+        "campaign_id": hash_label(campaign.campaign_id),
         "run_id": None if manifest is None else manifest.run_id,
         "completed": 0 if manifest is None else manifest.completed_count,
         "failed": 0 if manifest is None else manifest.failed_count,

@@ -15,7 +15,7 @@ from lem.cli.verify import Outcome, recompute_result, shown
 from lem.record import encode_record
 from lem.results.aggregation import run_document
 from lem.results.detail import render_record
-from lem.results.export import make_table, render, summary_columns, with_columns
+from lem.results.export import make_table, render, summary_columns, with_columns, with_values
 from lem.results.run import Run
 from lem.results.store import Problem, Scan, StoredResult
 from lem.results.table import render_run
@@ -45,7 +45,7 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     exporting.add_argument("--output", "-o", type=Path, metavar="FILE", help="default: stdout")
     text = "used: one row per experiment, its last valid attempt or else its last; all: one row per attempt"
     exporting.add_argument("--attempts", choices=("used", "all"), default="used", help=text)
-    text = "only these columns; markdown shows a selection by default"
+    text = "only these columns (default: markdown: a selection, csv: those with a value, json: all)"
     exporting.add_argument("--columns", metavar="A,B,…", help=text)
     selection.add_rates(exporting)
     selection.add_results_dir(exporting)
@@ -121,6 +121,8 @@ def _table_of(args: argparse.Namespace, results: Iterable[StoredResult]) -> str:
         table = with_columns(table, [name.strip() for name in args.columns.split(",") if name.strip()])
     elif form == "markdown":
         table = with_columns(table, summary_columns(found))
+    elif form == "csv":
+        table = with_values(table)
     return render(table, form)
 
 

@@ -14,7 +14,7 @@ from lem.base.clock import utc_now
 from lem.base.doc import NAME_WIDTH, Column, Doc, NameShortener, Table, printable, terminal_width, write_json
 from lem.base.errors import UserError, did_you_mean
 from lem.base.log import WIDTH, is_colour_wanted
-from lem.base.units import format_duration
+from lem.base.units import format_duration, hash_label
 from lem.cli.selection import add_json, add_state_dir
 from lem.config.campaign_config import slug_of
 from lem.config.load import load_campaign
@@ -197,7 +197,7 @@ def _entry_document(entry: CampaignManifestEntry) -> dict[str, Any]:
     return {
         "exp_id": entry.exp_id,
         "config_name": entry.config_name,
-        "config_hash": entry.config_hash,
+        "config_hash": hash_label(entry.config_hash),
         "cycle": entry.cycle_index + 1,
         "status": entry.status,
         "is_invalid": is_invalid(entry),

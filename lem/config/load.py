@@ -188,9 +188,8 @@ def load_experiment(
 ) -> Loaded[ExperimentConfig]:
     """An experiment file, or overrides alone, validated; as `load_campaign`."""
     loader = _Loader(sets, preset, environ)
-    source, found = loader.start(ExperimentConfig), []
-    if path is not None:
-        source, found = loader.read(FilePath(path), ExperimentConfig)
+    empty: tuple[Source, Located] = loader.start(ExperimentConfig), []
+    source, found = empty if path is None else loader.read(FilePath(path), ExperimentConfig)
     hint = f"{path} is a campaign: lem campaign {path}" if "campaign_name" in source.mapping else ""
     source = loader.with_sets(source)
     config, problems = _validate(ExperimentConfig, source)

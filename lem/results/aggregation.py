@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lem.base.clock import parse_time
 from lem.base.codec import shown
-from lem.base.units import percent
+from lem.base.units import hash_label, percent
 from lem.record import Record, RecordError, ResultKey, decode_record
 from lem.results.axes import find_axes
 from lem.results.bootstrap import bootstrap_coverage_label
@@ -74,7 +74,7 @@ def configuration_document(configuration: Configuration) -> dict[str, Any]:
     document: dict[str, Any] = {
         "number": configuration.number,
         "config_name": configuration.name,
-        "config_hash": configuration.config_hash,
+        "config_hash": hash_label(configuration.config_hash),
         "n_cycles": configuration.n_cycles,
         "n_results": len(configuration.records),
         "n_invalid": configuration.n_invalid,

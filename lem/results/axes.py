@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from lem.base.doc import GAP, NAME_MIN, NAME_WIDTH, Column, NameShortener, Table, printable, text_width
 from lem.base.errors import UserError, did_you_mean
-from lem.base.units import ABSENT, some_of
+from lem.base.units import ABSENT, hash_label, some_of
 from lem.config.backends import WIDTH_OPTIONS
 from lem.config.experiment import ExperimentConfig
 from lem.config.option import leaves, walk
@@ -48,11 +48,13 @@ def select(configurations: Sequence[C], wanted: str, where: str) -> C:
     merged = _with_one_width([item.settings for item in configurations])
     shown = {item.number: each for item, each in zip(configurations, merged, strict=True)}
     rules: tuple[Callable[[C], bool], ...] = (
-        lambda item: wanted in (str(item.number), item.name, item.config_hash),
+        lambda item: wanted in (str(item.number), item.name, item.config_hash, hash_label(item.config_hash)),
         lambda item: (
             settings is not None and any(has_settings(it, settings) for it in (item.settings, shown[item.number]))
         ),
-        lambda item: wanted in item.name or item.config_hash.startswith(wanted),
+        lambda item: (
+            wanted in item.name or any(it.startswith(wanted) for it in (item.config_hash, hash_label(item.config_hash)))
+        ),
     )
     if not wanted or wanted.isdecimal():  # a number is no part of a name
         rules = rules[:1]

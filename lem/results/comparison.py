@@ -8,7 +8,7 @@ from typing import Any
 from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, markdown_escaped, markdown_table, text_width, wrapped
 from lem.base.log import WIDTH
 from lem.base.reasons import Reason
-from lem.base.units import ABSENT, plain, plural, some_of
+from lem.base.units import ABSENT, hash_label, plain, plural, some_of
 from lem.results.aggregation import row_document
 from lem.results.along import Pooled
 from lem.results.axes import shared_settings
@@ -156,7 +156,8 @@ def _along_document(along: Along | None) -> dict[str, Any] | None:
 
 
 def _configuration_document(item: Configuration) -> dict[str, Any]:
-    facts = {name: getattr(item, name) for name in ("config_hash", "run_id", "n_cycles", "n_invalid", "n_failed")}
+    counts = {name: getattr(item, name) for name in ("run_id", "n_cycles", "n_invalid", "n_failed")}
+    facts = {"config_hash": hash_label(item.config_hash), **counts}
     which = {"members": [it.number for it in item.members]} if isinstance(item, Pooled) else {"number": item.number}
     return {"config_name": item.name, **which, **facts, "settings": dict(item.settings)}
 

@@ -2,7 +2,8 @@
 
 A column has the name of the record's field, with its unit. Repeated sections have a prefix (`gpu0_energy_j`,
 `ttft_p50_s`), options a dotted one (`requested.fp_precision`). Fixed columns come first, those of GPUs and options
-last, so that a wider campaign only adds columns at the end. The same results give the same bytes.
+last, so that a wider campaign only adds columns at the end. All values of a column are of one kind, so that the rows
+convert to Parquet: numbers, truth values, texts, or lists of these. The same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lem.base.errors import UserError, did_you_mean
 from lem.base.log import escaped
 from lem.base.measurement import Distribution, parts_of_source
 from lem.base.reasons import Reason
-from lem.base.units import plain
+from lem.base.units import hash_label, plain
 from lem.config.option import leaves
 from lem.record import Gpu, Record, ResultKey
 from lem.results.metrics import LATENCIES, METRICS, READABLE_LATENCIES, used_records
@@ -32,6 +33,7 @@ _SECTIONS = ("validity", "window", "energy", "idle", "work", "throughput")
 _LATER_SECTIONS = ("compute", "efficiency", "carbon", "environment")
 _GPU = tuple(item.name for item in dataclasses.fields(Gpu) if item.name != "null_reasons")
 _NOT_GIVEN = (None, "not given for this experiment")
+_HASHES = frozenset({"config_hash", "campaign_id", "engine_load_id", "fingerprint"})  # short ones
 
 # A value and, where it is None, why.
 _Cell = tuple[Any, str]
@@ -54,7 +56,26 @@ def make_table(results: Iterable[StoredResult], *, is_every_attempt: bool = Fals
     chosen = known if is_every_attempt else _one_an_experiment(known, used)
     cells = [dict(_cells(item, is_used=item.record.identity.key in used)) for item in chosen]
     columns = _ordered_columns(cells)
-    return Table(columns, tuple({name: row.get(name, _NOT_GIVEN) for name in columns} for row in cells))
+    rows = [{name: row.get(name, _NOT_GIVEN) for name in columns} for row in cells]
+    return Table(columns, _of_one_kind(columns, rows))
+
+
+def _of_one_kind(columns: Iterable[str], rows: list[dict[str, _Cell]]) -> tuple[Mapping[str, _Cell], ...]:
+    """The rows; where the values of a column are of several kinds, they are texts."""
+    for name in columns:
+        if len({_kind(row[name][0]) for row in rows} - {None}) > 1:
+            for row in rows:
+                value, why = row[name]
+                row[name] = (None if value is None else cell_text(value), why)
+    return tuple(rows)
+
+
+def _kind(value: Any) -> str | None:
+    """The kind of a value, or of those in a list; None where nothing tells."""
+    if isinstance(value, list):
+        return f"list of {_kind(value[0])}" if value else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return None if value is None else "number" if is_number else type(value).__name__
 
 
 def summary_columns(results: Iterable[StoredResult]) -> tuple[str, ...]:
@@ -66,12 +87,18 @@ def summary_columns(results: Iterable[StoredResult]) -> tuple[str, ...]:
     return (*first, *(counted or ("gpu_energy_j",)), "ttft_p50_s", "e2e_p50_s", "window_s")
 
 
+def with_values(table: Table) -> Table:
+    """The table without the columns that have no value in any row."""
+    named = [name for name in table.columns if any(row[name][0] not in (None, "", []) for row in table.rows)]
+    return with_columns(table, named)
+
+
 def with_columns(table: Table, names: Sequence[str]) -> Table:
     """The table with only these columns, in this order; UserError where there is no such column."""
     unknown = [name for name in names if name not in table.columns]
     if unknown and table.rows:
         guess = did_you_mean(unknown[0], table.columns)
-        raise UserError(f"unknown column {unknown[0]!r}{guess}", "the first line of the CSV lists all columns")
+        raise UserError(f"unknown column {unknown[0]!r}{guess}", "`lem results export --format json` has all columns")
     return Table(tuple(names), tuple({name: row[name] for name in names} for row in table.rows))
 
 
@@ -81,11 +108,10 @@ def render(table: Table, form: str) -> str:
         return _as_csv(table)
     if form == "markdown":
         return _as_markdown(table)
-    documents = [
-        {name: value for name, (value, _) in row.items()}
-        | {"null_reasons": {name: why for name, (value, why) in row.items() if value is None}}
-        for row in table.rows
-    ]
+    documents = [{name: value for name, (value, _) in row.items()} for row in table.rows]
+    reasons = [{name: why for name, (value, why) in row.items() if value is None} for row in table.rows]
+    if any(reasons):  # Parquet has no objects without members
+        documents = [{**document, "null_reasons": why} for document, why in zip(documents, reasons, strict=True)]
     if form == "json":
         return escaped(json_text(documents))
     if form == "jsonl":
@@ -135,7 +161,9 @@ def _section(section: Any) -> Iterator[tuple[str, _Cell]]:
     for item in dataclasses.fields(section):
         if item.name != "null_reasons":
             value = getattr(section, item.name)
-            yield item.name, (_plain(value), _why(section, item.name))
+            if item.name in _HASHES and value is not None:
+                value = hash_label(value)
+            yield from _flat(item.name, value, _why(section, item.name))
 
 
 def _why(section: Any, name: str) -> str:
@@ -158,15 +186,22 @@ def _distribution(name: str, record: Record) -> Iterator[tuple[str, _Cell]]:
 
 def _dotted(prefix: str, mapping: Mapping[str, Any]) -> Iterator[tuple[str, _Cell]]:
     for path, value in leaves(mapping):
-        yield ".".join((prefix, *map(str, path))), (_plain(value), "given as null")
+        yield from _flat(".".join((prefix, *map(str, path))), value, "given as null")
 
 
-def _plain(value: Any) -> Any:
+def _flat(name: str, value: Any, why: str) -> Iterator[tuple[str, _Cell]]:
+    """A value, or each one in it, under dotted names; only lists whose values are of one kind stay lists."""
+    if isinstance(value, (list, tuple)):
+        items = [item.text if isinstance(item, Reason) else item for item in value]
+        if any(isinstance(item, (Mapping, list, tuple)) for item in items):
+            value = dict(enumerate(items))
+        else:
+            value = items if len({*map(_kind, items)}) < 2 else [*map(cell_text, items)]
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, Reason):
-        return value.text
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        for key, item in value.items():
+            yield from _flat(f"{name}.{key}", item, "given as null")
+    else:
+        yield name, (value.text if isinstance(value, Reason) else value, why)
 
 
 def _ordered_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -218,12 +253,7 @@ def _markdown_cell(value: Any) -> str:
 
 
 def cell_text(value: Any) -> str:
-    """A value in one cell: text as it is, lists of texts joined, everything nested as JSON; None is empty."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return "; ".join(value)
-    # A float as the shortest text that reads back as the same one.
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    """A value in one cell: text as it is, lists joined, a float as the shortest text that reads back; None is empty."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return "; ".join(map(cell_text, value)) if isinstance(value, list) else json.dumps(value, allow_nan=False)

@@ -371,7 +371,7 @@ class Run:
         base = self.folder.parents[1] if self.folder else Path()
         stored = [StoredResult(item.path.relative_to(base), item.record) for item in self.results]
         return [
-            {name: cell_text(value) if isinstance(value, (dict, list)) else value for name, (value, _) in row.items()}
+            {name: cell_text(value) if isinstance(value, list) else value for name, (value, _) in row.items()}
             for row in make_table(stored).rows
         ]
 

@@ -124,6 +124,6 @@ def test_numbers_of_few_digits_are_formatted_without_an_exponent_everywhere() ->
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FormattedValue) and isinstance(node.format_spec, ast.JoinedStr)
         for part in node.format_spec.values
-        if isinstance(part, ast.Constant) and re.fullmatch(r"[+]?[.][0-6]g", part.value)
+        if isinstance(part, ast.Constant) and re.fullmatch(r"[+]?[.][0-6]g", str(part.value))
     ]
     assert found == []

@@ -9,7 +9,9 @@ import pytest
 
 from lem.base.errors import UserError
 from lem.record import encode_record
-from lem.results.export import FORMATS, make_table, render, summary_columns, with_columns
+from lem.results.aggregation import run_document
+from lem.results.export import FORMATS, make_table, render, summary_columns, with_columns, with_values
+from lem.results.run import make_run
 from lem.results.store import StoredResult
 from tests.goldens import assert_golden
 from tests.records import make_gpu, make_record
@@ -87,8 +89,8 @@ def test_every_number_of_a_record_is_in_its_row():
     document = encode_record(record)
     for section in ("identity", "validity", "window", "energy", "idle", "work", "throughput", "efficiency", "carbon"):
         for name, value in document[section].items():
-            if not name.endswith(("_null_reason", "_coded")):
-                assert row[name] == value
+            if not name.endswith(("_null_reason", "_coded", "prompt_source")):
+                assert row[name] == (f"h{value}" if name in ("config_hash", "campaign_id", "engine_load_id") else value)
     assert row["ttft_mean_s"] == document["latency"]["ttft_s"]["mean"]
     assert row["ttft_n"] == document["latency"]["ttft_s"]["n"]
     assert row["ttft_n_prompts"] == document["latency"]["ttft_s"]["n_prompts"]
@@ -97,7 +99,8 @@ def test_every_number_of_a_record_is_in_its_row():
     assert row["gpu0_power_mean_w"] == 412.5
     assert row["requested.max_output_tokens"] == 32
     assert row["extra_metadata.note"] == "Grüße"
-    assert row["versions"] == {"python": "3.11.7", "torch": "2.13.0"}
+    assert (row["versions.python"], row["versions.torch"]) == ("3.11.7", "2.13.0")
+    assert row["prompt_source.count"] == document["work"]["prompt_source"]["count"]
 
 
 @pytest.mark.parametrize(
@@ -141,3 +144,73 @@ def test_columns_are_those_named_in_that_order():
     with pytest.raises(UserError) as caught:
         with_columns(table, ["output_tok_pers"])
     assert str(caught.value) == "unknown column 'output_tok_pers' (did you mean 'output_tok_per_s'?)"
+
+
+MIXED = (
+    {"vllm": {"gpu_memory_utilization": 0.9, "flags": ["a"], "limits": {"image": 1}, "odd": [1, "two"]}},
+    {"vllm": {"gpu_memory_utilization": "auto", "flags": [], "limits": {}, "odd": [[1, 2], [3]]}},
+    {"vllm": {"gpu_memory_utilization": None, "flags": [1], "limits": None}},
+)
+
+
+def _mixed() -> Any:
+    """Results whose options have values of several kinds, and one of which lacks nothing that can be empty."""
+    return _exported(*(make_record(cycle=cycle, requested=requested) for cycle, requested in enumerate(MIXED)))
+
+
+@pytest.mark.needs("datasets")  # which brings pandas and pyarrow
+def test_a_csv_has_no_cell_of_json_and_no_column_without_a_value():
+    table = with_values(make_table(_mixed()))
+    rows = [*csv.DictReader(io.StringIO(render(table, "csv")))]
+    assert [cell for row in rows for cell in row.values() if cell.startswith(("{", "["))] == []
+    assert [name for name in rows[0] if not any(row[name] for row in rows)] == []
+    assert [row["requested.vllm.gpu_memory_utilization"] for row in rows] == ["0.9", "auto", ""]
+    assert [row["requested.vllm.odd"] for row in rows] == ["1; two", "", ""]
+    assert rows[1]["requested.vllm.odd.0"] == "1; 2"
+    import pandas as pd
+
+    frame = pd.read_csv(io.StringIO(render(table, "csv")))
+    assert not frame.isna().all().any()
+
+
+@pytest.mark.needs("datasets")
+@pytest.mark.parametrize("columns", [None, ["config_hash", "valid", "gpu_uuids"]])
+def test_lines_of_json_convert_to_parquet_and_back(columns: list[str] | None, tmp_path: Path) -> None:
+    import pandas as pd
+    from pyarrow import json as arrow_json
+    from pyarrow import parquet
+
+    table = make_table([*_mixed(), *_exported(*_fixed())], is_every_attempt=True)
+    table = table if columns is None else with_columns(table, columns)
+    text = render(table, "jsonl")
+    read = arrow_json.read_json(io.BytesIO(text.encode()))
+    parquet.write_table(read, tmp_path / "all.parquet")
+    found = parquet.read_table(tmp_path / "all.parquet")
+    assert found.num_rows == len(table.rows)
+    for name in table.columns:
+        assert found[name].to_pylist() == [row[name][0] for row in table.rows]
+    pd.DataFrame(map(json.loads, text.splitlines())).to_parquet(tmp_path / "frame.parquet")
+
+
+@pytest.mark.needs("datasets")
+@pytest.mark.parametrize("digits", ["123e456789012345", "1234567890123456", "00012e4567890123"])
+def test_no_hash_is_read_as_a_number(digits: str) -> None:
+    import pandas as pd
+
+    record = make_record(config_hash=digits)
+    record = dataclasses.replace(
+        record,
+        identity=dataclasses.replace(record.identity, campaign_id=digits[:8]),
+        validity=dataclasses.replace(record.validity, engine_load_id=digits),
+        environment=dataclasses.replace(record.environment, fingerprint=digits),
+    )
+    table = make_table(_exported(record))
+    names = ["config_hash", "campaign_id", "engine_load_id", "fingerprint", "experiment_id"]
+    (of_csv,) = pd.read_csv(io.StringIO(render(table, "csv")))[names].to_dict("records")
+    (of_json,) = pd.read_json(io.StringIO(render(table, "json")))[names].to_dict("records")
+    assert of_csv == of_json
+    assert all(isinstance(value, str) for value in of_csv.values())
+    assert of_csv["config_hash"] == f"h{digits}"
+    found = make_run([record, make_record(config_name="other")])
+    assert {found.select(text).config_hash for text in (digits, f"h{digits}", f"h{digits[:6]}")} == {digits}
+    assert run_document(found)["configurations"][0]["config_hash"] == f"h{digits}"
