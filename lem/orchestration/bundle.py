@@ -2,7 +2,7 @@
 
 `lem-airgap-<version>/{pyz,images,models,debs,wheels}` with `manifest.json`, `SHA256SUMS` of everything, and
 `SHA256SUMS.sig`, a detached signature by ssh-keygen(1). The key to trust travels apart. `_list_files` says what else a
-bundle must not hold; `docs/fleet.md` says it to users.
+bundle must not hold; `docs/no-network.md` says it to users.
 
 Schema history of manifest.json:
     1: first version.
