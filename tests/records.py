@@ -34,7 +34,8 @@ from lem.record import (
     Work,
     carbon_of,
 )
-from lem.worker.prompts import Prompt, fingerprint
+from lem.worker.prompts import fingerprint
+from lem.worker.shapes import Prompt
 
 NO_METER = "no energy meter was used"
 NO_GPU = "no GPU was used"

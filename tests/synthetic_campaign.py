@@ -54,7 +54,8 @@ from lem.orchestration.manifest import (
 from lem.orchestration.order import cycle_order
 from lem.record import Identity, Record, encode_record
 from lem.results.index import record_result
-from lem.worker.prompts import Prompt, write_prompts
+from lem.worker.prompts import write_prompts
+from lem.worker.shapes import Prompt
 from tests.records import with_measured, with_requests
 from tests.synthetic_log import LogPlan, make_log
 from tests.synthetic_record import Configuration, Run

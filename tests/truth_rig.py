@@ -30,7 +30,8 @@ from lem.meters.usage import Roots
 from lem.record import Record
 from lem.worker.channel import RunRequest
 from lem.worker.harness import ResidentEngine, run_experiment
-from lem.worker.prompts import Prompt, write_prompts
+from lem.worker.prompts import write_prompts
+from lem.worker.shapes import Prompt
 from tests.doubles.nvml.library import SCRIPT_VARIABLE, NvmlDouble
 from tests.doubles.nvml.traces import GpuTrace, Trace
 from tests.doubles.powercap import Powercap, Zone

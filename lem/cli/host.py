@@ -213,7 +213,7 @@ def run_datasets(args: argparse.Namespace, out: TextIO, err: TextIO, environ: Ma
     for choice in map(choice_of_name, DATASET_ALIASES):
         facts = {"alias": choice.name, "name": choice.hub_name, "subset": choice.subset, "split": choice.split}
         place, detail = _place_of(choice, environ)
-        lines.append({**facts, "column": choice.column or "", "place": place, "detail": detail})
+        lines.append({**facts, "column": ", ".join(choice.columns), "place": place, "detail": detail})
     if args.json:
         write_json(out, lines)
         return

@@ -49,17 +49,17 @@ class DatasetAlias:
     """A dataset known by a short name: where it is on the hub, and which text of a row is the prompt."""
 
     path: str
-    column: str
+    columns: tuple[str, ...]  # joined in their order
     subset: str | None = None
     split: str = "train"
 
 
 DATASET_ALIASES: Mapping[str, DatasetAlias] = {
-    "ai_energy_score": DatasetAlias("AIEnergyScore/text_generation", "text"),
-    "alpaca": DatasetAlias("tatsu-lab/alpaca", "instruction"),
-    "sharegpt": DatasetAlias("anon8231489123/ShareGPT_Vicuna_unfiltered", "conversations"),
-    "gsm8k": DatasetAlias("openai/gsm8k", "question", subset="main"),
-    "mmlu": DatasetAlias("cais/mmlu", "question", subset="all", split="test"),
+    "ai_energy_score": DatasetAlias("AIEnergyScore/text_generation", ("text",)),
+    "alpaca": DatasetAlias("tatsu-lab/alpaca", ("instruction", "input")),
+    "sharegpt": DatasetAlias("anon8231489123/ShareGPT_Vicuna_unfiltered", ("conversations",)),
+    "gsm8k": DatasetAlias("openai/gsm8k", ("question",), subset="main"),
+    "mmlu": DatasetAlias("cais/mmlu", ("question", "choices"), subset="all", split="test"),
 }
 
 _DECODER_PRESETS: Mapping[str, Mapping[str, Any]] = {

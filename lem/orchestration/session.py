@@ -36,10 +36,10 @@ from lem.orchestration.plan import Experiment, GapKind, Plan
 from lem.orchestration.resume import RunOptions, forget_lost_results, interrupt_entry
 from lem.orchestration.schedule import CampaignOutcome, Stopped, StopRequest
 from lem.orchestration.status import Event, Observer
-from lem.record import Record, RecordError, read_with_digest
-from lem.results.store import AttemptFolder, Repository, StoredResult
+from lem.record import PROMPTS_FILE, Record, RecordError, read_with_digest
+from lem.results.store import AttemptFolder, Repository, StoredResult, stopping_campaign
 from lem.worker.channel import RunRequest
-from lem.worker.prompts import as_json, resolve_on_host
+from lem.worker.prompts import resolve_on_host, write_prompts
 
 _logger = logging.getLogger(__name__)
 
@@ -404,7 +404,8 @@ def _write_prompts(experiment: Experiment, folder: AttemptFolder, draw: int) -> 
         hint = "do not change prompts while a campaign runs; --resume plans it again with the new ones"
         path = resolved.source.get("path")
         raise UserError(f"the prompts have changed since the campaign was planned: {path}", hint)
-    folder.write_prompts(map(as_json, resolved.prompts))
+    with stopping_campaign(folder.path / PROMPTS_FILE) as path:
+        write_prompts(path.parent, resolved.prompts)
 
 
 def _host_error(error: OSError | MemoryError) -> EngineError:

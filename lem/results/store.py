@@ -6,7 +6,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from lem.base import durable
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
 from lem.base.units import MIB
-from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Identity, Record, RecordError
+from lem.record import CONFIG_FILE, LOG_FILE, RESULT_FILE, Identity, Record, RecordError
 from lem.results.configurations import Listing, labels_of, read_listing, with_rates
 from lem.results.index import AlteredError, Found, Index, describe_altered, record_result
 
@@ -54,23 +53,6 @@ class AttemptFolder:
         document = {"schema_version": CONFIG_SCHEMA_VERSION, "requested": requested, "resolved": resolved}
         with stopping_campaign(self.path / CONFIG_FILE) as path:
             durable.write_json(path, durable.seal(document))
-        return path
-
-    def write_prompts(self, prompts: Iterable[Mapping[str, Any]]) -> Path:
-        """Write the prompts, each `{"prompt": str, "input_tokens": int | None, "output_tokens": int | None}`.
-
-        `input_tokens` is the exact length to cut or extend it to, `output_tokens` a bound on its own output. A prompt
-        that is not Unicode text is a UserError.
-        """
-        text = "".join(json.dumps(dict(prompt), ensure_ascii=False, allow_nan=False) + "\n" for prompt in prompts)
-        try:
-            data = text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            number = text.count("\n", 0, error.start) + 1
-            message = f"prompt {number} is not Unicode text: it contains half of a surrogate pair"
-            raise UserError(message, "write the whole character instead of a lone \\ud800 to \\udfff") from error
-        with stopping_campaign(self.path / PROMPTS_FILE) as path:
-            durable.write_bytes(path, data)
         return path
 
 

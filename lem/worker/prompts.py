@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import math
 import os
 import random
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from lem.base import durable
 from lem.base.errors import ConfigurationError
@@ -21,6 +23,15 @@ from lem.base.units import MIB
 from lem.config import experiment
 from lem.config.experiment import ExperimentConfig, FilePrompts, HuggingFacePrompts, SyntheticPrompts
 from lem.record import PROMPTS_FILE
+from lem.worker.shapes import (
+    ROWS_TO_LOOK_AT,
+    TEXT_COLUMNS,
+    Prompt,
+    as_json,
+    bound_of,
+    prompt_of_record,
+    usable_columns,
+)
 
 # Half the chosen length to one and a half times it.
 UNIFORM_SPREAD = 0.5
@@ -43,21 +54,6 @@ _WORDS = (
 WORDS = tuple(_WORDS.split())
 SENTENCE_MIN_WORDS = 6
 SENTENCE_MAX_WORDS = 14
-
-
-# Of a conversation: `role` (system, user, assistant or tool) and `content`, which is text, or None beside `tool_calls`;
-# `name` and `tool_call_id` where they are given. The arguments of a call are an object, as chat templates expect.
-Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    prompt: str  # of a conversation the texts of its messages, with blank lines between them
-    input_tokens: int | None = None  # exact length in tokens to cut or extend it to; None leaves it as it is
-    output_tokens: int | None = None  # bound on the tokens to generate for it; None takes the experiment's
-    messages: tuple[Message, ...] = ()  # a conversation up to the turn to generate, for a chat template; () for a text
-    tools: tuple[Mapping[str, Any], ...] = ()  # what the conversation may call, as the API of OpenAI writes it
-    taken_from: str | None = field(default=None, compare=False)  # the column and the turns, for the record
 
 
 # What is measured when neither dataset nor prompts is given.
@@ -108,21 +104,12 @@ def _text(index: int, words: int, rng: random.Random) -> str:
     return " ".join(pieces)
 
 
-# Looked for in this order when no column is named.
-TEXT_COLUMNS = (
-    *("prompt", "messages", "conversations", "conversation", "turns", "instruction", "question", "text", "input"),
-    *("query", "content"),
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+PACKED = ".gz"
+# Of files whose lines are not prompts.
+_OTHER_SUFFIXES = frozenset(
+    (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".yaml", ".yml", ".zip", ".tar", ".tgz", ".zst", ".bz2", ".xz")
 )
-_LISTS_OF_TURNS = ("turns", "conversations", "conversation")
-# The roles of messages, by the names that data sets give them.
-_ROLES = {
-    **{role: role for role in ("system", "user", "assistant", "tool")},
-    "developer": "system",
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "function": "tool",
-}
 MAX_LISTED_PROBLEMS = 10
 # A file above this is a data set put in by mistake; prompts are held in memory, on the host too.
 MAX_FILE_B = 256 * MIB
@@ -190,39 +177,35 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def as_json(prompt: Prompt) -> dict[str, Any]:
-    """A line of `prompts.jsonl`: `prompt`, or `messages` (and `tools`) from which it is made again."""
-    tools = {"tools": prompt.tools} if prompt.tools else {}
-    contents = {"messages": prompt.messages, **tools} if prompt.messages else {"prompt": prompt.prompt}
-    bounds = {"input_tokens": prompt.input_tokens, "output_tokens": prompt.output_tokens}
-    return {**contents, **bounds, **({"taken_from": prompt.taken_from} if prompt.taken_from else {})}
-
-
 def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     """Write `prompts.jsonl` into a result folder, whole or not at all. Raises OSError: as `durable.write_bytes`."""
     durable.write_bytes(folder / PROMPTS_FILE, b"".join(_line(as_json(item)) for item in prompts))
 
 
 def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
-    """The prompts of a text file, one a line, or of a `.jsonl` file.
+    """The prompts of a text file, one a line, or of JSON: a row a line, or in `.json` also a list of rows.
 
-    A line of `.jsonl` is an object (`prompt_of_record`), and may bound its own `input_tokens` and `output_tokens`; a
-    JSON string is a prompt too. Raises PromptError: no such file, not UTF-8,
-    empty, or lines that are blank or malformed, each with its number.
+    Each may be packed (`.gz`). A row is as for `prompt_of_record`, and may bound its own `input_tokens` and
+    `output_tokens`. Raises PromptError: no such file, not UTF-8, empty, another format, or lines that are blank (but at
+    the end) or malformed, each with its number.
     """
-    lines = _read_text(path).split("\n")
-    if lines[-1] == "":
-        del lines[-1]
-    if not lines:
+    text, unit = _read_text(path), ":"
+    parse: Callable[[Any], Any] = str
+    rows: list[Any] = text.split("\n")
+    while rows and not rows[-1].strip():
+        del rows[-1]
+    if not rows:
         raise PromptError(f"{path}: the file is empty", "write one prompt per line")
-    is_json = path.suffix.lower() in (".jsonl", ".ndjson")
+    if suffix_of(path) in JSON_SUFFIXES:
+        rows, parse, unit = _json_rows(path, text, rows)
+    columns = usable_columns(_parsed(rows[:ROWS_TO_LOOK_AT], parse))
     prompts: list[Prompt] = []
     problems: list[str] = []
-    for number, line in enumerate(lines, start=1):
+    for number, row in enumerate(rows, start=1):
         try:
-            prompts.append(_parse_json_line(line) if is_json else Prompt(_some_text(line, "line")))
+            prompts.append(_prompt_of(parse(row), columns))
         except ValueError as error:  # noqa: PERF203 (every bad line is named)
-            problems.append(f"{path}:{number}: {error}")
+            problems.append(f"{path}{unit}{number}: {error}")
     if problems:
         if len(problems) > MAX_LISTED_PROBLEMS:
             problems[MAX_LISTED_PROBLEMS:] = [f"and {len(problems) - MAX_LISTED_PROBLEMS} more lines"]
@@ -230,115 +213,63 @@ def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
-def prompt_of_record(record: Any, columns: Iterable[str] = TEXT_COLUMNS) -> Prompt:
-    """The prompt in an object, or in a plain string; of an object, in the first of these columns that it has.
-
-    A line for OpenAI's batch API holds it in its `body`. Raises ValueError: there is none; the message says what was
-    expected.
-    """
-    if isinstance(record, str):
-        return Prompt(_some_text(record, "prompt"))
-    if not isinstance(record, Mapping):
-        raise ValueError(f"expected an object, got {type(record).__name__}")
-    body = record.get("body")
-    if isinstance(body, Mapping) and "custom_id" in record:
-        limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-        return replace(prompt_of_record(body, columns), output_tokens=_bound(body, limit))
-    column = next((name for name in columns if record.get(name) is not None), None)
-    if column is None:
-        raise ValueError(f"expected 'prompt', 'text' or 'messages', got {', '.join(map(repr, record)) or 'no keys'}")
-    found = _prompt_of_value(column, record[column])
-    if not found.messages:
-        return found
-    found = replace(found, tools=_tools(record.get("tools")))
+def _json_rows(path: Path, text: str, lines: list[str]) -> tuple[list[Any], Callable[[Any], Any], str]:
+    """The rows of JSON, what parses each, and what is in front of its number in a message."""
     try:
-        json.dumps(as_json(found), ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{column}: not JSON in Unicode: {error}") from error
-    return found
+        listed = list_of_json(text) if suffix_of(path) == ".json" else None
+    except ValueError as error:
+        raise PromptError(f"{path}: {error}", "write a list of objects with prompt or messages") from error
+    return (lines, _parse_line, ":") if listed is None else (listed, lambda row: row, ": item ")
 
 
-def _prompt_of_value(column: str, value: Any) -> Prompt:
-    """Of ShareGPT's `conversations` the first human turn, of MT-Bench's `turns` the first, and messages as such."""
-    if not isinstance(value, list):
-        return Prompt(_some_text(value, column), taken_from=column)
-    if value and all(isinstance(item, str) for item in value) and column in _LISTS_OF_TURNS:
-        return Prompt(_some_text(value[0], "first turn"), taken_from=f"{column}, first turn")
-    if not value or not all(isinstance(item, Mapping) for item in value):
-        raise ValueError(f"{column}: expected text, or a list of messages with role and content")
-    if column != "conversations" and "from" not in value[0]:
-        return prompt_of_messages(value, column)
-    for turn in value:
-        if turn.get("from", turn.get("role")) in ("human", "user"):
-            text = _some_text(turn.get("value", turn.get("content")), "first human turn")
-            return Prompt(text, taken_from=f"{column}, first human turn")
-    raise ValueError(f"{column}: no human turn")
+def _parsed(rows: Iterable[Any], parse: Callable[[Any], Any]) -> Iterator[Any]:
+    for row in rows:
+        with contextlib.suppress(ValueError):
+            yield parse(row)
 
 
-def prompt_of_messages(given: Sequence[Mapping[str, Any]], column: str = "messages") -> Prompt:
-    """A conversation up to its last turn of the user or of a tool: the answer is not part of the prompt.
-
-    Raises ValueError: a message that is not text, or there is none of the user.
-    """
-    messages = [_message(item) for item in given]
-    roles = [item["role"] for item in messages]
-    if "user" not in roles:
-        raise ValueError(f"{column}: no message with the role 'user'")
-    end = max(index for index, role in enumerate(roles) if role in ("user", "tool"))
-    text = "\n\n".join(item["content"] for item in messages[: end + 1] if item["content"])
-    return Prompt(text, messages=tuple(messages[: end + 1]), taken_from=f"{column}, up to the last {roles[end]} turn")
-
-
-def _message(given: Mapping[str, Any]) -> Message:
-    role = _ROLES.get(str(given.get("role")))
-    if role is None:
-        raise ValueError(f"expected a role of {', '.join(_ROLES)}, got {given.get('role')!r}")
-    calls = [_tool_call(item) for item in given.get("tool_calls") or ()]
-    content = given.get("content")
-    if isinstance(content, list):
-        content = "\n".join(map(_text_of_part, content))
-    if content is not None or not calls:
-        is_user = role == "user"
-        content = _some_text(content, f"content of the {role} message", may_be_blank=not is_user)
-    known = {name: given[name] for name in ("name", "tool_call_id") if given.get(name) is not None}
-    return {"role": role, "content": content, **known, **({"tool_calls": calls} if calls else {})}
+def list_of_json(text: str) -> list[Any] | None:
+    """The rows of a JSON document: a list, or an object with one; None for JSON Lines. ValueError: neither."""
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        with contextlib.suppress(ValueError):
+            json.loads(text.lstrip().split("\n", 1)[0])
+            return None
+        raise ValueError(f"line {error.lineno}: not JSON: {error.msg}") from error
+    if isinstance(document, dict):
+        if any(document.get(name) is not None for name in ("body", *TEXT_COLUMNS)):
+            return [document]  # a single row
+        lists = [value for value in document.values() if isinstance(value, list)]
+        document = lists[0] if len(lists) == 1 else None
+    if not isinstance(document, list):
+        raise ValueError("expected a list of objects, or an object with one such list")
+    return document
 
 
-def _text_of_part(part: Any) -> str:
-    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-    if kind not in ("text", "input_text"):
-        raise ValueError(f"expected a content part of type text, got {kind}")
-    return _some_text(part.get("text"), "content part", may_be_blank=True)
+def suffix_of(path: Path) -> str:
+    """The suffix that tells the format, in lower case: `.jsonl` for `a.jsonl.gz`."""
+    return Path(path.name.lower().removesuffix(PACKED)).suffix
 
 
-def _tool_call(call: Any) -> Mapping[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        raise ValueError("tool_calls: expected objects with 'function'")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError):  # a model may have called with what is not JSON
-            arguments = json.loads(arguments)
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _tools(given: Any) -> tuple[Mapping[str, Any], ...]:
-    """The tools of a conversation; data sets store them as JSON text too."""
-    tools = json.loads(given) if isinstance(given, str) and given.strip() else given or []
-    if not isinstance(tools, list) or not all(isinstance(item, Mapping) for item in tools):
-        raise ValueError("tools: expected a list of objects")
-    return tuple(tools)
+def unpacked(stream: BinaryIO, path: Path) -> BinaryIO:
+    """The content of an open file, which is packed if its name says so."""
+    return cast("BinaryIO", gzip.GzipFile(fileobj=stream)) if path.name.lower().endswith(PACKED) else stream
 
 
 def _read_text(path: Path) -> str:
+    if suffix_of(path) in _OTHER_SUFFIXES:
+        hint = "use .txt or .jsonl; a .csv or .parquet file can be a data set: `dataset: FILE`"
+        raise PromptError(f"{path}: expected prompts in text or JSON, got {suffix_of(path)}", hint)
     try:
         with durable.open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
-            if size > MAX_FILE_B:
-                raise PromptError(f"{path}: {size} bytes; the limit for prompts is {MAX_FILE_B}")
-            data = stream.read()
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read: {error.strerror}", "check prompts.path") from error
+            data = unpacked(stream, path).read(MAX_FILE_B + 1) if size <= MAX_FILE_B else b""
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PromptError(f"{path}: cannot be read: {reason}", "check prompts.path") from error
+    if max(size, len(data)) > MAX_FILE_B:
+        raise PromptError(f"{path}: {max(size, len(data))} bytes; the limit for prompts is {MAX_FILE_B}")
     try:
         # A byte order mark and Windows line ends are how an editor saved the file, not part of a prompt.
         return data.decode("utf-8-sig").replace("\r\n", "\n")
@@ -347,42 +278,26 @@ def _read_text(path: Path) -> str:
         raise PromptError(f"{path}:{line}: not UTF-8", "save the file as UTF-8 text") from error
 
 
-def _parse_json_line(line: str) -> Prompt:
+def _parse_line(line: str) -> Any:
     if not line.strip():
         raise ValueError("the line is blank")
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-    prompt = prompt_of_record(record)
-    if not isinstance(record, dict):
+
+
+def _prompt_of(row: Any, columns: Sequence[str]) -> Prompt:
+    prompt = prompt_of_record(row, usual=columns)
+    if not isinstance(row, dict):
         return prompt
-    origin = record.get("taken_from", prompt.taken_from)
+    origin = row.get("taken_from", prompt.taken_from)
     return replace(
         prompt,
-        input_tokens=_bound(record, "input_tokens"),
-        output_tokens=_bound(record, "output_tokens") or prompt.output_tokens,
+        input_tokens=bound_of(row, "input_tokens"),
+        output_tokens=bound_of(row, "output_tokens") or prompt.output_tokens,
         taken_from=origin if isinstance(origin, str) else None,
     )
-
-
-def _bound(record: Mapping[str, Any], key: str) -> int | None:
-    value = record.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{key}: expected an integer of at least 1, got {value!r}")
-    return value
-
-
-def _some_text(value: Any, what: str, *, may_be_blank: bool = False) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{what}: expected text, got {type(value).__name__}")
-    if not value.strip() and not may_be_blank:
-        raise ValueError(f"the {what} is blank")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"the {what} contains half of a surrogate pair")
-    return value
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

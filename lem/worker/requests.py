@@ -27,7 +27,7 @@ from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, Engine, TokenRequest
 from lem.meters.requestlog import OPEN_LOOP, Request
 from lem.meters.work import load_warnings
-from lem.worker.prompts import Prompt
+from lem.worker.shapes import Prompt
 from lem.worker.window import Answer, MeasuredWindow, as_request, check_completion
 
 

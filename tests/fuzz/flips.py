@@ -45,7 +45,8 @@ from lem.results.configurations import CONFIGURATIONS_FILE, ListedConfiguration,
 from lem.results.index import INDEX_FILE
 from lem.results.stopping import STOPPING_FILE, StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from lem.results.store import Problem, Repository, StoredResult, config_of_problem
-from lem.worker.prompts import Prompt, read_prompt_file, write_prompts
+from lem.worker.prompts import read_prompt_file, write_prompts
+from lem.worker.shapes import Prompt
 from tests.records import make_record, with_measured, with_requests
 from tests.scripted_attempt import config, gpu_attempt
 

@@ -47,6 +47,7 @@ ENGINES = {
 THIRD_PARTY = {
     **ENGINES,
     r"lem\.worker\.datasets": {"datasets"},
+    r"lem\.worker\.datafiles": {"pyarrow"},
     r"lem\.config\.yamlfile": {"yaml"},
     r"lem\.meters\..*": {"pynvml"},
 }

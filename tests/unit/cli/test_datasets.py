@@ -29,7 +29,7 @@ def test_every_alias_is_listed_with_what_it_stands_for(tmp_path: Path) -> None:
     rows = [line.split() for line in out.splitlines()]
     assert (code, "downloaded on first use" in err) == (0, True)
     assert [row[0] for row in rows[1:]] == list(DATASET_ALIASES)
-    assert rows[-1] == ["mmlu", "cais/mmlu", "(all)", "test", "question", "hub"]
+    assert rows[-1] == ["mmlu", "cais/mmlu", "(all)", "test", "question,", "choices", "hub"]
 
 
 def test_a_data_set_is_found_in_the_folder_or_else_in_the_cache_of_the_hub(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from lem.record import PROMPTS_FILE, Record, read_record, write_record
 from lem.results.store import Repository
 from lem.worker.channel import RunRequest
 from lem.worker.harness import ResidentEngine, run_experiment
-from lem.worker.prompts import Prompt, write_prompts
+from lem.worker.prompts import write_prompts
+from lem.worker.shapes import Prompt
 from tests.command_rig import Output, run_lem
 from tests.records import make_record, with_measured
 from tests.scripted_attempt import config, gpu_attempt

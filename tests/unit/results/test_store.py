@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import errno
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -52,7 +50,7 @@ def test_attempts_are_ordered_by_number_not_by_text(repository: Repository) -> N
     assert [item.record for item in found] == [make_record(attempt=number) for number in range(1, 12)]
 
 
-def test_config_and_prompts_are_written_whole(repository: Repository) -> None:
+def test_config_is_written_whole(repository: Repository) -> None:
     attempt = repository.prepare_attempt(RUN, EXPERIMENT)
     config = attempt.write_config({"model": "${MODEL}"}, {"model": {"name": "tiny"}})
     assert durable.read_sealed(config) == {
@@ -63,20 +61,7 @@ def test_config_and_prompts_are_written_whole(repository: Repository) -> None:
     config.write_bytes(config.read_bytes().replace(b"tiny", b"tinz"))
     with pytest.raises(ValueError, match="does not match its checksum"):
         durable.read_sealed(config)
-    prompts: list[dict[str, Any]] = [
-        {"prompt": "Grüße\nund mehr", "input_tokens": None, "output_tokens": 5},
-        {"prompt": "", "input_tokens": 3, "output_tokens": None},
-    ]
-    lines = attempt.write_prompts(prompts).read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == prompts
-    assert sorted(item.name for item in attempt.path.iterdir()) == ["config.json", "prompts.jsonl"]
-
-
-def test_a_prompt_that_is_not_unicode_is_refused_by_its_number(repository: Repository) -> None:
-    attempt = repository.prepare_attempt(RUN, EXPERIMENT)
-    with pytest.raises(UserError, match="prompt 2 is not Unicode text"):
-        attempt.write_prompts([{"prompt": "fine"}, {"prompt": "half \ud800"}])
-    assert list(attempt.path.iterdir()) == []
+    assert [item.name for item in attempt.path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("event", ["lem.write", "lem.fsync", "lem.rename", "lem.fsync_dir"])
@@ -85,10 +70,9 @@ def test_a_disk_that_is_full_in_the_middle_stops_the_campaign_with_the_remedy(
 ) -> None:
     attempt = repository.prepare_attempt(RUN, EXPERIMENT)
     with failing(event, errno.ENOSPC):
-        for act in (lambda: attempt.write_config({}, {}), lambda: attempt.write_prompts([{"prompt": "a"}])):
-            with pytest.raises(InfrastructureError, match="no space left on device") as caught:
-                act()
-            assert "--resume" in caught.value.hint
+        with pytest.raises(InfrastructureError, match="no space left on device") as caught:
+            attempt.write_config({}, {})
+        assert "--resume" in caught.value.hint
 
 
 def test_a_folder_that_cannot_be_made_in_the_middle_stops_the_campaign(repository: Repository, tmp_path: Path) -> None:

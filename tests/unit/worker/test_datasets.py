@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.server
 import json
 import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -18,7 +20,7 @@ from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.base.variables import DATASETS_VARIABLE
 from lem.config.experiment import DATASET_ALIASES, ExperimentConfig
-from lem.worker.datasets import choice_of, resolve_dataset, shuffle
+from lem.worker.datasets import DatasetChoice, choice_of, find_files, resolve_dataset, shuffle
 from lem.worker.prompts import ResolvedPrompts, fingerprint
 
 ROOT = Path(__file__).parents[3]
@@ -46,10 +48,11 @@ def test_an_alias_names_where_it_is_and_what_is_given_wins_over_it() -> None:
     for alias in DATASET_ALIASES:
         choice = choice_of(config(dataset=alias))
         assert choice.hub_name == DATASET_ALIASES[alias].path
-        assert choice.column
+        assert choice.columns == DATASET_ALIASES[alias].columns
+        assert choice_of(config(dataset=choice.hub_name)) == replace(choice, name=choice.hub_name)
         assert choice.split in ("train", "test")
     choice = choice_of(config(dataset={"name": "mmlu", "split": "validation", "column": "answer"}))
-    assert (choice.split, choice.column, choice.subset) == ("validation", "answer", "all")
+    assert (choice.split, choice.columns, choice.subset) == ("validation", ("answer",), "all")
     with pytest.raises(ValueError, match="no prompts from a data set"):
         choice_of(config())
 
@@ -84,8 +87,12 @@ def test_formats_and_places(tmp_path: Path, name: str, content: str) -> None:
 
 @pytest.mark.parametrize("form", ["tatsu-lab/alpaca", "tatsu-lab__alpaca", "tatsu-lab--alpaca", "alpaca"])
 def test_an_alias_is_found_by_any_form_of_its_name(tmp_path: Path, form: str) -> None:
-    write_jsonl(tmp_path / f"{form}.jsonl", [{"instruction": "do it", "input": "x"}])
-    assert texts(resolve(tmp_path, {"dataset": "alpaca"})) == ["do it"]
+    write_jsonl(
+        tmp_path / f"{form}.jsonl", [{"instruction": "do it", "input": "x", "output": "y", "text": "do it x y"}]
+    )
+    for name in ("alpaca", "tatsu-lab/alpaca"):
+        found = resolve(tmp_path, {"dataset": name})
+        assert (texts(found), found.source["taken_from"]) == (["do it\n\nx"], "instruction, input")
 
 
 def test_a_split_may_have_parts_and_a_subset_is_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -196,7 +203,7 @@ def test_broken_files_are_refused_by_name(tmp_path: Path, name: str, content: by
 @pytest.mark.parametrize(
     ("folder", "dataset", "message"),
     [
-        (".", {"name": "mine", "split": "validation"}, r"test\.jsonl, train\.jsonl"),
+        (".", {"name": "mine", "split": "validation"}, "it has train, test"),
         (".", "empty", "no data files"),
         ("missing", "mine", DATASETS_VARIABLE),
     ],
@@ -207,6 +214,186 @@ def test_a_folder_without_the_data_is_refused(tmp_path: Path, folder: str, datas
     (tmp_path / "empty").mkdir()
     with pytest.raises(EngineError, match=message):
         resolve(tmp_path / folder, {"dataset": dataset})
+
+
+CARD = """---
+language: en
+configs:
+- config_name: main
+  default: true
+  data_files:
+  - split: train
+    path: main/train-*
+  - split: test
+    path:
+    - "main/test.jsonl"
+- config_name: 'other'
+  data_files: other/*.jsonl
+license: mit
+---
+# A data set
+"""
+SHARDS = tuple(f"data/train-0000{part}-of-00002.jsonl" for part in range(2))
+
+
+class Layout(NamedTuple):
+    files: Iterable[str]
+    found: tuple[str, ...] | str  # the files of the split, or a part of the refusal
+    split: str = "train"
+    subset: str | None = None
+    card: str | None = None
+
+
+LAYOUTS = {
+    "a copy of a hub repository": Layout(("data/train.jsonl", "LICENSE.txt"), ("data/train.jsonl",)),
+    "a licence beside one file": Layout(("data.jsonl", "LICENSE.txt"), ("data.jsonl",)),
+    "a licence and a notice": Layout(("data.jsonl", "LICENSE.txt", "NOTICE.txt"), "several formats"),
+    "a licence alone": Layout(("LICENSE.txt", "README.md"), "found a document"),
+    "texts": Layout(("a.txt", "b.txt"), ("a.txt", "b.txt")),
+    "all files are train": Layout(("b.jsonl", "a.jsonl", "c/d.json"), ("a.jsonl", "b.jsonl", "c/d.json")),
+    "no test among all": Layout(("a.jsonl",), "the split 'test'; it has train", "test"),
+    "no test among splits": Layout(("train.jsonl", "dev.jsonl"), "it has train, validation", "test"),
+    "dev is validation": Layout(("train.jsonl", "dev.jsonl"), ("dev.jsonl",), "validation"),
+    "a word within a name": Layout(("my_train_set.jsonl", "strain.jsonl"), ("my_train_set.jsonl",)),
+    "a folder by split": Layout(("train/a.jsonl", "train/b.jsonl", "test/a.jsonl"), ("train/a.jsonl", "train/b.jsonl")),
+    "a folder wins over a file": Layout(("test/a.jsonl", "train.jsonl"), "it has test"),
+    "a slice": Layout(("train.jsonl",), ("train.jsonl",), "train[:2]"),
+    "a sum": Layout(("train.jsonl", "test.jsonl"), "expected a name, or a slice", "train+test"),
+    "two formats": Layout(("train.jsonl", "train.csv"), "several formats"),
+    "two kinds of JSON": Layout(("train.json", "train.jsonl"), ("train.json", "train.jsonl")),
+    "packed": Layout(("train.jsonl.gz",), ("train.jsonl.gz",)),
+    "both shards": Layout(SHARDS, SHARDS),
+    "one shard of two": Layout(SHARDS[:1], "part 00001 is missing"),
+    "shards of another split": Layout(("data/sft-00000-of-00001.jsonl",), ("data/sft-00000-of-00001.jsonl",), "sft"),
+    "shards win over words": Layout((*SHARDS, "test.jsonl"), "it has train", "test"),
+    "a copy for later": Layout(("train.jsonl", "train.jsonl.bak"), "several formats"),
+    "saved to disk": Layout(("data-00000-of-00001.arrow", "state.json", "dataset_info.json"), "several formats"),
+    "hidden": Layout(("train.jsonl", ".cache/train.jsonl", "__old/train.jsonl"), ("train.jsonl",)),
+    "an unknown subset": Layout(("train.jsonl",), "no subset 'nope'", subset="nope"),
+    "nothing": Layout(("setup.py",), "no data files"),
+    "a card": Layout(("main/train-1.jsonl", "main/test.jsonl", "x.jsonl"), ("main/train-1.jsonl",), card=CARD),
+    "a split of a card": Layout(("main/test.jsonl", "main/train-1.jsonl", "other/a.jsonl"), ("main/test.jsonl",),
+                                "test", "main", CARD),
+    "a subset of a card": Layout(("main/test.jsonl", "main/train-1.jsonl", "other/a.jsonl"), ("other/a.jsonl",),
+                                 "train", "other", CARD),
+    "no subset of a card": Layout(("main/train-1.jsonl",), "no subset 'nope'; it has main, other", subset="nope",
+                                  card=CARD),
+    "no split of a card": Layout(("main/train-1.jsonl", "dev.jsonl"), "it has train, test", "validation", None, CARD),
+    "no file of a card": Layout(("other/a.jsonl",), "no data file for the split 'train'", card=CARD),
+    "a card without a default": Layout(("main/train-1.jsonl",), "it has subsets: main, other",
+                                       card=CARD.replace("  default: true\n", "")),
+    "a card with other options": Layout(("main/train-1.jsonl",), "does not understand: data_dir: main",
+                                        card=CARD.replace("  default: true", "  data_dir: main")),
+    "a card in one line": Layout(("a.jsonl",), "does not understand", card="---\nconfigs: [{config_name: a}]\n---\n"),
+    "a card that leads out": Layout(("a.jsonl",), "does not understand", card=CARD.replace("main/train-*", "../*")),
+}  # fmt: skip
+
+
+def lay_out(folder: Path, layout: Layout) -> None:
+    for name in layout.files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        row = name if ".txt" in name else f"prompt\n{name}" if name.endswith(".csv") else json.dumps({"prompt": name})
+        (folder / name).write_bytes(gzip.compress(row.encode()) if name.endswith(".gz") else row.encode())
+    if layout.card is not None:
+        (folder / "README.md").write_text(layout.card)
+
+
+def find(folder: Path, layout: Layout) -> tuple[str, ...]:
+    files = find_files(DatasetChoice(str(folder), str(folder), layout.subset, layout.split, ()), {})
+    return tuple(str(file.relative_to(folder)) for file in files)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_files_of_a_split_in_a_folder(tmp_path: Path, layout: Layout) -> None:
+    lay_out(tmp_path, layout)
+    if isinstance(layout.found, tuple):
+        assert find(tmp_path, layout) == layout.found
+        return
+    with pytest.raises(EngineError) as caught:
+        find(tmp_path, layout)
+    assert layout.found in caught.value.message
+    assert (caught.value.kind, caught.value.is_permanent) == ("prompts", True)
+
+
+@pytest.mark.needs("datasets")
+@pytest.mark.parametrize("layout", [item for item in LAYOUTS.values() if isinstance(item.found, tuple)])
+def test_a_folder_that_is_read_is_read_as_by_the_datasets_package(tmp_path: Path, layout: Layout) -> None:
+    import datasets
+
+    folder = tmp_path / "set"
+    lay_out(folder, layout)
+    builder = datasets.load_dataset_builder(str(folder), layout.subset, cache_dir=str(tmp_path / "cache"))
+    files = builder.config.data_files[layout.split.partition("[")[0]]
+    assert sorted(str(Path(file).relative_to(folder)) for file in files) == sorted(find(folder, layout))
+
+
+@pytest.mark.needs("datasets")
+@pytest.mark.parametrize("split", ["train", "train[:2]", "train[-2:]", "train[4:99]", "train[:50%]", "train[10%:-20%]"])
+def test_a_slice_has_the_rows_that_the_datasets_package_gives(tmp_path: Path, split: str) -> None:
+    import datasets
+
+    write_jsonl(tmp_path / "set" / "train.jsonl", ROWS)
+    loaded = datasets.load_dataset(str(tmp_path / "set"), split=split, cache_dir=str(tmp_path / "cache"))
+    found = resolve(tmp_path, {"dataset": {"name": "set", "split": split}})
+    assert texts(found) == loaded["prompt"][:]
+    assert found.source["split"] == split
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"name": "mine", "split": "test"}, "mine.jsonl: a single file has no split 'test'"),
+        ("both", r"found .*both and .*both\.csv"),
+        ({"name": "mmlu", "split": "validation"}, "a single file has no split 'validation'"),
+    ],
+)
+def test_a_split_is_not_taken_from_a_file_that_may_be_another(tmp_path: Path, dataset: Any, message: str) -> None:
+    for name in ("mine.jsonl", "both/train.jsonl", "both.csv", "mmlu.jsonl"):
+        write_jsonl(tmp_path / name, ROWS)
+    with pytest.raises(EngineError, match=message):
+        resolve(tmp_path, {"dataset": dataset})
+    assert len(resolve(tmp_path, {"dataset": {"name": "mine", "split": "train[:2]"}}).prompts) == 2
+
+
+def test_rows_of_the_assistant_and_columns_with_the_answer_are_not_prompts(tmp_path: Path) -> None:
+    turns = [{"role": role, "text": f"{role} {number}"} for number in range(3) for role in ("prompter", "assistant")]
+    write_jsonl(tmp_path / "oasst.jsonl", turns)
+    found = resolve(tmp_path, {"dataset": "oasst"})
+    assert texts(found) == ["prompter 0", "prompter 1", "prompter 2"]
+    assert found.warnings == (Reason.of("rows_skipped", name="oasst", skipped=3),)
+    write_jsonl(
+        tmp_path / "told.jsonl", [{"text": f"Q{number} A{number}", "output": f"A{number}"} for number in range(3)]
+    )
+    with pytest.raises(EngineError, match=r"not counting text, which ends with the answer\); it has output, text"):
+        resolve(tmp_path, {"dataset": "told"})
+    named = resolve(tmp_path, {"dataset": {"name": "told", "column": "text"}})
+    assert texts(named)[0] == "Q0 A0"
+
+
+def test_a_named_column_may_hold_messages_and_stands_alone(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    write_jsonl(tmp_path / "mine.jsonl", [{"chosen": chat, "question": "Which?", "choices": ["a", "b"]}])
+    found = [resolve(tmp_path, {"dataset": {"name": "mine", "column": name}}) for name in ("chosen", "question")]
+    assert [texts(item) for item in found] == [["Hi"], ["Which?"]]
+    assert [item.source["taken_from"] for item in found] == ["chosen, up to the last user turn", "question"]
+
+
+def test_json_that_holds_lines_and_packed_files_are_read(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "lines.json", ROWS)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress((tmp_path / "lines.json").read_bytes()))
+    for name in ("lines", "packed"):
+        assert texts(resolve(tmp_path, {"dataset": name})) == [row["prompt"] for row in ROWS]
+
+
+@pytest.mark.needs("datasets")
+def test_a_parquet_file_that_is_replaced_under_the_same_time_stamp_gives_the_new_rows(tmp_path: Path) -> None:
+    import datasets
+
+    file = tmp_path / "mine.parquet"
+    for text in ("old", "new"):
+        datasets.Dataset.from_list([{"prompt": text}]).to_parquet(str(file))
+        os.utime(file, (1, 1))
+        assert texts(resolve(tmp_path, {"dataset": "mine"})) == [text]
 
 
 @pytest.mark.needs("datasets")

@@ -20,9 +20,10 @@ from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
 from lem.record import Record, decode_record, encode_record
 from lem.worker.channel import RunRequest
 from lem.worker.harness import ResidentEngine, run_experiment, variation_of, warm_up
-from lem.worker.prompts import Prompt, read_prompt_file, write_prompts
+from lem.worker.prompts import read_prompt_file, write_prompts
 from lem.worker.recording import WarmupOutcome
 from lem.worker.requests import DisjointRequests
+from lem.worker.shapes import Prompt
 from tests.doubles.trivial_engine import TrivialEngine
 from tests.unit.worker.timed_backend import NS_PER_MS, SteppedClock, TimedBackend, make_requests
 from tests.worker_rig import IDENTITY, PHASES

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -13,16 +14,15 @@ from lem.config.experiment import ExperimentConfig, SyntheticPrompts
 from lem.record import PROMPTS_FILE
 from lem.worker.prompts import (
     BUNDLED,
-    Prompt,
     PromptError,
     ResolvedPrompts,
     fingerprint,
     generate,
-    prompt_of_record,
     read_prompt_file,
     resolve_on_host,
     write_prompts,
 )
+from lem.worker.shapes import Prompt, prompt_of_record
 
 
 def write(folder: Path, name: str, content: bytes) -> Path:
@@ -41,6 +41,7 @@ def resolve(**options: Any) -> ResolvedPrompts | None:
         (b"first\nsecond line \n", ["first", "second line "]),
         (b"a\nb", ["a", "b"]),
         (b"\xef\xbb\xbfa\r\nb\r\n", ["a", "b"]),  # a byte order mark, and Windows line ends
+        (b"a\nb\n\n \n", ["a", "b"]),
         ("a\u2028b\x0bc\n".encode(), ["a\u2028b\x0bc"]),  # characters that splitlines() takes for line ends
     ],
 )
@@ -51,6 +52,46 @@ def test_text_file_holds_one_prompt_a_line(tmp_path: Path, content: bytes, promp
 def test_jsonl_lines_are_objects_or_texts_with_their_own_bounds(tmp_path: Path) -> None:
     content = b'{"prompt": "a", "output_tokens": 7, "id": 3}\n{"prompt": "b", "input_tokens": 5}\n"c"'
     assert read_prompt_file(write(tmp_path, "p.jsonl", content)) == (Prompt("a", None, 7), Prompt("b", 5), Prompt("c"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n\n'),
+        ("p.ndjson", b'{"prompt": "a"}\n{"text": "b"}'),
+        ("p.JSON", b'{"prompt": "a"}\n{"text": "b"}\n\n'),
+        ("p.json", b'[{"prompt": "a"}, {"text": "b"}]'),
+        ("p.json", b'{"version": 1,\n"data": [{"prompt": "a"}, {"text": "b"}]}'),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n{"text": "b"}\n\n')),
+        ("p.txt.gz", gzip.compress(b"a\nb\n")),
+    ],
+)
+def test_json_is_read_by_the_line_or_as_a_list_and_packed(tmp_path: Path, name: str, content: bytes) -> None:
+    assert read_prompt_file(write(tmp_path, name, content)) == (Prompt("a"), Prompt("b"))
+
+
+def test_a_json_file_may_hold_one_row(tmp_path: Path) -> None:
+    for row in ({"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}):
+        assert [item.prompt for item in read_prompt_file(write(tmp_path, "p.json", json.dumps(row).encode()))] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "texts"),
+    [
+        ([{"instruction": "Add.", "input": "1, 2", "output": "3"}], ["Add.\n\n1, 2"]),
+        ([{"instruction": "Sing.", "input": "", "output": "La"}], ["Sing."]),
+        ([{"instruction": "Add.", "context": "1, 2", "response": "3"}], ["Add.\n\n1, 2"]),
+        ([{"question": "Which?", "choices": ["x", "y"], "answer": 1}], ["Which?\n\nA. x\nB. y"]),
+        ([{"question": "Which?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "1"}],
+         ["Which?\n\n1. x\n2. y"]),
+        ([{"prompt": "### Add 1, 2. ### 3", "output": "3", "instruction": "Add.", "input": "1, 2"}], ["Add.\n\n1, 2"]),
+        ([{"text": "Which? A or B", "answer": "B"}, {"text": "Who?", "answer": "I"}], ["Which? A or B", "Who?"]),
+        ([{"role": "prompter", "text": "Hi"}, {"role": "doctor", "text": "Ho"}], ["Hi", "Ho"]),
+    ],
+)  # fmt: skip
+def test_a_row_gives_the_whole_question_without_the_answer(tmp_path: Path, rows: list[Any], texts: list[str]) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    assert [item.prompt for item in read_prompt_file(write(tmp_path, "p.jsonl", lines.encode()))] == texts
 
 
 def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
@@ -128,6 +169,11 @@ def test_a_batch_line_bounds_its_output() -> None:
         {"text": ["a"]},
         {"messages": []},
         {"messages": 1},
+        {"messages": "a"},
+        {"conversation": "Q: a A: b"},
+        {"role": "assistant", "text": "a"},
+        {"question": "a", "choices": [1, 2]},
+        {"question": "a", "choices": {"text": ["a", "b"], "label": ["A"]}},
         {"messages": [message("assistant", "a")]},
         {"messages": [message("user", ["a"])]},
         {"messages": [message("user", None)]},
@@ -161,7 +207,7 @@ def test_every_bad_line_is_named_with_its_number_and_many_are_counted(tmp_path: 
     assert [line.split(": ")[0] for line in lines] == [f"{path}:{number}" for number in (2, 3, 4, 5)]
     assert "output_tokens" in lines[3]
     with pytest.raises(PromptError) as caught:
-        read_prompt_file(write(tmp_path, "p.txt", b"\n" * 500))
+        read_prompt_file(write(tmp_path, "p.txt", b"\n" * 500 + b"a"))
     assert len(str(caught.value).splitlines()) == 11
     assert "490" in str(caught.value)
 
@@ -172,6 +218,14 @@ def test_every_bad_line_is_named_with_its_number_and_many_are_counted(tmp_path: 
         ("p.txt", b"", "p.txt: "),
         ("p.jsonl", b"", "p.jsonl: "),
         ("p.txt", b"a\n \nb\n", "p.txt:2: "),
+        ("p.txt", b"\n \n\n", "p.txt: the file is empty"),
+        ("p.json", b'[\n{"prompt": "a"},', "p.json: line 2: not JSON"),
+        ("p.json", b'[{"prompt": "a"}, {"answer": "a"}]', "p.json: item 2: expected 'prompt'"),
+        ("p.json", b'{"a": [1], "b": [2]}', "p.json: expected a list of objects"),
+        ("p.jsonl", b'{"text": "1 + 1 = 2", "answer": "2"}', "p.jsonl:1: expected 'prompt'"),
+        ("p.jsonl.gz", b'{"prompt": "a"}', "p.jsonl.gz: cannot be read: Not a gzipped file"),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}')[:-9], "p.jsonl.gz: cannot be read: "),
+        ("p.csv", b"prompt\na\n", "p.csv: expected prompts in text or JSON, got .csv"),
         ("p.txt", b"fine\n\xff\xfe\x00", "p.txt:2: not UTF-8"),
         ("missing.txt", None, "missing.txt: cannot be read"),
         (".", None, ": cannot be read: expected a regular file"),

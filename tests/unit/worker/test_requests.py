@@ -15,7 +15,6 @@ from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, RequestQueue, TokenRequest
-from lem.worker.prompts import Prompt
 from lem.worker.requests import (
     DisjointRequests,
     PreparedQueue,
@@ -25,6 +24,7 @@ from lem.worker.requests import (
     measure_traffic,
     serve_all,
 )
+from lem.worker.shapes import Prompt
 from lem.worker.window import MeasuredWindow
 from tests.records import codes
 from tests.unit.worker.timed_backend import BEGIN_OF_TEXT, NS_PER_MS, SteppedClock, TimedBackend, make_requests
