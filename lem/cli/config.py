@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
+from pathlib import Path as FilePath
 from typing import Any, TextIO
 
 from lem.base import log
@@ -14,9 +15,10 @@ from lem.cli.selection import add_json, add_repeated, typed_again
 from lem.config import introspection, rules
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig
+from lem.config.convert import convert
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import BoolKind, ChoiceKind, NumberKind, Problem, dotted
-from lem.config.load import Loaded, kind_of, load_campaign, load_experiment
+from lem.config.load import Loaded, complete_campaign, kind_of, load_campaign, load_experiment
 from lem.config.option import Section, find_option, is_secret, leaves, merge, nest
 from lem.config.schema import document_schema
 from lem.config.yamlfile import FileProblems
@@ -49,6 +51,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     fields.add_argument("--backend", metavar="NAME", help="only the options that this backend honours")
     fields.add_argument("--markdown", action="store_true", help="print the page docs/configuration.md")
     fields.set_defaults(run=_fields)
+    convert = actions.add_parser("convert", help="write a file of LLenergyMeasure as a campaign to stdout")
+    convert.add_argument("file", metavar="FILE", help="a campaign, study or experiment of LLenergyMeasure")
+    convert.set_defaults(run=_convert)
     for action in (validate, show, fields):
         add_json(action)
 
@@ -189,6 +194,19 @@ def _without_secrets(loaded: Loaded[Any]) -> dict[str, Any]:
 def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     _check_backend(args.backend)
     out.write(introspection.template(args.kind, args.backend))
+
+
+def _convert(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+    tree, notes = convert(FilePath(args.file))
+    loaded = complete_campaign(CampaignConfig.from_dict(tree))
+    plan = build_plan(loaded.config, loaded.listed, preset={}, source=loaded.source)
+    if not plan.experiments:
+        filtered = "; ".join(f"{reason} × {count}" for reason, count in plan.filtered_by_reason)
+        raise ConfigurationError(f"{args.file}: no valid experiment is left: {filtered}")
+    head = [f"Converted from {args.file}. Check it with: lem config validate FILE"]
+    if notes:
+        head += ["", "Left out:", *(f"  {note}" for note in notes)]
+    out.write("".join(f"# {line}".rstrip() + "\n" for line in head) + "\n" + introspection.render_yaml(tree, {}))
 
 
 def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:

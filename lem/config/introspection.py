@@ -257,7 +257,8 @@ def _lines(
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
             yield f"{indent}{yaml_scalar(key)}:", comments.get(where, "")
             for item in value:
-                yield f"{indent}  - {yaml_scalar(item)}", ""
+                for number, (text, _) in enumerate(_lines(item, {}, (*where, "-"))):
+                    yield f"{text[: len(indent) + 2]}- {text[len(indent) + 4 :]}" if number == 0 else text, ""
         else:
             yield f"{indent}{yaml_scalar(key)}: {yaml_scalar(value)}", comments.get(where, "")
 

@@ -202,6 +202,14 @@ def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> st
     return "campaign" if _CAMPAIGN_ONLY & set(source.mapping) else "experiment"
 
 
+def read_mapping(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """What a file has together with those that it inherits from, as it is written; not validated."""
+    source, found = _Loader((), None, environ).read(FilePath(path), ExperimentConfig)
+    if found:
+        raise FileProblems(found)
+    return source.unexpanded
+
+
 @dataclass(frozen=True)
 class _Loader:
     """Reads files and puts them together, with the same overrides, preset and environment."""

@@ -1,0 +1,334 @@
+"""Files of LLenergyMeasure become campaigns: what of them becomes what, and what is left out."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lem.config.convert import convert
+from lem.config.option import leaves
+from tests.command_rig import run_lem
+
+FIRST_EXPERIMENT = """\
+schema_version: "3.0.0"
+config_name: short-answers
+model_name: example/small-model
+adapter: example/adapter
+num_input_prompts: 20
+max_input_tokens: 64
+fp_precision: bfloat16
+gpus: [0, 1]
+query_rate: 2.0
+decode_token_to_text: true
+decoder: {temperature: 0.0, do_sample: true}
+schedule: {enabled: false, at: "03:00"}
+traffic_simulation: {enabled: true, mode: constant, target_qps: 3.0}
+pytorch:
+  batch_size: 4
+  num_processes: 2
+  torch_compile: inductor
+  assisted_generation: null
+  beam_search: {enabled: true, num_beams: 3, no_repeat_ngram_size: 2}
+vllm: {max_num_seqs: 8}
+"""
+
+FIRST_CAMPAIGN = """\
+campaign_name: two engines
+model: example/small-model
+dataset: aienergyscore
+num_samples: 30
+grid:
+  backends: [pytorch, vllm]
+  models: [example/a, example/b]
+  axes: {batch_size: [1, 16]}
+  shared: {fp_precision: [float16, bfloat16], max_new_tokens: [32]}
+  backend_overrides:
+    vllm: {enable_chunked_prefill: [true, false], gpu_memory_utilization: [0.2, 0.8]}
+    pytorch: {num_processes: 2}
+configs: [one.yaml]
+experiments:
+  - config: one.yaml
+    overrides: {decoder.preset: factual, pytorch.batch_size: 2}
+execution: {cycles: 4, structure: grouped, config_gap_seconds: 5}
+schedule: {at: "03:00", days: [sat]}
+group_by: [backend]
+"""
+ONE = "_extends: base.yaml\nconfig_name: one\nnum_input_prompts: 5\ndataset: {name: alpaca, sample_size: 3}\n"
+BASE = "model_name: example/small-model\nbackend: pytorch\npytorch: {batch_size: 1}\n"
+
+SECOND_EXPERIMENT = """\
+model: example/small-model
+backend: vllm
+n: 12
+dataset: {n: 40, input_len: 700, output_len: 50, seed: 7}
+dataset_order: grouped
+precision: fp32
+max_input_tokens: 600
+decoder: {min_new_tokens: 5, min_p: 0.1, do_sample: true}
+warmup: {n_warmup: 3, thermal_floor_seconds: 45.0}
+baseline: {duration_seconds: 10}
+energy: {backend: zeus}
+lora: {adapter_path: ./adapter, merge_weights: true}
+output_dir: out
+passthrough_kwargs: {seed: 3}
+vllm:
+  engine:
+    block_size: 16
+    speculative_model: example/draft
+    num_speculative_tokens: 4
+    kv_cache_memory_bytes: 4000000
+    compilation_config: {level: 3}
+    attention: {backend: FLASH_ATTN, flash_attn_version: 3, use_cudnn_prefill: true}
+  sampling: {max_tokens: 99, ignore_eos: true, presence_penalty: 0.5, n: 2}
+"""
+
+STUDY = """\
+name: batch and precision
+base: base2.yaml
+n: 8
+random_seed: 1
+pytorch: {attn_implementation: eager, trust_remote_code: true}
+sweep:
+  model: [example/a, example/b]
+  precision: [bf16, fp32]
+  decoder.temperature: [0.0, 0.7]
+  pytorch.batch_size: [1, 4]
+  pytorch.num_beams: [1, 4]
+  pytorch.device_map: [auto]
+experiments:
+  - {model: example/c, dataset: aienergyscore, backend: vllm, vllm: {engine: {max_num_seqs: 9}}}
+runners: {pytorch: local}
+execution: {n_cycles: 2, cycle_order: sequential, experiment_gap_seconds: 4, cycle_gap_seconds: null, shuffle_seed: 5}
+"""
+BASE2 = "name: ignored\nmax_output_tokens: 16\ndataset: alpaca\npytorch: {batch_size: 9}\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    files = {
+        "first.yaml": FIRST_EXPERIMENT,
+        "campaign.yaml": FIRST_CAMPAIGN,
+        "one.yaml": ONE,
+        "base.yaml": BASE,
+        "second.yaml": SECOND_EXPERIMENT,
+        "study.yaml": STUDY,
+        "base2.yaml": BASE2,
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_an_experiment_of_the_first_form(folder: Path) -> None:
+    tree, notes = convert(folder / "first.yaml")
+    assert tree["campaign_name"] == "short-answers"
+    assert tree["experiments"] == [
+        {
+            "config_name": "short-answers",
+            "model": {"name": "example/small-model", "adapter": "example/adapter"},
+            "prompts": {"type": "synthetic", "input_tokens": 64, "sample_size": 20},
+            "max_input_tokens": 64,
+            "fp_precision": "bfloat16",
+            "decoder": {"temperature": 0.0},
+            "traffic_simulation": {"enabled": True, "mode": "constant", "target_qps": 3.0},
+            "pytorch": {"batch_size": 4, "torch_compile": "default", "no_repeat_ngram_size": 2},
+            "backend": "pytorch",
+        }
+    ]
+    left_out = ["vllm", "schema_version", "query_rate", "decode_token_to_text", "pytorch.num_processes", "gpus"]
+    assert [note.partition(":")[0] for note in notes] == [*left_out, "pytorch.beam_search"]
+    assert "pytorch.num_processes: 2  (lem measures one copy of the model)" in notes
+    assert "decode_token_to_text: true  (no counterpart)" in notes
+
+
+def test_a_campaign_of_the_first_form(folder: Path) -> None:
+    tree, notes = convert(folder / "campaign.yaml")
+    assert tree["dataset"] == {"name": "ai_energy_score"}
+    assert tree["schedule"] == {"at": "03:00", "days": ["sat"]}
+    assert tree["execution"] == {"cycles": 4, "structure": "grouped", "config_gap_seconds": 5}
+    assert tree["grid"] == {
+        "backends": ["pytorch", "vllm"],
+        "models": ["example/a", "example/b"],
+        "shared": {"fp_precision": ["float16", "bfloat16"], "max_output_tokens": [32]},
+        "backend_overrides": {
+            "pytorch": {"batch_size": [1, 16]},
+            "vllm": {
+                "max_num_seqs": [1, 16],
+                "enable_chunked_prefill": [True, False],
+                "gpu_memory_utilization": [0.8],
+            },
+        },
+    }
+    one = {
+        "config_name": "one",
+        "model": {"name": "example/small-model"},
+        "backend": "pytorch",
+        "pytorch": {"batch_size": 1},
+        "dataset": {"name": "ai_energy_score", "sample_size": 30},
+    }
+    assert tree["experiments"] == [one, {**one, "pytorch": {"batch_size": 2}, "decoder": {"preset": "factual"}}]
+    assert [note.partition(":")[0] for note in notes] == [
+        "group_by",
+        "vllm.gpu_memory_utilization",
+        "pytorch.num_processes",
+    ]
+
+
+def test_an_experiment_of_the_second_form(folder: Path) -> None:
+    tree, notes = convert(folder / "second.yaml")
+    assert tree["campaign_name"] == "second"
+    assert tree["experiments"] == [
+        {
+            "fp_precision": "float32",
+            "model": {"name": "example/small-model", "adapter": "./adapter"},
+            "backend": "vllm",
+            "max_input_tokens": 600,
+            "min_output_tokens": 5,
+            "warmup": {"min_prompts": 3},
+            "baseline": {"duration_sec": 10},
+            "measurement": {"energy": "nvml"},
+            "io": {"results_dir": "out"},
+            "max_output_tokens": 99,
+            "ignore_eos": True,
+            "prompts": {"type": "synthetic", "sample_size": 40, "seed": 7, "input_tokens": 600, "output_tokens": 50},
+            "vllm": {
+                "min_p": 0.1,
+                "block_size": 16,
+                "speculative": {"model": "example/draft", "num_tokens": 4},
+                "attention": {"backend": "FLASH_ATTN", "flash_version": 3},
+                "extra": {"kv_cache_memory_bytes": 4000000, "compilation_config": {"level": 3}},
+            },
+        }
+    ]
+    assert notes == [
+        "dataset_order: grouped  (prompts keep the order of their source, unless prompts.shuffle is true)",
+        "warmup.thermal_floor_seconds: 45.0  (see execution.config_gap_seconds)",
+        "lora.merge_weights: true  (see model.adapter)",
+        "passthrough_kwargs.seed: 3  (see vllm.extra)",
+        "vllm.engine.attention.use_cudnn_prefill: true  (no counterpart)",
+        "vllm.sampling.presence_penalty: 0.5  (lem has no such penalty, only decoder.repetition_penalty)",
+        "vllm.sampling.n: 2  (lem generates one answer for each prompt)",
+    ]
+
+
+def test_a_study(folder: Path) -> None:
+    tree, notes = convert(folder / "study.yaml")
+    assert tree["campaign_name"] == "batch and precision"
+    assert (tree["dataset"], tree["num_samples"]) == ({"name": "alpaca"}, 8)
+    assert tree["grid"] == {
+        "backends": ["pytorch"],
+        "models": [{"name": name, "trust_remote_code": True} for name in ("example/a", "example/b")],
+        "shared": {
+            "max_output_tokens": [16],
+            "random_seed": [1],
+            "fp_precision": ["bfloat16", "float32"],
+            "decoder.temperature": [0.0, 0.7],
+        },
+        "backend_overrides": {"pytorch": {"attn_implementation": ["eager"], "batch_size": [1, 4]}},
+    }
+    (one,) = tree["experiments"]
+    assert (one["model"], one["backend"], one["vllm"]) == ({"name": "example/c"}, "vllm", {"max_num_seqs": 9})
+    assert one["dataset"] == {"name": "ai_energy_score", "sample_size": 8}
+    assert tree["execution"] == {"cycles": 2, "structure": "grouped", "config_gap_seconds": 4, "seed": 5}
+    assert [note.partition(":")[0] for note in notes] == [
+        "pytorch.num_beams",
+        "pytorch.device_map",
+        "pytorch",
+        "runners.pytorch",
+    ]
+
+
+def test_an_experiment_of_the_second_form_has_the_defaults_of_its_tool(tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("model: example/a\nbackend: vllm\n", encoding="utf-8")
+    (one,) = convert(tmp_path / "e.yaml")[0]["experiments"]
+    assert one["fp_precision"] == "bfloat16"
+    assert one["dataset"] == {"name": "ai_energy_score", "sample_size": 100}
+
+
+BEAMS = {"beam_search.enabled": [True], "beam_search.num_beams": [2, 4]}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "backends", "overrides"),
+    [
+        ("{backend: [vllm, pytorch], n: [1]}", ["vllm", "pytorch"], {}),
+        ("{vllm.engine.block_size: [8, 16]}", ["vllm"], {"vllm": {"block_size": [8, 16]}}),
+        ("{pytorch.batch_size: 2, vllm.max_num_seqs: [4]}", ["pytorch", "vllm"], None),
+        ("{pytorch.num_beams: [2, 4]}", ["pytorch"], {"pytorch": BEAMS}),
+        ("{n: [5]}", ["pytorch"], {}),
+    ],
+)
+def test_the_backends_of_a_sweep(tmp_path: Path, sweep: str, backends: list[str], overrides: Any) -> None:
+    (tmp_path / "s.yaml").write_text(f"model: example/a\nsweep: {sweep}\n", encoding="utf-8")
+    grid = convert(tmp_path / "s.yaml")[0]["grid"]
+    assert grid["backends"] == backends
+    if overrides is not None:
+        assert grid.get("backend_overrides", {}) == overrides
+
+
+def test_of_two_keys_that_mean_the_same_one_wins_and_the_other_is_named(tmp_path: Path) -> None:
+    text = "model: a\nbackend: vllm\nvllm: {sampling: {max_tokens: 9}}\nmax_output_tokens: 5\n"
+    (tmp_path / "e.yaml").write_text(text, encoding="utf-8")
+    tree, notes = convert(tmp_path / "e.yaml")
+    assert tree["experiments"][0]["max_output_tokens"] == 9
+    assert notes == ["max_output_tokens: 5  (vllm.sampling.max_tokens wins)"]
+
+
+@pytest.mark.parametrize("name", ["first", "campaign", "second", "study"])
+def test_what_is_converted_is_valid(folder: Path, name: str) -> None:
+    code, out, err = run_lem("config", "convert", str(folder / f"{name}.yaml"))
+    assert (code, err) == (0, "")
+    converted = folder / "converted.yaml"
+    converted.write_text(out, encoding="utf-8")
+    assert run_lem("config", "validate", str(converted)).code == 0
+    tree, notes = convert(folder / f"{name}.yaml")
+    assert yaml.safe_load(out) == tree
+    assert [line.removeprefix("#   ") for line in out.splitlines() if line.startswith("#   ")] == notes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("services: {vllm: {image: x}}\n", "expected a file of LLenergyMeasure, got the keys 'services'"),
+        ("model: a\nport: 8000\ndtype: half\nhost: b\n", "got the keys 'port', 'dtype', 'host'"),
+        ("n: 5\nprecision: bf16\n", "got the keys 'n', 'precision'"),
+        ("- model: a\n", "expected a mapping (key: value) at the top level, got a list"),
+        ("", "the file is empty"),
+        ("model: a\nsweep: [1]\n", "sweep: expected a mapping, got a list"),
+        ("campaign_name: a\nexperiments: [x]\n", "experiments[0]: expected a mapping, got 'x'"),
+        ("campaign_name: a\nconfigs: [missing.yaml]\n", "missing.yaml: no such file"),
+        ("campaign_name: a\ngrid: {backends: [vllm]}\n", "no valid experiment is left"),
+        ("campaign_name: a\nmodel: b\n", "nothing to run"),
+        ("model: a\n<<: {n: 5}\n", "merge keys are not supported"),
+    ],
+)
+def test_another_file_is_refused_in_words(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(text, encoding="utf-8")
+    code, out, err = run_lem("config", "convert", str(file))
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize("name", ["first", "campaign", "second", "study"])
+def test_a_value_of_another_type_is_left_out_or_refused(folder: Path, name: str) -> None:
+    tree = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+    paths = {path[:length] for path, _ in leaves(tree) for length in range(1, len(path) + 1)}
+    others: tuple[Any, ...] = (None, 5, [1], "a\nb", [], {"a\nb": 1}, True)
+    for number, path in enumerate(sorted(paths)):
+        for value in (others[number % len(others)], others[(number + 3) % len(others)]):
+            wrong = copy.deepcopy(tree)
+            node = wrong
+            for part in path[:-1]:
+                node = node[part]
+            node[path[-1]] = value
+            (folder / "wrong.yaml").write_text(yaml.safe_dump(wrong), encoding="utf-8")
+            code, out, err = run_lem("config", "convert", str(folder / "wrong.yaml"))
+            assert (code == 0) == (err == ""), (path, value, err)
+            assert code in (0, 2), (path, value, err)
+            if code == 0:
+                assert yaml.safe_load(out)["campaign_name"]
