@@ -6,7 +6,7 @@ values are those of `lem.config.terms`; `_RULES` has what depends on more than a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -17,7 +17,7 @@ from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import BUNDLED_INPUT_TOKENS, DATASET_ALIASES, ExperimentConfig
 from lem.config.introspection import yaml_scalar
-from lem.config.kinds import MAX_SHOWN_VALUE, MapKind, Sink, describe
+from lem.config.kinds import MAX_SHOWN_VALUE, ConfigProblems, MapKind, Problem, describe
 from lem.config.kinds import Path as Keys
 from lem.config.load import read_mapping
 from lem.config.option import Section, canonical, check_partial, declared, find_option, leaves, merge, nest
@@ -326,9 +326,7 @@ class _Converter:
         before: dict[str, Any] = {}
         while tree != before:
             before = tree
-            sink = Sink()
-            section.read({**placeholder, **tree}, (), sink)
-            for problem in sink.problems:
+            for problem in _problems(section, {**placeholder, **tree}):
                 is_about_gpus = problem.reason is not None and problem.reason.code == "gpus_not_named"
                 tree = self._without(tree, ("gpus",) if is_about_gpus else problem.path, problem.message)
         return tree
@@ -343,6 +341,14 @@ class _Converter:
             return {**tree, first: self._without(below, tuple(rest), reason, f"{above}{first}.")}
         self.note(f"{above}{first}", below, reason)
         return {key: value for key, value in tree.items() if key != first}
+
+
+def _problems(section: type[Section], mapping: Options) -> Sequence[Problem]:
+    try:
+        section.from_dict(mapping)
+    except ConfigProblems as error:
+        return error.problems
+    return ()
 
 
 def _varies(values: list[Any]) -> bool:
