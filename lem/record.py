@@ -21,6 +21,7 @@ CONFIG_FILE = "config.json"
 PROMPTS_FILE = "prompts.jsonl"
 OUTPUTS_FILE = "outputs.jsonl"
 LOG_FILE = "log.txt"
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 ResultKey = tuple[str, str, str, int, int]

@@ -146,6 +146,9 @@ _NEW_TEXTS: Mapping[str, str] = {
         "{bounded:d} of {total:d} prompts ask for more output than max_output_tokens ({limit:d}) allows; raise it to "
         "run them whole"
     ),
+    "template_longer": (
+        "{longer:d} of {total:d} prompts are longer than input_tokens: the chat template alone takes as many tokens"
+    ),
     "dataset_too_small": "data set {name}: expected {wanted:d} prompts, found {found:d}",
     "prompt_file_too_small": "{path}: expected {wanted:d} prompts, found {found:d}",
     "weights_missing": "{count:d} weights are not in {model} and were initialised at random, among them {first}",

@@ -16,6 +16,8 @@ from lem.config.backends import BACKENDS, SECTIONS, WIDTH_OPTIONS, PyTorchConfig
 from lem.config.kinds import REQUIRED, Problem
 from lem.config.option import Matching, Section, declared, option, plain
 
+# Values of chat_template; any other is a file.
+NO_TEMPLATE, OWN_TEMPLATE = "none", "model"
 _check_gpu = Matching(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+", "an index such as 0 or a UUID such as GPU-8c7a…")
 _ENGINE_KEY_LENGTH = 12
 
@@ -309,6 +311,9 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     prompts: FilePrompts | SyntheticPrompts | HuggingFacePrompts | None = option(
         None, "Prompts from elsewhere; default: the bundled synthetic set."
     )
+    chat_template: str = option(
+        NO_TEMPLATE, "Template for prompts: none, model (the tokenizer's own), or a Jinja file.", is_added=True
+    )
     decoder: DecoderConfig = option(DecoderConfig(), "How the next token is chosen.")
     traffic_simulation: TrafficConfig = option(TrafficConfig(), "Requests that arrive over time.")
     warmup: WarmupConfig = option(WarmupConfig(), "Warm-up.")
@@ -371,7 +376,7 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     @property
     def is_templated(self) -> bool:
         """Whether the prompts are made from messages by a chat template, so that these are kept."""
-        return False
+        return self.chat_template != NO_TEMPLATE
 
     @property
     def parallel_degree(self) -> int:
@@ -419,6 +424,8 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
         """What can change a measured number, the chosen backend's section filled in, as plain JSON values."""
         out = {name: value for name, value in super().make_identity(is_first=is_first).items() if name not in BACKENDS}
         out[self.backend] = self.section.identity(is_first=is_first)
+        if self.is_templated and self.chat_template != OWN_TEMPLATE:
+            out["chat_template"] = "file"  # known by its content, as a file of prompts
         return out
 
     def engine_key(self) -> str:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from lem.base import durable
@@ -114,17 +115,22 @@ _USED = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk"
 
 
 def count_active_parameters(model: Any, parameters: int) -> int | None:
-    """Of all the parameters of a model, those that a token uses; None for experts that cannot be counted.
+    """Of all the parameters of a model, those that a token of text uses; None for experts that cannot be counted.
 
-    A token uses everything but the routed experts, and of these as many in each layer as it is routed to.
+    A token uses everything but the parts for images and sound, and the routed experts, and of these as many in each
+    layer as it is routed to.
     """
+    shape = text_shape(model.config)
+    if shape is not model.config and hasattr(model, "get_decoder"):
+        parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+        found = (item for part in parts if part is not None for item in part.parameters())
+        parameters = sum(_size_of(item) for item in {id(item): item for item in found}.values())
     routed = {
         id(parameter): _size_of(parameter)
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
         for parameter in module.parameters()
     }
-    shape = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     experts, used = (
         next((value for name in names if isinstance(value := getattr(shape, name, None), int)), 0)
         for names in (_EXPERTS, _USED)
@@ -138,10 +144,32 @@ def count_active_parameters(model: Any, parameters: int) -> int | None:
     return parameters - total // experts * (experts - used)
 
 
+def text_shape(shape: Any) -> Any:
+    """The part of a model's configuration that is about text, where it also takes images or sound; else all of it."""
+    return shape.get_text_config() if hasattr(shape, "get_text_config") else shape
+
+
 def _size_of(parameter: Any) -> int:
     """Its number of values; bitsandbytes packs two of them into a byte."""
     packed = 2 * int(parameter.element_size()) if type(parameter).__name__ == "Params4bit" else 1
     return packed * int(parameter.numel())
+
+
+# The classes of models that take images or sound beside text; older versions of transformers lack the last.
+_OTHER_BUILDERS = (
+    ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "AutoModelForImageTextToText"),
+    ("MODEL_FOR_MULTIMODAL_LM_MAPPING", "AutoModelForMultimodalLM"),
+)
+
+
+def builder_of(shape: Any) -> Any:
+    """What loads a model of this configuration: AutoModelForCausalLM, unless only another class knows it."""
+    usual, kind = transformers.AutoModelForCausalLM, type(shape)
+    has_own_code = "AutoModelForCausalLM" in (getattr(shape, "auto_map", None) or {})
+    if has_own_code or kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or getattr(shape, "is_encoder_decoder", False):
+        return usual
+    found = (name for mapping, name in _OTHER_BUILDERS if kind in getattr(transformers, mapping, ()))
+    return getattr(transformers, next(found, ""), usual)
 
 
 # --- sources
@@ -251,7 +279,7 @@ def identify(source: Source, adapter: Source | None = None) -> Identity:
     try:
         shape = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
+            model = builder_of(shape).from_config(shape, trust_remote_code=False)
         parameters = int(model.num_parameters())
     except (*MODEL_FAILURES, ImportError) as error:
         _logger.info("transformers cannot count the parameters of %s: %s", source.folder, shortened(error))

@@ -97,14 +97,6 @@ def check_same_engine(config: ExperimentConfig, engine_key: str) -> None:
         raise EngineError("this experiment needs a different engine load")
 
 
-def check_ids(ids: list[int], known: int) -> list[int]:
-    """The token ids of a prompt, which must be below `known`."""
-    if ids and max(ids) >= known:
-        text = f"the tokenizer produced id {max(ids)}, but the model only has ids below {known}"
-        raise model_error(text, "set model.tokenizer to the tokenizer that the model was trained with")
-    return ids
-
-
 def seconds_since(began_ns: int) -> float:
     """Since a moment of CLOCK_MONOTONIC."""
     return (time.monotonic_ns() - began_ns) / NS_PER_S
@@ -364,8 +356,6 @@ class ServedSession:
     """What the sessions share whose engine runs in processes of its own; they explain its failures."""
 
     _runner: Any  # run_closed, run_alone and serve raise EngineRaised when the engine fails as a whole
-    _tokenizer: Any
-    _known_ids: int | None  # the number of token ids of the model
     _engine_key: str
 
     _set_up: Callable[[ExperimentConfig], None]
@@ -379,13 +369,6 @@ class ServedSession:
     def configure(self, config: ExperimentConfig) -> None:
         check_same_engine(config, self._engine_key)
         self._set_up(config)
-
-    def encode(self, text: str) -> list[int]:
-        ids = list(self._tokenizer.encode(text))
-        return ids if self._known_ids is None else check_ids(ids, self._known_ids)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def generate(
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing

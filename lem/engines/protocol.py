@@ -66,6 +66,7 @@ class EngineReport:
     warnings: tuple[Reason, ...] = ()
     compile_s: float | None = None  # part of the load spent on compiling; None if nothing was compiled
     checks_s: float = 0.0  # part of the load spent on a trial run and on hashing the weights
+    longest_tok: int | None = None  # the most tokens of prompt and output together; None if it does not say
 
 
 OnProgress = Callable[[int], None]
@@ -90,8 +91,19 @@ class Engine(Protocol):
     def configure(self, config: ExperimentConfig) -> None:
         """Switch to another experiment with the same engine key; a refused one (OptionRefused) unloads nothing."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens the model expects; not truncated."""
+    def encode(self, text: str, *, is_whole: bool = True) -> list[int]:
+        """Token ids of a text; of a whole prompt with the special tokens that the model expects, none of them twice."""
+
+    def chat_template(self, given: str | None, *, has_tools: bool) -> str:
+        """The chat template in effect: the given one, else the model's own; EngineError if it has none."""
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], template: str
+    ) -> tuple[str, str, str]:
+        """A conversation as text, in front of the last turn of the user, this turn, and after it.
+
+        It ends where the model is to answer. EngineError, kind `prompts`: the template refuses it.
+        """
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of output ids, without special tokens."""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import MAXYEAR, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from lem.base import durable
@@ -25,7 +26,7 @@ from lem.config.option import canonical, declared, find_option, put
 from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
 from lem.results.store import ID_HASH_LENGTH, run_time
-from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate, resolve_on_host
+from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate, read_template, resolve_on_host, template_digest
 
 __all__ = ["GridExpansionResult", "GridValidationIssue", "expand_campaign_grid", "validate_campaign_grid"]
 
@@ -351,12 +352,21 @@ CONFIG_HASH_LENGTH = 16
 _PROMPT_KEYS = ("dataset", "prompts")
 
 
-def prompts_fingerprint(config: ExperimentConfig, resolved: ResolvedPrompts | None = None) -> dict[str, Any]:
+def prompts_fingerprint(
+    config: ExperimentConfig, resolved: ResolvedPrompts | None = None, folder: Path | None = None
+) -> dict[str, Any]:
     """What determines the prompts of an experiment, as JSON values; ConfigurationError where they cannot be used.
 
-    Prompts of a file by their content; synthetic ones by their parameters and a sample of the generator's output; a
-    dataset, whose content only the worker sees and records, by its name and what is taken of it.
+    Prompts of a file, and a chat template, by their content; synthetic ones by their parameters and a sample of the
+    generator's output; a dataset, whose content only the worker sees and records, by its name and what is taken of it.
+    A result `folder` has a copy of the template.
     """
+    template = read_template(config, folder)
+    applied = {} if template is None else {"chat_template": template_digest(template)}
+    return {**_source_fingerprint(config, resolved), **applied}
+
+
+def _source_fingerprint(config: ExperimentConfig, resolved: ResolvedPrompts | None) -> dict[str, Any]:
     if config.dataset is not None:
         return {"dataset": config.dataset.identity()}
     if config.prompts is None or isinstance(config.prompts, SyntheticPrompts):

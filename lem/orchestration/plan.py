@@ -361,7 +361,7 @@ def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidatio
     found: dict[str, Experiment] = {}
     repeated = []
     for item, config in valid:
-        key = (config.dataset, config.prompts)
+        key = (config.dataset, config.prompts, config.chat_template)
         if key not in prompts:
             prompts[key] = _find_prompts(item, config)
         digest = grid.config_hash(config, prompts[key][0])
@@ -389,14 +389,17 @@ def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidatio
 def _find_prompts(item: _Candidate, config: ExperimentConfig) -> tuple[dict[str, Any], int | None]:
     """The fingerprint of a configuration's prompts, and their number (of a data set, at most)."""
     source = config.dataset or config.prompts or BUNDLED
+    where: tuple[str, ...] = ("prompts", "path")
     try:
         resolved = resolve_on_host(config) if isinstance(source, FilePrompts) else None
+        where = ("chat_template",)
+        fingerprint = grid.prompts_fingerprint(config, resolved)
     except ConfigurationError as error:
         if item.source is None:
             raise
-        where = ("grid", "shared", "prompts", "path") if item.is_of_grid else ("prompts", "path")
+        where = ("grid", "shared", *where) if item.is_of_grid else where
         raise FileProblems(item.source.locate([Problem(where, error.message)]), error.hint) from error
-    return grid.prompts_fingerprint(config, resolved), len(resolved.prompts) if resolved else source.sample_size
+    return fingerprint, len(resolved.prompts) if resolved else source.sample_size
 
 
 def _cells_that_cannot_differ(given: Sequence[Experiment]) -> Iterator[GridValidationIssue]:

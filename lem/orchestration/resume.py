@@ -171,7 +171,9 @@ def stored_hashes(manifest: CampaignManifest, plan: Plan, repository: Repository
         for path in run_folder.glob(f"{entry.exp_id}/attempt-*/{CONFIG_FILE}"):
             with contextlib.suppress(OSError, ValueError):
                 config = ExperimentConfig.from_dict(read_sealed(path).get("resolved", {}))
-                digest = config_hash(config, prompts_fingerprint(config, resolve_on_host(config, path.parent)))
+                digest = config_hash(
+                    config, prompts_fingerprint(config, resolve_on_host(config, place := path.parent), place)
+                )
                 if digest in planned:
                     found.setdefault(digest, entry.config_hash)
     return found

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.base.clock import StepWatch, utc_now, utc_text
-from lem.base.durable import reason_of
+from lem.base.durable import reason_of, write_text
 from lem.base.errors import DISK_FULL, EngineError, InfrastructureError, Interrupted, UserError
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome, Timeouts
@@ -36,10 +36,10 @@ from lem.orchestration.plan import Experiment, GapKind, Plan
 from lem.orchestration.resume import RunOptions, forget_lost_results, interrupt_entry
 from lem.orchestration.schedule import CampaignOutcome, Stopped, StopRequest
 from lem.orchestration.status import Event, Observer
-from lem.record import PROMPTS_FILE, Record, RecordError, read_with_digest
+from lem.record import PROMPTS_FILE, TEMPLATE_FILE, Record, RecordError, read_with_digest
 from lem.results.store import AttemptFolder, Repository, StoredResult, stopping_campaign
 from lem.worker.channel import RunRequest
-from lem.worker.prompts import resolve_on_host, write_prompts
+from lem.worker.prompts import read_template, resolve_on_host, write_prompts
 
 _logger = logging.getLogger(__name__)
 
@@ -396,16 +396,20 @@ class Session:
 
 
 def _write_prompts(experiment: Experiment, folder: AttemptFolder, draw: int) -> None:
-    """Write the prompts where the host resolves them; a UserError when they are not those of the plan."""
-    resolved = resolve_on_host(experiment.config, draw=draw)
-    if resolved is None:
-        return
-    if prompts_fingerprint(experiment.config, resolved) != experiment.prompts:
+    """Write what the host knows of the prompts; a UserError when they are not those of the plan."""
+    config = experiment.config
+    resolved, template = resolve_on_host(config, draw=draw), read_template(config)
+    if prompts_fingerprint(config, resolved) != experiment.prompts:
         hint = "do not change prompts while a campaign runs; --resume plans it again with the new ones"
-        path = resolved.source.get("path")
-        raise UserError(f"the prompts have changed since the campaign was planned: {path}", hint)
-    with stopping_campaign(folder.path / PROMPTS_FILE) as path:
-        write_prompts(path.parent, resolved.prompts)
+        files = [resolved and resolved.source.get("path"), template and config.chat_template]
+        listed = " or ".join(str(file) for file in files if file)
+        raise UserError(f"the prompts have changed since the campaign was planned: {listed}", hint)
+    if template is not None:
+        with stopping_campaign(folder.path / TEMPLATE_FILE) as path:
+            write_text(path, template)
+    if resolved is not None:
+        with stopping_campaign(folder.path / PROMPTS_FILE) as path:
+            write_prompts(path.parent, resolved.prompts)
 
 
 def _host_error(error: OSError | MemoryError) -> EngineError:

@@ -28,9 +28,16 @@ from lem.record import CONFIG_FILE, OUTPUTS_FILE, PROMPTS_FILE, Record
 from lem.worker.channel import RunRequest, redact
 from lem.worker.datasets import resolve_dataset
 from lem.worker.metering import Metering, Reporter, open_metering
-from lem.worker.prompts import ResolvedPrompts, resolve_on_host, seed_of_draw, write_prompts
+from lem.worker.prompts import (
+    ResolvedPrompts,
+    read_template,
+    resolve_on_host,
+    seed_of_draw,
+    template_digest,
+    write_prompts,
+)
 from lem.worker.recording import Findings, Residence, WarmupOutcome, compose_record, read_host
-from lem.worker.requests import DisjointRequests, TrafficPlan, encode_prompts, measure_traffic, serve_all
+from lem.worker.requests import DisjointRequests, TrafficPlan, check_lengths, encode_prompts, measure_traffic, serve_all
 from lem.worker.window import Answer, MeasuredWindow, measure_batch
 
 # A ramp must hold a few turns of requests; one turn takes about as long as a step of the warm-up.
@@ -110,7 +117,10 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     metering.choose(residence.report.gpu_uuids)
 
     reporter.phase("idle")
-    requests, warnings = encode_prompts(prompts.prompts, loaded.encode, config)
+    template, source = _template(loaded, config, folder, prompts)
+    prompts = dataclasses.replace(prompts, source={**prompts.source, **source})
+    requests, warnings = encode_prompts(prompts.prompts, loaded, config, template)
+    check_lengths(requests, residence.report.longest_tok)
     metering.rest_loaded()
     reporter.phase("warmup")
     with metering.during(measurement.WARMUP) if config.warmup.enabled else contextlib.nullcontext():
@@ -165,6 +175,19 @@ def _resolve_prompts(config: ExperimentConfig, folder: Path, request: RunRequest
     if not (folder / PROMPTS_FILE).is_file():
         write_prompts(folder, resolved.prompts)
     return resolved
+
+
+def _template(
+    engine: Engine, config: ExperimentConfig, folder: Path, prompts: ResolvedPrompts
+) -> tuple[str | None, Mapping[str, Any]]:
+    """The chat template to apply, and what the record says about it."""
+    source = {"chat_template": config.chat_template}
+    if not config.is_templated:
+        return None, source
+    with _refusing("prompts"):
+        given = read_template(config, folder)
+    template = engine.chat_template(given, has_tools=any(prompt.tools for prompt in prompts.prompts))
+    return template, {**source, "chat_template_sha256": template_digest(template)}
 
 
 def _seed_of_arrivals(config: ExperimentConfig, request: RunRequest) -> int | str:

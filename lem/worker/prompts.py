@@ -21,8 +21,15 @@ from lem.base.errors import ConfigurationError
 from lem.base.reasons import Reason
 from lem.base.units import MIB
 from lem.config import experiment
-from lem.config.experiment import ExperimentConfig, FilePrompts, HuggingFacePrompts, SyntheticPrompts
-from lem.record import PROMPTS_FILE
+from lem.config.experiment import (
+    NO_TEMPLATE,
+    OWN_TEMPLATE,
+    ExperimentConfig,
+    FilePrompts,
+    HuggingFacePrompts,
+    SyntheticPrompts,
+)
+from lem.record import PROMPTS_FILE, TEMPLATE_FILE
 from lem.worker.shapes import (
     ROWS_TO_LOOK_AT,
     TEXT_COLUMNS,
@@ -255,6 +262,27 @@ def suffix_of(path: Path) -> str:
 def unpacked(stream: BinaryIO, path: Path) -> BinaryIO:
     """The content of an open file, which is packed if its name says so."""
     return cast("BinaryIO", gzip.GzipFile(fileobj=stream)) if path.name.lower().endswith(PACKED) else stream
+
+
+def read_template(config: ExperimentConfig, folder: Path | None = None) -> str | None:
+    """The chat template in the file that an experiment names, or its copy in a result folder; None for no file.
+
+    Raises PromptError: a file that cannot be read.
+    """
+    if config.chat_template in (NO_TEMPLATE, OWN_TEMPLATE):
+        return None
+    copy = None if folder is None else folder / TEMPLATE_FILE
+    path = copy if copy is not None and copy.is_file() else Path(config.chat_template)
+    try:
+        return durable.read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = durable.reason_of(error) if isinstance(error, OSError) else "not UTF-8"
+        hint = f"set chat_template to a Jinja file, {OWN_TEMPLATE} or {NO_TEMPLATE}"
+        raise PromptError(f"{path}: cannot be read: {reason}", hint) from error
+
+
+def template_digest(template: str) -> str:
+    return hashlib.sha256(durable.utf8(template)).hexdigest()
 
 
 def _read_text(path: Path) -> str:

@@ -11,6 +11,7 @@ answer is handed in.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -30,41 +31,84 @@ from lem.meters.work import load_warnings
 from lem.worker.shapes import Prompt
 from lem.worker.window import Answer, MeasuredWindow, as_request, check_completion
 
+_prompts_error = functools.partial(EngineError, kind="prompts", is_permanent=True)
+
 
 def encode_prompts(
-    prompts: Sequence[Prompt], encode: Callable[[str], Sequence[int]], config: ExperimentConfig
+    prompts: Sequence[Prompt], engine: Engine, config: ExperimentConfig, template: str | None = None
 ) -> tuple[tuple[TokenRequest, ...], tuple[Reason, ...]]:
     """The requests of an experiment in the order of its prompts, and warnings.
 
-    A prompt with `input_tokens` gets exactly that many ids: cut, or extended by cycling its own (a leading id that all
-    texts share, such as a begin-of-sequence token, is not cycled). None gets more than `max_input_tokens`. Raises
-    EngineError: kind `prompts`, a prompt of which the tokenizer makes nothing.
+    Under a chat `template` a prompt is what it makes of the conversation, and a text is one turn of the user. A prompt
+    with `input_tokens` gets exactly that many ids: its text is cut or repeated, special tokens and the template are
+    not; where the template alone takes more, one token is left of the text. None gets more than `max_input_tokens`.
+    Raises EngineError: kind `prompts`, a prompt of which the tokenizer makes nothing, or that the template refuses.
     """
-    one, other = encode("a"), encode("the")
-    leader = int(len(one) > 1 and len(other) > 1 and one[0] == other[0])
     requests: list[TokenRequest] = []
-    cut = bounded = 0
+    cut = bounded = longer = 0
+    total, limit = len(prompts), config.max_input_tokens
     for index, prompt in enumerate(prompts):
-        ids = tuple(encode(prompt.prompt))
-        if not ids:
-            text = f"prompt {index + 1} has no tokens: {prompt.prompt[:60]!r}"
-            hint = "remove it: the model's tokenizer gives no tokens for it"
-            raise EngineError(text, hint, kind="prompts", is_permanent=True)
-        if prompt.input_tokens is not None:
-            endless = itertools.chain(ids, itertools.cycle(ids[leader:] or ids))
-            ids = tuple(itertools.islice(endless, prompt.input_tokens))
-        cut += len(ids) > config.max_input_tokens
+        try:
+            ids, wanted_tok = _encode(prompt, engine, limit, template)
+        except EngineError as error:
+            if error.kind != "prompts":
+                raise
+            raise _prompts_error(f"prompt {index + 1} of {total}: {error.message}", error.hint) from error
+        cut += wanted_tok > limit
+        longer += wanted_tok < len(ids)
         wanted = config.max_output_tokens if prompt.output_tokens is None else prompt.output_tokens
         bounded += wanted > config.max_output_tokens
         most = min(wanted, config.max_output_tokens)
-        requests.append(TokenRequest(index, ids[: config.max_input_tokens], most, min(config.min_output_tokens, most)))
+        requests.append(TokenRequest(index, ids[:limit], most, min(config.min_output_tokens, most)))
     warnings = []
-    total = len(prompts)
     if cut:
-        warnings.append(Reason.of("prompts_cut", cut=cut, total=total, limit=config.max_input_tokens))
+        warnings.append(Reason.of("prompts_cut", cut=cut, total=total, limit=limit))
+    if longer:
+        warnings.append(Reason.of("template_longer", longer=longer, total=total))
     if bounded:
         warnings.append(Reason.of("outputs_bounded", bounded=bounded, total=total, limit=config.max_output_tokens))
     return tuple(requests), tuple(warnings)
+
+
+def _encode(prompt: Prompt, engine: Engine, limit: int, template: str | None) -> tuple[tuple[int, ...], int]:
+    """The token ids of a prompt, and how many there were to be: more than the limit, if it has to be cut."""
+    parts = ("", prompt.prompt, "")
+    if template is not None:
+        messages = prompt.messages or ({"role": "user", "content": prompt.prompt},)
+        parts = engine.render(messages, prompt.tools, template)
+    ids = tuple(engine.encode("".join(parts), is_whole=template is None))
+    if not ids:
+        hint = "remove it: the model's tokenizer gives no tokens for it"
+        raise _prompts_error(f"it has no tokens: {prompt.prompt[:60]!r}", hint)
+    wanted = len(ids) if prompt.input_tokens is None else prompt.input_tokens
+    if prompt.input_tokens is None and (template is None or wanted <= limit):
+        return ids, wanted
+    head, body, tail = (tuple(engine.encode(part, is_whole=False)) for part in parts)
+    if template is None:
+        # What the tokenizer puts behind a text is left out: nothing would come after an end of sequence.
+        head = next((ids[:start] for start in range(len(ids)) if ids[start : start + len(body)] == body), ())
+    fixed_tok = len(head) + len(tail)
+    if template is not None and fixed_tok >= limit:
+        if prompt.input_tokens is None:
+            return ids, wanted  # a long conversation, which loses its end
+        what = f"max_input_tokens: {limit}: the chat template alone takes {fixed_tok} tokens"
+        raise _prompts_error(what, f"set max_input_tokens to at least {fixed_tok + 1}")
+    length = max(min(wanted, limit), 1 if template is None else fixed_tok + 1)
+    text = itertools.islice(itertools.cycle(body), max(0, length - fixed_tok))
+    return (*head, *text, *tail)[:length], wanted
+
+
+def check_lengths(requests: Sequence[TokenRequest], longest_tok: int | None) -> None:
+    """Raise EngineError, kind `prompts`, for requests that the engine has no room for: each would fail."""
+    if longest_tok is None:
+        return
+    too_long = [item for item in requests if len(item.token_ids) + item.max_output_tokens > longest_tok]
+    if too_long:
+        first = max(too_long, key=lambda item: len(item.token_ids) + item.max_output_tokens)
+        lengths = f"{len(first.token_ids)} tokens, and {first.max_output_tokens} of output"
+        what = f"{len(too_long)} of {len(requests)} prompts are too long for the {longest_tok} positions of the model"
+        hint = f"lower max_input_tokens or max_output_tokens: together at most {longest_tok}"
+        raise _prompts_error(f"{what}: prompt {first.index + 1} has {lengths}", hint)
 
 
 MAX_DRAWS = 8

@@ -89,8 +89,19 @@ class TrivialEngine:
         self._obey_rules("configure", config)
         self._config = config
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, is_whole: bool = True) -> list[int]:
         return list(text.encode())
+
+    def chat_template(self, given: str | None, *, has_tools: bool) -> str:
+        return given or "{{ messages }}"
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        template: str,
+    ) -> tuple[str, str, str]:
+        return "", str(messages[-1]["content"]), "\n"
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token_ids).decode("latin-1")

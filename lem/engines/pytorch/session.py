@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.reasons import Reason
@@ -23,17 +23,20 @@ from lem.engines import common
 from lem.engines.checkpoints import (
     Identity,
     Source,
+    builder_of,
     count_active_parameters,
     count_embedding_parameters,
     explained,
     hash_weights,
     locate,
+    text_shape,
 )
 from lem.engines.common import section_of
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.engines.pytorch import options
 from lem.engines.pytorch.generation import GENERATION_META, BatchRunner, LoadedModel, describe_effective, try_out
 from lem.engines.pytorch.options import EngineFacts, SpecialTokens
+from lem.engines.texts import TextSession
 
 # Distributions that can change the numbers, or that an option needs.
 _PACKAGES = (
@@ -43,7 +46,7 @@ _PACKAGES = (
 _RECOMPILE_LIMIT = 64
 
 
-class Session:
+class Session(TextSession):
     """A loaded model with the experiment that is set up on it."""
 
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> None:
@@ -56,6 +59,7 @@ class Session:
             torch.cuda.set_device(self._facts.gpu_index)
         self._engine_key = config.engine_key()
         loaded = self._loaded = _load_model(config, self._facts, self._token)
+        self._tokenizer, self._known_ids = loaded.tokenizer, _rows(loaded.model)
         _compile(loaded.model, section_of(config, PyTorchConfig), self._facts.device)
         trial_s = self._set_up(config)
         began_ns = time.monotonic_ns()
@@ -94,15 +98,8 @@ class Session:
             warnings=(*common.idle_gpu(self._config.gpus, self._uuids), *loaded.warnings, *idle),
             compile_s=self._compile_s,
             checks_s=self._checks_s,
+            longest_tok=loaded.positions,
         )
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._loaded.tokenizer.encode(text, verbose=False)
-        return common.check_ids(ids, _rows(self._loaded.model))
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        decode = self._loaded.tokenizer.decode
-        return str(decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def generate(
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
@@ -263,8 +260,10 @@ def _load_weights(
 
 def _from_pretrained(section: PyTorchConfig, source: Source, facts: EngineFacts, arguments: Mapping[str, Any]) -> Any:
     with explained(f"model: {source.name}"):
+        access = {name: arguments[name] for name in ("token", "trust_remote_code")}
+        shape = AutoConfig.from_pretrained(source.name, revision=source.commit, **access)
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            return builder_of(shape).from_pretrained(
                 source.name, revision=source.commit, output_loading_info=True, **arguments
             )
         except (ImportError, ValueError) as error:
@@ -339,8 +338,7 @@ def _rows(model: Any) -> int:
 
 
 def _positions(model: Any) -> int | None:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(text_shape(model.config), "max_position_embeddings", None)
     return int(positions) if isinstance(positions, int) and positions > 0 else None
 
 

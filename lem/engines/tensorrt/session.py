@@ -31,6 +31,7 @@ from lem.engines.common import ENGINE_FAILURES, GOOD_ENDS, TAKE_LIMIT, EngineRai
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest
 from lem.engines.tensorrt import options
 from lem.engines.tensorrt.options import EngineFacts
+from lem.engines.texts import TextSession
 
 _PENALTIES = "tensorrt_llm._torch.pyexecutor.sampler.penalties"
 _PACKAGES = ("flashinfer-python", "huggingface-hub", "nvidia-modelopt", "tensorrt", "tensorrt-llm", "transformers")
@@ -44,7 +45,7 @@ _CONFIGURATIONS: Mapping[str, Any] = {"kv_cache_config": KvCacheConfig, "specula
 FindGpus = Callable[[], tuple[str, ...]]
 
 
-class Session(common.ServedSession):
+class Session(common.ServedSession, TextSession):
     """A loaded engine with the experiment that is set up on it."""
 
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str], find_gpus: FindGpus | None = None) -> None:
@@ -66,7 +67,8 @@ class Session(common.ServedSession):
             options.refuse_differences(config, self._engine.args, self._facts)
             self._set_up(config)
             self._identity = identify(source)
-            self._tokenizer = self._engine.tokenizer
+            # TensorRT-LLM wraps the tokenizer of transformers, and leaves out some of its functions.
+            self._tokenizer = getattr(self._engine.tokenizer, "tokenizer", self._engine.tokenizer)
             self._known_ids = options.vocabulary_of(options.documents_of(source.folder))
         except BaseException:
             self.close()
@@ -88,6 +90,7 @@ class Session(common.ServedSession):
             **vars(self._identity),
             warnings=options.idle_options(self._config),
             checks_s=self._checks_s,
+            longest_tok=self._runner.longest,
         )
 
     def close(self) -> None:

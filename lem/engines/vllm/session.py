@@ -38,6 +38,7 @@ from lem.engines import common
 from lem.engines.checkpoints import fetch_all, identify
 from lem.engines.common import ENGINE_FAILURES, section_of
 from lem.engines.protocol import EngineReport, TokenRequest
+from lem.engines.texts import TextSession
 from lem.engines.vllm import options, running
 from lem.engines.vllm.options import EngineFacts
 
@@ -69,7 +70,7 @@ _SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
 _COMPILATION = re.compile(r"\(compilation: ([0-9.]+) s")
 
 
-class Session(common.ServedSession):
+class Session(common.ServedSession, TextSession):
     """A loaded engine with the experiment that is set up on it."""
 
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> None:
@@ -120,6 +121,7 @@ class Session(common.ServedSession):
             warnings=options.idle_options(self._config),
             compile_s=self._compile_s,
             checks_s=self._checks_s,
+            longest_tok=self._runner.longest,
         )
 
     def close(self) -> None:

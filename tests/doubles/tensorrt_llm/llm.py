@@ -21,8 +21,8 @@ class RequestError(RuntimeError):
 class Tokenizer:
     """A token for each byte, after one that begins every text."""
 
-    def encode(self, text: str) -> list[int]:
-        return [1, *(byte + 3 for byte in text.encode())]
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [*([1] if add_special_tokens else []), *(byte + 3 for byte in text.encode())]
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
         return bytes(token - 3 for token in ids if token >= 3 or not skip_special_tokens).decode()

@@ -367,6 +367,25 @@ def test_a_file_of_prompts_is_known_by_its_content(tmp_path: Path) -> None:
         identity(prompts={"type": "file", "path": str(tmp_path / "missing.txt")})
 
 
+def test_a_chat_template_is_known_by_its_content_and_none_changes_no_hash(tmp_path: Path) -> None:
+    def known(name: str, text: str, **options: Any) -> str:
+        (tmp_path / name).write_text(text)
+        return identity(chat_template=str(tmp_path / name), **options)
+
+    one = known("one.jinja", "{{ messages }}")
+    assert known("two.jinja", "{{ messages }}") == one
+    others = {one, known("one.jinja", "{{ messages }}!"), identity(chat_template="model"), identity()}
+    assert len(others) == 4
+    assert identity(chat_template="none") == identity()
+    assert known("two.jinja", "{{ messages }}", dataset="alpaca") not in {one, identity(dataset="alpaca")}
+    # A result folder has a copy of the template, by which an old result is recognised.
+    experiment = config(chat_template="gone.jinja")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert config_hash(experiment, prompts_fingerprint(experiment, folder=tmp_path)) == one
+    with pytest.raises(ConfigurationError, match=r"gone\.jinja"):
+        identity(chat_template="gone.jinja")
+
+
 def test_synthetic_prompts_are_not_made_to_be_known() -> None:
     # A million prompts, which would take minutes to make.
     many = config(prompts={"type": "synthetic", "sample_size": 1_000_000, "input_tokens": 512})

@@ -16,6 +16,7 @@ from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.load import Loaded, complete_campaign, load_campaign, load_experiment
+from lem.config.yamlfile import FileProblems
 from lem.orchestration.grid import NO_MODEL, config_hash, prompts_fingerprint
 from lem.orchestration.order import cycle_order
 from lem.orchestration.plan import (
@@ -169,6 +170,26 @@ def test_prompts_that_cannot_be_used_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ConfigurationError, match=r"empty\.txt"):
         plan(experiments=[{"prompts": {"type": "file", "path": str(tmp_path / "empty.txt")}}])
+
+
+def test_a_chat_template_is_part_of_what_a_configuration_is_and_a_missing_one_is_shown_where_it_is_named(
+    tmp_path: Path,
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages }}")
+    templates = ["none", "model", str(template)]
+    found = plan(grid={"backends": ["pytorch"], "shared": {"chat_template": templates}}).configurations
+    assert len({item.config_hash for item in found}) == 3
+    assert found[0].config_hash == plan(grid={"backends": ["pytorch"]}).configurations[0].config_hash
+    campaign = tmp_path / "c.yaml"
+    head = "campaign_name: c\nmodel: m\ngrid:\n  backends: [pytorch]\n  shared:\n"
+    campaign.write_text(f"{head}    chat_template: [{tmp_path}/no.jinja]\n")
+    loaded = load_campaign(campaign)
+    with pytest.raises(FileProblems) as caught:
+        build_plan(loaded.config, loaded.listed, source=loaded.source)
+    assert "c.yaml:6:" in str(caught.value)
+    assert "no.jinja: cannot be read: no such file" in str(caught.value)
+    assert caught.value.hint == "set chat_template to a Jinja file, model or none"
 
 
 def test_gaps_and_expected_time_of_the_whole_and_of_a_part() -> None:

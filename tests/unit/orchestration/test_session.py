@@ -3,6 +3,7 @@
 import errno
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -268,6 +269,21 @@ def test_prompts_that_are_gone_or_changed_fail_their_experiment_alone_and_at_onc
     told = place.told("experiment_failed")[0]
     assert told["error_kind"] == "prompts"
     assert error in told["error"]
+
+
+def test_a_chat_template_is_copied_for_the_worker_and_one_that_changes_fails_its_experiment(place):
+    template = place.folder / "own.jinja"
+    template.write_text("{{ messages }}")
+
+    def edit(request):
+        copy = Path(request.result_dir) / "chat_template.jinja"
+        assert copy.read_text() == "{{ messages }}"
+        template.write_text("{{ messages }}!")
+        return "ok"
+
+    assert place.run({FOUR: [edit]}, shared={"chat_template": [str(template)]}, execution=ONCE).stopped is None
+    assert place.statuses() == ["completed", "failed"]
+    assert f"changed since the campaign was planned: {template}" in place.told("experiment_failed")[0]["error"]
 
 
 def test_secrets_come_from_the_environment_or_a_credential_and_from_nowhere_else(tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,29 @@ def test_prompts_that_the_host_left_are_used_else_resolved_and_left(bench: Bench
     assert len(read_prompt_file(bench.folder / "prompts.jsonl")) == 3
     assert record.work.input_tok == 9 * record.work.requests_ok
     assert record.work.output_tok == 5 * record.work.requests_ok
+
+
+def test_a_chat_template_is_applied_where_the_tokenizer_is_and_recorded_with_its_hash(bench: Bench) -> None:
+    plain = bench.run(chat_template="none").work
+    assert plain.prompt_source["chat_template"] == "none"
+    assert "chat_template_sha256" not in plain.prompt_source
+    own = bench.run(chat_template="model").work
+    assert own.prompt_source["chat_template_sha256"] == sha256(b"the model's own, tools False").hexdigest()
+    assert own.input_tok / own.requests_ok == plain.input_tok / plain.requests_ok + 1  # system and answer, no begin
+    (bench.folder / "chat_template.jinja").write_text("of the host")
+    given = bench.run(chat_template="elsewhere/own.jinja").work.prompt_source
+    assert given["chat_template"] == "elsewhere/own.jinja"
+    assert given["chat_template_sha256"] == sha256(b"of the host").hexdigest()
+
+
+def test_prompts_beyond_the_positions_of_the_model_are_refused_before_anything_runs(bench: Bench) -> None:
+    bench.backend.report = replace(bench.backend.report, longest_tok=133)
+    with pytest.raises(EngineError, match="8 of 8 prompts are too long for the 133 positions") as caught:
+        bench.run()
+    assert caught.value.is_permanent
+    assert "generate" not in bench.backend.calls
+    bench.backend.report = replace(bench.backend.report, longest_tok=134)
+    assert bench.run().validity.valid
 
 
 def test_broken_prompts_are_refused_for_good_before_anything_is_loaded(bench: Bench) -> None:

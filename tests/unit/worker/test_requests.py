@@ -20,6 +20,7 @@ from lem.worker.requests import (
     PreparedQueue,
     TrafficPlan,
     arrival_offsets_s,
+    check_lengths,
     encode_prompts,
     measure_traffic,
     serve_all,
@@ -32,10 +33,28 @@ from tests.unit.worker.timed_backend import BEGIN_OF_TEXT, NS_PER_MS, SteppedClo
 Encoded = tuple[tuple[TokenRequest, ...], tuple[Reason, ...]]
 
 
-def encode(*prompts: Prompt, tokenize: Callable[[str], list[int]] | None = None, **options: Any) -> Encoded:
+END = 900
+
+
+class Bytes(TimedBackend):
+    """A token for each byte; with `begin` and `end`, these are put around every whole text."""
+
+    begin: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+
+    def encode(self, text: str, *, is_whole: bool = True) -> list[int]:
+        ids = list(text.encode())
+        return [*self.begin, *ids, *self.end] if is_whole else ids
+
+
+class Closed(Bytes):
+    begin, end = (BEGIN_OF_TEXT,), (END,)
+
+
+def encode(*prompts: Prompt, engine: type[TimedBackend] = TimedBackend, template: str = "", **options: Any) -> Encoded:
     limits = {"max_input_tokens": 8, "max_output_tokens": 16, "min_output_tokens": 0, **options}
     config = ExperimentConfig.from_dict({"model": "any", **limits})
-    return encode_prompts(prompts, tokenize or TimedBackend(SteppedClock()).encode, config)
+    return encode_prompts(prompts, engine(SteppedClock()), config, template or None)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +89,69 @@ def test_a_prompt_is_cut_at_its_end_and_extended_by_its_text_alone() -> None:
     assert begin == BEGIN_OF_TEXT
     assert rest == [first, second, first, second]
     # A tokenizer without a beginning of texts: the whole text is cycled.
-    (found,), _ = encode(Prompt("abc", input_tokens=5), tokenize=lambda text: [ord(letter) for letter in text])
+    (found,), _ = encode(Prompt("abc", input_tokens=5), engine=Bytes)
     assert found.token_ids == (97, 98, 99, 97, 98)
 
 
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 8])
+def test_an_end_that_the_tokenizer_appends_is_in_no_synthetic_prompt(length: int) -> None:
+    (given,), _ = encode(Prompt("abc"), engine=Closed)
+    assert given.token_ids == (BEGIN_OF_TEXT, 97, 98, 99, END)
+    (made,), _ = encode(Prompt("abc", input_tokens=length), engine=Closed)
+    assert made.token_ids == (BEGIN_OF_TEXT, 97, 98, 99, 97, 98, 99, 97)[:length]
+
+
 def test_a_prompt_without_tokens_is_refused_with_its_number() -> None:
-    with pytest.raises(EngineError, match="prompt 2") as caught:
-        encode(Prompt("a"), Prompt("?"), tokenize=lambda text: [] if text == "?" else [1])
+    with pytest.raises(EngineError, match="prompt 2 of 2") as caught:
+        encode(Prompt("a"), Prompt(""), engine=Bytes)
     assert (caught.value.kind, caught.value.is_permanent) == ("prompts", True)
+
+
+def texts(requests: Sequence[TokenRequest]) -> list[str]:
+    return [bytes(item.token_ids).decode() for item in requests]
+
+
+def test_under_a_template_a_text_is_a_turn_and_a_conversation_is_rendered_whole() -> None:
+    turns = tuple(
+        {"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yo"), ("user", "b"))
+    )
+    requests, told = encode(
+        Prompt("a"), Prompt("hi b", messages=turns), engine=Bytes, template="t", max_input_tokens=64
+    )
+    assert texts(requests) == ["system a answer", "system hi yo b answer"]
+    assert told == ()
+
+
+def test_under_a_template_only_the_last_turn_of_the_user_is_cut_or_repeated() -> None:
+    given = [
+        Prompt("abcdef"),
+        Prompt("xyz", input_tokens=19),
+        Prompt("xyz", input_tokens=3),
+        Prompt("x", input_tokens=99),
+    ]
+    requests, told = encode(*given, engine=Bytes, template="t", max_input_tokens=19)
+    assert texts(requests) == ["system abcde answer", "system xyzxy answer", "system x answer", "system xxxxx answer"]
+    assert [(item.code, dict(item.data)) for item in told] == [
+        ("prompts_cut", {"cut": 2, "total": 4, "limit": 19}),
+        ("template_longer", {"longer": 1, "total": 4}),
+    ]
+
+
+def test_a_template_that_leaves_no_room_for_the_prompt_is_an_error_with_the_least_limit() -> None:
+    with pytest.raises(EngineError, match="the chat template alone takes 14 tokens") as caught:
+        encode(Prompt("x", input_tokens=4), engine=Bytes, template="t", max_input_tokens=14)
+    assert caught.value.hint == "set max_input_tokens to at least 15"
+    encode(Prompt("x", input_tokens=4), engine=Bytes, template="t", max_input_tokens=15)
+
+
+def test_requests_beyond_what_the_engine_takes_are_refused_by_their_lengths() -> None:
+    requests, _ = encode(Prompt("a"), Prompt("abcdef"), engine=Bytes)
+    check_lengths(requests, None)
+    check_lengths(requests, 22)
+    with pytest.raises(EngineError, match=r"1 of 2 prompts.*21 positions.*prompt 2 has 6 tokens, and 16 of") as caught:
+        check_lengths(requests, 21)
+    assert (caught.value.kind, caught.value.is_permanent) == ("prompts", True)
+    assert "at most 21" in caught.value.hint
 
 
 def request(index: int, *ids: int, output: int = 5) -> TokenRequest:

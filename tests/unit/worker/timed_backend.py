@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 from lem.base.clock import Clock
 from lem.config.experiment import ExperimentConfig
@@ -79,9 +80,18 @@ class TimedBackend:
     def configure(self, config: ExperimentConfig) -> None:
         self.calls.append("configure")
 
-    def encode(self, text: str) -> list[int]:
-        words = text.split()
-        return [BEGIN_OF_TEXT, *(self.vocabulary.setdefault(word, len(self.vocabulary) + 2) for word in words)]
+    def encode(self, text: str, *, is_whole: bool = True) -> list[int]:
+        words, begin = text.split(), [BEGIN_OF_TEXT] if is_whole else []
+        return [*begin, *(self.vocabulary.setdefault(word, len(self.vocabulary) + 2) for word in words)]
+
+    def chat_template(self, given: str | None, *, has_tools: bool) -> str:
+        return given or f"the model's own, tools {has_tools}"
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], template: str
+    ) -> tuple[str, str, str]:
+        texts = [str(item["content"]) for item in messages]
+        return " ".join(["system", *texts[:-1], ""]), texts[-1], " answer"
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return " ".join(f"t{token}" for token in token_ids)

@@ -1,0 +1,91 @@
+"""Text to token ids and back, by the tokenizer of a loaded model: its special tokens, and chat templates."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lem.base.errors import EngineError
+from lem.engines.common import engine_call, model_error, raised_as, shortened
+
+_OTHER_TEMPLATE = "set chat_template to a Jinja file, or to none"
+
+
+class TextSession:
+    """What every session has: see `Engine`."""
+
+    _tokenizer: Any
+    _known_ids: int | None  # the number of token ids of the model; None if it does not say
+
+    def encode(self, text: str, *, is_whole: bool = True) -> list[int]:
+        ids = list(self._tokenizer.encode(text, add_special_tokens=is_whole))
+        begin = self._beginning if is_whole else []
+        if begin and ids[: 2 * len(begin)] == 2 * begin:
+            del ids[: len(begin)]  # the text begins with these tokens itself
+        if self._known_ids is not None and ids and max(ids) >= self._known_ids:
+            text = f"the tokenizer produced id {max(ids)}, but the model only has ids below {self._known_ids}"
+            raise model_error(text, "set model.tokenizer to the tokenizer that the model was trained with")
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def chat_template(self, given: str | None, *, has_tools: bool) -> str:
+        find = getattr(self._tokenizer, "get_chat_template", None)
+        if given is not None or find is None:
+            found = given
+        else:
+            with raised_as(_no_template), engine_call(ValueError):
+                found = find(tools=[{}] if has_tools else None)
+        if found is None:
+            raise _no_template("it is not one of transformers")
+        return str(found)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], template: str
+    ) -> tuple[str, str, str]:
+        refusal = None
+        asked = next(str(item["content"]) for item in reversed(messages) if item["role"] == "user").strip()
+        # Templates of models that take images may only know contents in parts.
+        for shape in (messages, [_in_parts(message) for message in messages]):
+            try:
+                with raised_as(_refused), engine_call(Exception):
+                    text: str = self._tokenizer.apply_chat_template(
+                        [dict(message) for message in shape],
+                        tools=[dict(tool) for tool in tools] or None,
+                        chat_template=template,
+                        add_generation_prompt=True,
+                        tokenize=False,
+                    )
+            except EngineError as error:
+                refusal = refusal or error
+                continue
+            for form in (asked, json.dumps(asked, ensure_ascii=False)[1:-1]):
+                if form in text:
+                    return text.rpartition(form)
+        raise refusal or _refused("it leaves out the last turn of the user")
+
+    @functools.cached_property
+    def _beginning(self) -> list[int]:
+        """The tokens that the tokenizer puts in front of every text."""
+        whole, bare = (list(self._tokenizer.encode("a", add_special_tokens=is_whole)) for is_whole in (True, False))
+        ends = (end for end in range(len(whole)) if bare and whole[end : end + len(bare)] == bare)
+        return whole[: next(ends, 0)]
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    text = message["content"]
+    return {**message, "content": [] if text is None else [{"type": "text", "text": text}]}
+
+
+def _no_template(error: BaseException | str) -> EngineError:
+    return model_error(f"chat_template: model: the tokenizer has no chat template: {shortened(error)}", _OTHER_TEMPLATE)
+
+
+def _refused(error: BaseException | str) -> EngineError:
+    if isinstance(error, ImportError):
+        return EngineError(f"chat_template: {shortened(error)}", "install the missing package", is_permanent=True)
+    hint = "change the conversation, or the template: the reason is the template's own"
+    return EngineError(f"the chat template refuses it: {shortened(error)}", hint, kind="prompts", is_permanent=True)
