@@ -332,7 +332,7 @@ class CampaignNotificationConfig(Section):
 
 
 @dataclass(frozen=True)
-class CampaignConfig(Section, aliases={"model_name": "model"}):
+class CampaignConfig(Section, aliases={"model_name": "model", "sample_size": "num_samples"}):
     """A campaign, validated and with every default filled in."""
 
     campaign_name: str = option(REQUIRED, "Name of the campaign; file and unit names derive from it.")

@@ -85,8 +85,11 @@ class ModelConfig(Section, shorthand="name", reloads=True):
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
 
 
+_SIZE = {"num_samples": "sample_size"}
+
+
 @dataclass(frozen=True)
-class DatasetConfig(Section, shorthand="name"):
+class DatasetConfig(Section, shorthand="name", aliases=_SIZE):
     """Prompts from a dataset; looked for in the folder LEM_DATASETS_DIR first, then on the hub."""
 
     name: str = option(REQUIRED, f"An alias ({', '.join(DATASET_ALIASES)}), a name on the hub, or a folder.")
@@ -96,12 +99,12 @@ class DatasetConfig(Section, shorthand="name"):
 
 
 @dataclass(frozen=True)
-class FilePrompts(Section):
+class FilePrompts(Section, shorthand="path", aliases=_SIZE):
     type: str = option("file", "Where prompts come from.", choices=("file",))
     # Not `identity`: an experiment is known by what the file holds, not by where it lies.
     path: str = option(
         REQUIRED,
-        "A .txt file with a prompt per line, or .jsonl with prompt or messages; relative to the working directory.",
+        "A .txt file with a prompt per line, or .jsonl or .json with rows; relative to the file that names it.",
         identity=False,
     )
     sample_size: int | None = option(None, "Prompts to take from the start; null takes all.", min=1, unit="prompts")
@@ -116,7 +119,7 @@ BUNDLED_DISTRIBUTION = "lognormal"
 
 
 @dataclass(frozen=True)
-class SyntheticPrompts(Section):
+class SyntheticPrompts(Section, aliases=_SIZE):
     """Made-up prompts of chosen lengths."""
 
     type: str = option("synthetic", "Where prompts come from.", choices=("synthetic",))
@@ -128,7 +131,7 @@ class SyntheticPrompts(Section):
 
 
 @dataclass(frozen=True)
-class HuggingFacePrompts(Section):
+class HuggingFacePrompts(Section, aliases=_SIZE):
     """Prompts from a dataset on the hub, with all its options."""
 
     type: str = option("huggingface", "Where prompts come from.", choices=("huggingface",))
@@ -309,7 +312,7 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     save_outputs: bool = option(False, "Keep the generated texts beside the result.", identity=False)
     dataset: DatasetConfig | None = option(None, "Prompts from a dataset: an alias or a mapping.")
     prompts: FilePrompts | SyntheticPrompts | HuggingFacePrompts | None = option(
-        None, "Prompts from elsewhere; default: the bundled synthetic set."
+        None, "Prompts from a file (its path is enough) or elsewhere; default: the bundled synthetic set."
     )
     chat_template: str = option(
         NO_TEMPLATE, "Template for prompts: none, model (the tokenizer's own), or a Jinja file.", is_added=True

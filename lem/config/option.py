@@ -92,8 +92,7 @@ class Section:
     @classmethod
     def read(cls, value: Any, path: kinds.Path, sink: kinds.Sink) -> Any:
         """The section in a mapping, or INVALID with the problems noted; of a part, the mapping itself."""
-        if cls.shorthand is not None and isinstance(value, str):
-            value = {cls.shorthand: value}
+        value = cls.written_out(value)
         if not isinstance(value, Mapping):
             wanted = "a mapping" if cls.shorthand is None else f"a {cls.shorthand} or a mapping"
             remedy = "; remove the line to use the defaults" if value is None else ""
@@ -111,6 +110,14 @@ class Section:
         section = object.__new__(cls)
         _complete(section, given, path, sink, before)
         return section if len(sink.problems) == before else kinds.INVALID
+
+    @classmethod
+    def written_out(cls, value: Any) -> Any:
+        """A value in the short form as a mapping; any other as it is."""
+        if cls.shorthand is None or not isinstance(value, str):
+            return value
+        variant = declared(cls).get("type")
+        return {**({} if variant is None else {"type": variant.default}), cls.shorthand: value}
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON values, defaults included; `from_dict` gives an equal section back."""
@@ -195,6 +202,7 @@ class VariantKind(SectionKind):
     def read(self, value: Any, path: kinds.Path, sink: kinds.Sink) -> Any:
         if isinstance(value, self.sections):
             return value
+        value = next((short for item in self.sections if (short := item.written_out(value)) is not value), value)
         if not isinstance(value, Mapping):
             return self.refuse(value, path, sink)
         names = ", ".join(self.variants)
@@ -388,8 +396,8 @@ def canonical(section: type[Section] | None, mapping: Mapping[str, Any]) -> dict
         nested = _section_at(section, name, value)
         if isinstance(value, Mapping):
             value = canonical(nested, value)
-        elif nested is not None and nested.shorthand is not None and isinstance(value, str):
-            value = {nested.shorthand: value}
+        elif nested is not None:
+            value = nested.written_out(value)
         out[name] = value
     return out
 
@@ -424,8 +432,10 @@ def _section_at(section: type[Section] | None, name: str, value: Any) -> type[Se
     item = declared(section).get(name) if section is not None else None
     if item is None or not item.kind.sections:
         return None
-    if isinstance(item.kind, VariantKind) and isinstance(value, Mapping):
-        kind = value.get("type")
+    if isinstance(item.kind, VariantKind):
+        if isinstance(value, str):
+            return next((section for section in item.kind.sections if section.shorthand is not None), None)
+        kind = value.get("type") if isinstance(value, Mapping) else None
         return item.kind.variants.get(kind) if isinstance(kind, str) else None
     return item.kind.sections[0]
 

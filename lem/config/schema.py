@@ -131,7 +131,7 @@ class _Builder:
             case kinds.MapKind():
                 return {**_MAPPING, "additionalProperties": self._kind(kind.inner)}
             case VariantKind():
-                return {"anyOf": [self._refer(section) for section in kind.sections]}
+                return _if("object", {"anyOf": [self._refer(section) for section in kind.sections]}, _text_schema())
             case SectionKind():
                 return self._section(kind.sections[0])
         return {}

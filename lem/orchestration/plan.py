@@ -326,10 +326,27 @@ def _collect(
     folder = Path(campaign.io.configs_dir) / campaign.slug
     stems = grid.distinct_names([grid.file_stem(name) for name in names], config_dicts)
     origins = [*((one.path, one.source, False) for one in listed), *[(None, source, True)] * len(of_grid)]
+    for config_dict, (_, origin, is_of_grid) in zip(config_dicts, origins, strict=True):
+        _find_prompt_file(config_dict, origin, is_of_grid)
     return [
         _Candidate(name, config_dict, str(file or folder / f"{stem}.yaml"), file is None, origin, is_of_grid)
         for name, config_dict, stem, (file, origin, is_of_grid) in zip(names, config_dicts, stems, origins, strict=True)
     ]
+
+
+def _find_prompt_file(config_dict: dict[str, Any], source: Source | None, is_of_grid: bool) -> None:
+    """Make the path of a file of prompts relative to the working directory; it is relative to the file that names it.
+
+    Where that does not exist, a path from the working directory is left as it is.
+    """
+    prompts = config_dict.get("prompts")
+    if source is None or not isinstance(prompts, Mapping) or not isinstance(path := prompts.get("path"), str):
+        return
+    axes = [("grid", "shared", name) for name in ("prompts", "prompts.path")]
+    layer = next(filter(None, map(source.layer_of, axes if is_of_grid else [("prompts", "path")])), None)
+    found = path if layer is None or layer.document is None else str(layer.document.path.parent / path)
+    if found != path and (Path(found).exists() or not Path(path).exists()):
+        config_dict["prompts"] = {**prompts, "path": found}
 
 
 _Valid = Sequence[tuple[_Candidate, ExperimentConfig]]

@@ -66,6 +66,14 @@ def test_prompts_by_type():
     assert experiment(prompts={"type": "file", "path": "p.txt"}).prompts == FilePrompts(path="p.txt")
     assert experiment(prompts={"type": "synthetic", "input_tokens": 8}).prompts == SyntheticPrompts(input_tokens=8)
     assert experiment(prompts={"type": "huggingface", "dataset": "d"}).prompts == HuggingFacePrompts(dataset="d")
+    assert experiment(prompts="p.txt").prompts == FilePrompts(path="p.txt")
+    for prompts in ({"type": "file", "path": "p"}, {"type": "synthetic"}, {"type": "huggingface", "dataset": "d"}):
+        assert (
+            experiment(prompts={**prompts, "num_samples": 5}).prompts
+            == experiment(prompts={**prompts, "sample_size": 5}).prompts
+        )
+    assert experiment(dataset={"name": "d", "num_samples": 5}).dataset == DatasetConfig(name="d", sample_size=5)
+    assert problems(prompts=["p.txt"]) == ["prompts"]
     assert problems(prompts={"type": "sql"}) == ["prompts.type"]
     assert problems(prompts={"type": "file"}) == ["prompts.path"]
 

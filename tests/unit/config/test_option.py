@@ -273,6 +273,12 @@ def test_walking_lists_every_option_once_for_each_section():
             {"prompts": {"input_tokens": 9}},
             {"prompts": {"type": "synthetic", "input_tokens": 9}},
         ),
+        ({"prompts": {"type": "synthetic"}}, {"prompts": "p.txt"}, {"prompts": {"type": "file", "path": "p.txt"}}),
+        (
+            {"prompts": "p.txt"},
+            {"prompts": {"sample_size": 3}},
+            {"prompts": {"type": "file", "path": "p.txt", "sample_size": 3}},
+        ),
         ({"dataset": "alpaca"}, {"dataset": None}, {"dataset": None}),
         (
             {"extra_metadata": {"a": 1, "b": {"c": 2}}},

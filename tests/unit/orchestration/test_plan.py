@@ -14,7 +14,7 @@ import pytest
 from lem.base.errors import ConfigurationError, UserError
 from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import ExperimentConfig, FilePrompts
 from lem.config.load import Loaded, complete_campaign, load_campaign, load_experiment
 from lem.config.yamlfile import FileProblems
 from lem.orchestration.grid import NO_MODEL, config_hash, prompts_fingerprint
@@ -373,6 +373,41 @@ def test_prompts_of_a_file_are_counted(tmp_path: Path) -> None:
     prompts = {"type": "file", "path": str(tmp_path / "three.txt"), "sample_size": 8}
     wide = "pytorch.batch_size: 4 acts as 3, since there are never more requests at once"
     assert cells({"prompts": prompts}, {"batch_size": [1, 3, 4]}, "pytorch") == [wide, same("pytorch.batch_size")]
+
+
+GRID = {"backends": ["pytorch"]}
+FILE = {"type": "file", "path": "sub/own.txt"}
+
+
+@pytest.mark.parametrize(
+    ("campaign", "places"),
+    [
+        ({"configs": ["sub/e.yaml"]}, ["set/sub/own.txt"]),
+        ({"experiments": [{"prompts": "own.txt"}]}, ["set/own.txt"]),
+        ({"experiments": [{"config": "sub/e.yaml", "overrides": {"prompts": "own.txt"}}]}, ["set/own.txt"]),
+        ({"grid": {**GRID, "shared": {"prompts": ["own.txt", FILE]}}}, ["set/own.txt", "set/sub/own.txt"]),
+        ({"grid": {**GRID, "shared": {"prompts.type": ["file"], "prompts.path": ["own.txt"]}}}, ["set/own.txt"]),
+        ({"experiments": [{"prompts": "here.txt"}]}, ["here.txt"]),
+        ({"experiments": [{"prompts": "own.txt"}], "sample_size": 1}, ["set/own.txt"]),
+    ],
+)  # fmt: skip
+def test_a_file_of_prompts_is_relative_to_the_file_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, campaign: dict[str, Any], places: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set" / "sub").mkdir(parents=True)
+    for place in ("own.txt", "set/own.txt", "set/sub/own.txt", "here.txt"):
+        (tmp_path / place).write_text(f"{place}\nsecond\n")
+    (tmp_path / "set" / "sub" / "e.yaml").write_text("prompts: own.txt\nmodel: gpt2\n")
+    (tmp_path / "set" / "c.yaml").write_text(json.dumps({"campaign_name": "demo", "model": "gpt2", **campaign}))
+
+    loaded = load_campaign("set/c.yaml")
+    found = build_plan(loaded.config, loaded.listed, source=loaded.source).given
+    assert [item.config.prompts.path for item in found if isinstance(item.config.prompts, FilePrompts)] == places
+    assert {item.n_prompts for item in found} == {loaded.config.num_samples or 2}
+    on_the_line = load_campaign("set/c.yaml", ["grid=null", "configs=[]", "experiments=[{prompts: own.txt}]"])
+    (only,) = build_plan(on_the_line.config, on_the_line.listed, source=on_the_line.source).given
+    assert only.config.prompts == FilePrompts(path="own.txt", sample_size=loaded.config.num_samples)
 
 
 def test_without_prompts_the_synthetic_set_is_as_large_as_the_widest_configuration_needs() -> None:
