@@ -156,6 +156,7 @@ experiments: [{max_output_tokens: 5, max_tokens: 3}]
 experiments: [{backend: vllm, pytorch: {batch_size: 1}}]
 experiments: [{prompts: {type: synthetic}, dataset: alpaca}]
 experiments: [{prompts: {type: huggingface}}]
+experiments: [{prompts: 3}]
 experiments: [{prompts: {input_tokens: 5}}]
 experiments: [{traffic_simulation: {target_qps: 1}}]
 experiments: [{gpus: [one]}]
@@ -208,6 +209,7 @@ def written(folder: Path, text: str) -> Path:
         "campaign_name: c\ngrid: {backends: '${B}', backend_overrides: {vllm: {extra.some.name: [1], extra: {a: []}}}}",
         "campaign_name: c\nexperiments: [{max_output_tokens: '${N:-5}', dataset: {sample_size: 5}, gpus: []}]",
         "campaign_name: c\nexperiments: [{config: e.yaml, overrides: {decoder.preset: factual, decoder: {top_k: 3}}}]",
+        "campaign_name: c\nexperiments: [{prompts: a.txt}]\ngrid: {backends: vllm, shared: {prompts: [a.txt]}}",
         "campaign_name: c\nexperiments: [{inline: {model: {revision: main}}}]\nschedule: null\ngrid: null",
     ],
 )
