@@ -17,12 +17,12 @@ from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig
 from lem.config.convert import convert
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import BoolKind, ChoiceKind, NumberKind, Problem, dotted
-from lem.config.load import Loaded, complete_campaign, kind_of, load_campaign, load_experiment
+from lem.config.kinds import BoolKind, ChoiceKind, NumberKind, Path, Problem, dotted
+from lem.config.load import Loaded, Source, complete_campaign, kind_of, load_campaign, load_experiment
 from lem.config.option import Section, find_option, is_secret, leaves, merge, nest
 from lem.config.schema import document_schema
 from lem.config.yamlfile import FileProblems
-from lem.orchestration.plan import build_plan
+from lem.orchestration.plan import Plan, build_plan
 
 KINDS = ("campaign", "experiment")
 
@@ -120,9 +120,9 @@ def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
     plan = build_plan(loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source)
     filtered = [f"{reason} × {count}" for reason, count in plan.filtered_by_reason]
     if not plan.experiments:
-        first = next((key for key in ("grid", "experiments", "configs") if getattr(loaded.config, key)), "configs")
         complaint = f"no valid experiment is left: {'; '.join(filtered)}"
-        raise FileProblems(loaded.source.locate([Problem((first,), complaint, is_about_key=True)]))
+        cause = _cause_of(plan, loaded.source)
+        raise FileProblems(loaded.source.locate([Problem(cause, complaint, is_about_key=cause == ("grid",))]))
     return {
         **report,
         "name": loaded.config.campaign_name,
@@ -130,6 +130,15 @@ def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
         "filtered": filtered,
         "warnings": [f"{reason} × {count}" for reason, count in plan.warnings_by_reason],
     }
+
+
+def _cause_of(plan: Plan, source: Source) -> Path:
+    """The path in a campaign of what filters its first configuration, as near as the file has it."""
+    why = plan.filtered[0].why[0]
+    option = why.data["option"].split(".") if why.code == "at_option" else ["models"]
+    places: list[Path] = [("grid", *section, *option) for section in (("shared",), ("backend_overrides",), ())]
+    places += [("model",), ("grid",), ("experiments", 0), ("configs", 0)]
+    return next((path for path in places if source.has(path)), ())
 
 
 def _as_text(report: dict[str, Any]) -> str:

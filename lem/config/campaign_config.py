@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -24,8 +25,10 @@ from lem.config.experiment import (
     ModelConfig,
     WarmupConfig,
 )
-from lem.config.kinds import REQUIRED, Items, Problem, check_url
-from lem.config.option import Matching, Section, canonical, check_partial, declared, nest, option, put
+from lem.config.kinds import REQUIRED, Items, Problem, check_url, dotted
+from lem.config.kinds import Path as Location
+from lem.config.option import Matching, Section, canonical, check_partial, declared, find_option, nest, option, put
+from lem.config.terms import Term, either, find_term
 
 __all__ = [
     "CampaignColdStartConfig",
@@ -96,6 +99,11 @@ class CampaignGridConfig(Section):
         {}, "Per backend, options of its section: a value, or a list of values as an axis.", dotted_after=1
     )
 
+    @classmethod
+    def elsewhere(cls, names: Sequence[str]) -> str | None:
+        found = [_in_grid(name) for name in names if find_option(ExperimentConfig, name) is not None]
+        return f"set {either(found)}" if found else None
+
     def derive(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         axes = given.get("shared", {}).items()
         return {"shared": {axis: value if isinstance(value, tuple) else Items((value,)) for axis, value in axes}}
@@ -104,9 +112,10 @@ class CampaignGridConfig(Section):
     def check_given(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
         backends = given.get("backends", BACKENDS)
         for index, model in enumerate(given.get("models") or ()):
-            yield from check_partial(ExperimentConfig, {"model": model}, ("models", index))
+            for problem in check_partial(ExperimentConfig, {"model": model}):
+                yield dataclasses.replace(problem, path=("models", index, *problem.path[1:]))
         for axis, values in given.get("shared", {}).items():
-            yield from _check_shared_axis(backends, axis, values if isinstance(values, tuple) else (values,))
+            yield from _check_shared_axis(backends, axis, values)
         for backend, overrides in given.get("backend_overrides", {}).items():
             yield from _check_overrides(backends, backend, overrides)
 
@@ -120,7 +129,7 @@ class CampaignGridConfig(Section):
             yield Problem((), f"makes {count:,} experiments; the limit is {MAX_EXPERIMENTS:,}; {remedy}")
 
 
-def _check_shared_axis(backends: Sequence[str], axis: str, values: tuple[Any, ...]) -> Iterator[Problem]:
+def _check_shared_axis(backends: Sequence[str], axis: str, values: Any) -> Iterator[Problem]:
     path = ("shared", axis)
     top = axis.partition(".")[0]
     if axis in ("backend", "model", "model_name", "model.name"):
@@ -130,7 +139,12 @@ def _check_shared_axis(backends: Sequence[str], axis: str, values: tuple[Any, ..
         remedy = f"move it to grid.backend_overrides.{top}"
         yield Problem(path, f"is an option of {top} only; {remedy}", is_about_key=True)
     else:
-        yield from _check_axis(ExperimentConfig, axis, values, path)
+        yield from _check_axis(backends, axis, values, path)
+
+
+def _in_grid(name: str) -> str:
+    """Where a campaign sets an option of the experiments of its grid."""
+    return f"grid.{'backend_overrides' if name.partition('.')[0] in BACKENDS else 'shared'}.{name}"
 
 
 def _check_overrides(backends: Sequence[str], backend: str, overrides: Mapping[str, Any]) -> Iterator[Problem]:
@@ -139,28 +153,41 @@ def _check_overrides(backends: Sequence[str], backend: str, overrides: Mapping[s
         near = None if backend in BACKENDS else nearest(backend, backends)
         yield Problem(path, f"is not in grid.backends ({', '.join(backends)})", near, is_about_key=True)
         return
-    section = declared(ExperimentConfig)[backend].kind.sections[0]
     for key, value in overrides.items():
-        yield from _check_axis(section, key, value if isinstance(value, tuple) else (value,), (*path, key))
+        yield from _check_axis((backend,), f"{backend}.{key}", value, (*path, key))
 
 
-def _check_axis(
-    section: type[Section], axis: str, values: tuple[Any, ...], path: tuple[str | int, ...]
-) -> Iterator[Problem]:
-    if not values:
+def _check_axis(backends: Sequence[str], axis: str, given: Any, path: Location) -> Iterator[Problem]:
+    """What is wrong with an axis at a path: a list of values, or one value."""
+    if given == ():
         yield Problem(path, "has no values; add some or remove the axis")
-    for index, value in enumerate(values):
-        for problem in check_partial(section, nest(axis, value)):
-            if problem.is_about_key and len(problem.path) <= axis.count(".") + 1:
-                yield Problem(path, "unknown option", problem.suggestion, is_about_key=True)
+    parts = axis.split(".")
+    for index, value in enumerate(given if isinstance(given, tuple) else (given,)):
+        at = (*path, index) if isinstance(given, tuple) else path
+        for problem in check_partial(ExperimentConfig, nest(parts, value), chosen=backends):
+            if problem.is_about_key and len(problem.path) <= len(parts):
+                yield _unknown_axis(backends, parts, path, problem)
                 return
-            yield Problem((*path, index), problem.message, problem.suggestion)
+            below = problem.path[len(parts) :]
+            inner = functools.reduce(lambda node, part: node[part] if isinstance(node, dict) else node, below, value)
+            remedy = f"; write it as an axis {dotted((path[-1], *below))}" if below and isinstance(inner, tuple) else ""
+            yield dataclasses.replace(problem, path=(*at, *below), message=f"{problem.message}{remedy}")
+
+
+def _unknown_axis(backends: Sequence[str], parts: Sequence[str], path: Location, problem: Problem) -> Problem:
+    """The problem with a name that is no option, with the remedy in terms of a grid."""
+    key = len(problem.path) - 1
+    term = find_term(parts[key], parts[key - 1] if key else "") or Term()
+    fitting = [name for name in term.options if name.partition(".")[0] in backends] or term.options
+    names = [_in_grid(name) for name in fitting if find_option(ExperimentConfig, name) is not None]
+    if names and (problem.suggestion is None or problem.suggestion.partition(".")[0] in BACKENDS):
+        one = names[0] if len(names) == 1 else None
+        return Problem(path, "unknown key" if one else f"unknown key; set {either(names)}", one, is_about_key=True)
+    return dataclasses.replace(problem, path=path)
 
 
 @dataclass(frozen=True)
-class CampaignExplicitExperiment(
-    Section, alternative=ExperimentConfig, alternative_remedy="options that override the file belong under overrides"
-):
+class CampaignExplicitExperiment(Section, alternative=ExperimentConfig):
     """One experiment: a file with overrides, or the experiment itself written in place."""
 
     config: str | None = option(None, "Experiment file, relative to the campaign file.")
@@ -172,6 +199,11 @@ class CampaignExplicitExperiment(
     @classmethod
     def rewrite(cls, mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
         return mapping if not mapping or set(mapping) & set(declared(cls)) else {"inline": mapping}
+
+    @classmethod
+    def elsewhere(cls, names: Sequence[str]) -> str | None:
+        found = [name for name in names if find_option(ExperimentConfig, name) is not None]
+        return f"options that override the file belong under overrides: {either(found)}" if found else None
 
     @staticmethod
     def nest_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -350,6 +382,11 @@ class CampaignConfig(Section, aliases={"model_name": "model", "sample_size": "nu
     io: CampaignIOConfig = option(CampaignIOConfig(), "Files and folders.")
     notification: CampaignNotificationConfig = option(CampaignNotificationConfig(), "Messages at the end.")
 
+    @classmethod
+    def elsewhere(cls, names: Sequence[str]) -> str | None:
+        found = CampaignGridConfig.elsewhere(names)
+        return f"it is an option of experiments; in a grid, {found}" if found else None
+
     def check(self) -> Iterator[Problem]:
         if not self.configs and self.grid is None and not self.experiments:
             yield Problem((), "nothing to run: set at least one of configs, grid, experiments")
@@ -405,7 +442,7 @@ def with_campaign_defaults(
         _fill_named(out, "dataset", campaign.dataset)
     if campaign.num_samples is not None:
         fill_sample_size(out, campaign.num_samples)
-    warmup = out.setdefault("warmup", {})
+    warmup = out["warmup"] = {} if out.get("warmup") is None else out["warmup"]
     if isinstance(warmup, dict):  # else for validation to refuse
         prompts = campaign.execution.warmup_prompts
         is_own = "min_prompts" in warmup
@@ -417,7 +454,7 @@ def with_campaign_defaults(
 
 
 def _fill_named(out: dict[str, Any], key: str, default: Section) -> None:
-    own = out.get(key, {})
+    own = {} if out.get(key) is None and key == "model" else out.get(key, {})
     if isinstance(own, dict) and "name" not in own:  # options that belong to another name are not mixed in
         out[key] = {**default.changed(), **own}
 

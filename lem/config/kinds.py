@@ -9,7 +9,7 @@ import math
 import operator
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +17,7 @@ from lem.base.errors import ConfigurationError, in_brackets, nearest
 from lem.base.log import shorten
 from lem.base.reasons import Reason
 from lem.base.units import plural
+from lem.config.terms import value_named
 
 T = TypeVar("T")
 Path = tuple["str | int", ...]
@@ -72,9 +73,11 @@ class Sink:
     are not checked against each other.
     """
 
-    def __init__(self, *, is_partial: bool = False) -> None:
+    def __init__(self, root: type[Any], chosen: Collection[str] = (), *, is_partial: bool = False) -> None:
         self.problems: list[Problem] = []
         self.is_partial = is_partial
+        self.root = root  # the section that paths begin in
+        self.chosen = chosen  # the backends, and the sections that are given, to choose between options by
 
     def add(self, path: Path, message: str, suggestion: str | None = None, *, is_about_key: bool = False) -> Any:
         """Note a problem; INVALID, for the value."""
@@ -212,6 +215,7 @@ class Kind(ABC):
     name = "value"  # in the message "expected …"
     label = "value"  # in a table
     sections: tuple[type[Any], ...] = ()  # that a value of this kind is one of: none, one, or the variants
+    holds_others = False  # a section, a list or a mapping, for which null is as good as nothing
 
     def __init__(self, item: Option, inner: Kind | None = None) -> None:
         self.item = item
@@ -319,12 +323,15 @@ class ChoiceKind(Kind):
         for choice in self.item.choices:
             if type(value) is type(choice) and value == choice:
                 return choice
-        near = nearest(value, self._words, cutoff=0.5) if isinstance(value, str) else None
+        near = None
+        if isinstance(value, str):
+            near = value_named(value, self._words) or nearest(value, self._words, cutoff=0.5)
         return self.refuse(value, path, sink, suggestion=near)
 
 
 class ListKind(Kind):
     name = "a list"
+    holds_others = True
 
     def __init__(self, item: Option, inner: Kind) -> None:
         super().__init__(item, inner)
@@ -353,6 +360,7 @@ class MapKind(Kind):
     """A mapping from text to one kind; an integer key is taken as its digits."""
 
     name = "a mapping"
+    holds_others = True
 
     def __init__(self, item: Option, inner: Kind) -> None:
         super().__init__(item, inner)

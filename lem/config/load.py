@@ -10,12 +10,13 @@ from pathlib import Path as FilePath
 from typing import Any, Generic, TypeVar
 
 from lem.base.doc import json_text
-from lem.base.errors import ConfigurationError
-from lem.config.backends import find_preset
+from lem.base.errors import ConfigurationError, nearest
+from lem.config.backends import BACKENDS, find_preset
 from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment, with_campaign_defaults
 from lem.config.experiment import DecoderConfig, ExperimentConfig
 from lem.config.kinds import ConfigProblems, Expanded, MapKind, Path, Problem, as_written, dotted, simple
 from lem.config.option import Section, canonical, declared, find_option, is_secret, leaves, merge, nest, redacted
+from lem.config.terms import either, find_term
 from lem.config.yamlfile import Document, FileProblems, Located, Place, parse_value, read_document
 
 S = TypeVar("S", bound=Section)
@@ -23,8 +24,10 @@ Sets = Sequence["str | tuple[str, Any]"]
 
 EXTENDS = "_extends"
 
-# Options that only a campaign has, to distinguish the two kinds of files.
+# Options of which each makes a file a campaign, and all that only a campaign has.
+_CAMPAIGN_MARKS = ("campaign_name", "grid", "configs", "experiments")
 _CAMPAIGN_ONLY = frozenset(declared(CampaignConfig)) - frozenset(declared(ExperimentConfig))
+_EXPERIMENT_ONLY = frozenset(declared(ExperimentConfig)) - frozenset(declared(CampaignConfig))
 
 # The model of an experiment without one, to find what else is wrong with it.
 _NO_MODEL = {"name": "none"}
@@ -87,7 +90,15 @@ class Source:
     def layer_of(self, path: Path) -> Layer | None:
         """The layer that gave the value at a path, or the value that contains it; None for a default."""
         above = (path[:length] for length in range(len(path), 0, -1))
-        return next((self.origins[part] for part in above if part in self.origins), None)
+        given = next((part for part in above if part in self.origins), path)
+        value: Any = self.mapping
+        for key in given if given in self.origins else ():
+            value = value[key]
+        return None if value is None and given != path else self.origins.get(given)  # below a null are defaults
+
+    def has(self, path: Path) -> bool:
+        """Whether a path was written somewhere."""
+        return any(layer.find(path, is_about_key=False)[0] == len(path) for layer in self.layers)
 
     def place(self, path: Path, *, is_about_key: bool = False) -> Place:
         """Where a path was written; the nearest place above it when it was not."""
@@ -158,10 +169,12 @@ def load_campaign(
     """
     loader = _Loader(sets, preset, environ)
     source, found = loader.read(FilePath(path), CampaignConfig)
-    hint = f"{path} is an experiment: lem experiment {path}, or --campaign-name NAME to make a campaign of it"
-    if not source.mapping or _CAMPAIGN_ONLY & set(source.mapping):
-        hint = ""
-    return loader.campaign(source, found, hint)
+    keys = set(source.mapping)
+    if keys and not keys & set(_CAMPAIGN_MARKS) and (keys & _EXPERIMENT_ONLY or not keys & _CAMPAIGN_ONLY):
+        problem = Problem((), f"expected a campaign, got an experiment: {either(_CAMPAIGN_MARKS)} is missing")
+        hint = f"run it with `lem experiment {path}`, or make a campaign of it with --campaign-name NAME"
+        raise FileProblems(source.locate([problem]), hint)
+    return loader.campaign(source, found)
 
 
 def load_campaign_of_files(
@@ -190,16 +203,19 @@ def load_experiment(
     loader = _Loader(sets, preset, environ)
     empty: tuple[Source, Located] = loader.start(ExperimentConfig), []
     source, found = empty if path is None else loader.read(FilePath(path), ExperimentConfig)
-    hint = f"{path} is a campaign: lem campaign {path}" if "campaign_name" in source.mapping else ""
+    mark = next((key for key in _CAMPAIGN_MARKS if key in source.mapping), None)
+    if mark is not None:
+        problem = Problem((mark,), "expected an experiment, got a campaign: it has this key", is_about_key=True)
+        raise FileProblems(source.locate([problem]), f"run it with `lem campaign {path}`")
     source = loader.with_sets(source)
     config, problems = _validate(ExperimentConfig, source)
-    return Loaded(_without_problems(config, found, problems, hint), source)
+    return Loaded(_without_problems(config, found, problems), source)
 
 
 def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> str:
-    """`campaign` for a file with options that only a campaign has, else `experiment`; raises as `load_campaign`."""
+    """`campaign` for a file with one of `_CAMPAIGN_MARKS`, else `experiment`; raises as `load_campaign`."""
     source, _ = _Loader((), None, environ).read(FilePath(path), ExperimentConfig)
-    return "campaign" if _CAMPAIGN_ONLY & set(source.mapping) else "experiment"
+    return "campaign" if set(_CAMPAIGN_MARKS) & set(source.mapping) else "experiment"
 
 
 def read_mapping(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -247,23 +263,51 @@ class _Loader:
         return source.over(Layer("preset", f"preset {self.preset}", find_preset(self.preset).values))
 
     def with_sets(self, source: Source) -> Source:
+        """The source with the options from the command line; of a campaign, those of all its experiments too."""
+        for label, key, value in self._given():
+            keys = _keys_of(source.section, key)
+            if source.section is CampaignConfig and keys[0] in _EXPERIMENT_ONLY:
+                grid = source.mapping.get("grid")
+                if not isinstance(grid, Mapping):
+                    continue
+                if key == "backend":
+                    keys, value = ["grid", "backends"], [value]
+                elif keys[0] not in BACKENDS:
+                    keys, value = ["grid", "shared", key], [value]
+                elif keys[0] in _items(grid.get("backends")) and keys[1:]:
+                    keys, value = ["grid", "backend_overrides", keys[0], key.partition(".")[2]], [value]
+                else:
+                    continue
+            source = source.over(Layer("command line", label, nest(keys, value)))
+        return source
+
+    def _given(self) -> Iterable[tuple[str, str, Any]]:
+        """The options from the command line: how they were given, dotted name and value."""
         for item in self.sets:
             key, equals, text = item.partition("=") if isinstance(item, str) else (item[0], "=", str(item[1]))
             key = key.strip()
-            shown = "(hidden)" if equals and is_secret(source.section, tuple(key.split("."))) else text
+            shown = "(hidden)" if equals and is_secret(CampaignConfig, tuple(key.split("."))) else text
             label = f"--set {key}{equals}{shown}"
             if not equals or not all(key.split(".")):
                 raise ConfigurationError(f"{label}: expected KEY=VALUE", "such as --set execution.cycles=5")
-            value = parse_value(text, self.environ, label) if isinstance(item, str) else item[1]
-            source = source.over(Layer("command line", label, nest(_keys_of(source.section, key), value)))
-        return source
+            yield label, key, parse_value(text, self.environ, label) if isinstance(item, str) else item[1]
 
-    def campaign(self, source: Source, found: Located | None = None, hint: str = "") -> Loaded[CampaignConfig]:
+    def _with_own_sets(self, one: ListedExperiment) -> ListedExperiment:
+        """A listed experiment with the options that the command line sets for all experiments."""
+        source = one.source
+        for label, key, value in self._given():
+            keys = _keys_of(ExperimentConfig, key)
+            backend = source.mapping.get("backend", BACKENDS[0])
+            if keys[0] in _EXPERIMENT_ONLY and (keys[0] not in BACKENDS or keys[0] == backend):
+                source = source.over(Layer("command line", label, nest(keys, value)))
+        return dataclasses.replace(one, mapping=source.mapping, source=source)
+
+    def campaign(self, source: Source, found: Located | None = None) -> Loaded[CampaignConfig]:
         source = self.with_sets(source)
         start = find_preset(self.preset).values if self.preset is not None else {}
         config, problems = _validate(CampaignConfig, source)
         listed = []
-        for one in self._listed(source, problems):
+        for one in map(self._with_own_sets, self._listed(source, problems)):
             mapping = one.mapping if config is None else with_campaign_defaults(config, one.mapping, source.forced)
             listed.append(dataclasses.replace(one, mapping=mapping))
             # An experiment without a model is not an error of the file: the plan filters it, with that reason.
@@ -271,8 +315,8 @@ class _Loader:
             try:
                 ExperimentConfig.from_dict(checked)
             except ConfigProblems as error:
-                problems += one.source.locate(error.problems)
-        return Loaded(_without_problems(config, found or [], problems, hint), source, tuple(listed), start)
+                problems += one.source.locate(map(_explained, error.problems))
+        return Loaded(_without_problems(config, found or [], problems), source, tuple(listed), start)
 
     def _listed(self, campaign: Source, problems: Located) -> Iterable[ListedExperiment]:
         """The experiments that a campaign lists, without its defaults; notes the files that cannot be read."""
@@ -351,15 +395,29 @@ def _validate(section: type[S], source: Source) -> tuple[S | None, Located]:
     try:
         return section.from_dict(source.mapping), []
     except ConfigProblems as error:
-        return None, source.locate(error.problems)
+        return None, source.locate(map(_explained, error.problems) if section is ExperimentConfig else error.problems)
 
 
-def _without_problems(config: S | None, found: Located, problems: Located, hint: str) -> S:
+def _explained(problem: Problem) -> Problem:
+    """The problem with an unknown key of an experiment, in terms of a campaign where the key belongs there."""
+    key = str(problem.path[-1]) if problem.is_about_key and problem.suggestion is None else ""
+    term = find_term(key)
+    named = [name for name in (term.options if term else ()) if find_option(CampaignConfig, name) is not None]
+    if len(problem.path) == 1 and key in _CAMPAIGN_ONLY:
+        named = [key]
+    if named and not any(find_option(ExperimentConfig, name) for name in (term.options if term else ())):
+        return dataclasses.replace(problem, message=f"unknown key; a campaign sets {named[0]}, an experiment does not")
+    if not key or term or len(problem.path) > 1 or key in declared(ExperimentConfig):
+        return problem
+    return dataclasses.replace(problem, suggestion=nearest(key, sorted(_CAMPAIGN_ONLY)))
+
+
+def _without_problems(config: S | None, found: Located, problems: Located) -> S:
     """The configuration; else FileProblems, without those of the validation about a value that could not be read."""
     unread = {place for place, _ in found if place.mark is not None}
     located = [*found, *(item for item in problems if item[0] not in unread)]
     if located or config is None:
-        raise FileProblems(located, hint)
+        raise FileProblems(located)
     return config
 
 

@@ -7,11 +7,12 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from lem.base.errors import nearest
 from lem.config import kinds
+from lem.config.terms import meant
 
 _METADATA = "lem.option"
 _NAME = re.compile(r"[\w.-]+")
@@ -63,10 +64,8 @@ class Section:
     exclusive: ClassVar[tuple[str, ...]] = ()
     # Whether a change of an option needs another engine load, unless the option declares it.
     reloads: ClassVar[bool] = False
-    # Another section whose options may be written in place of this one's (see `rewrite`), and what to do with one of
-    # them that is written among this one's.
+    # Another section whose options may be written in place of this one's (see `rewrite`).
     alternative: ClassVar[type[Section] | None] = None
-    alternative_remedy: ClassVar[str] = ""
 
     def __init_subclass__(cls, **traits: Any) -> None:
         super().__init_subclass__()
@@ -76,7 +75,7 @@ class Section:
             setattr(cls, name, value)
 
     def __post_init__(self) -> None:
-        sink = kinds.Sink()
+        sink = kinds.Sink(type(self))
         given = {name: value for name in declared(type(self)) if (value := self.__dict__[name]) is not kinds.UNSET}
         _complete(self, _read_given(type(self), given, (), sink), (), sink)
         sink.raise_if_any()
@@ -84,7 +83,7 @@ class Section:
     @classmethod
     def from_dict(cls: type[S], mapping: Mapping[str, Any]) -> S:
         """The section in a mapping of plain values; ConfigProblems with everything that is wrong with it."""
-        sink = kinds.Sink()
+        sink = kinds.Sink(cls, _chosen(cls, mapping))
         section: S = cls.read(mapping, (), sink)
         sink.raise_if_any()
         return section
@@ -155,6 +154,11 @@ class Section:
         """The mapping in the form that is read, for sections that can be written in more than one."""
         return mapping
 
+    @classmethod
+    def elsewhere(cls, names: Sequence[str]) -> str | None:  # noqa: ARG003
+        """Where to set options that this section does not lead to, by their dotted names; None if lem has none such."""
+        return None
+
     def derive(self, given: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
         """Values that follow from those given, which win over defaults."""
         return {}
@@ -183,6 +187,7 @@ def plain(value: Any, of_section: Callable[[Section], Mapping[str, Any]] = Secti
 class SectionKind(kinds.Kind):
     name = "a mapping"
     label = "section"
+    holds_others = True
 
     def __init__(self, item: kinds.Option, *sections: type[Section]) -> None:
         super().__init__(item)
@@ -220,7 +225,7 @@ class VariantKind(SectionKind):
         """Check a part of a variant against every variant, and keep the problems of the best fit."""
         sinks = []
         for section in self.variants.values():
-            sinks.append(kinds.Sink(is_partial=True))
+            sinks.append(kinds.Sink(sink.root, sink.chosen, is_partial=True))
             section.read(value, path, sinks[-1])
         best = min(sinks, key=lambda tried: len(tried.problems))
         sink.problems.extend(best.problems)
@@ -260,16 +265,22 @@ def _read_given(
             sink.add((*path, key), f"duplicate option: {key} is another name of {name}", is_about_key=True)
         else:
             declaration = options[name]
-            is_null = declaration.is_nullable and kinds.simple(item) is None
-            given[name] = None if is_null else declaration.kind.read(item, (*path, key), sink)
+            if kinds.simple(item) is not None or not (declaration.is_nullable or declaration.kind.holds_others):
+                given[name] = declaration.kind.read(item, (*path, key), sink)
+            elif declaration.is_nullable:
+                given[name] = None
+            elif declaration.default is kinds.REQUIRED:
+                given[name] = sink.add((*path, key), "is required, got null")
+            # Else as if it was left out: a section of which all lines are comments.
     return given
 
 
 def _complete(instance: Section, given: Mapping[str, Any], path: kinds.Path, sink: kinds.Sink, before: int = 0) -> None:
     """Fill an instance under construction, and check its options against each other unless one of them is invalid."""
     options = declared(type(instance))
+    misspelt = {problem.suggestion for problem in sink.problems if problem.path[:-1] == path}
     for name, item in options.items():
-        if item.default is kinds.REQUIRED and name not in given:
+        if item.default is kinds.REQUIRED and name not in given and name not in misspelt:
             sink.add((*path, name), "is required", is_about_key=True)
     valid = {name: value for name, value in given.items() if value is not kinds.INVALID}
     _note(instance.check_given(valid), path, sink)
@@ -291,22 +302,36 @@ def _note_unknown(section: type[Section], key: Any, path: kinds.Path, sink: kind
     if not isinstance(key, str):
         sink.add(path, f"expected a text key, got {kinds.describe(key)}")
         return
-    near = None
     if "." in key and find_option(section, key) is not None:
-        message = f"unknown key; nest it: {' '.join(f'{part}:' for part in key.split('.'))} …"
-    elif section.alternative is not None and find_option(section.alternative, key) is not None:
-        message = f"unknown key; {section.alternative_remedy}"
+        remedy, near = f"nest it: {' '.join(f'{part}:' for part in key.split('.'))} …", None
     else:
-        message = "unknown key"
-        below = [name for name, _, _ in walk(section) if name.rpartition(".")[2] == key and "[]" not in name]
-        near = nearest(key, [*declared(section), *section.aliases]) or (below[0] if len(set(below)) == 1 else None)
-    sink.add((*path, key), message, near, is_about_key=True)
+        at = [part for part in path if isinstance(part, str)]
+        own, known = [*declared(section), *section.aliases], _names(sink.root)
+        remedy, near = meant(key, at, own, known, sink.chosen, (section.elsewhere, sink.root.elsewhere))
+    sink.add((*path, key), f"unknown key; {remedy}" if remedy else "unknown key", near, is_about_key=True)
 
 
-def check_partial(section: type[Section], mapping: Any, path: kinds.Path = ()) -> tuple[kinds.Problem, ...]:
+def _chosen(section: type[Section], mapping: Any) -> set[str]:
+    """The backend, and the keys, of an experiment that is not yet read."""
+    found = dict(mapping) if isinstance(mapping, Mapping) else {}
+    backend = declared(section).get("backend")
+    named = found.get("backend", backend.default if backend is not None else None)
+    return {str(name) for name in (*found, named) if isinstance(name, str)}
+
+
+def _list_names(section: type[Section]) -> frozenset[str]:
+    leaves = [name.split(".") for name, _, _ in walk(section)]
+    return frozenset(".".join(parts[:end]) for parts in leaves for end in range(1, len(parts) + 1))
+
+
+# The dotted names of all options below a section, and of the sections between.
+_names = typing.cast("Callable[[type[Any]], frozenset[str]]", functools.cache(_list_names))
+
+
+def check_partial(section: type[Section], mapping: Any, chosen: Collection[str] = ()) -> tuple[kinds.Problem, ...]:
     """What is wrong with a part of a section: unknown options and invalid values; nothing is required."""
-    sink = kinds.Sink(is_partial=True)
-    section.read(mapping, path, sink)
+    sink = kinds.Sink(section, chosen or _chosen(section, mapping), is_partial=True)
+    section.read(mapping, (), sink)
     return tuple(sink.problems)
 
 

@@ -8,8 +8,11 @@ forms of its files).
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from lem.base.errors import nearest
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Term:
 _NAMES: Mapping[str, str] = {
     "campaign_name config_name": "name study_name label experiment_name run_name",
     "model": "model_id model_path model_name_or_path pretrained_model_name_or_path model_names hf_model",
+    "model.name": "model.model_id model.model_path model.model_name_or_path model.id model.path",
     "model.tokenizer": "tokenizer tokenizer_name processor",
     "model.adapter": "lora lora_path lora_request lora_modules adapter_id adapter_path",
     "model.trust_remote_code": "trust_remote_code tokenizer_trust_remote_code",
@@ -43,8 +47,9 @@ _NAMES: Mapping[str, str] = {
     "dataset.column prompts.column": "text_column prompt_column",
     "prompts.subset": "dataset_config hf_subset subset",
     "prompts": "input_file prompt_file prompts_file dataset_path",
-    "num_samples dataset.sample_size prompts.sample_size": "n num_prompts num_requests num_input_prompts request_count "
-    "max_requests num_dataset_entries num_sessions conversation_num",
+    "prompts.output_tokens": "prompts.output_len prompts.output_tokens_mean",
+    "num_samples dataset.sample_size prompts.sample_size": "num_samples sample_size n num_prompts num_requests "
+    "num_input_prompts request_count max_requests num_dataset_entries num_sessions conversation_num",
     "prompts.input_tokens": "input_len input_tokens prompt_tokens isl synthetic_input_tokens_mean random_input_len",
     "traffic_simulation.target_qps": "request_rate rate query_rate qps",
     "traffic_simulation.concurrency": "concurrency max_concurrency",
@@ -106,7 +111,7 @@ _ADVICE: Mapping[str, str] = {
     "eos_token_id",
     "it counts the tokens of the prompt; set max_output_tokens and min_output_tokens": "max_length min_length",
     "set max_input_len and max_output_len": "tensorrt.max_seq_len",
-    "gpus selects them: [0] is GPU 0, [] is the CPU": "device device_map num_gpus gpu_count",
+    "set gpus: [0] is GPU 0, [] is the CPU": "device device_map num_gpus gpu_count",
     "lem measures one copy of the model": "num_processes data_parallel_size",
     "pytorch runs on one GPU; vllm has tensor_parallel_size, tensorrt has tp_size": "sharding sharding_config",
     "set batch_size and batching_strategy under pytorch": "batching batching_options",
@@ -149,10 +154,86 @@ def squashed(name: str) -> str:
 @functools.cache
 def _terms() -> Mapping[str, Term]:
     terms = {squashed(name): Term(tuple(key.split())) for key, names in _NAMES.items() for name in names.split()}
-    terms |= {squashed(name): Term(advice=key) for key, names in _ADVICE.items() for name in names.split()}
-    return terms
+    return terms | {squashed(name): Term(advice=key) for key, names in _ADVICE.items() for name in names.split()}
 
 
 def find_term(name: str, section: str = "") -> Term | None:
     """What a name of another tool is in lem; `section` is the name of the section that it was found in."""
     return _terms().get(squashed(f"{section}.{name}")) or _terms().get(squashed(name))
+
+
+def value_named(word: str, choices: Collection[str]) -> str | None:
+    """The choice that other tools call by this word."""
+    return next((table[word] for table in VALUES.values() if table.get(word) in choices), None)
+
+
+def meant(
+    key: str,
+    at: Sequence[str],
+    own: Sequence[str],
+    known: Collection[str],
+    chosen: Collection[str],
+    elsewhere: Iterable[Callable[[Sequence[str]], str | None]],
+) -> tuple[str, str | None]:
+    """What to do about a key that is no option, and the name that was probably meant: one of them, or neither.
+
+    Names come before spelling, and no suggestion means something else.
+
+    Args:
+        at: the path of the section with the key.
+        own: the names in that section.
+        known: the dotted names of all options that paths can lead to.
+        chosen: the backend and the sections in use.
+        elsewhere: what to do about options, by dotted name, that no path can lead to.
+    """
+    within = "".join(f"{part}." for part in at)
+    term = find_term(key, at[-1] if at else "") or Term()
+    inside = [name.removeprefix(within) for name in term.options if name in known and name.startswith(within)]
+    here = _fitting([name for name in inside if name.partition(".")[0] in own], chosen)
+    same = [name for name in own if squashed(name) == squashed(key) or (at and name.startswith(f"{key}_"))]
+    named = [name for name in known if name.endswith(f".{key}") and "[" not in name]
+    below = [name.removeprefix(within) for name in named if name.startswith(within)]
+    below = [name for name in below if name.partition(".")[0] in own]
+    likely = same or here or (() if term.advice else below)
+    if len(likely) == 1:
+        return "", likely[0]
+    if term.advice or here:
+        return term.advice or f"set {either(here)}", None
+    if at and (others := _fitting([name for name in term.options if name in known], chosen)):
+        return f"set {either(others)}, outside {within[:-1]}", None
+    for names in (_fitting(term.options, chosen), [key]):
+        if (place := next(filter(None, (find(names) for find in elsewhere)), None)) is not None:
+            return place, None
+    if (like := _alike(key, own)) is not None:
+        return "", like
+    others = [key] if key in known else [name for name in named if not name.startswith(within)]
+    if at and len(others) == 1:
+        return f"set {others[0]}, outside {within[:-1]}", None
+    exact = {squashed(name): name for name in (*_terms(), *(name.rpartition(".")[2] for name in known))}
+    if (near := nearest(squashed(key), list(exact), cutoff=0.9)) is not None and exact[near] != key:
+        return meant(exact[near], at, own, known, chosen, elsewhere)
+    extra = next((name for name in own if name.startswith("extra_") or name == "extra"), None) if at else None
+    return f"arguments of the engine that are no options of lem belong under {extra}" if extra else "", None
+
+
+def either(names: Sequence[str]) -> str:
+    """Names as a sentence has them: `a, b or c`."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _fitting(options: Sequence[str], chosen: Collection[str]) -> Sequence[str]:
+    """Of several options that may be meant, those of the chosen sections, else those of no section."""
+    of_chosen = [name for name in options if name.partition(".")[0] in chosen]
+    return of_chosen or [name for name in options if "." not in name] or options
+
+
+def _alike(key: str, names: Sequence[str]) -> str | None:
+    """The name nearest to a key of those that have all its words, so that it means the same."""
+    words = re.split("[_-]", key.lower())
+    fitting = [name for name in names if all(_has_word(name.split("_"), word) for word in words)]
+    found = nearest(key, fitting)
+    return None if found is None or (len(fitting) > 1 and len(words) < len(found.split("_"))) else found
+
+
+def _has_word(parts: Sequence[str], word: str) -> bool:
+    return nearest(word, parts) is not None or any(part.startswith(word) or word.startswith(part) for part in parts)

@@ -39,6 +39,11 @@ _KEY = re.compile(r"([\w.-]+)[\"']?\s*:")
 _TOP_KEY = re.compile(r"[\"']?[\w.-]+[\"']?\s*:(?:\s|$)")
 _MAX_SEARCHED = 10_000  # characters
 
+# Within a `${VAR:-default}`, characters that mean something in YAML, and those that stand for them while it is read.
+_REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(?::-[^}\n]*)?\}")
+_MASK = {ord(character): 0x10FF00 + ord(character) for character in "{}[],:#"}
+_UNMASK = {stand_in: chr(character) for character, stand_in in _MASK.items()}
+
 _PLAIN = "lem:plain"
 _TEXT = "tag:yaml.org,2002:str"
 _LIST = "tag:yaml.org,2002:seq"
@@ -238,7 +243,7 @@ def _no_text(path: FilePath, data: bytes, offset: int, message: str, hint: str =
 def _read_text(text: str, name: str, path: FilePath, environ: Mapping[str, str]) -> Document:
     lines = tuple(text.splitlines())
     try:
-        node = _Loader(text).get_single_node()
+        node = _Loader(_REFERENCE.sub(lambda found: found[0].translate(_MASK), text)).get_single_node()
     except yaml.YAMLError as error:
         raise FileProblems([_syntax_problem(error, name, text)]) from error
     builder = _Builder(environ)
@@ -330,7 +335,7 @@ class _Builder:
                 self.spans += Span.of((*path, ""), key_node), Span.of((*path, ""), value_node)
                 self._note(path, "expected plain text as the key", _mark(key_node))
                 continue
-            key = str(key_node.value)
+            key = str(key_node.value).translate(_UNMASK)
             where = (*path, key)
             self.spans.append(Span.of(where, key_node, is_key=True))
             if key in out or key == "<<":  # what is not read
@@ -347,7 +352,8 @@ class _Builder:
 
     def _build_scalar(self, node: Any, path: Path) -> Any:
         is_plain = node.tag == _PLAIN
-        value = resolve_plain(node.value) if is_plain else node.value
+        text = node.value.translate(_UNMASK)
+        value = resolve_plain(text) if is_plain else text
         if not isinstance(value, str):
             return value
         if any("\ud800" <= character <= "\udfff" for character in value):
@@ -381,14 +387,14 @@ def _syntax_problem(error: Any, name: str, text: str) -> tuple[Place, Problem]:
     if "unexpected end of stream" in str(error.problem) and error.context_mark is not None:
         found = error.context_mark  # where an open quote begins
     mark = Mark(found.line + 1, found.column + 1)
-    message = str(error.problem or error.context)
+    message = str(error.problem or error.context).translate(_UNMASK)
     remedies = {
         "'\\t'": "indent with spaces, never with tabs",
         "mapping values are not allowed": "quote a text that contains ': ', and check the indentation",
         "cannot start any token": "quote a text that begins with such a character",
         "single document": "write one configuration per file; remove the line ---",
         "undefined alias": "quote a text that begins with *",
-        "but got '{'": "inside brackets, quote a text with a brace such as ${NAME}",
+        "but got '{'": "inside brackets, quote a text with a brace",
         "block end": "check the indentation",
     }
     remedy = next((advice for words, advice in remedies.items() if words in f"{message} {error.context or ''}"), "")

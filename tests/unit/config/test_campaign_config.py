@@ -67,7 +67,7 @@ TWO = ["pytorch", "vllm"]
     [
         (
             {"backends": TWO, "shared": {"fp_precison": ["float16"], "decoder.top_q": [1]}},
-            [("shared.fp_precison", "fp_precision"), ("shared.decoder.top_q", "top_p")],
+            [("shared.fp_precison", "fp_precision"), ("shared.decoder.top_q", None)],
         ),
         (
             {"backends": TWO, "shared": {"max_output_tokens": [0, 8], "decoder.preset": []}},
@@ -89,11 +89,11 @@ TWO = ["pytorch", "vllm"]
             [
                 ("backend_overrides.pytorch.max_num_seqs", None),
                 ("backend_overrides.pytorch.batch_size[1]", None),
-                ("backend_overrides.pytorch.beam_search.enabled[0]", None),
+                ("backend_overrides.pytorch.beam_search.enabled", None),
             ],
         ),
         ({"backends": ["pytorch"], "models": []}, [("models", None)]),
-        ({"backends": ["pytorch"], "models": [{"nam": "x"}]}, [("models[0].model.nam", "name")]),
+        ({"backends": ["pytorch"], "models": [{"nam": "x"}]}, [("models[0].nam", "name")]),
     ],
 )
 def test_axes_must_be_options_in_their_place_with_valid_values(

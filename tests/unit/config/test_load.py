@@ -399,10 +399,12 @@ def test_a_campaign_of_files(folder: Path):
 @pytest.mark.parametrize(
     ("load", "text", "hint"),
     [
-        (load_experiment, "campaign_name: c\nmodel: gpt2\n", "f.yaml is a campaign: lem campaign f.yaml"),
+        (load_experiment, "model: gpt2\ngrid: {}\n", "run it with `lem campaign f.yaml`"),
         (load_experiment, "model: gpt2\nbackend: cuda\n", ""),
         (load_experiment, "model: gpt2\nexecution: {cycles: 3}\n", ""),
-        (load_campaign, "model: gpt2\n", "f.yaml is an experiment: lem experiment f.yaml, or --campaign-name NAME"),
+        (load_campaign, "model: gpt2\n", "run it with `lem experiment f.yaml`, or make a campaign of it"),
+        (load_campaign, "model: gpt2\nbackend: vllm\nschedule: {at: '10:00'}\n", "run it with `lem experiment f.yaml`"),
+        (load_campaign, "execution: {cycles: 3}\n", ""),
         (load_campaign, "campaign_name: c\nexecution: {cycles: 0}\n", ""),
     ],
 )
@@ -419,7 +421,10 @@ def test_a_file_of_the_other_kind_is_told_with_the_command_for_it(folder: Path, 
     [
         ("campaign_name: x\n", "campaign"),
         ("grid: {}\n", "campaign"),
-        ("model: gpt2\nexecution: {}\n", "campaign"),
+        ("configs: a.yaml\n", "campaign"),
+        ("model: gpt2\nexperiments: []\n", "campaign"),
+        ("model: gpt2\nexecution: {}\n", "experiment"),
+        ("model: gpt2\nschedule: {at: '10:00'}\n", "experiment"),
         ("model: gpt2\n", "experiment"),
         ("backend: pytorch\nnonsense: 1\n", "experiment"),
     ],
@@ -433,6 +438,92 @@ def test_campaigns_and_experiments_are_told_apart(folder: Path, text: str, kind:
 def test_files_without_a_mapping_are_refused(folder: Path, text: str) -> None:
     write(folder, e=text)
     assert problems(load_experiment, "e.yaml") == problems(load_campaign, "e.yaml") == ["e.yaml:1:1 "]
+
+
+# Sections without values
+
+
+EMPTY = "decoder:\nwarmup: null\nmeasurement: ~\nextra_metadata:\n"
+
+
+def test_a_section_that_is_null_has_its_defaults(folder: Path):
+    write(folder, e=f"model: gpt2\n{EMPTY}pytorch:\n")
+    loaded = load_experiment("e.yaml")
+    assert loaded.config == ExperimentConfig.from_dict({"model": "gpt2"})
+    assert loaded.provenance["warmup.min_prompts"] == "default"
+
+
+def test_a_null_section_of_a_campaign_and_of_its_experiments_has_its_defaults(folder: Path):
+    write(folder, e=EMPTY, c="campaign_name: x\nmodel: gpt2\nconfigs: e.yaml\nexecution:\nio: null\nexperiments:\n")
+    loaded = load_campaign("c.yaml", ["execution.warmup_prompts=7"])
+    assert loaded.config.execution.cycles == 3
+    assert loaded.provenance["io.results_dir"] == "default"
+    assert loaded.listed[0].mapping["warmup"]["min_prompts"] == 7
+    assert loaded.listed[0].mapping["model"]["name"] == "gpt2"
+
+
+def test_a_null_section_replaces_the_one_it_inherits(folder: Path):
+    write(folder, base="model: gpt2\ndecoder: {preset: factual}\n", e="_extends: base.yaml\ndecoder:\n")
+    assert load_experiment("e.yaml").config.decoder.preset is None
+
+
+@pytest.mark.parametrize("text", ["model:\n", "model: gpt2\nprompts: {type: file, path: }\n"])
+def test_a_required_option_that_is_null_is_missing(folder: Path, text: str):
+    write(folder, e=text)
+    assert len(problems(load_experiment, "e.yaml")) == 1
+
+
+# Options of all experiments of a campaign, from the command line
+
+
+@pytest.mark.parametrize(
+    ("sets", "shared", "overrides", "listed"),
+    [
+        (["measurement.min_window_sec=3"], {"measurement.min_window_sec": (3,)}, {}, (3, 3)),
+        ([("measurement.min_window_sec", 3)], {"measurement.min_window_sec": (3,)}, {}, (3, 3)),
+        (["pytorch.batch_size=4"], {"measurement.min_window_sec": (1, 2)}, {"pytorch": {"batch_size": (4,)}}, (10, 1)),
+        (["vllm.max_num_seqs=4"], {"measurement.min_window_sec": (1, 2)}, {}, (10, 1)),
+    ],
+)
+def test_an_option_of_experiments_set_for_a_campaign_applies_to_all_of_them(
+    folder: Path, sets: Any, shared: Any, overrides: Any, listed: Any
+):
+    write(
+        folder,
+        e="backend: vllm\nmeasurement: {min_window_sec: 1}\n",
+        c="campaign_name: x\nmodel: gpt2\ngrid: {backends: [pytorch], shared: {measurement.min_window_sec: [1, 2]}}\n"
+        "experiments: [{backend: pytorch}, {config: e.yaml, overrides: {max_output_tokens: 9}}]\n",
+    )
+    loaded = load_campaign("c.yaml", sets)
+    assert loaded.config.grid is not None
+    assert (loaded.config.grid.shared, loaded.config.grid.backend_overrides) == (shared, overrides)
+    configs = [ExperimentConfig.from_dict(one.mapping) for one in loaded.listed]
+    assert tuple(config.measurement.min_window_sec for config in configs) == listed
+    assert configs[1].max_output_tokens == 9
+    assert [config.width for config in configs] == [
+        4 if "batch_size" in str(sets) else 1,
+        4 if "max_num_seqs" in str(sets) else 256,
+    ]
+
+
+def test_an_option_set_for_all_experiments_wins_over_files_of_a_campaign_without_a_grid(folder: Path):
+    write(folder, e="model: gpt2\nmax_output_tokens: 5\n")
+    loaded = load_campaign_of_files("x", ["e.yaml"], ["max_output_tokens=7", "decoder.preset=factual"])
+    assert [one.mapping["max_output_tokens"] for one in loaded.listed] == [7]
+    assert loaded.listed[0].mapping["decoder"] == {"preset": "factual"}
+    found = refusal(load_campaign_of_files, "x", ["e.yaml"], ["max_output_tokens=0"])
+    assert [place.label for place, _ in found.located] == ["--set max_output_tokens=0"]
+
+
+def test_a_backend_set_for_a_campaign_is_that_of_its_grid_too(folder: Path):
+    write(
+        folder,
+        c="campaign_name: x\nmodel: gpt2\ngrid: {backends: [pytorch]}\nexperiments: [{streaming: true}, {gpus: []}]\n",
+    )
+    loaded = load_campaign("c.yaml", ["backend=vllm"])
+    assert loaded.config.grid is not None
+    assert loaded.config.grid.backends == ("vllm",)
+    assert [one.mapping.get("backend") for one in loaded.listed] == ["vllm", "vllm"]
 
 
 # Many problems

@@ -84,7 +84,7 @@ def problems_of(mapping: Any) -> list[str]:
     [
         (
             {"engine": {"nam": "e", "threads": 0}, "low": "1", "x": 1},
-            ["engine.nam → name", "engine.threads", "engine.name", "low", "x"],
+            ["engine.nam → name", "engine.threads", "low", "x"],
         ),
         ({"engine_name": "f"}, ["engine_name"]),
         ({"low": 1.5}, ["low"]),
@@ -93,7 +93,7 @@ def problems_of(mapping: Any) -> list[str]:
         ({"colour": "gren"}, ["colour → green"]),
         ({"mode": True}, ["mode"]),
         ({"pump": {"rate": 10}}, ["pump.rate", "pump.rate"]),  # out of bounds, and under a switch that is not given
-        ({"pump": None}, ["pump"]),
+        ({"engine": None}, ["engine"]),
         ({"pump": []}, ["pump"]),
         ({"pump": "on"}, ["pump"]),
         ({"pump": {"enabled": "yes"}}, ["pump.enabled → true"]),

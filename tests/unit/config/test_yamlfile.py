@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lem.base.errors import ConfigurationError
+from lem.config import kinds
 from lem.config.scalars import ExpansionError, expand, resolve_plain
 from lem.config.yamlfile import Document, parse_value, read_document
 
@@ -42,6 +43,9 @@ def problems(tmp_path: Path, content: str, environ: Mapping[str, str] | None = N
         ("1: a\ntrue: b\n1.5: c\n~: d\n", {"1": "a", "true": "b", "1.5": "c", "~": "d"}),
         ("a: &x {b: !!str 5}\nc: *x\n", {"a": {"b": "5"}, "c": {"b": "5"}}),
         ('a: "${A}"\nb: ${B:-x}\nc: ["$${A}"]\n', {"a": "1", "b": "x", "c": ["${A}"]}),
+        ("a: [${A}, ${B:-16}]\nb: {c: ${B:-x}, ${A}: 2}\n", {"a": ["1", "16"], "b": {"c": "x", "${A}": 2}}),
+        ("a: [${B:-{x,y: 'z'}, 2] # ${B:-[}\nb: ${B:-a: #b}\n", {"a": ["{x,y: 'z'", 2], "b": "a: #b"}),
+        ("a: '${B:-it''s}'\nb: |\n  ${B:-{}\n", {"a": "it's", "b": "{\n"}),
         (b"\xef\xbb\xbfa: 1\r\nb: x\r\n", {"a": 1, "b": "x"}),
     ],
 )
@@ -54,6 +58,14 @@ def test_positions_of_keys_and_values(tmp_path: Path):
     assert document.keys["a", "b"] == (2, 3)
     assert document.values["a", "b"] == (2, 6)
     assert document.values["a", "b", 1, "c"] == (2, 14)
+
+
+def test_a_reference_in_a_flow_list_is_one_value_at_its_place(tmp_path: Path):
+    document = read(tmp_path, "a: [${N:-16}, {b: ${N:-{,}}, x]\n")
+    assert document.tree == {"a": ["16", {"b": "{,"}, "x"]}
+    assert kinds.simple(document.tree["a"][0]) == 16
+    assert document.values["a", 1, "b"] == (1, 19)
+    assert document.values["a", 2] == (1, 30)
 
 
 def test_every_duplicate_key_is_found_with_its_line(tmp_path: Path):
@@ -114,7 +126,7 @@ def test_deep_nesting_is_refused(tmp_path: Path, text: str):
         ("a: *x\n", "c.yaml:1:4: not YAML: found undefined alias; quote a text that begins with *"),
         ("a: 'x\n\n", "c.yaml:1:4: not YAML: found unexpected end of stream"),
         ("a: [1\nb: 2\n", "c.yaml:2:2: not YAML: expected ',' or ']', but got ':'"),
-        ("a: [${B}]\n", "c.yaml:1:6: not YAML: expected ',' or ']', but got '{'; inside brackets, quote"),
+        ("a: [x{B}]\n", "c.yaml:1:6: not YAML: expected ',' or ']', but got '{'; inside brackets, quote"),
         ("a: 1\n---\nb: 2\n", "c.yaml:2:1: not YAML: but found another document; write one configuration per file"),
         ('a: 1\nb: "\x07"\n', "c.yaml:2:5: contains the control character U+0007"),
     ],
