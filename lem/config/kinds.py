@@ -210,12 +210,17 @@ class Option:
     kind: Kind = UNSET  # of a value that is not null
     is_nullable: bool = False
 
+    @property
+    def takes_null(self) -> bool:
+        """Whether null is a value, or as good as nothing: a section of which all lines are comments is null."""
+        return self.is_nullable or (self.kind.holds_others and self.default is not REQUIRED)
+
 
 class Kind(ABC):
     name = "value"  # in the message "expected …"
     label = "value"  # in a table
     sections: tuple[type[Any], ...] = ()  # that a value of this kind is one of: none, one, or the variants
-    holds_others = False  # a section, a list or a mapping, for which null is as good as nothing
+    holds_others = False  # a section, a list or a mapping
 
     def __init__(self, item: Option, inner: Kind | None = None) -> None:
         self.item = item

@@ -94,8 +94,7 @@ class Section:
         value = cls.written_out(value)
         if not isinstance(value, Mapping):
             wanted = "a mapping" if cls.shorthand is None else f"a {cls.shorthand} or a mapping"
-            remedy = "; remove the line to use the defaults" if value is None else ""
-            got = "" if value is not None and secrets_of(cls) else f", got {kinds.describe(value)}{remedy}"
+            got = "" if value is not None and secrets_of(cls) else f", got {kinds.describe(value)}"
             return sink.add(path, f"expected {wanted}{got}")
         before = len(sink.problems)
         given = _read_given(cls, cls.rewrite(value), path, sink)
@@ -265,13 +264,10 @@ def _read_given(
             sink.add((*path, key), f"duplicate option: {key} is another name of {name}", is_about_key=True)
         else:
             declaration = options[name]
-            if kinds.simple(item) is not None or not (declaration.is_nullable or declaration.kind.holds_others):
+            if kinds.simple(item) is not None or not declaration.takes_null:
                 given[name] = declaration.kind.read(item, (*path, key), sink)
             elif declaration.is_nullable:
-                given[name] = None
-            elif declaration.default is kinds.REQUIRED:
-                given[name] = sink.add((*path, key), "is required, got null")
-            # Else as if it was left out: a section of which all lines are comments.
+                given[name] = None  # else as if it was left out
     return given
 
 

@@ -70,7 +70,7 @@ class _Builder:
         if item.backends is not None:
             notes.append(f"Honoured by {', '.join(item.backends)}.")
         value = self._of_experiments(section, item) or self._kind(item.kind)
-        schema = {"description": " ".join(notes), **(_or_null(value) if item.is_nullable else value)}
+        schema = {"description": " ".join(notes), **(_or_null(value) if item.takes_null else value)}
         is_empty_list = item.default == () and isinstance(item.kind, kinds.ListKind)
         if item.default is not kinds.REQUIRED and not isinstance(item.default, Section) and not is_empty_list:
             schema["default"] = plain(item.default)
