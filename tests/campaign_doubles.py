@@ -6,22 +6,22 @@ Everything above the worker is real: plan, locks, manifest, result folders and r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from lem.base.errors import EngineError, Interrupted
+from lem.base.errors import EngineError, Interrupted, UserError
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, CampaignGridConfig, CampaignIOConfig
 from lem.orchestration.campaign import CampaignRunner
-from lem.orchestration.dispatch import Executor, Outcome, Timeouts, Worker
+from lem.orchestration.dispatch import Executor, Outcome, Worker
 from lem.orchestration.host_meters import HostMeters
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
 from lem.orchestration.resume import RunOptions
-from lem.orchestration.schedule import CampaignOutcome, StopRequest
+from lem.orchestration.schedule import CampaignOutcome, StopRequest, Timeouts
 from lem.orchestration.status import Event, Observer
 from lem.record import write_record
-from lem.worker.channel import RunRequest
+from lem.worker.channel import Check, Message, Result, RunRequest
 from tests.records import make_record
 
 FOUR, EIGHT = "pytorch-max_output_tokens=4", "pytorch-max_output_tokens=8"
@@ -77,12 +77,16 @@ class FakeStop(StopRequest):
         self._clock.elapsed_s = end_s
 
 
+class LoadError(EngineError):
+    """An answer of a worker: the load fails after 2 s, so that there is no window."""
+
+
 class FakeWorker(Worker):
     """Answers the attempts at each configuration one after the other, the last answer for ever; each takes 10 s.
 
     An answer is `ok`, `invalid` (a result that is not valid), `none` (says there is a result, and there is none), an
-    `EngineError` to report, another exception to raise, a number (a result with that throughput), or a function of the
-    request that gives one of these.
+    `EngineError` to report (a `LoadError` is one without a window), another exception to raise, a number (a result with
+    that throughput), or a function of the request that gives one of these.
     """
 
     def __init__(
@@ -90,6 +94,8 @@ class FakeWorker(Worker):
     ) -> None:
         super().__init__(())
         self.requests: list[RunRequest] = []
+        self.checks: list[Check] = []
+        self.findings: list[Message] = [Result("check", engine_reused=False)]  # what it answers to a check
         self.opened = 0
         self._is_there = False
         self._clock = clock
@@ -104,14 +110,20 @@ class FakeWorker(Worker):
     def run(self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: Any = None) -> Outcome:
         self.open()
         self.requests.append(request)
-        on_event(Event("phase", data={"exp_id": request.exp_id, "phase": "window"}))
-        if isinstance(stop, FakeStop):
-            stop.pass_time(10.0)
-            if stop.signum is not None:
-                raise Interrupted(stop.signum)
         answers = self._answers.get(str(request.identity["config_name"]), ["ok"])
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        phase, taken_s = ("load", 2.0) if isinstance(answer, LoadError) else ("window", 10.0)
+        on_event(Event("phase", data={"exp_id": request.exp_id, "phase": phase}))
+        if isinstance(stop, FakeStop):
+            stop.pass_time(taken_s)
+            if stop.signum is not None:
+                raise Interrupted(stop.signum)
         return self._obey(answer(request) if callable(answer) else answer, request)
+
+    def check(self, check: Check, stop: Any = None, timeout_s: float = 0.0) -> list[Message]:
+        self.open()
+        self.checks.append(check)
+        return self.findings
 
     def stop(self) -> str:
         self._is_there = False
@@ -150,9 +162,14 @@ class FakeExecutor:
         self.worker = worker
         self.calls: list[str] = []
         self.look_error: Exception | None = None
+        self.prepare_error: UserError | None = None
 
     def worker_for(self, backend: str) -> Worker:
         return self.worker
+
+    def prepare(self, backends: Collection[str]) -> None:
+        if self.prepare_error is not None:
+            raise self.prepare_error
 
     def stop(self) -> None:
         self.calls.append("stop")

@@ -25,7 +25,9 @@ from lem.config.campaign_config import CampaignConfig
 from lem.config.load import Loaded, load_campaign, load_campaign_of_files
 from lem.orchestration.campaign import check_supported
 from lem.orchestration.executor import EXECUTORS, choose_executor
+from lem.orchestration.host_meters import HostMeters
 from lem.orchestration.plan import ExpectedDurations, Experiment, Plan, plan_campaign
+from lem.orchestration.preflight import foresee, gap_advice, lines_of
 from lem.orchestration.resume import check_rule, make_rule
 from lem.record import Record
 from lem.results.aggregation import RUN_NOISE, Sensitivity, earlier_sensitivity, earlier_times
@@ -147,14 +149,19 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
             err.writelines(f"{line}\n" for line in _lines(facts, terminal_width(err)))
             err.flush()
         return CampaignCommand(args, job, out, err).execute()
+    problems = foresee(plan, job.choice.name, args.python)
     earlier = _earlier_results(plan)
     durations, power = _expected_durations(plan, earlier), PlannedPower.of(plan, earlier, gates)
     if args.json:
         document = {**plan_document(plan), "expected_s": expected_document(plan, durations)}
         document |= {"executor": job.choice.name, "place": job.choice.describe(), "detectable": power.document()}
+        document["problems"] = [vars(item) for item in problems]
         write_json(out, document)
     else:
         out.write(render_plan(job, durations, power, args.budget, terminal_width(out)))
+        for item in problems:
+            message, *hint = lines_of(item)
+            err.write(f"problem: {message}\n" + "".join(f"  {line}\n" for line in hint))
     args.next = typed_again(args, "--dry-run", "--gate")
     return None
 
@@ -236,6 +243,8 @@ def render_plan(
     if rule is not None:
         longest = _expected(plan.with_cycles(rule.most_cycles), durations, about="")
         facts["top-up"] = f"{rule.describe()}; at most {longest}"
+    if (advice := gap_advice(plan, HostMeters.found().gpu_error)) is not None:
+        facts["gaps"] = advice
     if budget_s is not None:
         facts["budget"] = f"{format_duration(budget_s)}, {_fitting(plan, durations, budget_s)}"
     facts["runs on"] = job.choice.describe()

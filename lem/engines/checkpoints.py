@@ -21,15 +21,15 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from lem.base import durable
 from lem.base.durable import sha256_of
-from lem.base.errors import EngineError, OptionRefused
+from lem.base.errors import EngineError
 from lem.base.variables import DOWNLOAD_ONCE, is_cache_read_only
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import Folders, model_error, out_of_memory, shortened
+from lem.engines.common import Folders, NamedModel, model_error, named_models, out_of_memory, shortened
 
 _logger = logging.getLogger(__name__)
 
@@ -199,20 +199,29 @@ def locate(
         EngineError: kind `model`, no such folder, no such model, or a folder without a model.
         OptionRefused: a revision of a folder.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / marker).is_file():
-            raise model_error(f"{option}: {folder} has no {marker}", "use a `save_pretrained` folder, or a hub model")
-        if revision is not None:
-            raise OptionRefused(f"model.revision: {revision}: not supported for a folder ({folder})")
+    folder = NamedModel(option, name, marker, revision).find_folder()
+    if folder is not None:
         return Source(str(folder), folder, None)
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise model_error(f"{option}: no such folder: {folder}", f"relative paths start at {Path.cwd()}")
     with explained(f"{option}: {name}"):
         path = cached_file(name, marker, revision=revision, token=token)
     if path is None:
         raise model_error(f"{option}: {name} has no {marker}", "use a model that transformers can load")
     return Source(name, Path(path).parent, commit_of(Path(path).parent))
+
+
+def find_problems(config: ExperimentConfig, token: str | None) -> Iterator[EngineError]:
+    """What `locate` raises for the models, tokenizer and adapter that a configuration names."""
+    for item in named_models(config):
+        try:
+            if item.marker:
+                locate(item.name, token, item.option, marker=item.marker, revision=item.revision)
+            elif item.find_folder() is None:
+                with explained(f"{item.option}: {item.name}"):
+                    AutoTokenizer.from_pretrained(
+                        item.name, token=token, trust_remote_code=config.model.trust_remote_code
+                    )
+        except EngineError as error:  # noqa: PERF203 (each one is reported)
+            yield error
 
 
 def fetch_all(

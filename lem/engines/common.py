@@ -80,6 +80,53 @@ def importing(backend: str, engine: str, hint: str, how_to_get: str | None = Non
         raise EngineError(text, hint, is_permanent=True) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class NamedModel:
+    """A model, tokenizer or adapter that a configuration names, in a folder or on the hub."""
+
+    option: str
+    name: str
+    marker: str  # the file that shows that it is there; "" where any file may do
+    revision: str | None = None
+
+    def find_folder(self) -> Path | None:
+        """The folder that it is; None if it is on the hub.
+
+        Raises:
+            EngineError: kind `model`, no such folder, or a folder without a model.
+            OptionRefused: a revision of a folder.
+        """
+        folder = Path(self.name).expanduser()
+        if not folder.is_dir():
+            if self.name.startswith(("/", ".", "~")) or self.name.count("/") > 1:
+                raise model_error(f"{self.option}: no such folder: {folder}", f"relative paths start at {Path.cwd()}")
+            return None
+        if self.marker and not (folder / self.marker).is_file():
+            text = f"{self.option}: {folder} has no {self.marker}"
+            raise model_error(text, "use a `save_pretrained` folder, or a hub model")
+        if self.revision is not None:
+            raise OptionRefused(f"model.revision: {self.revision}: not supported for a folder ({folder})")
+        return folder
+
+
+# The option that names a model beside the main one, which drafts tokens.
+_DRAFTERS = {"pytorch": "assisted_generation.model", "vllm": "speculative.model", "tensorrt": "draft_model"}
+
+
+def named_models(config: ExperimentConfig) -> tuple[NamedModel, ...]:
+    """All that the engine of a configuration has to find."""
+    model, drafter = config.model, _DRAFTERS.get(config.backend, "")
+    # transformers also reads a tokenizer without this file, which the other engines need.
+    tokenizer = "" if config.backend == "pytorch" else "tokenizer_config.json"
+    found = (
+        ("model", model.name, "config.json", model.revision),
+        ("model.tokenizer", model.tokenizer, tokenizer, None),
+        ("model.adapter", model.adapter, "adapter_config.json", None),
+        (f"{config.backend}.{drafter}", look_up(config.section, drafter), "config.json", None),
+    )
+    return tuple(NamedModel(option, name, marker, revision) for option, name, marker, revision in found if name)
+
+
 def installed_versions(torch: ModuleType, distributions: Iterable[str], *, has_gpu: bool) -> dict[str, str]:
     found = {}
     for name in distributions:

@@ -16,7 +16,7 @@ from lem.config.campaign_config import CampaignConfig
 from lem.config.load import complete_campaign
 from lem.meters.machine import named_gpus, visible_gpus
 from lem.meters.nvml import find_gpus
-from lem.orchestration import resume
+from lem.orchestration import preflight, resume
 from lem.orchestration.dispatch import WorkerUnavailable
 from lem.orchestration.locks import Holder, campaign_lock, gpu_locks, hold_locks
 from lem.orchestration.manifest import TOP_UP_NOTE, CampaignManifest, CampaignManifestEntry, ManifestManager
@@ -28,7 +28,6 @@ from lem.orchestration.systemd import find_secrets
 from lem.results.configurations import write_listing
 from lem.results.stopping import StoppingRule, next_stage, read_stopping_rule, write_stopping_rule
 from lem.results.store import describe_future
-from lem.worker.supervisor import missing_distributions
 
 __all__ = ["CampaignExperiment", "CampaignRunner", "check_supported"]
 
@@ -193,8 +192,9 @@ class CampaignRunner(Context):
                 manifest=str(manager.manifest_path),
                 results=str(self.repository.folder),
             )
-            future = describe_future(str(manifest.run_id), self.now())
-            for text in [*notes, future] if future else notes:
+            left = replace(plan, experiments=tuple(remaining))
+            advice = preflight.gap_advice(left, self.meters.gpu_error)
+            for text in filter(None, (*notes, describe_future(str(manifest.run_id), self.now()), advice)):
                 session.report("note", text=text)
             if not remaining:
                 self.executor.clear()
@@ -274,19 +274,32 @@ class CampaignRunner(Context):
             _logger.warning("the environment changed: %s", line)
 
     def _find_environment(self, experiments: Sequence[Experiment]) -> dict[str, Any]:
-        """Versions, driver and GPUs of these experiments' workers, by name; the workers are started for it."""
-        found: dict[str, Any] = {}
-        for backend in dict.fromkeys(item.backend for item in experiments):
-            try:
+        """Versions, driver and GPUs of these experiments' workers, by name; the workers are started for it.
+
+        UserError names all that keeps the experiments from running.
+        """
+        environment, found = dict[str, Any](), preflight.Findings(experiments)
+        backends = dict.fromkeys(item.backend for item in experiments)
+        found.look_here()
+        try:
+            self.executor.prepare(backends)
+        except UserError as error:
+            if not found.problems:
+                raise
+            found.add(error.message, error.hint)
+        if self.executor.name == "docker":  # no container is started in vain
+            preflight.refuse(found.problems)
+        try:
+            for backend in backends:
                 worker = self.executor.worker_for(backend)
                 worker.open(self.stop)
-            except WorkerUnavailable as error:  # nothing has run yet: the host is unfit, no experiment has failed
-                raise UserError(error.message, error.hint) from error
-            missing = missing_distributions(backend, worker.environment)
-            if missing:
-                raise _without_engine(self.executor.name, backend, missing, worker.environment.get("python"))
-            found.update({f"{backend}.{name}": value for name, value in worker.environment.items()})
-        return found
+                environment.update({f"{backend}.{name}": value for name, value in worker.environment.items()})
+                if found.look_for_engine(self.executor.name, backend, worker.environment):
+                    found.ask(backend, worker, find_secrets(os.environ), self.stop)
+        except WorkerUnavailable as error:  # nothing has run yet: the host is unfit, no experiment has failed
+            raise UserError(error.message, error.hint) from error
+        preflight.refuse(found.problems)
+        return environment
 
     def _planned(self) -> Plan:
         if self.plan is None:
@@ -326,16 +339,6 @@ class CampaignRunner(Context):
             )
             for item in order
         ]
-
-
-def _without_engine(executor: str, backend: str, missing: Sequence[str], version: Any) -> UserError:
-    names = " and ".join(missing) + (" is" if len(missing) == 1 else " are")
-    where, python = "here", "this Python"
-    hint = f"pip install {' '.join(missing)}, name another Python with --python, or use a container (lem doctor)"
-    if executor == "docker":
-        where, python = f"in service {backend}", "its Python"
-        hint = "name an image that has it in the compose file; lem compose prints one with such images"
-    return UserError(f"backend {backend} cannot run {where}: {names} not installed in {python} ({version})", hint)
 
 
 def check_supported(campaign: CampaignConfig, executor_name: str) -> None:

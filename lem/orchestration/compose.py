@@ -193,7 +193,7 @@ class ComposeProject:
         override = self._write(OVERRIDE_NAME, _override_text(overrides))
         prepared = replace(base, files=(*base.files, override), pyz=PYZ_FOLDER / pyz.name)
         services = prepared.services  # Compose refuses an invalid combination here, before anything is started
-        prepared.images.update((name, _image_id(prepared, services[name])) for name in names)
+        prepared.images.update(_image_ids(prepared, [services[name] for name in names]))
         return prepared
 
     def as_written(self, pyz: Path | None, memory_b: int = 0) -> Compose:
@@ -270,17 +270,20 @@ def _override_text(services: Mapping[str, Any]) -> str:
     return f"# Written by lem at every start of a campaign; it overrides the compose file.\n{text}\n"
 
 
-def _image_id(docker: Docker, service: Service) -> str:
-    if service.image is None:
-        raise ContainerError(
-            f"service {service.name} has no `image`", "add one next to `build:`, and build it", kind="image"
-        )
-    found = docker.image_id(service.image)
-    if found is None:
-        message = f"image {service.image} of service {service.name} is missing, and a campaign pulls no images"
-        hint = f"run `docker pull {service.image}`, or build or load it; `lem doctor` shows what is missing"
-        raise ContainerError(message, hint, kind="image")
-    return found
+def _image_ids(docker: Docker, services: Sequence[Service]) -> dict[str, str]:
+    """The ids of the images by service; ContainerError that names every one that is missing."""
+    for service in services:
+        if service.image is None:
+            message = f"service {service.name} has no `image`"
+            raise ContainerError(message, "add one next to `build:`, and build it", kind="image")
+    found = {item.name: docker.image_id(str(item.image)) for item in services}
+    missing = [item for item in services if found[item.name] is None]
+    if not missing:
+        return {name: str(image_id) for name, image_id in found.items()}
+    message = f"image {missing[0].image} of service {missing[0].name} is missing, and a campaign pulls no images"
+    message += "".join(f"; so is image {item.image} of service {item.name}" for item in missing[1:])
+    pulls = ", ".join(f"`docker pull {item.image}`" for item in missing)
+    raise ContainerError(message, f"run {pulls}, or build or load it; `lem doctor` shows what is missing", kind="image")
 
 
 def _make_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
@@ -20,15 +20,15 @@ from lem.base import __version__, process
 from lem.base.durable import reason_of
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
 from lem.base.units import format_duration
-from lem.orchestration.schedule import StopRequest
+from lem.orchestration.schedule import StopRequest, Timeouts, Watch
 from lem.orchestration.status import Event, Observer
 from lem.worker import channel
-from lem.worker.channel import LOAD_PHASE, ChannelError, Failure, LineBuffer, Message, Outbox, Result, RunRequest
+from lem.worker.channel import ChannelError, Failure, LineBuffer, Message, Outbox, Result, RunRequest
 from lem.worker.launch import own_command
 
 _logger = logging.getLogger(__name__)
 
-OPEN_TIMEOUT_S = UNLOAD_TIMEOUT_S = 60.0
+OPEN_TIMEOUT_S = UNLOAD_TIMEOUT_S = CHECK_TIMEOUT_S = 60.0
 DEATH_TIMEOUT_S = 5.0
 # The supervisor gives its engine 5 s after TERM and 12 s after hanging up; see `guardian.PATIENCE_S`.
 STOP_TIMEOUT_S = 25.0
@@ -47,70 +47,12 @@ class WorkerSilent(WorkerUnavailable):
 
 
 @dataclass(frozen=True)
-class Timeouts:
-    """How long to wait for a worker, in seconds."""
-
-    load_s: float = 1800.0  # for the load of the engine
-    rest_s: float = 0.0  # on top of that for what comes before the load, in which power at rest is measured
-    experiment_s: float = 3600.0  # for everything after the load
-    silence_s: float = 600.0  # for the next phase or progress
-    heartbeat_s: float = 120.0  # for any message; a live supervisor sends one every 5 s
-
-
-@dataclass(frozen=True)
 class Outcome:
     """How one attempt ended, by the worker's report. The measurement itself is in `result.json`."""
 
     error: EngineError | None = None  # None: there is a result
     phase: str | None = None  # in which it failed
     log_tail: str = ""  # the last lines that the engine printed, for an error
-
-
-class Watch:
-    """The deadlines of one experiment; pure, the time is an argument."""
-
-    def __init__(self, timeouts: Timeouts, now: float) -> None:
-        self._timeouts = timeouts
-        self.phase: str | None = None
-        self._is_loading = True
-        self._phase_until = now + timeouts.load_s + timeouts.rest_s
-        self._sign_until = now + timeouts.silence_s
-        self._byte_until = now + timeouts.heartbeat_s
-
-    def heard(self, message: Message, now: float) -> None:
-        self._byte_until = now + self._timeouts.heartbeat_s
-        if isinstance(message, (channel.Phase, channel.Progress)):
-            self._sign_until = now + self._timeouts.silence_s
-        if isinstance(message, channel.Phase):
-            before, self.phase = self.phase, message.phase
-            if self.phase == LOAD_PHASE != before:
-                self._phase_until = now + self._timeouts.load_s
-            elif self._is_loading and self.phase not in channel.LOADING_PHASES:
-                self._is_loading = False
-                self._phase_until = now + self._timeouts.experiment_s
-
-    @property
-    def next_deadline(self) -> float:
-        return min(self._phase_until, self._sign_until, self._byte_until)
-
-    def expired(self, now: float) -> EngineError | None:
-        """The deadline that has passed, as the error that it means."""
-        limits, where = self._timeouts, f"in phase {self.phase or 'start'}"
-        if now >= self._phase_until:
-            what, limit, key = "the experiment took", limits.experiment_s, "experiment_timeout_seconds"
-            if self._is_loading:
-                what, limit, key = "loading the engine took", limits.load_s, "load_timeout_seconds"
-                limit += limits.rest_s if self.phase != LOAD_PHASE else 0.0
-            message = f"{what} longer than {format_duration(limit)} ({where})"
-            return EngineError(message, f"raise execution.{key} if it needs longer", kind="timeout")
-        if now >= self._sign_until:
-            message = f"the engine reported no progress for {format_duration(limits.silence_s)} ({where})"
-            hint = "raise execution.silence_timeout_seconds if it needs longer; the end of the log shows where it was"
-            return EngineError(message, hint, kind="silent")
-        if now >= self._byte_until:
-            silence = format_duration(limits.heartbeat_s)
-            return EngineError(f"the worker sent no heartbeat for {silence} ({where})", kind="channel")
-        return None
 
 
 def outcome_of(request: RunRequest, message: Result | Failure) -> Outcome:
@@ -289,21 +231,38 @@ class Worker:
 
     def unload(self, stop: StopRequest | None = None, timeout_s: float = UNLOAD_TIMEOUT_S) -> None:
         """End the engine's process; a worker that does not manage is ended itself, as when a stop is requested."""
-        connection = self._connection
+        self._ask({"type": "unload"}, (channel.Unloaded,), stop, timeout_s)
+
+    def check(
+        self, check: channel.Check, stop: StopRequest | None = None, timeout_s: float = CHECK_TIMEOUT_S
+    ) -> list[Message]:
+        """The answers to a check, of which the last is a Result or a Failure, unless the time ran out.
+
+        WorkerUnavailable or UserError when the worker cannot be started.
+        """
+        self.open(stop)
+        return self._ask(check.to_message(), (Result, Failure), stop, timeout_s)
+
+    def _ask(
+        self, question: Mapping[str, Any], last: tuple[type[Message], ...], stop: StopRequest | None, timeout_s: float
+    ) -> list[Message]:
+        """The answers up to one of the last kinds; a worker that does not give one is ended."""
+        connection, deadline, answers = self._connection, time.monotonic() + timeout_s, list[Message]()
         if connection is None:
-            return
-        deadline = time.monotonic() + timeout_s
+            return answers
         try:
-            connection.send({"type": "unload"})
-            while (message := self._next(connection, deadline, stop)) is not None:
-                if isinstance(message, channel.Unloaded):
-                    return
+            connection.send(question)
+            while (answer := self._next(connection, deadline, stop)) is not None:
+                answers.append(answer)
+                if isinstance(answer, last):
+                    return answers
         except (ChannelError, EOFError) as error:
-            _logger.warning("the worker was lost while it unloaded its engine: %s", error)
+            _logger.warning("the worker was lost after it was sent %r: %s", question["type"], error)
         except BaseException:
             self.stop()
             raise
         self.stop()
+        return answers
 
     def stop(self) -> str:
         """End the worker and its engine: end of file, TERM, and KILL for what is left; returns the log's last lines."""
@@ -393,6 +352,9 @@ class Executor(Protocol):
     def worker_for(self, backend: str) -> Worker:
         """The worker that runs this backend's experiments: the same one until `close`."""
 
+    def prepare(self, backends: Collection[str]) -> None:
+        """Find or make what the workers of these backends need, with nothing started; UserError if it is missing."""
+
     def stop(self) -> None:
         """End every worker with its engine."""
 
@@ -424,6 +386,9 @@ class LocalExecutor:
 
     def worker_for(self, backend: str) -> Worker:  # noqa: ARG002 - one worker for all
         return self._worker
+
+    def prepare(self, backends: Collection[str]) -> None:
+        """Nothing: what its Python has is known once the worker runs."""
 
     def stop(self) -> None:
         self._worker.stop()

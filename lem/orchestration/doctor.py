@@ -7,7 +7,7 @@ import ctypes
 import functools
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,13 @@ class Host:
         return find_compose_files(self.compose_file, self.folder, self.environ)
 
 
-def examine(host: Host) -> Verdict:
-    """The outcome of the checks; a problem that fails several of them is reported by the first."""
+def examine(host: Host, names: Collection[str] | None = None) -> Verdict:
+    """The outcome of the checks, or of those named; a problem that fails several of them is reported by the first."""
     findings: dict[str, Finding] = {}
     reported_by: dict[Finding, str] = {}
     for name, look in CHECKS.items():
+        if names is not None and name not in names:
+            continue
         try:
             found = look(host)
         except UserError as error:

@@ -27,7 +27,7 @@ from lem.orchestration.docker import ContainerError, Docker, describe
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
 from lem.orchestration.packing import provide_pyz
 from lem.orchestration.plan import Plan
-from lem.orchestration.schedule import StopRequest
+from lem.orchestration.schedule import StopRequest, Timeouts
 from lem.orchestration.status import Observer
 from lem.record import RESULT_FILE, RecordError, read_record, write_record
 from lem.worker.channel import LOADING_PHASES, RunRequest
@@ -52,7 +52,7 @@ class ContainerWorker(dispatch.Worker):
         self.has_lost_gpu = False
 
     def run(
-        self, request: RunRequest, on_event: Observer, timeouts: dispatch.Timeouts, stop: StopRequest | None = None
+        self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: StopRequest | None = None
     ) -> Outcome:
         self._executor.make_way(self._service, stop)
         adapted = self.adapt(request)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 import os
 import select
 import signal
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, time, timedelta, timezone
 from types import FrameType
 
-from lem.base.errors import InfrastructureError, Interrupted, LemError
+from lem.base.errors import EngineError, InfrastructureError, Interrupted, LemError
 from lem.base.units import format_duration, plural, some_of
 from lem.config.campaign_config import CampaignConfig, CampaignDaemonConfig
 from lem.orchestration.manifest import CampaignManifest
+from lem.orchestration.plan import Experiment
+from lem.orchestration.status import Event
+from lem.worker import channel
+from lem.worker.channel import LOAD_PHASE, Message
 
 ANY_DAY = range(7)
 DAEMON_WINS = "Both daemon and schedule are set; schedule is ignored"
@@ -92,8 +98,13 @@ class Stopped(enum.Enum):
     SIGNAL = "signal"
     DEADLINE = "deadline"
     FAIL_FAST = "fail_fast"
+    ALL_FAILED = "all_failed"
     INFRASTRUCTURE = "infrastructure"
     DURATION = "duration"  # a daemon ran for its total duration, which is success
+
+
+class AllFailed(InfrastructureError):
+    """Every configuration has failed in the same way, so that more cycles would fail, too."""
 
 
 @dataclass(frozen=True)
@@ -215,3 +226,161 @@ class Scheduler:
             text = "no further run; total duration ends" if until_s == deadline_s else "next run of the campaign"
             self.show(f"Daemon: {text} in {format_duration(left_s)}")
             self.stop.wait(left_s)
+
+
+@dataclass
+class _Mean:
+    n: int = 0
+    total: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.n, self.total = self.n + 1, self.total + value
+
+    def __float__(self) -> float:
+        return self.total / self.n if self.n else 0.0
+
+
+@dataclass
+class Countdown:
+    """The time left of a run, by what took time in it so far; pure, the time is an argument.
+
+    Gaps, loads and experiments are counted apart: the first experiment has no gap, and not every one loads, so a mean
+    over all of them would rise before it falls. An event takes no longer in a longer plan.
+    """
+
+    _work: dict[str, _Mean] = field(default_factory=dict)  # of each configuration, without gaps and loads
+    _measured: _Mean = field(default_factory=_Mean)  # of the experiments with a result
+    _load: _Mean = field(default_factory=_Mean)
+    _kept_s: float = 0.0  # of the caps of the gaps so far
+    _caps_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.begin((), (), ())
+
+    def begin(self, experiments: Sequence[Experiment], caps_s: Sequence[float], loads: Sequence[bool]) -> None:
+        """These experiments are next, each after a gap of at most so long; what was learned before holds for them."""
+        self._order = [item.config_hash for item in experiments]
+        self._left = Counter(self._order)
+        self._gaps_from_s = [*itertools.accumulate(reversed(caps_s), initial=0.0)][::-1]
+        self._loads_from = [*itertools.accumulate(reversed(loads), initial=0)][::-1]
+        self._known_s = sum(self._left[name] * float(mean) for name, mean in self._work.items())
+        self._unknown = sum(count for name, count in self._left.items() if name not in self._work)
+        self._place = 0
+        self._gap: tuple[float, float] | None = None  # cap and begin of the current one
+        self._begun_s: float | None = None  # the current experiment, moved on by its gaps
+        self._load_begun_s: float | None = None
+        self._loading_s = 0.0
+
+    def after(self, event: Event, now_s: float) -> float | None:
+        """The seconds left after an event; None before the first result."""
+        if event.kind not in ("gap", "tick", "note"):
+            self._end_gap(now_s)
+        if event.kind == "gap":
+            self._gap = (event.data["cap_s"], now_s)
+        elif event.kind in ("experiment_started", "experiment_retried"):
+            self._begun_s, self._load_begun_s, self._loading_s = now_s, None, 0.0
+        elif event.kind == "phase":
+            if self._load_begun_s is not None:
+                self._loading_s += now_s - self._load_begun_s
+            self._load_begun_s = now_s if event.data["phase"] == LOAD_PHASE else None
+        elif event.kind in ("experiment_completed", "experiment_failed") and self._begun_s is not None:
+            work_s = now_s - self._begun_s - self._loading_s
+            self._learn(self._order[self._place], work_s, has_result=event.kind == "experiment_completed")
+            self._begun_s = None
+        return self._left_s(now_s)
+
+    def _end_gap(self, now_s: float) -> None:
+        if self._gap is None:
+            return
+        (cap_s, begun_s), self._gap = self._gap, None
+        self._kept_s, self._caps_s = self._kept_s + now_s - begun_s, self._caps_s + cap_s
+        if self._begun_s is not None:  # before another attempt
+            self._begun_s += now_s - begun_s
+
+    def _learn(self, name: str, work_s: float, *, has_result: bool) -> None:
+        if self._loading_s:
+            self._load.add(self._loading_s)
+        if has_result:
+            self._measured.add(work_s)
+        if name in self._work:
+            self._known_s -= self._left[name] * float(self._work[name])
+        else:
+            self._unknown -= self._left[name]
+        mean = self._work.setdefault(name, _Mean())
+        mean.add(work_s)
+        self._left[name] -= 1
+        self._known_s += self._left[name] * float(mean)
+        self._place += 1
+
+    def _left_s(self, now_s: float) -> float | None:
+        if not self._measured.n or self._place == len(self._order):
+            return 0.0 if self._measured.n else None
+        usual = self._kept_s / self._caps_s if self._caps_s else 1.0
+        gaps_s, later_gaps_s = self._gaps_from_s[self._place : self._place + 2]
+        loads, later_loads = self._loads_from[self._place : self._place + 2]
+        left_s = self._known_s + self._unknown * float(self._measured) + loads * float(self._load)
+        left_s += usual * (later_gaps_s if self._gap or self._begun_s is not None else gaps_s)
+        if self._gap is not None:
+            left_s += max(0.0, usual * self._gap[0] - (now_s - self._gap[1]))
+        elif self._begun_s is not None:
+            work = self._work.get(self._order[self._place], self._measured)
+            left_s -= min(now_s - self._begun_s, float(work) + (loads - later_loads) * float(self._load))
+        return left_s
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long to wait for a worker, in seconds."""
+
+    load_s: float = 1800.0  # for the load of the engine
+    rest_s: float = 0.0  # on top of that for what comes before the load, in which power at rest is measured
+    experiment_s: float = 3600.0  # for everything after the load
+    silence_s: float = 600.0  # for the next phase or progress
+    heartbeat_s: float = 120.0  # for any message; a live supervisor sends one every 5 s
+
+
+class Watch:
+    """The deadlines of one experiment; pure, the time is an argument."""
+
+    def __init__(self, timeouts: Timeouts, now: float) -> None:
+        self._timeouts = timeouts
+        self.phase: str | None = None
+        self._is_loading = True
+        self._phase_until = now + timeouts.load_s + timeouts.rest_s
+        self._sign_until = now + timeouts.silence_s
+        self._byte_until = now + timeouts.heartbeat_s
+
+    def heard(self, message: Message, now: float) -> None:
+        self._byte_until = now + self._timeouts.heartbeat_s
+        if isinstance(message, (channel.Phase, channel.Progress)):
+            self._sign_until = now + self._timeouts.silence_s
+        if isinstance(message, channel.Phase):
+            before, self.phase = self.phase, message.phase
+            if self.phase == LOAD_PHASE != before:
+                self._phase_until = now + self._timeouts.load_s
+            elif self._is_loading and self.phase not in channel.LOADING_PHASES:
+                self._is_loading = False
+                self._phase_until = now + self._timeouts.experiment_s
+
+    @property
+    def next_deadline(self) -> float:
+        return min(self._phase_until, self._sign_until, self._byte_until)
+
+    def expired(self, now: float) -> EngineError | None:
+        """The deadline that has passed, as the error that it means."""
+        limits, where = self._timeouts, f"in phase {self.phase or 'start'}"
+        if now >= self._phase_until:
+            what, limit, key = "the experiment took", limits.experiment_s, "experiment_timeout_seconds"
+            if self._is_loading:
+                what, limit, key = "loading the engine took", limits.load_s, "load_timeout_seconds"
+                limit += limits.rest_s if self.phase != LOAD_PHASE else 0.0
+            message = f"{what} longer than {format_duration(limit)} ({where})"
+            return EngineError(message, f"raise execution.{key} if it needs longer", kind="timeout")
+        if now >= self._sign_until:
+            message = f"the engine reported no progress for {format_duration(limits.silence_s)} ({where})"
+            hint = "raise execution.silence_timeout_seconds if it needs longer; the end of the log shows where it was"
+            return EngineError(message, hint, kind="silent")
+        if now >= self._byte_until:
+            silence = format_duration(limits.heartbeat_s)
+            return EngineError(f"the worker sent no heartbeat for {silence} ({where})", kind="channel")
+        return None

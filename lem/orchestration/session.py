@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import Any
 from lem.base.clock import StepWatch, utc_now, utc_text
 from lem.base.durable import reason_of, write_text
 from lem.base.errors import DISK_FULL, EngineError, InfrastructureError, Interrupted, UserError
+from lem.base.measurement import WINDOW
 from lem.config.campaign_config import CampaignConfig
-from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome, Timeouts
+from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome
 from lem.orchestration.grid import prompts_fingerprint
 from lem.orchestration.host_meters import GapOutcome, HostMeters, keep_gap
 from lem.orchestration.manifest import (
@@ -34,7 +36,7 @@ from lem.orchestration.manifest import (
 )
 from lem.orchestration.plan import Experiment, GapKind, Plan
 from lem.orchestration.resume import RunOptions, forget_lost_results, interrupt_entry
-from lem.orchestration.schedule import CampaignOutcome, Stopped, StopRequest
+from lem.orchestration.schedule import AllFailed, CampaignOutcome, Countdown, Stopped, StopRequest, Timeouts
 from lem.orchestration.status import Event, Observer
 from lem.record import PROMPTS_FILE, TEMPLATE_FILE, Record, RecordError, read_with_digest
 from lem.results.store import AttemptFolder, Repository, StoredResult, stopping_campaign
@@ -110,10 +112,12 @@ class Session:
     observe: Observer
     secrets: Mapping[str, str] = field(repr=False)
     _done: int = 0  # experiments ended; what every event tells must not take longer in a longer plan
-    _n_timed: int = 0
-    _timed_s: float = 0.0
-    _remaining: int = 0
-    _since_s: float | None = None
+    _countdown: Countdown = field(default_factory=Countdown)
+    # The devices have rested for so long since the last window, and in which gap; before the first, long enough.
+    _rested_s: float = math.inf
+    _rest: GapOutcome | None = None
+    _phase: str | None = None  # of the current attempt
+    _failures: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # kind and phase, by config_hash
 
     def __post_init__(self) -> None:
         self._count()
@@ -134,7 +138,8 @@ class Session:
         except Interrupted:
             stopped = Stopped.SIGNAL
         except InfrastructureError as infrastructure:
-            stopped, error = Stopped.INFRASTRUCTURE, infrastructure
+            is_all = isinstance(infrastructure, AllFailed)
+            stopped, error = Stopped.ALL_FAILED if is_all else Stopped.INFRASTRUCTURE, infrastructure
         return CampaignOutcome(self.manifest, stopped, error, self.context.stop.signum)
 
     def why_stop(self, deadline_s: float | None) -> Stopped | None:
@@ -155,7 +160,7 @@ class Session:
             else:
                 self.manager.save_entry(self.manifest, entry)
 
-    def _saving(self) -> AbstractContextManager[None]:
+    def _saving(self) -> contextlib.AbstractContextManager[None]:
         hint = "free some space, then continue with --resume; results are kept"
         return self.manager.saving(InfrastructureError, hint)
 
@@ -178,21 +183,26 @@ class Session:
 
     def _count(self) -> None:
         self._done = sum(entry.status in (COMPLETED, FAILED) for entry in self.manifest.experiments)
+        self._has_result = self.manifest.completed_count > 0
 
     def _pass_on(self, event: Event) -> None:
+        if event.kind == "phase":
+            self._phase = event.data["phase"]
+            if self._phase == WINDOW:
+                self._rested_s, self._rest = 0.0, None
         if text := self._steps.describe_step():
             note = {"at": utc_text(self.context.now()), "kind": CLOCK_STEP_NOTE, "reason": text}
             self.manifest.notes.append(note)
             self._has_new_note = True
             self.report("note", text=text)
-        total = self.manifest.total_experiments
-        self.observe(dataclasses.replace(event, done=self._done, total=total, eta_s=self._eta_s()))
+        total, eta_s = self.manifest.total_experiments, self._countdown.after(event, self.context.monotonic())
+        self.observe(dataclasses.replace(event, done=self._done, total=total, eta_s=eta_s))
 
     def _run(self, order: Sequence[Experiment], deadline_s: float | None, first_gap: GapKind | None) -> Stopped | None:
         part = dataclasses.replace(self.plan, experiments=tuple(order))
         gaps, loads = [first_gap, *part.gap_kinds()[1:]], part.loads()
+        self._countdown.begin(order, [self.plan.gap_cap_s(kind) for kind in gaps], loads)
         for index, experiment in enumerate(order):
-            self._remaining, self._since_s = len(order) - index, self.context.monotonic()
             gap = self._keep_gap(gaps[index], deadline_s) if self.why_stop(deadline_s) is None else None
             stopped = self.why_stop(deadline_s)
             if stopped is not None:
@@ -204,19 +214,34 @@ class Session:
                 self.context.executor.stop()
             if self.context.options.is_fail_fast and not has_result:
                 return Stopped.FAIL_FAST
+            if not has_result and (index + 1 < len(order) or self.context.options.until is not None):
+                self._check_that_some_may_work(experiment)
         return None
 
+    def _check_that_some_may_work(self, last: Experiment) -> None:
+        """AllFailed once every configuration has failed in the same way, as the last experiment did."""
+        planned = {item.config_hash for item in self.plan.configurations}
+        if self._has_result or not planned <= self._failures.keys() or len(set(self._failures.values())) > 1:
+            return
+        _, phase = self._failures[last.config_hash]
+        error = self.manifest.get_entry(last.exp_id).error
+        message = f"every configuration failed in the same way (in phase {phase or 'start'}); the last one: {error}"
+        raise AllFailed(message, f"repair the cause, {_CONTINUE}")
+
     def _keep_gap(self, kind: GapKind | None, deadline_s: float | None) -> GapOutcome | None:
-        if kind is None:
-            return None
-        cap_s, monotonic = self.plan.gap_cap_s(kind), self.context.monotonic
+        """The gap since the last window; an attempt that reached none adds nothing to it."""
+        if kind is None or (self._rested_s and self._rested_s >= self.plan.gap_cap_s(kind)):
+            return self._rest
+        cap_s, monotonic = self.plan.gap_cap_s(kind) - self._rested_s, self.context.monotonic
         if deadline_s is not None:
             cap_s = min(cap_s, deadline_s - monotonic())
-        if cap_s <= 0:
-            return keep_gap(cap_s, is_recovered=None, monotonic=monotonic, wait=self._wait)
-        self.report("gap", gap=kind, cap_s=cap_s)
-        with self.context.meters.watching() as is_recovered:
-            return keep_gap(cap_s, is_recovered=is_recovered, monotonic=monotonic, wait=self._wait)
+        if cap_s > 0:
+            self.report("gap", gap=kind, cap_s=cap_s)
+        with self.context.meters.watching() if cap_s > 0 else contextlib.nullcontext() as is_recovered:
+            kept = keep_gap(cap_s, is_recovered=is_recovered, monotonic=monotonic, wait=self._wait)
+        self._rest = GapOutcome(self._rested_s + kept.gap_s, kept.code)
+        self._rested_s = math.inf if kept.code == "gap_recovered" else self._rest.gap_s
+        return self._rest
 
     def _wait(self, seconds: float) -> bool:
         """Sleep, and report from time to time how long still; whether a stop was requested."""
@@ -275,13 +300,12 @@ class Session:
         entry.completed_at = last.attempt.completed_at
         if best.record is not None:
             entry.status, entry.error, entry.result_path = COMPLETED, None, best.attempt.result_path
+            self._has_result = True
         else:
             entry.status, entry.error = FAILED, last.attempt.error
+            self._failures[entry.config_hash] = (last.error.kind if last.error else "", self._phase)
         self.save(entry)
         self._done += 1
-        if self._since_s is not None:
-            self._n_timed, self._timed_s = self._n_timed + 1, self._timed_s + self.context.monotonic() - self._since_s
-        self._remaining, self._since_s = self._remaining - 1, None
         if best.record is None:
             self.report("experiment_failed", **who, error=entry.error, **best.details, elapsed_s=elapsed_s)
             return False
@@ -309,7 +333,7 @@ class Session:
         entry.status, entry.error, entry.started_at = RUNNING, None, entry.started_at or begun.started_at
         entry.retry_count = len(entry.attempts) - 1
         self.save(entry)
-        request = self._request(experiment, folder, keep_engine=keep_engine, gap=gap)
+        request, self._phase = self._request(experiment, folder, keep_engine=keep_engine, gap=gap), None
         try:
             outcome = self._dispatch(experiment, folder, request)
         except (OSError, MemoryError) as failure:  # of this process; what its worker meets is in the outcome
@@ -385,14 +409,6 @@ class Session:
     def _draw_of(self, experiment: Experiment) -> int:
         """Every cycle has a draw of its own, except where an older build began with one for all cycles."""
         return experiment.cycle_index if self.manifest.structure else 0
-
-    def _eta_s(self) -> float | None:
-        """The time left at the mean of the experiments before, less what the current one has already used of it."""
-        if not self._n_timed:
-            return None
-        mean_s = self._timed_s / self._n_timed
-        elapsed_s = 0.0 if self._since_s is None else self.context.monotonic() - self._since_s
-        return self._remaining * mean_s - min(elapsed_s, mean_s)
 
 
 def _write_prompts(experiment: Experiment, folder: AttemptFolder, draw: int) -> None:

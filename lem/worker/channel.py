@@ -11,12 +11,12 @@ import re
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lem.base import codec
 from lem.base.units import KIB, MIB
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 # `load_timeout_seconds` bounds these; `experiment_timeout_seconds` the others: idle, warmup, window, cooldown, write.
 LOAD_PHASE = "load"  # skipped when the engine is reused
@@ -30,6 +30,9 @@ READ_B = 64 * KIB
 
 class ChannelError(ValueError):
     """A line that is not a message of this protocol."""
+
+
+_OrderT = TypeVar("_OrderT", bound="Message")
 
 
 class Message:
@@ -72,16 +75,37 @@ class RunRequest(Message, kind="run"):
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> RunRequest:
         """The request in a `run` message. Raises ChannelError: a field is missing, unknown or of another type."""
-        secrets = message.get("secrets", {})
-        if not isinstance(secrets, dict) or not all(isinstance(secret, str) for secret in secrets.values()):
-            raise ChannelError("run: secrets: expected texts by name")  # the codec would quote them
-        try:
-            request = codec.decode(cls, {key: value for key, value in message.items() if key != "type"}, cls.type)
-        except (codec.DecodeError, RecursionError) as error:
-            raise ChannelError(str(error)) from error
+        request = _decode_order(cls, message)
         if "experiment_id" not in request.identity:
             raise ChannelError("run: identity has no experiment_id")
         return request
+
+
+@dataclass(frozen=True)
+class Check(Message, kind="check"):
+    """Configurations whose model and data set are to be looked for; the answers are `Problem`s and a `Result`."""
+
+    configs: tuple[Mapping[str, Any], ...]  # as in a RunRequest
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    exp_id: ClassVar[str] = "check"
+    engine_key: ClassVar[str] = ""  # as in a RunRequest; its process loads nothing and ends
+    keep_engine: ClassVar[bool] = False
+
+
+def read_order(message: Mapping[str, Any]) -> RunRequest | Check:
+    """The order of the host in a `run` or `check` message. Raises ChannelError, see `RunRequest.from_message`."""
+    return _decode_order(Check, message) if message["type"] == Check.type else RunRequest.from_message(message)
+
+
+def _decode_order(kind: type[_OrderT], message: Mapping[str, Any]) -> _OrderT:
+    secrets = message.get("secrets", {})
+    if not isinstance(secrets, dict) or not all(isinstance(secret, str) for secret in secrets.values()):
+        raise ChannelError(f"{kind.type}: secrets: expected texts by name")  # the codec would quote them
+    try:
+        return codec.decode(kind, {key: value for key, value in message.items() if key != "type"}, kind.type)
+    except (codec.DecodeError, RecursionError) as error:
+        raise ChannelError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -124,8 +148,19 @@ class Heartbeat(Message, kind="heartbeat"):
 
 
 @dataclass(frozen=True)
+class Problem(Message, kind="problem"):
+    """Why a configuration of a `Check` cannot run."""
+
+    exp_id: str
+    place: int  # of the configuration, from 0
+    message: str
+    hint: str
+    is_certain: bool  # False: it could not be found out, since the hub did not answer
+
+
+@dataclass(frozen=True)
 class Result(Message, kind="result"):
-    """The experiment is done and its record is written."""
+    """The experiment is done and its record is written, or the check is done."""
 
     exp_id: str
     engine_reused: bool
@@ -150,7 +185,9 @@ class Unloaded(Message, kind="unloaded"):
     """The engine process is gone."""
 
 
-_REPORTS = {kind.type: kind for kind in (Hello, EngineProcess, Phase, Progress, Heartbeat, Result, Failure, Unloaded)}
+_REPORTS = {
+    kind.type: kind for kind in (Hello, EngineProcess, Phase, Progress, Heartbeat, Problem, Result, Failure, Unloaded)
+}
 
 
 def encode_line(message: Mapping[str, Any]) -> bytes:

@@ -97,6 +97,15 @@ def resolve_dataset(
     return ResolvedPrompts(prompts, {**source, **chosen, **contents}, warnings)
 
 
+def check_dataset(config: ExperimentConfig, environ: Mapping[str, str], secrets: Mapping[str, str]) -> None:
+    """As `resolve_dataset`, but without the rows of a data set on the hub."""
+    choice = choice_of(config)
+    if find_files(choice, environ):
+        resolve_dataset(config, environ, secrets)
+    else:
+        _load_from_hub(choice, secrets.get(TOKEN_VARIABLE), is_check=True)
+
+
 # Local files
 
 
@@ -141,7 +150,10 @@ def is_in_hub_cache(choice: DatasetChoice, environ: Mapping[str, str]) -> bool:
     return any((cache / f"datasets--{choice.hub_name.replace('/', '--')}" / "snapshots").glob("*/*"))
 
 
-def _load_from_hub(choice: DatasetChoice, token: str | None) -> tuple[Iterable[Row], str | None]:
+def _load_from_hub(
+    choice: DatasetChoice, token: str | None, *, is_check: bool = False
+) -> tuple[Iterable[Row], str | None]:
+    """The rows and the commit; for a check nothing, once subset and split were found."""
     try:
         import datasets
     except ImportError as error:
@@ -152,9 +164,11 @@ def _load_from_hub(choice: DatasetChoice, token: str | None) -> tuple[Iterable[R
     files = {split_name(split): DATA_FILES[name]} if name in DATA_FILES else None
     with _writable_cache(Path(datasets.config.HF_DATASETS_CACHE), datasets.config.HF_HUB_OFFLINE) as cache:
         try:
-            loaded = datasets.load_dataset(
-                name, choice.subset, split=split, data_files=files, token=token, cache_dir=cache
-            )
+            where = {"data_files": files, "token": token, "cache_dir": cache}
+            if is_check:
+                _check_split(datasets.load_dataset_builder(name, choice.subset, **where), split)
+                return (), None
+            loaded = datasets.load_dataset(name, choice.subset, split=split, **where)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             # In offline mode it would fail the same way again.
             may_pass = isinstance(error, ConnectionError) and not datasets.config.HF_HUB_OFFLINE
@@ -166,6 +180,12 @@ def _load_from_hub(choice: DatasetChoice, token: str | None) -> tuple[Iterable[R
     # `datasets` keeps the commit in the names of what it downloaded and of its cache.
     names = [*(loaded.info.download_checksums or {}), *(item["filename"] for item in loaded.cache_files)]
     return loaded, next((found.group() for file in names if (found := _COMMIT.search(str(file)))), None)
+
+
+def _check_split(builder: Any, split: str) -> None:
+    known = sorted(builder.info.splits or builder.config.data_files or ())
+    if known and split_name(split) not in (*known, "all"):
+        raise ValueError(f"it has no split {split_name(split)}; it has {', '.join(map(str, known))}")
 
 
 @contextlib.contextmanager

@@ -20,10 +20,22 @@ from pathlib import Path
 from lem.base.clock import Clock
 from lem.base.durable import reason_of
 from lem.base.errors import DISK_FULL, EngineError, LemError
+from lem.config.experiment import ExperimentConfig
 from lem.record import RESULT_FILE, Record, write_record
 from lem.worker import channel
-from lem.worker.channel import READ_B, Failure, LineBuffer, Message, Phase, Progress, Result, RunRequest
-from lem.worker.harness import ResidentEngine, run_experiment
+from lem.worker.channel import (
+    READ_B,
+    Check,
+    Failure,
+    LineBuffer,
+    Message,
+    Phase,
+    Problem,
+    Progress,
+    Result,
+    RunRequest,
+)
+from lem.worker.harness import ResidentEngine, find_problems, run_experiment
 from lem.worker.metering import Reporter
 
 Harness = Callable[[RunRequest, ResidentEngine, Reporter, Clock], Record]
@@ -89,30 +101,42 @@ def serve(control_fd: int, reporter: PipeReporter, engine: ResidentEngine, run: 
             if message["type"] == "quit":
                 engine.unload()
                 return 0
-            request = RunRequest.from_message(message)
-            reporter.begin(request.exp_id)
-            reporter.send(_answer(request, reporter, engine, run, clock))
+            order = channel.read_order(message)
+            reporter.begin(order.exp_id)
+            reporter.send(_answer(order, reporter, engine, run, clock))
     return 0
 
 
-def _answer(request: RunRequest, reporter: PipeReporter, engine: ResidentEngine, run: Harness, clock: Clock) -> Message:
-    """Run one experiment; its answer, once all that it printed is out."""
+def _answer(
+    order: RunRequest | Check, reporter: PipeReporter, engine: ResidentEngine, run: Harness, clock: Clock
+) -> Message:
+    """Run one experiment, or check several; the answer, once all that was printed is out."""
     try:
-        record = run(request, engine, reporter, clock)
-        if reporter.current != "write":
-            reporter.phase("write")
-        write_record(Path(request.result_dir) / RESULT_FILE, record)
+        if isinstance(order, Check):
+            _check(order, reporter)
+            answer: Message = Result(order.exp_id, engine_reused=False)
+        else:
+            record = run(order, engine, reporter, clock)
+            if reporter.current != "write":
+                reporter.phase("write")
+            write_record(Path(order.result_dir) / RESULT_FILE, record)
+            answer = Result(order.exp_id, record.validity.engine_reused)
     except Exception as error:  # noqa: BLE001 - the top of a worker
         traceback.print_exc()
-        answer: Message = describe_failure(error, request.exp_id, reporter.current, request.secrets)
-    else:
-        answer = Result(request.exp_id, record.validity.engine_reused)
+        answer = describe_failure(error, order.exp_id, reporter.current, order.secrets)
     # What this process printed, the C library's buffers included, must be in this experiment's log.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # an engine may have closed it
             stream.flush()
     ctypes.CDLL(None).fflush(None)
     return answer
+
+
+def _check(check: Check, reporter: PipeReporter) -> None:
+    for place, document in enumerate(check.configs):
+        for error in find_problems(ExperimentConfig.from_dict(document), check.secrets):
+            message, hint = (channel.redact(text, check.secrets.values()) for text in (error.message, error.hint))
+            reporter.send(Problem(check.exp_id, place, message, hint, error.is_permanent))
 
 
 def describe_failure(error: Exception, exp_id: str, phase: str | None, secrets: Mapping[str, str]) -> Failure:

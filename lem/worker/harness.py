@@ -9,6 +9,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +21,14 @@ from lem.base.errors import ConfigurationError, EngineError
 from lem.base.measurement import Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.config.experiment import ExperimentConfig, WarmupConfig
+from lem.base.variables import TOKEN_VARIABLE
+from lem.config.experiment import ExperimentConfig, HuggingFacePrompts, WarmupConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Completion, Engine, TokenRequest
 from lem.meters.requestlog import REQUESTS_FILENAME, write_requests
 from lem.record import CONFIG_FILE, OUTPUTS_FILE, PROMPTS_FILE, Record
 from lem.worker.channel import RunRequest, redact
-from lem.worker.datasets import resolve_dataset
+from lem.worker.datasets import check_dataset, resolve_dataset
 from lem.worker.metering import Metering, Reporter, open_metering
 from lem.worker.prompts import (
     ResolvedPrompts,
@@ -144,6 +146,22 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
         request, config, requested, start_utc, residence, prompts, warnings, warmup, measured, peak_b, energy, seen
     )
     return compose_record(found, host)
+
+
+def find_problems(config: ExperimentConfig, secrets: Mapping[str, str]) -> Iterator[EngineError]:
+    """Why an attempt would end before its window, as far as that shows without a load; not permanent if uncertain."""
+    try:
+        from lem.engines import checkpoints
+    except (ImportError, OSError, RuntimeError) as error:
+        text = f"transformers cannot be imported by {sys.executable}: {error}"
+        yield EngineError(text, "check that the versions of the packages are compatible", is_permanent=True)
+    else:
+        yield from checkpoints.find_problems(config, secrets.get(TOKEN_VARIABLE) or None)
+    if config.dataset is not None or isinstance(config.prompts, HuggingFacePrompts):
+        try:
+            check_dataset(config, os.environ, secrets)
+        except EngineError as error:
+            yield error
 
 
 def _read_requested(folder: Path) -> Mapping[str, Any]:

@@ -29,7 +29,7 @@ from lem.meters.machine import named_gpus, read_machine, visible_gpus
 from lem.meters.nvml import find_gpus, power_limits_w, read_gpus
 from lem.record import LOG_FILE
 from lem.worker import channel
-from lem.worker.channel import READ_B, ChannelError, EngineLog, LineBuffer, Message, Outbox, RunRequest
+from lem.worker.channel import READ_B, ChannelError, Check, EngineLog, LineBuffer, Message, Outbox, RunRequest
 from lem.worker.children import EndStep, EngineChild, SamplerProcess, interval_ms
 from lem.worker.launch import own_command
 
@@ -107,7 +107,7 @@ class Supervisor:
         self._engine_lines = LineBuffer()
         self._log: EngineLog | None = None
         self._sampler: SamplerProcess | None = None
-        self._request: RunRequest | None = None  # what the host waits for
+        self._request: RunRequest | Check | None = None  # what the host waits for
         self._is_handed_on = False  # the engine process has it
         self._phase: str | None = None
         self._is_unloading = False
@@ -179,12 +179,12 @@ class Supervisor:
             self._check(self._engine)  # one that died just now is not given anything
         if kind == "quit":
             self._finish(0, "the host asked for it")
-        elif kind not in ("run", "unload"):
+        elif kind not in (RunRequest.type, Check.type, "unload"):
             raise ChannelError(f"no message of the host: type {kind!r}")
         elif self._request is not None:
             raise ChannelError(f"{kind}: {self._request.exp_id} is running")
-        elif kind == "run":
-            self._request, self._is_handed_on, self._phase = RunRequest.from_message(message), False, None
+        elif kind != "unload":
+            self._request, self._is_handed_on, self._phase = channel.read_order(message), False, None
             self._hand_on()
         elif self._engine is None:
             self._send(channel.Unloaded())
@@ -273,8 +273,9 @@ class Supervisor:
             if self._log is not None:
                 self._log.close()
             self._log = None
-            self._log = EngineLog(str(Path(request.result_dir) / LOG_FILE), request.secrets.values())
-            self._start_sampler(request)
+            if isinstance(request, RunRequest):
+                self._log = EngineLog(str(Path(request.result_dir) / LOG_FILE), request.secrets.values())
+                self._start_sampler(request)
             engine = self._engine or self._new_engine()
         except (OSError, UserError) as error:
             kind = "full" if isinstance(error, OSError) and error.errno in DISK_FULL else "engine"
@@ -337,7 +338,7 @@ class Supervisor:
             return  # late: the host was answered already
         if isinstance(message, channel.Phase):
             self._phase = message.phase
-            if self._sampler is not None:
+            if self._sampler is not None and isinstance(request, RunRequest):
                 self._sampler.set_interval(interval_ms(request.config, message.phase))
         if not isinstance(message, (channel.Result, channel.Failure)):
             self._send(message, is_droppable=isinstance(message, channel.Progress))

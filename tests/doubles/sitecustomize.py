@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-SERVED = frozenset({"lem.engines.pytorch", "lem.engines.vllm"})
+SERVED = frozenset({"lem.engines.pytorch", "lem.engines.vllm", "lem.engines.checkpoints"})
 
 
 class _TrivialEngineFinder:

@@ -8,7 +8,7 @@ It keeps to `lem.engines.protocol` in everything, and does what LEMTEST_ENGINE_S
                       NVML double
     failing_requests  indices of requests that fail by themselves ([])
     rules             what to do where, in order ([]); each an object with
-        at     `load`, `configure`, `generate`, `serve` or `unload`
+        at     `check`, `load`, `configure`, `generate`, `serve` or `unload`
         do     `print` text              on every way to fd 1: print, os.write, and a child's echo
                `sleep` seconds
                `hang`                    for ever, giving the interpreter's lock back
@@ -39,7 +39,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lem.base.errors import EngineError, OptionRefused
@@ -51,6 +51,16 @@ VARIABLE = "LEMTEST_ENGINE_SCRIPT"
 
 def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> TrivialEngine:
     return TrivialEngine(json.loads(os.environ.get(VARIABLE, "{}")), config, secrets)
+
+
+def find_problems(config: ExperimentConfig, token: str | None) -> Iterator[EngineError]:
+    """In place of `lem.engines.checkpoints`: what the rules at `check` raise."""
+    for rule in json.loads(os.environ.get(VARIABLE, "{}")).get("rules", ()):
+        if rule["at"] == "check" and _applies(rule, config):
+            try:
+                _ACTIONS[rule["do"]]({"text": "as scripted", **rule})
+            except EngineError as error:
+                yield error
 
 
 def answer(request: TokenRequest) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.external import measure_external, read_external
 from lem.meters.samples import SampleHeader, SampleLog
-from lem.orchestration.dispatch import Timeouts, Worker
+from lem.orchestration.dispatch import Worker
+from lem.orchestration.schedule import Timeouts
 from lem.worker.channel import PROTOCOL_VERSION, ChannelError, Failure, LineBuffer, RunRequest, read_report
 from lem.worker.supervisor import Supervisor
 from tests.fuzz.mutation import bytes_near, json_lines_near, text_near

@@ -16,26 +16,28 @@ import pytest
 
 from lem import __version__
 from lem.base.errors import EngineError, UserError
+from lem.config.experiment import ExperimentConfig
 from lem.orchestration.dispatch import (
     LocalExecutor,
     Outcome,
-    Timeouts,
-    Watch,
     Worker,
     WorkerUnavailable,
     event_of,
     outcome_of,
 )
+from lem.orchestration.schedule import Timeouts, Watch
 from lem.orchestration.status import Event
 from lem.record import read_record
 from lem.worker.channel import (
     PROTOCOL_VERSION,
     ChannelError,
+    Check,
     EngineProcess,
     Failure,
     Heartbeat,
     Message,
     Phase,
+    Problem,
     Progress,
     Result,
     RunRequest,
@@ -43,7 +45,7 @@ from lem.worker.channel import (
 from lem.worker.launch import own_command
 from tests.processes import children_of, wait_until_ended
 from tests.pythons import Python, find_pythons
-from tests.worker_rig import COMMAND, Rig
+from tests.worker_rig import COMMAND, SMALL, Rig
 
 TIMEOUTS = Timeouts(load_s=100.0, experiment_s=50.0, silence_s=30.0, heartbeat_s=20.0)
 REQUEST = RunRequest({}, {"experiment_id": "e"}, "/results/e", "key", True)
@@ -268,6 +270,41 @@ def test_a_stopped_guardian_does_not_save_an_engine_whose_supervisor_died(rig: R
     error = failure(worker.run(rig.request("e"), Events("window", stop_guardian_and_kill_supervisor), PATIENT))
     assert error.kind == "died"
     assert rig.marker.survivors() == ()
+
+
+def test_a_check_is_answered_for_each_configuration_and_the_next_run_has_a_fresh_engine_process(rig: Rig):
+    named = [ExperimentConfig.from_dict({**SMALL, "model": name}).to_dict() for name in ("here", "gone", "unsure")]
+    rig.rules = [
+        {"at": "check", "do": "fail", "text": "no such model", "permanent": True, "when": {"model.name": "gone"}},
+        {"at": "check", "do": "fail", "text": "the hub said s3cret-token", "when": {"model.name": "unsure"}},
+        {"at": "check", "do": "shell", "command": f"echo $PPID >> {rig.folder}/pids"},
+        {"at": "load", "do": "shell", "command": f"echo $PPID >> {rig.folder}/pids"},
+    ]
+    worker = Worker(COMMAND, env=rig.environ())
+    answers = worker.check(Check(tuple(named), {"HF_TOKEN": "s3cret-token"}))
+    assert [item for item in answers if not isinstance(item, EngineProcess)] == [
+        Problem("check", 1, "no such model", "", is_certain=True),
+        Problem("check", 2, "the hub said [redacted]", "", is_certain=False),
+        Result("check", engine_reused=False),
+    ]
+    assert worker.run(rig.request("a"), lambda _event: None, TIMEOUTS).error is None
+    assert len(set((rig.folder / "pids").read_text().split())) == 2
+    worker.stop()
+
+
+def test_a_check_that_hangs_or_dies_ends_with_what_it_found_before(rig: Rig):
+    config = ExperimentConfig.from_dict(SMALL).to_dict()
+    rig.rules = [{"at": "check", "do": "fail", "permanent": True}, {"at": "check", "do": "hang"}]
+    worker = Worker(COMMAND, env=rig.environ())
+    answers = worker.check(Check((config,)), timeout_s=5.0)
+    assert [type(item) for item in answers if not isinstance(item, Heartbeat)] == [EngineProcess, Problem]
+    assert not worker.is_open
+    rig.rules = [{"at": "check", "do": "exit", "code": 3}]
+    dead = Worker(COMMAND, env=rig.environ())
+    last = dead.check(Check((config,)))[-1]
+    assert isinstance(last, Failure)
+    assert (last.kind, last.exp_id) == ("died", "check")
+    dead.stop()
 
 
 def test_an_error_of_the_listener_leaves_no_worker(rig: Rig):

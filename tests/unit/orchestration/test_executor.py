@@ -22,7 +22,7 @@ from lem.config.campaign_config import (
 from lem.config.load import complete_campaign
 from lem.meters.machine import GpuFacts
 from lem.orchestration.compose import ComposeProject, find_compose_files
-from lem.orchestration.dispatch import LocalExecutor, Outcome, Timeouts
+from lem.orchestration.dispatch import LocalExecutor, Outcome
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.executor import (
     DockerExecutor,
@@ -32,6 +32,7 @@ from lem.orchestration.executor import (
     docker_executor,
 )
 from lem.orchestration.plan import build_plan
+from lem.orchestration.schedule import Timeouts
 from lem.record import Record, read_record
 from tests.doubles.fake_docker import UUID, WITH_GPU, FakeDocker, reading
 from tests.worker_rig import Rig

@@ -7,22 +7,26 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
 
 from lem.base.errors import InfrastructureError, Interrupted, UserError
 from lem.config.campaign_config import CampaignDaemonConfig, CampaignScheduleConfig
 from lem.orchestration.manifest import CampaignManifest
+from lem.orchestration.plan import Plan, build_plan
 from lem.orchestration.schedule import (
     DAEMON_WINS,
     CampaignOutcome,
+    Countdown,
     Scheduler,
     Stopped,
     StopRequest,
     next_start,
 )
+from lem.orchestration.status import Event
 from tests.campaign_doubles import FakeClock, FakeStop, make_campaign
 
 
@@ -267,3 +271,57 @@ def test_a_hangup_that_nohup_had_ignored_stays_ignored(stop):
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+# --- the time left
+
+
+def _played(plan: Plan, took_s: Mapping[int, float], gap_share: float) -> Iterator[tuple[float, Event]]:
+    """The events of a run of a plan and when they came: gaps that last a share of their caps, loads, experiments."""
+    now_s, caps_s = 0.0, [plan.gap_cap_s(kind) for kind in plan.gap_kinds()]
+    for item, is_load, cap_s in zip(plan.experiments, plan.loads(), caps_s, strict=True):
+        if cap_s:
+            yield now_s, Event("gap", data={"cap_s": cap_s})
+            now_s += gap_share * cap_s
+        yield now_s, Event("experiment_started")
+        for phase, phase_s in (("load", 20.0), ("window", took_s[item.config.max_output_tokens]))[not is_load :]:
+            yield now_s, Event("phase", data={"phase": phase})
+            now_s += phase_s
+        yield now_s, Event("experiment_completed")
+
+
+@pytest.mark.parametrize("gap_share", [1.0, 0.25])
+def test_the_end_that_is_told_does_not_move_once_every_configuration_was_measured(
+    tmp_path: Path, gap_share: float
+) -> None:
+    execution = {"cycles": 4, "structure": "interleaved", "config_gap_seconds": 60, "cycle_gap_seconds": 300}
+    plan = build_plan(make_campaign(tmp_path, execution=execution))
+    events = list(_played(plan, {4: 10.0, 8: 100.0}, gap_share))
+    countdown = Countdown()
+    countdown.begin(plan.experiments, [plan.gap_cap_s(kind) for kind in plan.gap_kinds()], plan.loads())
+    left_s = [countdown.after(event, now_s) for now_s, event in events]
+    completed = [place for place, (_, event) in enumerate(events) if event.kind == "experiment_completed"]
+    ends = [now_s + (left or 0.0) for (now_s, _), left in zip(events, left_s, strict=True)][completed[1] :]
+    assert ends == pytest.approx([events[-1][0]] * len(ends))
+    assert left_s[:3] == [None] * 3
+    assert left_s[-1] == 0.0
+
+
+def test_an_experiment_that_takes_longer_than_the_others_does_not_take_time_from_those_after_it(tmp_path: Path) -> None:
+    plan = build_plan(make_campaign(tmp_path, execution={"cycles": 2}))
+    countdown = Countdown()
+    countdown.begin(plan.experiments, [0.0] * 4, [False] * 4)
+    for now_s, kind in ((0.0, "experiment_started"), (10.0, "experiment_completed"), (10.0, "experiment_started")):
+        countdown.after(Event(kind), now_s)
+    assert [countdown.after(Event("tick"), now_s) for now_s in (10.0, 15.0, 20.0, 500.0)] == [30.0, 25.0, 20.0, 20.0]
+
+
+def test_a_failure_at_once_says_nothing_about_the_experiments_after_it(tmp_path: Path) -> None:
+    plan = build_plan(make_campaign(tmp_path, execution={"cycles": 2}))
+    countdown = Countdown()
+    countdown.begin(plan.experiments, [0.0] * 4, [False] * 4)
+    countdown.after(Event("experiment_started"), 0.0)
+    assert countdown.after(Event("experiment_failed"), 2.0) is None
+    countdown.after(Event("experiment_started"), 2.0)
+    # 100 s more of the second; the first fails again after 2 s.
+    assert countdown.after(Event("experiment_completed"), 102.0) == pytest.approx(102.0)

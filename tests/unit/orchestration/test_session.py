@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from lem.base.errors import EngineError, InfrastructureError, UserError
+from lem.cli.campaign_run import exit_code_of_outcome
 from lem.config.campaign_config import CampaignHealthCheckConfig
-from lem.orchestration.resume import RunOptions
+from lem.orchestration.resume import RunOptions, make_rule
 from lem.orchestration.schedule import Stopped
 from lem.orchestration.systemd import find_secrets
-from tests.campaign_doubles import EIGHT, FOUR, Place, make_campaign, write_result
+from lem.results.stopping import parse_target
+from tests.campaign_doubles import EIGHT, FOUR, LoadError, Place, make_campaign, write_result
 
 ONCE = {"cycles": 1}
 DIED = EngineError("the engine died", "look at the log", kind="died")
@@ -66,6 +68,33 @@ def test_the_gap_before_another_try_is_its_own_and_recorded_as_such(place):
     assert [item.gap_s for item in place.requests] == [None, 7.0, 7.0]
 
 
+NO_MODEL = LoadError("no such model", kind="model", is_permanent=True)
+NO_MEMORY = LoadError("out of memory", kind="out_of_memory", is_permanent=True)
+
+
+def test_a_failure_without_a_window_costs_no_gap(place):
+    execution = {"cycles": 2, "structure": "interleaved", "config_gap_seconds": 5, "cycle_gap_seconds": 30}
+    place.run({EIGHT: [NO_MODEL]}, outputs=(4, 8, 16), execution=execution)
+    # 5 s after 4, none after 8, 30 s after 16, and the same again.
+    assert [request.gap_s for request in place.requests] == [None, 5.0, 5.0, 30.0, 5.0, 5.0]
+    assert place.clock.elapsed_s == 4 * 10 + 2 * 2 + 5 + 30 + 5
+
+
+def test_the_cycle_gap_is_kept_in_full_after_a_failure_without_a_window(place):
+    execution = {"cycles": 2, "structure": "interleaved", "config_gap_seconds": 5, "cycle_gap_seconds": 30}
+    place.run({EIGHT: [NO_MODEL]}, execution=execution)
+    assert [(data["gap"], data["cap_s"]) for data in place.told("gap")][:2] == [("configuration", 5.0), ("cycle", 25.0)]
+    assert [request.gap_s for request in place.requests] == [None, 5.0, 30.0, 5.0]
+
+
+def test_another_attempt_after_one_without_a_window_follows_at_once(place):
+    place.run({EIGHT: [LoadError("busy"), "ok"]}, execution={"cycles": 1, "config_gap_seconds": 7})
+    assert [(item.identity["attempt"], item.gap_s) for item in place.requests] == [(1, None), (1, 7.0), (2, 7.0)]
+    assert len(place.told("gap")) == 1
+    place.run({FOUR: [LoadError("busy"), "ok"]}, execution={"cycles": 1, "config_gap_seconds": 7})
+    assert [item.gap_s for item in place.requests] == [None, None, 7.0]
+
+
 @pytest.mark.parametrize(
     ("signal_at_s", "execution", "answers", "statuses"),
     [
@@ -101,14 +130,17 @@ def test_no_experiment_begins_after_the_deadline(place, gap_s, elapsed_s, status
     assert (place.clock.elapsed_s, place.statuses()) == (elapsed_s, statuses)
 
 
-def test_the_time_left_is_told_from_the_experiments_before(place):
-    place.run(execution={"config_gap_seconds": 10})
-    started = [event.eta_s for event in place.events if event.kind == "experiment_started"]
-    completed = [event.eta_s for event in place.events if event.kind == "experiment_completed"]
-    # 10 s each, with the configuration gap 20 s: the means are 10, 15 and 13.3 s.
-    assert started == [None, pytest.approx(30 - 10), pytest.approx(30), pytest.approx(40 / 3 - 10)]
-    assert completed == [pytest.approx(30), pytest.approx(30), pytest.approx(40 / 3), 0.0]
-    assert place.events[-1].eta_s == 0.0
+def test_the_end_that_is_told_stays_the_same_from_the_first_result_on(place):
+    place.run(execution={"cycles": 3, "config_gap_seconds": 8, "cycle_gap_seconds": 27})
+    # 6 experiments of 10 s; the first one has no gap before it.
+    assert place.clock.elapsed_s == 6 * 10 + 3 * 8 + 2 * 27
+    told = [event.eta_s for event in place.events]
+    assert told[:3] == [None] * 3  # started, its first experiment, its window
+    assert told[3:] == sorted(told[3:], reverse=True)
+    first, last = place.events[3], place.events[-1]
+    assert (first.kind, first.eta_s, last.eta_s) == ("experiment_completed", pytest.approx(128.0), 0.0)
+    in_gap = [event.eta_s for event in place.events if event.kind == "tick"][:2]
+    assert in_gap == pytest.approx([128.0, 123.0])
 
 
 # --- failures
@@ -133,6 +165,50 @@ def test_what_may_work_the_second_time_is_tried_twice_inside_its_cycle(place, an
     assert entry.result_path == (None if chosen is None else entry.attempts[chosen - 1].result_path)
     assert [(item.error, item.valid) for item in entry.attempts] == attempts
     assert all((place.folder / str(item.result_path)).is_file() for item in entry.attempts if item.result_path)
+
+
+@pytest.mark.parametrize("structure", ["interleaved", "balanced"])
+def test_a_campaign_ends_when_every_configuration_has_failed_in_the_same_way(place, structure):
+    outcome = place.run({FOUR: [NO_MODEL], EIGHT: [NO_MODEL]}, execution={"cycles": 3, "structure": structure})
+    assert place.statuses() == ["failed", "failed", *["pending"] * 4]
+    assert (outcome.stopped, exit_code_of_outcome(outcome)) == (Stopped.ALL_FAILED, 1)
+    assert outcome.error.message.startswith("every configuration failed in the same way (in phase load)")
+    assert outcome.error.message.endswith(": no such model")
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {FOUR: [NO_MODEL], EIGHT: [NO_MEMORY]},
+        {FOUR: [NO_MODEL], EIGHT: [EngineError("no such model", kind="model", is_permanent=True)]},  # in its window
+        {FOUR: [NO_MODEL], EIGHT: ["invalid"]},
+        {FOUR: [NO_MODEL]},
+    ],
+    ids=["another kind", "another phase", "an invalid result", "a result"],
+)
+def test_a_campaign_goes_on_while_its_configurations_end_differently(place, answers):
+    outcome = place.run(answers, execution={"cycles": 2})
+    assert outcome.stopped is None
+    assert len(place.told("experiment_started")) == 4
+
+
+def test_a_resumed_campaign_with_results_goes_on_although_all_that_is_left_fails(place):
+    place.run({EIGHT: [NO_MODEL]})
+    assert place.statuses() == ["completed", "failed", "failed", "completed"]
+    outcome = place.run({EIGHT: [NO_MODEL]}, options=RunOptions(resume=True))
+    assert (outcome.stopped, len(place.requests)) == (None, 2)
+
+
+def test_fail_fast_comes_before_the_end_of_a_campaign_that_cannot_work(place):
+    answers = {FOUR: [NO_MODEL], EIGHT: [NO_MODEL]}
+    outcome = place.run(answers, execution={"cycles": 2}, options=RunOptions(is_fail_fast=True))
+    assert (outcome.stopped, len(place.requests)) == (Stopped.FAIL_FAST, 1)
+
+
+def test_no_cycles_are_added_to_a_campaign_in_which_everything_fails(place):
+    until = make_rule(parse_target("ci=2%"), None)
+    outcome = place.run({FOUR: [NO_MODEL], EIGHT: [NO_MODEL]}, options=RunOptions(until=until))
+    assert (outcome.stopped, len(place.requests)) == (Stopped.ALL_FAILED, 2)
 
 
 def test_a_failure_is_told_with_what_helps_to_look_into_it(place):

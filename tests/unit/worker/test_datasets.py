@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -510,6 +510,56 @@ def test_a_data_set_is_read_from_a_cache_that_cannot_be_written(tmp_path: Path) 
     absent = resolve_apart("owner/absent", tmp_path, *read_only, **asked)
     assert (absent["kind"], absent["is_permanent"]) == ("prompts", True)
     assert "LEM_MODEL_CACHE_READ_ONLY=false" in absent["hint"]
+
+
+CHECK = """
+import json, sys
+from lem.config.experiment import ExperimentConfig
+from lem.base.errors import EngineError
+from lem.worker.datasets import check_dataset
+found = []
+for choice in json.loads(sys.argv[1]):
+    try:
+        check_dataset(ExperimentConfig.from_dict({"model": "any", **choice}), {}, {})
+        found.append(None)
+    except EngineError as error:
+        found.append([error.is_permanent, error.message])
+print(json.dumps(found))
+"""
+
+
+def check_apart(choices: Sequence[Any], home: Path, **variables: str) -> list[Any]:
+    """For each choice None, or whether its error is permanent and what it says; in a process of its own."""
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HF_HOME": str(home), **variables}
+    done = process.run([sys.executable, "-c", CHECK, json.dumps(choices)], timeout_s=120, env=environ, cwd=home)
+    assert done.code == 0, done.stderr
+    answer: list[Any] = json.loads(done.stdout)
+    return answer
+
+
+@pytest.mark.needs("datasets")
+def test_a_check_looks_for_data_set_subset_and_split_without_the_rows(tmp_path: Path) -> None:
+    choices = [
+        {"dataset": HUB_NAME},
+        {"dataset": {"name": HUB_NAME, "split": "train[:1]"}},
+        {"dataset": {"name": HUB_NAME, "split": "test"}},
+        {"prompts": {"type": "huggingface", "dataset": HUB_NAME, "subset": "other"}},
+        {"dataset": "owner/missing"},
+    ]
+    with serving_hub() as address:
+        *good, split, subset, missing = check_apart(choices, tmp_path, HF_ENDPOINT=address)
+    assert good == [None, None]
+    assert split == [True, f"data set {HUB_NAME} ({HUB_NAME}, split test): it has no split test; it has train"]
+    assert ([subset[0], missing[0]], "other" in subset[1]) == ([True, True], True)
+    assert not list(tmp_path.rglob("*.arrow"))
+    assert check_apart(choices[:1], tmp_path, HF_HUB_OFFLINE="1")[0][0] is True  # it would fail the same way later
+
+
+@pytest.mark.long
+@pytest.mark.needs("datasets")
+def test_a_hub_that_does_not_answer_is_no_proof_that_a_data_set_is_missing(tmp_path: Path) -> None:
+    ((is_permanent, _),) = check_apart([{"dataset": HUB_NAME}], tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert not is_permanent
 
 
 @pytest.mark.needs("datasets")

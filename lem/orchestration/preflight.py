@@ -1,0 +1,174 @@
+"""What keeps a campaign from running, found before anything is measured: on this host, and where its engines are."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lem.base.errors import EngineError, UserError
+from lem.base.units import format_duration, plural, some_of
+from lem.config.experiment import ExperimentConfig, HuggingFacePrompts
+from lem.engines.common import named_models
+from lem.orchestration import doctor
+from lem.orchestration.dispatch import Worker
+from lem.orchestration.plan import Experiment, Plan
+from lem.orchestration.schedule import StopRequest
+from lem.worker import channel
+from lem.worker.datasets import choice_of, find_files
+from lem.worker.supervisor import missing_distributions, probe_environment
+
+_logger = logging.getLogger(__name__)
+
+_SHOWN = 3
+# What containers need before they are started, of the checks of `lem doctor`.
+_OF_CONTAINERS = ("engine", "compose", "compose_file", "images")
+# Gaps that are suggested where nothing can end them early, in seconds.
+_SHORT_CONFIG_GAP_S, _SHORT_CYCLE_GAP_S = 10, 30
+
+
+@dataclass(frozen=True)
+class Problem:
+    message: str
+    hint: str = ""
+    concerns: str = ""  # the configurations, where not all have it
+
+
+class Findings:
+    """What keeps experiments from running: each problem once, with the configurations that have it."""
+
+    def __init__(self, experiments: Iterable[Experiment]) -> None:
+        self._all = {item.config_hash: item for item in experiments}.values()
+        # Configurations that need the same models and data.
+        self._groups: dict[Any, list[Experiment]] = {}
+        for item in self._all:
+            config = item.config
+            key = (config.backend, config.model, named_models(config), config.dataset, config.prompts)
+            self._groups.setdefault(key, []).append(item)
+        self._names: dict[tuple[str, str], dict[str, None]] = {}
+
+    def add(self, message: str, hint: str, those: Iterable[Experiment] | None = None) -> None:
+        """A problem, of all configurations if not of those."""
+        names = [item.config_name for item in (self._all if those is None else those)]
+        self._names.setdefault((message, hint), {}).update(dict.fromkeys(names))
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [Problem(*key, self._share(list(names))) for key, names in self._names.items()]
+
+    def _share(self, names: Sequence[str]) -> str:
+        if len(names) == len(self._all):
+            return ""
+        return f"{len(names)} of {plural(len(self._all), 'configuration')}: {some_of(names, _SHOWN)}"
+
+    def look_here(self) -> None:
+        """Look for the folders of models and data sets on this host."""
+        for group in self._groups.values():
+            config = group[0].config
+            looks: list[Callable[[], object]] = [item.find_folder for item in named_models(config)]
+            if _uses_dataset(config):
+                looks.append(functools.partial(find_files, choice_of(config), os.environ))
+            for look in looks:
+                try:
+                    look()
+                except EngineError as error:  # noqa: PERF203 (each one is reported)
+                    self.add(error.message, error.hint, group)
+
+    def look_for_engine(self, executor: str, backend: str, environment: Mapping[str, Any]) -> bool:
+        """Whether the packages of a backend are where it is to run."""
+        missing = missing_distributions(backend, environment)
+        if not missing:
+            return True
+        names = " and ".join(missing) + (" is" if len(missing) == 1 else " are")
+        where, python = "here", "this Python"
+        hint = f"pip install {' '.join(missing)}, name another Python with --python, or use a container (lem doctor)"
+        if executor == "docker":
+            where, python = f"in service {backend}", "its Python"
+            hint = "name an image that has it in the compose file; lem compose prints one with such images"
+        version, those = environment.get("python"), [item for item in self._all if item.backend == backend]
+        text = f"backend {backend} cannot run {where}: {names} not installed in {python} ({version})"
+        self.add(text, hint, those)
+        return False
+
+    def ask(self, backend: str, worker: Worker, secrets: Mapping[str, str], stop: StopRequest) -> None:
+        """Ask the worker of a backend for what this host does not have; what it could not find out is only logged."""
+        groups = [group for group in self._groups.values() if group[0].backend == backend and _is_to_ask(group[0])]
+        if not groups:
+            return
+        check = channel.Check(tuple(group[0].config.to_dict() for group in groups), secrets)
+        answers = worker.check(check, stop)
+        unsure: dict[str, None] = {}
+        for answer in answers:
+            if isinstance(answer, channel.Problem) and answer.is_certain:
+                self.add(answer.message, answer.hint, groups[answer.place])
+            elif isinstance(answer, channel.Problem):
+                unsure[f"{answer.message} ({answer.hint})"] = None
+        for text in unsure:
+            _logger.warning("not checked, which does not mean that it is missing: %s", text)
+        if not isinstance(last := answers[-1] if answers else None, channel.Result):
+            why = last.message if isinstance(last, channel.Failure) else "there was no answer in time"
+            _logger.warning("not all models and data sets were looked for before the first cycle: %s", why)
+
+
+def _uses_dataset(config: ExperimentConfig) -> bool:
+    return config.dataset is not None or isinstance(config.prompts, HuggingFacePrompts)
+
+
+def _is_to_ask(item: Experiment) -> bool:
+    """Whether a configuration names more than folders that this host has."""
+    try:
+        return _uses_dataset(item.config) or any(it.find_folder() is None for it in named_models(item.config))
+    except EngineError:  # reported by this host
+        return False
+
+
+def foresee(plan: Plan, executor: str, python: str | None) -> list[Problem]:
+    """As far as it shows with nothing started: what keeps a plan from running, for a dry run."""
+    found, io = Findings(plan.experiments), plan.campaign.io
+    found.look_here()
+    backends = tuple(dict.fromkeys(item.backend for item in plan.experiments))
+    if executor == "docker":
+        env_file = None if io.env_file is None else Path(io.env_file).absolute()
+        host = doctor.Host(Path.cwd(), io.compose_file, env_file, backends)
+        for item in doctor.examine(host, _OF_CONTAINERS).findings.values():
+            if item.status == doctor.FAILED:
+                found.add(item.message, item.remedy)
+    elif python is None:
+        for backend in backends:
+            found.look_for_engine(executor, backend, probe_environment())
+    return found.problems
+
+
+def lines_of(problem: Problem) -> tuple[str, ...]:
+    message = f"{problem.message} ({problem.concerns})" if problem.concerns else problem.message
+    return (message, problem.hint) if problem.hint else (message,)
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """A UserError with all problems, if there are any."""
+    if len(problems) == 1:
+        raise UserError(lines_of(problems[0])[0], problems[0].hint)
+    if problems:
+        listed = ("\n".join(lines_of(item)).replace("\n", "\n    ") for item in problems)
+        text = "\n  - ".join([f"{len(problems)} problems, so nothing was run", *listed])
+        raise UserError(text, "repair all of them, then repeat the command")
+
+
+def gap_advice(plan: Plan, gpu_error: str | None) -> str | None:
+    """That nothing can end the gaps of a plan early, and how to shorten them; `gpu_error`: why GPUs cannot be read."""
+    execution, gaps = plan.execution, [gap_s for kind in plan.gap_kinds() if (gap_s := plan.gap_cap_s(kind))]
+    uses_gpu = any(item.config.gpus != () for item in plan.configurations)
+    short = {
+        "--config-gap": (execution.config_gap_seconds, _SHORT_CONFIG_GAP_S),
+        "--cycle-gap": (execution.cycle_gap_seconds, _SHORT_CYCLE_GAP_S),
+    }
+    flags = " ".join(f"{flag} {least}" for flag, (cap_s, least) in short.items() if cap_s > least)
+    if not gaps or not flags or (uses_gpu and gpu_error is None):
+        return None
+    why = gpu_error if uses_gpu else "no GPU is used"
+    lasts = f"{plural(len(gaps), 'gap')} {'lasts its' if len(gaps) == 1 else 'last their'} full time"
+    return f"No sensor shows when to end a gap early ({why}): {lasts}, {format_duration(sum(gaps))}; shorter: {flags}"
