@@ -118,6 +118,15 @@ def settings_of(record: Record) -> dict[str, str]:
     return {**headline_settings(record), **_texts(_MORE, record), **dict(_flatten(options))}
 
 
+def settings_without_record(options: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The settings of a configuration of which only the options are known, as far as `others` have such settings."""
+    labels = {label for item in others for label in item}
+    known = {_OPTION_NAMES.get(name, name): value for name, value in options.items()}
+    nearest = max(others, key=lambda item: len(item.items() & known.items()), default={})
+    derived = {label: value for label, value in nearest.items() if label in _DERIVED}
+    return {**shared_settings(others), **derived, **{label: it for label, it in known.items() if label in labels}}
+
+
 def shared_settings(settings: Iterable[Mapping[str, str]]) -> dict[str, str]:
     first, *others = [*settings] or [{}]
     return {label: value for label, value in first.items() if all(item.get(label) == value for item in others)}
@@ -230,7 +239,7 @@ class Key:
     def n_above(self, columns: Sequence[Column], width: int) -> int | None:
         """How many columns of axes and names must go for these to fit; None where they do not fit beside the rest."""
         table = self._table(columns, width)
-        return None if table is None else len(self._columns()) + len(columns) - len(table.columns)
+        return None if table is None else len(self.columns) + len(columns) - len(table.columns)
 
     def tables(self, columns: Sequence[Column], width: int | None = None, title: str = "") -> list[Table]:
         """A table with a row for each configuration: number, name, axes, and these columns.
@@ -244,7 +253,7 @@ class Key:
 
     def axis_tables(self, width: int | None = None) -> list[Table]:
         """The numbers, names and axes alone; none where there is nothing to say of the numbers."""
-        columns = self._columns()
+        columns = self.columns
         if not columns:
             return []
         if (whole := self._table((), width)) is not None:
@@ -257,13 +266,15 @@ class Key:
             parts[-1].append(column)
         return [Table(self._heading, rows, tuple(part)) for part in parts]
 
-    def _columns(self) -> list[Column]:
+    @property
+    def columns(self) -> list[Column]:
+        """The names, where they say more than the axes, and the axes."""
         names = [Column("configuration", self._names, is_text=True)] if self._names else []
         return [*names, *(axis.column for axis in self.axes)]
 
     def _table(self, columns: Sequence[Column], width: int | None) -> Table | None:
         """The table; None where it does not fit."""
-        beside, above, known = list(self.axes), list[Axis](), self._columns()
+        beside, above, known = list(self.axes), list[Axis](), self.columns
         names = known[: len(known) - len(beside)]
         while width is not None and not fits(
             self._heading, self._numbers, [*names, *(it.column for it in beside), *columns], width

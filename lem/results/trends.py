@@ -24,6 +24,7 @@ BLOCKS, SAME_ORDER = Reason.of("blocks"), Reason.of("same_order")
 WATCHED = (ENERGY, THROUGHPUT)  # for drift
 
 _LARGEST_LOG = 700.0
+_LARGEST_SHOWN = 10.0
 
 _Cycle = tuple[str, str, int]
 
@@ -55,7 +56,8 @@ class Drift:
         """`95 % +1.2 to +4.8 %`, or why there is none."""
         if self.ci_lower is None or self.ci_upper is None:
             return "too few values for an interval"
-        low, high = (plain(100 * bound, "+.2g") for bound in (self.ci_lower, self.ci_upper))
+        bounds = (self.ci_lower, self.ci_upper)
+        low, high = (plain(100 * bound, "+.2g") if bound < _LARGEST_SHOWN else "over +1000" for bound in bounds)
         return f"{100 * self.confidence:g} % {low} to {high} %"
 
 

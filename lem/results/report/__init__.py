@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator
 from importlib import resources
 
@@ -12,7 +13,7 @@ from lem.base.units import plural
 from lem.results.report.content import Report
 from lem.results.report.context import heatmap_section, order_section, traces_section
 from lem.results.report.figures import cycles_section, latency_section, pareto_section
-from lem.results.report.plot import Markup, tag
+from lem.results.report.plot import Markup, card_labels, join, tag
 from lem.results.report.provenance import environment_section, methods_section
 from lem.results.report.tables import results_section, validity_section
 
@@ -29,6 +30,8 @@ _SECTIONS = (
     ("methods", "How each number was measured", methods_section),
 )
 
+_CONTENT = re.compile("<(?:svg|table|ul)")
+
 
 def render_report(report: Report) -> str:
     """The page as text; the same content gives the same text.
@@ -36,7 +39,8 @@ def render_report(report: Report) -> str:
     It fetches nothing: its content security policy forbids everything but its own style sheet and script, which are
     named by their hashes.
     """
-    style, script = _asset("style.css"), _asset("script.js")
+    body = tag("body", *_body(report), tag("script", script := _asset("script.js")))
+    style = Markup(_asset("style.css") + card_labels(body))
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -51,7 +55,6 @@ def render_report(report: Report) -> str:
         tag("title", f"{report.run.campaign_name or 'Campaign'} – lem report"),
         tag("style", style),
     )
-    body = tag("body", *_body(report), tag("script", script))
     return f"<!DOCTYPE html>\n{tag('html', head, Markup(chr(10)), body, lang='en')}\n"
 
 
@@ -59,11 +62,15 @@ def _body(report: Report) -> Iterator[Markup]:
     titles = {name: title for name, title, _ in _SECTIONS}
     if not report.has_energy:
         titles["pareto"] = "Throughput against latency"
-    items = [tag("li", tag("a", title, href=f"#{name}")) for name, title in titles.items()]
+    made = {name: make(report) for name, _, make in _SECTIONS}
+    empty = [name for name, content in made.items() if not _CONTENT.search(content)]
+    if empty:  # each of them says in a sentence why
+        titles["absent"], made["absent"] = "Not on this page", join(map(made.pop, empty))
+    items = [tag("li", tag("a", titles[name], href=f"#{name}")) for name in made]
     sections = [
-        tag("section", tag("h2", titles[name], id=f"{name}-heading"), make(report), id=name,
+        tag("section", tag("h2", titles[name], id=f"{name}-heading"), content, id=name,
             aria_labelledby=f"{name}-heading")
-        for name, _, make in _SECTIONS
+        for name, content in made.items()
     ]  # fmt: skip
     yield tag("a", "Skip to the results", href="#results", class_="skip")
     yield tag("header", *_heading(report), tag("nav", tag("ul", *items), aria_label="Sections of this page"))

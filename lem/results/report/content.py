@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from lem.results.compare import Comparison, compare_configurations
 from lem.results.comparison import best_of, headline_of, remarks_of
 from lem.results.findings import Finding
 from lem.results.metrics import Metric
-from lem.results.report.plot import GROUPS_MAX
+from lem.results.report.plot import GROUPS_MAX, Markup, escape
 from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run, estimate_note
 from lem.results.store import config_of_problem, configuration_of
 
@@ -167,6 +168,16 @@ class Report:
     @property
     def has_energy(self) -> bool:
         return self.headline is ENERGY
+
+    def unbroken(self, text: str) -> Markup:
+        """The text; where a line is too short for the name of a configuration, the whole name is on the next one."""
+        return Markup(self._names.sub(r"<span class=name>\g<0></span>", escape(text)))
+
+    @functools.cached_property
+    def _names(self) -> re.Pattern[str]:
+        known = {escape(name) for entry in self.entries for name in (entry.name, entry.label) if "-" in name}
+        longest_first = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+        return re.compile(rf"(?<![\w-])(?:{longest_first})(?![\w-])" if known else r"(?!)")
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

@@ -53,12 +53,11 @@ def pareto_section(report: Report) -> Markup:
     latency = _Axis("e2e_p50_s", "End-to-end latency, median, s")
     if all(entry.centre("ttft_p50_s") is not None for entry in entries if entry.used):
         latency = _Axis("ttft_p50_s", "Time to first token, median, s")
-    workloads = workloads_of(entries)
-    parts = [_pareto("pareto-latency", "Throughput against latency", latency, throughput, workloads)]
+    parts = [_pareto("pareto-latency", "Throughput against latency", latency, throughput, report)]
     if report.has_energy:
         parts = [
-            _pareto("pareto-throughput", "Energy against throughput", throughput, energy, workloads),
-            _pareto("pareto-latency", "Energy against latency", latency, energy, workloads),
+            _pareto("pareto-throughput", "Energy against throughput", throughput, energy, report),
+            _pareto("pareto-latency", "Energy against latency", latency, energy, report),
         ]
     is_explained = report.groups and report.grouped_by != "configuration"
     note = tag("p", f"Colour and shape: {report.grouped_by}.") if is_explained else Markup()
@@ -66,8 +65,9 @@ def pareto_section(report: Report) -> Markup:
     return join([note, key, tag("div", *parts, class_="pair")])
 
 
-def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, workloads: Sequence[Sequence[Entry]]) -> Markup:
-    points = [point for number, entries in enumerate(workloads) for point in _points(number, entries, across, up)]
+def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, report: Report) -> Markup:
+    workloads = enumerate(workloads_of(report.entries))
+    points = [point for number, entries in workloads for point in _points(number, entries, across, up)]
     if not points:
         return plot.no_plot(identifier, title, "No configuration has a valid result with both values.")
     best = sorted((point for point in points if point.is_best), key=lambda p: p.x, reverse=not across.is_less_better)
@@ -89,7 +89,7 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, workloads: Se
             *_pareto_marks(points, x_scale, y_scale),
         ],
         [
-            *fronts,
+            *(tag("p", report.unbroken(front)) for front in fronts),
             (f"Grey: {grey} that another configuration of the same workload beats in both means. " if grey else "")
             + "Crosses: 95 % t intervals; where they overlap, the order may be chance.",
         ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -115,8 +116,8 @@ def decimals_of(values: Iterable[float | None]) -> int | None:
     return max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(known)))) if is_alike else None
 
 
-def interval_cells(estimate: Estimate, decimals: int | None, *, is_estimate: bool) -> tuple[Cell, Cell]:
-    """The geometric mean; and below each other its t interval and the bootstrap interval."""
+def interval_cell(estimate: Estimate, decimals: int | None, *, is_estimate: bool) -> Cell:
+    """The geometric mean, and below each other its t interval, the bootstrap interval and the combined uncertainty."""
     t_log, bootstrap, every = estimate.t_log, estimate.bootstrap, estimate.all_attempts
     notes: list[Markup] = []
     if every is not None and every.geometric_mean is not None:
@@ -124,25 +125,23 @@ def interval_cells(estimate: Estimate, decimals: int | None, *, is_estimate: boo
     if t_log is None or bootstrap is None or t_log.geometric_mean is None:
         reason = estimate.null_reason or (t_log.warning if t_log else None)
         shown = "no geometric mean" if estimate.values else NOT_MEASURED  # a zero was measured
-        absent = tag("span", shown, class_="absent", title=reason)
-        return Cell(join([absent, *notes]), is_number=True), Cell("", is_number=True)
+        return Cell(join([tag("span", shown, class_="absent", title=reason), *notes]), is_number=True)
     if is_estimate:
         notes.insert(0, tag("small", "estimate", class_="tag estimate"))
-    mean = Cell(join([with_decimals(t_log.geometric_mean, decimals), *notes]), t_log.geometric_mean, is_number=True)
-    if t_log.ci_lower is None and bootstrap.ci_lower is None:
-        why = None if t_log.n_samples == 1 else t_log.warning or bootstrap.warning
-        return mean, Cell(tag("span", "no interval", class_="absent", title=why), is_number=True)
-    both = [
+    intervals = [
         tag("div", tag("span", kind, class_="kind"), Markup(" "), _interval(item.ci_lower, item.ci_upper, decimals))
         for kind, item in (("t", t_log), ("bootstrap", bootstrap))
     ]
-    if estimate.combined is not None and (combined := estimate.combined.value) is not None:
+    if t_log.ci_lower is None and bootstrap.ci_lower is None:
+        why = None if t_log.n_samples == 1 else t_log.warning or bootstrap.warning
+        intervals = [tag("div", tag("span", "no interval", class_="absent", title=why))]
+    elif estimate.combined is not None and (combined := estimate.combined.value) is not None:
         causes = ", ".join(f"{cause.replace('_', ' ')} {percent(share)}" for cause, share in combined.budget.items())
         title = f"{causes} (k = 1), times k = {combined.factor:.2f}"
         label = tag("span", "combined", class_="kind", title=title)
-        both.append(tag("div", label, Markup(" "), combined.text))
-    width = None if t_log.ci_lower is None or t_log.ci_upper is None else t_log.ci_upper - t_log.ci_lower
-    return mean, Cell(join(both), width, is_number=True)
+        intervals.append(tag("div", label, Markup(" "), combined.text))
+    mean = tag("b", with_decimals(t_log.geometric_mean, decimals))
+    return Cell(join([mean, *notes, *intervals]), t_log.geometric_mean, is_number=True)
 
 
 def _interval(low: float | None, high: float | None, decimals: int | None) -> str:
@@ -191,8 +190,32 @@ def table(
         tag("caption", caption, class_="unseen"),
         tag("thead", tag("tr", *heads)),
         tag("tbody", join(lines, "\n")),
-        class_="overview sortable" if order else None,
+        class_=("overview sortable " * bool(order) + _card_class(head)).strip() or None,
     )
+
+
+# On a narrow screen, the rows of a table of more columns than this become cards.
+_NARROW_COLUMNS = 2
+_HEADS = re.compile(r'<table class="[^"]*\b(k[0-9]+)">.*?<thead><tr>(.*?)</tr></thead>', re.DOTALL)
+_HEAD = re.compile(r"<th\b[^>]*>(.*?)</th>", re.DOTALL)
+
+
+def _card_class(head: Sequence[str]) -> str:
+    return f"cards k{zlib.crc32(repr(head).encode())}" if len(head) > _NARROW_COLUMNS else ""
+
+
+def card_labels(page: str) -> str:
+    """The style that names the cells of cards by the headings of their columns, once for equal tables."""
+    rules = {
+        f".{name} tbody tr>:nth-child({column})::before{{content:{_css_text(html.unescape(text))}}}": None
+        for name, heads in _HEADS.findall(page)
+        for column, text in enumerate(_HEAD.findall(heads), 1)
+    }
+    return "@media screen and (max-width:40rem){" + "".join(rules) + "}"
+
+
+def _css_text(text: str) -> str:
+    return '"' + "".join(it if it.isalnum() or it in " .,_-%" else f"\\{ord(it):x} " for it in text) + '"'
 
 
 # Values that differ by more than this factor are drawn on a logarithmic scale.
@@ -394,7 +417,7 @@ class Plot:
 
 
 def no_plot(identifier: str, heading: str, reason: str) -> Markup:
-    return tag("figure", tag("h3", heading), tag("p", reason, class_="absent"), id=identifier)
+    return tag("p", f"{heading}: {reason}", class_="absent", id=identifier)
 
 
 def legend(items: Iterable[tuple[Markup, str]], width: int = 14) -> Markup:

@@ -46,12 +46,12 @@ def environment_section(report: Report) -> Markup:
     return join([*parts, _options_changed(report.records)])
 
 
-def _listed(values: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(values))
-
-
 def _capital(label: str) -> str:
     return label[0].upper() + label[1:]
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
 
 
 def _fact(name: str, section: str = "environment") -> Callable[[Record], str]:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from lem.base.doc import Column
 from lem.base.reasons import Reason, alike
 from lem.base.units import format_latency, plural, some_of
 from lem.record import Gpu, Record
+from lem.results.axes import Key, settings_without_record
 from lem.results.bootstrap import bootstrap_coverage_label, coverage_notes
 from lem.results.compare import Comparison
 from lem.results.comparison import ratio_notes_of
@@ -64,7 +66,8 @@ def _findings(report: Report) -> Iterator[Markup]:
         text = same[0][0].text + ("; numbers differ" if len({reason for reason, _ in same}) > 1 else "")
         members = list({entry.number: entry for _, (entry, _) in same}.values())
         count, total = sum(n for _, (_, n) in same), sum(len(entry.configuration.records) for entry in members)
-        yield _finding("bad", "invalid", f"{text} ({count} of {plural(total, 'result')}: {_members(members, report)})")
+        whom = f"({count} of {plural(total, 'result')}: {_members(members, report)})"
+        yield _finding("bad", "invalid", report.unbroken(f"{text} {whom}"))
     for item in report.findings:
         if item.kind == "damaged":
             text = f"{plural(_n_damaged(report), 'result')} cannot be used and were left out; they are listed below"
@@ -76,7 +79,7 @@ def _findings(report: Report) -> Iterator[Markup]:
             members = sorted(entries, key=lambda entry: entry.number)
             concerned = f" ({_members(members, report)})" if members and len(report.entries) > 1 else ""
             kind, label = "bad" if item.is_weak else "warn", item.kind.replace("_", " ")
-            yield _finding(kind, label, f"{item.text}{concerned}", item.remedy)
+            yield _finding(kind, label, report.unbroken(f"{item.text}{concerned}"), item.remedy)
     if not report.has_energy and report.entries:
         reasons = dict.fromkeys(entry.configuration.estimate(ENERGY).null_reason or "" for entry in report.entries)
         why = "; ".join(filter(None, reasons)) or "no reason given"
@@ -120,7 +123,8 @@ _TALL_FROM = 40
 def results_section(report: Report) -> Markup:
     """The answer in a sentence, how far it goes, and the table of all configurations with what its numbers mean."""
     verdict = verdict_of(report)
-    answer = tag("div", tag("p", verdict.sentence, class_="verdict"), *paragraphs(verdict.remarks))
+    sentence = tag("p", report.unbroken(verdict.sentence), class_="verdict")
+    answer = tag("div", sentence, *(tag("p", report.unbroken(text)) for text in verdict.remarks))
     content = _overview(report, best=verdict.best)
     class_ = "scroll tall" if len(report.entries) > _TALL_FROM else "scroll"
     overview = scroller("Table of all configurations", content, class_)
@@ -134,19 +138,23 @@ def _overview(report: Report, *, best: int | None) -> Markup:
         for label, name in (("TTFT p50", "ttft_p50_s"), ("End-to-end p50", "e2e_p50_s"))
         if any(entry.configuration.estimate(name).values for entry in report.entries)
     ]
-    head = ["No.", "Configuration"]
+    entries = report.entries
+    known = _axes(entries)
+    head = ["No.", *(column.heading.replace("\n", "") for column in known)]
     for metric in report.metrics:
         note = report.estimate_note if metric is ENERGY else ""
-        head += [f"{metric.heading}{note}", "95 % intervals"]
+        head.append(f"{metric.heading}{note}")
         if metric is report.headline and report.comparison is not None:
             head.append(f"Ratio to {report.comparison.pairs[0].baseline.number}")
     head += [*(label for label, _ in latencies), "Cycles"]
     rows: list[Row] = []
-    for entry in report.entries:
-        row: list[Cell | str | int] = [entry.number, Cell(_name(entry))]
+    for index, entry in enumerate(entries):
+        first, *others = (column.cells[index] for column in known)
+        number = join([tag("i", class_=f"dot g{entry.group}"), str(entry.number)])
+        row: list[Cell | str | int] = [Cell(number, entry.number, is_number=True), Cell(_badged(first, entry)), *others]
         for metric, digits in decimals.items():
             is_estimated = entry.is_estimate and metric is ENERGY
-            row += plot.interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
+            row.append(plot.interval_cell(entry.configuration.estimate(metric), digits, is_estimate=is_estimated))
             if metric is report.headline and report.comparison is not None:
                 row.append(_ratio(entry, metric, report.comparison))
         for _, name in latencies:
@@ -155,7 +163,16 @@ def _overview(report: Report, *, best: int | None) -> Markup:
         rows.append([*row, entry.configuration.n_cycles])
     caption = f"Every configuration of {report.run.campaign_name}, sortable by each column"
     places = [place for place, entry in enumerate(report.entries) if entry.number == best]
-    return table(caption, head, rows, row_head=1, sorted_by=(0, "ascending"), best=places[0] if places else None)
+    return table(caption, head, rows, sorted_by=(0, "ascending"), best=places[0] if places else None)
+
+
+def _axes(entries: Sequence[Entry]) -> Sequence[Column]:
+    """What says which configuration a row is: the axes, as in the terminal, and names where these say more."""
+    measured = [entry.configuration.settings for entry in entries if entry.configuration.settings]
+    settings = [it.configuration.settings or settings_without_record(it.settings, measured) for it in entries]
+    names = Column("configuration", tuple(entry.label for entry in entries), is_text=True)
+    found = Key([str(entry.number) for entry in entries], settings, [entry.name for entry in entries]).columns
+    return [names if column.heading == names.heading else column for column in found or [names]]
 
 
 def _ratio(entry: Entry, metric: Metric, comparison: Comparison) -> Cell:
@@ -171,7 +188,8 @@ def _ratio(entry: Entry, metric: Metric, comparison: Comparison) -> Cell:
     return Cell(join([ratio, Markup(" "), tag("small", interval, title=title)]), row.effect.ratio, is_number=True)
 
 
-def _name(entry: Entry) -> Markup:
+def _badged(shown: str, entry: Entry) -> Markup:
+    """The first cell that says which configuration it is, and below it what weakens its numbers."""
     configuration = entry.configuration
     badges = [
         (configuration.n_failed, f"{configuration.n_failed} failed", "bad"),
@@ -180,10 +198,8 @@ def _name(entry: Entry) -> Markup:
         (any(record.validity.steady is False for record in entry.used), "not steady", "warn"),
         (len(configuration.warnings), plural(len(configuration.warnings), "warning"), "warn"),
     ]
-    shown = [tag("span", text, class_=f"tag {kind}") for is_there, text, kind in badges if is_there]
-    swatch = tag("i", class_=f"dot g{entry.group}")
-    name = tag("span", plot.breakable(entry.label), title=None if entry.label == entry.name else entry.name)
-    return join([swatch, name, tag("div", *shown) if shown else Markup()])
+    found = [tag("span", text, class_=f"tag {kind}") for is_there, text, kind in badges if is_there]
+    return join([tag("span", plot.breakable(shown), title=entry.name), tag("div", *found) if found else Markup()])
 
 
 def _explanations(report: Report) -> Iterator[str]:

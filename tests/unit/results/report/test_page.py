@@ -10,10 +10,12 @@ import pytest
 
 from lem.base.reasons import Reason
 from lem.record import Record
+from lem.results.axes import Key
 from lem.results.compare import compare_configurations
 from lem.results.comparison import headline_of
 from lem.results.report import render_report
 from lem.results.report.content import compose, verdict_of, workloads_of
+from lem.results.report.plot import card_labels
 from lem.results.run import make_run
 from lem.results.stopping import StoppingRule, parse_target
 from lem.results.store import Problem
@@ -210,3 +212,43 @@ def test_the_power_at_rest_is_the_one_that_net_energy_leaves_out() -> None:
     records = campaign(Configuration("small"))
     idle = dataclasses.replace(records[0].idle, idle_loaded_power_w=70.0, idle_net_power_w=75.0)
     assert "idle power 75 W" in text_of(page_of([dataclasses.replace(item, idle=idle) for item in records]))
+
+
+def _headings(table: str) -> list[str]:
+    return [re.sub("<[^>]+>", "", text) for text in re.findall("<th[^>]*>(.*?)</th>", table.partition("</thead>")[0])]
+
+
+def test_the_table_has_the_axes_of_the_terminal_as_columns() -> None:
+    grid = [
+        Configuration(f"{backend}-batch={size}", backend=backend, batch_size=size, failed_cycles=failed)
+        for backend, size, failed in (("vllm", 1, ()), ("vllm", 8, ()), ("pytorch", 1, ()), ("pytorch", 8, (0, 1, 2)))
+    ]
+    run = make_run(campaign(*grid))
+    page = render_report(compose(run))
+    overview = page[page.index('class="overview') :]
+    settings, names = zip(*((item.settings, item.name) for item in run.configurations), strict=True)
+    axes = [column.heading.replace("\n", "") for column in Key("1234", settings, names).columns]
+    assert axes == ["backend", "batch_size"]
+    assert _headings(overview)[:4] == ["No.", *axes, "Energy per output token, J"]
+
+
+@pytest.mark.parametrize("records", [small(), [make_record()], []])
+def test_no_heading_is_above_an_empty_section(records: list[Record]) -> None:
+    page = page_of(records)
+    sections = re.findall(r"<section\b.*?</section>", page, re.DOTALL)
+    empty = [text_of(it)[:60] for it in sections if not re.search("<(svg|table|ul)", it) and 'id="absent"' not in it]
+    assert empty == []
+    bare = re.findall(r'<h[23]\b[^>]*>[^<]*</h[23]><p[^>]*class="absent"', page.partition('id="absent"')[0])
+    assert bare == []
+    assert page.count("<li><a href=") == len(sections)
+
+
+def test_the_cells_of_cards_are_named_by_headings_that_cannot_leave_the_style() -> None:
+    page = page_of(campaign(Configuration("a", batch_size=1, options={"x": "</style><script>"})))
+    (style,) = re.findall("<style>(.*?)</style>", page, re.DOTALL)
+    names = re.findall(r'<table class="[^"]*\b(k[0-9]+)">', page)
+    assert len(names) > 3
+    assert all(f".{name} tbody tr>:nth-child(1)::before{{content:" in style for name in names)
+    hostile = card_labels('<table class="cards k1"><thead><tr><th>&lt;/style&gt;"}</th><th>ü</th></tr></thead>')
+    assert "<" not in hostile.partition("{")[2]
+    assert hostile.count('"') % 2 == 0
