@@ -6,15 +6,17 @@ import os
 import pty
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lem.cli.completion import commands_of
-from lem.cli.main import COMMANDS, make_parser
+from lem.cli.completion import answer
+from lem.cli.main import COMMANDS
 from tests.command_rig import run_lem
 
 TIMEOUT_S = 120
+ROOT = Path(__file__).resolve().parents[3]
 ENVIRON = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "TERM": "dumb"}
 
 
@@ -25,7 +27,11 @@ def scripts() -> dict[str, str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, scripts: dict[str, str]) -> Path:
-    """A working directory with a file and a folder in it, and the scripts beside it."""
+    """A working directory with a file and a folder in it, and the scripts and lem itself beside it."""
+    (tmp_path / "bin").mkdir()
+    own = tmp_path / "bin" / "lem"
+    own.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m lem "$@"\n', encoding="utf-8")
+    own.chmod(0o755)
     for shell, script in scripts.items():
         (tmp_path / f"lem.{shell}").write_text(script, encoding="utf-8")
     work = tmp_path / "work"
@@ -51,8 +57,12 @@ def in_fish(line: str, folder: Path) -> list[str]:
     return [found.partition("\t")[0] for found in said_by(["fish", "--no-config", "-c", code], folder)]
 
 
+def environ_of(folder: Path) -> dict[str, str]:
+    return {**ENVIRON, "PATH": f"{folder.parent / 'bin'}:{ENVIRON['PATH']}"}
+
+
 def said_by(command: list[str], folder: Path) -> list[str]:
-    environ = {**ENVIRON, "HOME": str(folder.parent)}
+    environ = {**environ_of(folder), "HOME": str(folder.parent)}
     ended = subprocess.run(
         command, cwd=folder, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
@@ -67,7 +77,7 @@ def in_zsh(line: str, folder: Path) -> str:
         "keep() { print -r -- $BUFFER > ../buffer; exit 0 }\nzle -N keep\nbindkey '^X' keep\n"
     )
     ours, theirs = pty.openpty()
-    environ = {**ENVIRON, "HOME": str(folder.parent), "ZDOTDIR": str(folder.parent)}
+    environ = {**environ_of(folder), "HOME": str(folder.parent), "ZDOTDIR": str(folder.parent)}
     os.write(ours, f"{line}\t\x18".encode())  # in order, whenever zsh gets to it
     child = subprocess.Popen(
         ["zsh", "-d", "-i"], cwd=folder, env=environ, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
@@ -84,15 +94,20 @@ def in_zsh(line: str, folder: Path) -> str:
     return (folder.parent / "buffer").read_text().rstrip("\n")
 
 
-def test_the_tree_holds_every_command_for_people_and_knows_values() -> None:
-    commands = {command.path: command for command in commands_of(make_parser())}
-    assert {path[0] for path in commands if path} == set(COMMANDS) - {"worker"}
-    assert {("results", "export"), ("config", "validate")} <= set(commands)
-    flags = {name: flag for flag in commands["campaign",].flags for name in flag.names}
-    executor = flags["--executor"].value
-    assert executor is not None
-    assert executor.choices == ("auto", "docker", "local")
-    assert (flags["--fresh"].value, flags["--set"].is_repeatable) == (None, True)
+def test_every_command_for_people_is_offered_and_flags_come_with_their_help() -> None:
+    kind, *lines = answer([""])
+    assert (kind, {line.partition("\t")[0] for line in lines}) == ("words", set(COMMANDS) - {"worker"})
+    assert [*answer(["results", "export", "--att"])] == [
+        "words",
+        "--attempts\tused: one row per experiment, its last valid attempt or else its last; all: one row per attempt",
+    ]
+
+
+def test_campaigns_with_results_are_offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "results" / "night").mkdir(parents=True)
+    for words in (["check", ""], ["compare", "n"], ["results", "show", "ni"], ["report", ""]):
+        assert [*answer(words)] == ["words", "night"]
 
 
 CASES = [
