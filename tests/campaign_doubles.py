@@ -195,7 +195,9 @@ def make_campaign(folder: Path, *, outputs: Sequence[int] = (4, 8), **changes: A
     """A campaign with a configuration for each bound on the output; `execution` are keywords of its section."""
     execution = {"cycles": 2, "config_gap_seconds": 0, "cycle_gap_seconds": 0, **changes.pop("execution", {})}
     shared = {"max_output_tokens": list(outputs), "gpus": [[]], **changes.pop("shared", {})}
-    folders = {name: str(folder / name.partition("_")[0]) for name in ("results_dir", "configs_dir", "state_dir")}
+    folders: dict[str, Any] = {
+        name: str(folder / name.partition("_")[0]) for name in ("results_dir", "configs_dir", "state_dir")
+    }
     return CampaignConfig(
         **{
             "campaign_name": "demo",

@@ -54,7 +54,7 @@ _WHAT = {
 }
 _RESULTS = {"io.results_dir": ("--results-dir", "-o", "results folder")}
 _COMPOSE = {
-    "io.compose_file": ("--compose-file", "compose file of the backends"),
+    "io.compose_file": ("--compose-file", "compose file of the backends; may be repeated"),
     "io.env_file": ("--env-file", "environment file for compose"),
 }
 

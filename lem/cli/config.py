@@ -17,7 +17,7 @@ from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig
 from lem.config.convert import convert
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import BoolKind, ChoiceKind, NumberKind, Path, Problem, dotted
+from lem.config.kinds import BoolKind, ChoiceKind, ListKind, NumberKind, Path, Problem, dotted
 from lem.config.load import Loaded, Source, complete_campaign, kind_of, load_campaign, load_experiment
 from lem.config.option import Section, find_option, is_secret, leaves, merge, nest
 from lem.config.schema import document_schema
@@ -76,6 +76,8 @@ def add_flags(parser: argparse._ActionsContainer, section: type[Section], flags:
             how = {"choices": item.choices}
         elif isinstance(kind, BoolKind):
             how = {"action": argparse.BooleanOptionalAction, "default": None}
+        elif isinstance(kind, ListKind):
+            how = {"action": "append", "metavar": metavar}
         parser.add_argument(*names, dest=key, help=text, **how)
 
 

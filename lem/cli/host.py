@@ -47,7 +47,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
         " says whether --executor local works."
     )
     add_repeated(parser, "--backend", "NAME", "backend that must be available")
-    parser.add_argument("--compose-file", metavar="FILE", help="compose file; separate several by colons")
+    add_repeated(parser, "--compose-file", "FILE", "compose file")
     parser.add_argument("--env-file", type=Path, metavar="FILE", help="environment file for compose")
     add_results_dir(parser)
     add_json(parser)
@@ -56,7 +56,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_doctor(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     """Exit code 2 if campaigns in containers cannot run on this host."""
-    host = Host(Path.cwd(), args.compose_file, args.env_file, tuple(args.backend), args.results_dir)
+    host = Host(Path.cwd(), tuple(args.compose_file), args.env_file, tuple(args.backend), args.results_dir)
     verdict = examine(host)
     if args.json:
         checks = [{"name": name, **asdict(item)} for name, item in verdict.findings.items()]

@@ -342,8 +342,8 @@ class CampaignIOConfig(Section):
     manifest_filename: str = option(
         MANIFEST_FILENAME, "Name of the manifest.", check=_check_file_name, form="a file name"
     )
-    compose_file: str | None = option(
-        None, "Compose file; null tries docker-compose.yml, docker/docker-compose.yml, the packaged one."
+    compose_file: tuple[str, ...] | None = option(
+        None, "Compose files, later ones override earlier ones; null takes those of docker compose.", takes_scalar=True
     )
     env_file: str | None = option(None, "File of environment variables for compose.")
 

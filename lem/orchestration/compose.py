@@ -7,7 +7,9 @@ import getpass
 import importlib.resources
 import itertools
 import json
+import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,23 +21,43 @@ from lem.base.durable import make_folder, reason_of
 from lem.base.errors import UserError
 from lem.base.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, MODEL_CACHE_VARIABLE
 from lem.config.experiment import ExperimentConfig
-from lem.orchestration.docker import ONE_SERVICE_EACH, PYZ_FOLDER, Compose, ContainerError, Docker, Service
+from lem.orchestration.docker import (
+    OVERRIDE_NAME,
+    PROFILES_VARIABLE,
+    PYZ_FOLDER,
+    Compose,
+    ContainerError,
+    Docker,
+    Service,
+)
 from lem.orchestration.packing import provide_pyz
+
+_logger = logging.getLogger(__name__)
 
 # Every image lets every user write here; the user's own home folder does not exist inside.
 CONTAINER_HOME = "/tmp"  # noqa: S108 - inside a container
 PACKAGED_NAME = "docker-compose.yml"
-OVERRIDE_NAME = "docker-compose.lem.yml"
-_TRIED = ("docker-compose.yml", "docker/docker-compose.yml")
+PACKAGED = Path("packaged:docker-compose.yml")  # in a list of files: the one in lem's package
 
-# Compose's own variables, which it ignores if there is a --file.
+# The names of Compose, in its order (compose-go, cli/options.go).
+_BASES = ("compose.yaml", "compose.yml", "docker-compose.yml", "docker-compose.yaml")
+_OVERRIDES = (
+    "compose.override.yml",
+    "compose.override.yaml",
+    "docker-compose.override.yml",
+    "docker-compose.override.yaml",
+)
+
+# Compose's own variables, which it takes from the environment, or else from a file of variables.
 _FILES_VARIABLE = "COMPOSE_FILE"
 _SEPARATOR_VARIABLE = "COMPOSE_PATH_SEPARATOR"
+PROJECT_VARIABLE = "COMPOSE_PROJECT_NAME"
+_IN_ENV_FILES = (_FILES_VARIABLE, _SEPARATOR_VARIABLE, PROFILES_VARIABLE, PROJECT_VARIABLE)
 
 # The first version in which an override can replace a list instead of extending it (the !override tag).
 _REPLACES_LISTS = (2, 24, 4)
-# A key for `devices: !override`, since JSON has no tags.
-_REPLACED = "devices!override"
+# The end of a key whose value has the tag `!override`, since JSON has no tags.
+_REPLACED = "!override"
 
 # Options that name a folder to write to.
 _WRITTEN = frozenset({"engine_cache_dir", "download_dir"})
@@ -50,28 +72,71 @@ def packaged_compose_file() -> str:
     return source.read_text(encoding="utf-8")
 
 
-def find_compose_files(
-    named: str | os.PathLike[str] | None, folder: Path, environ: Mapping[str, str] = os.environ
-) -> tuple[Path, ...]:
-    """The files named, else those of COMPOSE_FILE, else docker-compose.yml here or in docker/, or () (packaged).
+FileNames = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
-    Several are separated as in COMPOSE_FILE. ContainerError of kind `compose_file` if one that is named is missing.
+
+def find_compose_files(named: FileNames, folder: Path, environ: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
+    """The files named, else those of COMPOSE_FILE, else those that Compose would find, else the packaged one.
+
+    One name may be several, separated as in COMPOSE_FILE. ContainerError of kind `compose_file` if one is missing.
     """
-    text = os.fspath(named) if named is not None else environ.get(_FILES_VARIABLE, "")
-    if not text:
-        return tuple((folder / name).absolute() for name in _TRIED if (folder / name).is_file())[:1]
+    listed = (named,) if isinstance(named, (str, os.PathLike)) else named or ()
+    names = [os.fspath(item) for item in listed] or list(filter(None, [environ.get(_FILES_VARIABLE)]))
+    if not names:
+        return _usual_files(folder)
     separator = environ.get(_SEPARATOR_VARIABLE) or os.pathsep
-    paths = [folder / text] if (folder / text).is_file() else [folder / part for part in text.split(separator)]
-    for path in paths:
+    parts = [part for text in names for part in ([text] if (folder / text).is_file() else text.split(separator))]
+    for path in (folder / part for part in parts):
         if not path.is_file():
-            message = f"{path}: no such compose file" + ("" if named is not None else f" ({_FILES_VARIABLE} names it)")
+            message = f"{path}: no such compose file" + ("" if listed else f" ({_FILES_VARIABLE} names it)")
             hint = "`lem compose > docker-compose.yml` writes one that works"
             raise ContainerError(message, hint, kind="compose_file")
-    return tuple(path.absolute() for path in paths)
+    return tuple((folder / part).absolute() for part in parts)
+
+
+def _usual_files(folder: Path) -> tuple[Path, ...]:
+    """A compose file and its override, as Compose finds them, in `folder`, its folder docker, or a parent.
+
+    An override in `folder` without a file beside it overrides the one in docker, or else the packaged one.
+    """
+    folder = folder.absolute()
+    lone = _first_of(folder, _OVERRIDES)
+    for place in (folder, folder / "docker", *folder.parents):
+        if base := _first_of(place, _BASES):
+            return base + (_first_of(place, _OVERRIDES) or (lone if place.parent == folder else ()))
+    return (PACKAGED, *lone)
+
+
+def _first_of(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    return tuple(folder / name for name in names if (folder / name).is_file())[:1]
+
+
+def compose_variables(
+    named: FileNames, env_file: Path | None, folder: Path, environ: Mapping[str, str]
+) -> dict[str, str]:
+    """An environment with the variables of Compose that it takes from files: --env-file, else .env.
+
+    ContainerError of kind `compose_file` if one has a value that contains another variable.
+    """
+    first = find_compose_files(named, folder, environ)[:1] if named else ()
+    is_off = environ.get("COMPOSE_DISABLE_ENV_FILE", "").lower() in ("1", "true")
+    usual = [] if is_off else [first[0].parent / ".env" if first else folder / ".env"]
+    listed = [folder / name for name in environ.get("COMPOSE_ENV_FILES", "").split(",") if name]
+    found: dict[str, str] = {}
+    for path in [env_file] if env_file else listed or usual:
+        with contextlib.suppress(OSError):  # Compose reports a named file that is missing
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                name, _, value = line.strip().removeprefix("export ").partition("=")
+                if name.strip() in _IN_ENV_FILES:
+                    found[name.strip()] = value.partition(" #")[0].strip().strip("\"'")
+    if using := [name for name, value in found.items() if "$" in value and name not in environ]:
+        message = f"a file of variables sets {using[0]} to {found[using[0]]}, which lem does not expand"
+        raise ContainerError(message, f"write its value in full, or export {using[0]}", kind="compose_file")
+    return {**found, **environ}
 
 
 def describe_files(paths: Sequence[Path]) -> str:
-    return ", ".join(map(str, paths)) or "the compose file in lem's package"
+    return ", ".join("the compose file in lem's package" if path == PACKAGED else str(path) for path in paths)
 
 
 @dataclass(frozen=True)
@@ -158,7 +223,7 @@ class ComposeProject:
     """A compose project; nothing is read or started before a method is called."""
 
     name: str
-    files: tuple[Path, ...]  # absolute, later ones override earlier ones; () is the packaged one
+    files: tuple[Path, ...]  # absolute, or PACKAGED; later ones override earlier ones
     state_folder: Path  # for the override, and the packaged compose file if that is used
     working_dir: Path  # where relative paths start, on this machine and inside
     results_dir: Path  # writable for every service
@@ -175,50 +240,53 @@ class ComposeProject:
 
         ContainerError: engine, plugin, compose file, service or image missing. UserError: a folder cannot be written.
         """
-        memory_b = Docker(self.environ).info().get("MemTotal")
+        engine = Docker(self.environ).info()
         pyz = provide_pyz(self.environ)
         for folder in (self.state_folder, self.results_dir):
             _make_folder(folder)  # as the user's own: the engine would make it root's
-        base = self.as_written(pyz, round(_MEMORY_SHARE * memory_b) if isinstance(memory_b, int) else 0)
-        version, services = base.compose_version(), base.services
-        if missing := [name for name in names if name not in services]:
-            known = ", ".join(services) or "none"
-            message = f"{describe_files(self.files)} has no service {', '.join(missing)}; it has {known}"
-            raise ContainerError(message, ONE_SERVICE_EACH, kind="service")
+        base = self.as_written(pyz, engine)
+        version, base = base.compose_version(), base.with_services(names)
+        if others := [item for item, is_own in base.containers().items() if not is_own]:
+            message = f"project {self.name} has containers that lem did not start: {', '.join(others)}"
+            hint = f"set {PROJECT_VARIABLE} to another name: a campaign removes the containers of its project"
+            raise ContainerError(message, hint, kind="project")
+        if engine.get("MemoryLimit") is False:
+            _logger.warning("the Docker engine cannot limit memory, so limits in compose files have no effect")
         # The folder of models that the packaged file mounts; if it cannot be made, Compose reports that where needed.
         with contextlib.suppress(OSError):
             cache = Path(base.env.get(MODEL_CACHE_VARIABLE) or "~/.cache/huggingface")
             cache.expanduser().mkdir(parents=True, exist_ok=True)
-        overrides = {name: self._service_override(name, pyz, version) for name in names}
-        override = self._write(OVERRIDE_NAME, _override_text(overrides))
-        prepared = replace(base, files=(*base.files, override), pyz=PYZ_FOLDER / pyz.name)
+        overrides = {name: self._service_override(name, pyz, version, engine) for name in names}
+        text = _override_text({"services": overrides, "volumes": _existing_volumes(base, version)})
+        prepared = replace(base, files=(*base.files, self._write(OVERRIDE_NAME, text)), pyz=PYZ_FOLDER / pyz.name)
         services = prepared.services  # Compose refuses an invalid combination here, before anything is started
         prepared.images.update(_image_ids(prepared, [services[name] for name in names]))
         return prepared
 
-    def as_written(self, pyz: Path | None, memory_b: int = 0) -> Compose:
-        variables = self._variables(pyz)
-        if memory_b:
-            variables["LEM_HOST_MEMORY"] = str(memory_b)
-        if self.files:
-            return self._compose(self.files, self.directory, variables)
-        # In the packaged file, relative paths and a file called .env belong to the user's folder.
-        return self._compose((self._write(PACKAGED_NAME, packaged_compose_file()),), self.working_dir, variables)
+    def as_written(self, pyz: Path | None, engine: Mapping[str, Any]) -> Compose:
+        variables = self._variables(pyz, engine)
+        if PACKAGED in self.files:
+            self._write(PACKAGED_NAME, packaged_compose_file())
+        return self._compose(self._paths(), variables)
 
-    def described(self) -> Mapping[str, Service]:
-        """The services of the files; nothing stays on disk; ContainerError for invalid files or no docker command."""
+    def described(self, names: Sequence[str]) -> Mapping[str, Service]:
+        """The services of the files; nothing stays on disk; ContainerError as for `prepare`, or no docker command."""
         with durable.scratch_folder(Path(tempfile.gettempdir())) as scratch:
-            return replace(self, state_folder=scratch).as_written(None).services
+            return replace(self, state_folder=scratch).as_written(None, {}).with_services(names).services
 
     def existing(self) -> Compose:
         """The project as an earlier start left it, to check it and take it down."""
-        files = self.files or (self.state_folder / PACKAGED_NAME,)
         # Without any file Compose finds the containers by the name of the project.
-        found = tuple(path for path in (*files, self.state_folder / OVERRIDE_NAME) if path.is_file())
-        return self._compose(found, self.directory, self._variables(None))
+        found = tuple(path for path in (*self._paths(), self.state_folder / OVERRIDE_NAME) if path.is_file())
+        return self._compose(found, self._variables(None, {}))
 
-    def _compose(self, files: tuple[Path, ...], folder: Path | None, variables: Mapping[str, str]) -> Compose:
-        return Compose(variables, self.name, files, folder, self.env_file)
+    def _paths(self) -> tuple[Path, ...]:
+        return tuple(self.state_folder / PACKAGED_NAME if path == PACKAGED else path for path in self.files)
+
+    def _compose(self, files: tuple[Path, ...], variables: Mapping[str, str]) -> Compose:
+        # For the packaged file, relative paths and a file called .env belong to the user's folder.
+        folder = self.working_dir if PACKAGED in self.files else self.directory
+        return Compose(variables, self.name, files, folder, self.env_file, label=describe_files(self.files))
 
     def _write(self, name: str, text: str) -> Path:
         path = self.state_folder / name
@@ -228,9 +296,12 @@ class ComposeProject:
             raise UserError(f"cannot write {path}: {reason_of(error)}") from error
         return path
 
-    def _variables(self, pyz: Path | None) -> dict[str, str]:
+    def _variables(self, pyz: Path | None, engine: Mapping[str, Any]) -> dict[str, str]:
         """The environment of `docker`: this one, and the variables of docker/docker-compose.yml."""
-        own = {"LEM_RESULTS_DIR": self.results_dir, "LEM_UID": os.getuid(), "LEM_GID": os.getgid()}
+        uid, gid = _user_inside(engine)
+        own = {"LEM_RESULTS_DIR": self.results_dir, "LEM_UID": uid, "LEM_GID": gid}
+        if isinstance(memory_b := engine.get("MemTotal"), int):
+            own["LEM_HOST_MEMORY"] = round(_MEMORY_SHARE * memory_b)
         own |= {} if pyz is None else {"LEM_PYZ_DIR": pyz.parent}
         found = {**self.environ, "DOCKER_CLI_HINTS": "false", **{name: str(value) for name, value in own.items()}}
         if gpus := sorted({uuid for uuids in self.gpus_of.values() for uuid in uuids}):
@@ -239,7 +310,9 @@ class ComposeProject:
             found[MODEL_CACHE_VARIABLE] = str(Path(cache).expanduser().absolute())
         return found
 
-    def _service_override(self, name: str, pyz: Path, version: tuple[int, ...]) -> dict[str, Any]:
+    def _service_override(
+        self, name: str, pyz: Path, version: tuple[int, ...], engine: Mapping[str, Any]
+    ) -> dict[str, Any]:
         user = _user_name()
         environment = {"HOME": CONTAINER_HOME, "USER": user, "LOGNAME": user}
         mounts = [Mount(pyz.parent, str(PYZ_FOLDER)), Mount.in_place(self.results_dir, is_read_only=False)]
@@ -249,24 +322,48 @@ class ComposeProject:
             environment[DATASETS_VARIABLE] = str(folder)
             mounts.append(Mount.in_place(folder))
         found: dict[str, Any] = {
-            "user": f"{os.getuid()}:{os.getgid()}",
+            "user": ":".join(map(str, _user_inside(engine))),
             "working_dir": str(self.working_dir),
             "pull_policy": "never",
             "environment": environment,
             "volumes": [mount.to_compose() for mount in without_nested(mounts)],
         }
+        if _has_security_option(engine, "userns"):  # else no user inside could write to the results folder
+            found["userns_mode"] = "host"
         gpus = self.gpus_of.get(name)
         # In older versions only LEM_GPU_IDS, which the packaged file uses, selects GPUs.
         if gpus is not None and version >= _REPLACES_LISTS:
             device = {"driver": "nvidia", "device_ids": list(gpus), "capabilities": ["gpu"]}
-            found["deploy"] = {"resources": {"reservations": {_REPLACED: [device] if gpus else []}}}
+            found["deploy"] = {"resources": {"reservations": {f"devices{_REPLACED}": [device] if gpus else []}}}
         return found
 
 
-def _override_text(services: Mapping[str, Any]) -> str:
-    text = json.dumps({"services": services}, indent=2, ensure_ascii=False)
+def _has_security_option(engine: Mapping[str, Any], name: str) -> bool:
+    return any(f"name={name}" in str(item).split(",") for item in engine.get("SecurityOptions") or ())
+
+
+def _user_inside(engine: Mapping[str, Any]) -> tuple[int, int]:
+    """Who owns this user's files in a container: root, if the engine itself runs without root's rights."""
+    return (0, 0) if _has_security_option(engine, "rootless") else (os.getuid(), os.getgid())
+
+
+def _existing_volumes(compose: Compose, version: tuple[int, ...]) -> dict[str, Any]:
+    """Named volumes that the user's own project already has: those of lem's project would be new and empty."""
+    if not compose.volumes:
+        return {}
+    own = replace(compose, project="").volumes
+    tag = _REPLACED if version >= _REPLACES_LISTS else ""
+    return {
+        f"{key}{tag}": {"name": own[key], "external": True}
+        for key, name in compose.volumes.items()
+        if own[key] != name and compose.call("volume", "inspect", own[key]).code == 0
+    }
+
+
+def _override_text(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, indent=2, ensure_ascii=False)
     # JSON is YAML, except that a dollar sign would begin a variable.
-    text = text.replace("$", "$$").replace(f'"{_REPLACED}": ', '"devices": !override ')
+    text = re.sub(rf'{_REPLACED}": ', '": !override ', text.replace("$", "$$"))
     return f"# Written by lem at every start of a campaign; it overrides the compose file.\n{text}\n"
 
 

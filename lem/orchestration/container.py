@@ -24,7 +24,7 @@ from lem.base.units import some_of
 from lem.base.variables import MARK_VARIABLE, cache_folder
 from lem.config.campaign_config import slug_of
 from lem.meters.nvml import GpuReading, GpuState
-from lem.orchestration.compose import ComposeProject, Mount, find_compose_files
+from lem.orchestration.compose import ComposeProject, FileNames, Mount, find_compose_files
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.docker import Compose, ContainerError, ContainerState, describe, explain
 from lem.orchestration.packing import provide_pyz
@@ -113,7 +113,7 @@ class ContainerManager:
 
     def __init__(
         self,
-        compose_file: str | os.PathLike[str] | None = "docker-compose.yml",
+        compose_file: FileNames = "docker-compose.yml",
         project_dir: str | os.PathLike[str] | None = None,
         *,
         project: ComposeProject | None = None,
@@ -122,7 +122,7 @@ class ContainerManager:
         """Set it up.
 
         Args:
-            compose_file: the file, or several separated by colons; None searches for one.
+            compose_file: the file, or several, in a sequence or separated by colons; None searches as Compose does.
             project_dir: where relative paths start; None is the working directory.
             project: replaces all of these, if more than a file has to be described.
         """
@@ -377,7 +377,7 @@ class ContainerManager:
         return status
 
     def teardown(self, timeout: float = 30) -> None:
-        """Stop and remove the containers and the network of the project, if there are any.
+        """Stop and remove the containers and the network of the project, if there are any, but none that is not lem's.
 
         Args:
             timeout: seconds for a container to stop by itself.
@@ -385,7 +385,11 @@ class ContainerManager:
         words = ("down", "--remove-orphans", "--timeout", str(max(0, round(timeout))))
         try:
             doing = f"taking down project {self.project.name}"
-            self.compose.must(*words, doing=doing, timeout_s=timeout + UP_TIMEOUT_S)
+            found = self.compose.containers()
+            if all(found.values()):
+                self.compose.must(*words, doing=doing, timeout_s=timeout + UP_TIMEOUT_S)
+            elif own := [name for name, is_own in found.items() if is_own]:
+                self.compose.call("rm", "--force", "--volumes", *own, timeout_s=timeout + UP_TIMEOUT_S)
         except UserError as error:
             _logger.warning("containers may still exist: %s", error.message)
 

@@ -6,11 +6,12 @@ import functools
 import json
 import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from lem.base import process
 from lem.base.codec import decode, decode_hint
@@ -21,6 +22,8 @@ from lem.orchestration.packing import PYZ_NAME
 CALL_TIMEOUT_S = 30.0
 OLDEST_COMPOSE = (2, 17)
 PYZ_FOLDER = PurePosixPath("/opt/lem")  # in every container
+OVERRIDE_NAME = "docker-compose.lem.yml"  # the last file of each project that lem starts
+PROFILES_VARIABLE = "COMPOSE_PROFILES"
 _QUOTED_WIDTH = 400  # characters of the client's output in a message
 _INSTALL_COMPOSE = "install Docker Compose 2.17 or newer: apt-get install docker-compose-plugin, or docker-compose-v2"
 
@@ -28,7 +31,10 @@ INSTALL_TOOLKIT = (
     "install the NVIDIA Container Toolkit, then: nvidia-ctk runtime configure --runtime=docker and restart"
 )
 CPU_OVERRIDE = "add docker/docker-compose.cpu.yml as the last compose file"
-ONE_SERVICE_EACH = "each backend runs in the service of its name; `lem compose` prints a file with all of them"
+ONE_SERVICE_EACH = (
+    "each backend runs in the service of its name; for lem's own file: `lem compose > lem-compose.yml`, then"
+    " --compose-file lem-compose.yml"
+)
 
 # Kind, pattern in stderr, message, remedy; the first match counts. Texts of Docker 20.10 to 29 and Compose 2.17 to 5.
 _FAILURES = (
@@ -43,6 +49,12 @@ _FAILURES = (
         r"permission denied while trying to connect to the (Docker daemon socket|docker API)",
         "this user has no access to the Docker engine",
         "usermod -aG docker USER and log in again (that is as good as root), or use rootless Docker",
+    ),
+    (
+        "context",
+        r"context \".*\": context not found|unable to resolve docker endpoint",
+        "the Docker context cannot be used",
+        "`docker context ls` lists them; unset DOCKER_CONTEXT, or `docker context use default`",
     ),
     (
         "daemon",
@@ -73,6 +85,18 @@ _FAILURES = (
         r"bind source path does not exist|invalid mount config",
         "a folder to mount does not exist",
         "create it, or change the variable of the compose file that names it",
+    ),
+    (
+        "limits",
+        r"can't set distinct values on",
+        "an overlay sets a limit in another form than the file that it extends",
+        "set it in the same form, such as deploy: {resources: {limits: {memory: 3g}}}",
+    ),
+    (
+        "project",
+        r"invalid project name",
+        "Compose refuses the name of the project",
+        "set COMPOSE_PROJECT_NAME to lowercase letters, digits, hyphens and underscores",
     ),
     ("disk", r"no space left on device", "the disk of the Docker engine is full", "docker system prune"),
     ("service", r"no such service", "the compose file has no such service", ONE_SERVICE_EACH),
@@ -126,7 +150,8 @@ class Docker:
             raise ContainerError(message, hint, kind="docker") from error
 
     def info(self) -> Mapping[str, Any]:
-        """`docker info`; ContainerError if the engine does not answer."""
+        """`docker info`; ContainerError if the engine does not answer, or is on another machine."""
+        self._check_is_here()
         finished = self.call("info", "--format", "{{json .}}")
         try:
             found = json.loads(finished.stdout)
@@ -136,6 +161,17 @@ class Docker:
         if finished.code != 0 or not isinstance(found, dict) or not found.get("ServerVersion"):
             raise explain(finished, "looking for the Docker engine", otherwise="daemon")
         return found
+
+    def _check_is_here(self) -> None:
+        """ContainerError if the context or DOCKER_HOST names another machine, which has none of this one's folders."""
+        finished = self.call("context", "inspect", "--format", "{{.Name}} {{.Endpoints.docker.Host}}")
+        name, _, endpoint = finished.stdout.strip().partition(" ")
+        host = urlsplit(endpoint).hostname or "localhost"
+        if finished.code == 0 and host not in ("localhost", "::1") and not host.startswith("127."):
+            source = "DOCKER_HOST" if self.env.get("DOCKER_HOST") else f"Docker context {name}"
+            message = f"the Docker engine is on another machine: {endpoint} ({source})"
+            hint = "run lem there, or here: unset DOCKER_HOST and DOCKER_CONTEXT, and `docker context use default`"
+            raise ContainerError(message, hint, kind="remote")
 
     def compose_version(self) -> tuple[int, ...]:
         """The version of the Compose plugin; ContainerError of kind `compose` if it is missing or too old."""
@@ -217,16 +253,18 @@ class Service:
     name: str
     image: str | None  # None: it is built, without a name
     has_gpu: bool  # a GPU is reserved for it
+    profiles: tuple[str, ...] = ()  # one of which has to be enabled
 
 
 @dataclass(frozen=True)
 class Compose(Docker):
     """`docker compose` for one project; `call` is still plain `docker`, `must` and `arguments` are of Compose."""
 
-    project: str
+    project: str  # "": as Compose names it
     files: tuple[Path, ...]  # later ones override earlier ones
     folder: Path | None = None  # project directory, if it is not the folder of the first file
     env_file: Path | None = None
+    label: str = ""  # the files, in words
     pyz: PurePosixPath = PYZ_FOLDER / PYZ_NAME  # in every container
     images: dict[str, str] = field(default_factory=dict)  # ids by service, of those that were prepared
 
@@ -237,7 +275,8 @@ class Compose(Docker):
             options += ["--project-directory", str(self.folder)]
         if self.env_file is not None:
             options += ["--env-file", str(self.env_file)]
-        return ("compose", "--project-name", self.project, *options, *words)
+        name = ("--project-name", self.project) if self.project else ()
+        return ("compose", *name, *options, *words)
 
     def must(self, *words: str, doing: str, timeout_s: float = CALL_TIMEOUT_S) -> str:
         """The output of a call that has to succeed; ContainerError if it does not."""
@@ -247,21 +286,59 @@ class Compose(Docker):
         return finished.stdout
 
     @functools.cached_property
-    def services(self) -> Mapping[str, Service]:
-        """The services of the compose files; ContainerError of kind `compose_file` if those are not valid."""
+    def _content(self) -> tuple[Mapping[str, Service], Mapping[str, str]]:
         finished = self.call(*self.arguments("config", "--format", "json"))
         if finished.code != 0:
-            error = explain(finished, f"reading {', '.join(map(str, self.files))}", otherwise="compose_file")
+            error = explain(finished, f"reading {self.label}", otherwise="compose_file")
             if error.kind == "compose_file":
                 error.hint = "correct the file; `lem compose` prints one that works"
             raise error
         try:
             project = decode_hint(Mapping[str, Any], json.loads(finished.stdout), "project")
             services = decode_hint(Mapping[str, Mapping[str, Any]], project.get("services"), "services")
-            images = {name: decode_hint(str | None, item.get("image"), "image") for name, item in services.items()}
-            return {name: Service(name, images[name], _has_gpu(item)) for name, item in services.items()}
+            volumes = decode_hint(Mapping[str, Mapping[str, Any]] | None, project.get("volumes"), "volumes") or {}
+            return {name: _service(name, item) for name, item in services.items()}, {
+                key: str(item.get("name", key)) for key, item in volumes.items() if not item.get("external")
+            }
         except ValueError as error:
             raise _unexpected("config", "project", finished.stdout) from error
+
+    @property
+    def services(self) -> Mapping[str, Service]:
+        """The services of the compose files; ContainerError of kind `compose_file` if those are not valid."""
+        return self._content[0]
+
+    @property
+    def volumes(self) -> Mapping[str, str]:
+        """The names of volumes, by their keys in the compose files, without those that are external."""
+        return self._content[1]
+
+    def with_services(self, names: Sequence[str]) -> Compose:
+        """The same with the profiles of these services enabled, as Compose does for services that a command names.
+
+        ContainerError if one is missing.
+        """
+        if all(name in self.services for name in names):
+            return self
+        everything = replace(self, env={**self.env, PROFILES_VARIABLE: "*"}).services
+        if missing := [name for name in names if name not in everything]:
+            message = f"{self.label} has no service {', '.join(missing)}; it has {', '.join(everything) or 'none'}"
+            raise ContainerError(message, ONE_SERVICE_EACH, kind="service")
+        profiles = [self.env.get(PROFILES_VARIABLE, "")]
+        for name in names:
+            if name not in self.services:
+                profiles += everything[name].profiles
+        return replace(self, env={**self.env, PROFILES_VARIABLE: ",".join(filter(None, profiles))})
+
+    def containers(self) -> dict[str, bool]:
+        """The names of the project's containers, running or not, and whether each is lem's: has its override."""
+        label = "com.docker.compose.project"
+        form = f'{{{{.Names}}}} {{{{.Label "{label}.config_files"}}}}'
+        finished = self.call("ps", "--all", "--filter", f"label={label}={self.project}", "--format", form)
+        if finished.code != 0:
+            raise explain(finished, f"listing the containers of project {self.project}")
+        lines = [line.split(" ", 1) for line in finished.stdout.splitlines() if line]
+        return {name: "".join(files).endswith(OVERRIDE_NAME) for name, *files in lines}
 
     def states(self) -> dict[str, ContainerState]:
         """The containers, running or not, by service."""
@@ -291,6 +368,12 @@ def _decode_state(item: Any) -> ContainerState:
         "exit_code": int(exit_code) if isinstance(exit_code, str) else exit_code,
     }
     return decode(ContainerState, fields, "container")
+
+
+def _service(name: str, item: Mapping[str, Any]) -> Service:
+    image = decode_hint(str | None, item.get("image"), "image")
+    profiles = decode_hint(tuple[str, ...] | None, item.get("profiles"), "profiles")
+    return Service(name, image, _has_gpu(item), profiles or ())
 
 
 def _has_gpu(service: Mapping[str, Any]) -> bool:

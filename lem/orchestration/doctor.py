@@ -20,7 +20,7 @@ from lem.meters.capabilities import Capabilities, CpuCapability, find_capabiliti
 from lem.meters.nvml import GpuReading, open_nvml, read_gpus
 from lem.meters.rapl import POWERCAP
 from lem.meters.usage import HERE, Limits, Roots, watch_machine
-from lem.orchestration.compose import ComposeProject, describe_files, find_compose_files
+from lem.orchestration.compose import ComposeProject, compose_variables, describe_files, find_compose_files
 from lem.orchestration.docker import CPU_OVERRIDE, INSTALL_TOOLKIT, ContainerError, Docker, Service
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
@@ -65,7 +65,7 @@ class Host:
     """This machine, and what a campaign would use of it; each fact is looked up once."""
 
     folder: Path  # where relative paths start
-    compose_file: str | None = None
+    compose_files: tuple[str, ...] = ()
     env_file: Path | None = None
     backends: tuple[str, ...] = ()  # that the campaign needs; () for any one of the compose file's
     results_dir: Path = Path("results")
@@ -96,11 +96,8 @@ class Host:
             working_dir=self.folder,
             results_dir=self.folder / self.results_dir,
             env_file=self.env_file,
-            environ=self.environ,
-        ).described()
-        if missing := [name for name in self.backends if name not in services]:
-            message = f"{describe_files(self.files)} has no service {', '.join(missing)}"
-            raise ContainerError(message, "see lem compose", kind="service")
+            environ=self._variables,
+        ).described(self.backends)
         return tuple(services[name] for name in self.backends or services)
 
     @functools.cached_property
@@ -120,7 +117,11 @@ class Host:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return find_compose_files(self.compose_file, self.folder, self.environ)
+        return find_compose_files(self.compose_files, self.folder, self._variables)
+
+    @property
+    def _variables(self) -> Mapping[str, str]:
+        return compose_variables(self.compose_files, self.env_file, self.folder, self.environ)
 
 
 def examine(host: Host, names: Collection[str] | None = None) -> Verdict:

@@ -20,7 +20,14 @@ from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
 from lem.meters.machine import GpuFacts, named_gpus, visible_gpus
 from lem.meters.nvml import GpuReading, find_gpus
 from lem.orchestration import dispatch
-from lem.orchestration.compose import ComposeProject, describe_files, find_compose_files, local_mounts
+from lem.orchestration.compose import (
+    PROJECT_VARIABLE,
+    ComposeProject,
+    compose_variables,
+    describe_files,
+    find_compose_files,
+    local_mounts,
+)
 from lem.orchestration.container import ContainerManager, gpu_loss
 from lem.orchestration.dispatch import Outcome
 from lem.orchestration.docker import ContainerError, Docker, describe
@@ -346,7 +353,7 @@ def _warn_of_container_options(campaign: CampaignConfig) -> None:
 
 def _images(project: ComposeProject, backends: Sequence[str]) -> str:
     try:
-        services = project.described()
+        services = project.described(backends)
     except ContainerError as error:
         return f"images unknown: {error.message}"
     return "images " + ", ".join(f"{services[name].image or 'none'} ({name})" for name in backends if name in services)
@@ -373,14 +380,16 @@ def docker_executor(
 def campaign_project(campaign: CampaignConfig, folder: Path, environ: Mapping[str, str]) -> ComposeProject:
     """The compose project of a campaign; `folder` is where relative paths start."""
     io = campaign.io
+    env_file = None if io.env_file is None else (folder / io.env_file).absolute()
+    environ = compose_variables(io.compose_file, env_file, folder, environ)
     return ComposeProject(
         # Not the slug alone: the user may have a project of that name, which would be taken down with ours.
-        name=f"lem-{campaign.slug}",
+        name=environ.get(PROJECT_VARIABLE) or f"lem-{campaign.slug}",
         files=find_compose_files(io.compose_file, folder, environ),
         state_folder=(folder / io.state_dir / campaign.slug).absolute(),
         working_dir=folder.absolute(),
         results_dir=(folder / io.results_dir).absolute(),
-        env_file=None if io.env_file is None else (folder / io.env_file).absolute(),
+        env_file=env_file,
         environ=environ,
     )
 

@@ -133,7 +133,7 @@ def foresee(plan: Plan, executor: str, python: str | None) -> list[Problem]:
     backends = tuple(dict.fromkeys(item.backend for item in plan.experiments))
     if executor == "docker":
         env_file = None if io.env_file is None else Path(io.env_file).absolute()
-        host = doctor.Host(Path.cwd(), io.compose_file, env_file, backends)
+        host = doctor.Host(Path.cwd(), io.compose_file or (), env_file, backends)
         for item in doctor.examine(host, _OF_CONTAINERS).findings.values():
             if item.status == doctor.FAILED:
                 found.add(item.message, item.remedy)

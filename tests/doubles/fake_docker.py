@@ -116,7 +116,8 @@ class Command:
             if self.state["compose"] is None:
                 raise Refused(NO_PLUGIN)
             return self.compose(words[1:])
-        self.need_engine()
+        if words[0] != "context":
+            self.need_engine()
         return int(getattr(self, words[0])(words[1:]) or 0)
 
     def need_engine(self) -> None:
@@ -127,7 +128,23 @@ class Command:
 
     def info(self, words: list[str]) -> None:
         found = {"ServerVersion": "20.10.24", "Runtimes": self.state.get("runtimes", {"runc": {}})}
-        print(json.dumps({**found, "DockerRootDir": str(self.fake.folder), "MemTotal": 10**11}))
+        print(json.dumps({**found, "DockerRootDir": str(self.fake.folder), "MemTotal": 10**11, **self.traits()}))
+
+    def traits(self) -> dict[str, Any]:
+        return {"SecurityOptions": self.state.get("security"), "MemoryLimit": self.state.get("limits_memory", True)}
+
+    def context(self, words: list[str]) -> None:
+        print("default", self.state.get("endpoint", "unix:///var/run/docker.sock"))
+
+    def ps(self, words: list[str]) -> None:
+        print(*self.state.get("others", []), sep="\n")
+
+    def rm(self, words: list[str]) -> None:
+        self.fake.change(containers={})
+
+    def volume(self, words: list[str]) -> None:
+        if words[-1] not in self.state.get("volumes", []):
+            raise Refused(f"Error response from daemon: get {words[-1]}: no such volume")
 
     def image(self, words: list[str]) -> None:
         if words[-1] not in self.state["images"]:
@@ -159,7 +176,18 @@ class Command:
         return int(getattr(self, f"compose_{name}")([word for word in rest if word != "--"]) or 0)
 
     def compose_config(self, words: list[str]) -> None:
-        print(json.dumps({"name": "p", "services": self.state["services"]}, indent=2))
+        enabled = set(os.environ.get("COMPOSE_PROFILES", "").split(","))
+        services = self.state["services"]
+        if isinstance(services, dict):
+            off = {name for name, item in services.items() if item and item.get("profiles")}
+            off = {name for name in off if not enabled & {"*", *services[name]["profiles"]}}
+            services = {name: item for name, item in services.items() if name not in off}
+        print(json.dumps({"name": "p", "services": services, "volumes": self.volumes(sys.argv)}, indent=2))
+
+    def volumes(self, words: list[str]) -> dict[str, Any]:
+        project = words[words.index("--project-name") + 1] if "--project-name" in words else "user"
+        declared = self.state.get("declared", {}).items()
+        return {key: {"name": f"{project}_{key}", **(item or {})} for key, item in declared}
 
     def compose_ps(self, words: list[str]) -> None:
         found = [self.describe(name, item) for name, item in self.state["containers"].items()]

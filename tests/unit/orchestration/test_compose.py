@@ -15,8 +15,11 @@ from lem.base.variables import COMPOSE_VARIABLES
 from lem.config.experiment import ExperimentConfig
 from lem.orchestration.compose import (
     CONTAINER_HOME,
+    PACKAGED,
     ComposeProject,
+    FileNames,
     Mount,
+    compose_variables,
     find_compose_files,
     local_mounts,
     packaged_compose_file,
@@ -37,12 +40,12 @@ def write(folder: Path, *names: str) -> None:
         (folder / name).write_text("services: {}\n")
 
 
-def found(folder: Path, named: str | None = None, **environ: str) -> list[str]:
-    return [str(path.relative_to(folder)) for path in find_compose_files(named, folder, environ)]
+def found(folder: Path, named: FileNames = None, **environ: str) -> list[str]:
+    return [str(path).removeprefix(f"{folder}/") for path in find_compose_files(named, folder, environ)]
 
 
 def test_the_file_named_comes_first_then_the_environment_then_the_usual_places(tmp_path: Path) -> None:
-    assert found(tmp_path) == []
+    assert found(tmp_path) == [str(PACKAGED)]
     write(tmp_path, "docker/docker-compose.yml")
     assert found(tmp_path) == ["docker/docker-compose.yml"]
     write(tmp_path, "docker-compose.yml", "a.yml", "b.yml")
@@ -53,6 +56,80 @@ def test_the_file_named_comes_first_then_the_environment_then_the_usual_places(t
     assert found(tmp_path, "b.yml:a.yml") == ["b.yml", "a.yml"]
     write(tmp_path, "a:b.yml")
     assert found(tmp_path, "a:b.yml") == ["a:b.yml"], "a file of that name comes first"
+    assert found(tmp_path, ("b.yml", Path("a.yml")), COMPOSE_FILE="no.yml") == ["b.yml", "a.yml"]
+
+
+@pytest.mark.parametrize(
+    ("present", "used"),
+    [
+        ("docker-compose.yml docker-compose.override.yml", "docker-compose.yml docker-compose.override.yml"),
+        ("compose.yaml compose.override.yaml", "compose.yaml compose.override.yaml"),
+        ("docker-compose.yaml docker-compose.override.yaml", "docker-compose.yaml docker-compose.override.yaml"),
+        # The first of Compose's names counts, and the names of a file and of its override are independent.
+        ("docker-compose.yaml docker-compose.yml compose.yml compose.yaml", "compose.yaml"),
+        (
+            "compose.yaml compose.override.yml compose.override.yaml docker-compose.override.yml",
+            "compose.yaml compose.override.yml",
+        ),
+        ("compose.yml docker-compose.override.yml", "compose.yml docker-compose.override.yml"),
+        # lem's own places: a folder called docker, and the packaged file.
+        ("docker/compose.yaml docker/compose.override.yaml", "docker/compose.yaml docker/compose.override.yaml"),
+        ("docker/docker-compose.yml compose.override.yml", "docker/docker-compose.yml compose.override.yml"),
+        ("docker-compose.override.yml", f"{PACKAGED} docker-compose.override.yml"),
+        # A parent of the folder, as for any command of Compose; an override alone belongs to no file of a parent.
+        ("../compose.yaml ../compose.override.yaml", "../compose.yaml ../compose.override.yaml"),
+        ("../compose.yaml docker/docker-compose.yml", "docker/docker-compose.yml"),
+        ("../../docker-compose.yml", "../../docker-compose.yml"),
+    ],
+)
+def test_files_are_found_as_compose_finds_them(tmp_path: Path, present: str, used: str) -> None:
+    folder = tmp_path / "one" / "two"
+    folder.mkdir(parents=True)
+    write(folder, *present.split())
+    expected = [name if name == str(PACKAGED) else os.path.normpath(folder / name) for name in used.split()]
+    assert list(map(str, find_compose_files(None, folder, {}))) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "expected"),
+    [
+        ("COMPOSE_FILE=a.yml:b.yml\nOTHER=1\n", {}, {"COMPOSE_FILE": "a.yml:b.yml"}),
+        ("export COMPOSE_PROFILES = 'gpu,x'\n", {}, {"COMPOSE_PROFILES": "gpu,x"}),
+        ('COMPOSE_PROJECT_NAME="mine" # a comment\n', {}, {"COMPOSE_PROJECT_NAME": "mine"}),
+        ("# COMPOSE_FILE=a.yml\n", {}, {}),
+        ("COMPOSE_FILE=a.yml\n", {"COMPOSE_FILE": "b.yml"}, {"COMPOSE_FILE": "b.yml"}),
+        ("COMPOSE_FILE=$A\n", {"COMPOSE_FILE": "b.yml"}, {"COMPOSE_FILE": "b.yml"}),
+        ("COMPOSE_FILE=a.yml\n", {"COMPOSE_DISABLE_ENV_FILE": "true"}, {}),
+    ],
+)
+def test_variables_of_compose_are_also_read_from_its_env_file(
+    tmp_path: Path, text: str, environ: dict[str, str], expected: dict[str, str]
+) -> None:
+    (tmp_path / ".env").write_text(text)
+    assert compose_variables(None, None, tmp_path, environ) == {**environ, **expected}
+
+
+def test_another_env_file_replaces_the_usual_one(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("COMPOSE_PROFILES=usual\n")
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, "sub/c.yml")
+    for name in ("named", "sub/.env", "listed"):
+        (tmp_path / name).write_text(f"COMPOSE_PROFILES={name}\n")
+    for named, env_file, environ, profile in (
+        (None, tmp_path / "named", {}, "named"),
+        (None, tmp_path / "missing", {}, None),
+        (None, None, {"COMPOSE_ENV_FILES": "listed"}, "listed"),
+        ("sub/c.yml", None, {}, "sub/.env"),
+    ):
+        found = compose_variables(named, env_file, tmp_path, environ)
+        assert found.get("COMPOSE_PROFILES") == profile
+
+
+def test_a_variable_in_a_value_of_the_env_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("COMPOSE_FILE=${HOME}/c.yml\n")
+    with pytest.raises(ContainerError, match="COMPOSE_FILE") as caught:
+        compose_variables(None, None, tmp_path, {})
+    assert "export COMPOSE_FILE" in caught.value.hint
 
 
 @pytest.mark.parametrize(("named", "environ"), [("no.yml", {}), (None, {"COMPOSE_FILE": "no.yml"})])
@@ -103,6 +180,71 @@ def test_the_packaged_file_is_used_from_the_state_folder(fake: FakeDocker, tmp_p
     assert compose.files == (tmp_path / "state" / "docker-compose.yml", tmp_path / "state" / "docker-compose.lem.yml")
     assert compose.files[0].read_text() == packaged_compose_file()
     assert compose.folder == tmp_path, "relative paths are relative to the user's folder"
+
+
+def test_an_override_alone_extends_the_packaged_file(fake: FakeDocker, tmp_path: Path) -> None:
+    write(tmp_path, "compose.override.yaml")
+    compose = project(fake, tmp_path).prepare(["vllm"])
+    assert compose.files[:2] == (tmp_path / "state" / "docker-compose.yml", tmp_path / "compose.override.yaml")
+    assert compose.folder == tmp_path
+
+
+def test_the_profiles_of_a_service_are_enabled_as_if_a_command_named_it(fake: FakeDocker, tmp_path: Path) -> None:
+    other = {"image": "img", "profiles": ["x"]}
+    fake.change(services={"vllm": {"image": "img", "profiles": ["gpu", "fast"]}, "other": other})
+    assert list(project(fake, tmp_path).described(["vllm"])) == ["vllm"]
+    for before, after in (("", "gpu,fast"), ("mine", "mine,gpu,fast"), ("gpu", "gpu")):
+        compose = project(fake, tmp_path, {"COMPOSE_PROFILES": before}).prepare(["vllm"])
+        assert compose.env["COMPOSE_PROFILES"] == after
+    with pytest.raises(ContainerError, match="has no service pytorch; it has vllm, other"):
+        project(fake, tmp_path).prepare(["pytorch"])
+
+
+def test_a_project_with_containers_that_are_not_lem_s_is_refused(fake: FakeDocker, tmp_path: Path) -> None:
+    fake.change(others=["mine-1 /a/compose.yaml,/s/docker-compose.lem.yml", "web-1 /a/compose.yaml", "old-1 "])
+    with pytest.raises(ContainerError, match="lem-demo has containers that lem did not start: web-1, old-1") as caught:
+        project(fake, tmp_path).prepare(["vllm"])
+    assert (caught.value.kind, "COMPOSE_PROJECT_NAME" in caught.value.hint) == ("project", True)
+
+
+@pytest.mark.parametrize(("version", "tag"), [("2.24.4", "!override "), ("2.17.0", "")])
+def test_volumes_that_the_user_s_own_project_has_are_used(
+    fake: FakeDocker, tmp_path: Path, version: str, tag: str
+) -> None:
+    fake.change(compose=version, volumes=["user_hub"], declared={"hub": {}, "new": None, "theirs": {"external": True}})
+    text = override(fake, tmp_path)
+    assert f'"hub": {tag}{{' in text
+    volumes = json.loads(text.partition("\n")[2].replace("!override ", ""))["volumes"]
+    assert volumes == {"hub": {"name": "user_hub", "external": True}}
+
+
+@pytest.mark.parametrize(
+    ("options", "user", "mode"),
+    [
+        (["name=seccomp,profile=default"], f"{os.getuid()}:{os.getgid()}", None),
+        (["name=seccomp,profile=builtin", "name=rootless", "name=cgroupns"], "0:0", None),
+        (["name=userns"], f"{os.getuid()}:{os.getgid()}", "host"),
+        (None, f"{os.getuid()}:{os.getgid()}", None),
+    ],
+)
+def test_results_belong_to_the_user_under_every_kind_of_engine(
+    fake: FakeDocker, tmp_path: Path, options: list[str] | None, user: str, mode: str | None
+) -> None:
+    fake.change(security=options)
+    compose = project(fake, tmp_path).prepare(["vllm"])
+    service = as_service(compose.files[-1].read_text())
+    assert (service["user"], service.get("userns_mode")) == (user, mode)
+    assert f"{compose.env['LEM_UID']}:{compose.env['LEM_GID']}" == user
+
+
+def test_an_engine_that_cannot_limit_memory_is_reported(
+    fake: FakeDocker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    project(fake, tmp_path).prepare(["vllm"])
+    assert "limit memory" not in caplog.text
+    fake.change(limits_memory=False)
+    project(fake, tmp_path).prepare(["vllm"])
+    assert "limit memory" in caplog.text
 
 
 def test_project_name_and_env_file_are_passed_on(fake: FakeDocker, tmp_path: Path) -> None:

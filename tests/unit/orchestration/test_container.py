@@ -10,6 +10,8 @@ from lem.meters.nvml import GpuProcess, GpuReading, GpuState
 from lem.orchestration.container import ContainerError, ContainerManager, judge
 from tests.doubles.fake_docker import WITH_GPU, FakeDocker, reading
 
+TWO_FORMS = "services.a: can't set distinct values on 'mem_limit' and 'deploy.resources.limits.memory'"
+
 
 def manager(fake: FakeDocker, file: str = "docker-compose.yml", **environ: str) -> ContainerManager:
     """The containers of a compose file, whose content is what the scripted command says."""
@@ -36,6 +38,11 @@ def started(fake: FakeDocker) -> ContainerManager:
         ({"invalid": "validating c.yml: services.a Additional property imag"}, "compose_file", "correct the file"),
         ({"invalid": "required variable NOPE is missing"}, "compose_file", "correct the file"),
         ({"services": {"web": {"image": "img"}}}, "service", "lem compose"),
+        ({"invalid": TWO_FORMS}, "limits", "deploy: {resources: {limits:"),
+        ({"invalid": 'invalid project name "Foo": must consist only of'}, "project", "COMPOSE_PROJECT_NAME"),
+        ({"endpoint": "ssh://user@far"}, "remote", "docker context use default"),
+        ({"endpoint": "tcp://10.0.0.7:2376"}, "remote", "unset DOCKER_HOST"),
+        ({"others": ["web-1 /a/compose.yaml"]}, "project", "COMPOSE_PROJECT_NAME"),
         ({"images": []}, "image", "docker pull img"),
         ({"services": {"pytorch": {"build": "."}}}, "image", "build"),
         ({"services": {"pytorch": WITH_GPU}, "no_gpu_runtime": True}, "gpu", "NVIDIA Container Toolkit"),
@@ -65,6 +72,22 @@ def test_a_missing_file_or_command_is_an_error(
         manager(fake, file, **environ).start_services(["pytorch"])
     assert caught.value.kind == kind
     assert remedy in caught.value.hint
+
+
+@pytest.mark.parametrize("endpoint", ["unix:///run/user/1/docker.sock", "tcp://127.0.0.1:2375", "tcp://[::1]:1", ""])
+def test_an_engine_of_this_machine_is_used_wherever_it_listens(fake: FakeDocker, endpoint: str) -> None:
+    fake.change(endpoint=endpoint)
+    manager(fake).start_services(["pytorch"])
+    assert fake.compose_calls("up")
+
+
+def test_containers_that_are_not_lem_s_survive_a_teardown(fake: FakeDocker) -> None:
+    found = manager(fake)
+    found.start_services(["pytorch"])
+    fake.change(others=["web-1 /a/compose.yaml", "lem-1 /a/compose.yaml,/s/docker-compose.lem.yml"])
+    found.teardown()
+    assert fake.compose_calls("down") == []
+    assert fake.calls()[-1] == ["rm", "--force", "--volumes", "lem-1"]
 
 
 # Starting

@@ -305,7 +305,7 @@ def test_tensorrt_runs_in_its_container(fake: FakeDocker) -> None:
     "options",
     [
         {"cold_start": CampaignColdStartConfig(restart_container=True)},
-        {"io": CampaignIOConfig(compose_file="docker-compose.yml")},
+        {"io": CampaignIOConfig(compose_file=("docker-compose.yml",))},
         {"io": CampaignIOConfig(env_file="gpu.env")},
     ],
 )
