@@ -67,10 +67,6 @@ def _beams(name: str) -> Rule:
     return rule
 
 
-def _is_enabled(section: Any) -> bool:
-    return not isinstance(section, Mapping) or bool(section.get("enabled"))
-
-
 # By dotted name: what a value becomes, given the options of its experiment; or what to do instead.
 _RULES: Mapping[str, Rule] = {
     "n": _sample_size,
@@ -86,7 +82,7 @@ _RULES: Mapping[str, Rule] = {
     "pytorch.beam_search.no_repeat_ngram_size": lambda value, _: {"pytorch.no_repeat_ngram_size": value},
     "vllm.attention.backend": lambda value, _: {} if value == "auto" else {"vllm.attention.backend": value},
     "query_rate": lambda _, __: "see traffic_simulation",
-    "schedule": lambda _, options: "see schedule and daemon of a campaign" if _is_enabled(options["schedule"]) else {},
+    "schedule": lambda _, __: "see schedule and daemon of a campaign",
     "passthrough_kwargs": lambda _, options: f"see {options['backend']}.extra",
 }
 

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hypothesis import strategies as st
 
 from lem.config import load
@@ -16,6 +17,7 @@ from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
 from tests.fuzz.mutation import arguments_near, bytes_near, text_near, words_near, yaml_near
 from tests.fuzz.trial import Find, Outcome, Surface, replaced, run_lem
+from tests.unit.config.test_convert import FILES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -182,6 +184,26 @@ def try_arguments(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
     return Outcome.ACCEPTED if ran.code == 0 else Outcome.REFUSED
 
 
+def try_foreign(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
+    """A file of another tool: what is made of it is valid."""
+    del is_thorough
+    _write_neighbours(folder)
+    (folder / "c.yaml").write_bytes(data)
+    ran = run_lem("config", "convert", "c.yaml")
+    if ran.code != 0:
+        return Outcome.REFUSED
+    (folder / "converted.yaml").write_text(ran.out, encoding="utf-8")
+    checked = run_lem("config", "validate", "converted.yaml")
+    if checked.code != 0:
+        raise Find("place", f"the result is not valid: {checked.err}\n{ran.out}")
+    return Outcome.ACCEPTED
+
+
+@functools.cache
+def _foreign() -> tuple[dict[str, Any], ...]:
+    return tuple(yaml.safe_load(text) for text in FILES.values())
+
+
 def _demand_place(problem: dict[str, Any]) -> None:
     """See that a problem says which line and column of which file it is about."""
     at = f"{problem.get('at')}:{problem.get('line')}:{problem.get('column')}"
@@ -195,6 +217,8 @@ def _write_neighbours(folder: Path) -> None:
     (folder / "e.yaml").write_text(json.dumps(_EXPERIMENT))
     (folder / "base.yaml").write_text(json.dumps({"model": "gpt2", "max_input_tokens": 32}))
     (folder / "p.txt").write_text("one\ntwo\n")
+    for name, text in FILES.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _encoded(documents: tuple[dict[str, Any], ...]) -> list[bytes]:
@@ -208,5 +232,6 @@ SURFACES = (
     Surface("yaml-bytes", lambda: bytes_near(*_encoded((*_campaigns(), *_experiments()))), try_file, share=2),
     Surface("named-yaml", lambda: yaml_near(*_experiments()) | st.binary(max_size=40), try_neighbour),
     Surface("set", lambda: words_near(*_SETS), try_sets, share=3),
+    Surface("foreign-yaml", lambda: yaml_near(*_foreign()), try_foreign, in_suite=100),
     Surface("arguments", lambda: arguments_near(*_COMMANDS), try_arguments, share=2, in_suite=100),
 )
