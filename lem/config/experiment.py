@@ -409,6 +409,11 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
         found: int = getattr(self.section, WIDTH_OPTIONS[self.backend])
         return found
 
+    @property
+    def uses_dataset(self) -> bool:
+        """Whether prompts come from a data set, which is resolved where its package is."""
+        return self.dataset is not None or isinstance(self.prompts, HuggingFacePrompts)
+
     def most_at_once(self, prompts: int | None) -> int | None:
         """The most requests that are there at once, of that many prompts; None where it is not known before the run."""
         traffic = self.traffic_simulation

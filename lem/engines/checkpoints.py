@@ -29,7 +29,17 @@ from lem.base.durable import sha256_of
 from lem.base.errors import EngineError
 from lem.base.variables import DOWNLOAD_ONCE, is_cache_read_only
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import Folders, NamedModel, model_error, named_models, out_of_memory, shortened
+from lem.engines.common import (
+    ADAPTER,
+    DRAFTER,
+    TOKENIZER,
+    Folders,
+    NamedModel,
+    model_error,
+    named_models,
+    out_of_memory,
+    shortened,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -190,36 +200,29 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if is_snapshot else None
 
 
-def locate(
-    name: str, token: str | None, option: str, *, marker: str = "config.json", revision: str | None = None
-) -> Source:
-    """Where the model `name` of this option is; of a model on the hub only the `marker` file is fetched.
-
-    Raises:
-        EngineError: kind `model`, no such folder, no such model, or a folder without a model.
-        OptionRefused: a revision of a folder.
-    """
-    folder = NamedModel(option, name, marker, revision).find_folder()
+def locate(named: NamedModel, token: str | None) -> Source:
+    """Where a model is; of one on the hub only its marker is fetched. EngineError, OptionRefused: see `find_folder`."""
+    name, marker = named.name, named.marker
+    folder = named.find_folder()
     if folder is not None:
         return Source(str(folder), folder, None)
-    with explained(f"{option}: {name}"):
-        path = cached_file(name, marker, revision=revision, token=token)
+    with explained(f"{named.option}: {name}"):
+        path = cached_file(name, marker, revision=named.revision, token=token)
     if path is None:
-        raise model_error(f"{option}: {name} has no {marker}", "use a model that transformers can load")
+        raise model_error(f"{named.option}: {name} has no {marker}", "use a model that transformers can load")
     return Source(name, Path(path).parent, commit_of(Path(path).parent))
 
 
 def find_problems(config: ExperimentConfig, token: str | None) -> Iterator[EngineError]:
-    """What `locate` raises for the models, tokenizer and adapter that a configuration names."""
-    for item in named_models(config):
+    """What `locate` raises for all that a configuration names."""
+    access = {"token": token, "trust_remote_code": config.model.trust_remote_code}
+    for named in named_models(config).values():
         try:
-            if item.marker:
-                locate(item.name, token, item.option, marker=item.marker, revision=item.revision)
-            elif item.find_folder() is None:
-                with explained(f"{item.option}: {item.name}"):
-                    AutoTokenizer.from_pretrained(
-                        item.name, token=token, trust_remote_code=config.model.trust_remote_code
-                    )
+            if named.marker:
+                locate(named, token)
+            elif named.find_folder() is None:
+                with explained(f"{named.option}: {named.name}"):
+                    AutoTokenizer.from_pretrained(named.name, **access)
         except EngineError as error:  # noqa: PERF203 (each one is reported)
             yield error
 
@@ -227,7 +230,6 @@ def find_problems(config: ExperimentConfig, token: str | None) -> Iterator[Engin
 def fetch_all(
     config: ExperimentConfig,
     token: str | None,
-    drafter: tuple[str, str | None],
     *,
     all_formats: bool = False,
     check: Callable[[Path], None] | None = None,
@@ -235,21 +237,22 @@ def fetch_all(
     """The model, its adapter, and the folders of all that an engine is to read, with their files fetched.
 
     An engine that downloads for itself would take the token from the environment, where all its processes would have
-    it; with a folder it needs none. `drafter` is the option that names the drafting model, and its value. With
-    `all_formats` weights are fetched in all formats, also beside safetensors. `check` may refuse the model before
-    anything else is fetched.
+    it; with a folder it needs none. With `all_formats` weights are fetched in all formats, also beside safetensors.
+    `check` may refuse the model before anything else is fetched.
     """
-    model, ignored = config.model, ("original/*",) if all_formats else _OTHER_WEIGHTS
-    source = _fetch(locate(model.name, token, "model", revision=model.revision), token, "model", ignored)
+    named, ignored = named_models(config), ("original/*",) if all_formats else _OTHER_WEIGHTS
+
+    def fetch(what: str) -> Source | None:
+        if what not in named:
+            return None
+        skipped = _WEIGHTS if what == TOKENIZER else ignored
+        return _fetch(locate(named[what], token), token, named[what].option, skipped)
+
+    source = _fetch(locate(named["model"], token), token, "model", ignored)
     if check is not None:
         check(source.folder)
-
-    def fetch(option: str, name: str | None, marker: str, skipped: Sequence[str] = ignored) -> Source | None:
-        return None if name is None else _fetch(locate(name, token, option, marker=marker), token, option, skipped)
-
-    adapter = fetch("model.adapter", model.adapter, "adapter_config.json")
-    tokenizer = fetch("model.tokenizer", model.tokenizer, "tokenizer_config.json", _WEIGHTS)
-    folders = [None if found is None else str(found.folder) for found in (tokenizer, fetch(*drafter, "config.json"))]
+    adapter, tokenizer, drafter = map(fetch, (ADAPTER, TOKENIZER, DRAFTER))
+    folders = [None if found is None else str(found.folder) for found in (tokenizer, drafter)]
     return source, adapter, Folders(str(source.folder), *folders)
 
 

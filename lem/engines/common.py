@@ -80,6 +80,9 @@ def importing(backend: str, engine: str, hint: str, how_to_get: str | None = Non
         raise EngineError(text, hint, is_permanent=True) from error
 
 
+TOKENIZER, ADAPTER, DRAFTER = "tokenizer", "adapter", "drafter"
+
+
 @dataclasses.dataclass(frozen=True)
 class NamedModel:
     """A model, tokenizer or adapter that a configuration names, in a folder or on the hub."""
@@ -113,18 +116,18 @@ class NamedModel:
 _DRAFTERS = {"pytorch": "assisted_generation.model", "vllm": "speculative.model", "tensorrt": "draft_model"}
 
 
-def named_models(config: ExperimentConfig) -> tuple[NamedModel, ...]:
-    """All that the engine of a configuration has to find."""
-    model, drafter = config.model, _DRAFTERS.get(config.backend, "")
+def named_models(config: ExperimentConfig) -> dict[str, NamedModel]:
+    """What the engine of a configuration has to find: `model`, and TOKENIZER, ADAPTER and DRAFTER if it has them."""
+    model, option = config.model, _DRAFTERS.get(config.backend, "")
     # transformers also reads a tokenizer without this file, which the other engines need.
     tokenizer = "" if config.backend == "pytorch" else "tokenizer_config.json"
-    found = (
-        ("model", model.name, "config.json", model.revision),
-        ("model.tokenizer", model.tokenizer, tokenizer, None),
-        ("model.adapter", model.adapter, "adapter_config.json", None),
-        (f"{config.backend}.{drafter}", look_up(config.section, drafter), "config.json", None),
-    )
-    return tuple(NamedModel(option, name, marker, revision) for option, name, marker, revision in found if name)
+    found = {
+        "model": NamedModel("model", model.name or "", "config.json", model.revision),
+        TOKENIZER: NamedModel("model.tokenizer", model.tokenizer or "", tokenizer),
+        ADAPTER: NamedModel("model.adapter", model.adapter or "", "adapter_config.json"),
+        DRAFTER: NamedModel(f"{config.backend}.{option}", look_up(config.section, option) or "", "config.json"),
+    }
+    return {what: item for what, item in found.items() if item.name}
 
 
 def installed_versions(torch: ModuleType, distributions: Iterable[str], *, has_gpu: bool) -> dict[str, str]:

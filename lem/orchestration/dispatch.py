@@ -28,7 +28,9 @@ from lem.worker.launch import own_command
 
 _logger = logging.getLogger(__name__)
 
-OPEN_TIMEOUT_S = UNLOAD_TIMEOUT_S = CHECK_TIMEOUT_S = 60.0
+OPEN_TIMEOUT_S = UNLOAD_TIMEOUT_S = 60.0
+# For a hub that is slow, and to import transformers from a slow disk.
+CHECK_TIMEOUT_S = 120.0
 DEATH_TIMEOUT_S = 5.0
 # The supervisor gives its engine 5 s after TERM and 12 s after hanging up; see `guardian.PATIENCE_S`.
 STOP_TIMEOUT_S = 25.0

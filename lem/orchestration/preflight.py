@@ -12,7 +12,6 @@ from typing import Any
 
 from lem.base.errors import EngineError, UserError
 from lem.base.units import format_duration, plural, some_of
-from lem.config.experiment import ExperimentConfig, HuggingFacePrompts
 from lem.engines.common import named_models
 from lem.orchestration import doctor
 from lem.orchestration.dispatch import Worker
@@ -47,7 +46,7 @@ class Findings:
         self._groups: dict[Any, list[Experiment]] = {}
         for item in self._all:
             config = item.config
-            key = (config.backend, config.model, named_models(config), config.dataset, config.prompts)
+            key = (config.backend, config.model, tuple(named_models(config).values()), config.dataset, config.prompts)
             self._groups.setdefault(key, []).append(item)
         self._names: dict[tuple[str, str], dict[str, None]] = {}
 
@@ -69,8 +68,8 @@ class Findings:
         """Look for the folders of models and data sets on this host."""
         for group in self._groups.values():
             config = group[0].config
-            looks: list[Callable[[], object]] = [item.find_folder for item in named_models(config)]
-            if _uses_dataset(config):
+            looks: list[Callable[[], object]] = [item.find_folder for item in named_models(config).values()]
+            if config.uses_dataset:
                 looks.append(functools.partial(find_files, choice_of(config), os.environ))
             for look in looks:
                 try:
@@ -114,14 +113,10 @@ class Findings:
             _logger.warning("not all models and data sets were looked for before the first cycle: %s", why)
 
 
-def _uses_dataset(config: ExperimentConfig) -> bool:
-    return config.dataset is not None or isinstance(config.prompts, HuggingFacePrompts)
-
-
 def _is_to_ask(item: Experiment) -> bool:
     """Whether a configuration names more than folders that this host has."""
     try:
-        return _uses_dataset(item.config) or any(it.find_folder() is None for it in named_models(item.config))
+        return item.config.uses_dataset or any(it.find_folder() is None for it in named_models(item.config).values())
     except EngineError:  # reported by this host
         return False
 

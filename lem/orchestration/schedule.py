@@ -245,14 +245,13 @@ class Countdown:
     """The time left of a run, by what took time in it so far; pure, the time is an argument.
 
     Gaps, loads and experiments are counted apart: the first experiment has no gap, and not every one loads, so a mean
-    over all of them would rise before it falls. An event takes no longer in a longer plan.
+    over all of them would rise before it falls. What is told between two experiments takes no longer in a longer plan.
     """
 
     _work: dict[str, _Mean] = field(default_factory=dict)  # of each configuration, without gaps and loads
     _measured: _Mean = field(default_factory=_Mean)  # of the experiments with a result
     _load: _Mean = field(default_factory=_Mean)
-    _kept_s: float = 0.0  # of the caps of the gaps so far
-    _caps_s: float = 0.0
+    _gap_share: _Mean = field(default_factory=_Mean)  # of the cap of each gap, how much of it was kept
 
     def __post_init__(self) -> None:
         self.begin((), (), ())
@@ -260,68 +259,57 @@ class Countdown:
     def begin(self, experiments: Sequence[Experiment], caps_s: Sequence[float], loads: Sequence[bool]) -> None:
         """These experiments are next, each after a gap of at most so long; what was learned before holds for them."""
         self._order = [item.config_hash for item in experiments]
+        # Sums from each place to the end.
+        self._caps_s = [*itertools.accumulate(reversed(caps_s), initial=0.0)][::-1]
+        self._loads = [*itertools.accumulate(reversed(loads), initial=0)][::-1]
         self._left = Counter(self._order)
-        self._gaps_from_s = [*itertools.accumulate(reversed(caps_s), initial=0.0)][::-1]
-        self._loads_from = [*itertools.accumulate(reversed(loads), initial=0)][::-1]
-        self._known_s = sum(self._left[name] * float(mean) for name, mean in self._work.items())
-        self._unknown = sum(count for name, count in self._left.items() if name not in self._work)
-        self._place = 0
-        self._gap: tuple[float, float] | None = None  # cap and begin of the current one
-        self._begun_s: float | None = None  # the current experiment, moved on by its gaps
+        self._place, self._loading_s = 0, 0.0
+        self._begun_s: float | None = None  # the current experiment, moved on by gaps within it
         self._load_begun_s: float | None = None
-        self._loading_s = 0.0
+        self._gap: tuple[float, float] | None = None  # cap and begin of the current one
+        self._work_s = self._expected_s()
 
     def after(self, event: Event, now_s: float) -> float | None:
         """The seconds left after an event; None before the first result."""
-        if event.kind not in ("gap", "tick", "note"):
-            self._end_gap(now_s)
+        if self._gap is not None and event.kind not in ("gap", "tick", "note"):
+            kept_s = now_s - self._gap[1]
+            self._gap_share.add(kept_s / self._gap[0])
+            self._gap, self._begun_s = None, None if self._begun_s is None else self._begun_s + kept_s
         if event.kind == "gap":
             self._gap = (event.data["cap_s"], now_s)
         elif event.kind in ("experiment_started", "experiment_retried"):
             self._begun_s, self._load_begun_s, self._loading_s = now_s, None, 0.0
         elif event.kind == "phase":
-            if self._load_begun_s is not None:
-                self._loading_s += now_s - self._load_begun_s
+            self._loading_s += 0.0 if self._load_begun_s is None else now_s - self._load_begun_s
             self._load_begun_s = now_s if event.data["phase"] == LOAD_PHASE else None
         elif event.kind in ("experiment_completed", "experiment_failed") and self._begun_s is not None:
-            work_s = now_s - self._begun_s - self._loading_s
-            self._learn(self._order[self._place], work_s, has_result=event.kind == "experiment_completed")
-            self._begun_s = None
+            self._learn(now_s - self._begun_s, has_result=event.kind == "experiment_completed")
         return self._left_s(now_s)
 
-    def _end_gap(self, now_s: float) -> None:
-        if self._gap is None:
-            return
-        (cap_s, begun_s), self._gap = self._gap, None
-        self._kept_s, self._caps_s = self._kept_s + now_s - begun_s, self._caps_s + cap_s
-        if self._begun_s is not None:  # before another attempt
-            self._begun_s += now_s - begun_s
-
-    def _learn(self, name: str, work_s: float, *, has_result: bool) -> None:
+    def _learn(self, elapsed_s: float, *, has_result: bool) -> None:
+        name, work_s = self._order[self._place], elapsed_s - self._loading_s
         if self._loading_s:
             self._load.add(self._loading_s)
         if has_result:
             self._measured.add(work_s)
-        if name in self._work:
-            self._known_s -= self._left[name] * float(self._work[name])
-        else:
-            self._unknown -= self._left[name]
-        mean = self._work.setdefault(name, _Mean())
-        mean.add(work_s)
+        self._work.setdefault(name, _Mean()).add(work_s)
         self._left[name] -= 1
-        self._known_s += self._left[name] * float(mean)
-        self._place += 1
+        self._place, self._begun_s = self._place + 1, None
+        self._work_s = self._expected_s()
+
+    def _expected_s(self) -> float:
+        return sum(count * float(self._work.get(name, self._measured)) for name, count in self._left.items())
 
     def _left_s(self, now_s: float) -> float | None:
         if not self._measured.n or self._place == len(self._order):
             return 0.0 if self._measured.n else None
-        usual = self._kept_s / self._caps_s if self._caps_s else 1.0
-        gaps_s, later_gaps_s = self._gaps_from_s[self._place : self._place + 2]
-        loads, later_loads = self._loads_from[self._place : self._place + 2]
-        left_s = self._known_s + self._unknown * float(self._measured) + loads * float(self._load)
-        left_s += usual * (later_gaps_s if self._gap or self._begun_s is not None else gaps_s)
+        share = float(self._gap_share) if self._gap_share.n else 1.0
+        caps_s, later_caps_s = self._caps_s[self._place : self._place + 2]
+        loads, later_loads = self._loads[self._place : self._place + 2]
+        left_s = self._work_s + loads * float(self._load)
+        left_s += share * (later_caps_s if self._gap or self._begun_s is not None else caps_s)
         if self._gap is not None:
-            left_s += max(0.0, usual * self._gap[0] - (now_s - self._gap[1]))
+            left_s += max(0.0, share * self._gap[0] - (now_s - self._gap[1]))
         elif self._begun_s is not None:
             work = self._work.get(self._order[self._place], self._measured)
             left_s -= min(now_s - self._begun_s, float(work) + (loads - later_loads) * float(self._load))

@@ -22,7 +22,7 @@ from lem.base.measurement import Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.base.variables import TOKEN_VARIABLE
-from lem.config.experiment import ExperimentConfig, HuggingFacePrompts, WarmupConfig
+from lem.config.experiment import ExperimentConfig, WarmupConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Completion, Engine, TokenRequest
 from lem.meters.requestlog import REQUESTS_FILENAME, write_requests
@@ -157,7 +157,7 @@ def find_problems(config: ExperimentConfig, secrets: Mapping[str, str]) -> Itera
         yield EngineError(text, "check that the versions of the packages are compatible", is_permanent=True)
     else:
         yield from checkpoints.find_problems(config, secrets.get(TOKEN_VARIABLE) or None)
-    if config.dataset is not None or isinstance(config.prompts, HuggingFacePrompts):
+    if config.uses_dataset:
         try:
             check_dataset(config, os.environ, secrets)
         except EngineError as error:

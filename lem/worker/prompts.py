@@ -26,7 +26,6 @@ from lem.config.experiment import (
     OWN_TEMPLATE,
     ExperimentConfig,
     FilePrompts,
-    HuggingFacePrompts,
     SyntheticPrompts,
 )
 from lem.record import PROMPTS_FILE, TEMPLATE_FILE
@@ -143,7 +142,7 @@ def resolve_on_host(config: ExperimentConfig, folder: Path | None = None, *, dra
     cannot be read or holds no usable prompts.
     """
     chosen = config.prompts
-    if config.dataset is not None or isinstance(chosen, HuggingFacePrompts):
+    if config.uses_dataset:
         return None
     given = None if folder is None else folder / PROMPTS_FILE
     kind, plan = ("synthetic", chosen) if isinstance(chosen, SyntheticPrompts) else ("bundled", BUNDLED)

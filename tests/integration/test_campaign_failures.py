@@ -55,6 +55,23 @@ def test_each_failure_has_its_own_end_and_the_rest_of_the_campaign_goes_on(rig):
     assert "some experiments failed; resume with: " in ended.err
 
 
+def test_what_is_missing_is_reported_at_once_before_anything_is_measured(rig):
+    text = campaign_text(outputs=(1, 2, 3), cycles=2).replace("model: none", "model: owner/name")
+    rig.write(text.replace("    gpus:", "    model.revision: [v1, v2, v3]\n    gpus:"))
+    rules = [{"at": "load", "do": "shell", "command": "touch loaded"}]
+    for revision in ("v1", "v3"):
+        failure = {"text": f"model: no revision {revision}", "kind": "model", "permanent": True}
+        rules.append({"at": "check", "do": "fail", "when": {"model.revision": revision}, **failure})
+    ended = rig.run("--yes", rules=rules)
+    assert ended.code == 2
+    assert "2 problems, so nothing was run" in ended.err
+    assert "  - model: no revision v1 (3 of 9 configurations: " in ended.err
+    assert "  - model: no revision v3 (3 of 9 configurations: " in ended.err
+    assert not (rig.folder / "loaded").exists()
+    assert not (rig.folder / ".state" / "demo" / "campaign_manifest.json").exists()
+    rig.assert_no_process_left()
+
+
 @pytest.mark.parametrize("victim", [("worker",), ("worker", "--engine")], ids=["supervisor", "engine"])
 def test_a_worker_that_is_killed_is_replaced_and_the_experiment_tried_again(rig, victim):
     rig.write(campaign_text(outputs=(4,), cycles=1))

@@ -46,6 +46,17 @@ def test_ctrl_c_stops_the_experiment_keeps_the_rest_and_says_a_command_that_comp
     assert len(rig.results()) == 2
 
 
+def test_ctrl_c_while_models_are_looked_for_starts_nothing_and_leaves_nothing(rig):
+    running = rig.start(
+        "--yes", rules=[{"at": "check", "do": "shell", "command": "touch asked"}, {"at": "check", "do": "hang"}]
+    )
+    wait_for(lambda: (rig.folder / "asked").exists() or None)
+    running.send(signal.SIGINT)
+    assert running.wait().code == 130
+    rig.assert_no_process_left()
+    assert not (rig.folder / ".state" / "demo" / "campaign_manifest.json").exists()
+
+
 @pytest.mark.parametrize("rule", [{"at": "load", "do": "hang"}, {"at": "load", "do": "hold_gil"}])
 def test_sigterm_while_loading_ends_it_with_its_own_exit_code(rig, rule):
     running = rig.start("--yes", "--json", rules=[rule])

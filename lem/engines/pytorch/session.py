@@ -31,7 +31,7 @@ from lem.engines.checkpoints import (
     locate,
     text_shape,
 )
-from lem.engines.common import section_of
+from lem.engines.common import ADAPTER, DRAFTER, NamedModel, named_models, section_of
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.engines.pytorch import options
 from lem.engines.pytorch.generation import GENERATION_META, BatchRunner, LoadedModel, describe_effective, try_out
@@ -203,7 +203,7 @@ def _compile(model: Any, section: PyTorchConfig, device: str) -> None:
 def _load_model(config: ExperimentConfig, facts: EngineFacts, token: str | None) -> LoadedModel:
     device = torch.device("cpu" if facts.gpu_index is None else f"cuda:{facts.gpu_index}")
     asked = config.model
-    source = locate(asked.name, token, "model", revision=asked.revision)
+    source = locate(named_models(config)["model"], token)
     access = {"token": token, "trust_remote_code": asked.trust_remote_code}
     name, revision = (source.name, source.commit) if asked.tokenizer is None else (asked.tokenizer, None)
     with explained(f"model.tokenizer: {asked.tokenizer}" if asked.tokenizer else f"tokenizer of {source.name}"):
@@ -214,7 +214,7 @@ def _load_model(config: ExperimentConfig, facts: EngineFacts, token: str | None)
     # A model has its own settings for sampling and length; `generate` would fill every gap from them.
     model.generation_config = GenerationConfig()
     if asked.adapter is not None:
-        loaded.adapter = _add_adapter(loaded, asked.adapter, token)
+        loaded.adapter = _add_adapter(loaded, named_models(config)[ADAPTER], token)
     _check_dtype(model, config)
     _set_assistant(loaded, config, facts, token)
     return loaded
@@ -226,7 +226,7 @@ def _set_assistant(loaded: LoadedModel, config: ExperimentConfig, facts: EngineF
         loaded.assistant = loaded.assistant_tokenizer = loaded.assistant_name = None
         return
     if loaded.assistant_name != name:
-        source = locate(name, token, "assisted_generation.model")
+        source = locate(named_models(config)[DRAFTER], token)
         access = {"token": token, "trust_remote_code": config.model.trust_remote_code, "revision": source.commit}
         arguments = {**access, **_dtype_option(config, facts)}
         with explained(f"assisted_generation.model: {name}"):
@@ -295,8 +295,8 @@ def _placement(section: PyTorchConfig, device: torch.device, facts: EngineFacts)
     return arguments
 
 
-def _add_adapter(loaded: LoadedModel, name: str, token: str | None) -> Source:
-    source = locate(name, token, "model.adapter", marker="adapter_config.json")
+def _add_adapter(loaded: LoadedModel, named: NamedModel, token: str | None) -> Source:
+    source, name = locate(named, token), named.name
     with explained(f"model.adapter: {name}"):
         info = loaded.model.load_adapter(source.name, adapter_kwargs={"token": token, "revision": source.commit})
     mismatched = sorted({*(getattr(info, "missing_keys", None) or ()), *(getattr(info, "unexpected_keys", None) or ())})

@@ -23,11 +23,10 @@ from tensorrt_llm.llmapi import DraftTargetDecodingConfig, KvCacheConfig, TorchL
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.units import NS_PER_US
 from lem.base.variables import GPU_VARIABLE, TOKEN_VARIABLE
-from lem.config.backends import TensorRTConfig
 from lem.config.experiment import ExperimentConfig
 from lem.engines import common
 from lem.engines.checkpoints import fetch_all, identify
-from lem.engines.common import ENGINE_FAILURES, GOOD_ENDS, TAKE_LIMIT, EngineRaised, engine_call, section_of, shortened
+from lem.engines.common import ENGINE_FAILURES, GOOD_ENDS, TAKE_LIMIT, EngineRaised, engine_call, shortened
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest
 from lem.engines.tensorrt import options
 from lem.engines.tensorrt.options import EngineFacts
@@ -56,9 +55,8 @@ class Session(common.ServedSession, TextSession):
         self._restore_gpus = contextlib.ExitStack()
         self._uuids = self._restore_gpus.enter_context(_visible_gpus(config, find_gpus))
         try:
-            drafter = "tensorrt.draft_model", section_of(config, TensorRTConfig).draft_model
             token = secrets.get(TOKEN_VARIABLE) or None
-            source, _no_adapter, folders = fetch_all(config, token, drafter, check=self._check_checkpoint)
+            source, _no_adapter, folders = fetch_all(config, token, check=self._check_checkpoint)
             arguments = options.engine_arguments(config, self._facts, folders)
             with common.raised_as(self._load_failure), engine_call():
                 made = {name: kind(**arguments[name]) for name, kind in _CONFIGURATIONS.items() if name in arguments}

@@ -83,10 +83,9 @@ class Session(common.ServedSession, TextSession):
         self._ending = threading.Event()  # set before they are ended on purpose
         self._gone = threading.Event()  # set once one of them has ended
         with _visible_devices(config) as self._uuids, _own_sockets() as self._sockets:
-            drafter = "vllm.speculative.model", section_of(config, VllmConfig).speculative.model
             is_other_format = section_of(config, VllmConfig).load_format not in {None, "auto", "safetensors"}
             token = secrets.get(TOKEN_VARIABLE) or None
-            source, self._adapter, folders = fetch_all(config, token, drafter, all_formats=is_other_format)
+            source, self._adapter, folders = fetch_all(config, token, all_formats=is_other_format)
             arguments = options.engine_arguments(config, folders, random_source.randbits(_SEED_BITS))
             # vLLM raises Exception itself if one of its workers has failed.
             with common.raised_as(self._load_failure), self._output.inherited(), common.engine_call(Exception):

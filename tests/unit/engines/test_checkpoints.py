@@ -22,6 +22,7 @@ from lem.engines.checkpoints import (
     locate,
     weight_files,
 )
+from lem.engines.common import NamedModel
 from lem.engines.pytorch import load
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
@@ -39,7 +40,7 @@ LLAMA = {
 def checkpoint(folder: Path, text: str) -> Any:
     (folder / "config.json").write_text(text, encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"weights")
-    return locate(str(folder), None, "model")
+    return locate(NamedModel("model", str(folder), "config.json"), None)
 
 
 def test_parameters_are_counted_without_weights_in_memory(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lem.config.campaign_config import (
     CampaignHealthCheckConfig,
     CampaignIOConfig,
 )
+from lem.config.experiment import ExperimentConfig
 from lem.config.load import complete_campaign
 from lem.meters.machine import GpuFacts
 from lem.orchestration.compose import ComposeProject, find_compose_files
@@ -34,8 +35,9 @@ from lem.orchestration.executor import (
 from lem.orchestration.plan import build_plan
 from lem.orchestration.schedule import Timeouts
 from lem.record import Record, read_record
+from lem.worker.channel import Check, Problem
 from tests.doubles.fake_docker import UUID, WITH_GPU, FakeDocker, reading
-from tests.worker_rig import Rig
+from tests.worker_rig import SMALL, Rig
 
 PATIENT = Timeouts(load_s=100.0, experiment_s=100.0, silence_s=100.0, heartbeat_s=100.0)
 
@@ -104,6 +106,25 @@ def test_a_start_that_fails_leaves_nothing_and_no_lock(place: Place) -> None:
     assert place.fake.read()["containers"] == {}
     place.fake.change(after_up="running")
     place.executor().worker_for("pytorch").open()
+
+
+def test_every_missing_image_is_named_before_a_container_is_started(place: Place) -> None:
+    place.fake.change(images=[], services={"pytorch": {"image": "one"}, "vllm": {"image": "two"}})
+    with pytest.raises(ContainerError) as caught:
+        place.executor("pytorch", "vllm").prepare(("pytorch", "vllm"))
+    assert caught.value.kind == "image"
+    assert "image one of service pytorch is missing" in caught.value.message
+    assert "; so is image two of service vllm" in caught.value.message
+    assert "`docker pull one`, `docker pull two`" in caught.value.hint
+    assert place.fake.compose_calls("up") == []
+
+
+def test_models_are_looked_for_in_the_container_and_its_engine_process_is_gone_afterwards(place: Place) -> None:
+    place.rig.rules = [{"at": "check", "do": "fail", "text": "no such model", "permanent": True}]
+    worker = place.executor().worker_for("pytorch")
+    answers = worker.check(Check((ExperimentConfig.from_dict(SMALL).to_dict(),)))
+    assert Problem("check", 0, "no such model", "", is_certain=True) in answers
+    assert worker.run(place.rig.request("one"), lambda _event: None, PATIENT).error is None
 
 
 def test_one_engine_is_loaded_at_a_time_and_the_record_has_the_image(place: Place) -> None:
