@@ -58,7 +58,7 @@ def test_each_failure_has_its_own_end_and_the_rest_of_the_campaign_goes_on(rig):
 def test_what_is_missing_is_reported_at_once_before_anything_is_measured(rig):
     text = campaign_text(outputs=(1, 2, 3), cycles=2).replace("model: none", "model: owner/name")
     rig.write(text.replace("    gpus:", "    model.revision: [v1, v2, v3]\n    gpus:"))
-    rules = [{"at": "load", "do": "shell", "command": "touch loaded"}]
+    rules: list[dict[str, object]] = [{"at": "load", "do": "shell", "command": "touch loaded"}]
     for revision in ("v1", "v3"):
         failure = {"text": f"model: no revision {revision}", "kind": "model", "permanent": True}
         rules.append({"at": "check", "do": "fail", "when": {"model.revision": revision}, **failure})
