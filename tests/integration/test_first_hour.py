@@ -313,6 +313,7 @@ class Row:
     code: int = 0
     has: tuple[str, ...] = ()  # texts in what it writes, white space collapsed
     lacks: tuple[str, ...] = ()
+    environ: Mapping[str, str] = field(default_factory=dict)
 
 
 def campaign(*shared: str, more: str = "", backend: str = "pytorch") -> dict[str, str]:
@@ -579,6 +580,66 @@ CONVERTED = (
 )
 
 
+SERVICE = "services:\n  pytorch: {image: some-image, command: [sleep, inf]}\n"
+
+
+def composed(name: str, files: Mapping[str, str], *has: str, options: str = "", code: int = 0, **environ: str) -> Row:
+    """The plan of a campaign in containers, in a folder with these compose files."""
+    command = f"campaign c.yaml --executor docker --dry-run {options}"
+    return Row(name, command, {**campaign("max_output_tokens: [8]"), **files}, code, has, (), environ)
+
+
+COMPOSE = (
+    composed("compose.yaml", {"compose.yaml": SERVICE}, "compose.yaml", "some-image"),
+    composed(
+        "docker-compose.yml with an override",
+        {
+            "docker-compose.yml": SERVICE,
+            "docker-compose.override.yml": "services:\n  pytorch: {mem_limit: 3g, image: another-image}\n",
+        },
+        "docker-compose.override.yml",
+        "another-image",
+    ),
+    composed(
+        "COMPOSE_FILE with two files",
+        {"a.yml": SERVICE, "b.yml": "services:\n  pytorch: {image: another-image}\n"},
+        "a.yml",
+        "b.yml",
+        "another-image",
+        COMPOSE_FILE="a.yml:b.yml",
+    ),
+    composed(
+        "two files on the command line",
+        {"a.yml": SERVICE, "b.yml": "services:\n  pytorch: {image: another-image}\n"},
+        "another-image",
+        options="--compose-file a.yml --compose-file b.yml",
+    ),
+    composed(
+        "a service with a profile",
+        {"compose.yaml": "services:\n  pytorch: {image: some-image, profiles: [gpu]}\n"},
+        "some-image",
+    ),
+    composed(
+        "an include",
+        {"compose.yaml": "include: [parts/engine.yaml]\n", "parts/engine.yaml": SERVICE},
+        "some-image",
+    ),
+    composed("COMPOSE_FILE names no file", {}, "nowhere.yml", "COMPOSE_FILE", code=2, COMPOSE_FILE="nowhere.yml"),
+    composed(
+        "no service of that name", {"compose.yaml": "services:\n  web: {image: x}\n"}, "no service pytorch", "web"
+    ),
+    composed("a misspelt compose file", {"compose.yaml": "servces: {}\n"}, "servces"),
+    composed(
+        "an engine elsewhere",
+        {"compose.yaml": SERVICE},
+        "another machine",
+        "DOCKER_HOST",
+        DOCKER_HOST="tcp://192.0.2.1:2375",
+    ),
+    composed("a context that is not there", {"compose.yaml": SERVICE}, "no-such", DOCKER_CONTEXT="no-such"),
+)
+
+
 def in_words(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
@@ -598,6 +659,22 @@ def test_a_command_ends_with_a_result_or_says_what_to_do(
     put(tmp_path, row.files)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    ended = run_lem(*shlex.split(row.command))
+    ends_as_expected(row, ended.code, ended.out + ended.err)
+
+
+@pytest.mark.needs("docker")
+@pytest.mark.parametrize("row", COMPOSE, ids=lambda row: row.name)
+def test_compose_files_are_used_as_people_have_them_or_refused_by_name(
+    row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, row.files)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("COMPOSE_FILE", "COMPOSE_PROFILES", "COMPOSE_PROJECT_NAME", "DOCKER_CONTEXT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in row.environ.items():
+        monkeypatch.setenv(name, value)
     ended = run_lem(*shlex.split(row.command))
     ends_as_expected(row, ended.code, ended.out + ended.err)
 
