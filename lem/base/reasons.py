@@ -149,6 +149,7 @@ _NEW_TEXTS: Mapping[str, str] = {
     "template_longer": (
         "{longer:d} of {total:d} prompts are longer than input_tokens: the chat template alone takes as many tokens"
     ),
+    "rows_skipped": "data set {name}: {skipped:d} rows without a prompt were skipped",
     "dataset_too_small": "data set {name}: expected {wanted:d} prompts, found {found:d}",
     "prompt_file_too_small": "{path}: expected {wanted:d} prompts, found {found:d}",
     "weights_missing": "{count:d} weights are not in {model} and were initialised at random, among them {first}",

@@ -21,7 +21,7 @@ from lem.config.campaign_config import (
     with_campaign_defaults,
 )
 from lem.config.experiment import ExperimentConfig, FilePrompts
-from lem.config.kinds import Problem, as_written
+from lem.config.kinds import Expanded, Problem, as_written
 from lem.config.load import ListedExperiment, Loaded, Source, encode_config
 from lem.config.option import canonical
 from lem.config.rules import Gpu
@@ -344,8 +344,12 @@ def _find_prompt_file(config_dict: dict[str, Any], source: Source | None, is_of_
         return
     axes = [("grid", "shared", name) for name in ("prompts", "prompts.path")]
     layer = next(filter(None, map(source.layer_of, axes if is_of_grid else [("prompts", "path")])), None)
-    found = path if layer is None or layer.document is None else str(layer.document.path.parent / path)
+    if layer is None or layer.document is None:
+        return
+    found = str(layer.document.path.parent / path)
     if found != path and (Path(found).exists() or not Path(path).exists()):
+        if isinstance(path, Expanded):
+            found = Expanded(found, str(layer.document.path.parent / path.written), found)
         config_dict["prompts"] = {**prompts, "path": found}
 
 

@@ -11,7 +11,6 @@ import csv
 import functools
 import io
 import itertools
-import json
 import re
 import sys
 import zlib
@@ -23,6 +22,7 @@ from typing import Any
 from lem.base import durable
 from lem.base.errors import EngineError
 from lem.worker.prompts import PACKED, list_of_json, suffix_of, unpacked
+from lem.worker.shapes import json_of
 
 Row = Mapping[str, Any] | str  # an object, or a line of a `.txt` file
 prompts_error = functools.partial(EngineError, kind="prompts", is_permanent=True)
@@ -39,7 +39,7 @@ _OTHER_FORMATS = (".arrow", ".tsv", ".zip", ".tar", ".xml", ".hdf5", ".h5", ".tg
 _NO_PROMPTS = re.compile("licen[cs]e|copying|notice|readme|changelog|requirements|authors", re.IGNORECASE)
 # The lines of `configs` in the card of a data set that lem understands: a key with or without a value, or a value.
 _CARD_LINE = re.compile(r"\s*(- )?\s*(?:(config_name|default|data_files|split|path):(?: +|$))?(.*)")
-_PATTERN = re.compile(r"(?![/~])(?!.*(?:\.\.|://|\*\*(?!/)))[^\[\]{}&|>!#:]+")  # of files, below the folder
+_PATTERN = re.compile(r"(?![/~])(?!.*(?:\.\.|://|\*\*[^/]|[^/]\*\*))[^\[\]{}&|>!#:]+")  # of files, below the folder
 _NAME_ONE = "name the file: `dataset: FOLDER/FILE`"
 
 
@@ -156,7 +156,10 @@ def _splits_of_card(folder: Path, subset: str | None) -> dict[str, list[Path]] |
     card = folder / "README.md"
     if not card.is_file():
         return None
-    patterns, usual = _configs_of(card)
+    try:
+        patterns, usual = _configs_of(card)
+    except (OSError, ValueError) as error:
+        raise prompts_error(f"{card}: cannot be read: {error}", _NAME_ONE) from error
     if not patterns:
         return None
     chosen = subset or usual or ("default" if "default" in patterns or len(patterns) > 1 else next(iter(patterns)))
@@ -223,7 +226,7 @@ def _read_lines(file: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                yield _row(json.loads(line))
+                yield _row(json_of(line))
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
 

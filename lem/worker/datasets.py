@@ -75,7 +75,7 @@ def resolve_dataset(
 ) -> ResolvedPrompts:
     """The prompts of an experiment's data set, with its source, revision and hash.
 
-    Rows without text are skipped and counted. Where there are fewer than `sample_size`, all of them are taken and a
+    Rows without a prompt are skipped and counted. Where there are fewer than `sample_size`, all of them are taken and a
     warning says so: a repeated prompt would meet a warm prefix cache.
     LEM_DATASETS_DIR is read from `environ`; the hub's own variables (HF_HOME, HF_HUB_OFFLINE) by its package. Raises
     EngineError: kind `prompts`; permanent unless it may be the network's fault.

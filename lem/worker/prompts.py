@@ -35,6 +35,7 @@ from lem.worker.shapes import (
     Prompt,
     as_json,
     bound_of,
+    json_of,
     prompt_of_record,
     usable_columns,
 )
@@ -237,10 +238,10 @@ def _parsed(rows: Iterable[Any], parse: Callable[[Any], Any]) -> Iterator[Any]:
 def list_of_json(text: str) -> list[Any] | None:
     """The rows of a JSON document: a list, or an object with one; None for JSON Lines. ValueError: neither."""
     try:
-        document = json.loads(text)
+        document = json_of(text)
     except json.JSONDecodeError as error:
         with contextlib.suppress(ValueError):
-            json.loads(text.lstrip().split("\n", 1)[0])
+            json_of(text.lstrip().split("\n", 1)[0])
             return None
         raise ValueError(f"line {error.lineno}: not JSON: {error.msg}") from error
     if isinstance(document, dict):
@@ -309,7 +310,7 @@ def _parse_line(line: str) -> Any:
     if not line.strip():
         raise ValueError("the line is blank")
     try:
-        return json.loads(line)
+        return json_of(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
 

@@ -52,6 +52,14 @@ _ROLES = {
 }
 
 
+def json_of(text: str) -> Any:
+    """The document in JSON; ValueError if it is none."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def usable_columns(rows: Iterable[Any]) -> tuple[str, ...]:
     """TEXT_COLUMNS without those whose text ends with the answer, in every row that has both."""
     records = [row for row in rows if isinstance(row, Mapping)]
@@ -111,7 +119,7 @@ def _with_tools(found: Prompt, tools: Any) -> Prompt:
     found = replace(found, tools=_tools(tools))
     try:
         json.dumps(as_json(found), ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"messages: not JSON in Unicode: {error}") from error
     return found
 
@@ -178,13 +186,13 @@ def _tool_call(call: Any) -> Mapping[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError):  # a model may have called with what is not JSON
-            arguments = json.loads(arguments)
+            arguments = json_of(arguments)
     return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _tools(given: Any) -> tuple[Mapping[str, Any], ...]:
     """The tools of a conversation; data sets store them as JSON text too."""
-    tools = json.loads(given) if isinstance(given, str) and given.strip() else given or []
+    tools = json_of(given) if isinstance(given, str) and given.strip() else given or []
     if not isinstance(tools, list) or not all(isinstance(item, Mapping) for item in tools):
         raise ValueError("tools: expected a list of objects")
     return tuple(tools)

@@ -388,6 +388,7 @@ FILE = {"type": "file", "path": "sub/own.txt"}
         ({"grid": {**GRID, "shared": {"prompts": ["own.txt", FILE]}}}, ["set/own.txt", "set/sub/own.txt"]),
         ({"grid": {**GRID, "shared": {"prompts.type": ["file"], "prompts.path": ["own.txt"]}}}, ["set/own.txt"]),
         ({"experiments": [{"prompts": "here.txt"}]}, ["here.txt"]),
+        ({"experiments": [{"prompts": "${NAME_OF_PROMPTS:-own}.txt"}]}, ["set/own.txt"]),
         ({"experiments": [{"prompts": "own.txt"}], "sample_size": 1}, ["set/own.txt"]),
     ],
 )  # fmt: skip
@@ -405,6 +406,8 @@ def test_a_file_of_prompts_is_relative_to_the_file_that_names_it(
     found = build_plan(loaded.config, loaded.listed, source=loaded.source).given
     assert [item.config.prompts.path for item in found if isinstance(item.config.prompts, FilePrompts)] == places
     assert {item.n_prompts for item in found} == {loaded.config.num_samples or 2}
+    if "${" in json.dumps(campaign):
+        assert [item.requested["prompts"]["path"] for item in found] == ["set/${NAME_OF_PROMPTS:-own}.txt"]
     on_the_line = load_campaign("set/c.yaml", ["grid=null", "configs=[]", "experiments=[{prompts: own.txt}]"])
     (only,) = build_plan(on_the_line.config, on_the_line.listed, source=on_the_line.source).given
     assert only.config.prompts == FilePrompts(path="own.txt", sample_size=loaded.config.num_samples)

@@ -185,6 +185,8 @@ def test_rows_that_hold_no_prompts_are_refused(
     ("name", "content", "message"),
     [
         ("mine.jsonl", b"{", "line 1"),
+        ("mine.jsonl", b"[" * 100_000, "line 1: nested too deeply"),
+        ("mine/README.md", b"---\nconfigs:\n- config_name: \xff\n", "cannot be read"),
         ("mine.json", b'{"a": 1}', "expected a list of objects"),
         ("mine.json", b"3", "expected a list of objects"),
         ("mine.csv", b'prompt\n"open', "not a valid csv file"),
@@ -285,6 +287,9 @@ LAYOUTS = {
     "a card with other options": Layout(("main/train-1.jsonl",), "does not understand: data_dir: main",
                                         card=CARD.replace("  default: true", "  data_dir: main")),
     "a card in one line": Layout(("a.jsonl",), "does not understand", card="---\nconfigs: [{config_name: a}]\n---\n"),
+    "a card with all folders": Layout(("a/b.jsonl", "main/test.jsonl", "main/train-1.jsonl"),
+                                      ("a/b.jsonl", "main/test.jsonl", "main/train-1.jsonl"), subset="other",
+                                      card=CARD.replace("other/*.jsonl", "'**/*.jsonl'")),
     "a card that leads out": Layout(("a.jsonl",), "does not understand", card=CARD.replace("main/train-*", "../*")),
 }  # fmt: skip
 

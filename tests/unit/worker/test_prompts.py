@@ -225,6 +225,8 @@ def test_every_bad_line_is_named_with_its_number_and_many_are_counted(tmp_path: 
         ("p.jsonl", b'{"text": "1 + 1 = 2", "answer": "2"}', "p.jsonl:1: expected 'prompt'"),
         ("p.jsonl.gz", b'{"prompt": "a"}', "p.jsonl.gz: cannot be read: Not a gzipped file"),
         ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}')[:-9], "p.jsonl.gz: cannot be read: "),
+        ("p.json", b"[" * 100_000, "p.json: nested too deeply"),
+        ("p.jsonl", b"[" * 100_000, "p.jsonl:1: nested too deeply"),
         ("p.csv", b"prompt\na\n", "p.csv: expected prompts in text or JSON, got .csv"),
         ("p.txt", b"fine\n\xff\xfe\x00", "p.txt:2: not UTF-8"),
         ("missing.txt", None, "missing.txt: cannot be read"),
