@@ -315,7 +315,9 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
         None, "Prompts from a file (its path is enough) or elsewhere; default: the bundled synthetic set."
     )
     chat_template: str = option(
-        NO_TEMPLATE, "Template for prompts: none, model (the tokenizer's own), or a Jinja file.", is_added=True
+        NO_TEMPLATE,
+        "Template for prompts: none, model (the tokenizer's own), or a Jinja file, relative to the file that names it.",
+        is_added=True,
     )
     decoder: DecoderConfig = option(DecoderConfig(), "How the next token is chosen.")
     traffic_simulation: TrafficConfig = option(TrafficConfig(), "Requests that arrive over time.")

@@ -115,6 +115,14 @@ class Source:
         layer = self.layer_of(path)
         return layer.document.path.parent if layer is not None and layer.document is not None else FilePath()
 
+    def found_file(self, name: str, *paths: Path) -> str:
+        """A file name at one of the paths, from the working directory; unchanged if the file is only there."""
+        folder = next((self.folder_of(path) for path in paths if self.layer_of(path) is not None), FilePath())
+        if folder == FilePath() or (FilePath(name).exists() and not (folder / name).exists()):
+            return name
+        found = str(folder / name)
+        return Expanded(found, str(folder / name.written), found) if isinstance(name, Expanded) else found
+
     def locate(self, problems: Iterable[Problem]) -> Located:
         placed = [(self.place(item.path, is_about_key=item.is_about_key), item) for item in problems]
         prefixed = [(place, dataclasses.replace(item, path=(*self.prefix, *item.path))) for place, item in placed]

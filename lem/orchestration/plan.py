@@ -20,8 +20,8 @@ from lem.config.campaign_config import (
     fill_sample_size,
     with_campaign_defaults,
 )
-from lem.config.experiment import ExperimentConfig, FilePrompts
-from lem.config.kinds import Expanded, Problem, as_written
+from lem.config.experiment import NO_TEMPLATE, OWN_TEMPLATE, ExperimentConfig, FilePrompts
+from lem.config.kinds import Problem, as_written
 from lem.config.load import ListedExperiment, Loaded, Source, encode_config
 from lem.config.option import canonical
 from lem.config.rules import Gpu
@@ -327,30 +327,24 @@ def _collect(
     stems = grid.distinct_names([grid.file_stem(name) for name in names], config_dicts)
     origins = [*((one.path, one.source, False) for one in listed), *[(None, source, True)] * len(of_grid)]
     for config_dict, (_, origin, is_of_grid) in zip(config_dicts, origins, strict=True):
-        _find_prompt_file(config_dict, origin, is_of_grid)
+        _find_files(config_dict, origin, is_of_grid)
     return [
         _Candidate(name, config_dict, str(file or folder / f"{stem}.yaml"), file is None, origin, is_of_grid)
         for name, config_dict, stem, (file, origin, is_of_grid) in zip(names, config_dicts, stems, origins, strict=True)
     ]
 
 
-def _find_prompt_file(config_dict: dict[str, Any], source: Source | None, is_of_grid: bool) -> None:
-    """Make the path of a file of prompts relative to the working directory; it is relative to the file that names it.
-
-    Where that does not exist, a path from the working directory is left as it is.
-    """
-    prompts = config_dict.get("prompts")
-    if source is None or not isinstance(prompts, Mapping) or not isinstance(path := prompts.get("path"), str):
+def _find_files(config_dict: dict[str, Any], source: Source | None, is_of_grid: bool) -> None:
+    """Make paths of prompts and of a template relative to the working directory, not to the file that names them."""
+    if source is None:
         return
-    axes = [("grid", "shared", name) for name in ("prompts", "prompts.path")]
-    layer = next(filter(None, map(source.layer_of, axes if is_of_grid else [("prompts", "path")])), None)
-    if layer is None or layer.document is None:
-        return
-    found = str(layer.document.path.parent / path)
-    if found != path and (Path(found).exists() or not Path(path).exists()):
-        if isinstance(path, Expanded):
-            found = Expanded(found, str(layer.document.path.parent / path.written), found)
-        config_dict["prompts"] = {**prompts, "path": found}
+    prompts, template = config_dict.get("prompts"), config_dict.get("chat_template")
+    inside = ("grid", "shared") if is_of_grid else ()
+    if isinstance(prompts, Mapping) and isinstance(prompts.get("path"), str):
+        path = source.found_file(prompts["path"], (*inside, "prompts", "path"), (*inside, "prompts.path"))
+        config_dict["prompts"] = {**prompts, "path": path}
+    if isinstance(template, str) and template not in (NO_TEMPLATE, OWN_TEMPLATE):
+        config_dict["chat_template"] = source.found_file(template, (*inside, "chat_template"))
 
 
 _Valid = Sequence[tuple[_Candidate, ExperimentConfig]]

@@ -413,6 +413,25 @@ def test_a_file_of_prompts_is_relative_to_the_file_that_names_it(
     assert only.config.prompts == FilePrompts(path="own.txt", sample_size=loaded.config.num_samples)
 
 
+@pytest.mark.parametrize(
+    "campaign",
+    [
+        {"experiments": [{"chat_template": "t.jinja"}]},
+        {"grid": {**GRID, "shared": {"chat_template": ["t.jinja", "model"]}}},
+    ],
+)
+def test_a_chat_template_is_relative_to_the_file_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, campaign: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "t.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "set" / "c.yaml").write_text(json.dumps({"campaign_name": "demo", "model": "gpt2", **campaign}))
+    loaded = load_campaign("set/c.yaml")
+    found = build_plan(loaded.config, loaded.listed, source=loaded.source).given
+    assert [item.config.chat_template for item in found] == ["set/t.jinja", "model"][: len(found)]
+
+
 def test_without_prompts_the_synthetic_set_is_as_large_as_the_widest_configuration_needs() -> None:
     made = plan(
         grid={"backends": ["pytorch", "vllm"], "backend_overrides": {"vllm": {"max_num_seqs": [64, 300]}}},
