@@ -257,6 +257,10 @@ class ComposeProject:
             cache = Path(base.env.get(MODEL_CACHE_VARIABLE) or "~/.cache/huggingface")
             cache.expanduser().mkdir(parents=True, exist_ok=True)
         overrides = {name: self._service_override(name, pyz, version, engine) for name in names}
+        for name in names:
+            if not base.services[name].is_idle:  # it would run a server, which holds the GPU beside lem's own engine
+                _logger.warning("%s: lem runs its own engine in the container, and not the service's command", name)
+                overrides[name] |= {"entrypoint": ["sleep"], "command": ["infinity"]}
         text = _override_text({"services": overrides, "volumes": _existing_volumes(base, version)})
         prepared = replace(base, files=(*base.files, self._write(OVERRIDE_NAME, text)), pyz=PYZ_FOLDER / pyz.name)
         services = prepared.services  # Compose refuses an invalid combination here, before anything is started

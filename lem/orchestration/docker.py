@@ -254,6 +254,7 @@ class Service:
     image: str | None  # None: it is built, without a name
     has_gpu: bool  # a GPU is reserved for it
     profiles: tuple[str, ...] = ()  # one of which has to be enabled
+    is_idle: bool = True  # its container waits for commands, as far as its file shows
 
 
 @dataclass(frozen=True)
@@ -373,7 +374,9 @@ def _decode_state(item: Any) -> ContainerState:
 def _service(name: str, item: Mapping[str, Any]) -> Service:
     image = decode_hint(str | None, item.get("image"), "image")
     profiles = decode_hint(tuple[str, ...] | None, item.get("profiles"), "profiles")
-    return Service(name, image, _has_gpu(item), profiles or ())
+    command = " ".join(decode_hint(list[str] | None, item.get("command"), "command") or ())
+    is_idle = bool(item.get("entrypoint")) or "sleep" in command or "tail" in command
+    return Service(name, image, _has_gpu(item), profiles or (), is_idle)
 
 
 def _has_gpu(service: Mapping[str, Any]) -> bool:

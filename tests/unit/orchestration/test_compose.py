@@ -237,6 +237,29 @@ def test_results_belong_to_the_user_under_every_kind_of_engine(
     assert f"{compose.env['LEM_UID']}:{compose.env['LEM_GID']}" == user
 
 
+@pytest.mark.parametrize(
+    ("service", "is_replaced"),
+    [
+        ({}, True),
+        ({"command": ["--model", "a"]}, True),
+        ({"entrypoint": [], "command": ["serve"]}, True),
+        ({"entrypoint": ["sleep", "infinity"]}, False),
+        ({"entrypoint": ["/start.sh"], "command": None}, False),
+        ({"command": ["sh", "-c", "pip install x && sleep infinity"]}, False),
+        ({"command": ["tail", "-f", "/dev/null"]}, False),
+    ],
+)
+def test_a_service_that_would_run_a_server_waits_instead(
+    fake: FakeDocker, tmp_path: Path, caplog: pytest.LogCaptureFixture, service: dict[str, Any], is_replaced: bool
+) -> None:
+    fake.change(services={"vllm": {"image": "img", **service}})
+    found = as_service(override(fake, tmp_path))
+    assert (found.get("entrypoint"), found.get("command")) == (
+        (["sleep"], ["infinity"]) if is_replaced else (None, None)
+    )
+    assert ("not the service's command" in caplog.text) is is_replaced
+
+
 def test_an_engine_that_cannot_limit_memory_is_reported(
     fake: FakeDocker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
