@@ -373,12 +373,18 @@ def _with_enough_prompts(valid: _Valid) -> _Valid:
 def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidationIssue]]:
     """The configurations, each once and in the first cycle, and a warning for each repetition of one."""
     prompts: dict[Any, tuple[dict[str, Any], int | None]] = {}
+    unusable: dict[Any, FileProblems] = {}
     found: dict[str, Experiment] = {}
     repeated = []
     for item, config in valid:
         key = (config.dataset, config.prompts, config.chat_template)
-        if key not in prompts:
-            prompts[key] = _find_prompts(item, config)
+        if key not in prompts and key not in unusable:
+            try:
+                prompts[key] = _find_prompts(item, config)
+            except FileProblems as error:
+                unusable[key] = error
+        if key in unusable:
+            continue
         digest = grid.config_hash(config, prompts[key][0])
         if digest in found:
             same = Reason.of("repeated_experiment", name=found[digest].config_name)
@@ -398,6 +404,10 @@ def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidatio
             prompts=prompts[key][0],
             n_prompts=prompts[key][1],
         )
+    if unusable:
+        located = [place for error in unusable.values() for place in error.located]
+        hints = {error.hint for error in unusable.values()}
+        raise FileProblems(located, hints.pop() if len(hints) == 1 else "correct these files, or name others")
     return tuple(found.values()), repeated
 
 

@@ -210,6 +210,13 @@ INTENDED: tuple[Intended, ...] = (
         is_new=True,
     ),
     Intended("As above, in text.", "--dry-run", r"\+\S+( \+\S+)*"),
+    # Issue 15
+    Intended(
+        "The dry run reports folders, packages and images that are missing.",
+        "lem campaign .*--dry-run",
+        r"^\$\.problems\b",
+        is_new=True,
+    ),
     Intended("Help with figures of the new options.", "lem completion (zsh|fish)", r"\+\d( \+\d)*"),
     Intended(
         "As above, where the balanced order is another one than the old default.",

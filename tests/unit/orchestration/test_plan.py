@@ -368,6 +368,24 @@ def test_cells_that_cannot_differ_are_named_before_the_run(
     assert sorted(cells(shared, overrides)) == sorted(found)
 
 
+def test_every_file_of_prompts_that_cannot_be_used_is_named_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("good.txt").write_text("one\n")
+    Path("c.yaml").write_text(
+        "campaign_name: demo\nmodel: gpt2\n"
+        "grid:\n  backends: [pytorch]\n  shared:\n    pytorch.batch_size: [1, 2]\n"
+        "    prompts: [empty.txt, gone.txt, good.txt]\n"
+    )
+    with pytest.raises(UserError) as caught:
+        loaded = load_campaign("c.yaml")
+        build_plan(loaded.config, loaded.listed, source=loaded.source)
+    assert [name in caught.value.message for name in ("empty.txt", "gone.txt", "good.txt: ")] == [True, True, False]
+    assert "2 problems in the configuration" in caught.value.message
+
+
 def test_prompts_of_a_file_are_counted(tmp_path: Path) -> None:
     (tmp_path / "three.txt").write_text("one\ntwo\nthree\n")
     prompts = {"type": "file", "path": str(tmp_path / "three.txt"), "sample_size": 8}
