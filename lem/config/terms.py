@@ -55,6 +55,7 @@ _NAMES: Mapping[str, str] = {
     "traffic_simulation.concurrency": "concurrency max_concurrency",
     "traffic_simulation.mode": "rate_type arrival_pattern profile",
     "traffic_simulation.slo": "goodput",
+    "chat_template": "apply_chat_template use_chat_template",
     "warmup.min_prompts execution.warmup_prompts": "num_warmups n_warmup warmup_request_count num_warmup_requests "
     "num_iters_warmup",
     "baseline.duration_sec": "baseline.duration_seconds",

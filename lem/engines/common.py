@@ -63,6 +63,12 @@ def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
     return engine
 
 
+def other_python(backend: str) -> str:
+    """The flag for a Python that has an engine: the demo's, where `make demo` made it, or one to be filled in."""
+    demo = Path("build/demo-env/bin/python")
+    return f"--python {demo if backend == 'pytorch' and demo.exists() else 'PROGRAM'}"
+
+
 @contextlib.contextmanager
 def importing(backend: str, engine: str, hint: str, how_to_get: str | None = None) -> Iterator[None]:
     """Meanwhile the engine is imported; EngineError if a package is missing (see `how_to_get`) or broken (`hint`)."""
@@ -70,7 +76,7 @@ def importing(backend: str, engine: str, hint: str, how_to_get: str | None = Non
     if missing:
         text = f"the {backend} backend needs {' and '.join(missing)}, which {sys.executable} does not have"
         remedy = how_to_get or f"{sys.executable} -m pip install {' '.join(missing)}"
-        raise EngineError(text, f"{remedy}, or name another Python with --python", is_permanent=True)
+        raise EngineError(text, f"{remedy}, or name another Python: {other_python(backend)}", is_permanent=True)
     try:
         yield
     except (ImportError, OSError, RuntimeError) as error:

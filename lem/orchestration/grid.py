@@ -17,6 +17,7 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.clock import utc_stamp
+from lem.base.errors import in_brackets
 from lem.base.reasons import Reason
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig
@@ -208,11 +209,10 @@ def validate_named(
 
 
 def coded(found: Problem) -> Reason:
-    if found.reason is None:
-        return Reason.of("verbatim", text=str(found))
-    if found.reason.code in _NAMES_BACKEND:
-        return found.reason
-    return Reason.of("at_option", option=dotted(found.path), what=found.reason)
+    what = found.reason or Reason.of("verbatim", text=f"{found.message}{in_brackets(found.suggestion)}")
+    if what.code in _NAMES_BACKEND or not found.path:
+        return what
+    return Reason.of("at_option", option=dotted(found.path), what=what)
 
 
 # --- names

@@ -12,7 +12,7 @@ from typing import Any
 
 from lem.base.errors import EngineError, UserError
 from lem.base.units import format_duration, plural, some_of
-from lem.engines.common import named_models
+from lem.engines.common import named_models, other_python
 from lem.orchestration import doctor
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.plan import Experiment, Plan
@@ -84,7 +84,8 @@ class Findings:
             return True
         names = " and ".join(missing) + (" is" if len(missing) == 1 else " are")
         where, python = "here", "this Python"
-        hint = f"pip install {' '.join(missing)}, name another Python with --python, or use a container (lem doctor)"
+        other = f"name another Python: --executor local {other_python(backend)}"
+        hint = f"pip install {' '.join(missing)}, {other}, or use a container (lem doctor)"
         if executor == "docker":
             where, python = f"in service {backend}", "its Python"
             hint = "name an image that has it in the compose file; lem compose prints one with such images"

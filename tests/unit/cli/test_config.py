@@ -61,6 +61,30 @@ def test_a_campaign_of_which_nothing_is_left_is_not_valid(folder: Path):
     assert "c.yaml:2:1: grid: no valid experiment is left: no model" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("model:\ngrid: {backends: [pytorch]}", "2:7: model: no valid experiment is left: no model"),
+        ("grid:\n  backends: [pytorch]\n  models:", "4:10: grid.models: no valid experiment is left: no model"),
+        ("experiments:\n  - streaming: true", "3:5: experiments[0]: no valid experiment is left: no model"),
+        (
+            "model: gpt2\ngrid:\n  backends: [pytorch]\n  shared:\n    measurement.energy: [rapl]\n"
+            "    measurement.cpu_tdp_w: [65, 70]",
+            "7:28: grid.shared.measurement.cpu_tdp_w: no valid experiment is left: measurement.cpu_tdp_w: has no effect",
+        ),
+        (
+            "model: gpt2\ngrid:\n  backends: [pytorch]\n  backend_overrides:\n"
+            "    pytorch: {load_in_4bit: [true], load_in_8bit: [true]}",
+            "6:51: grid.backend_overrides.pytorch.load_in_8bit: no valid experiment is left: pytorch.load_in_8bit",
+        ),
+    ],
+)
+def test_what_leaves_no_experiment_is_shown_where_it_is(folder: Path, text: str, place: str):
+    (folder / "c.yaml").write_text(f"campaign_name: x\n{text}\n", encoding="utf-8")
+    code, _, err = run_lem("config", "validate", "c.yaml")
+    assert (code, f"c.yaml:{place}" in err) == (2, True), err
+
+
 def test_validation_as_json():
     code, out, err = run_lem("config", "validate", "bad.yaml", "nothing.yaml", "e.yaml", "--json")
     assert (code, err) == (2, "")

@@ -18,6 +18,7 @@ from lem.engines.common import (
     idle_gpu,
     importing,
     load_engine,
+    other_python,
     pick_gpus,
     refuse_changes,
     section_of,
@@ -91,6 +92,15 @@ def test_a_backend_without_its_packages_says_how_to_get_them(
         load_engine(ExperimentConfig.from_dict({"model": "m", "backend": backend}), {})
     assert remedy in caught.value.hint
     assert caught.value.is_permanent
+
+
+def test_the_python_of_the_demo_is_named_where_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert other_python("pytorch") == "--python PROGRAM"
+    python = Path("build/demo-env/bin/python")
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert [other_python(name) for name in ("pytorch", "vllm")] == [f"--python {python}", "--python PROGRAM"]
 
 
 @pytest.mark.parametrize("error", [ImportError("no libcuda", name="vllm"), OSError("no libcuda")])

@@ -158,6 +158,7 @@ def test_a_dry_run_reports_folders_packages_and_images(tmp_path):
     tensorrt = build_plan(make_campaign(tmp_path, grid=_grid("owner/name", backends=("tensorrt",), gpus=[["0"]])))
     (package,) = foresee(tensorrt, "local", None)
     assert "tensorrt_llm is not installed" in package.message
+    assert "--executor local --python PROGRAM" in package.hint
     compose = replace(plan.campaign.io, compose_file=(str(tmp_path / "none.yml"),))
     in_container = replace(plan, campaign=replace(plan.campaign, io=compose))
     first, *others = foresee(in_container, "docker", None)
