@@ -63,10 +63,10 @@ def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
     return engine
 
 
-def other_python(backend: str) -> str:
-    """The flag for a Python that has an engine: the demo's, where `make demo` made it, or one to be filled in."""
-    demo = Path("build/demo-env/bin/python")
-    return f"--python {demo if backend == 'pytorch' and demo.exists() else 'PROGRAM'}"
+def demo_python(backend: str) -> Path | None:
+    """The Python of `make demo`, if it has the engine of this backend, and if it was made here."""
+    python = Path("build/demo-env/bin/python")
+    return python if backend == "pytorch" and python.exists() else None
 
 
 @contextlib.contextmanager
@@ -76,7 +76,8 @@ def importing(backend: str, engine: str, hint: str, how_to_get: str | None = Non
     if missing:
         text = f"the {backend} backend needs {' and '.join(missing)}, which {sys.executable} does not have"
         remedy = how_to_get or f"{sys.executable} -m pip install {' '.join(missing)}"
-        raise EngineError(text, f"{remedy}, or name another Python: {other_python(backend)}", is_permanent=True)
+        other = f"name another Python: --python {demo_python(backend) or 'PROGRAM'}"
+        raise EngineError(text, f"{remedy}, or {other}", is_permanent=True)
     try:
         yield
     except (ImportError, OSError, RuntimeError) as error:

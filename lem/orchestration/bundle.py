@@ -29,6 +29,7 @@ from lem.base.durable import reason_of, remedy_for, sha256_of
 from lem.base.errors import UserError
 from lem.base.process import Finished, run
 from lem.base.units import MIB, some_of
+from lem.orchestration.docker import how_to_get
 from lem.orchestration.packing import PYZ_NAME, program_bytes
 
 SCHEMA_VERSION = 1
@@ -180,7 +181,7 @@ def _save_image(name: str, file: Path) -> BundledImage:
         saved = scratch / "image.tar"
         ended = run(["docker", "save", "--output", str(saved), name], timeout_s=_SAVE_TIMEOUT_S)
         if ended.code != 0:
-            raise UserError(f"image {name} cannot be saved: {ended.stderr.strip()}", f"docker pull {name}")
+            raise UserError(f"image {name} cannot be saved: {ended.stderr.strip()}", f"run {how_to_get(name)}")
         try:
             ids = _image_ids(saved)
         except (tarfile.TarError, EOFError) as error:

@@ -21,6 +21,7 @@ from lem.base.durable import make_folder, reason_of
 from lem.base.errors import UserError
 from lem.base.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, MODEL_CACHE_VARIABLE
 from lem.config.experiment import ExperimentConfig
+from lem.engines.common import demo_python
 from lem.orchestration.docker import (
     OVERRIDE_NAME,
     PROFILES_VARIABLE,
@@ -383,8 +384,11 @@ def _image_ids(docker: Docker, services: Sequence[Service]) -> dict[str, str]:
         return {name: str(image_id) for name, image_id in found.items()}
     message = f"image {missing[0].image} of service {missing[0].name} is missing, and a campaign pulls no images"
     message += "".join(f"; so is image {item.image} of service {item.name}" for item in missing[1:])
-    pulls = ", ".join(f"`docker pull {item.image}`" for item in missing)
-    raise ContainerError(message, f"run {pulls}, or build or load it; `lem doctor` shows what is missing", kind="image")
+    hint = f"run {', '.join(item.how_to_get for item in missing)}, or load it with `docker load`"
+    pythons = [python for item in missing if (python := demo_python(item.name)) is not None]
+    if len(pythons) == len(missing):
+        hint += f"; or run on this machine instead: --executor local --python {pythons[0]}"
+    raise ContainerError(message, hint, kind="image")
 
 
 def _make_folder(folder: Path) -> None:

@@ -255,6 +255,15 @@ class Service:
     has_gpu: bool  # a GPU is reserved for it
     profiles: tuple[str, ...] = ()  # one of which has to be enabled
     is_idle: bool = True  # its container waits for commands, as far as its file shows
+    is_built: bool = False  # the compose file says how to build its image
+
+    @property
+    def how_to_get(self) -> str:
+        """The command that puts its image on this machine."""
+        if self.is_built:
+            name = "" if self.image else f"name the image of {self.name} next to `build:`, then "
+            return f"{name}`docker compose build {self.name}`"
+        return how_to_get(str(self.image))
 
 
 @dataclass(frozen=True)
@@ -376,7 +385,14 @@ def _service(name: str, item: Mapping[str, Any]) -> Service:
     profiles = decode_hint(tuple[str, ...] | None, item.get("profiles"), "profiles")
     command = " ".join(decode_hint(list[str] | None, item.get("command"), "command") or ())
     is_idle = bool(item.get("entrypoint")) or "sleep" in command or "tail" in command
-    return Service(name, image, _has_gpu(item), profiles or (), is_idle)
+    return Service(name, image, _has_gpu(item), profiles or (), is_idle, is_built="build" in item)
+
+
+def how_to_get(image: str) -> str:
+    """The command that puts an image on this machine; lem's own is in no registry."""
+    if image.startswith("lem-pytorch:"):
+        return f"`docker build -f docker/Dockerfile.pytorch -t {image} docker` in a clone of lem"
+    return f"`docker pull {image}`"
 
 
 def _has_gpu(service: Mapping[str, Any]) -> bool:

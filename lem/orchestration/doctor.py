@@ -176,7 +176,8 @@ def _check_images(host: Host) -> Finding:
         return Finding(OK, f"all found: {', '.join(sorted({str(item.image) for item in host.needed}))}")
     # Without named backends, the campaign may use only those that have an image.
     is_enough = not host.backends and len(missing) < len(host.needed)
-    remedy = "pull, build or load it; a campaign needs only the images of its backends"
+    ways = ", ".join(item.how_to_get for item in missing)
+    remedy = f"run {ways}, or load it; a campaign needs only the images of its backends"
     return Finding(WARNING if is_enough else FAILED, f"missing: {names}", remedy)
 
 

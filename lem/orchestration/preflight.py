@@ -12,7 +12,7 @@ from typing import Any
 
 from lem.base.errors import EngineError, UserError
 from lem.base.units import format_duration, plural, some_of
-from lem.engines.common import named_models, other_python
+from lem.engines.common import demo_python, named_models
 from lem.orchestration import doctor
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.plan import Experiment, Plan
@@ -84,7 +84,7 @@ class Findings:
             return True
         names = " and ".join(missing) + (" is" if len(missing) == 1 else " are")
         where, python = "here", "this Python"
-        other = f"name another Python: --executor local {other_python(backend)}"
+        other = f"name another Python: --executor local --python {demo_python(backend) or 'PROGRAM'}"
         hint = f"pip install {' '.join(missing)}, {other}, or use a container (lem doctor)"
         if executor == "docker":
             where, python = f"in service {backend}", "its Python"

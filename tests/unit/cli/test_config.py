@@ -68,14 +68,12 @@ def test_a_campaign_of_which_nothing_is_left_is_not_valid(folder: Path):
         ("grid:\n  backends: [pytorch]\n  models:", "4:10: grid.models: no valid experiment is left: no model"),
         ("experiments:\n  - streaming: true", "3:5: experiments[0]: no valid experiment is left: no model"),
         (
-            "model: gpt2\ngrid:\n  backends: [pytorch]\n  shared:\n    measurement.energy: [rapl]\n"
-            "    measurement.cpu_tdp_w: [65, 70]",
-            "7:28: grid.shared.measurement.cpu_tdp_w: no valid experiment is left: measurement.cpu_tdp_w: has no effect",
+            "model: gpt2\ngrid:\n  backends: pytorch\n  shared: {measurement.energy: rapl, measurement.cpu_tdp_w: [6]}",
+            "5:61: grid.shared.measurement.cpu_tdp_w: no valid experiment is left: measurement.cpu_tdp_w: has no",
         ),
         (
-            "model: gpt2\ngrid:\n  backends: [pytorch]\n  backend_overrides:\n"
-            "    pytorch: {load_in_4bit: [true], load_in_8bit: [true]}",
-            "6:51: grid.backend_overrides.pytorch.load_in_8bit: no valid experiment is left: pytorch.load_in_8bit",
+            "model: gpt2\ngrid:\n  backends: pytorch\n  backend_overrides: {pytorch: {max_tokens_per_batch: 5}}",
+            "5:55: grid.backend_overrides.pytorch.max_tokens_per_batch: no valid experiment is left: pytorch.max_tokens",
         ),
     ],
 )

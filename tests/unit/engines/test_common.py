@@ -14,11 +14,11 @@ from lem.base.reasons import Reason
 from lem.config.backends import VllmConfig
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import (
+    demo_python,
     environment,
     idle_gpu,
     importing,
     load_engine,
-    other_python,
     pick_gpus,
     refuse_changes,
     section_of,
@@ -96,11 +96,11 @@ def test_a_backend_without_its_packages_says_how_to_get_them(
 
 def test_the_python_of_the_demo_is_named_where_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert other_python("pytorch") == "--python PROGRAM"
+    assert demo_python("pytorch") is None
     python = Path("build/demo-env/bin/python")
     python.parent.mkdir(parents=True)
     python.touch()
-    assert [other_python(name) for name in ("pytorch", "vllm")] == [f"--python {python}", "--python PROGRAM"]
+    assert [demo_python(name) for name in ("pytorch", "vllm")] == [python, None]
 
 
 @pytest.mark.parametrize("error", [ImportError("no libcuda", name="vllm"), OSError("no libcuda")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,9 @@ def started(fake: FakeDocker) -> ContainerManager:
     return found
 
 
+BUILT = {"build": ".", "image": "mine"}
+
+
 @pytest.mark.parametrize(
     ("state", "kind", "remedy"),
     [
@@ -43,7 +47,9 @@ def started(fake: FakeDocker) -> ContainerManager:
         ({"endpoint": "ssh://user@far"}, "remote", "docker context use default"),
         ({"endpoint": "tcp://10.0.0.7:2376"}, "remote", "unset DOCKER_HOST"),
         ({"others": ["web-1 /a/compose.yaml"]}, "project", "COMPOSE_PROJECT_NAME"),
-        ({"images": []}, "image", "docker pull img"),
+        ({"images": []}, "image", "run `docker pull img`, or load it"),
+        ({"images": [], "services": {"pytorch": {"image": "lem-pytorch:1"}}}, "image", "-t lem-pytorch:1 docker` in a"),
+        ({"images": [], "services": {"pytorch": BUILT}}, "image", "run `docker compose build pytorch`, or load it"),
         ({"services": {"pytorch": {"build": "."}}}, "image", "build"),
         ({"services": {"pytorch": WITH_GPU}, "no_gpu_runtime": True}, "gpu", "NVIDIA Container Toolkit"),
     ],
@@ -55,6 +61,19 @@ def test_an_error_has_its_kind_and_a_remedy(fake: FakeDocker, state: dict[str, A
     assert isinstance(caught.value, ContainerError)
     assert caught.value.kind == kind
     assert remedy in caught.value.hint
+
+
+def test_where_the_demo_made_a_python_a_missing_image_of_its_engine_is_not_needed(
+    fake: FakeDocker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    python = Path("build/demo-env/bin/python")
+    python.parent.mkdir(parents=True)
+    python.touch()
+    fake.change(images=[])
+    with pytest.raises(ContainerError) as caught:
+        manager(fake).start_services(["pytorch"])
+    assert caught.value.hint.endswith(f"run on this machine instead: --executor local --python {python}")
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_the_text_says_what_to_do_and_nothing_is_left_behind(here: FakeDocker) -
     here.change(images=[])
     code, out, _ = run_lem("doctor", "--backend", "pytorch")
     assert code == 2
-    assert "→ pull, build or load it" in " ".join(out.split())
+    assert "→ run `docker pull" in " ".join(out.split())
     assert out.endswith("cannot run campaigns in containers: images; --executor local works\n")
     assert max(map(len, out.splitlines())) <= 100
     (here.folder / "results").write_text("")
