@@ -73,7 +73,7 @@ def test_a_campaign_of_which_nothing_is_left_is_not_valid(folder: Path):
         ),
         (
             "model: gpt2\ngrid:\n  backends: pytorch\n  backend_overrides: {pytorch: {max_tokens_per_batch: 5}}",
-            "5:55: grid.backend_overrides.pytorch.max_tokens_per_batch: no valid experiment is left: pytorch.max_tokens",
+            "5:55: grid.backend_overrides.pytorch.max_tokens_per_batch: no valid experiment is left: pytorch.max",
         ),
     ],
 )
