@@ -45,13 +45,22 @@ _METERS = {"zeus": "nvml", "codecarbon": "auto", None: "none"}
 def _sample_size(value: Any, options: Options) -> Options:
     for source in ("prompts", "dataset"):
         if isinstance(options.get(source), Mapping):
-            return {} if "sample_size" in options[source] else {f"{source}.sample_size": value}
+            return {} if {"sample_size", "n"} & set(options[source]) else {f"{source}.sample_size": value}
     length = _shorter(BUNDLED_INPUT_TOKENS, options.get("max_input_tokens"))
     return {"prompts.type": "synthetic", "prompts.input_tokens": length, "prompts.sample_size": value}
 
 
 def _shorter(length: Any, limit: Any) -> Any:
     return min(length, limit) if isinstance(length, int) and isinstance(limit, int) else length
+
+
+def _synthetic(value: Any, options: Options) -> Options:
+    dataset = options["dataset"]
+    out = {"prompts.type": "synthetic", "prompts.sample_size": value, "prompts.seed": dataset.get("seed", 42)}
+    for name, default in (("input", 512), ("output", 128)):
+        length = dataset.get(f"{name}_len", default)
+        out[f"prompts.{name}_tokens"] = _shorter(length, options.get(f"max_{name}_tokens", default))
+    return out
 
 
 def _compile(value: Any, options: Options) -> Options:
@@ -71,6 +80,8 @@ def _beams(name: str) -> Rule:
 _RULES: Mapping[str, Rule] = {
     "n": _sample_size,
     "num_input_prompts": _sample_size,
+    "dataset.n": _synthetic,
+    **{f"dataset.{name}": lambda _, __: {} for name in ("seed", "input_len", "output_len")},
     "dataset.name": lambda value, _: {"dataset.name": _ALIASES.get(squashed(str(value)), value)},
     "adapter": lambda value, _: {"model.adapter": value},
     "decoder.do_sample": lambda value, _: {} if value is True else {"decoder.do_sample": value},
@@ -137,22 +148,17 @@ class _Converter:
         tree = self.translated(CampaignConfig, {k: v for k, v in options.items() if k not in of_experiments})
         grid = self.section(options, "grid")
         if grid:
-            tree["grid"] = self.first_grid(grid, options)
+            axes = {**self.section(grid, "axes"), **self.section(grid, "shared")}
+            overrides = self.section(grid, "backend_overrides")
+            for backend in overrides:
+                found = self.section(overrides, backend)
+                axes.update({f"{backend}.{key}": value for key, value in found.items()})
+            around = {"backend": grid.get("backends"), "model": grid.get("models")}
+            axes.update({key: value for key, value in around.items() if value is not None})
+            tree.update(self.grid(axes, {"dataset": options["dataset"]} if options.get("dataset") else {}))
         listed = [{"config": name} for name in _listed(options.get("configs") or [])]
         experiments = [self.named(entry, options) for entry in (*listed, *self.sections(options, "experiments"))]
         return {**tree, "experiments": experiments} if experiments else tree
-
-    def first_grid(self, grid: Options, campaign: Options) -> dict[str, Any]:
-        out: dict[str, Any] = {"backends": _listed(grid.get("backends") or BACKENDS[0])}
-        if grid.get("models"):
-            out["models"] = _listed(grid["models"])
-        for key, values in {**self.section(grid, "axes"), **self.section(grid, "shared")}.items():
-            self.add_axis(out, key, values, campaign)
-        overrides = self.section(grid, "backend_overrides")
-        for backend in overrides:
-            for key, values in self.section(overrides, backend).items():
-                self.add_axis(out, f"{backend}.{key}", values, campaign)
-        return out
 
     def named(self, entry: Options, campaign: Options) -> dict[str, Any]:
         """The experiment that an entry of a campaign names by its file."""
@@ -180,14 +186,14 @@ class _Converter:
         if isinstance(fixed.get("backend"), list):
             sweep.setdefault("backend", fixed.pop("backend"))
         if sweep:
-            tree.update(self.second_grid(sweep, fixed))
+            tree.update(self.grid(sweep, fixed))
         listed = self.sections(options, "experiments") or ([] if sweep else [{}])
         if listed:
             tree["experiments"] = [self.experiment({**fixed, **entry}) for entry in listed]
         around = {key: options[key] for key in ("execution", "runners", "version") if key in options}
         return {**tree, **self.translated(CampaignConfig, around)}
 
-    def second_grid(self, sweep: Options, fixed: Options) -> dict[str, Any]:
+    def grid(self, sweep: Options, fixed: Options) -> dict[str, Any]:
         scoped = [backend for backend in BACKENDS if any(key.startswith(f"{backend}.") for key in sweep)]
         backends = sweep.get("backend") or scoped or fixed.get("backend") or BACKENDS[0]
         grid: dict[str, Any] = {"backends": _listed(backends)}
@@ -356,16 +362,6 @@ def _listed(values: Any) -> list[Any]:
 
 
 def _prepared(options: Options) -> dict[str, Any]:
-    """The options of an experiment without null, and with a synthetic dataset as prompts, within the limits."""
+    """The options of an experiment in their long form, without null."""
     out = canonical(ExperimentConfig, options)
-    out = {key: value for key, value in out.items() if value is not None or key == "random_seed"}
-    dataset = out.get("dataset")
-    if isinstance(dataset, Mapping) and "name" not in dataset:
-        del out["dataset"]
-        out.pop("n", None)
-        out["prompts"] = {"type": "synthetic"}
-        for name, key in (("sample_size", "n"), ("seed", "seed")):
-            out["prompts"].update({name: dataset[key]} if key in dataset else {})
-        for name, key, default in (("input_tokens", "input_len", 512), ("output_tokens", "output_len", 128)):
-            out["prompts"][name] = _shorter(dataset.get(key, default), out.get(f"max_{name}", default))
-    return out
+    return {key: value for key, value in out.items() if value is not None or key == "random_seed"}
