@@ -16,7 +16,7 @@ from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperimen
 from lem.config.experiment import DecoderConfig, ExperimentConfig
 from lem.config.kinds import ConfigProblems, Expanded, MapKind, Path, Problem, as_written, dotted, simple
 from lem.config.option import Section, canonical, declared, find_option, is_secret, leaves, merge, nest, redacted
-from lem.config.terms import either, find_term
+from lem.config.terms import LLENERGY_NAMES, either, find_term
 from lem.config.yamlfile import Document, FileProblems, Located, Place, parse_value, read_document
 
 S = TypeVar("S", bound=Section)
@@ -425,7 +425,10 @@ def _without_problems(config: S | None, found: Located, problems: Located) -> S:
     unread = {place for place, _ in found if place.mark is not None}
     located = [*found, *(item for item in problems if item[0] not in unread)]
     if located or config is None:
-        raise FileProblems(located)
+        foreign = {item.path[-1]: at.label for at, item in located if item.path and item.path[-1] in LLENERGY_NAMES}
+        label = next(iter(foreign.values()), "")
+        remedy = f"if it is a file of LLenergyMeasure, convert it: lem config convert {label} > converted.yaml"
+        raise FileProblems(located, remedy if len(foreign) > 1 else "")
     return config
 
 

@@ -130,6 +130,15 @@ _ADVICE: Mapping[str, str] = {
     "remove it: a file for lem has no version": "schema_version",
 }
 
+# Names by which a file of LLenergyMeasure is recognised, if it has at least two of them.
+LLENERGY_NAMES = frozenset(
+    {
+        *("sweep", "precision", "n", "n_cycles", "cycle_order", "dataset_order", "runners", "energy", "n_warmup"),
+        *("passthrough_kwargs", "duration_seconds", "schema_version", "num_input_prompts", "query_rate", "group_by"),
+        *("decode_token_to_text", "streaming_warmup_requests"),
+    }
+)
+
 # What other tools call the values of an option.
 VALUES: Mapping[str, Mapping[str, str]] = {
     "fp_precision": {

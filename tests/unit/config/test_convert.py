@@ -313,3 +313,15 @@ def test_another_file_is_refused_in_words(tmp_path: Path, text: str, message: st
     code, out, err = run_lem("config", "convert", str(file))
     assert (code, out) == (2, "")
     assert message in err
+
+
+@pytest.mark.parametrize("name", ["first.yaml", "campaign.yaml", "second.yaml", "study.yaml"])
+def test_who_runs_such_a_file_is_told_how_to_convert_it(folder: Path, name: str) -> None:
+    code, _, err = run_lem("config", "validate", str(folder / name))
+    assert code == 2
+    assert f"convert it: lem config convert {folder / name} > converted.yaml" in err
+
+
+def test_one_name_of_another_tool_is_no_reason_to_convert_a_file(tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("model: a\nprecision: fp16\n", encoding="utf-8")
+    assert "convert" not in run_lem("config", "validate", str(tmp_path / "e.yaml")).err
