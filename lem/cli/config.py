@@ -15,12 +15,10 @@ from lem.cli.selection import add_json, add_repeated, typed_again
 from lem.config import introspection, rules
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig
-from lem.config.convert import convert
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import BoolKind, ChoiceKind, ListKind, NumberKind, Path, Problem, dotted
 from lem.config.load import Loaded, Source, complete_campaign, kind_of, load_campaign, load_experiment
 from lem.config.option import Section, find_option, is_secret, leaves, merge, nest
-from lem.config.schema import document_schema
 from lem.config.yamlfile import FileProblems
 from lem.orchestration.plan import Plan, build_plan
 
@@ -208,6 +206,8 @@ def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
 
 
 def _convert(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+    from lem.config.convert import convert
+
     tree, notes = convert(FilePath(args.file))
     loaded = complete_campaign(CampaignConfig.from_dict(tree))
     plan = build_plan(loaded.config, loaded.listed, preset={}, source=loaded.source)
@@ -221,6 +221,8 @@ def _convert(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
 
 
 def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+    from lem.config.schema import document_schema
+
     section = CampaignConfig if args.kind == "campaign" else ExperimentConfig
     write_json(out, document_schema(section, args.kind))
 
