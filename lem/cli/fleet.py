@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base.clock import utc_now
-from lem.base.doc import Column, columns, printable, terminal_width, write_json
+from lem.base.doc import Column, columns, printable, terminal_width, text_width, wrapped, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.units import format_duration, parse_percentage, plain, plural, some_of
 from lem.cli.selection import add_json, add_repeated, checked, damaged, folder_options, list_problems, problem_documents
@@ -91,8 +91,8 @@ _SHOWN = 10
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Merge the results of several hosts into one folder. Identical results are copied once; conflicts are "
-        "errors. Each host is a block: nothing is pooled across hosts. Exit code 1 if a result is damaged, or a "
-        "planned one is missing."
+        "errors. Each host is a block: nothing is pooled across hosts. Exit code 1 if a result is damaged, a planned "
+        "one is missing, or a host was left out because its anchor differs from the median of the hosts."
     )
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="DIR", help="results folder of a host, or a folder that contains it")
@@ -100,14 +100,14 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     add("--campaign", metavar="NAME", help="the campaign, if the folders hold several")
     add("--plan", type=Path, metavar="PLAN", help="stored plan: merge only its run, and list what is missing")
     kind = partial(checked, parse_percentage)
-    text = "largest difference between hosts in the plan's anchor (default: 5%%)"
+    text = "largest difference of a host from the median of all hosts in the plan's anchor (default: 5%%)"
     add("--anchor-tolerance", type=kind, default=0.05, metavar="PERCENT%", help=text)
     add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """Exit code 1 if a result is damaged, or a planned one is missing."""
+    """Exit code 1 if a result is damaged, a planned one is missing, or a host was left out."""
     plan = None if args.plan is None else merge.read_plan(args.plan)
     # Earlier merged results are one more source: they are kept, and must not conflict with the new ones.
     known = [args.output] if args.output.is_dir() else []
@@ -117,28 +117,49 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         raise UserError(message, "see `lem results list --results-dir DIR`")
     anchor_hash = plan.anchor if plan is not None and plan.mode == merge.SHARD else None
     anchor = merge.check_anchor(gathered.results, anchor_hash, args.anchor_tolerance)
-    matrix = merge.completeness(gathered, plan)
+    matrix = merge.completeness(gathered, plan).without(anchor.outliers)
+    gathered = gathered.without(anchor.outliers)
     new = merge.write_merged(gathered, args.output)
     if args.json:
         write_json(out, _document(gathered, matrix, anchor, new))
     else:
-        hosts = [
-            Column(printable(host), tuple(cells[index].text for cells in matrix.rows.values()))
-            for index, host in enumerate(matrix.hosts)
-        ]
-        lines = [*columns("configuration", list(matrix.rows), hosts, terminal_width(out)), ""]
+        width = terminal_width(out)
+        lines = [*_matrix_table(matrix, width), ""]
         if plan is not None and plan.anchor is not None:
-            lines.append(_described_anchor(anchor))
+            lines += wrapped(_described_anchor(anchor), width)
+        for host, ratio in anchor.outliers.items():
+            text = f"left out: {host}, {100 * (ratio - 1):+.1f} % from the median in {anchor.metric} of the anchor"
+            lines += wrapped(text, width)
         if gathered.foreign_runs:
-            lines.append(f"left out, not in the run of the plan: {', '.join(gathered.foreign_runs)}")
+            lines += wrapped(f"left out, not in the run of the plan: {', '.join(gathered.foreign_runs)}", width)
         if matrix.missing:
             missing = [f"{exp_id} ({host})" for host, exp_id in matrix.missing]
-            lines.append(f"missing: {some_of(missing, _SHOWN)}")
+            lines += wrapped(f"missing: {some_of(missing, _SHOWN)}", width)
         counts = f"{plural(len(gathered.results), 'result')} of {plural(len(matrix.hosts), 'host')}"
         out.write("\n".join([*lines, f"{counts} in {args.output}, {new} of them new"]) + "\n")
         list_problems(err, gathered.problems, lead="left out: ")
         args.next = ["check", gathered.campaign, *folder_options(args.output)]
-    return ExitCode.EXPERIMENT_FAILED if matrix.missing or damaged(gathered.problems) else ExitCode.OK
+    is_partial = matrix.missing or anchor.outliers or damaged(gathered.problems)
+    return ExitCode.EXPERIMENT_FAILED if is_partial else ExitCode.OK
+
+
+def _matrix_table(matrix: merge.Matrix, width: int) -> list[str]:
+    """Configurations by hosts; where that is too wide, a row for each host."""
+    by_host = list(zip(*matrix.rows.values(), strict=True))
+    hosts = [
+        Column(printable(host), tuple(cell.text for cell in cells))
+        for host, cells in zip(matrix.hosts, by_host, strict=True)
+    ]
+    lines = columns("configuration", list(matrix.rows), hosts, width)
+    if max(map(text_width, lines)) <= width:
+        return lines
+    totals = [merge.Cell(*map(sum, zip(*map(dataclasses.astuple, cells), strict=True))) for cells in by_host]
+    planned = [sum(cell.planned > 0 for cell in cells) for cells in by_host]
+    others = [
+        Column("configurations", tuple(map(str, planned))),
+        Column("results", tuple(cell.text for cell in totals)),
+    ]
+    return columns("host", matrix.hosts, others, width)
 
 
 def _document(gathered: merge.Gathered, matrix: merge.Matrix, anchor: merge.AnchorCheck, new: int) -> dict[str, Any]:
@@ -166,8 +187,10 @@ def _document(gathered: merge.Gathered, matrix: merge.Matrix, anchor: merge.Anch
 def _described_anchor(anchor: merge.AnchorCheck) -> str:
     if anchor.spread is None:
         return "anchor: fewer than two hosts have a valid result of it; hosts cannot be compared"
-    values = ", ".join(f"{host} {plain(value, '.4g')} {anchor.unit}" for host, value in anchor.by_host.items())
-    return f"anchor: hosts are within {100 * anchor.spread:.1f} % in {anchor.metric} ({values})"
+    kept = {host: value for host, value in anchor.by_host.items() if host not in anchor.outliers}
+    values = some_of([f"{host} {plain(value, '.4g')} {anchor.unit}" for host, value in kept.items()], _SHOWN)
+    spread = max(kept.values()) / min(kept.values()) - 1
+    return f"anchor: hosts are within {100 * spread:.1f} % in {anchor.metric} ({values})"
 
 
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:

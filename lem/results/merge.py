@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from lem.base import durable
 from lem.base.codec import decode
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import UserError
-from lem.base.units import ABSENT, plain, plural
+from lem.base.units import ABSENT, plain, plural, some_of
 from lem.record import RESULT_FILE, Record, ResultKey, read_record
 from lem.results import store
 from lem.results.configurations import read_listing, read_numbered, write_listing
@@ -115,6 +117,12 @@ class Gathered:
     problems: tuple[Problem, ...]  # attempts without a usable result
     foreign_runs: tuple[str, ...] = ()  # runs that do not belong to the plan; they are left out
 
+    def without(self, hosts: Container[str]) -> Gathered:
+        """The same, but for the results of these hosts."""
+        return dataclasses.replace(
+            self, results=tuple(item for item in self.results if item.record.identity.host not in hosts)
+        )
+
 
 def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetPlan | None = None) -> Gathered:
     """The results in the hosts' folders, each once, with a plan only its run; UserError unless they fit together."""
@@ -167,13 +175,22 @@ class AnchorCheck:
     metric: str = ""  # what was compared; empty where nothing could be
     unit: str = ""
     by_host: Mapping[str, float] = field(default_factory=dict)  # geometric mean over the valid results
+    median: float | None = None  # of these means
     spread: float | None = None  # largest over smallest, less one; None with fewer than two hosts
+    outliers: Mapping[str, float] = field(default_factory=dict)  # hosts too far from the median: their ratio to it
+
+
+# Of two hosts that differ, neither is the outlier.
+_HOSTS_FOR_MEDIAN = 3
 
 
 def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance: float) -> AnchorCheck:
     """How alike the hosts are in the configuration with the hash `anchor`; nothing is compared where that is None.
 
-    A spread of more than `tolerance`, as a ratio, is a UserError: results of such hosts may not be in one table.
+    A host whose ratio to the median differs from 1 by more than `tolerance` is an outlier. Each host is compared with
+    the median, not with the others, since the range over all of them grows with their number. Where that does not tell
+    who is the outlier (two hosts, or no majority within the tolerance), a difference is a UserError: results of such
+    hosts may not be in one table.
     """
     anchors = (item.record for item in results if item.record.identity.config_hash == anchor)
     records = [record for record in anchors if record.validity.valid]
@@ -181,13 +198,21 @@ def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance:
         by_host = _geometric_means(records, metric)
         if by_host is None:
             continue
+        # Of the logarithms, so that J/token and tokens/J have the same outliers.
+        median = math.exp(statistics.median(map(math.log, by_host.values())))
         spread = max(by_host.values()) / min(by_host.values()) - 1 if len(by_host) > 1 else None
-        if spread is not None and spread > tolerance:
-            values = ", ".join(f"{host} {plain(value, '.4g')} {metric.unit}" for host, value in by_host.items())
-            apart, most = f"{100 * spread:.1f} %", f"more than {100 * tolerance:g} %"
+        ratios = {host: value / median for host, value in by_host.items()}
+        outliers = {host: ratio for host, ratio in ratios.items() if max(ratio, 1 / ratio) - 1 > tolerance}
+        if len(by_host) < _HOSTS_FOR_MEDIAN:
+            is_undecided = spread is not None and spread > tolerance
+        else:
+            is_undecided = 2 * len(outliers) >= len(by_host)
+        if is_undecided and spread is not None:
+            values = some_of([f"{host} {plain(value, '.4g')} {metric.unit}" for host, value in by_host.items()], _SHOWN)
+            apart, most = f"{100 * spread:.1f} %", f"more than {plain(100 * tolerance, 'g')} %"
             text = f"the hosts differ by {apart} in {metric.name} of the anchor, {most}: {values}"
             raise UserError(text, "replicate the campaign on each host, or raise --anchor-tolerance")
-        return AnchorCheck(metric.name, metric.unit, by_host, spread)
+        return AnchorCheck(metric.name, metric.unit, by_host, median, spread, outliers)
     return AnchorCheck()
 
 
@@ -224,6 +249,13 @@ class Matrix:
     hosts: tuple[str, ...]
     rows: Mapping[str, tuple[Cell, ...]]  # by configuration name, a cell for each host
     missing: tuple[tuple[str, str], ...]  # host and exp_id of each planned experiment without a result
+
+    def without(self, hosts: Container[str]) -> Matrix:
+        """The same, but for these hosts."""
+        kept = [host not in hosts for host in self.hosts]
+        rows = {name: tuple(itertools.compress(cells, kept)) for name, cells in self.rows.items()}
+        missing = tuple((host, exp_id) for host, exp_id in self.missing if host not in hosts)
+        return Matrix(tuple(itertools.compress(self.hosts, kept)), rows, missing)
 
 
 def completeness(gathered: Gathered, plan: FleetPlan | None) -> Matrix:

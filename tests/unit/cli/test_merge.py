@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -229,3 +231,45 @@ def test_bad_input_is_refused(tmp_path: Path, words: list[str], expected: str) -
     words = [str(tmp_path / words[0]), *words[1:]]
     code, _, err = run_lem("merge", *words, "--output", tmp_path / "all")
     assert (code, expected in err, (tmp_path / "all").exists()) == (2, True, False)
+
+
+def store_fleet(folder: Path, tok_per_s: Mapping[str, float]) -> tuple[str, ...]:
+    """The anchor on every host, and its plan; the words of `lem merge`."""
+    for host, value in tok_per_s.items():
+        store(folder / host, anchor(host, output_tok_per_s=value))
+    experiment = PlannedExperiment(f"{ANCHOR[:12]}-c1", "short", ANCHOR, 0)
+    parts = tuple(HostPart(host, (experiment.exp_id,)) for host in tok_per_s)
+    write_plan(folder / "p.json", FleetPlan("fe01ce2a", "demo", "c" * 16, RUN, "shard", ANCHOR, (experiment,), parts))
+    hosts = [str(folder / host) for host in tok_per_s]
+    return ("merge", *hosts, "--output", str(folder / "all"), "--plan", str(folder / "p.json"))
+
+
+def test_a_host_far_from_the_median_is_left_out_and_named_and_the_others_are_merged(tmp_path: Path) -> None:
+    words = store_fleet(tmp_path, {"a": 98.0, "b": 100.0, "c": 102.0, "d": 87.0, "e": 101.0})
+    code, out, _ = run_lem(*words, "--json")
+    document = json.loads(out)
+    assert (code, document["hosts"], document["results"]) == (1, ["a", "b", "c", "e"], 4)
+    assert document["anchor"]["median"] == pytest.approx(100)
+    assert document["anchor"]["outliers"] == {"d": pytest.approx(0.87)}
+    assert "left out: d, -13.0 % from the median in output_tok_per_s" in run_lem(*words).out
+    assert [path for path in results_below(tmp_path / "all") if path.endswith("+d/attempt-1/result.json")] == []
+
+
+@pytest.mark.parametrize("values", [(100.0, 100.0, 120.0, 120.0), (80.0, 100.0, 125.0)])
+def test_hosts_without_a_majority_near_the_median_are_refused(tmp_path: Path, values: tuple[float, ...]) -> None:
+    words = store_fleet(tmp_path, {f"h{place}": value for place, value in enumerate(values)})
+    code, _, err = run_lem(*words)
+    assert (code, "the hosts differ by" in err, (tmp_path / "all").exists()) == (2, True, False)
+
+
+def test_a_hundred_hosts_whose_anchors_scatter_by_one_percent_are_merged_in_a_table_of_80_columns(
+    tmp_path: Path,
+) -> None:
+    normal = statistics.NormalDist(math.log(100), 0.01)
+    spread = [math.exp(normal.inv_cdf((place + 0.5) / 100)) for place in range(100)]
+    assert max(spread) / min(spread) > 1.05
+    words = store_fleet(tmp_path, {f"gpu-node-{place:03}": value for place, value in enumerate(spread)})
+    code, out, _ = run_lem(*words)
+    assert (code, "100 results of 100 hosts" in out) == (0, True)
+    assert max(map(len, out.replace(str(tmp_path), "").splitlines())) <= 80
+    assert ["gpu-node-042", "1", "1/1"] in [line.split() for line in out.splitlines()]
