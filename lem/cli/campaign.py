@@ -249,6 +249,8 @@ def render_plan(
         facts["budget"] = f"{format_duration(budget_s)}, {_fitting(plan, durations, budget_s)}"
     facts["runs on"] = job.choice.describe()
     facts["results in"] = f"{campaign.io.results_dir}/{campaign.slug}"
+    if job.part.folder:
+        facts["part"] = f"{job.part.folder}, a folder in that of the run"
     return "\n".join([*_lines({**facts, **power.facts()}, width), "", *_order(plan, width)]) + "\n"
 
 

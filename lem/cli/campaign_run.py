@@ -103,6 +103,7 @@ class CampaignCommand:
             stop=self._stop,
             options=options,
             host=part.host or socket.gethostname(),
+            part=part.folder,
         )
         try:
             with self._stop.installed(self._acknowledge), runner.reserved(), self._log_file():
@@ -145,19 +146,19 @@ class CampaignCommand:
             raise
         finally:
             self._console.close()
-        outcome = self._conclude(outcome)
+        outcome = self._conclude(outcome, runner.repository)
         # A daemon's next run is always a new one, so there is nothing to ask.
         runner.options = replace(runner.options, resume=False, run_id=None)
         self._has_waited = True
         return outcome
 
-    def _conclude(self, outcome: CampaignOutcome) -> CampaignOutcome:
+    def _conclude(self, outcome: CampaignOutcome, repository: Repository) -> CampaignOutcome:
         outcome = check_still_there(outcome)
         self._notify(outcome)
         if not self._is_quiet and not self._args.json:
             self._console.line()
-        show_results(self._campaign, outcome, self._out, is_json=self._args.json)
-        for line in closing_lines(self._campaign, outcome, self._console):
+        show_results(repository, outcome, self._out, is_json=self._args.json)
+        for line in closing_lines(repository, outcome, self._console):
             self._console.line(line)
             if self._is_quiet:
                 campaign_logger.info("%s", line)
@@ -211,7 +212,7 @@ class CampaignCommand:
         if not self._is_quiet:
             yield
             return
-        path = Path(self._campaign.io.state_dir) / self._campaign.slug / "lem.log"
+        path = Path(self._campaign.io.state_dir) / self._campaign.slug / self._job.part.folder / "lem.log"
         try:
             handler = log.log_to_file(path)
         except OSError as error:
@@ -245,21 +246,21 @@ def exit_code_of_outcome(outcome: CampaignOutcome) -> ExitCode:
     return ExitCode.EXPERIMENT_FAILED if outcome.manifest.failed_count else ExitCode.OK
 
 
-def show_results(campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO, *, is_json: bool) -> None:
+def show_results(repository: Repository, outcome: CampaignOutcome, out: TextIO, *, is_json: bool) -> None:
     """Write the table, or the summary as a line of JSON; nothing if there are no results."""
-    summary = run_of(outcome.manifest, Repository(Path(campaign.io.results_dir), campaign.slug))
+    summary = run_of(outcome.manifest, repository)
     if is_json:
         write_json_event(out, "summary", utc_now(), **run_document(summary))
     elif summary.configurations:
         write_output(out, render_run(summary, **screen_of(out)))
 
 
-def closing_lines(campaign: CampaignConfig, outcome: CampaignOutcome, console: log.Console) -> Iterator[str]:
+def closing_lines(repository: Repository, outcome: CampaignOutcome, console: log.Console) -> Iterator[str]:
     """The closing lines: counts, results folder, error and hint, and how to resume."""
     manifest = outcome.manifest
     completed, failed = manifest.completed_count, manifest.failed_count
     left = sum(entry.status != SKIPPED for entry in manifest.experiments) - completed - failed
-    folder = Path(campaign.io.results_dir) / campaign.slug / str(manifest.run_id)
+    folder = repository.run_folder(str(manifest.run_id))
     if outcome.remark:
         yield outcome.remark
     yield f"{completed} completed, {failed} failed, {left} left; results in {folder}"

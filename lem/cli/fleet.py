@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from lem.cli.selection import add_json, add_repeated, checked, damaged, folder_o
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
 from lem.orchestration.fleet import costs_of, make_fleet_plan, matching, parse_shard, part_of_plan, replan
+from lem.orchestration.manifest import SKIPPED, ManifestManager
 from lem.orchestration.plan import Plan
 from lem.orchestration.resume import new_run_id
 from lem.results import merge
@@ -26,10 +28,11 @@ from lem.results.store import Repository
 
 @dataclass(frozen=True)
 class FleetPart:
-    """The run that all hosts share, and the name of this host in it; None without a stored plan."""
+    """What one host runs."""
 
-    run_id: str | None = None
-    host: str | None = None
+    run_id: str | None = None  # of the run that all hosts share; None without a stored plan
+    host: str | None = None  # its name in that run
+    folder: str = ""  # its folder within those of the campaign and the run, which hosts may share
 
 
 def store_plan(
@@ -82,7 +85,26 @@ def own_part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart]:
     index, count = parse_shard(args.shard)
     stored = None if args.plan is None else merge.read_plan(args.plan)
     part = part_of_plan(plan, index, count, stored)
-    return part, FleetPart() if stored is None else FleetPart(stored.run_id, stored.part(index).name)
+    if stored is None:
+        own = FleetPart(folder=f"part-{index}-of-{count}")
+    else:
+        host = stored.part(index).name
+        own = FleetPart(stored.run_id, host, host)
+    return part, own if not _began_without_folder(part, own) else dataclasses.replace(own, folder="")
+
+
+def _began_without_folder(plan: Plan, part: FleetPart) -> bool:
+    """Whether an earlier lem, in which parts had no folders, began this part here."""
+    io = plan.campaign.io
+    path = Path(io.state_dir) / plan.campaign.slug / io.manifest_filename
+    if not path.is_file() or (path.parent / part.folder).exists():
+        return False
+    manifest = ManifestManager(path).load(plan.campaign.campaign_id)
+    if manifest is None or part.run_id not in (None, manifest.run_id):
+        return False
+    known = {entry.exp_id for entry in manifest.experiments if entry.status != SKIPPED}
+    hosts = {entry.host for entry in manifest.experiments}
+    return known == {item.exp_id for item in plan.experiments} and hosts <= {part.host or socket.gethostname()}
 
 
 _SHOWN = 10

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,27 @@ from lem.config.experiment import MeasurementConfig
 from lem.config.option import declared, is_secret
 from lem.config.scalars import resolve_plain
 from lem.orchestration.journal import find_fact
-from lem.orchestration.status import CampaignStatus, Viewpoint, digests_of, find_manifest, read_status, remainder_of
+from lem.orchestration.status import (
+    CampaignStatus,
+    Viewpoint,
+    digests_of,
+    find_manifest,
+    read_status,
+    remainder_of,
+    state_folders,
+)
 from lem.record import RATES
 from lem.results.run import Run, read_run
-from lem.results.store import Digests, Problem, Repository, Scan, describe_future, folder_names, in_order
+from lem.results.store import (
+    Digests,
+    Problem,
+    Repository,
+    Scan,
+    describe_future,
+    experiment_names,
+    folder_names,
+    in_order,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -122,38 +140,45 @@ class SelectedRun:
 
     def scan(self, state_dir: Path = STATE_DIR, *, rates: Mapping[str, float] | None = None) -> Scan:
         """The results that are as the manifest of this run recorded them, if it is there; `rates` as there."""
-        digests = _digests(self._status(state_dir))
+        digests = _digests(self._statuses(state_dir))
         return Repository(self.results_dir, self.campaign).scan(self.run_id, digests=digests, rates=rates)
 
     def read(
         self, state_dir: Path = STATE_DIR, *, is_checked: bool = False, rates: Mapping[str, float] | None = None
     ) -> Run:
         """The results, as for `scan`, and what is left to measure by that manifest."""
-        status = self._status(state_dir)
-        digests = _digests(status)
+        statuses = self._statuses(state_dir)
+        digests = _digests(statuses)
         place = self.results_dir, self.campaign, self.run_id
         run = read_run(*place, is_checked=is_checked, digests=digests, rates=rates)
-        if status is None:
+        if not statuses:
             return run
-        rest = remainder_of(status, {record.identity.experiment_id for record in run.records})
-        return dataclasses.replace(run, failed=rest.failed, left=rest.left, remedy=rest.remedy)
+        whole = {record.identity.experiment_id for record in run.records}
+        rests = [remainder_of(status, whole) for status in statuses]
+        failed, left = Counter[str](), Counter[str]()
+        for rest in rests:
+            failed.update(rest.failed)
+            left.update(rest.left)
+        remedy = next((rest.remedy for rest in rests if rest.remedy), "")
+        return dataclasses.replace(run, failed=failed, left=left, remedy=remedy)
 
-    def _status(self, state_dir: Path) -> CampaignStatus | None:
-        """The status of the campaign; None unless its manifest is that of this run."""
-        folder = state_dir / self.campaign
-        try:
-            path = find_manifest(folder)
-            # Of many runs one has the manifest, which may be long.
-            if path is None or find_fact(path, "run_id") not in (None, self.run_id):
-                return None
-            status = read_status(folder, Viewpoint(utc_now(), socket.gethostname()), path)
-        except OSError:  # the state folder of another user
-            return None
-        return status if status.manifest is not None and status.manifest.run_id == self.run_id else None
+    def _statuses(self, state_dir: Path) -> list[CampaignStatus]:
+        """The status of the campaign, or of each of its parts, as far as its manifest is that of this run."""
+        found = []
+        for folder in state_folders(state_dir / self.campaign):
+            try:
+                path = find_manifest(folder)
+                # Of many runs one has the manifest, which may be long.
+                if path is None or find_fact(path, "run_id") not in (None, self.run_id):
+                    continue
+                found.append(read_status(folder, Viewpoint(utc_now(), socket.gethostname()), path))
+            except OSError:  # the state folder of another user
+                continue
+        return [item for item in found if item.manifest is not None and item.manifest.run_id == self.run_id]
 
 
-def _digests(status: CampaignStatus | None) -> Digests | None:
-    return None if status is None else digests_of(status.manifest)
+def _digests(statuses: Iterable[CampaignStatus]) -> Digests:
+    return {key: digest for status in statuses for key, digest in digests_of(status.manifest).items()}
 
 
 def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
@@ -212,7 +237,7 @@ def resolve_experiments(results_dir: Path, wanted: str) -> tuple[SelectedRun, fr
     candidates: list[tuple[str, SelectedRun, str | None]] = []
     for item in runs:
         candidates.append((item.run_id, item, None))
-        for exp_id in folder_names(results_dir / item.campaign / item.run_id):
+        for exp_id in experiment_names(results_dir / item.campaign / item.run_id):
             candidates += [(exp_id, item, exp_id), (f"{item.run_id}/{exp_id}", item, exp_id)]
     found = [candidate for candidate in candidates if candidate[0] == wanted]
     found = found or [candidate for candidate in candidates if wanted and candidate[0].startswith(wanted)]

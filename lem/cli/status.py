@@ -30,6 +30,7 @@ from lem.orchestration.status import (
     parse_utc,
     read_status,
     remainder_of,
+    state_folders,
 )
 from lem.results.store import describe_future
 
@@ -47,14 +48,16 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     """Exit code 0 whatever the states are, 2 if there is no such campaign."""
     viewpoint = Viewpoint(utc_now(), socket.gethostname(), boot_time())
     viewer = Viewer(viewpoint.now, width=terminal_width(out), is_colour=is_colour_wanted(out))
-    if args.campaign is not None:
-        status = _find(args.state_dir, args.campaign, viewpoint)
-        if args.json:
-            write_json(out, status_document(status))
-        else:
-            out.write(render_status(status, viewer))
-        return
-    statuses = [read_status(folder, viewpoint) for folder in find_folders(args.state_dir)]
+    if args.campaign is None:
+        statuses = [read_status(folder, viewpoint) for folder in find_folders(args.state_dir)]
+    else:
+        statuses = _find(args.state_dir, args.campaign, viewpoint)
+        if len(statuses) == 1:
+            if args.json:
+                write_json(out, status_document(statuses[0]))
+            else:
+                out.write(render_status(statuses[0], viewer))
+            return
     if args.json:
         write_json(out, [status_document(item) for item in statuses])
     elif statuses:
@@ -63,23 +66,28 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         err.write(f"no campaigns in {args.state_dir}\n")
 
 
-def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> CampaignStatus:
+def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> list[CampaignStatus]:
+    """The campaign's status; of one that hosts share, that of each part."""
     given = Path(wanted)
     if given.suffix in (".yaml", ".yml") and given.is_file():
         campaign = load_campaign(str(given)).config
         folder = Path(campaign.io.state_dir) / campaign.slug
-        status = read_status(folder, viewpoint, folder / campaign.io.manifest_filename)
-        return _checked(status, campaign.campaign_name)
+        parts = [part for part in state_folders(folder) if part != folder]
+        own = read_status(folder, viewpoint, folder / campaign.io.manifest_filename)
+        statuses = [own] * (own.manifest is not None or not parts) + [read_status(part, viewpoint) for part in parts]
+        return [_checked(status, campaign.campaign_name) for status in statuses]
     if given.is_dir() and find_manifest(given) is not None:
-        return read_status(given, viewpoint)
-    folders = {folder.name: folder for folder in find_folders(state_dir)}
-    named = folders.get(wanted) or folders.get(slug_of(wanted))
-    if named is None:
+        return [read_status(given, viewpoint)]
+    folders = {folder.relative_to(state_dir).as_posix(): folder for folder in find_folders(state_dir)}
+    found = [folder for name, folder in folders.items() if wanted in (name, name.partition("/")[0])]
+    found = found or [folder for name, folder in folders.items() if name.partition("/")[0] == slug_of(wanted)]
+    if not found:
         message = f"no campaign {wanted!r} in {state_dir}{did_you_mean(wanted, list(folders))}"
         known = f"campaigns: {', '.join(folders)}" if folders else "there are no campaigns"
         raise UserError(message, f"{known}; --state-dir sets another folder")
-    status = read_status(named, viewpoint)
-    return status if named.name == wanted else _checked(status, wanted)
+    statuses = [read_status(folder, viewpoint) for folder in found]
+    is_exact = wanted in folders or (state_dir / wanted).is_dir()
+    return statuses if is_exact else [_checked(status, wanted) for status in statuses]
 
 
 def _checked(status: CampaignStatus, campaign_name: str) -> CampaignStatus:
@@ -135,10 +143,10 @@ def render_statuses(statuses: Sequence[CampaignStatus], viewer: Viewer) -> str:
         "last update": [viewer.clock(_last_update(item)) for item in statuses],
     }
     table = tuple(Column(heading, tuple(texts)) for heading, texts in cells.items())
-    doc.table(Table("campaign", tuple(item.name for item in statuses), table))
+    doc.table(Table("campaign", tuple(item.label for item in statuses), table))
     for item in statuses:
         if item.reason and item.state in (State.CRASHED, State.UNREADABLE, State.RUNNING):
-            doc.text(item.reason, lead=f"{printable(item.name)}: ")
+            doc.text(item.reason, lead=f"{printable(item.label)}: ")
     return doc.render()
 
 
@@ -147,7 +155,7 @@ def render_status(status: CampaignStatus, viewer: Viewer) -> str:
     doc = Doc(viewer.width, is_colour=viewer.is_colour)
     holder, manifest = status.holder, status.manifest
     since = f" since {viewer.clock(parse_utc(holder.since))}" if holder is not None else ""
-    doc.text(f"{status.name} · {status.state}{since}", _STYLES.get(status.state, "bold"))
+    doc.text(f"{status.label} · {status.state}{since}", _STYLES.get(status.state, "bold"))
     where = [f"run {manifest.run_id}"] if manifest is not None else []
     where += [f"process {holder.pid} on {holder.host}"] if holder is not None else []
     for text in (", ".join(where), *(_counts(status, viewer) if manifest is not None else ())):
@@ -172,6 +180,7 @@ def status_document(status: CampaignStatus) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "campaign": status.name,
+        "part": status.part or None,
         "state": status.state,
         "reason": status.reason,
         "hint": status.hint,

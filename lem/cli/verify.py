@@ -17,13 +17,14 @@ from lem.base.doc import Column, Doc, Table, terminal_width, write_json
 from lem.base.errors import ExitCode, MeterRefused, UserError
 from lem.base.units import format_quantity, plural, some_of
 from lem.cli import selection
+from lem.config.campaign_config import slug_of
 from lem.config.experiment import ExperimentConfig
 from lem.meters.external import read_external
 from lem.meters.recompute import Difference, RawData, Recomputed, has_energy, has_requests, recompute
 from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
 from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.orchestration.manifest import ManifestManager
-from lem.orchestration.status import digests_of, find_manifest
+from lem.orchestration.status import digests_of, find_manifest, state_folders
 from lem.record import CONFIG_FILE, PROMPTS_FILE, RESULT_FILE
 from lem.results.store import DigestKey, Digests, Problem, Repository, Scan, StoredResult, digest_key
 from lem.worker.prompts import PromptError, fingerprint, read_prompt_file
@@ -122,7 +123,7 @@ _COUNTED = ((Verdict.DIFFERS, "differ or are damaged"), (Verdict.UNVERIFIED, "co
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """Exit code 0 only if all agree."""
     results, problems = _chosen(args)
-    digests = recorded_digests(args.state_dir / item.path.absolute().parents[3].name for item in results)
+    digests = recorded_digests(args.state_dir / slug_of(item.record.identity.campaign_name) for item in results)
     found = [verify_result(item, digests) for item in results]
     counts = Counter(item.verdict for item in found)
     counts[Verdict.DIFFERS] += len(problems)
@@ -194,9 +195,9 @@ def verify_result(result: StoredResult, recorded: Digests) -> Verified:
 
 
 def recorded_digests(folders: Iterable[Path]) -> Digests:
-    """The digests in the manifests of these state folders, and in those that were set aside."""
+    """The digests in the manifests of these state folders and of their parts, and in those that were set aside."""
     found: dict[DigestKey, str] = {}
-    for folder in dict.fromkeys(folders):
+    for folder in (it for campaign in dict.fromkeys(folders) for it in state_folders(campaign)):
         if (usual := find_manifest(folder)) is not None:
             for path in (usual, *sorted(folder.glob(f"{usual.stem}.*{usual.suffix}"))):
                 found |= digests_of(ManifestManager(path).load())

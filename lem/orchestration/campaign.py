@@ -162,7 +162,7 @@ class CampaignRunner(Context):
             plan = plan if known.structure else plan.as_by_older_build()
             plan = plan.with_hashes(resume.stored_hashes(known, plan, self.repository))
             manifest, plan = known, plan.with_cycles(resume.added_cycles(known))
-            kept = read_stopping_rule(self.repository.folder / str(known.run_id))
+            kept = read_stopping_rule(self.repository.run_folder(str(known.run_id)))
             rule = next_stage(kept, rule, resume.tested_cycles(known), plan.execution.cycles)
             notes = resume.update_manifest(known, plan, self._new_entries(plan.experiments), self.repository)
             notes += [] if known.structure else [resume.BEGUN_BEFORE.format(plan.execution.structure)]
@@ -173,10 +173,10 @@ class CampaignRunner(Context):
             with manager.saving(UserError, "free some space or make the folder writable"):
                 write_configs(plan.configurations)
                 if known is not None and rule is not None:
-                    write_stopping_rule(self.repository.folder / str(known.run_id), rule)
+                    write_stopping_rule(self.repository.run_folder(str(known.run_id)), rule)
                 aside = manager.set_aside() if known is None else None
                 manager.save(manifest)
-                write_listing(self.repository.folder / str(manifest.run_id), plan.listing)
+                write_listing(self.repository.run_folder(str(manifest.run_id)), plan.listing)
             if aside is not None:
                 notes = [*notes, f"The earlier manifest is now {aside}"]
             who = (self._state_folder, str(manifest.run_id), self._holder())
@@ -222,12 +222,12 @@ class CampaignRunner(Context):
         """
         manifest, run_id = session.manifest, str(session.manifest.run_id)
         try:
-            write_stopping_rule(self.repository.folder / run_id, rule)
+            write_stopping_rule(self.repository.run_folder(run_id), rule)
             while outcome.stopped is None:
                 cycles = session.plan.execution.cycles
                 if cycles > max(rule.looks, default=0):
                     rule = replace(rule, looks=(*rule.looks, cycles))
-                    write_stopping_rule(self.repository.folder / run_id, rule)
+                    write_stopping_rule(self.repository.run_folder(run_id), rule)
                 is_needed, reason = resume.needs_cycle(resume.run_of(manifest, self.repository), rule, cycles)
                 outcome = replace(outcome, remark=reason)
                 if not is_needed:
@@ -308,7 +308,7 @@ class CampaignRunner(Context):
 
     @property
     def _state_folder(self) -> Path:
-        return Path(self.campaign.io.state_dir) / self.campaign.slug
+        return Path(self.campaign.io.state_dir) / self.campaign.slug / self.part
 
     def _manager(self) -> ManifestManager:
         return ManifestManager(self._state_folder / self.campaign.io.manifest_filename, now=self.now)

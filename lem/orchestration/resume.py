@@ -161,7 +161,7 @@ def stored_hashes(manifest: CampaignManifest, plan: Plan, repository: Repository
     They are those of the first build, which counted more options. Where these have changed, what was measured is hashed
     again, from the `config.json` beside each result; a configuration whose files cannot be read is measured again.
     """
-    planned, run_folder = {item.config_hash for item in plan.given}, repository.folder / str(manifest.run_id)
+    planned, run_folder = {item.config_hash for item in plan.given}, repository.run_folder(str(manifest.run_id))
     others = [entry for entry in manifest.experiments if entry.config_hash not in planned]
     first = {config_hash(it.config, it.prompts, is_first=True): it.config_hash for it in plan.given if others}
     found = {first[entry.config_hash]: entry.config_hash for entry in others if entry.config_hash in first}
@@ -372,9 +372,9 @@ def run_of(manifest: CampaignManifest, repository: Repository) -> Run:
         failed=Counter(entry.config_name for entry in manifest.get_by_status(FAILED)),
         campaign_name=manifest.campaign_name,
         run_id=run_id,
-        stopping=read_stopping_rule(repository.folder / run_id),
-        listing=read_listing(repository.folder / run_id),
-        numbered=read_numbered(repository.folder / run_id),
+        stopping=read_stopping_rule(repository.run_folder(run_id)),
+        listing=read_listing(repository.run_folder(run_id)),
+        numbered=read_numbered(repository.run_folder(run_id)),
     )
 
 

@@ -65,6 +65,7 @@ class Context:
     now: Callable[[], datetime] = utc_now
     monotonic: Callable[[], float] = time.monotonic  # in seconds
     host: str = field(default_factory=socket.gethostname)  # its name in records
+    part: str = ""  # of a campaign on several hosts, which may share a file system: the name of its folders
 
     @functools.cached_property  # what they learn of the devices holds for every run
     def meters(self) -> HostMeters:
@@ -72,7 +73,7 @@ class Context:
 
     @property
     def repository(self) -> Repository:
-        return Repository(Path(self.campaign.io.results_dir), self.campaign.slug)
+        return Repository(Path(self.campaign.io.results_dir), self.campaign.slug, self.part)
 
     def should_health_check(self, experiment_index: int) -> bool:
         """Whether `interval_experiments` asks for a check before the experiment at this place of the order (from 0)."""

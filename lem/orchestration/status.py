@@ -20,6 +20,7 @@ from lem.base.clock import parse_time, utc_text
 from lem.base.codec import decode
 from lem.base.durable import MANIFEST_FILENAME
 from lem.base.errors import LemError, UserError
+from lem.config.campaign_config import slug_of
 from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, is_locked, read_holder
 from lem.orchestration.manifest import (
     COMPLETED,
@@ -217,6 +218,15 @@ class CampaignStatus:
     left_s: float | None = None  # seconds to the end, or that a resume would take; None while unknown
 
     @property
+    def part(self) -> str:
+        """The part of a campaign that hosts share; empty of a whole one."""
+        return "" if self.folder.name == slug_of(self.name) else self.folder.name
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.part})" if self.part else self.name
+
+    @property
     def entries(self) -> Sequence[CampaignManifestEntry]:
         return [] if self.manifest is None else self.manifest.experiments
 
@@ -299,8 +309,17 @@ def find_folders(state_dir: Path) -> tuple[Path, ...]:
         return ()
     except OSError as error:
         raise UserError(f"state folder {state_dir}: {(error.strerror or str(error)).lower()}") from error
+    return tuple(path for folder in folders for path in state_folders(folder))
+
+
+def state_folders(folder: Path) -> list[Path]:
+    """The state folder of a campaign and those of its parts, by name, as far as they have a manifest or are locked."""
+    try:
+        parts = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:  # reported by the one who reads the folder
+        parts = []
     # A campaign that could not start leaves a lock file that no process holds, and no manifest.
-    return tuple(path for path in folders if find_manifest(path) is not None or is_locked(path / CAMPAIGN_LOCK_NAME))
+    return [it for it in (folder, *parts) if find_manifest(it) is not None or is_locked(it / CAMPAIGN_LOCK_NAME)]
 
 
 def find_manifest(folder: Path) -> Path | None:

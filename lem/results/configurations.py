@@ -72,7 +72,15 @@ def _read(run_folder: Path) -> _List | None:
         return decode(_List, {name: found.get(name, []) for name in ("configurations", "numbered")}, "list")
 
     without = "names are those that the results were measured under"
-    return durable.read_if_whole(run_folder / CONFIGURATIONS_FILE, decoded, without)
+    if (run_folder / CONFIGURATIONS_FILE).exists():
+        return durable.read_if_whole(run_folder / CONFIGURATIONS_FILE, decoded, without)
+    # The parts of a stored plan have a list each.
+    paths = sorted(run_folder.glob(f"*/{CONFIGURATIONS_FILE}"))
+    lists = [found for path in paths if (found := durable.read_if_whole(path, decoded, without)) is not None]
+    if not lists:
+        return None
+    listed = {item.config_hash: item for found in lists for item in found.configurations}
+    return _List(tuple(listed.values()), tuple(dict.fromkeys(digest for it in lists for digest in it.numbered)))
 
 
 def numbers_of(numbered: Sequence[str], listing: Listing | None, known: Sequence[tuple[str, str]]) -> list[int]:

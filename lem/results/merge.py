@@ -209,7 +209,7 @@ def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance:
             is_undecided = 2 * len(outliers) >= len(by_host)
         if is_undecided and spread is not None:
             values = some_of([f"{host} {plain(value, '.4g')} {metric.unit}" for host, value in by_host.items()], _SHOWN)
-            apart, most = f"{100 * spread:.1f} %", f"more than {plain(100 * tolerance, 'g')} %"
+            apart, most = f"{100 * spread:.1f} %", f"more than {100 * tolerance:g} %"
             text = f"the hosts differ by {apart} in {metric.name} of the anchor, {most}: {values}"
             raise UserError(text, "replicate the campaign on each host, or raise --anchor-tolerance")
         return AnchorCheck(metric.name, metric.unit, by_host, median, spread, outliers)
@@ -301,17 +301,17 @@ def write_merged(gathered: Gathered, output: Path) -> int:
                 path = target / RESULT_FILE
                 # Not the record of `item`, whose configuration may have got the name of its host.
                 repository.record_result(identity.run_id, StoredResult(path, read_record(path), item.sha256))
-        run_folders = dict.fromkeys(item.path.parents[2] for item in gathered.results)
-        for run_folder in run_folders:
+        run_folders = dict.fromkeys((item.record.identity.run_id, item.path.parents[2]) for item in gathered.results)
+        for run_id, run_folder in run_folders:
             rule = read_stopping_rule(run_folder)
-            merged = folder / run_folder.name
-            if rule is not None and read_stopping_rule(merged) != rule:
-                write_stopping_rule(merged, rule)
-        for run_id in dict.fromkeys(run_folder.name for run_folder in run_folders):
-            listings = [read_listing(item) for item in run_folders if item.name == run_id]
+            if rule is not None and read_stopping_rule(folder / run_id) != rule:
+                write_stopping_rule(folder / run_id, rule)
+        for run_id in dict.fromkeys(run_id for run_id, _ in run_folders):
+            sources = [run_folder for of, run_folder in run_folders if of == run_id]
+            listings = [read_listing(item) for item in sources]
             if None not in listings:  # else what the others have would look removed
                 everything = {digest: item for listing in listings if listing for digest, item in listing.items()}
-                numbered = [digest for item in run_folders if item.name == run_id for digest in read_numbered(item)]
+                numbered = [digest for item in sources for digest in read_numbered(item)]
                 write_listing(folder / run_id, [*everything.values()], numbered)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error, "--output")) from error

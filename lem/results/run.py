@@ -411,17 +411,17 @@ def read_run(
     """
     repository = Repository(results_dir, campaign)
     scan = repository.scan(run_id, is_checked=is_checked, digests=digests, rates=rates or {})
-    listing = read_listing(repository.folder / run_id)
+    listing = read_listing(repository.run_folder(run_id))
     return make_run(
         [item.record for item in scan.results],
         count_failed(scan, listing),
         campaign_name=campaign,
         run_id=run_id,
         problems=scan.problems,
-        stopping=read_stopping_rule(repository.folder / run_id),
-        folder=repository.folder / run_id,
+        stopping=read_stopping_rule(repository.run_folder(run_id)),
+        folder=repository.run_folder(run_id),
         listing=listing,
-        numbered=read_numbered(repository.folder / run_id),
+        numbered=read_numbered(repository.run_folder(run_id)),
         paths={item.record.identity.key: item.path for item in scan.results},
     )
 

@@ -79,6 +79,7 @@ def stopping_campaign(path: Path) -> Iterator[Path]:
         raise InfrastructureError(f"results: {path}: {reason_of(error)}", hint) from error
 
 
+ID_HASH_LENGTH = 12  # digits of a configuration's hash that the IDs of its experiments begin with
 _HOST_MARK = "+"  # in no exp_id, which is hex digits and a cycle
 _PROBE_B = MIB  # room for the files of a few attempts
 
@@ -123,12 +124,21 @@ class Scan:
 
 
 class Repository:
-    """The results of one campaign, in `folder`: `<results_dir>/<campaign>/<run>/<experiment>/attempt-<n>`."""
+    """The results of one campaign, in `folder`: `<results_dir>/<campaign>/<run>/<experiment>/attempt-<n>`.
 
-    def __init__(self, results_dir: Path, campaign: str) -> None:
+    Each part of a stored plan has a folder of its own in that of the run, `<run>/<part>/<experiment>/attempt-<n>`, so
+    that hosts can share a file system. Results are written to `part`, and read from it; without one, from all parts.
+    """
+
+    def __init__(self, results_dir: Path, campaign: str, part: str = "") -> None:
         """Nothing is read or written yet; UserError where `campaign`, the slug of its name, cannot name a folder."""
         self.folder = results_dir / check_name(campaign, "campaign")
+        self._part = part and check_name(part, "part")
         self._indexes: dict[Path, Index] = {}
+
+    def run_folder(self, run_id: str) -> Path:
+        """The folder of a run, or of this part of it."""
+        return self.folder / check_name(run_id, "run") / self._part
 
     def check_writable(self) -> None:
         """Make the campaign's folder and check that there is room in it; UserError where it cannot be written."""
@@ -144,7 +154,7 @@ class Repository:
 
     def prepare_attempt(self, run_id: str, exp_id: str) -> AttemptFolder:
         """Make a folder for the next attempt at an experiment; InfrastructureError where it cannot be made."""
-        with stopping_campaign(self._experiment_folder(run_id, exp_id)) as folder:
+        with stopping_campaign(self.run_folder(run_id) / check_name(exp_id, "experiment")) as folder:
             make_folder(folder)
             number = max(_attempt_numbers(folder), default=0)
             while True:
@@ -161,24 +171,26 @@ class Repository:
 
     def check(self, run_id: str, exp_id: str) -> Scan:
         """What the folder of an experiment holds, oldest first, each result compared with its digest."""
-        folder = self._experiment_folder(run_id, exp_id)
-        if folder.parent not in self._indexes:
-            self._indexes[folder.parent] = Index(folder.parent)
-        found = list(_experiment_items(folder, functools.partial(self._indexes[folder.parent].read, is_checked=True)))
+        found: list[StoredResult | Problem] = []
+        for folder in part_folders(self.run_folder(run_id)):
+            if folder not in self._indexes:
+                self._indexes[folder] = Index(folder)
+            read = functools.partial(self._indexes[folder].read, is_checked=True)
+            found += _experiment_items(folder / check_name(exp_id, "experiment"), run_id, read)
         results = tuple(item for item in found if isinstance(item, StoredResult))
         return Scan(results, tuple(item for item in found if isinstance(item, Problem)))
 
     def find_campaign_name(self) -> str | None:
         """The name of the campaign that the results belong to; None without any."""
-        found = _nested(self.folder, lambda run: _run_items(run, is_checked=False))
+        found = _nested(self.folder, lambda run: _run_items(run, run.name, is_checked=False))
         return next((item.record.identity.campaign_name for item in found if isinstance(item, StoredResult)), None)
 
     def record_result(self, run_id: str, result: StoredResult) -> None:
         """Put a result that was just measured into the index of its run, which can be made again without it."""
         try:
-            record_result(self.folder / run_id, result.path, result.record, result.sha256)
+            record_result(self.run_folder(run_id), result.path, result.record, result.sha256)
         except OSError as error:
-            _logger.warning("%s: %s is not in the index: %s", self.folder / run_id, result.path, reason_of(error))
+            _logger.warning("%s: %s is not in the index: %s", self.run_folder(run_id), result.path, reason_of(error))
 
     def scan(
         self,
@@ -196,9 +208,9 @@ class Repository:
         campaign has now; without, as recorded.
         """
         if run_id is None:
-            found = list(_nested(self.folder, lambda run: _run_items(run, is_checked=is_checked)))
+            found = list(_nested(self.folder, lambda run: _run_items(run, run.name, is_checked=is_checked)))
         else:
-            found = list(_run_items(self.folder / check_name(run_id, "run"), is_checked=is_checked))
+            found = list(_run_items(self.run_folder(run_id), run_id, is_checked=is_checked))
         found = [_compared(item, digests or {}) if isinstance(item, StoredResult) else item for item in found]
         results = self._labelled([item for item in found if isinstance(item, StoredResult)], rates)
         return Scan(results, tuple(item for item in found if isinstance(item, Problem)))
@@ -207,7 +219,7 @@ class Repository:
         runs: dict[str, list[Identity]] = {}
         for item in results:
             runs.setdefault(item.record.identity.run_id, []).append(item.record.identity)
-        listings = {run_id: read_listing(self.folder / run_id) for run_id in runs}
+        listings = {run_id: read_listing(self.run_folder(run_id)) for run_id in runs}
         labels = {run_id: labels_of(identities, listings[run_id]) for run_id, identities in runs.items()}
         found = []
         for item in results:
@@ -220,9 +232,6 @@ class Repository:
             found.append(item if record is item.record else dataclasses.replace(item, record=record))
         return tuple(found)
 
-    def _experiment_folder(self, run_id: str, exp_id: str) -> Path:
-        return self.folder / check_name(run_id, "run") / check_name(exp_id, "experiment")
-
 
 def digest_key(identity: Identity) -> DigestKey:
     return identity.run_id, identity.experiment_id, identity.attempt, identity.host
@@ -232,7 +241,8 @@ def _compared(result: StoredResult, digests: Digests) -> StoredResult | Problem:
     recorded = digests.get(digest_key(result.record.identity))
     if recorded in (None, result.sha256):
         return result
-    return _problem(result.path.parents[1], result.path, "altered", describe_altered(result.sha256, str(recorded)))
+    identity, text = result.record.identity, describe_altered(result.sha256, str(recorded))
+    return Problem(result.path, "altered", text, identity.run_id, identity.experiment_id)
 
 
 def experiment_folder_name(exp_id: str, host: str) -> str:
@@ -256,9 +266,6 @@ def count_failed(scan: Scan, listing: Listing | None = None) -> dict[str, int]:
             name = names.get(configuration) or listed.get(configuration) or config_of_problem(problem)[0]
             failed[key] = name or configuration
     return dict(collections.Counter(failed.values()))
-
-
-ID_HASH_LENGTH = 12  # digits of a configuration's hash that the IDs of its experiments begin with
 
 
 def configuration_of(exp_id: str) -> str:
@@ -288,69 +295,102 @@ def _nested(folder: Path, read: Callable[[Path], Iterator[StoredResult | Problem
         yield from read(folder / name)
 
 
-def _run_items(folder: Path, *, is_checked: bool) -> Iterator[StoredResult | Problem]:
+def _run_items(folder: Path, run_id: str, *, is_checked: bool) -> Iterator[StoredResult | Problem]:
     index = Index(folder)
-    yield from _nested(
-        folder, lambda path: _experiment_items(path, functools.partial(index.read, is_checked=is_checked))
-    )
+    read = functools.partial(index.read, is_checked=is_checked)
+
+    def items(path: Path) -> Iterator[StoredResult | Problem]:
+        if is_part(path):
+            return _run_items(path, run_id, is_checked=is_checked)
+        return _experiment_items(path, run_id, read)
+
+    yield from _nested(folder, items)
     index.write()
+
+
+_EXPERIMENT = re.compile(rf"[0-9a-f]{{1,{ID_HASH_LENGTH}}}-c[0-9]+(\{_HOST_MARK}.*)?")
+
+
+def is_part(folder: Path) -> bool:
+    """Whether a folder in that of a run holds a part of it: it has a part's name and no attempts."""
+    if _EXPERIMENT.fullmatch(folder.name) is not None:
+        return False
+    try:
+        return not _attempt_numbers(folder)
+    except OSError:
+        return False
+
+
+def part_folders(run_folder: Path) -> list[Path]:
+    """The folder of a run, then those of its parts, by name."""
+    try:
+        return [run_folder, *(path for name in _folder_names(run_folder) if is_part(path := run_folder / name))]
+    except OSError:
+        return [run_folder]
 
 
 _Reader = Callable[[Path], Found]
 
 
-def _experiment_items(folder: Path, read: _Reader) -> Iterator[StoredResult | Problem]:
+def _experiment_items(folder: Path, run_id: str, read: _Reader) -> Iterator[StoredResult | Problem]:
     try:
         numbers = sorted(_attempt_numbers(folder))
     except FileNotFoundError:
         return
     except OSError as error:
-        yield _problem(folder, folder, "unreadable", reason_of(error))
+        yield _problem(folder, run_id, folder, "unreadable", reason_of(error))
         return
-    yield from (_read_attempt(folder, number, read) for number in numbers)
+    yield from (_read_attempt(folder, run_id, number, read) for number in numbers)
 
 
-def _read_attempt(folder: Path, number: int, read: _Reader) -> StoredResult | Problem:
+def _read_attempt(folder: Path, run_id: str, number: int, read: _Reader) -> StoredResult | Problem:
     attempt = folder / f"attempt-{number}"
     path = attempt / RESULT_FILE
     try:
         found = read(path)
     except FileNotFoundError:
-        return _describe_missing(folder, attempt)
+        return _describe_missing(folder, run_id, attempt)
     except OSError as error:
-        return _problem(folder, path, "unreadable", reason_of(error))
+        return _problem(folder, run_id, path, "unreadable", reason_of(error))
     except AlteredError as error:
-        return _problem(folder, path, "altered", str(error))
+        return _problem(folder, run_id, path, "altered", str(error))
     except RecordError as error:
-        return _problem(folder, path, "corrupt", str(error))
+        return _problem(folder, run_id, path, "corrupt", str(error))
     identity, exp_id = found.record.identity, folder.name.partition(_HOST_MARK)[0]
     facts: tuple[tuple[str, object, object], ...] = (
-        ("run", folder.parent.name, identity.run_id),
+        ("run", run_id, identity.run_id),
         ("experiment", exp_id, identity.experiment_id),
         ("attempt", number, identity.attempt),
     )
     strange = [f"expected {what} {place}, got {str(named)!r:.80}" for what, place, named in facts if named != place]
-    return _problem(folder, path, "foreign", ", ".join(strange)) if strange else StoredResult(path, *found)
+    return _problem(folder, run_id, path, "foreign", ", ".join(strange)) if strange else StoredResult(path, *found)
 
 
-def _describe_missing(folder: Path, attempt: Path) -> Problem:
+def _describe_missing(folder: Path, run_id: str, attempt: Path) -> Problem:
     try:
         is_cut_off = any(item.name.startswith(durable.TEMPORARY_PREFIX) for item in attempt.iterdir())
     except OSError as error:
-        return _problem(folder, attempt, "unreadable", reason_of(error))
+        return _problem(folder, run_id, attempt, "unreadable", reason_of(error))
     kind, why = "missing", "the attempt failed, was interrupted, or is still running"
     if is_cut_off:
         kind, why = "half-written", "writing was cut off"
-    return _problem(folder, attempt, kind, f"no {RESULT_FILE}: {why}")
+    return _problem(folder, run_id, attempt, kind, f"no {RESULT_FILE}: {why}")
 
 
-def _problem(experiment: Path, path: Path, kind: str, message: str) -> Problem:
-    return Problem(path, kind, message, experiment.parent.name, experiment.name.partition(_HOST_MARK)[0])
+def _problem(experiment: Path, run_id: str, path: Path, kind: str, message: str) -> Problem:
+    return Problem(path, kind, message, run_id, experiment.name.partition(_HOST_MARK)[0])
 
 
 def _attempt_numbers(folder: Path) -> list[int]:
     """The numbers taken, unordered; a file in place of a folder takes its number too."""
     return [int(match[1]) for item in folder.iterdir() if (match := _ATTEMPT.fullmatch(item.name))]
+
+
+def experiment_names(run_folder: Path) -> tuple[str, ...]:
+    """The experiments of a run, those of all its parts, by name; UserError where its folder cannot be read."""
+    folders = part_folders(run_folder)
+    parts = {folder.name for folder in folders[1:]}
+    return tuple(sorted({name for folder in folders for name in folder_names(folder)} - parts))
 
 
 def folder_names(folder: Path) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,56 @@ def test_parts_without_a_stored_plan_are_told_by_numbers_alone(hosts):
     ids = [{record.identity.experiment_id for record in rig.records()} for rig in (one, two)]
     assert len(ids[0] | ids[1]) == 6
     assert len(ids[0] & ids[1]) == 2
+
+
+def _parts(rig: CampaignRig) -> dict[str, int]:
+    """The number of results in the folder of each part."""
+    paths = (rig.folder / "results").glob("demo/*/*/*/attempt-*/result.json")
+    return dict(Counter(path.parents[2].name for path in paths))
+
+
+@pytest.mark.parametrize(("options", "own"), [((), 4), (("--replicate",), 6)])
+def test_hosts_that_share_their_folders_each_run_their_own_part_at_the_same_time(hosts, options, own):
+    shared = hosts[0]
+    plan = _store_plan(shared, *options)
+    part = ["--plan", str(plan), "--executor", "local", "--yes"]
+    both = [shared.start("--shard", f"{number}/2", *part) for number in (1, 2)]
+    for running in both:
+        ended = running.wait()
+        assert ended.code == 0, ended.err
+    assert _parts(shared) == {"one": own, "two": own}
+    before = shared.results()
+    assert [shared.run("--shard", f"{number}/2", *part).code for number in (1, 2)] == [0, 0]
+    assert shared.results() == before
+
+    # Each part has its own index, manifest and lock; every reader sees them all as one run.
+    (run,) = (shared.folder / "results" / "demo").iterdir()
+    assert sorted(path.parent.name for path in run.rglob("index.jsonl")) == ["one", "two"]
+    for name in ("campaign_manifest.json", "campaign.lock"):
+        assert {path.parent.name for path in (shared.folder / ".state").rglob(name)} == {"one", "two"}
+    shown = json.loads(_lem(shared, "results", "show", "demo", "--json").stdout)
+    assert sum(item["n_cycles"] for item in shown["configurations"]) == 2 * own
+    assert shown["problems"] == []
+    statuses = json.loads(_lem(shared, "status", "demo", "--json").stdout)
+    assert [(item["part"], item["state"], item["completed"]) for item in statuses] == [
+        ("one", "done", own),
+        ("two", "done", own),
+    ]
+    assert json.loads(_lem(shared, "status", "demo/two", "--json").stdout)["part"] == "two"
+    verified = json.loads(_lem(shared, "verify", "demo", "--json").stdout)
+    assert [set(item["digests"]) for item in verified["results"]] == [{"index", "manifest"}] * 2 * own
+    merged = _lem(shared, "merge", "results", "-o", "all", "--plan", plan, "--anchor-tolerance", "1e9%", "--json")
+    assert merged.returncode == 0, merged.stdout + merged.stderr
+    document = json.loads(merged.stdout)
+    assert (document["results"], document["lacking"], document["problems"]) == (2 * own, [], [])
+
+
+def test_a_part_that_an_earlier_lem_began_without_a_folder_is_continued_there(hosts):
+    rig = hosts[1]
+    assert rig.run("--executor", "local", "--yes").code == 0
+    before = rig.results()
+    ended = rig.run("--shard", "1/1", "--executor", "local", "--resume")
+    assert (ended.code, rig.results()) == (0, before), ended.err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import io
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from lem.orchestration.manifest import CampaignManifest, CampaignManifestEntry
 from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.results.run import read_run
+from lem.results.store import Repository
 from tests.campaign_doubles import Place, make_campaign
 
 HOOK = "http://localhost/secret"
@@ -71,10 +73,14 @@ def test_a_script_on_the_path_is_called_by_its_name(tmp_path, monkeypatch):
     assert elsewhere == "/venv/bin/python /elsewhere/lem campaign c.yaml --resume"
 
 
+def _repository(campaign):
+    return Repository(Path(campaign.io.results_dir), campaign.slug)
+
+
 def test_the_closing_lines_count_what_is_left_and_tell_what_stood_in_the_way_and_how_to_resume(tmp_path):
     full = InfrastructureError("the disk is full", "make room")
     outcome = _outcome("completed", "failed", "pending", "running", "skipped", error=full)
-    *lines, how_to_resume = closing_lines(make_campaign(tmp_path), outcome, log.Console(io.StringIO()))
+    *lines, how_to_resume = closing_lines(_repository(make_campaign(tmp_path)), outcome, log.Console(io.StringIO()))
     assert lines == [
         f"1 completed, 1 failed, 2 left; results in {tmp_path}/results/demo/20260714T100000Z-3fa1",
         "error: the disk is full",
@@ -82,7 +88,7 @@ def test_the_closing_lines_count_what_is_left_and_tell_what_stood_in_the_way_and
     ]
     assert how_to_resume.startswith("some experiments failed; resume with: ")
     late = _outcome("pending", stopped=Stopped.DEADLINE)
-    *_, how_to_resume = closing_lines(make_campaign(tmp_path), late, log.Console(io.StringIO()))
+    *_, how_to_resume = closing_lines(_repository(make_campaign(tmp_path)), late, log.Console(io.StringIO()))
     assert how_to_resume.startswith("time budget reached; resume with: ")
 
 
@@ -139,7 +145,7 @@ def test_a_webhook_hears_what_it_asked_for_and_nothing_of_a_person_who_stops_it(
 
 def _shown(campaign, outcome, *, is_json=False):
     out = io.StringIO()
-    show_results(campaign, outcome, out, is_json=is_json)
+    show_results(_repository(campaign), outcome, out, is_json=is_json)
     return out.getvalue()
 
 
