@@ -220,7 +220,7 @@ class CampaignStatus:
     @property
     def part(self) -> str:
         """The part of a campaign that hosts share; empty of a whole one."""
-        return "" if self.folder.name == slug_of(self.name) else self.folder.name
+        return self.folder.name if self.folder.parent.name == slug_of(self.name) else ""
 
     @property
     def label(self) -> str:
