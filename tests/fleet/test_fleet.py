@@ -57,9 +57,9 @@ def unit(name: str) -> str:
     return f"lem-campaign@{name}.service"
 
 
-def entries(host: Host, campaign: str) -> dict[str, str]:
+def entries(host: Host, campaign: str, part: str = "") -> dict[str, str]:
     """The status of each experiment in a host's manifest; {} where there is none yet."""
-    path = f"/var/lib/lem/{campaign}/.state/{campaign}/campaign_manifest.json"
+    path = f"/var/lib/lem/{campaign}/.state/{campaign}/{part}/campaign_manifest.json"
     text = host.run("sh", "-c", f"cat {path} 2>/dev/null || true")
     return {} if not text else {item["exp_id"]: item["status"] for item in json.loads(text)["experiments"]}
 
@@ -193,8 +193,8 @@ def test_results_that_arrived_are_kept_and_a_second_call_runs_only_what_is_missi
     assert "gpu2: still running" in first.text
     plan = (controller.fleet_dir / "twice" / "plan.json").read_bytes()
     wait_for("gpu1 has failed", lambda: fleet.gpu1.show(unit("twice"), "ActiveState") == "failed")
-    assert sorted(entries(fleet.gpu1, "twice").values()) == ["completed", "completed", "failed", "failed"]
-    wait_for("gpu2 is in the middle", lambda: "running" in entries(fleet.gpu2, "twice").values())
+    assert sorted(entries(fleet.gpu1, "twice", "gpu1").values()) == ["completed", "completed", "failed", "failed"]
+    wait_for("gpu2 is in the middle", lambda: "running" in entries(fleet.gpu2, "twice", "gpu2").values())
     wait_for("gpu2 has a result", lambda: len(fleet.gpu2.results("twice")) == 1)
     measured, kept = fleet.gpu1.results("twice"), fleet.gpu2.results("twice")
 

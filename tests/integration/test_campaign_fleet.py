@@ -159,7 +159,7 @@ def test_hosts_that_share_their_folders_each_run_their_own_part_at_the_same_time
     assert json.loads(_lem(shared, "status", "demo/two", "--json").stdout)["part"] == "two"
     verified = json.loads(_lem(shared, "verify", "demo", "--json").stdout)
     assert [set(item["digests"]) for item in verified["results"]] == [{"index", "manifest"}] * 2 * own
-    merged = _lem(shared, "merge", "results", "-o", "all", "--plan", plan, "--anchor-tolerance", "1e9%", "--json")
+    merged = _lem(shared, "merge", "results", "--output", "all", "--plan", plan, "--anchor-tolerance", "1e9%", "--json")
     assert merged.returncode == 0, merged.stdout + merged.stderr
     document = json.loads(merged.stdout)
     assert (document["results"], document["lacking"], document["problems"]) == (2 * own, [], [])
