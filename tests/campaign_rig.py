@@ -11,6 +11,7 @@ import select
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +62,7 @@ class Running:
     """A command that runs, with its output in files so that nobody has to read for it to go on."""
 
     def __init__(self, command: Sequence[str], folder: Path, environ: Mapping[str, str]) -> None:
-        self._out, self._err = (open(folder / name, "w+b", buffering=0) for name in ("stdout", "stderr"))  # noqa: SIM115
+        self._out, self._err = (tempfile.TemporaryFile(buffering=0) for _ in range(2))  # noqa: SIM115
         self.process = subprocess.Popen(
             command, cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err
         )
