@@ -92,7 +92,7 @@ def prompt_of_record(record: Any, columns: Sequence[str] = (), usual: Sequence[s
         raise ValueError(f"expected 'prompt', 'text' or 'messages', got {', '.join(map(repr, record)) or 'no keys'}")
     found = _prompt_of_value(column, record[column])
     if found.messages:
-        return _with_tools(found, record.get("tools"))
+        return _with_tools(found, _list_of(record, "tools"))
     role = _ROLES.get(str(record.get("role")), "user")
     if role != "user":
         raise ValueError(f"a turn of the {role}, not a prompt")
@@ -115,8 +115,8 @@ def _added_text(name: str, value: Any) -> str:
     return "" if value is None else _some_text(value, name, may_be_blank=True).strip()
 
 
-def _with_tools(found: Prompt, tools: Any) -> Prompt:
-    found = replace(found, tools=_tools(tools))
+def _with_tools(found: Prompt, tools: Sequence[Mapping[str, Any]]) -> Prompt:
+    found = replace(found, tools=tuple(tools))
     try:
         json.dumps(as_json(found), ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
@@ -126,6 +126,11 @@ def _with_tools(found: Prompt, tools: Any) -> Prompt:
 
 def _prompt_of_value(column: str, value: Any) -> Prompt:
     """Of ShareGPT's `conversations` the first human turn, of MT-Bench's `turns` the first, and messages as such."""
+    if column in _LISTS[:-1]:
+        value = _decoded(value)
+        if isinstance(value, Mapping) and all(isinstance(item, list) for item in value.values()):
+            # A `Sequence` of objects, which `datasets` gives as an object of lists.
+            value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
         if column in _LISTS:
             raise ValueError(f"{column}: expected a list, got {type(value).__name__}")
@@ -161,7 +166,7 @@ def _message(given: Mapping[str, Any]) -> Message:
     role = _ROLES.get(str(given.get("role")))
     if role is None:
         raise ValueError(f"expected a role of {', '.join(_ROLES)}, got {given.get('role')!r}")
-    calls = [_tool_call(item) for item in given.get("tool_calls") or ()]
+    calls = [_tool_call(item) for item in _list_of(given, "tool_calls")]
     content = given.get("content")
     if isinstance(content, list):
         content = "\n".join(map(_text_of_part, content))
@@ -179,23 +184,28 @@ def _text_of_part(part: Any) -> str:
     return _some_text(part.get("text"), "content part", may_be_blank=True)
 
 
-def _tool_call(call: Any) -> Mapping[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
+def _tool_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function")
     if not isinstance(function, Mapping):
         raise ValueError("tool_calls: expected objects with 'function'")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError):  # a model may have called with what is not JSON
-            arguments = json_of(arguments)
-    return {**call, "function": {**function, "arguments": arguments}}
+    return {**call, "function": {**function, "arguments": _decoded(function.get("arguments"))}}
 
 
-def _tools(given: Any) -> tuple[Mapping[str, Any], ...]:
-    """The tools of a conversation; data sets store them as JSON text too."""
-    tools = json_of(given) if isinstance(given, str) and given.strip() else given or []
-    if not isinstance(tools, list) or not all(isinstance(item, Mapping) for item in tools):
-        raise ValueError("tools: expected a list of objects")
-    return tuple(tools)
+def _list_of(given: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    found = _decoded(given.get(name) or [])
+    if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in found):
+        raise ValueError(f"{name}: expected a list of objects")
+    return found
+
+
+def _decoded(value: Any) -> Any:
+    """What is written as JSON in a text: arguments of a call, and what `datasets` keeps of objects that differ."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        with contextlib.suppress(ValueError):
+            return json_of(value)
+    return value
 
 
 def bound_of(record: Mapping[str, Any], key: str) -> int | None:

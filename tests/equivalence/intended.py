@@ -217,6 +217,7 @@ INTENDED: tuple[Intended, ...] = (
         r"^\$\.problems\b",
         is_new=True,
     ),
+    Intended("Prompts of alpaca and mmlu have the input and the choices.", "lem datasets --json", r"\.column$"),
     Intended("Help with figures of the new options.", "lem completion (zsh|fish)", r"\+\d( \+\d)*"),
     Intended(
         "As above, where the balanced order is another one than the old default.",

@@ -412,26 +412,31 @@ def test_parquet_is_read_through_the_datasets_package(tmp_path: Path) -> None:
 HUB_NAME = "owner/name"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILE = "train.jsonl"
-CONTENT = b'{"prompt": "first of the hub"}\n{"prompt": "second of the hub"}\n'
+CONTENTS = {
+    HUB_NAME: b'{"prompt": "first of the hub"}\n{"prompt": "second of the hub"}\n',
+    "tatsu-lab/alpaca": b'{"instruction": "Add.", "input": "1, 2", "output": "3", "text": "Add. 1, 2 3"}\n',
+}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of one as `datasets` asks: a repository with one file, its commit, and 404 for the rest."""
+    """As much of one as `datasets` asks: repositories with one file each, its commit, and 404 for the rest."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        entry = [{"type": "file", "path": FILE, "size": len(CONTENT), "oid": "a" * 40}]
-        if path.startswith(f"/api/datasets/{HUB_NAME}/tree/{COMMIT}"):
+        name = next((name for name in CONTENTS if f"/{name}" in path), HUB_NAME)
+        content = CONTENTS[name]
+        entry = [{"type": "file", "path": FILE, "size": len(content), "oid": "a" * 40}]
+        if path.startswith(f"/api/datasets/{name}/tree/{COMMIT}"):
             self._answer(200, json.dumps(entry).encode(), {"Content-Type": "application/json"})
-        elif path.startswith(f"/api/datasets/{HUB_NAME}"):
-            facts = {"id": HUB_NAME, "sha": COMMIT, "siblings": [{"rfilename": FILE}], "tags": [], "private": False}
+        elif path.startswith(f"/api/datasets/{name}"):
+            facts = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": FILE}], "tags": [], "private": False}
             self._answer(200, json.dumps(facts).encode(), {"Content-Type": "application/json"})
-        elif path.startswith(f"/datasets/{HUB_NAME}/resolve/") and path.endswith(FILE):
-            self._answer(200, CONTENT, {"X-Repo-Commit": COMMIT, "ETag": f'"{"b" * 40}"'})
+        elif path.startswith(f"/datasets/{name}/resolve/") and path.endswith(FILE):
+            self._answer(200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{"b" * 40}"'})
         else:
-            code = "EntryNotFound" if HUB_NAME in path else "RepoNotFound"
+            code = "EntryNotFound" if name in path else "RepoNotFound"
             self._answer(404, b"{}", {"X-Error-Code": code, "Content-Type": "application/json"})
 
     do_HEAD = do_GET  # noqa: N815 (as http.server wants it)
@@ -500,6 +505,15 @@ def test_hub_data_set_is_recorded_with_its_commit_and_found_again_offline(tmp_pa
     assert online["source"]["revision"] == COMMIT
     assert online["source"]["count"] == 2
     assert resolve_apart(HUB_NAME, tmp_path, HF_HUB_OFFLINE="1") == online
+
+
+@pytest.mark.needs("datasets")
+@pytest.mark.parametrize("name", ["alpaca", "tatsu-lab/alpaca"])
+def test_an_alias_means_the_same_by_its_name_on_the_hub(tmp_path: Path, name: str) -> None:
+    with serving_hub() as address:
+        found = resolve_apart(name, tmp_path, HF_ENDPOINT=address)
+    assert found["prompts"] == ["Add.\n\n1, 2"]
+    assert (found["source"]["kind"], found["source"]["taken_from"]) == ("hub", "instruction, input")
 
 
 @pytest.mark.needs("datasets")

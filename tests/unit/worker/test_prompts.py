@@ -128,6 +128,7 @@ WILD = [{"role": role, "content": text, "toxic": False} for role, text in (("use
         ({"messages": [message("user", PARTS)]}, "Why\nnot?", "messages, up to the last user turn"),
         ({"messages": [message("developer", ""), message("user", "a")]}, "a", "messages, up to the last user turn"),
         ({"conversations": TURNS}, "Go", "conversations, first human turn"),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["Go", "No"]}}, "Go", "conversations, first human turn"),
         ({"conversation": TURNS}, "Go", "conversation, first human turn"),
         ({"conversation_id": 7, "conversation": WILD}, "Hi", "conversation, up to the last user turn"),
         ({"question_id": 81, "turns": ["Write.", "Rewrite."]}, "Write.", "turns, first turn"),
@@ -149,6 +150,16 @@ def test_messages_keep_roles_turns_and_tools_without_the_answer() -> None:
     assert called.tools == tuple(TOOLS)
     given = {**CALL, "function": {"name": "add", "arguments": {"a": 1}}}  # an object, as chat templates expect
     assert called.messages == (CALLED[0], message("assistant", None, tool_calls=[given]), CALLED[2])
+
+
+def test_objects_that_are_written_as_text_are_read() -> None:
+    """`datasets` writes objects that differ from row to row to Parquet as JSON in text."""
+    texts = [
+        json.dumps({**item, "tool_calls": [json.dumps(CALL)]} if "tool_calls" in item else item) for item in CALLED
+    ]
+    record = {"messages": CALLED, "tools": TOOLS}
+    for messages in (texts, json.dumps(CALLED)):
+        assert prompt_of_record({"messages": messages, "tools": [json.dumps(TOOLS[0])]}) == prompt_of_record(record)
 
 
 def test_a_batch_line_bounds_its_output() -> None:
@@ -181,10 +192,15 @@ def test_a_batch_line_bounds_its_output() -> None:
         {"messages": [message("narrator", "a"), message("user", "a")]},
         {"messages": [message("user", "a"), message("assistant", None), message("user", "b")]},
         {"messages": [message("user", "a")], "tools": "{"},
+        {"messages": [message("user", "a")], "tools": 3},
+        {"messages": [message("user", "a"), message("assistant", None, tool_calls=3), message("user", "b")]},
+        {"messages": [message("user", "a"), message("assistant", None, tool_calls=[{}]), message("user", "b")]},
         {"messages": [message("user", "a")], "tools": [{"name": "\ud800"}]},
         {"messages": [message("user", "a")], "tools": [{"limit": float("nan")}]},
         {"conversations": [{"from": "gpt", "value": "a"}]},
         {"conversations": 1},
+        {"conversations": {}},
+        {"conversations": {"from": ["human"], "value": []}},
         {"turns": []},
         {"custom_id": "1", "body": {"input": 7}},
         {"custom_id": "1", "body": {"prompt": "a", "max_tokens": 0}},
