@@ -117,7 +117,7 @@ def compose_variables(
 ) -> dict[str, str]:
     """An environment with the variables of Compose that it takes from files: --env-file, else .env.
 
-    ContainerError of kind `compose_file` if one has a value that contains another variable.
+    ContainerError if a value contains another variable, or is not a valid name of a project.
     """
     first = find_compose_files(named, folder, environ)[:1] if named else ()
     is_off = environ.get("COMPOSE_DISABLE_ENV_FILE", "").lower() in ("1", "true")
@@ -133,7 +133,11 @@ def compose_variables(
     if using := [name for name, value in found.items() if "$" in value and name not in environ]:
         message = f"a file of variables sets {using[0]} to {found[using[0]]}, which lem does not expand"
         raise ContainerError(message, f"write its value in full, or export {using[0]}", kind="compose_file")
-    return {**found, **environ}
+    found = {**found, **environ}
+    if not re.fullmatch(r"([a-z0-9][a-z0-9_-]*)?", name := found.get(PROJECT_VARIABLE, "")):
+        hint = "use lowercase letters, digits, hyphens and underscores, and a letter or digit first"
+        raise ContainerError(f"{PROJECT_VARIABLE}: {name!r} is not a valid name", hint, kind="project")
+    return found
 
 
 def describe_files(paths: Sequence[Path]) -> str:

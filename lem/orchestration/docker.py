@@ -92,12 +92,6 @@ _FAILURES = (
         "an overlay sets a limit in another form than the file that it extends",
         "set it in the same form, such as deploy: {resources: {limits: {memory: 3g}}}",
     ),
-    (
-        "project",
-        r"invalid project name",
-        "Compose refuses the name of the project",
-        "set COMPOSE_PROJECT_NAME to lowercase letters, digits, hyphens and underscores",
-    ),
     ("disk", r"no space left on device", "the disk of the Docker engine is full", "docker system prune"),
     ("service", r"no such service", "the compose file has no such service", ONE_SERVICE_EACH),
 )

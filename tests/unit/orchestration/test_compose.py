@@ -125,6 +125,13 @@ def test_another_env_file_replaces_the_usual_one(tmp_path: Path) -> None:
         assert found.get("COMPOSE_PROFILES") == profile
 
 
+@pytest.mark.parametrize("name", ["Mine", "../../tmp/x", "-a", "a b"])
+def test_an_invalid_name_of_a_project_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ContainerError, match="COMPOSE_PROJECT_NAME") as caught:
+        compose_variables(None, None, tmp_path, {"COMPOSE_PROJECT_NAME": name})
+    assert caught.value.kind == "project"
+
+
 def test_a_variable_in_a_value_of_the_env_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("COMPOSE_FILE=${HOME}/c.yml\n")
     with pytest.raises(ContainerError, match="COMPOSE_FILE") as caught:

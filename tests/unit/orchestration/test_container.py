@@ -43,7 +43,6 @@ BUILT = {"build": ".", "image": "mine"}
         ({"invalid": "required variable NOPE is missing"}, "compose_file", "correct the file"),
         ({"services": {"web": {"image": "img"}}}, "service", "lem compose"),
         ({"invalid": TWO_FORMS}, "limits", "deploy: {resources: {limits:"),
-        ({"invalid": 'invalid project name "Foo": must consist only of'}, "project", "COMPOSE_PROJECT_NAME"),
         ({"endpoint": "ssh://user@far"}, "remote", "docker context use default"),
         ({"endpoint": "tcp://10.0.0.7:2376"}, "remote", "unset DOCKER_HOST"),
         ({"others": ["web-1 /a/compose.yaml"]}, "project", "COMPOSE_PROJECT_NAME"),
