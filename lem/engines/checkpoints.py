@@ -29,17 +29,8 @@ from lem.base.durable import sha256_of
 from lem.base.errors import EngineError
 from lem.base.variables import DOWNLOAD_ONCE, is_cache_read_only
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import (
-    ADAPTER,
-    DRAFTER,
-    TOKENIZER,
-    Folders,
-    NamedModel,
-    model_error,
-    named_models,
-    out_of_memory,
-    shortened,
-)
+from lem.engines.common import Folders, model_error, out_of_memory, shortened
+from lem.engines.named import ADAPTER, DRAFTER, TOKENIZER, NamedModel, named_models
 
 _logger = logging.getLogger(__name__)
 

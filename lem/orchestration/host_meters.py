@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import shutil
 import statistics
@@ -110,6 +111,21 @@ class GapOutcome(NamedTuple):
 
     gap_s: float
     code: str
+
+
+@dataclass(frozen=True)
+class Rest:
+    """How long devices have rested since the last window; an attempt that reaches none does not end it."""
+
+    rested_s: float = math.inf  # before the first window, long enough for any gap
+    gap: GapOutcome | None = None  # all of it as one gap
+
+    def is_enough(self, cap_s: float) -> bool:
+        return self.rested_s > 0 and self.rested_s >= cap_s
+
+    def after(self, kept: GapOutcome) -> Rest:
+        gap = GapOutcome(self.rested_s + kept.gap_s, kept.code)
+        return Rest(math.inf if kept.code == "gap_recovered" else gap.gap_s, gap)
 
 
 def keep_gap(

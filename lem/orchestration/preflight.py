@@ -12,7 +12,8 @@ from typing import Any
 
 from lem.base.errors import EngineError, UserError
 from lem.base.units import format_duration, plural, some_of
-from lem.engines.common import demo_python, named_models
+from lem.engines.common import demo_python
+from lem.engines.named import named_models
 from lem.orchestration import doctor
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.plan import Experiment, Plan

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import os
 import socket
 import time
@@ -23,7 +22,7 @@ from lem.base.measurement import WINDOW
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome
 from lem.orchestration.grid import prompts_fingerprint
-from lem.orchestration.host_meters import GapOutcome, HostMeters, keep_gap
+from lem.orchestration.host_meters import GapOutcome, HostMeters, Rest, keep_gap
 from lem.orchestration.manifest import (
     CLOCK_STEP_NOTE,
     COMPLETED,
@@ -114,9 +113,7 @@ class Session:
     secrets: Mapping[str, str] = field(repr=False)
     _done: int = 0  # experiments ended; what every event tells must not take longer in a longer plan
     _countdown: Countdown = field(default_factory=Countdown)
-    # The devices have rested for so long since the last window, and in which gap; before the first, long enough.
-    _rested_s: float = math.inf
-    _rest: GapOutcome | None = None
+    _rest: Rest = field(default_factory=Rest)
     _phase: str | None = None  # of the current attempt
     _failures: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # kind and phase, by config_hash
 
@@ -190,7 +187,7 @@ class Session:
         if event.kind == "phase":
             self._phase = event.data["phase"]
             if self._phase == WINDOW:
-                self._rested_s, self._rest = 0.0, None
+                self._rest = Rest(0.0)
         if text := self._steps.describe_step():
             note = {"at": utc_text(self.context.now()), "kind": CLOCK_STEP_NOTE, "reason": text}
             self.manifest.notes.append(note)
@@ -224,25 +221,23 @@ class Session:
         planned = {item.config_hash for item in self.plan.configurations}
         if self._has_result or not planned <= self._failures.keys() or len(set(self._failures.values())) > 1:
             return
-        _, phase = self._failures[last.config_hash]
-        error = self.manifest.get_entry(last.exp_id).error
+        phase, error = self._failures[last.config_hash][1], self.manifest.get_entry(last.exp_id).error
         message = f"every configuration failed in the same way (in phase {phase or 'start'}); the last one: {error}"
         raise AllFailed(message, f"repair the cause, {_CONTINUE}")
 
     def _keep_gap(self, kind: GapKind | None, deadline_s: float | None) -> GapOutcome | None:
         """The gap since the last window; an attempt that reached none adds nothing to it."""
-        if kind is None or (self._rested_s and self._rested_s >= self.plan.gap_cap_s(kind)):
-            return self._rest
-        cap_s, monotonic = self.plan.gap_cap_s(kind) - self._rested_s, self.context.monotonic
+        if kind is None or self._rest.is_enough(self.plan.gap_cap_s(kind)):
+            return self._rest.gap
+        cap_s, monotonic = self.plan.gap_cap_s(kind) - self._rest.rested_s, self.context.monotonic
         if deadline_s is not None:
             cap_s = min(cap_s, deadline_s - monotonic())
         if cap_s > 0:
             self.report("gap", gap=kind, cap_s=cap_s)
         with self.context.meters.watching() if cap_s > 0 else contextlib.nullcontext() as is_recovered:
             kept = keep_gap(cap_s, is_recovered=is_recovered, monotonic=monotonic, wait=self._wait)
-        self._rest = GapOutcome(self._rested_s + kept.gap_s, kept.code)
-        self._rested_s = math.inf if kept.code == "gap_recovered" else self._rest.gap_s
-        return self._rest
+        self._rest = self._rest.after(kept)
+        return self._rest.gap
 
     def _wait(self, seconds: float) -> bool:
         """Sleep, and report from time to time how long still; whether a stop was requested."""

@@ -31,7 +31,8 @@ from lem.engines.checkpoints import (
     locate,
     text_shape,
 )
-from lem.engines.common import ADAPTER, DRAFTER, NamedModel, named_models, section_of
+from lem.engines.common import section_of
+from lem.engines.named import ADAPTER, DRAFTER, NamedModel, named_models
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.engines.pytorch import options
 from lem.engines.pytorch.generation import GENERATION_META, BatchRunner, LoadedModel, describe_effective, try_out

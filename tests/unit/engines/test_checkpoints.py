@@ -22,7 +22,7 @@ from lem.engines.checkpoints import (
     locate,
     weight_files,
 )
-from lem.engines.common import NamedModel
+from lem.engines.named import NamedModel
 from lem.engines.pytorch import load
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
