@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +205,69 @@ def test_an_adapter_changes_the_output_or_is_refused_with_the_remedy(tiny_model:
             found.append((outputs(there, prompts()), there.report.weights_sha256))
     assert found[0][0] != found[1][0]
     assert found[0][1] != found[1][1]
+
+
+# --- what is looked for before a load
+
+FIND = """
+import json, sys
+from lem.config.experiment import ExperimentConfig
+from lem.engines.checkpoints import find_problems
+found = []
+for model in json.loads(sys.argv[1]):
+    config = ExperimentConfig.from_dict({"model": model})
+    found.append([[error.message, error.hint, error.is_permanent] for error in find_problems(config, None)])
+print(json.dumps(found))
+"""
+
+
+class ModelHub(http.server.BaseHTTPRequestHandler):
+    """As much of one as a look for a model asks: one has a configuration, one is gated, the rest is not there."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        status, code = 404, "RepoNotFound"
+        if self.path.startswith("/owner/gated/"):
+            status, code = 403, "GatedRepo"
+        elif self.path.startswith("/owner/name/"):
+            code = "RevisionNotFound" if "/v9/" in self.path else "EntryNotFound"
+        is_there = self.path == "/owner/name/resolve/main/config.json"
+        facts = {"X-Repo-Commit": COMMIT, "ETag": f'"{"b" * 40}"'} if is_there else {"X-Error-Code": code}
+        self.send_response(200 if is_there else status)
+        for name, value in {**facts, "Content-Length": "2"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(b"{}")
+
+    do_HEAD = do_GET  # noqa: N815 - as http.server wants it
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+
+def test_all_that_a_configuration_names_is_looked_for_without_a_load(tmp_path: Path) -> None:
+    expected: list[tuple[dict[str, str], list[str]]] = [
+        ({"name": "owner/name"}, []),
+        ({"name": "owner/name", "revision": "v9"}, ["check model.revision"]),
+        ({"name": "owner/none"}, ["check the spelling"]),
+        ({"name": "owner/gated"}, ["HF_TOKEN"]),
+        ({"name": "owner/name", "adapter": "owner/name", "tokenizer": "owner/none"}, ["spelling", "causal language"]),
+    ]
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ModelHub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", FIND, json.dumps([model for model, _ in expected])]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    for (_, hints), problems in zip(expected, json.loads(done.stdout), strict=True):
+        assert len(problems) == len(hints)
+        assert all(hint in problem[1] and problem[2] for hint, problem in zip(hints, problems, strict=True))

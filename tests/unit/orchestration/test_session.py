@@ -3,15 +3,17 @@
 import errno
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lem.base.errors import EngineError, InfrastructureError, UserError
 from lem.cli.campaign_run import exit_code_of_outcome
-from lem.config.campaign_config import CampaignHealthCheckConfig
+from lem.config.campaign_config import CampaignDaemonConfig, CampaignHealthCheckConfig
+from lem.orchestration.plan import build_plan
 from lem.orchestration.resume import RunOptions, make_rule
-from lem.orchestration.schedule import Stopped
+from lem.orchestration.schedule import Scheduler, Stopped
 from lem.orchestration.systemd import find_secrets
 from lem.results.stopping import parse_target
 from tests.campaign_doubles import EIGHT, FOUR, LoadError, Place, make_campaign, write_result
@@ -197,6 +199,24 @@ def test_a_resumed_campaign_with_results_goes_on_although_all_that_is_left_fails
     assert place.statuses() == ["completed", "failed", "failed", "completed"]
     outcome = place.run({EIGHT: [NO_MODEL]}, options=RunOptions(resume=True))
     assert (outcome.stopped, len(place.requests)) == (None, 2)
+
+
+def test_a_part_of_a_plan_ends_when_all_of_its_own_configurations_fail(place):
+    campaign = make_campaign(place.folder)
+    plan = build_plan(campaign)
+    part = replace(plan, experiments=tuple(item for item in plan.experiments if item.config_name == FOUR))
+    outcome = place.runner(campaign, {FOUR: [NO_MODEL]}, plan=part).run()
+    assert (outcome.stopped, place.asked()) == (Stopped.ALL_FAILED, [(FOUR, 1, 1)])
+
+
+def test_a_daemon_does_not_run_again_what_failed_in_every_configuration(place):
+    daemon = CampaignDaemonConfig(enabled=True, interval="1h", total_duration="1d")
+    campaign = make_campaign(place.folder, daemon=daemon)
+    runner = place.runner(campaign, {FOUR: [NO_MODEL], EIGHT: [NO_MODEL]})
+    scheduler = Scheduler(campaign, place.stop, lambda _text: None, place.clock.now, place.clock.monotonic)
+    outcome = scheduler.run(lambda deadline_s: runner.run(deadline_s=deadline_s))
+    assert outcome is not None
+    assert (outcome.stopped, len(place.requests)) == (Stopped.ALL_FAILED, 2)
 
 
 def test_fail_fast_comes_before_the_end_of_a_campaign_that_cannot_work(place):
