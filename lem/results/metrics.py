@@ -199,6 +199,7 @@ _ALIASES = {
     "icl": "icl_p50_s",
     "itl": "itl_p50_s",
     "e2e": "e2e_p50_s",
+    "queue": "queue_p50_s",
 }
 SHORT_NAMES = {name: alias for alias, name in _ALIASES.items()}
 

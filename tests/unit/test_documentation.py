@@ -12,10 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from lem.base.errors import UserError
 from lem.cli.main import make_parser
+from lem.config import introspection
 from lem.config.load import load_campaign, load_experiment
 from lem.record import Record
+from lem.results.export import make_table
+from lem.results.metrics import METRIC_BY_NAME, parse_comparable
+from lem.results.store import StoredResult
 from tests.documentation import ROOT, blocks, commands, files, links, pages, prose
+from tests.records import make_record
 
 ALL_PAGES = (*pages(), ROOT / "SECURITY.md", *sorted(ROOT.glob("tests/*/README.md")))
 NAMES = [str(page.relative_to(ROOT)) for page in ALL_PAGES]
@@ -142,3 +148,45 @@ def test_every_command_says_what_it_does_in_80_columns(monkeypatch: pytest.Monke
         for action in parser._actions:
             is_told = action.help or isinstance(action, argparse._SubParsersAction)
             assert is_told, f"{parser.prog}: {action.dest}"
+
+
+def _expanded(name: str) -> Iterator[str]:
+    """The names that `a_{b,c}` stands for, as in a shell."""
+    head, brace, rest = name.partition("{")
+    choices, _, tail = rest.partition("}")
+    if not brace:
+        yield name
+    for choice in choices.split(",") if brace else ():
+        yield from _expanded(f"{head}{choice}{tail}")
+
+
+def _names(page: str) -> set[str]:
+    """The names of data on a page: words with an underscore, in code or in a command."""
+    of_commands = [command.text for command in commands(ROOT / "docs" / page)]
+    spans = [*re.findall(r"`([^`\n]+)`", prose(ROOT / "docs" / page)), *of_commands]
+    words = (word for span in spans for word in re.findall(r"[\w{},.…]*_[\w{},.…]*", span))
+    return {name for word in words for name in _expanded(word)}
+
+
+@pytest.mark.parametrize("page", ["results.md", "compare.md"])
+def test_pages_on_results_use_only_names_that_exist(page: str) -> None:
+    exported = make_table([StoredResult(Path("x"), make_record())]).columns
+    campaign = {*introspection.get_campaign_params(), *introspection.get_experiment_params()}
+    known = {*METRIC_BY_NAME, *exported, *campaign, *(name.rpartition(".")[2] for name in campaign)}
+    named = {part for name in _names(page) for part in name.split(",") if "_" in part}
+    assert len(named) > 2
+    assert {name for name in named if name not in known and f"requested.{name}" not in known} == set()
+
+
+def test_the_page_on_comparisons_has_every_metric_that_can_be_compared() -> None:
+    named = _names("compare.md")
+    outdated = {name for name in METRIC_BY_NAME if name.startswith("itl_")}  # of old results
+    assert {name for name in METRIC_BY_NAME if _is_comparable(name)} - outdated - named == set()
+
+
+def _is_comparable(name: str) -> bool:
+    try:
+        parse_comparable(name)
+    except UserError:
+        return False
+    return True
