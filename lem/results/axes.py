@@ -45,7 +45,7 @@ def select(configurations: Sequence[C], wanted: str, where: str) -> C:
     UserError where there is none, or where several match; `where` says what was searched.
     """
     settings = parse_settings(wanted)
-    merged = _with_one_width([item.settings for item in configurations])
+    merged = with_one_width([item.settings for item in configurations])
     shown = {item.number: each for item, each in zip(configurations, merged, strict=True)}
     rules: tuple[Callable[[C], bool], ...] = (
         lambda item: wanted in (str(item.number), item.name, item.config_hash, hash_label(item.config_hash)),
@@ -118,10 +118,10 @@ def settings_of(record: Record) -> dict[str, str]:
     return {**headline_settings(record), **_texts(_MORE, record), **dict(_flatten(options))}
 
 
-def settings_without_record(options: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def settings_without_record(options: Mapping[str, Any], others: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """The settings of a configuration of which only the options are known, as far as `others` have such settings."""
     labels = {label for item in others for label in item}
-    known = {_OPTION_NAMES.get(name, name): value for name, value in options.items()}
+    known = {_OPTION_NAMES.get(name, name): value for name, value in _flatten(options)}
     nearest = max(others, key=lambda item: len(item.items() & known.items()), default={})
     derived = {label: value for label, value in nearest.items() if label in _DERIVED}
     return {**shared_settings(others), **derived, **{label: it for label, it in known.items() if label in labels}}
@@ -163,7 +163,7 @@ class Axis:
 
 def find_axes(settings: Sequence[Mapping[str, str]]) -> tuple[Axis, ...]:
     """The axes of configurations with these settings, in the order of the settings; no settings are unknown ones."""
-    settings = _with_one_width(settings)
+    settings = with_one_width(settings)
     labels = dict.fromkeys(label for item in settings for label in item)
     values = {label: tuple(item.get(label, ABSENT) for item in settings) for label in labels}
     known = [place for place, item in enumerate(settings) if item]
@@ -174,7 +174,7 @@ def find_axes(settings: Sequence[Mapping[str, str]]) -> tuple[Axis, ...]:
     return tuple(replace(axis, heading=_heading(axis.label, kept)) for axis in kept)
 
 
-def _with_one_width(settings: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
+def with_one_width(settings: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
     """How many requests an engine takes at once is one setting, though each backend has its own option for it."""
     if len({label for item in settings for label in item} & _WIDTHS) < 2:
         return settings

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from lem.base.doc import SEPARATORS, name_tokens, printable, text_width
 from lem.base.units import format_quantity, plural, some_of
-from lem.config.backends import WIDTH_OPTIONS
-from lem.config.option import leaves
 from lem.record import Record
-from lem.results.axes import rates_and_limits
+from lem.results.axes import settings_without_record, with_one_width
 from lem.results.check import check_run
 from lem.results.comparability import share_workload
 from lem.results.compare import Comparison, compare_configurations
@@ -33,12 +30,8 @@ NOT_GIVEN = "not given"
 _LABEL_WIDTH = 32
 # Names are in every table: with many configurations they are most of the page.
 _MANY, _LABEL_WIDTH_OF_MANY = 300, 20
-# Parts of a requested configuration that cannot change its numbers.
-_NO_SETTINGS = frozenset({"config_name", "extra_metadata", "io"})
 # What colour and shape mean, when there are too many configurations for one each.
-_GROUPINGS = ("backend", "model.name", "fp_precision")
-# How many requests an engine takes at once is one axis of the grid, though each backend has its own option.
-_WIDTHS = {f"{backend}.{option}": option for backend, option in WIDTH_OPTIONS.items()}
+_GROUPINGS = ("backend", "model", "precision")
 AXIS_MOST = 24  # values on an axis of the grid
 _TRACES_SHOWN, _FAULTY_FIRST = 12, 4
 _PLACE = attrgetter("run_id", "host", "order_index", "cycle_index", "attempt")  # of an identity in the execution
@@ -104,7 +97,7 @@ class Entry:
     name: str
     label: str  # without what all names share, short enough for a plot
     configuration: Configuration
-    settings: Mapping[str, str]  # as requested, by dotted name
+    settings: Mapping[str, str]  # by label, as tables have them
     group: int  # colour and shape
 
     @property
@@ -197,10 +190,11 @@ def compose(run: Run, baseline: Configuration | None = None) -> Report:
     is_measured = any(estimate.values or estimate.all_attempts for estimate in estimates)
     headline = ENERGY if is_measured else THROUGHPUT
     lost = _lost_settings(run)
-    settings = [
-        flat_settings(item.records[0].requested) if item.records else lost.get(item.name, {})
+    known = [item.settings for item in run.configurations if item.settings]
+    settings = with_one_width([
+        item.settings or (settings_without_record(lost[item.name], known) if item.name in lost else {})
         for item in run.configurations
-    ]
+    ])  # fmt: skip
     grouped_by, groups, meanings = _grouping(settings)
     labels = _labels([item.name for item in run.configurations])
 
@@ -221,17 +215,6 @@ def compose(run: Run, baseline: Configuration | None = None) -> Report:
         grouped_by=grouped_by,
         groups=meanings if groups else tuple(entry.label for entry in entries),
     )
-
-
-def flat_settings(requested: Mapping[str, Any]) -> dict[str, str]:
-    """A requested configuration by dotted name, each value as text, without what can change no number."""
-    found: dict[str, str] = {}
-    for path, value in leaves(requested):
-        names = list(itertools.accumulate(map(str, path), "{}.{}".format))  # of the sections around it, and its own
-        if not (_NO_SETTINGS | rates_and_limits()).intersection(names):
-            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-            found[names[-1]] = printable(shown)
-    return found
 
 
 def _grouping(settings: Sequence[Mapping[str, str]]) -> tuple[str, Sequence[int], tuple[str, ...]]:
@@ -263,16 +246,16 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def _lost_settings(run: Run) -> Mapping[str, Mapping[str, str]]:
-    """The settings of configurations without any whole result, from the `config.json` beside what is missing."""
+def _lost_settings(run: Run) -> Mapping[str, Mapping[str, Any]]:
+    """The options of configurations without any whole result, from the `config.json` beside what is missing."""
     known = {configuration_of(record.identity.experiment_id) for record in run.records}
-    found: dict[str, Mapping[str, str]] = {}
+    found: dict[str, Mapping[str, Any]] = {}
     for problem in run.problems:
         key = configuration_of(problem.exp_id)
         if problem.exp_id and key not in known:
             name, requested = config_of_problem(problem)
             if requested is not None:
-                found.setdefault(name or key, flat_settings(requested))
+                found.setdefault(name or key, requested)
                 known.add(key)
     return found
 
@@ -292,19 +275,6 @@ def select_traced(entries: Sequence[Entry], records: Sequence[Record]) -> tuple[
         if len(chosen) < _TRACES_SHOWN:
             chosen.update(dict.fromkeys(itertools.islice(own, 1)))
     return tuple(by_key[key] for key in chosen)
-
-
-def with_one_width(entries: Iterable[Entry]) -> list[Entry]:
-    """The configurations with known settings, the width options of several backends under one name."""
-    known = [entry for entry in entries if entry.settings]
-    used = sorted({key for entry in known for key in entry.settings} & set(_WIDTHS))
-    if len(used) < 2:
-        return known
-    axis = " / ".join(_WIDTHS[key] for key in used)
-    return [
-        replace(entry, settings={axis if key in _WIDTHS else key: value for key, value in entry.settings.items()})
-        for entry in known
-    ]
 
 
 def values_by_setting(settings: Sequence[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:

@@ -58,7 +58,7 @@ class _Grid:
 
 def heatmap_section(report: Report) -> Markup:
     """A map for each value of what else varies, where these are few; else one with the best in each cell."""
-    entries = content.with_one_width(report.entries)
+    entries = [entry for entry in report.entries if entry.settings]
     settings = [entry.settings for entry in entries]
     heading = f"{'Energy per output token' if report.has_energy else 'Output throughput'} over the grid"
     values_of = content.values_by_setting(settings)
@@ -158,8 +158,8 @@ def _square(square: _Square | None, x: float, y: float, hatch: str, scale: Scale
 
 
 def _short(key: str) -> str:
-    """The setting's name without its section (a backend) and without `name`."""
-    return key.removesuffix(".name").rpartition(".")[2] if key.count(".") else key
+    """The setting's name without its section (a backend)."""
+    return key.rpartition(".")[2]
 
 
 def _clip(value: str, width: int) -> str:

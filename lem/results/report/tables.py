@@ -11,7 +11,7 @@ from lem.base.doc import Column
 from lem.base.reasons import Reason, alike
 from lem.base.units import format_latency, plural, some_of
 from lem.record import Gpu, Record
-from lem.results.axes import Key, settings_without_record
+from lem.results.axes import Key
 from lem.results.bootstrap import bootstrap_coverage_label, coverage_notes
 from lem.results.compare import Comparison
 from lem.results.comparison import ratio_notes_of
@@ -168,10 +168,9 @@ def _overview(report: Report, *, best: int | None) -> Markup:
 
 def _axes(entries: Sequence[Entry]) -> Sequence[Column]:
     """What says which configuration a row is: the axes, as in the terminal, and names where these say more."""
-    measured = [entry.configuration.settings for entry in entries if entry.configuration.settings]
-    settings = [it.configuration.settings or settings_without_record(it.settings, measured) for it in entries]
     names = Column("configuration", tuple(entry.label for entry in entries), is_text=True)
-    found = Key([str(entry.number) for entry in entries], settings, [entry.name for entry in entries]).columns
+    numbers, settings = [str(entry.number) for entry in entries], [entry.settings for entry in entries]
+    found = Key(numbers, settings, [entry.name for entry in entries]).columns
     return [names if column.heading == names.heading else column for column in found or [names]]
 
 

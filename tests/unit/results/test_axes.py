@@ -11,13 +11,12 @@ import pytest
 from lem.base.doc import text_width
 from lem.base.errors import UserError
 from lem.results.along import compare_along
-from lem.results.axes import Key, find_axes, headline_settings, settings_of, shared_settings
+from lem.results.axes import Key, find_axes, headline_settings, settings_of, settings_without_record, shared_settings
 from lem.results.comparability import share_workload, workload_of
 from lem.results.compare import compare_configurations
 from lem.results.comparison import comparison_document, render_text
 from lem.results.configurations import ListedConfiguration, numbers_of, read_listing, read_numbered, write_listing
 from lem.results.metrics import METRIC_BY_NAME
-from lem.results.report.content import flat_settings
 from lem.results.run import Run, make_run
 from lem.results.table import render_run
 from tests.records import make_gpu, make_record
@@ -233,7 +232,19 @@ def test_what_changes_no_number_is_no_setting() -> None:
     expected = {"measurement.min_window_sec": "5", "warmup.min_prompts": "4"}
     given = settings_of(make_record(requested=requested)).items() - settings_of(make_record(requested={})).items()
     assert dict(given) == expected
-    assert flat_settings(requested) == expected
+
+
+def test_a_configuration_without_a_record_has_the_settings_of_the_others() -> None:
+    pytorch = {"backend": "pytorch", "precision": "float16", "engine": "transformers 5", "pytorch.batch_size": "1"}
+    vllm = {"backend": "vllm", "precision": "float16", "engine": "vllm 1", "vllm.max_num_seqs": "1"}
+    options = {"backend": "pytorch", "fp_precision": "bfloat16", "pytorch": {"batch_size": 8}, "config_name": "x"}
+    assert settings_without_record(options, [pytorch, vllm]) == {
+        "backend": "pytorch",
+        "precision": "bfloat16",
+        "engine": "transformers 5",
+        "pytorch.batch_size": "8",
+    }
+    assert settings_without_record(options, []) == {}
 
 
 def test_gpus_of_one_kind_are_counted_and_models_are_short() -> None:
