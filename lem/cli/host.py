@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from lem.base import log, process
 from lem.base.clock import Clock, utc_now, utc_text
-from lem.base.doc import terminal_width, wrapped, write_json
+from lem.base.doc import Column, columns, terminal_width, wrapped, write_json
 from lem.base.errors import EngineError, ExitCode, UserError
 from lem.base.log import paint
 from lem.base.units import GIB
@@ -217,14 +217,15 @@ def run_datasets(args: argparse.Namespace, out: TextIO, err: TextIO, environ: Ma
     if args.json:
         write_json(out, lines)
         return
-    rows = [("alias", "data set", "split", "prompts in", "found")]
-    for line in lines:
-        name = f"{line['name']} ({line['subset']})" if line["subset"] else line["name"]
-        found = f"{line['place']}: {line['detail']}" if line["detail"] else line["place"]
-        rows.append((line["alias"], name, line["split"], line["column"], found))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
-    out.writelines(f"{line.rstrip()}\n" for line in padded)
+    cells = {
+        "data set": [f"{it['name']} ({it['subset']})" if it["subset"] else it["name"] for it in lines],
+        "split": [it["split"] for it in lines],
+        "prompts in": [it["column"] for it in lines],
+        "found": [f"{it['place']}: {it['detail']}" if it["detail"] else it["place"] for it in lines],
+    }
+    table = [Column(heading, tuple(texts), is_text=True) for heading, texts in cells.items()]
+    aliases = [it["alias"] for it in lines]
+    out.writelines(f"{line}\n" for line in columns("alias", aliases, table, terminal_width(out)))
     if any(line["place"] == "hub" for line in lines):
         err.write("hub: not on this machine; downloaded on first use\n")
 

@@ -189,24 +189,26 @@ class _State:
             self.activity = f"gap, at most {units.format_duration(float(data['left_s']))} more"
 
     def describe(self, event: Event, now: float, width: int | None = None) -> str:
-        """The line; the name of the experiment loses its middle to fit `width`, since names differ at their ends."""
+        """The line. To fit `width`, the name loses its middle, as names differ at their ends; then other facts go."""
         name = printable(str(self.experiment.get("config_name", "")))
-        line = self._join(event, now, name)
-        if width is not None and len(line) > width:
-            room = max(len(name) - (len(line) - width), _NAME_AT_LEAST)
+        watts = "" if self.watts is None else units.format_power(self.watts)
+        line = ""
+        for facts in ((self.interference, watts), (self.interference,), ()):
+            line = self._join(event, now, name, facts)
+            room = len(name) if width is None else max(len(name) - (len(line) - width), _NAME_AT_LEAST)
             if room < len(name):
                 head = (room - 1) // 3
-                line = self._join(event, now, f"{name[:head]}…{name[len(name) - (room - 1 - head) :]}")
+                line = self._join(event, now, f"{name[:head]}…{name[len(name) - (room - 1 - head) :]}", facts)
+            if width is None or len(line) <= width:
+                break
         return line
 
-    def _join(self, event: Event, now: float, name: str) -> str:
+    def _join(self, event: Event, now: float, name: str, facts: tuple[str, ...]) -> str:
         parts = []
         if self.experiment:
             cycle = f"cycle {self.experiment['cycle']}/{self.experiment['cycles']}"
             parts += [name, str(self.experiment["backend"]), cycle]
-        parts += [self.activity, self.interference]
-        if self.watts is not None:
-            parts.append(units.format_power(self.watts))
+        parts += [self.activity, *facts]
         if event.eta_s is not None:
             at, today = time.localtime(now + event.eta_s), time.localtime(now)
             parts.append(time.strftime("ends at %H:%M" if at[:3] == today[:3] else "ends on %a at %H:%M", at))

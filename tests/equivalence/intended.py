@@ -287,4 +287,22 @@ INTENDED: tuple[Intended, ...] = (
         r"\.(reason|further_cycles|n_failed|n_compared|p_holm)$",
         suite="recorded",
     ),
+    Intended("lem alone shows how to start.", "help/lem: lem $", r"^\$$|is empty"),
+    Intended("lem experiment needs no file, and its hint names a model.", "help/experiment: lem experiment$", r"\+2"),
+    Intended(
+        "-o is short for --results-dir in two commands, and for --output in two.", "help/(doctor|merge): ", "options"
+    ),
+    Intended(
+        "The plan shows one cycle, with the numbers of configurations, and how the others differ.",
+        "lem campaign .*--dry-run",
+        r"([-+]\S+ ?)+",
+        part="stdout",
+    ),
+    Intended(
+        "Exports are flat and their hashes are no numbers; a CSV has no columns without a value.",
+        "lem results export",
+        r"^[-+].*|^\$",
+        suite="recorded",
+    ),
+    Intended("Hashes begin with h.", "lem (compare|results show)", r"\.config_hash$", suite="recorded"),
 )

@@ -86,6 +86,15 @@ def test_a_long_name_gives_way_on_the_live_line(live, monkeypatch):
     assert live(STARTED)[-1] == "[3/12] gpt2-b4 · pytorch · c…"
 
 
+def test_the_end_stays_on_the_live_line_when_other_facts_give_way(live):
+    name = "pytorch-" + "x" * 200 + "-b64"
+    started = _event("experiment_started", 3600, **{**WHO, "config_name": name})
+    how_far = {"phase_done": 5, "phase_total": 10, "text": "", "power_w": 312.4, "wait_pct": 23.4, "foreign_pct": 41.2}
+    last = live(started, _event("phase", 3600, phase="window"), _event("progress", 3600, **how_far))[-1]
+    assert len(last) <= 79
+    assert last.endswith("-b64 · pytorch · cycle 2/3 · measuring 5/10 · ends at 13:00")
+
+
 def test_progress_without_an_end_is_a_count_and_without_a_meter_has_no_watts(live):
     counts = ((5, "prompts"), (6, "prompts"), (7, "7 requests"))
     progress = (_event("progress", phase_done=done, phase_total=None, text=text) for done, text in counts)
