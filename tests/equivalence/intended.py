@@ -305,4 +305,11 @@ INTENDED: tuple[Intended, ...] = (
         suite="recorded",
     ),
     Intended("Hashes begin with h.", "lem (compare|results show)", r"\.config_hash$", suite="recorded"),
+    Intended(
+        "A command that has finished suggests the next one on stderr, with the numbers that were typed.",
+        "lem (-|config validate|doctor|campaign)",
+        r"is empty|(\+\S+ ?)+",
+        part="stderr",
+    ),
+    Intended("As above.", "lem (compare|results show|check|merge)", r"is empty|(\+\S+ ?)+", "stderr", "recorded"),
 )
