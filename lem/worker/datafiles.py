@@ -35,6 +35,8 @@ _OF_FILE = {split: re.compile(f"(?:^|{_BREAK})(?:{words}){_BREAK}") for split, w
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 _SPLIT = re.compile(r"(\w+(?:\.\w+)*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _NOT_DATA = ("readme.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+_DOCUMENTS = (".txt", ".md", ".toml")  # which `datasets` counts as data
+_UNCERTAIN = "?"
 _OTHER_FORMATS = (".arrow", ".tsv", ".zip", ".tar", ".xml", ".hdf5", ".h5", ".tgz", ".zst", ".bz2", ".xz")
 _NO_PROMPTS = re.compile("licen[cs]e|copying|notice|readme|changelog|requirements|authors", re.IGNORECASE)
 # The lines of `configs` in the card of a data set that lem understands: a key with or without a value, or a value.
@@ -88,18 +90,24 @@ def files_of_split(place: Path, split: str, subset: str | None, usual: tuple[str
         splits = _splits_in(place / subset)
     else:
         raise prompts_error(f"{place}: no subset {subset!r}", "remove subset, or choose a folder in it")
-    if not splits:
-        raise prompts_error(f"{place}: no data files", "add train.jsonl (or .json, .csv, .txt, .parquet)")
-    if not splits.get(wanted):
+    formats = {split: _format_of_split(files) for split, files in splits.items()}
+    empty = [split for split, found in formats.items() if not found]
+    if empty or not formats:
+        of_splits = f" for the split {', '.join(empty)}" if empty else ""
+        raise prompts_error(f"{place}: no data files{of_splits}", "add train.jsonl (or .json, .csv, .txt, .parquet)")
+    if wanted not in splits:
         message = f"{place}: no data file for the split {wanted!r}; it has {', '.join(splits)}"
         raise prompts_error(message, "choose one of these splits, or " + _NAME_ONE)
-    return _of_one_format(splits[wanted])
+    if _UNCERTAIN in formats.values() or len(set(formats.values())) > 1:
+        listed = ", ".join(file.name for files in splits.values() for file in files[:4])
+        raise prompts_error(f"{place}: files of several formats, or of one that lem does not read: {listed}", _NAME_ONE)
+    return _whole([file for file in splits[wanted] if _FAMILY.get(_format_of(file)) == formats[wanted]])
 
 
 def _splits_in(folder: Path) -> dict[str, list[Path]]:
-    """The data files by split: parts in `data`, else by a word in a folder's name or the file's, else all are train."""
+    """The files by split: parts in `data`, else by a word in a folder's name or the file's, else all are train."""
     shown = (file for file in sorted(folder.rglob("*")) if _is_shown(file, folder))
-    files = {file: file.relative_to(folder).parts for file in shown if _format_of(file)}
+    files = {file: file.relative_to(folder).parts for file in shown if file.name.lower() not in _NOT_DATA}
     found: dict[str, list[Path]] = {}
     for file, at in files.items():
         if len(at) == 2 and at[0] == "data" and (part := _PART.match(at[1])):
@@ -120,27 +128,32 @@ def _is_shown(file: Path, folder: Path) -> bool:
 
 
 def _format_of(file: Path) -> str:
-    """The suffix of a data file; "other" for one that only `datasets` would read, "" for what is not data."""
-    if file.name.lower() in _NOT_DATA:
-        return ""
+    """The suffix of a data file; `_UNCERTAIN` for one that only `datasets` would read, "" for what is not data."""
     suffix = suffix_of(file)
-    if suffix in _READERS:
+    if suffix in _FAMILY and file.name.endswith((suffix, f"{suffix}{PACKED}")):  # not in capitals
         return suffix
     suffixes = [f".{part}" for part in file.name.lower().split(".")[1:]]
-    return "other" if any(item in _READERS or item in _OTHER_FORMATS for item in suffixes) else ""
+    return _UNCERTAIN if any(item in _FAMILY or item in _OTHER_FORMATS for item in suffixes) else ""
 
 
-def _of_one_format(files: Sequence[Path]) -> tuple[Path, ...]:
-    """The files that make up a split; EngineError where it is not certain that these are all, and nothing else is."""
-    counts = Counter(map(_format_of, files))
-    texts, others = counts.pop(".txt", 0), {_FAMILY.get(suffix, suffix) for suffix in counts if suffix != ".txt"}
-    listed = ", ".join(file.name for file in files[:8])
-    if "other" in others or len(others) > 1 or (others and texts > max(counts.values())):
-        raise prompts_error(f"{files[0].parent}: files of several formats, or of another one: {listed}", _NAME_ONE)
-    chosen = [file for file in files if not others or _format_of(file) != ".txt"]
+def _format_of_split(files: Iterable[Path]) -> str:
+    """The one format of the data files of a split; "" if there are none, `_UNCERTAIN` if there are several.
+
+    Documents beside other data are not counted, as long as they are not more.
+    """
+    counts = Counter(filter(None, map(_format_of, files)))
+    documents = {suffix: counts.pop(suffix) for suffix in _DOCUMENTS if suffix in counts}
+    found = {_FAMILY.get(suffix, suffix) for suffix in counts} or set(documents)
+    if len(found) > 1 or (counts and max(documents.values(), default=0) > max(counts.values())):
+        return _UNCERTAIN
+    return next(iter(found), "") if found <= {*_READERS} else _UNCERTAIN
+
+
+def _whole(chosen: Sequence[Path]) -> tuple[Path, ...]:
+    """The files of a split; EngineError if they are not prompts, or not all are there."""
     doubtful = next((file for file in chosen if _format_of(file) == ".txt" and _NO_PROMPTS.match(file.name)), None)
     if doubtful is not None:
-        raise prompts_error(f"{doubtful}: expected prompts, found a document; data files: {listed}", _NAME_ONE)
+        raise prompts_error(f"{doubtful}: expected prompts, found a document", _NAME_ONE)
     parts = {file.name: found for file in chosen if (found := _PART.match(file.name))}
     for name, found in parts.items():
         there = {other[2] for other in parts.values() if (other[1], other[3]) == (found[1], found[3])}
@@ -277,5 +290,5 @@ _READERS = {
     ".parquet": _read_parquet,
 }
 SUFFIXES = tuple(f"{suffix}{packed}" for suffix in _READERS for packed in ("", PACKED))
-# Suffixes of one format, which may stand side by side.
-_FAMILY = {".jsonl": ".json", ".ndjson": ".json"}
+# Suffixes of one format, which may be side by side; `datasets` would read documents as one of its own.
+_FAMILY = {suffix: suffix for suffix in (*_READERS, *_DOCUMENTS)} | {".jsonl": ".json", ".ndjson": ".json"}
