@@ -177,7 +177,7 @@ def without_nested(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
 
 
 def local_mounts(configs: Iterable[ExperimentConfig]) -> tuple[Mount, ...]:
-    """A mount for each local path that experiments name as a model or in an option of their backend.
+    """A mount for each local path that experiments name as a model, as a data set, or in an option of their backend.
 
     For the file of an external meter it is the folder: a mounted file would not change when the file is replaced.
     A snapshot of a model hub is a folder of links to files beside it, so the folders that links lead to are mounted.
@@ -185,7 +185,8 @@ def local_mounts(configs: Iterable[ExperimentConfig]) -> tuple[Mount, ...]:
     configs, found = tuple(configs), list[Mount]()
     documents = [(config.backend, config.to_dict()) for config in configs]
     texts = {text for backend, item in documents for text in _texts([item.get("model"), item.get(backend)])}
-    for name, is_written in sorted(texts):
+    data = (config.dataset.name if config.dataset else getattr(config.prompts, "dataset", None) for config in configs)
+    for name, is_written in sorted(texts | {(name, False) for name in data if name}):
         path = Path(name).expanduser()
         if is_written:
             path.mkdir(parents=True, exist_ok=True)

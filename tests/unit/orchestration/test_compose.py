@@ -400,6 +400,16 @@ def test_a_path_in_the_home_folder_is_where_home_is_inside(here: Path, monkeypat
     assert local_mounts([experiment(model="~/models/m")]) == (Mount(here / "models" / "m", "/tmp/models/m"),)
 
 
+@pytest.mark.parametrize(
+    "options", [{"dataset": "rows/train.jsonl"}, {"prompts": {"type": "huggingface", "dataset": "rows/train.jsonl"}}]
+)
+def test_a_local_data_set_is_mounted(here: Path, options: dict[str, Any]) -> None:
+    (here / "rows").mkdir()
+    (here / "rows" / "train.jsonl").write_text('{"prompt": "one"}\n')
+    assert targets(experiment(**options)) == {str(here / "rows" / "train.jsonl"): True}
+    assert targets(experiment(dataset="alpaca")) == {}
+
+
 def test_a_snapshot_brings_the_files_that_its_links_lead_to(here: Path) -> None:
     blobs, snapshot = here / "hub" / "blobs", here / "hub" / "snapshots" / "abc"
     blobs.mkdir(parents=True)
