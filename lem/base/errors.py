@@ -10,6 +10,13 @@ from collections.abc import Sequence
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
+# Errors of Python that the same work brings again; others may come from the machine, a device or the network.
+REPEATING: tuple[type[Exception], ...] = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
+    *(NameError, NotImplementedError, TypeError, ValueError),
+)
+
+
 class ExitCode(enum.IntEnum):
     OK = 0
     EXPERIMENT_FAILED = 1

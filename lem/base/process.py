@@ -189,6 +189,25 @@ def describe_exit(code: int) -> str:
         return f"was killed by signal {-code}"
 
 
+# Signals for what a program itself did: for an instruction that the CPU does not have, and others.
+_ILLEGAL = frozenset({signal.SIGILL, signal.SIGSYS, signal.SIGTRAP})
+_FAULTS = _ILLEGAL | {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT}
+
+
+def would_repeat(code: int, *, is_loading: bool) -> bool:
+    """Whether the same work would end a process in the same way again, from an exit code of `subprocess`."""
+    return -code in (_FAULTS if is_loading else _ILLEGAL)
+
+
+def hint_on_exit(code: int) -> str:
+    """What to do about a process of an engine that ended with this exit code."""
+    if code == -signal.SIGKILL:
+        return "usually the kernel was out of memory (see dmesg): use less of it"
+    if code == -signal.SIGILL:
+        return "this CPU lacks an instruction that was used: try fp_precision: float32, or another build of the engine"
+    return "see the last lines of its log"
+
+
 @dataclass(frozen=True)
 class ProcessId:
     """One process, also when its number is used again."""

@@ -31,6 +31,7 @@ from lem.base.variables import DOWNLOAD_ONCE, is_cache_read_only
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import Folders, model_error, out_of_memory, shortened
 from lem.engines.named import ADAPTER, DRAFTER, TOKENIZER, NamedModel, named_models
+from lem.engines.texts import sure_lengths, too_long
 
 _logger = logging.getLogger(__name__)
 
@@ -150,6 +151,12 @@ def text_shape(shape: Any) -> Any:
     return shape.get_text_config() if hasattr(shape, "get_text_config") else shape
 
 
+def positions_of(shape: Any) -> int | None:
+    """The longest sequence that a model of this configuration has positions for; None if it does not say."""
+    positions = getattr(text_shape(shape), "max_position_embeddings", None)
+    return int(positions) if isinstance(positions, int) and positions > 0 else None
+
+
 def _size_of(parameter: Any) -> int:
     """Its number of values; bitsandbytes packs two of them into a byte."""
     packed = 2 * int(parameter.element_size()) if type(parameter).__name__ == "Params4bit" else 1
@@ -205,17 +212,31 @@ def locate(named: NamedModel, token: str | None) -> Source:
 
 
 def find_problems(config: ExperimentConfig, token: str | None) -> Iterator[EngineError]:
-    """What `locate` raises for all that a configuration names."""
+    """What `locate` raises for all that a configuration names, and lengths beyond the positions of its model."""
     access = {"token": token, "trust_remote_code": config.model.trust_remote_code}
     for named in named_models(config).values():
         try:
             if named.marker:
-                locate(named, token)
+                source = locate(named, token)
+                if named.option == "model":
+                    _check_lengths(config, source.folder)
             elif named.find_folder() is None:
                 with explained(f"{named.option}: {named.name}"):
                     AutoTokenizer.from_pretrained(named.name, **access)
         except EngineError as error:  # noqa: PERF203 (each one is reported)
             yield error
+
+
+def _check_lengths(config: ExperimentConfig, folder: Path) -> None:
+    """Raise OptionRefused for lengths that the model has no positions for; an unreadable model shows at the load."""
+    try:
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (*MODEL_FAILURES, ImportError):
+        return
+    rope = getattr(text_shape(shape), "rope_scaling", None) or {}
+    positions = None if rope.get("factor") else positions_of(shape)  # vLLM multiplies positions by the factor
+    if positions is not None and sum(sure_lengths(config).values()) > positions:
+        raise too_long(config, positions)
 
 
 def fetch_all(
@@ -271,14 +292,13 @@ class Identity:
     active_parameters: int | None = None
 
 
-def identify(source: Source, adapter: Source | None = None) -> Identity:
-    """The weights of a model and its adapter.
+def count_parameters(source: Source) -> Identity:
+    """The number of parameters of a model, in an identity without a hash.
 
     Engines do not report the number of parameters, and their own layers differ: fused, padded, quantized. So they are
     counted in the model as transformers builds it, without memory for the weights; another engine may run a model that
     this version of transformers cannot build.
     """
-    digest = hash_weights(source, adapter)
     try:
         shape = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         with torch.device("meta"):
@@ -286,9 +306,14 @@ def identify(source: Source, adapter: Source | None = None) -> Identity:
         parameters = int(model.num_parameters())
     except (*MODEL_FAILURES, ImportError) as error:
         _logger.info("transformers cannot count the parameters of %s: %s", source.folder, shortened(error))
-        return Identity(source.commit, digest)
+        return Identity(source.commit, None)
     embeddings, active = count_embedding_parameters(model), count_active_parameters(model, parameters)
-    return Identity(source.commit, digest, parameters, embeddings, active)
+    return Identity(source.commit, None, parameters, embeddings, active)
+
+
+def identify(source: Source, adapter: Source | None = None) -> Identity:
+    """The weights of a model and its adapter."""
+    return dataclasses.replace(count_parameters(source), weights_sha256=hash_weights(source, adapter))
 
 
 # --- failures

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the tokenizer of a loaded model: its special tokens, and chat templates."""
+"""Text to token ids and back, by the tokenizer of a loaded model: special tokens, chat templates, and lengths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lem.base.errors import EngineError
+from lem.base.errors import EngineError, OptionRefused
+from lem.config.experiment import ExperimentConfig, SyntheticPrompts
 from lem.engines.common import engine_call, model_error, raised_as, shortened
 
 _OTHER_TEMPLATE = "set chat_template to a Jinja file, or to none"
@@ -73,6 +74,27 @@ class TextSession:
         whole, bare = (list(self._tokenizer.encode("a", add_special_tokens=is_whole)) for is_whole in (True, False))
         ends = (end for end in range(len(whole)) if bare and whole[end : end + len(bare)] == bare)
         return whole[: next(ends, 0)]
+
+
+def sure_lengths(config: ExperimentConfig) -> dict[str, int]:
+    """The tokens that an engine needs room for in any case, by the options that ask for them."""
+    prompts = config.prompts
+    given = getattr(config.section, "max_model_len", None)
+    if given is not None:
+        return {"vllm.max_model_len": given}
+    if config.backend == "vllm":
+        return {"max_input_tokens": config.max_input_tokens, "max_output_tokens": config.max_output_tokens}
+    if isinstance(prompts, SyntheticPrompts) and prompts.distribution == "fixed" and prompts.output_tokens is None:
+        return {"prompts.input_tokens": prompts.input_tokens, "max_output_tokens": config.max_output_tokens}
+    return {}
+
+
+def too_long(config: ExperimentConfig, most: float) -> OptionRefused:
+    """The error for lengths beyond the positions of the model."""
+    asked = sure_lengths(config)
+    listed = " and ".join(f"{name}: {value}" for name, value in asked.items())
+    what = f"{listed}: {sum(asked.values())} tokens exceed the {most:g} positions of the model"
+    return OptionRefused(what, f"lower {' or '.join(asked)}: together at most {most:g}")
 
 
 def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,9 +93,11 @@ class Measurement:
         """Why another attempt may end differently; None when it would not, or there is a valid result."""
         if self.error is not None:
             return None if self.error.is_permanent else self.error.message
-        if self.record is not None and not self.record.validity.valid:
-            return "; ".join(reason.text for reason in self.record.validity.invalid_reasons)
-        return None
+        if self.record is None or self.record.validity.valid:
+            return None
+        reasons, work = self.record.validity.invalid_reasons, self.record.work
+        is_futile = not work.output_tok and any(it.code in ("no_output", "requests_failed") for it in reasons)
+        return None if is_futile else "; ".join(reason.text for reason in reasons)
 
     @property
     def details(self) -> dict[str, Any]:

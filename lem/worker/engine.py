@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lem.base.clock import Clock
 from lem.base.durable import reason_of
-from lem.base.errors import DISK_FULL, EngineError, LemError
+from lem.base.errors import DISK_FULL, REPEATING, EngineError, LemError
 from lem.config.experiment import ExperimentConfig
 from lem.record import RESULT_FILE, Record, write_record
 from lem.worker import channel
@@ -151,5 +151,6 @@ def describe_failure(error: Exception, exp_id: str, phase: str | None, secrets: 
         hint = "free some space, then continue with --resume"
     else:
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        is_permanent = isinstance(error, REPEATING)
     message, hint = (channel.redact(text, secrets.values()) for text in (message, hint))
     return Failure(exp_id, kind, message, hint, is_permanent, phase, engine_lost=kind not in _HARMLESS_KINDS)

@@ -23,7 +23,7 @@ from typing import Any
 
 from lem.base import __version__
 from lem.base.errors import DISK_FULL, UserError
-from lem.base.process import describe_exit
+from lem.base.process import describe_exit, hint_on_exit, would_repeat
 from lem.engines.common import BACKEND_DISTRIBUTIONS, OTHER_NAMES
 from lem.meters.machine import named_gpus, read_machine, visible_gpus
 from lem.meters.nvml import find_gpus, power_limits_w, read_gpus
@@ -193,17 +193,27 @@ class Supervisor:
             self._engine.end(EndStep.QUIT, time.monotonic())
 
     def _fail(
-        self, exp_id: str | None, kind: str, message: str, hint: str = "", *, is_engine_lost: bool = False
+        self,
+        exp_id: str | None,
+        kind: str,
+        message: str,
+        hint: str = "",
+        *,
+        is_engine_lost: bool = False,
+        is_permanent: bool = False,
     ) -> None:
         tail = self._log.tail() if self._log else ""
-        self._send(channel.Failure(exp_id, kind, message, hint, False, self._phase, is_engine_lost, tail))
+        self._send(channel.Failure(exp_id, kind, message, hint, is_permanent, self._phase, is_engine_lost, tail))
 
-    def _answer_error(self, kind: str, message: str, hint: str = "", *, is_engine_lost: bool = True) -> None:
+    def _answer_error(
+        self, kind: str, message: str, hint: str = "", *, is_engine_lost: bool = True, is_permanent: bool = False
+    ) -> None:
         request, self._request = self._request, None
         self._end_sampler()
         if request is not None:
             message = channel.redact(message, request.secrets.values())
-            self._fail(request.exp_id, kind, message, hint, is_engine_lost=is_engine_lost)
+            lost = {"is_engine_lost": is_engine_lost, "is_permanent": is_permanent}
+            self._fail(request.exp_id, kind, message, hint, **lost)
 
     def _finish(self, code: int, reason: str) -> None:
         """Serve no longer, and end the engine process; a second signal goes on to the next step."""
@@ -370,11 +380,10 @@ class Supervisor:
         _drain(self._read_output, engine)
         self._drop(engine)
         if self._is_handed_on:
-            hint = "see the last lines of its log"
-            if code == -signal.SIGKILL:
-                hint = "usually the kernel was out of memory (see dmesg): use less of it"
-            how = describe_exit(code)
-            self._answer_error("died", f"the engine process {how} in phase {self._phase or 'start'}", hint)
+            how, is_loading = describe_exit(code), self._phase is None or self._phase in channel.LOADING_PHASES
+            text = f"the engine process {how} in phase {self._phase or 'start'}"
+            repeats = would_repeat(code, is_loading=is_loading)
+            self._answer_error("died", text, hint_on_exit(code), is_permanent=repeats)
         if self._is_unloading:
             self._is_unloading = False
             self._send(channel.Unloaded())

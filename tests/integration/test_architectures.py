@@ -9,6 +9,7 @@ import pytest
 
 from lem.base.errors import EngineError
 from lem.config.experiment import ExperimentConfig
+from lem.engines.checkpoints import find_problems
 from lem.engines.protocol import TokenRequest
 from lem.engines.pytorch import load
 from lem.worker.requests import encode_prompts
@@ -81,3 +82,25 @@ def test_a_model_that_only_encodes_is_refused_as_before(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="AutoModelForCausalLM") as caught:
         load(config, {})
     assert caught.value.is_permanent
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"backend": "vllm", "max_input_tokens": 500}, "max_input_tokens: 500 and max_output_tokens: 16: 516 tokens"),
+        ({"backend": "vllm", "vllm": {"max_model_len": 513}}, "vllm.max_model_len: 513: 513 tokens"),
+        (
+            {"prompts": {"type": "synthetic", "input_tokens": 500}, "max_input_tokens": 500},
+            "prompts.input_tokens: 500 and max_output_tokens: 16: 516 tokens",
+        ),
+        # Whether prompts of other sources are too long shows once they are tokenized.
+        ({"max_input_tokens": 500}, None),
+        ({"backend": "vllm", "max_input_tokens": 496}, None),
+    ],
+)
+def test_lengths_that_the_model_has_no_positions_for_are_found_before_anything_is_loaded(
+    tmp_path: Path, options: dict[str, Any], words: str | None
+) -> None:
+    model = make_model(tmp_path / "llama", "llama")
+    found = [error.message for error in find_problems(experiment(model, **options), None)]
+    assert found == ([] if words is None else [f"{words} exceed the 512 positions of the model"])

@@ -15,7 +15,7 @@ from tests.lab.places import Places
 from tests.needs import RAN_ELSEWHERE
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITE = ("test_vllm_backend.py", "test_vllm_options.py", "test_vllm_processes.py")
+SUITE = ("test_vllm_backend.py", "test_vllm_options.py", "test_vllm_processes.py", "test_vllm_architectures.py")
 TIMEOUT_S = 1800
 
 # The lab's own packages come first; what it lacks is found in those of this environment.

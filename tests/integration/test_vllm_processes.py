@@ -19,7 +19,13 @@ from tests.processes import wait_for
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 
 
-def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wide_tiny_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "signum", "is_permanent"),
+    [("Worker", signal.SIGILL, True), pytest.param("", signal.SIGKILL, False, marks=pytest.mark.long)],
+)
+def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(
+    wide_tiny_model: Path, victim: str, signum: signal.Signals, is_permanent: bool
+) -> None:
     """Nor sockets; and a token of the hub is found in none of them."""
     before = processes()
     with pytest.MonkeyPatch.context() as patch:
@@ -42,27 +48,32 @@ def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wid
             found = answers(engine, prompts(), observe_tokens=True)
             assert all(len(item.token_times_ns or ()) == len(item.output_ids) > 0 for item in found)
             assert [item.output_ids for item in found] == outputs(engine, prompts())
-            assert_told_at_once_when_killed(engine, started)
+            victims = {pid for pid in started if victim.encode() in read(pid, "comm")}
+            assert_told_at_once_when_killed(engine, victims, signum, is_permanent=is_permanent)
         finally:
             engine.close()
     wait_for(lambda: None if processes() - before else True)
     assert not any(Path(folder).exists() for folder in sockets)
 
 
-def assert_told_at_once_when_killed(engine: Engine, started: set[int]) -> None:
-    """An engine that is gone is no failure of single requests, and nobody waits for it."""
+def assert_told_at_once_when_killed(
+    engine: Engine, victims: set[int], signum: signal.Signals, *, is_permanent: bool
+) -> None:
+    """An engine that is gone is no failure of single requests, nobody waits for it, and its signal is named."""
+    assert victims
 
     class Killing(Arrivals):
         def complete(self, completion: Completion) -> None:
             super().complete(completion)
-            for pid in started:
+            for pid in victims:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, signum)
 
-    with pytest.raises(EngineError, match="ended without a message") as caught:
+    words = rf"its process \S+ was killed by {signum.name} while generating"
+    with pytest.raises(EngineError, match=words) as caught:
         engine.serve(Killing(prompts()[:1], prompts()[1:]))
-    assert (caught.value.kind, caught.value.is_permanent) == ("engine", False)
-    with pytest.raises(EngineError, match="process has ended"):
+    assert (caught.value.kind, caught.value.is_permanent) == ("engine", is_permanent)
+    with pytest.raises(EngineError, match=words):
         engine.generate(prompts(), observe_tokens=False)
 
 

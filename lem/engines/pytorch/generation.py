@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from lem.base.errors import EngineError, OptionRefused
+from lem.base.errors import REPEATING, EngineError, OptionRefused
 from lem.base.reasons import Reason
 from lem.config.backends import PyTorchConfig
 from lem.config.experiment import ExperimentConfig
@@ -101,7 +101,8 @@ class BatchRunner:
         except EngineRaised as raised:
             text = shortened(raised.error)
             if not is_out_of_memory(raised.error):
-                raise EngineError(f"generate failed: {type(raised.error).__name__}: {text}") from raised
+                what, repeats = type(raised.error).__name__, isinstance(raised.error, REPEATING)
+                raise EngineError(f"generate failed: {what}: {text}", is_permanent=repeats) from raised
             problem = f"out of memory in a batch of {len(fitting)}: {text}"
         # Outside the handler, whose traceback still holds the tensors of the batch.
         if self.loaded.device.type == "cuda":

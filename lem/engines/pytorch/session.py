@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lem.base.errors import EngineError, OptionRefused
+from lem.base.errors import OptionRefused
 from lem.base.reasons import Reason
 from lem.base.variables import TOKEN_VARIABLE
 from lem.config.backends import PyTorchConfig
@@ -29,7 +29,7 @@ from lem.engines.checkpoints import (
     explained,
     hash_weights,
     locate,
-    text_shape,
+    positions_of,
 )
 from lem.engines.common import section_of
 from lem.engines.named import ADAPTER, DRAFTER, NamedModel, named_models
@@ -210,7 +210,7 @@ def _load_model(config: ExperimentConfig, facts: EngineFacts, token: str | None)
     with explained(f"model.tokenizer: {asked.tokenizer}" if asked.tokenizer else f"tokenizer of {source.name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **access)
     model, warnings = _load_weights(config, source, device, facts, access)
-    tokens, positions, left_out = _special_tokens(model, tokenizer), _positions(model), _own_settings(model)
+    tokens, positions, left_out = _special_tokens(model, tokenizer), positions_of(model.config), _own_settings(model)
     loaded = LoadedModel(model, tokenizer, source, device, tokens, positions, left_out, warnings=warnings)
     # A model has its own settings for sampling and length; `generate` would fill every gap from them.
     model.generation_config = GenerationConfig()
@@ -338,17 +338,12 @@ def _rows(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def _positions(model: Any) -> int | None:
-    positions = getattr(text_shape(model.config), "max_position_embeddings", None)
-    return int(positions) if isinstance(positions, int) and positions > 0 else None
-
-
 def _own_settings(model: Any) -> dict[str, Any]:
     """What the model's generation config sets besides special tokens, as JSON values."""
     try:
         values: dict[str, Any] = model.generation_config.to_diff_dict()
     except (AttributeError, ValueError) as error:
         text = f"the model's generation config cannot be read: {common.shortened(error)}"
-        raise EngineError(text, kind="model") from error
+        raise common.model_error(text) from error
     known = {"bos_token_id", "eos_token_id", "pad_token_id", *GENERATION_META}
     return {name: value for name, value in values.items() if name not in known}

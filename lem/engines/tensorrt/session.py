@@ -20,7 +20,7 @@ import torch
 from tensorrt_llm import LLM, SamplingParams
 from tensorrt_llm.llmapi import DraftTargetDecodingConfig, KvCacheConfig, TorchLlmArgs
 
-from lem.base.errors import EngineError, OptionRefused
+from lem.base.errors import REPEATING, EngineError, OptionRefused
 from lem.base.units import NS_PER_US
 from lem.base.variables import GPU_VARIABLE, TOKEN_VARIABLE
 from lem.config.experiment import ExperimentConfig
@@ -125,11 +125,11 @@ class Session(common.ServedSession, TextSession):
         what = f"{self._facts} cannot load {self._config.model.name}"
         if isinstance(error, (TypeError, ValueError)):
             return OptionRefused(f"{what} with these options: {text}")
-        return EngineError(f"{what}: {text}", "see the log")
+        return EngineError(f"{what}: {text}", "see the log", is_permanent=isinstance(error, REPEATING))
 
     def _run_failure(self, error: BaseException) -> EngineError:
-        what = f"{self._facts} failed while generating"
-        return EngineError(f"{what}: {type(error).__name__}: {shortened(error)}", "see the log")
+        what = f"{self._facts} failed while generating: {type(error).__name__}: {shortened(error)}"
+        return EngineError(what, "see the log", is_permanent=isinstance(error, REPEATING))
 
     def _rejection(self, text: str) -> EngineError:
         return OptionRefused(f"{self._facts} rejects the requests of this experiment: {text}")

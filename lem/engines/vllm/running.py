@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import select
+import signal
 import sys
 import termios
 import threading
@@ -20,10 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lem.base.errors import EngineError, OptionRefused
+from lem.base.errors import REPEATING, EngineError, OptionRefused
+from lem.base.process import describe_exit, hint_on_exit, would_repeat
 from lem.base.units import KIB, NS_PER_S
 from lem.config.experiment import ExperimentConfig
-from lem.engines import common
+from lem.engines import common, texts
 from lem.engines.common import GOOD_ENDS, TAKE_LIMIT, EngineRaised, plain, shortened
 from lem.engines.protocol import Completion, OnProgress, RequestQueue, TokenRequest
 from lem.engines.vllm import options
@@ -224,21 +226,31 @@ _OUT_OF_MEMORY = re.compile(
 _NO_SUCH_MODEL = re.compile(
     r"are not supported for now|Unsupported architecture|Unrecognized model|no `?architectures`?|"
     r"Cannot find any model weights|weights were not initialized|Unsupported CPU attention configuration|"
-    r"does not appear to have a file named|Error while deserializing header|trust_remote_code",
+    r"failed to be inspected|does not appear to have a file named|Error while deserializing header|trust_remote_code",
     re.IGNORECASE,
 )
 # What vLLM says in the caller when the cause was printed by one of its processes.
 _ELSEWHERE = re.compile(r"root cause above|stack trace \(above\)|See stack trace for root cause")
 _PARAMETER = re.compile(r"parameter=(?P<name>\w+)")
-_KILLED = re.compile(r"'(?P<name>[^']+)': -(?P<signal>\d+)")
+# How the end of a process is told: by the caller for its own, by these for theirs, and by Python's faulthandler.
+_ENDED = re.compile(r"'(?P<core>[^']+)': (?P<code>-\d+)|Worker proc (?P<worker>\S+) died .*?exit code: (?P<exit>-\d+)")
+_FATAL = re.compile(r"Fatal Python error: (Illegal instruction|Segmentation fault|Bus error|Aborted|Floating point)")
+_FATAL_SIGNALS = {
+    "Illegal instruction": signal.SIGILL,
+    "Segmentation fault": signal.SIGSEGV,
+    "Bus error": signal.SIGBUS,
+    "Aborted": signal.SIGABRT,
+    "Floating point": signal.SIGFPE,
+}
+_TOO_LONG = re.compile(r"max_model_len \(\d+\) is greater than the derived max_model_len \(\w+=(?P<most>[\d.]+)")
 
 # A line of a log: `(EngineCore pid=7) ERROR 11-20 08:27:10 [core.py:402] ValueError: words`, its prefixes optional.
 _ERROR_LINE = re.compile(
     r"^(?:\([^)]*\)\s*)*(?:ERROR\s[^\]]*\]\s*)?"
     r"(?P<name>(?:\w+\.)*\w*(?:Error|Exception))(?:: (?P<words>.*))?$"
 )
-# What vLLM says no with; the same configuration brings these again.
-_REFUSALS = frozenset({"AssertionError", "NotImplementedError", "ValidationError", "ValueError", "VLLMValidationError"})
+# The same configuration brings these again; the first two are pydantic's and vLLM's own.
+_REPEATING = frozenset({"ValidationError", "VLLMValidationError", *(kind.__name__ for kind in REPEATING)})
 # pydantic wraps the words of a check into a report on its input.
 _WRAPPING = re.compile(r"^\d+ validation errors? for \w+\s+(Value error, )?|\s*\[type=\w+, input_value=.*$")
 _MEMORY_HINT = (
@@ -255,17 +267,33 @@ def explain_load_failure(
     what = f"{facts} cannot load {config.model.name}"
     if _OUT_OF_MEMORY.search(f"{text} {output if _ELSEWHERE.search(str(error)) else ''}"):
         return common.out_of_memory(f"{facts}: out of memory while loading: {text}", _MEMORY_HINT)
-    if killed := _KILLED.search(str(error)):
-        hint = "signal 9 usually means that the host ran out of memory" if killed["signal"] == "9" else ""
-        what = f"{facts}: its process {killed['name']} was killed by signal {killed['signal']} while loading"
-        return EngineError(what, hint)
+    if killed := _explain_end(error, output, facts, is_loading=True):
+        return killed
+    if too_long := _TOO_LONG.search(text):
+        return texts.too_long(config, float(too_long["most"]))
     if _NO_SUCH_MODEL.search(text):
         hint = "check that it is a complete causal language model that this build of vLLM supports"
         return common.model_error(f"{what}: {text}", hint)
-    is_permanent = name in _REFUSALS
-    if is_permanent and (changed := _options_behind(text, config)):
-        return OptionRefused(f"{what} with {changed}: {text}", "leave one of them out")
-    return EngineError(f"{what}: {text}", "see the log", is_permanent=is_permanent)
+    is_permanent = name in _REPEATING
+    named, given = _options_behind(text, config)
+    if is_permanent and named:
+        return OptionRefused(f"{what} with {named}: {text}", "leave one of them out")
+    return EngineError(
+        f"{what}: {text}", f"see the log; given: {given}" if given else "see the log", is_permanent=is_permanent
+    )
+
+
+def _explain_end(error: BaseException, output: str, facts: EngineFacts, *, is_loading: bool) -> EngineError | None:
+    """The error for an engine one of whose processes was killed by a signal; None for any other."""
+    name, code = "", 0
+    if ended := _ENDED.search(f"{error}\n{output}"):
+        name, code = f" {ended['core'] or ended['worker']}", int(ended["code"] or ended["exit"])
+    elif fatal := _FATAL.search(output):
+        code = -_FATAL_SIGNALS[fatal[1]]
+    if not code:
+        return None
+    what = f"{facts}: its process{name} {describe_exit(code)} while {'loading' if is_loading else 'generating'}"
+    return EngineError(what, hint_on_exit(code), is_permanent=would_repeat(code, is_loading=is_loading))
 
 
 def explain_request_failure(words: str, config: ExperimentConfig, facts: EngineFacts) -> OptionRefused:
@@ -274,15 +302,17 @@ def explain_request_failure(words: str, config: ExperimentConfig, facts: EngineF
     parameter = _PARAMETER.search(words)
     text = parameter["name"] if parameter else words.lower()
     behind = [option for word, option in options.OPTION_OF_PARAMETER.items() if word in text]
-    listed = " or ".join(behind) or _options_behind(words, config) or "these options"
+    listed = " or ".join(behind) or next(filter(None, _options_behind(words, config)), "these options")
     return OptionRefused(f"{facts} does not support {listed}: {words}", "change the value, or leave the option out")
 
 
 def explain_run_failure(error: BaseException, output: str, facts: EngineFacts) -> EngineError:
-    _name, text = _cause(error, output)
+    name, text = _cause(error, output)
     if _OUT_OF_MEMORY.search(text):
-        return EngineError(f"{facts}: out of memory while generating: {text}", _MEMORY_HINT, kind="out_of_memory")
-    return EngineError(f"{facts} failed while generating: {text}", "see the log")
+        return common.out_of_memory(f"{facts}: out of memory while generating: {text}", _MEMORY_HINT)
+    if killed := _explain_end(error, output, facts, is_loading=False):
+        return killed
+    return EngineError(f"{facts} failed while generating: {text}", "see the log", is_permanent=name in _REPEATING)
 
 
 def _cause(error: BaseException, output: str) -> tuple[str, str]:
@@ -294,14 +324,14 @@ def _cause(error: BaseException, output: str) -> tuple[str, str]:
         cause = next((line for line in lines if line and not _ELSEWHERE.search(line["words"] or "")), None)
         if cause is not None:
             name, words = cause["name"].rpartition(".")[2], cause["words"] or ""
-        elif name == "EngineDeadError":
-            words = "its process ended without a message; the kernel may have killed it to free memory"
+        else:
+            words = "a process of the engine ended without a message; the kernel may have killed it to free memory"
     words = shortened(_WRAPPING.sub("", " ".join(words.split())))
     return name, f"{name}: {words}" if words else name
 
 
-def _options_behind(words: str, config: ExperimentConfig) -> str:
-    """The options whose names are in the words of an error; else all options that were set."""
+def _options_behind(words: str, config: ExperimentConfig) -> tuple[str, str]:
+    """The options whose names are in the words of an error, and all options that were set."""
     usual = options.given_options(ExperimentConfig.from_dict({"model": config.model.name, "backend": "vllm"}))
     sampling = common.given_options(config.section, options.SAMPLING_OPTIONS)
     extra = {f"extra.{name}": value for name, value in common.extra_of(config).items()}
@@ -313,7 +343,10 @@ def _options_behind(words: str, config: ExperimentConfig) -> str:
         names = (option, options.OPTIONS.get(option, (option,))[0])
         return any(_spaced(name.rpartition(".")[2]) in spaced for name in names)
 
-    return ", ".join(f"vllm.{name}: {changed[name]}" for name in [*filter(is_named, changed)] or changed)
+    named, listed = (
+        ", ".join(f"vllm.{name}: {changed[name]}" for name in it) for it in (filter(is_named, changed), changed)
+    )
+    return named, listed
 
 
 def _spaced(words: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import multiprocessing
@@ -35,7 +36,7 @@ from lem.base.variables import GPU_VARIABLE, TOKEN_VARIABLE
 from lem.config.backends import VllmConfig
 from lem.config.experiment import ExperimentConfig
 from lem.engines import common
-from lem.engines.checkpoints import fetch_all, identify
+from lem.engines.checkpoints import count_parameters, fetch_all, hash_weights
 from lem.engines.common import ENGINE_FAILURES, section_of
 from lem.engines.protocol import EngineReport, TokenRequest
 from lem.engines.texts import TextSession
@@ -67,6 +68,7 @@ _VARIABLES = ("VLLM_", "OMP_NUM_THREADS", GPU_VARIABLE, "TORCHINDUCTOR_", "NCCL_
 _UNRECORDED = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "_DIR", "_PATH", "_ROOT")
 _SEED_BITS = 31
 _SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
+_FAULTS_VARIABLE = "PYTHONFAULTHANDLER"  # with it, its processes print the signals for what they did themselves
 _COMPILATION = re.compile(r"\(compilation: ([0-9.]+) s")
 
 
@@ -82,13 +84,19 @@ class Session(common.ServedSession, TextSession):
         self._output = running.ChildOutput()  # of these processes
         self._ending = threading.Event()  # set before they are ended on purpose
         self._gone = threading.Event()  # set once one of them has ended
+        self._children: Sequence[Any] = ()
         with _visible_devices(config) as self._uuids, _own_sockets() as self._sockets:
             is_other_format = section_of(config, VllmConfig).load_format not in {None, "auto", "safetensors"}
             token = secrets.get(TOKEN_VARIABLE) or None
             source, self._adapter, folders = fetch_all(config, token, all_formats=is_other_format)
+            began_ns = time.monotonic_ns()
+            # Before vLLM (0.32.0) changes the classes of transformers that it runs, which then cannot be built.
+            counted = count_parameters(source)
+            counting_s = common.seconds_since(began_ns)
             arguments = options.engine_arguments(config, folders, random_source.randbits(_SEED_BITS))
             # vLLM raises Exception itself if one of its workers has failed.
-            with common.raised_as(self._load_failure), self._output.inherited(), common.engine_call(Exception):
+            named = common.environment(_FAULTS_VARIABLE, os.environ.get(_FAULTS_VARIABLE, "1"))
+            with common.raised_as(self._load_failure), self._output.inherited(), named, common.engine_call(Exception):
                 made = EngineArgs(**arguments)
                 self._engine: Any = LLMEngine.from_engine_args(made, usage_context=UsageContext.LLM_CLASS)
         began_ns = time.monotonic_ns()
@@ -98,11 +106,11 @@ class Session(common.ServedSession, TextSession):
             self._tokenizer = self._engine.get_tokenizer()
             self._known_ids = int(self._engine.vllm_config.model_config.get_vocab_size())
             self._set_up(config)
-            self._identity = identify(source, self._adapter)
+            self._identity = dataclasses.replace(counted, weights_sha256=hash_weights(source, self._adapter))
         except BaseException:
             self.close()
             raise
-        self._checks_s = common.seconds_since(began_ns)
+        self._checks_s = counting_s + common.seconds_since(began_ns)
         self._compile_s = self._compilation_s()
 
     @property
@@ -149,7 +157,7 @@ class Session(common.ServedSession, TextSession):
 
     def _begin(self) -> None:
         if self._gone.is_set():
-            raise EngineError(f"{self._facts}: the engine's process has ended, see the log")
+            raise self._run_failure(EngineDeadError())
         if not self._is_forgetful:
             return
         try:
@@ -230,6 +238,7 @@ class Session(common.ServedSession, TextSession):
         client, answers, children = self._engine.engine_core, self._answers, multiprocessing.active_children()
         if not self._is_concurrent or not children:
             return
+        self._children = children
 
         def wait_for_the_end() -> None:
             multiprocessing.connection.wait([child.sentinel for child in children])
@@ -248,7 +257,8 @@ class Session(common.ServedSession, TextSession):
         return running.explain_load_failure(error, self._output.text, self._config, self._facts)
 
     def _run_failure(self, error: BaseException) -> EngineError:
-        return running.explain_run_failure(error, self._output.text, self._facts)
+        ends = {child.name: child.exitcode for child in self._children if child.exitcode}
+        return running.explain_run_failure(error, f"{self._output.text}\n{ends}", self._facts)
 
     def _rejection(self, text: str) -> EngineError:
         return running.explain_request_failure(text, self._config, self._facts)

@@ -363,21 +363,83 @@ SECTION = {"block_size": 16, "load_format": "pt", "extra": {"stream_interval": 3
 @pytest.mark.parametrize(
     ("error", "section", "words", "verdict"),
     [
-        (RuntimeError(KILLED), {}, "EngineCore_DP0 was killed by signal 9", ("engine", False)),
+        (RuntimeError(KILLED), {}, "EngineCore_DP0 was killed by SIGKILL while loading", ("engine", False)),
         (ValueError(PYDANTIC), {"quantization": "x"}, ": ValueError: Unknown quantization method: nonsense.", None),
-        # The options named are those in the words, else all that were given.
         (ValueError("bad Block-Size"), SECTION, "with vllm.block_size: 16: ", ("option", True)),
-        (ValueError("no"), SECTION, "16, vllm.load_format: pt, vllm.extra.stream_interval: 3: ", ("option", True)),
+        # No option is blamed that is not in the words.
+        (ValueError("no"), SECTION, "cannot load m: ValueError: no", ("engine", True)),
         (ValueError("['Odd'] are not supported for now."), SECTION, "['Odd'] are not", ("model", True)),
-        # A refusal without options is permanent, and a fault is not.
+        (ValueError("Model architectures ['Odd'] failed to be inspected."), SECTION, "['Odd'] failed", ("model", True)),
+        # A refusal without options is permanent, and so is a bug; what a device or the machine does is not.
         (ValueError("no"), {}, "ValueError: no", ("engine", True)),
-        (AttributeError("'x' has no attribute 'get'"), SECTION, "no attribute", ("engine", False)),
+        (AttributeError("'x' has no attribute 'get'"), SECTION, "no attribute", ("engine", True)),
+        (RuntimeError("device-side assert"), SECTION, "device-side assert", ("engine", False)),
     ],
 )
 def test_a_failed_load_is_explained(error: Exception, section: dict[str, Any], words: str, verdict: Any) -> None:
     explained = explain(error, section)
     assert words in explained.message
     assert verdict in {None, (explained.kind, explained.is_permanent)}
+
+
+def test_a_failure_without_an_option_in_its_words_lists_what_was_given() -> None:
+    hint = explain(ValueError("no"), SECTION).hint
+    assert hint == "see the log; given: vllm.block_size: 16, vllm.load_format: pt, vllm.extra.stream_interval: 3"
+
+
+# As vLLM 0.32.0 printed them, when a worker was killed while it computed, and while it started.
+WORKER_DIED = """\
+(EngineCore pid=1) ERROR 11-30 10:58:54 [multiproc_executor.py:316] Worker proc VllmWorker-0 died unexpectedly \
+(exit code: -{number}), shutting down executor.
+(EngineCore pid=1) ERROR 11-30 10:58:54 [core.py:1510] RuntimeError: cancelled
+"""
+DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+FAULT = "Fatal Python error: Illegal instruction\n\nCurrent thread 0x1 (most recent call first):\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "words", "is_permanent", "hint"),
+    [
+        (WORKER_DIED.format(number=4), "its process VllmWorker-0 was killed by SIGILL", (True, True), "float32"),
+        (WORKER_DIED.format(number=11), "its process VllmWorker-0 was killed by SIGSEGV", (True, False), "log"),
+        (WORKER_DIED.format(number=9), "its process VllmWorker-0 was killed by SIGKILL", (False, False), "memory"),
+        (FAULT, "its process was killed by SIGILL", (True, True), "float32"),
+    ],
+)
+def test_a_signal_that_killed_a_worker_is_named_and_a_fault_is_not_tried_again(
+    output: str, words: str, is_permanent: tuple[bool, bool], hint: str
+) -> None:
+    loading, running = explain(ELSEWHERE, output=output), explain_run_failure(EngineDeadError(DEAD), output, FACTS)
+    assert (loading.message, running.message) == tuple(
+        f"vLLM 0.32.0 on cuda: {words} while {phase}" for phase in ("loading", "generating")
+    )
+    assert (loading.is_permanent, running.is_permanent) == is_permanent
+    assert hint in loading.hint
+
+
+@pytest.mark.parametrize(
+    ("section", "message", "hint"),
+    [
+        (
+            {},
+            "max_input_tokens: 512 and max_output_tokens: 128: 640 tokens exceed the 512 positions of the model",
+            "lower max_input_tokens or max_output_tokens: together at most 512",
+        ),
+        (
+            {"max_model_len": 640, "enforce_eager": True},
+            "vllm.max_model_len: 640: 640 tokens exceed the 512 positions of the model",
+            "lower vllm.max_model_len: together at most 512",
+        ),
+    ],
+)
+def test_lengths_beyond_the_positions_are_named_as_the_options_that_set_them(
+    section: dict[str, Any], message: str, hint: str
+) -> None:
+    words = (
+        "User-specified max_model_len (640) is greater than the derived max_model_len (max_position_embeddings=512 or"
+    )
+    explained = explain(ValueError(f"{words} model_max_length=None in model's config.json)."), section)
+    assert (explained.kind, explained.message, explained.hint) == ("option", message, hint)
 
 
 @pytest.mark.parametrize(
@@ -402,11 +464,11 @@ def test_a_request_that_is_not_taken_names_the_option(words: str, options: str) 
         ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory while generating", "out_of_memory"),
     ],
 )
-def test_an_engine_that_dies_while_it_generates_may_be_tried_again(output: str, words: str, kind: str) -> None:
-    error = EngineDeadError("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+def test_an_engine_that_dies_while_it_generates_is_explained(output: str, words: str, kind: str) -> None:
+    error = EngineDeadError(DEAD)
     explained = explain_run_failure(error, output, FACTS)
     assert words in explained.message
-    assert (explained.kind, explained.is_permanent) == (kind, False)
+    assert (explained.kind, explained.is_permanent) == (kind, kind == "out_of_memory")
 
 
 # What processes print

@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 
 from lem.base.errors import EngineError, InfrastructureError, UserError
+from lem.base.reasons import Reason
 from lem.cli.campaign_run import exit_code_of_outcome
 from lem.config.campaign_config import CampaignDaemonConfig, CampaignHealthCheckConfig
+from lem.orchestration.manifest import Attempt
 from lem.orchestration.plan import build_plan
 from lem.orchestration.resume import RunOptions, make_rule
 from lem.orchestration.schedule import Scheduler, Stopped
+from lem.orchestration.session import Measurement
 from lem.orchestration.systemd import find_secrets
 from lem.results.stopping import parse_target
 from tests.campaign_doubles import EIGHT, FOUR, LoadError, Place, make_campaign, write_result
+from tests.records import make_record
 
 ONCE = {"cycles": 1}
 DIED = EngineError("the engine died", "look at the log", kind="died")
@@ -68,6 +72,22 @@ def test_the_gap_before_another_try_is_its_own_and_recorded_as_such(place):
     assert [(item.identity["attempt"], item.gap_s) for item in place.requests] == [(1, None), (1, 7.0), (2, 7.0)]
     place.run({FOUR: ["invalid", "ok"]}, execution=execution)
     assert [item.gap_s for item in place.requests] == [None, 7.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("reason", "rate", "is_tried_again"),
+    [
+        (Reason.of("no_output"), 0.0, False),
+        (Reason.of("requests_failed", failed=8, total=8, first="too long"), 0.0, False),
+        (Reason.of("requests_failed", failed=4, total=8, first="too long"), 100.0, True),
+        (Reason.of("none_completed", arrived=8), 0.0, True),
+    ],
+)
+def test_a_result_without_any_output_is_not_measured_again(reason, rate, is_tried_again):
+    record = make_record(is_valid=False, output_tok_per_s=rate)
+    record = replace(record, validity=replace(record.validity, invalid_reasons=(reason,)))
+    found = Measurement(Attempt(1), record).reason_to_try_again
+    assert found == (reason.text if is_tried_again else None)
 
 
 NO_MODEL = LoadError("no such model", kind="model", is_permanent=True)

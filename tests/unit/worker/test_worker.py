@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import os
+import signal
+
+import pytest
 
 from tests.worker_rig import RawWorker, Rig
 
+LOADING = {"at": "load"}
 IN_THE_WINDOW = {"at": "generate", "when": {"max_output_tokens": 8}}
 
 
@@ -49,6 +53,26 @@ def test_an_engine_that_refuses_is_kept_and_one_that_crashes_is_replaced(rig: Ri
     assert "Traceback" in rig.log_of("e4")
     assert not (rig.folder / "e4" / "result.json").exists()
     assert (after[0], after[1]["engine_reused"]) == (None, False)
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    ("at", "number", "permanent", "hint"),
+    [
+        (LOADING, signal.SIGSEGV, True, "see the last lines of its log"),
+        (IN_THE_WINDOW, signal.SIGILL, True, "float32"),
+        (IN_THE_WINDOW, signal.SIGSEGV, False, "see the last lines of its log"),
+        (LOADING, signal.SIGKILL, False, "out of memory"),
+    ],
+)
+def test_a_signal_that_the_same_work_would_bring_again_is_permanent(rig: Rig, at, number, permanent, hint):
+    rig.rules = [{**at, "do": "signal", "number": int(number)}]
+    worker = RawWorker(rig)
+    worker.send(rig.request("e1", max_output_tokens=8).to_message())
+    error = worker.until("error")
+    assert (error["kind"], error["permanent"]) == ("died", permanent)
+    assert f"was killed by {number.name} in phase" in error["message"]
+    assert hint in error["hint"]
     worker.close()
 
 
