@@ -25,7 +25,8 @@ from tests.command_rig import run_lem
 from tests.processes import Marker
 
 ROOT = Path(__file__).parents[2]
-RUN_TIMEOUT_S = 280
+RUN_TIMEOUT_S = 560
+pytestmark = pytest.mark.timeout(600)
 
 
 def lines(*records: Any) -> str:
