@@ -24,7 +24,7 @@ from lem.base.units import some_of
 from lem.base.variables import MARK_VARIABLE, cache_folder
 from lem.config.campaign_config import slug_of
 from lem.meters.nvml import GpuReading, GpuState
-from lem.orchestration.compose import ComposeProject, FileNames, Mount, find_compose_files
+from lem.orchestration.compose import ComposeProject, FileNames, Mount, compose_variables, find_compose_files
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.docker import Compose, ContainerError, ContainerState, describe, explain
 from lem.orchestration.packing import provide_pyz
@@ -142,6 +142,7 @@ class ContainerManager:
         """
         compose_file, project_dir, environ = self._given
         folder = Path(project_dir or ".").absolute()
+        environ = compose_variables(compose_file, None, folder, environ)
         # Two folders of the same name are two projects.
         name = f"lem-{slug_of(folder.name)}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
         return ComposeProject(

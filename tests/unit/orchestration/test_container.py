@@ -108,6 +108,16 @@ def test_containers_that_are_not_lem_s_survive_a_teardown(fake: FakeDocker) -> N
     assert fake.calls()[-1] == ["rm", "--force", "--volumes", "lem-1"]
 
 
+def test_files_and_profiles_are_also_found_by_a_manager(fake: FakeDocker) -> None:
+    folder = fake.folder.parent
+    for name in ("one.yml", "two.yml"):
+        (folder / name).write_text("services: {}\n")
+    (folder / ".env").write_text("COMPOSE_FILE=one.yml:two.yml\nCOMPOSE_PROFILES=gpu\n")
+    found = ContainerManager(None, folder, environ=fake.environ(LEM_CACHE_DIR=str(folder / "cache")))
+    assert [path.name for path in found.project.files] == ["one.yml", "two.yml"]
+    assert found.project.environ["COMPOSE_PROFILES"] == "gpu"
+
+
 # Starting
 
 
