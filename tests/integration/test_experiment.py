@@ -48,6 +48,19 @@ def test_an_experiment_shows_its_result_and_where_it_lies(rig):
     assert sorted(item.name for item in rig.folder.iterdir() if item.is_dir()) == ["out"]
 
 
+def test_an_experiment_without_a_file_is_measured_and_suggests_the_next_command(rig):
+    options = ("warmup.enabled=false", "measurement.min_window_sec=0.01", "measurement.max_wait_pct=null", "gpus=[]")
+    more = ("measurement.max_foreign_pct=null", "prompts={type: synthetic, input_tokens: 3, sample_size: 2}")
+    words = ["--model", "none", "--set", "max_output_tokens=4", "-o", "out"]
+    words += [word for option in (*options, *more) for word in ("--set", option)]
+    ended = Running([sys.executable, "-m", "lem", "experiment", *words], rig.folder, rig.environ(())).wait()
+    assert ended.code == 0, ended.err
+    path = rig.folder / ended.out.splitlines()[-1]
+    assert path.match("out/none/*/*/attempt-1/result.json")
+    assert decode_record(json.loads(path.read_text())).work.output_tok > 0
+    assert ended.err.splitlines()[-1].endswith("-m lem check none --results-dir out")
+
+
 def test_the_energy_of_an_experiment_on_the_cpu_is_shown_as_it_is_in_its_record(rig):
     # A window of 3 s, since the load of the CPU is read once a second.
     words = ("--set", "measurement.energy=tdp_estimate", "--set", "measurement.cpu_tdp_w=200")

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from lem.base import units
-from lem.base.doc import SEPARATORS, printable, text_width
+from lem.base.doc import printable, text_width
 from lem.base.reasons import Reason
 from lem.base.units import SIGNIFICANT_DIGITS, percent, plain, with_decimals
 from lem.results.run import Estimate
 
 NOT_MEASURED = "not measured"
-_TOKEN = re.compile(rf"[^{SEPARATORS}@]+[{SEPARATORS}@]*|[{SEPARATORS}@]+")
 _VOID = frozenset({"meta", "br", "circle", "line", "path", "rect", "use"})
 
 Place = tuple[float, float]  # x and y on the drawing
@@ -32,11 +31,6 @@ class Markup(str):
 def escape(text: str) -> Markup:
     """The text as content or attribute value, on one line, unprintable characters replaced."""
     return Markup(html.escape(printable(text)))
-
-
-def breakable(name: str) -> Markup:
-    """A name that breaks after its separators rather than inside a word."""
-    return Markup("<wbr>".join(html.escape(token) for token in _TOKEN.findall(printable(name))))
 
 
 def join(parts: Iterable[str], separator: str = "") -> Markup:

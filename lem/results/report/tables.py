@@ -198,7 +198,7 @@ def _badged(shown: str, entry: Entry) -> Markup:
         (len(configuration.warnings), plural(len(configuration.warnings), "warning"), "warn"),
     ]
     found = [tag("span", text, class_=f"tag {kind}") for is_there, text, kind in badges if is_there]
-    return join([tag("span", plot.breakable(shown), title=entry.name), tag("div", *found) if found else Markup()])
+    return join([tag("span", shown, title=entry.name), tag("div", *found) if found else Markup()])
 
 
 def _explanations(report: Report) -> Iterator[str]:

@@ -208,3 +208,37 @@ def test_a_broken_manifest_is_never_started_over(here, words):
     assert (ended.code, path.read_bytes()) == (2, b"[" * 100_000)
     assert ".state/demo/campaign_manifest.json" in ended.err
     assert "--fresh" in ended.err
+
+
+# --- an experiment without a file
+
+
+def test_an_experiment_needs_no_file(unchanged):
+    unchanged()
+    words = ["--model", "org/Model", "--set", "max_output_tokens=8", "-n", "4", "-o", "out"]
+    document = json.loads(run_lem("experiment", *words, "--dry-run", "--json").out)
+    assert (document["name"], document["results_dir"], document["cycles"]) == ("Model", "out/model", 1)
+    found = document["config"]
+    assert (found["model"]["name"], found["max_output_tokens"], found["prompts"]["sample_size"]) == ("org/Model", 8, 4)
+    ended = run_lem("experiment", *words, "--dry-run")
+    assert ended.err.splitlines()[-1] == f"next: lem experiment {shlex.join(words)}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected an experiment file, or --model NAME"),
+        (["--set", "max_output_tokens=8"], "expected an experiment file, or --model NAME"),
+        (["--model", "gpt2", "--set", "max_output_tokns=8"], "did you mean 'max_output_tokens'?"),
+    ],
+)
+def test_what_is_wrong_without_a_file_is_named(words, message):
+    ended = run_lem("experiment", *words, "--dry-run")
+    assert (ended.code, ended.out) == (2, "")
+    assert message in ended.err
+
+
+def test_a_suggested_command_hides_secrets_and_what_was_for_the_dry_run_alone(here):
+    url = "notification.webhook_url=https://hooks.example.org/secret"
+    ended = _run("c.yaml", "--dry-run", "--gate", "energy=3%", "--set", url, "-c", "2")
+    assert ended.err.splitlines()[-1] == ("next: lem campaign c.yaml --set 'notification.webhook_url=(hidden)' -c 2")
