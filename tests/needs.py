@@ -119,6 +119,12 @@ def _gcc() -> str | None:
     return "no gcc on this machine, which builds the NVML double (apt-get install gcc libc6-dev)"
 
 
+def _slurm() -> str | None:
+    if shutil.which("slurmctld", path=f"{os.environ.get('PATH', '')}:/usr/sbin") and os.geteuid() == 0:
+        return None
+    return "no Slurm on this machine, or not root (apt-get install slurmctld slurmd slurm-client)"
+
+
 def _lab() -> str | None:
     from tests.lab.places import Places
     from tests.lab.state import lacking as lacking_of
@@ -174,6 +180,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "docker": Need(_docker, is_mandatory=False),
         "chromium": Need(_chromium, is_mandatory=True),
         "gcc": Need(_gcc, is_mandatory=True),
+        "slurm": Need(_slurm, is_mandatory=True),
         "zsh": Need(partial(_program, "zsh"), is_mandatory=False),
         "fish": Need(partial(_program, "fish"), is_mandatory=False),
         "yaml-language-server": Need(_language_server, is_mandatory=False),

@@ -113,6 +113,7 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
     add("--plan", type=Path, metavar="PLAN", help=text)
     add("--write-plan", type=Path, metavar="PLAN", help="divide the campaign, store the plan and exit")
     add("--hosts", metavar="A,B,…", help="host names, for --write-plan")
+    add("--parts", type=int, metavar="N", help="instead of --hosts: N parts, part-1 to part-N, for a cluster")
     add("--replicate", action="store_true", help="with --write-plan: every host runs the whole campaign")
 
 
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
         store_plan(args, campaign, plan, _expected_durations(plan, _earlier_results(plan)).measured_by_config, out)
         return None
     part = FleetPart()
-    if args.shard is not None or args.plan is not None or args.hosts is not None or args.replicate:
+    if any(it is not None for it in (args.shard, args.plan, args.hosts, args.parts)) or args.replicate:
         plan, part = own_part(args, plan)
     if args.validate_only:
         if args.json:

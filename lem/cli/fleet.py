@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +17,30 @@ from lem.base.clock import utc_now
 from lem.base.doc import Column, columns, printable, terminal_width, text_width, wrapped, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.units import format_duration, parse_percentage, plain, plural, some_of
-from lem.cli.selection import add_json, add_repeated, checked, damaged, folder_options, list_problems, problem_documents
+from lem.cli.selection import (
+    HIDDEN,
+    add_json,
+    add_repeated,
+    checked,
+    damaged,
+    folder_options,
+    list_problems,
+    problem_documents,
+    typed_again,
+)
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
-from lem.orchestration.fleet import costs_of, make_fleet_plan, matching, parse_shard, part_of_plan, replan
+from lem.orchestration.fleet import (
+    CONTAINERS,
+    container_command,
+    costs_of,
+    make_fleet_plan,
+    matching,
+    parse_shard,
+    part_of_plan,
+    replan,
+    slurm_script,
+)
 from lem.orchestration.manifest import SKIPPED, ManifestManager
 from lem.orchestration.plan import Plan
 from lem.orchestration.resume import new_run_id
@@ -42,9 +64,7 @@ def store_plan(
     if args.shard is not None:
         hint = "--write-plan makes a plan, --shard runs a part of one"
         raise UserError("--write-plan and --shard cannot be combined", hint)
-    hosts = [name.strip() for name in (args.hosts or "").split(",") if name.strip()]
-    if not hosts:
-        raise UserError("--write-plan requires --hosts", "add --hosts A,B,…")
+    hosts = _named_hosts(args)
     repository = Repository(Path(campaign.io.results_dir), campaign.slug)
     if args.plan is None:
         state_folder = Path(campaign.io.state_dir) / campaign.slug
@@ -57,12 +77,35 @@ def store_plan(
         identities = [item.record.identity for item in scan.results]
         present = {(identity.host, identity.experiment_id) for identity in identities}
         made = replan(stored, hosts, present, costs_of(plan.configurations, measured_by_config))
+    words = typed_again(args, *_PLAN_OPTIONS)[1:]
+    arguments = () if any(HIDDEN in word for word in words) else tuple(words)
+    made = dataclasses.replace(made, arguments=arguments, results_dir=campaign.io.results_dir)
     merge.write_plan(args.write_plan, made)
     if args.json:
         write_json(out, dataclasses.asdict(made))
     else:
         out.write("\n".join(_described(made)) + "\n")
-        args.next = ["campaign", *args.files, "--plan", args.write_plan, "--shard", f"1/{len(made.hosts)}"]
+        if args.parts is None:
+            args.next = ["campaign", *args.files, "--plan", args.write_plan, "--shard", f"1/{len(made.hosts)}"]
+        else:
+            args.next = ["fleet", "slurm", args.write_plan]
+
+
+_PLAN_OPTIONS = ("--write-plan", "--plan", "--hosts", "--parts", "--replicate", "--json")
+_MOST_PARTS = 1000  # the default MaxArraySize of Slurm is 1001
+
+
+def _named_hosts(args: argparse.Namespace) -> list[str]:
+    hosts = [name.strip() for name in (args.hosts or "").split(",") if name.strip()]
+    if args.parts is None:
+        if not hosts:
+            raise UserError("--write-plan requires --hosts or --parts", "add --hosts A,B,… or --parts N")
+        return hosts
+    if args.hosts is not None:
+        raise UserError("--hosts and --parts cannot be combined", "name the hosts, or give the number of parts")
+    if not 1 <= args.parts <= _MOST_PARTS:
+        raise UserError(f"--parts: expected 1 to {_MOST_PARTS}, got {args.parts}")
+    return [f"part-{number}" for number in range(1, args.parts + 1)]
 
 
 def _described(plan: merge.FleetPlan) -> list[str]:
@@ -78,8 +121,9 @@ def _described(plan: merge.FleetPlan) -> list[str]:
 
 def own_part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart]:
     """The part of the plan that this host runs; UserError for another campaign's plan or conflicting options."""
-    if args.hosts is not None or args.replicate:
-        raise UserError("--hosts and --replicate require --write-plan", "add --write-plan PLAN, or omit them")
+    if args.hosts is not None or args.parts is not None or args.replicate:
+        text = "--hosts, --parts and --replicate require --write-plan"
+        raise UserError(text, "add --write-plan PLAN, or omit them")
     if args.plan is not None and args.shard is None:
         raise UserError("--plan requires --shard I/N", "the first of two hosts is --shard 1/2")
     index, count = parse_shard(args.shard)
@@ -213,6 +257,47 @@ def _described_anchor(anchor: merge.AnchorCheck) -> str:
     values = some_of([f"{host} {plain(value, '.4g')} {anchor.unit}" for host, value in kept.items()], _SHOWN)
     spread = max(kept.values()) / min(kept.values()) - 1
     return f"anchor: hosts are within {100 * spread:.1f} % in {anchor.metric} ({values})"
+
+
+def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "`lem fleet`: run a stored plan on a cluster."
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    text = "print a job script: an array with a task for each part, and a merge that waits for it"
+    slurm = actions.add_parser("slurm", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    add = slurm.add_argument
+    add("plan", type=Path, metavar="PLAN", help="plan that `lem campaign --write-plan PLAN --parts N` stored")
+    add("--partition", metavar="NAME", help="partition of the cluster")
+    add("--gres", metavar="RESOURCES", help="resources of each task, such as gpu:1")
+    add("--time", metavar="TIME", help="time limit of each task (default: twice the expected time, where it is known)")
+    add("--python", default="python3", metavar="PROGRAM", help="Python interpreter with the engines (default: python3)")
+    add("--container", choices=CONTAINERS, help="run each part in a container of this runtime")
+    add("--image", metavar="IMAGE", help="with --container: its image")
+    add_repeated(slurm, "--sbatch", "OPTION", "another option of sbatch, such as --sbatch=--account=lab")
+    slurm.set_defaults(run=_slurm)
+
+
+def _slurm(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
+    plan = merge.read_plan(args.plan)
+    if not plan.arguments:
+        hint = "create it again with --write-plan; put ${VARIABLE} into the campaign file instead of a secret in --set"
+        raise UserError(f"plan {args.plan}: the arguments of `lem campaign` are not in it", hint)
+    if (args.container is None) != (args.image is None):
+        raise UserError("--container and --image require each other", "add --container apptainer --image IMAGE")
+    options = [(f"--{name}", getattr(args, name)) for name in ("partition", "gres", "time")]
+    given = [f"{name}={value}" for name, value in options if value is not None]
+    expected_s = max((host.expected_s or 0.0 for host in plan.hosts), default=0.0)
+    if args.time is None and expected_s:
+        given.append(f"--time={math.ceil(2 * expected_s / 60)}")
+    elif args.time is None:
+        err.write("no earlier results: no time limit is set (--time sets one)\n")
+    program = Path(sys.argv[0]).resolve()
+    if args.container is not None and not program.is_relative_to(Path.cwd()):
+        raise UserError(
+            f"{program} is not visible in the container", "copy lem.pyz to this folder, and run it from here"
+        )
+    lem = [args.python, *(["-m", "lem"] if program.name == "__main__.py" else [str(program)])]
+    run = container_command(args.container, args.image) if args.container else []
+    out.write(slurm_script(plan, args.plan, lem, run, [*given, *args.sbatch]))
 
 
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:

@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, str] = {
     "doctor": "check that this host can run campaigns, with remedies",
     "compose": "print the default compose file",
     "merge": "merge the results of several hosts into one campaign",
+    "fleet": "write a job script that runs a stored plan on a cluster",
     "bundle": "pack lem.pyz, images, models and checksums for an offline host",
     "completion": "print a completion script for bash, zsh or fish",
     "help": "show how to start, or the options of a command",

@@ -48,6 +48,7 @@ from lem.results.store import (
 _logger = logging.getLogger(__name__)
 
 RESULTS_DIR, STATE_DIR = Path("results"), Path(".state")
+HIDDEN = "(hidden)"
 _PROBLEMS_SHOWN = 10
 _DATE_LENGTH = 8  # of a run ID; a shorter number is that of a configuration
 
@@ -84,10 +85,10 @@ def typed_again(args: argparse.Namespace, *dropped: str) -> list[str]:
 
 
 def without_secret(word: str) -> str:
-    """The argument, with `(hidden)` instead of a secret value."""
+    """The argument, with `HIDDEN` instead of a secret value."""
     start = "--set=" if word.startswith("--set=") else ""
     key, sign, _ = word[len(start) :].partition("=")
-    return f"{start}{key}=(hidden)" if sign and is_secret(CampaignConfig, tuple(key.split("."))) else word
+    return f"{start}{key}={HIDDEN}" if sign and is_secret(CampaignConfig, tuple(key.split("."))) else word
 
 
 def add_json(parser: argparse._ActionsContainer, text: str = "print one JSON document") -> None:

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 from lem.base.errors import UserError
+from lem.base.units import plural
+from lem.config.campaign_config import slug_of
 from lem.orchestration.grid import campaign_config_hash
 from lem.orchestration.plan import Experiment, Plan
 from lem.results.merge import REPLICATE, SHARD, FleetPlan, HostPart, PlannedExperiment
@@ -164,3 +168,65 @@ def costs_of(configurations: Sequence[Experiment], measured: Mapping[str, float]
 def _work(item: Experiment) -> float:
     """Tokens to generate; reading one costs far less, and how much less depends on the engine."""
     return (item.n_prompts or 1) * (item.config.max_output_tokens + item.config.max_input_tokens / 32)
+
+
+CONTAINERS = ("apptainer", "podman", "pyxis")
+
+
+def container_command(runtime: str, image: str) -> list[str]:
+    """The words before a command, for a shell, that run it in an image with the GPUs and the working folder."""
+    folder, name = '"$PWD"', shlex.quote(image)
+    return {
+        "apptainer": ["apptainer", "exec", "--nv", "--bind", folder, "--pwd", folder, name],
+        "podman": ["podman", "run", "--rm", "--device=nvidia.com/gpu=all", "--ipc=host", "--network=host",
+                   f"--volume={folder}:{folder}", f"--workdir={folder}", name],
+        "pyxis": ["srun", f"--container-image={name}", f"--container-mounts={folder}:{folder}",
+                  f"--container-workdir={folder}"],
+    }[runtime]  # fmt: skip
+
+
+_SLURM = """\
+#!/bin/bash
+# Runs the {count} of {plan} as tasks of an array. Everything is in the
+# folder in which the job is submitted; all nodes must see it.
+#   bash SCRIPT               submits the array, and a merge that waits for it
+#   sbatch SCRIPT             submits the array alone
+#   sbatch --array=2 SCRIPT   runs one part again: the third, since tasks count from 0
+# A part that was cancelled, preempted or requeued is resumed.
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}
+#SBATCH --requeue
+#SBATCH --open-mode=append
+{options}
+set -euo pipefail
+if [ -z "${{SLURM_ARRAY_TASK_ID-}}" ]; then
+    job=$(sbatch --parsable "$0")
+    exec sbatch --dependency="afterany:${{job%%;*}}" --job-name={name}-merge{merge_options} --wrap={merge}
+fi
+# The part of a task does not depend on how many tasks the array has.
+# exec: a signal to the batch script (scancel --batch) reaches lem itself.
+exec {run} --shard "$((SLURM_ARRAY_TASK_ID + 1))/{n_parts}"
+"""
+
+
+def slurm_script(
+    plan: FleetPlan, path: Path, lem: Sequence[str], container: Sequence[str], options: Sequence[str]
+) -> str:
+    """A batch script for sbatch(1) that runs each part of a stored plan as a task of a job array.
+
+    `lem` are the words that call lem, `container` those before them (for a shell), `options` those of sbatch.
+    """
+    merged = [*lem, "merge", plan.results_dir, "--output", "merged", "--plan", str(path)]
+    words = [*lem, "campaign", *plan.arguments, "--plan", str(path), "--executor", "local", "--yes"]
+    partition = "".join(f" {shlex.quote(option)}" for option in options if option.startswith("--partition="))
+    return _SLURM.format(
+        count=plural(len(plan.hosts), "part"),
+        plan=path.name,
+        name=f"lem-{slug_of(plan.campaign_name)}",
+        last=len(plan.hosts) - 1,
+        n_parts=len(plan.hosts),
+        options="".join(f"#SBATCH {option}\n" for option in options),
+        merge_options=partition,
+        merge=shlex.quote(shlex.join(merged)),
+        run=" ".join([*container, shlex.join(words)]),
+    )

@@ -58,6 +58,8 @@ class FleetPlan:
     anchor: str | None  # config_hash of the configuration that every host runs, by which hosts are compared
     experiments: tuple[PlannedExperiment, ...]
     hosts: tuple[HostPart, ...]
+    arguments: tuple[str, ...] = ()  # of `lem campaign`, as typed, that run it; () where unknown
+    results_dir: str = "results"
 
     def part(self, index: int) -> HostPart:
         """What the host with that number, from 1, runs; UserError where there is none."""
