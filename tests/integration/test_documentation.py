@@ -40,6 +40,7 @@ NOT_RUN: Mapping[str, str] = {
     r"lem campaign .*--until .*": "may take any number of cycles; tests/integration/test_campaign_topup.py runs it",
     r"lem merge .*": "wants several hosts; tests/integration/test_campaign_fleet.py runs it",
     r"(ansible-playbook|systemctl|journalctl) .*": "wants hosts; tests/fleet/test_fleet.py runs playbooks and units",
+    r"(bash job\.sbatch|sbatch .*)": "wants a cluster; tests/integration/test_slurm.py has one",
     r"cp inventory/.*": "is for the playbooks",
 }
 
