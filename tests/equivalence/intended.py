@@ -212,6 +212,11 @@ INTENDED: tuple[Intended, ...] = (
     Intended("As above, in text.", "--dry-run", r"\+\S+( \+\S+)*"),
     # Issue 15
     Intended(
+        "What leaves no experiment is shown at the option or at the first entry.",
+        r"corpus/(6|251): lem config validate",
+        r"^\$\[0\]\.problems\[0\]\.(line|column|key)$",
+    ),
+    Intended(
         "The dry run reports folders, packages and images that are missing.",
         "lem campaign .*--dry-run",
         r"^\$\.problems\b",
