@@ -35,14 +35,12 @@ class TextSession:
 
     def chat_template(self, given: str | None, *, has_tools: bool) -> str:
         find = getattr(self._tokenizer, "get_chat_template", None)
-        if given is not None or find is None:
-            found = given
-        else:
-            with raised_as(_no_template), engine_call(ValueError):
-                found = find(tools=[{}] if has_tools else None)
-        if found is None:
-            raise _no_template("it is not one of transformers")
-        return str(found)
+        if given is not None:
+            return given
+        if find is None or not self._tokenizer.chat_template:
+            raise model_error("chat_template: model: the tokenizer has no chat template", _OTHER_TEMPLATE)
+        with raised_as(_no_template), engine_call(ValueError):
+            return str(find(tools=[{}] if has_tools else None))
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], template: str
@@ -102,8 +100,9 @@ def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": [] if text is None else [{"type": "text", "text": text}]}
 
 
-def _no_template(error: BaseException | str) -> EngineError:
-    return model_error(f"chat_template: model: the tokenizer has no chat template: {shortened(error)}", _OTHER_TEMPLATE)
+def _no_template(error: BaseException) -> EngineError:
+    """Of several templates, none is the default one."""
+    return model_error(f"chat_template: model: {shortened(error)}", _OTHER_TEMPLATE)
 
 
 def _refused(error: BaseException | str) -> EngineError:

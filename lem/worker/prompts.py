@@ -168,7 +168,11 @@ def as_measured(prompts: Sequence[Prompt], config: ExperimentConfig) -> tuple[Pr
     """The prompts; without a chat template, each conversation as its text alone."""
     if config.is_templated:
         return tuple(prompts)
-    return tuple(replace(item, messages=(), tools=()) if item.messages else item for item in prompts)
+
+    def joined(item: Prompt) -> Prompt:
+        return replace(item, messages=(), tools=(), taken_from=f"{item.taken_from}, joined without roles")
+
+    return tuple(joined(item) if item.messages else item for item in prompts)
 
 
 def taken_from(prompts: Iterable[Prompt]) -> dict[str, str]:

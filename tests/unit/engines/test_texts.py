@@ -163,7 +163,10 @@ def test_a_template_that_refuses_is_an_error_with_its_own_words(
 
 def test_a_model_without_a_template_is_an_error_with_the_remedy(folder: Path) -> None:
     there = texts(folder)
-    with pytest.raises(EngineError, match="has no chat template") as caught:
+    with pytest.raises(EngineError, match=r"has no chat template$") as caught:
         there.chat_template(None, has_tools=False)
     assert (caught.value.kind, caught.value.is_permanent) == ("model", True)
+    there._tokenizer.chat_template = {"tool_use": WITH_TOOLS}
+    with pytest.raises(EngineError, match=r"^chat_template: model: .*tool_use"):
+        there.chat_template(None, has_tools=False)
     assert caught.value.hint == "set chat_template to a Jinja file, or to none"

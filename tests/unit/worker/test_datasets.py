@@ -387,7 +387,10 @@ def test_a_named_column_may_hold_messages_and_stands_alone(tmp_path: Path) -> No
     write_jsonl(tmp_path / "mine.jsonl", [{"chosen": chat, "question": "Which?", "choices": ["a", "b"]}])
     found = [resolve(tmp_path, {"dataset": {"name": "mine", "column": name}}) for name in ("chosen", "question")]
     assert [texts(item) for item in found] == [["Hi"], ["Which?"]]
-    assert [item.source["taken_from"] for item in found] == ["chosen, up to the last user turn", "question"]
+    assert [item.source["taken_from"] for item in found] == [
+        "chosen, up to the last user turn, joined without roles",
+        "question",
+    ]
 
 
 def test_json_that_holds_lines_and_packed_files_are_read(tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def test_without_a_chat_template_a_conversation_is_measured_as_its_text(tmp_path
     found = resolve(prompts={"type": "file", "path": str(path)})
     assert found is not None
     assert found.prompts == (Prompt("Be brief.\n\nWhy?"), Prompt("a"))
-    assert found.source["taken_from"] == "messages, up to the last user turn (1); prompt (1)"
+    assert found.source["taken_from"] == "messages, up to the last user turn, joined without roles (1); prompt (1)"
     # The fingerprint of builds that knew no messages: their campaigns resume without repeating anything.
     assert found.source["sha256"] == fingerprint([Prompt("Be brief.\n\nWhy?"), Prompt("a")])
 
