@@ -27,6 +27,7 @@ from lem.config.option import canonical, declared, find_option, put
 from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
 from lem.results.store import ID_HASH_LENGTH, run_time
+from lem.worker.datasets import choice_of
 from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate, read_template, resolve_on_host, template_digest
 
 __all__ = ["GridExpansionResult", "GridValidationIssue", "expand_campaign_grid", "validate_campaign_grid"]
@@ -368,13 +369,21 @@ def prompts_fingerprint(
 
 def _source_fingerprint(config: ExperimentConfig, resolved: ResolvedPrompts | None) -> dict[str, Any]:
     if config.dataset is not None:
-        return {"dataset": config.dataset.identity()}
+        return {"dataset": config.dataset.identity(), **_joined_columns(config)}
     if config.prompts is None or isinstance(config.prompts, SyntheticPrompts):
         parameters = BUNDLED if config.prompts is None else config.prompts
         names = [item.name for item in dataclasses.fields(BUNDLED) if item.name != "type"]
         return {"synthetic": {name: getattr(parameters, name) for name in names}, "generator": generator_version()}
     resolved = resolved or resolve_on_host(config)
-    return {"prompts": config.prompts.identity()} if resolved is None else {"sha256": resolved.source["sha256"]}
+    if resolved is not None:
+        return {"sha256": resolved.source["sha256"]}
+    return {"prompts": config.prompts.identity(), **_joined_columns(config)}
+
+
+def _joined_columns(config: ExperimentConfig) -> dict[str, Any]:
+    """Columns that an alias joins; an earlier lem took the first alone, and its results are of other prompts."""
+    columns = choice_of(config).columns
+    return {"columns": list(columns)} if len(columns) > 1 else {}
 
 
 @functools.cache

@@ -437,3 +437,26 @@ def test_a_campaign_is_known_by_its_configurations_and_how_it_runs_them_not_by_n
         daemon={"enabled": True},
     )
     assert campaign_config_hash(changed, ["a", "b"]) == known
+
+
+@pytest.mark.parametrize(
+    ("dataset", "columns"),
+    [
+        ("alpaca", ["instruction", "input"]),
+        ("tatsu-lab/alpaca", ["instruction", "input"]),
+        ("mmlu", ["question", "choices"]),
+        ({"name": "alpaca", "column": "instruction"}, None),
+        ("gsm8k", None),
+        ("someone/else", None),
+    ],
+)
+def test_results_of_prompts_that_an_earlier_lem_took_from_one_column_are_of_another_configuration(
+    dataset: Any, columns: list[str] | None
+) -> None:
+    found = prompts_fingerprint(ExperimentConfig.from_dict({"model": "m", "dataset": dataset}))
+    assert found.get("columns") == columns
+    if isinstance(dataset, str):
+        named = {"type": "huggingface", "dataset": dataset}
+        assert (
+            prompts_fingerprint(ExperimentConfig.from_dict({"model": "m", "prompts": named})).get("columns") == columns
+        )
