@@ -46,7 +46,9 @@ def test_a_campaign_leaves_a_whole_manifest_whole_results_and_a_table(rig):
     done = [line for line in lines if " ok " in line]
     assert len(done) == 4
     assert re.fullmatch(rf"\d\d:\d\d:\d\d \[4/4\] ok ({FOUR}|{EIGHT}) · cycle 2/2 · .* tok/s · [\d.]+ s", done[-1])
-    assert lines[-1] == f"4 completed, 0 failed, 0 left; results in results/demo/{manifest.run_id}"
+    assert lines[-2] == f"4 completed, 0 failed, 0 left; results in results/demo/{manifest.run_id}"
+    assert lines[-1].startswith("next: ")
+    assert lines[-1].endswith("-m lem check demo")
     assert "\x1b" not in ended.err + ended.out
 
 
@@ -157,4 +159,6 @@ def test_on_a_terminal_there_is_one_live_line_below_the_lines_that_stay(rig):
     assert "\x1b[" not in re.sub(r"\x1b\[(2K|\d*m)", "", shown)
     # Nothing of the live line is left before the table and the last words.
     assert shown.index("Single cycle") > shown.rindex("\r\x1b[2K")
-    assert shown.rstrip().endswith(f"results in results/demo/{rig.manifest().run_id}")
+    *_, last, following = shown.rstrip().splitlines()
+    assert last.endswith(f"results in results/demo/{rig.manifest().run_id}")
+    assert following.startswith("next: ")
