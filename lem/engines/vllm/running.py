@@ -331,7 +331,7 @@ def _cause(error: BaseException, output: str) -> tuple[str, str]:
 
 
 def _options_behind(words: str, config: ExperimentConfig) -> tuple[str, str]:
-    """The options whose names are in the words of an error, and all options that were set."""
+    """The options whose names or texts are in the words of an error, and all options that were set."""
     usual = options.given_options(ExperimentConfig.from_dict({"model": config.model.name, "backend": "vllm"}))
     sampling = common.given_options(config.section, options.SAMPLING_OPTIONS)
     extra = {f"extra.{name}": value for name, value in common.extra_of(config).items()}
@@ -340,7 +340,9 @@ def _options_behind(words: str, config: ExperimentConfig) -> tuple[str, str]:
     spaced = _spaced(words)
 
     def is_named(option: str) -> bool:
-        names = (option, options.OPTIONS.get(option, (option,))[0])
+        names, value = (option, options.OPTIONS.get(option, (option,))[0]), changed[option]
+        if isinstance(value, str) and f" {_spaced(value)} " in f" {spaced} ":
+            return True
         return any(_spaced(name.rpartition(".")[2]) in spaced for name in names)
 
     named, listed = (

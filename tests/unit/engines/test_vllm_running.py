@@ -366,6 +366,7 @@ SECTION = {"block_size": 16, "load_format": "pt", "extra": {"stream_interval": 3
         (RuntimeError(KILLED), {}, "EngineCore_DP0 was killed by SIGKILL while loading", ("engine", False)),
         (ValueError(PYDANTIC), {"quantization": "x"}, ": ValueError: Unknown quantization method: nonsense.", None),
         (ValueError("bad Block-Size"), SECTION, "with vllm.block_size: 16: ", ("option", True)),
+        (ValueError("no config file for pt."), SECTION, "with vllm.load_format: pt: ", ("option", True)),
         # No option is blamed that is not in the words.
         (ValueError("no"), SECTION, "cannot load m: ValueError: no", ("engine", True)),
         (ValueError("['Odd'] are not supported for now."), SECTION, "['Odd'] are not", ("model", True)),
