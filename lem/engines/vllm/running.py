@@ -343,6 +343,8 @@ def _options_behind(words: str, config: ExperimentConfig) -> tuple[str, str]:
         names, value = (option, options.OPTIONS.get(option, (option,))[0]), changed[option]
         if isinstance(value, str) and f" {_spaced(value)} " in f" {spaced} ":
             return True
+        if option.endswith("parallel_size") and re.search("workers|world size", spaced):
+            return True
         return any(_spaced(name.rpartition(".")[2]) in spaced for name in names)
 
     named, listed = (

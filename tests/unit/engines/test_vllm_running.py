@@ -357,6 +357,7 @@ PYDANTIC = (
     "[type=value_error, input_value=ArgsKwargs((), {}), input_type=ArgsKwargs]\n    For further information"
 )
 KILLED = "Engine core initialization failed. Failed core proc(s): {'EngineCore_DP0': -9}"
+PARALLEL = {"tensor_parallel_size": 2, "block_size": 16}
 SECTION = {"block_size": 16, "load_format": "pt", "extra": {"stream_interval": 3}}
 
 
@@ -367,6 +368,7 @@ SECTION = {"block_size": 16, "load_format": "pt", "extra": {"stream_interval": 3
         (ValueError(PYDANTIC), {"quantization": "x"}, ": ValueError: Unknown quantization method: nonsense.", None),
         (ValueError("bad Block-Size"), SECTION, "with vllm.block_size: 16: ", ("option", True)),
         (ValueError("no config file for pt."), SECTION, "with vllm.load_format: pt: ", ("option", True)),
+        (ValueError("too few for 2 CPUWorkers"), PARALLEL, "with vllm.tensor_parallel_size: 2: ", ("option", True)),
         # No option is blamed that is not in the words.
         (ValueError("no"), SECTION, "cannot load m: ValueError: no", ("engine", True)),
         (ValueError("['Odd'] are not supported for now."), SECTION, "['Odd'] are not", ("model", True)),
