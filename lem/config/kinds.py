@@ -392,6 +392,8 @@ class AnyKind(Kind):
     label = "any value"
 
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
+        if isinstance(value, Expanded) and not isinstance(value.value, str):
+            value = value.value
         if value is None or isinstance(value, (bool, int, str)):
             return value
         kinds = (kind for types, kind in _JSON_KINDS.items() if isinstance(value, types))

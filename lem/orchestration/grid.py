@@ -333,7 +333,7 @@ def _value(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as YAML writes it; `${VAR}` as it was written, since what it holds may be a secret."""
+    """A value as YAML writes it; a text from `${VAR}` as it was written, since it may be a secret."""
     if isinstance(value, Expanded):
         return value.written
     if value is None:

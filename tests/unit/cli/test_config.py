@@ -115,6 +115,14 @@ def test_what_is_shown_can_be_read_again(folder: Path):
     assert again["config"] == first["config"]
 
 
+def test_a_number_from_a_variable_is_shown_as_a_number_in_an_axis_and_in_an_option_of_any_kind(folder: Path):
+    text = "campaign_name: c\nmodel: m\ngrid:\n  backends: [pytorch]\n  shared: {max_output_tokens: [8, ${N:-16}]}\n"
+    (folder / "n.yaml").write_text(f"{text}  backend_overrides: {{pytorch: {{extra: {{top_h: ${{H:-0.5}}}}}}}}\n")
+    shown = json.loads(run_lem("config", "show", folder / "n.yaml", "--json").out)["config"]["grid"]
+    assert shown["shared"] == {"max_output_tokens": [8, 16]}
+    assert shown["backend_overrides"]["pytorch"]["extra"] == {"top_h": 0.5}
+
+
 def test_show_as_json_and_a_secret_from_a_variable_as_written(folder: Path, monkeypatch: pytest.MonkeyPatch):
     document = json.loads(run_lem("config", "show", "c.yaml", "--json").out)
     assert (document["kind"], document["config"]["execution"]["cycles"]) == ("campaign", 2)
