@@ -163,7 +163,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
         for item in problems:
             message, *hint = lines_of(item)
             err.write(f"problem: {message}\n" + "".join(f"  {line}\n" for line in hint))
-    args.next = typed_again(args, "--dry-run", "--gate")
+    args.next = [] if problems else typed_again(args, "--dry-run", "--gate")
     return None
 
 

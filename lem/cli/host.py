@@ -65,7 +65,7 @@ def run_doctor(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     else:
         width = min(terminal_width(out), _WIDEST_DOCTOR)
         out.write(_as_text(verdict, is_colour=log.is_colour_wanted(out), width=width))
-        args.next = ["config", "new"] if verdict.executors else ()
+        args.next = ["config", "new", ">", "campaign.yaml"] if verdict.executors else ()
     return ExitCode.USAGE if verdict.failed else ExitCode.OK
 
 

@@ -143,7 +143,8 @@ def _execute(arguments: list[str], console: log.Console, out: TextIO, err: TextI
     code = int(args.run(args, out, err) or ExitCode.OK)
     if args.next and not args.quiet and not getattr(args, "json", False):
         out.flush()
-        console.line(f"next: {shlex.join([*own_call(), *map(str, args.next)])}")
+        words = map(str, [*own_call(), *args.next])
+        console.line(f"next: {' '.join(word if word == '>' else shlex.quote(word) for word in words)}")
     return code
 
 

@@ -242,3 +242,10 @@ def test_a_suggested_command_hides_secrets_and_what_was_for_the_dry_run_alone(he
     url = "notification.webhook_url=https://hooks.example.org/secret"
     ended = _run("c.yaml", "--dry-run", "--gate", "energy=3%", "--set", url, "-c", "2")
     assert ended.err.splitlines()[-1] == ("next: lem campaign c.yaml --set 'notification.webhook_url=(hidden)' -c 2")
+
+
+def test_a_plan_that_cannot_run_here_is_not_suggested(here):
+    (here / "no-model").mkdir()
+    ended = _run("c.yaml", "--dry-run", "--executor", "local", "--model", "./no-model", "--set", "grid.models=null")
+    assert "problem: " in ended.err
+    assert "next: " not in ended.err
