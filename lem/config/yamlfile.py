@@ -275,6 +275,13 @@ class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml
         self._depth -= 1
         return node
 
+    def scan_flow_scalar_non_spaces(self, double: bool, start_mark: Any) -> Any:
+        try:
+            return super().scan_flow_scalar_non_spaces(double, start_mark)
+        except (OverflowError, ValueError) as error:  # of chr(), which PyYAML gives any eight digits
+            message = "expected at most \\U0010FFFF, the last character of Unicode"
+            raise yaml.scanner.ScannerError(None, None, message, self.get_mark()) from error
+
     def descend_resolver(self, *_: Any) -> None:
         """Nothing: PyYAML's resolver is not used."""
 

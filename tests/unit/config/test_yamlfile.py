@@ -88,6 +88,8 @@ def test_every_duplicate_key_is_found_with_its_line(tmp_path: Path):
         ("? [a]\n: b\n", "plain text"),
         ("a: &x [*x]\n", "a[0]: an alias (*name)"),
         ('a: "\\ud800"\n', "a: contains half of a surrogate pair"),
+        ('a: "\\U00110000"\n', "1:7: not YAML: expected at most \\U0010FFFF"),
+        ('a: "\\UFFFFFFFF"\n', "1:7: not YAML: expected at most \\U0010FFFF"),
         ('a: "x\\0y"\n', "a: contains the control character U+0000"),
         ("a: ${NOPE}\n", "a: the environment variable NOPE is not set; set it or write ${NOPE:-default}"),
         ("a: ${NO\n", "a: incomplete '${'"),
