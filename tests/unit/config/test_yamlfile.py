@@ -12,7 +12,7 @@ import pytest
 from lem.base.errors import ConfigurationError
 from lem.config import kinds
 from lem.config.scalars import ExpansionError, expand, resolve_plain
-from lem.config.yamlfile import Document, parse_value, read_document
+from lem.config.yamlfile import Document, FileProblems, parse_value, read_document
 
 
 def read(tmp_path: Path, content: str | bytes, environ: Mapping[str, str] | None = None) -> Document:
