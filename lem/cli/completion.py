@@ -85,6 +85,8 @@ def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+    if args.shell in _SHELLS and args.words:
+        args.parser.error(f"unexpected argument {args.words[0]!r}")
     out.write(_SHELLS.get(args.shell) or "".join(f"{line}\n" for line in answer(args.words)))
 
 

@@ -92,7 +92,7 @@ def _as_campaign(loaded: Loaded[ExperimentConfig], args: argparse.Namespace, sta
     """The experiment as a campaign of one configuration, without gaps and with a temporary manifest."""
     config, mapping = loaded.config, loaded.source.mapping
     file = None if args.file is None else Path(args.file)
-    name = config.config_name or (Path(config.model.name).name if file is None else file.stem)
+    name = config.config_name or (Path(config.model.name).resolve().name or "experiment" if file is None else file.stem)
     what: dict[str, Any] = {"experiments": ({"inline": dict(mapping)},)} if file is None else {"configs": (str(file),)}
     campaign = CampaignConfig(
         campaign_name=name,

@@ -61,9 +61,10 @@ def store_plan(
     args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, measured_by_config: Mapping[str, float], out: TextIO
 ) -> None:
     """Divide the campaign among the hosts, store the plan and show it; UserError where it cannot be made or stored."""
-    if args.shard is not None:
-        hint = "--write-plan makes a plan, --shard runs a part of one"
-        raise UserError("--write-plan and --shard cannot be combined", hint)
+    for option in ("--shard", "--dry-run", "--validate-only"):
+        if getattr(args, option[2:].replace("-", "_")):
+            hint = "--write-plan only stores a plan; --shard I/N runs a part of it"
+            raise UserError(f"--write-plan and {option} cannot be combined", hint)
     hosts = _named_hosts(args)
     repository = Repository(Path(campaign.io.results_dir), campaign.slug)
     if args.plan is None:
@@ -77,7 +78,8 @@ def store_plan(
         identities = [item.record.identity for item in scan.results]
         present = {(identity.host, identity.experiment_id) for identity in identities}
         made = replan(stored, hosts, present, costs_of(plan.configurations, measured_by_config))
-    words = typed_again(args, *_PLAN_OPTIONS)[1:]
+    words = typed_again(args, *_PLAN_OPTIONS)
+    words = words[words.index("campaign") + 1 :]
     arguments = () if any(HIDDEN in word for word in words) else tuple(words)
     made = dataclasses.replace(made, arguments=arguments, results_dir=campaign.io.results_dir)
     merge.write_plan(args.write_plan, made)
@@ -86,12 +88,14 @@ def store_plan(
     else:
         out.write("\n".join(_described(made)) + "\n")
         if args.parts is None:
-            args.next = ["campaign", *args.files, "--plan", args.write_plan, "--shard", f"1/{len(made.hosts)}"]
+            args.next = ["campaign", *words, "--plan", args.write_plan, "--shard", f"1/{len(made.hosts)}"]
         else:
             args.next = ["fleet", "slurm", args.write_plan]
 
 
-_PLAN_OPTIONS = ("--write-plan", "--plan", "--hosts", "--parts", "--replicate", "--json")
+# A part that is started again continues, so how the plan was begun is not repeated.
+_BEGINNING = ("--fresh", "--resume", "--no-resume")
+_PLAN_OPTIONS = ("--write-plan", "--plan", "--hosts", "--parts", "--replicate", "--json", *_BEGINNING)
 _MOST_PARTS = 1000  # the default MaxArraySize of Slurm is 1001
 
 

@@ -78,7 +78,7 @@ def typed_again(args: argparse.Namespace, *dropped: str) -> list[str]:
     """The command line as it was typed, without these options (and their values, but for flags) and secrets."""
     kept: list[str] = []
     for before, word in zip(["", *args.typed], args.typed, strict=False):
-        takes_value = before in dropped and not isinstance(getattr(args, before[2:].replace("-", "_")), bool)
+        takes_value = before in dropped and not isinstance(getattr(args, before[2:].replace("-", "_"), True), bool)
         if word.partition("=")[0] not in dropped and not takes_value:
             kept.append(without_secret(word))
     return kept

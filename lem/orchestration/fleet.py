@@ -19,6 +19,7 @@ from lem.config.campaign_config import slug_of
 from lem.orchestration.grid import campaign_config_hash
 from lem.orchestration.plan import Experiment, Plan
 from lem.results.merge import REPLICATE, SHARD, FleetPlan, HostPart, PlannedExperiment
+from lem.results.store import EXPERIMENT_NAME, check_name
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -85,6 +86,10 @@ def make_fleet_plan(
 def _check_hosts(hosts: Sequence[str]) -> None:
     if not hosts or len(set(hosts)) != len(hosts):
         raise UserError(f"hosts {', '.join(hosts) or '(none)'}: expected at least one, and each once")
+    for name in hosts:
+        check_name(name, "host")
+        if EXPERIMENT_NAME.fullmatch(name):
+            raise UserError(f"host {name!r} has a name like the folder of an experiment", "give it another name")
 
 
 def replan(

@@ -280,7 +280,8 @@ def remainder_of(status: CampaignStatus, whole: Container[str] | None = None) ->
         return Remainder(failed, left, False, "wait: the campaign is running (lem status)")
     # One that was stopped with nothing left was about to add cycles (--until).
     is_resumable = bool(failed or left) or status.state == State.STOPPED
-    how = f"lem campaign … --resume continues the run (lem status {status.folder.name} shows the whole command)"
+    name = "/".join(status.folder.parts[-2:]) if status.part else status.folder.name
+    how = f"lem campaign … --resume continues the run (lem status {name} shows the whole command)"
     return Remainder(failed, left, is_resumable, how if is_resumable else "")
 
 

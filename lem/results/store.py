@@ -296,24 +296,19 @@ def _nested(folder: Path, read: Callable[[Path], Iterator[StoredResult | Problem
 
 
 def _run_items(folder: Path, run_id: str, *, is_checked: bool) -> Iterator[StoredResult | Problem]:
-    index = Index(folder)
-    read = functools.partial(index.read, is_checked=is_checked)
-
-    def items(path: Path) -> Iterator[StoredResult | Problem]:
-        if is_part(path):
-            return _run_items(path, run_id, is_checked=is_checked)
-        return _experiment_items(path, run_id, read)
-
-    yield from _nested(folder, items)
-    index.write()
+    for part in part_folders(folder):
+        index = Index(part)
+        read = functools.partial(index.read, is_checked=is_checked)
+        yield from _nested(part, functools.partial(_experiment_items, run_id=run_id, read=read))
+        index.write()
 
 
-_EXPERIMENT = re.compile(rf"[0-9a-f]{{1,{ID_HASH_LENGTH}}}-c[0-9]+(\{_HOST_MARK}.*)?")
+EXPERIMENT_NAME = re.compile(rf"[0-9a-f]{{1,{ID_HASH_LENGTH}}}-c[0-9]+(\{_HOST_MARK}.*)?")
 
 
 def is_part(folder: Path) -> bool:
     """Whether a folder in that of a run holds a part of it: it has a part's name and no attempts."""
-    if _EXPERIMENT.fullmatch(folder.name) is not None:
+    if EXPERIMENT_NAME.fullmatch(folder.name) is not None:
         return False
     try:
         return not _attempt_numbers(folder)

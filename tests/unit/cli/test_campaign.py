@@ -249,3 +249,32 @@ def test_a_plan_that_cannot_run_here_is_not_suggested(here):
     ended = _run("c.yaml", "--dry-run", "--executor", "local", "--model", "./no-model", "--set", "grid.models=null")
     assert "problem: " in ended.err
     assert "next: " not in ended.err
+
+
+@pytest.mark.parametrize(("model", "name"), [(".", "mine"), ("./", "mine"), ("..", None), ("/", "experiment")])
+def test_an_experiment_without_a_file_is_called_as_the_folder_of_its_model(here, monkeypatch, model, name):
+    (here / "mine").mkdir()
+    monkeypatch.chdir(here / "mine")
+    ended = run_lem("experiment", "--model", model, "--dry-run", "--json")
+    assert json.loads(ended.out)["name"] == (name or here.name)
+
+
+# --- stored plans
+
+
+@pytest.mark.parametrize("before", [(), ("-v",)])
+@pytest.mark.parametrize("beginning", ["--fresh", "--no-resume"])
+def test_a_stored_plan_has_the_options_that_each_part_needs_and_suggests_them(here, before, beginning):
+    options = ["c.yaml", "--cycles", "4", "--python", "python3"]
+    words = [*before, "campaign", *options, beginning, "--write-plan", "p.json", "--hosts", "a,b"]
+    ended = run_lem(*words)
+    assert json.loads((here / "p.json").read_text())["arguments"] == options
+    assert ended.err.splitlines()[-1] == f"next: lem campaign {shlex.join(options)} --plan p.json --shard 1/2"
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--validate-only"])
+def test_what_writes_nothing_stores_no_plan(unchanged, option):
+    unchanged()
+    ended = _run("c.yaml", option, "--write-plan", "p.json", "--hosts", "a,b")
+    assert (ended.code, ended.out) == (2, "")
+    assert f"--write-plan and {option} cannot be combined" in ended.err

@@ -168,3 +168,10 @@ def test_fish_offers_files(folder: Path) -> None:
 )
 def test_zsh_completes_what_fits(folder: Path, line: str, completed: str) -> None:
     assert in_zsh(line, folder) == completed
+
+
+@pytest.mark.parametrize("word", ["extra", "--help"])
+def test_what_follows_the_shell_is_refused(word: str) -> None:
+    ended = run_lem("completion", "bash", word)
+    assert (ended.code, ended.out) == (2, "")
+    assert f"unexpected argument {word!r}" in ended.err

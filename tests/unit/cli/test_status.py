@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from lem.cli.status import Viewer, render_status
 from lem.orchestration.locks import Holder
 from lem.orchestration.manifest import Attempt, CampaignManifest, CampaignManifestEntry
-from lem.orchestration.status import Activity, CampaignStatus
+from lem.orchestration.status import Activity, CampaignStatus, remainder_of
 from tests.campaign_doubles import Place, make_campaign
 from tests.command_rig import run_lem
 from tests.goldens import assert_golden
@@ -243,3 +244,10 @@ def test_a_run_that_is_dated_in_the_future_is_noted():
     note = "note       run 20260714T100000Z-3fa1 is dated in the future: the clock was wrong"
     assert note in " ".join(re.sub(r"\n +", " ", render_status(CRASHED, early)).splitlines())
     assert "dated in the future" not in render_status(CRASHED, VIEWER)
+
+
+def test_what_is_left_of_a_part_names_the_part():
+    whole = remainder_of(dataclasses.replace(CRASHED, folder=Path(".state/demo-of-backends")))
+    part = remainder_of(dataclasses.replace(CRASHED, folder=Path(".state/demo-of-backends/part-2")))
+    assert "(lem status demo-of-backends shows" in whole.remedy
+    assert "(lem status demo-of-backends/part-2 shows" in part.remedy

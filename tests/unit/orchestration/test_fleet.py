@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -178,3 +179,9 @@ def test_a_plan_that_an_older_build_stored_is_run_in_its_order() -> None:
     part = part_of_plan(found, 1, 2, older)
     assert [item.exp_id for item in part.experiments] == [item.exp_id for item in older.experiments]
     assert part.execution.structure == "interleaved"
+
+
+@pytest.mark.parametrize("name", ["../a", "a b", "ab-c1", "0123456789ab-c12+x"])
+def test_a_host_whose_name_cannot_be_that_of_its_folder_is_refused_before_anything_runs(name: str) -> None:
+    with pytest.raises(UserError, match=re.escape(repr(name))):
+        fleet(plan(16), "a", name)

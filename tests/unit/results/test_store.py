@@ -171,6 +171,14 @@ def test_a_scan_sees_every_run_and_a_scan_of_a_run_only_that(repository: Reposit
     assert {result.record.identity.run_id for result in repository.scan("run-b").results} == {"run-b"}
 
 
+def test_a_link_in_a_run_that_leads_back_to_it_counts_no_result_twice(repository: Repository) -> None:
+    part = Repository(repository.folder.parent, "demo", "part-1")
+    store(part, make_record(run_id=RUN))
+    for name in ("loop", "part-1/loop"):
+        (repository.run_folder(RUN) / name).symlink_to(repository.run_folder(RUN))
+    assert [item.path.parents[2].name for item in repository.scan(RUN).results] == ["part-1"]
+
+
 def test_experiments_without_a_whole_result_are_counted_by_configuration(repository: Repository) -> None:
     store(repository, make_record(config_name="small"))
     repository.prepare_attempt(RUN, EXPERIMENT)  # failed once more: it has a result all the same
