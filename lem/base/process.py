@@ -204,7 +204,7 @@ def hint_on_exit(code: int) -> str:
     if code == -signal.SIGKILL:
         return "usually the kernel was out of memory (see dmesg): use less of it"
     if code == -signal.SIGILL:
-        return "this CPU lacks an instruction that was used: try fp_precision: float32, or another build of the engine"
+        return "this CPU does not have an instruction that was used: try fp_precision: float32 or another build"
     return "see the last lines of its log"
 
 

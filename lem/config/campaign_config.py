@@ -183,7 +183,9 @@ def _unknown_axis(backends: Sequence[str], parts: Sequence[str], path: Location,
     if names and (problem.suggestion is None or problem.suggestion.partition(".")[0] in BACKENDS):
         one = names[0] if len(names) == 1 else None
         return Problem(path, "unknown key" if one else f"unknown key; set {either(names)}", one, is_about_key=True)
-    return dataclasses.replace(problem, path=path)
+    above = parts[len(parts) - len(str(path[-1]).split(".")) : key]  # of the name as it is written
+    near = problem.suggestion and ".".join((*above, problem.suggestion))
+    return dataclasses.replace(problem, path=path, suggestion=near)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def _shorter(length: Any, limit: Any) -> Any:
 
 
 def _synthetic(value: Any, options: Options) -> Options:
-    dataset = options["dataset"]
+    dataset = _below(options, "dataset")
     out = {"prompts.type": "synthetic", "prompts.sample_size": value, "prompts.seed": dataset.get("seed", 42)}
     for name, default in (("input", 512), ("output", 128)):
         length = dataset.get(f"{name}_len", default)
@@ -63,14 +63,19 @@ def _synthetic(value: Any, options: Options) -> Options:
     return out
 
 
+def _below(options: Options, key: str) -> Options:
+    found = options.get(key)
+    return found if isinstance(found, Mapping) else {}  # with dotted names
+
+
 def _compile(value: Any, options: Options) -> Options:
-    mode = options["pytorch"].get("torch_compile_mode") or "default"
+    mode = _below(options, "pytorch").get("torch_compile_mode") or "default"
     return {"pytorch.torch_compile": mode if value is True else value}
 
 
 def _beams(name: str) -> Rule:
     def rule(value: Any, options: Options) -> Options:
-        has_beams = options["pytorch"].get("num_beams", 1) != 1
+        has_beams = _below(options, "pytorch").get("num_beams", 1) != 1
         return {"pytorch.beam_search.enabled": True, f"pytorch.beam_search.{name}": value} if has_beams else {}
 
     return rule

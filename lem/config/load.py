@@ -284,13 +284,17 @@ class _Loader:
                     keys, value = ["grid", "shared", key], [value]
                 elif keys[0] in _items(grid.get("backends")) and keys[1:]:
                     keys, value = ["grid", "backend_overrides", keys[0], key.partition(".")[2]], [value]
+                elif keys[0] in _items(grid.get("backends")) and isinstance(value, Mapping):
+                    value = {name: [item] for name, item in value.items()}
+                    keys = ["grid", "backend_overrides", keys[0]]
                 else:
                     continue
             source = source.over(Layer("command line", label, nest(keys, value)))
         return source
 
     def _given(self) -> Iterable[tuple[str, str, Any]]:
-        """The options from the command line: how they were given, dotted name and value."""
+        """The options from the command line: how they were given, dotted name and value; first the backend."""
+        given = []
         for item in self.sets:
             key, equals, text = item.partition("=") if isinstance(item, str) else (item[0], "=", str(item[1]))
             key = key.strip()
@@ -298,7 +302,19 @@ class _Loader:
             label = f"--set {key}{equals}{shown}"
             if not equals or not all(key.split(".")):
                 raise ConfigurationError(f"{label}: expected KEY=VALUE", "such as --set execution.cycles=5")
-            yield label, key, parse_value(text, self.environ, label) if isinstance(item, str) else item[1]
+            given.append((label, key, parse_value(text, self.environ, label) if isinstance(item, str) else item[1]))
+        return sorted(given, key=lambda item: item[1] != "backend")
+
+    def _idle_sets(self, campaign: Source, listed: Sequence[ListedExperiment]) -> Located:
+        """Problems with options from the command line that are of a backend that no experiment has."""
+        grid = campaign.mapping.get("grid")
+        backends = [one.mapping.get("backend", BACKENDS[0]) for one in listed]
+        backends += _items(grid.get("backends")) if isinstance(grid, Mapping) else ()
+        given = ((label, key.partition(".")[0]) for label, key, _ in self._given())
+        idle = [(label, own) for label, own in given if own in BACKENDS and own not in backends]
+        return [
+            (Place(label), Problem((), f"has no effect: no experiment has the backend {own}")) for label, own in idle
+        ]
 
     def _with_own_sets(self, one: ListedExperiment) -> ListedExperiment:
         """A listed experiment with the options that the command line sets for all experiments."""
@@ -324,6 +340,7 @@ class _Loader:
                 ExperimentConfig.from_dict(checked)
             except ConfigProblems as error:
                 problems += one.source.locate(map(_explained, error.problems))
+        problems = problems or self._idle_sets(source, listed)
         return Loaded(_without_problems(config, found or [], problems), source, tuple(listed), start)
 
     def _listed(self, campaign: Source, problems: Located) -> Iterable[ListedExperiment]:

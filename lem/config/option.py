@@ -261,7 +261,8 @@ def _read_given(
         if name not in options:
             _note_unknown(section, key, path, sink)
         elif name in given:
-            sink.add((*path, key), f"duplicate option: {key} is another name of {name}", is_about_key=True)
+            other = name if key != name else next(other for other in mapping if section.aliases.get(other) == name)
+            sink.add((*path, key), f"duplicate option: {key} is another name of {other}", is_about_key=True)
         else:
             declaration = options[name]
             if kinds.simple(item) is not None or not declaration.takes_null:

@@ -11,6 +11,7 @@ from lem.base.errors import EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig, SyntheticPrompts
 from lem.engines.common import engine_call, model_error, raised_as, shortened
 
+_MARK = "\ue000the last turn\ue000"
 _OTHER_TEMPLATE = "set chat_template to a Jinja file, or to none"
 
 
@@ -46,23 +47,34 @@ class TextSession:
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], template: str
     ) -> tuple[str, str, str]:
         refusal = None
-        asked = next(str(item["content"]) for item in reversed(messages) if item["role"] == "user").strip()
+        last = max(index for index, item in enumerate(messages) if item["role"] == "user")
+        asked = str(messages[last]["content"]).strip()
+        # To find a turn such as `a`, which the template itself contains, too.
+        marked = [{**item, "content": _MARK} if index == last else item for index, item in enumerate(messages)]
         # Templates of models that take images may only know contents in parts.
-        for shape in (messages, [_in_parts(message) for message in messages]):
+        for in_shape in (dict, _in_parts):
             try:
                 with raised_as(_refused), engine_call(Exception):
-                    text: str = self._tokenizer.apply_chat_template(
-                        [dict(message) for message in shape],
-                        tools=[dict(tool) for tool in tools] or None,
-                        chat_template=template,
-                        add_generation_prompt=True,
-                        tokenize=False,
+                    text, other = (
+                        str(
+                            self._tokenizer.apply_chat_template(
+                                [in_shape(message) for message in given],
+                                tools=[dict(tool) for tool in tools] or None,
+                                chat_template=template,
+                                add_generation_prompt=True,
+                                tokenize=False,
+                            )
+                        )
+                        for given in (messages, marked)
                     )
             except EngineError as error:
                 refusal = refusal or error
                 continue
-            for form in (asked, json.dumps(asked, ensure_ascii=False)[1:-1]):
-                if form in text:
+            head, found, tail = other.partition(_MARK)
+            if found and len(head) + len(tail) < len(text) and text.startswith(head) and text.endswith(tail):
+                return head, text[len(head) : len(text) - len(tail)], tail
+            for form in (asked, json.dumps(asked, ensure_ascii=False)[1:-1]) if found else ():
+                if form in text:  # in another place than the mark
                     return text.rpartition(form)
         raise refusal or _refused("it leaves out the last turn of the user")
 

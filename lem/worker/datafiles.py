@@ -41,7 +41,9 @@ _OTHER_FORMATS = (".arrow", ".tsv", ".zip", ".tar", ".xml", ".hdf5", ".h5", ".tg
 _NO_PROMPTS = re.compile("licen[cs]e|copying|notice|readme|changelog|requirements|authors", re.IGNORECASE)
 # The lines of `configs` in the card of a data set that lem understands: a key with or without a value, or a value.
 _CARD_LINE = re.compile(r"\s*(- )?\s*(?:(config_name|default|data_files|split|path):(?: +|$))?(.*)")
-_PATTERN = re.compile(r"(?![/~])(?!.*(?:\.\.|://|\*\*[^/]|[^/]\*\*))[^\[\]{}&|>!#:]+")  # of files, below the folder
+_PATTERN = re.compile(
+    r"(?![/~]|[./]+$)(?!.*(?:\.\.|://|\*\*[^/]|[^/]\*\*))[^\[\]{}&|>!#:]+"
+)  # of files, below the folder
 _NAME_ONE = "name the file: `dataset: FOLDER/FILE`"
 
 

@@ -119,7 +119,7 @@ def find_files(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[Path,
     alias = DATASET_ALIASES.get(choice.name) or _BY_HUB_NAME.get(choice.name)
     usual = ("train", None) if alias is None else (alias.split, alias.subset)
     own = Path(choice.name)
-    if choice.name == choice.hub_name and own.exists():
+    if choice.name == choice.hub_name and _is_there(own):
         return files_of_split(own, choice.split, choice.subset, usual)
     setting = environ.get(DATASETS_VARIABLE)
     if not setting:
@@ -132,11 +132,15 @@ def find_files(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[Path,
     forms = [name.replace("/", mark) for name in names for mark in ("/", "__", "--")]
     forms += [name.rpartition("/")[2] for name in names]
     places = dict.fromkeys(folder / f"{form}{suffix}" for form in forms for suffix in ("", *SUFFIXES))
-    found = [place for place in places if place.exists()]
+    found = [place for place in places if _is_there(place)]
     if len(found) > 1:
         both = f"found {found[0]} and {found[1]}"
         raise prompts_error(f"data set {choice.name}: {both}", "rename or remove one of them")
     return files_of_split(found[0], choice.split, choice.subset, usual) if found else ()
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - False also for a name too long
 
 
 # The hub
@@ -184,8 +188,9 @@ def _load_from_hub(
 
 def _check_split(builder: Any, split: str) -> None:
     known = sorted(builder.info.splits or builder.config.data_files or ())
-    if known and split_name(split) not in (*known, "all"):
-        raise ValueError(f"it has no split {split_name(split)}; it has {', '.join(map(str, known))}")
+    for name in (re.split(r"[\[(]", part)[0] for part in split.split("+")):
+        if known and name not in (*known, "all"):
+            raise ValueError(f"it has no split {name}; it has {', '.join(map(str, known))}")
 
 
 @contextlib.contextmanager

@@ -89,7 +89,9 @@ def prompt_of_record(record: Any, columns: Sequence[str] = (), usual: Sequence[s
         return replace(prompt_of_record(body, columns, usual), output_tokens=bound_of(body, limit))
     column = next((name for name in columns[:1] or usual if record.get(name) is not None), None)
     if column is None:
-        raise ValueError(f"expected 'prompt', 'text' or 'messages', got {', '.join(map(repr, record)) or 'no keys'}")
+        full = [] if columns else [name for name in TEXT_COLUMNS if record.get(name) is not None]
+        got = [f"{name!r}{', which ends with the answer' if name in full else ''}" for name in record]
+        raise ValueError(f"expected 'prompt', 'text' or 'messages', got {', '.join(got) or 'no keys'}")
     found = _prompt_of_value(column, record[column])
     if found.messages:
         return _with_tools(found, _list_of(record, "tools"))
@@ -170,8 +172,8 @@ def _message(given: Mapping[str, Any]) -> Message:
     content = given.get("content")
     if isinstance(content, list):
         content = "\n".join(map(_text_of_part, content))
-    if content is not None or not calls:
-        is_user = role == "user"
+    is_user = role == "user"
+    if content is not None or not calls or is_user:
         content = _some_text(content, f"content of the {role} message", may_be_blank=not is_user)
     known = {name: given[name] for name in ("name", "tool_call_id") if given.get(name) is not None}
     return {"role": role, "content": content, **known, **({"tool_calls": calls} if calls else {})}

@@ -233,7 +233,9 @@ _NO_SUCH_MODEL = re.compile(
 _ELSEWHERE = re.compile(r"root cause above|stack trace \(above\)|See stack trace for root cause")
 _PARAMETER = re.compile(r"parameter=(?P<name>\w+)")
 # How the end of a process is told: by the caller for its own, by these for theirs, and by Python's faulthandler.
-_ENDED = re.compile(r"'(?P<core>[^']+)': (?P<code>-\d+)|Worker proc (?P<worker>\S+) died .*?exit code: (?P<exit>-\d+)")
+_ENDED = re.compile(
+    r"'(?P<core>EngineCore\w*)': (?P<code>-\d+)|Worker proc (?P<worker>\S+) died .*?exit code: (?P<exit>-\d+)"
+)
 _FATAL = re.compile(r"Fatal Python error: (Illegal instruction|Segmentation fault|Bus error|Aborted|Floating point)")
 _FATAL_SIGNALS = {
     "Illegal instruction": signal.SIGILL,
@@ -288,7 +290,7 @@ def _explain_end(error: BaseException, output: str, facts: EngineFacts, *, is_lo
     name, code = "", 0
     if ended := _ENDED.search(f"{error}\n{output}"):
         name, code = f" {ended['core'] or ended['worker']}", int(ended["code"] or ended["exit"])
-    elif fatal := _FATAL.search(output):
+    elif _ELSEWHERE.search(str(error)) and (fatal := _FATAL.search(output)):
         code = -_FATAL_SIGNALS[fatal[1]]
     if not code:
         return None

@@ -279,6 +279,20 @@ def test_of_two_keys_that_mean_the_same_one_wins_and_the_other_is_named(tmp_path
     assert notes == ["max_output_tokens: 5  (vllm.sampling.max_tokens wins)"]
 
 
+@pytest.mark.parametrize(
+    ("written", "option", "value"),
+    [
+        ("pytorch.torch_compile: true", ("pytorch", "torch_compile"), "default"),
+        ("pytorch.num_beams: 4\npytorch: 5", ("model", "name"), "a"),
+        ("dataset.n: 5", ("prompts", "sample_size"), 5),
+    ],
+)
+def test_a_dotted_name_is_that_of_a_section(tmp_path: Path, written: str, option: Any, value: Any) -> None:
+    (tmp_path / "e.yaml").write_text(f"model: a\nadapter: b\nbatch_size: 2\n{written}\n", encoding="utf-8")
+    (experiment,) = convert(tmp_path / "e.yaml")[0]["experiments"]
+    assert experiment[option[0]][option[1]] == value
+
+
 @pytest.mark.parametrize("name", ["first", "campaign", "second", "study"])
 def test_what_is_converted_is_valid(folder: Path, name: str) -> None:
     code, out, err = run_lem("config", "convert", str(folder / f"{name}.yaml"))

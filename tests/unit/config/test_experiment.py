@@ -73,6 +73,8 @@ def test_prompts_by_type():
             == experiment(prompts={**prompts, "sample_size": 5}).prompts
         )
     assert experiment(dataset={"name": "d", "num_samples": 5}).dataset == DatasetConfig(name="d", sample_size=5)
+    with pytest.raises(ConfigProblems, match="duplicate option: sample_size is another name of num_samples"):
+        experiment(dataset={"name": "d", "num_samples": 5, "sample_size": 5})
     assert problems(prompts=["p.txt"]) == ["prompts"]
     assert problems(prompts={"type": "sql"}) == ["prompts.type"]
     assert problems(prompts={"type": "file"}) == ["prompts.path"]

@@ -482,6 +482,12 @@ def test_a_required_option_that_is_null_is_missing(folder: Path, text: str):
         (["measurement.min_window_sec=3"], {"measurement.min_window_sec": (3,)}, {}, (3, 3)),
         ([("measurement.min_window_sec", 3)], {"measurement.min_window_sec": (3,)}, {}, (3, 3)),
         (["pytorch.batch_size=4"], {"measurement.min_window_sec": (1, 2)}, {"pytorch": {"batch_size": (4,)}}, (10, 1)),
+        (
+            ["pytorch={batch_size: 4}"],
+            {"measurement.min_window_sec": (1, 2)},
+            {"pytorch": {"batch_size": (4,)}},
+            (10, 1),
+        ),
         (["vllm.max_num_seqs=4"], {"measurement.min_window_sec": (1, 2)}, {}, (10, 1)),
     ],
 )
@@ -524,6 +530,17 @@ def test_a_backend_set_for_a_campaign_is_that_of_its_grid_too(folder: Path):
     assert loaded.config.grid is not None
     assert loaded.config.grid.backends == ("vllm",)
     assert [one.mapping.get("backend") for one in loaded.listed] == ["vllm", "vllm"]
+    loaded = load_campaign("c.yaml", ["vllm.max_num_seqs=4", "backend=vllm"])  # in any order
+    assert loaded.config.grid is not None
+    assert loaded.config.grid.backend_overrides == {"vllm": {"max_num_seqs": (4,)}}
+    assert [one.mapping["vllm"] for one in loaded.listed] == 2 * [{"max_num_seqs": 4}]
+
+
+@pytest.mark.parametrize("rest", ["grid: {backends: [pytorch]}\n", "experiments: [{streaming: true}]\n"])
+def test_an_option_of_a_backend_that_no_experiment_has_is_not_ignored(folder: Path, rest: str):
+    write(folder, c=f"campaign_name: x\nmodel: gpt2\n{rest}")
+    error = refusal(load_campaign, "c.yaml", ["vllm.max_num_seqs=4"])
+    assert error.message == "--set vllm.max_num_seqs=4: has no effect: no experiment has the backend vllm"
 
 
 # Many problems

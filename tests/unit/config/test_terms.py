@@ -172,6 +172,8 @@ CAMPAIGNS: list[tuple[str, str]] = [
     ("grid: {backends: [hf]}", "2:19 pytorch"),
     ("grid: {backends: [vllm], dtype: [float16]}", "2:26 ; set grid.shared.fp_precision"),
     (GRID + "  shared: {max_new_tokens: [5]}", "4:12 max_output_tokens"),
+    (GRID + "  shared: {decoder.temprature: [1]}", "4:12 decoder.temperature"),
+    ("grid: {backends: [vllm], shared: {vllm.max_batch_size: [3]}}", "2:35 vllm.max_num_seqs"),
     (
         GRID + "  shared: {batchsize: [1]}",
         "4:12 ; set grid.backend_overrides.pytorch.batch_size or grid.backend_overrides.vllm.max_num_seqs",

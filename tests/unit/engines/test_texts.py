@@ -114,6 +114,13 @@ def test_a_given_template_is_used_instead_of_the_models_own(folder: Path) -> Non
     assert "".join(there.render(turns("hi", system="be kind"), (), template)) == "<system>be kind<user>hi<assistant>"
 
 
+@pytest.mark.parametrize("turn", ["a", "user", "assistant", "\n", "bos"])
+def test_a_turn_that_is_also_in_the_template_is_found(folder: Path, turn: str) -> None:
+    there, question = texts(folder), f"why {turn}"
+    assert there.render(turns(turn), (), WITH_TOOLS) == ("<user>", turn, "<assistant>")
+    assert there.render(turns(question, "a", turn), (), IN_PARTS) == (f"<user>{question}<assistant>a<user>", turn, "")
+
+
 def test_tools_and_calls_without_content_are_rendered(folder: Path) -> None:
     there = texts(folder)
     call = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Kiel"}}}

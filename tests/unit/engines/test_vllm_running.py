@@ -369,6 +369,8 @@ SECTION = {"block_size": 16, "load_format": "pt", "extra": {"stream_interval": 3
         (ValueError("bad Block-Size"), SECTION, "with vllm.block_size: 16: ", ("option", True)),
         (ValueError("no config file for pt."), SECTION, "with vllm.load_format: pt: ", ("option", True)),
         (ValueError("too few for 2 CPUWorkers"), PARALLEL, "with vllm.tensor_parallel_size: 2: ", ("option", True)),
+        # Numbers that vLLM prints are no ends of processes.
+        (ValueError("no {'max_logprobs': -1}"), {}, "ValueError: no", ("engine", True)),
         # No option is blamed that is not in the words.
         (ValueError("no"), SECTION, "cannot load m: ValueError: no", ("engine", True)),
         (ValueError("['Odd'] are not supported for now."), SECTION, "['Odd'] are not", ("model", True)),
@@ -398,6 +400,11 @@ WORKER_DIED = """\
 """
 DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 FAULT = "Fatal Python error: Illegal instruction\n\nCurrent thread 0x1 (most recent call first):\n"
+
+
+def test_a_fault_that_the_engine_survived_is_not_blamed_for_a_later_error() -> None:
+    explained = explain(ValueError("no"), output=FAULT)
+    assert explained.message.endswith("cannot load m: ValueError: no")
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,8 @@ LAYOUTS = {
     "a card with all folders": Layout(("a/b.jsonl", "main/test.jsonl", "main/train-1.jsonl"),
                                       ("a/b.jsonl", "main/test.jsonl", "main/train-1.jsonl"), subset="other",
                                       card=CARD.replace("other/*.jsonl", "'**/*.jsonl'")),
+    "a card with the folder itself": Layout(("a.jsonl",), "does not understand",
+                                            card=CARD.replace("other/*.jsonl", ".")),
     "a card that leads out": Layout(("a.jsonl",), "does not understand", card=CARD.replace("main/train-*", "../*")),
 }  # fmt: skip
 
@@ -365,6 +367,11 @@ def test_a_split_is_not_taken_from_a_file_that_may_be_another(tmp_path: Path, da
     with pytest.raises(EngineError, match=message):
         resolve(tmp_path, {"dataset": dataset})
     assert len(resolve(tmp_path, {"dataset": {"name": "mine", "split": "train[:2]"}}).prompts) == 2
+
+
+def test_a_name_that_is_too_long_for_a_file_is_none(tmp_path: Path) -> None:
+    name = "n" * 300
+    assert find_files(DatasetChoice(name, name, None, "train", ()), {DATASETS_VARIABLE: str(tmp_path)}) == ()
 
 
 def test_rows_of_the_assistant_and_columns_with_the_answer_are_not_prompts(tmp_path: Path) -> None:
@@ -571,13 +578,14 @@ def test_a_check_looks_for_data_set_subset_and_split_without_the_rows(tmp_path: 
     choices = [
         {"dataset": HUB_NAME},
         {"dataset": {"name": HUB_NAME, "split": "train[:1]"}},
+        {"dataset": {"name": HUB_NAME, "split": "train[:1]+train[1:]"}},
         {"dataset": {"name": HUB_NAME, "split": "test"}},
         {"prompts": {"type": "huggingface", "dataset": HUB_NAME, "subset": "other"}},
         {"dataset": "owner/missing"},
     ]
     with serving_hub() as address:
         *good, split, subset, missing = check_apart(choices, tmp_path, HF_ENDPOINT=address)
-    assert good == [None, None]
+    assert good == [None, None, None]
     assert split == [True, f"data set {HUB_NAME} ({HUB_NAME}, split test): it has no split test; it has train"]
     assert ([subset[0], missing[0]], "other" in subset[1]) == ([True, True], True)
     assert not list(tmp_path.rglob("*.arrow"))
