@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -152,6 +153,7 @@ def own_call() -> list[str]:
     """The words that started lem, for commands that are to be copied; `lem` where it is on PATH."""
     started = Path(sys.argv[0])
     is_own = started.suffix == ".pyz" or started.parts[-2:] == ("lem", "__main__.py")
+    is_own = is_own or (started.name == "lem" and shutil.which("lem") != str(started))
     return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1] if is_own else ["lem"]
 
 

@@ -26,14 +26,13 @@ from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.orchestration.manifest import ManifestManager
 from lem.orchestration.status import digests_of, find_manifest, state_folders
 from lem.record import CONFIG_FILE, PROMPTS_FILE, RESULT_FILE
-from lem.results.store import DigestKey, Digests, Problem, Repository, Scan, StoredResult, digest_key
+from lem.results.store import DigestKey, Digests, Problem, Repository, Scan, StoredResult, digest_key, run_time
 from lem.worker.prompts import PromptError, fingerprint, read_prompt_file
 
 SCHEMA_VERSION = 1
 
-# What the folder of an attempt, experiment, run and campaign hold, in this order.
-_BELOW = (RESULT_FILE, "attempt-*/", "*/attempt-*/", "*/*/attempt-*/")
-_RUN, _CAMPAIGN = 2, 3
+# What the folder of an attempt, experiment, run (or part of one) and campaign hold, in this order.
+_BELOW = (RESULT_FILE, "attempt-*/", "*/attempt-*/", "*/*/attempt-*/", "*/*/*/attempt-*/")
 _SHOWN = 5  # differences of a result in the text
 
 
@@ -164,23 +163,24 @@ def _by_name(results_dir: Path, wanted: str) -> Iterator[Scan]:
 def _by_path(path: Path) -> Iterator[Scan]:
     """What is below a path; UserError where that is no part of a results folder."""
     folder = (path if path.is_dir() else path.parent).resolve()
-    depth = next((depth for depth, pattern in enumerate(_BELOW) if next(folder.glob(pattern), None) is not None), None)
-    if depth is None or len(folder.parts) < len(_BELOW) + 1:
+    first = next((found for pattern in _BELOW for found in folder.glob(pattern)), None)
+    experiment = (folder if first is None or first.name == RESULT_FILE else first).parent
+    run = experiment.parent
+    if run_time(run.name) is None and run_time(run.parent.name) is not None:  # the folder of a part
+        run = run.parent
+    if first is None or len(run.parts) < len(("/", "campaign", "run")) or folder in run.parent.parents:
         known = f"a {RESULT_FILE}, or the folder of an attempt, experiment, run or campaign"
         raise UserError(f"{path}: no results in it", f"name {known}")
-    if depth == _CAMPAIGN:
-        yield Repository(folder.parent, folder.name).scan(is_checked=True)
-    elif depth == _RUN:
-        yield Repository(folder.parents[1], folder.parent.name).scan(folder.name, is_checked=True)
+    repository = Repository(run.parents[1], run.parent.name)
+    if folder in (experiment, *experiment.glob("attempt-*/")):
+        scan = repository.check(run.name, experiment.name)
     else:
-        experiment = folder if depth else folder.parent
-        repository = Repository(experiment.parents[2], experiment.parents[1].name)
-        scan = repository.check(experiment.parent.name, experiment.name)
-        yield dataclasses.replace(
-            scan,
-            results=tuple(item for item in scan.results if item.path.is_relative_to(folder)),
-            problems=tuple(item for item in scan.problems if item.path.is_relative_to(folder)),
-        )
+        scan = repository.scan(None if folder == run.parent else run.name, is_checked=True)
+    yield dataclasses.replace(
+        scan,
+        results=tuple(item for item in scan.results if item.path.is_relative_to(folder)),
+        problems=tuple(item for item in scan.problems if item.path.is_relative_to(folder)),
+    )
 
 
 # Digests and figures

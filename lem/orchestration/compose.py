@@ -361,7 +361,10 @@ def _existing_volumes(compose: Compose, version: tuple[int, ...]) -> dict[str, A
     """Named volumes that the user's own project already has: those of lem's project would be new and empty."""
     if not compose.volumes:
         return {}
-    own = replace(compose, project="").volumes
+    try:
+        own = replace(compose, project="").volumes
+    except ContainerError:  # Compose cannot name a project after the folder, so the user has none
+        return {}
     tag = _REPLACED if version >= _REPLACES_LISTS else ""
     return {
         f"{key}{tag}": {"name": own[key], "external": True}

@@ -182,6 +182,8 @@ class Command:
             off = {name for name, item in services.items() if item and item.get("profiles")}
             off = {name for name in off if not enabled & {"*", *services[name]["profiles"]}}
             services = {name: item for name, item in services.items() if name not in off}
+        if self.state.get("unnamed") and "--project-name" not in sys.argv:
+            raise Refused("project name must not be empty", 15)
         print(json.dumps({"name": "p", "services": services, "volumes": self.volumes(sys.argv)}, indent=2))
 
     def volumes(self, words: list[str]) -> dict[str, Any]:

@@ -224,3 +224,11 @@ def test_what_lem_suggests_can_be_copied_from_every_way_to_start_it(folder: Path
     last = ended.stderr.decode().splitlines()[-1]
     assert last == f"next: {shlex.join([sys.executable, '-m', 'lem', 'campaign', 'c.yaml', '--executor', 'local'])}"
     assert b"next:" not in lem("campaign", "c.yaml", "--dry-run", "--executor", "local", "-q").stderr
+    program = folder / "bin" / "lem"
+    program.parent.mkdir()
+    program.write_text("import lem.__main__\nlem.__main__.run()\n", encoding="utf-8")
+    program.chmod(0o755)
+    command = (sys.executable, str(program), "config", "validate", "c.yaml")
+    for path, words in ((os.environ["PATH"], command[:2]), (f"{program.parent}:{os.environ['PATH']}", ("lem",))):
+        last = started(*command, environ={"PATH": path}).stderr.decode().splitlines()[-1]
+        assert last == f"next: {shlex.join([*words, 'campaign', 'c.yaml', '--dry-run'])}"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,20 @@ def test_one_result_can_be_named_by_its_file_folders_or_name(place: Path) -> Non
             [str(path)],
             [str(path.relative_to(place))],
         )
+
+
+@pytest.mark.parametrize("levels", range(6))
+def test_results_of_the_parts_of_a_plan_can_be_named_by_every_folder(place: Path, levels: int) -> None:
+    run = place / "results" / "demo" / RUN
+    experiments = []
+    for number, experiment in enumerate(sorted(run.glob("*-c*")), 1):
+        (run / f"part-{number}").mkdir()
+        experiments.append(Path(shutil.move(experiment, run / f"part-{number}")))
+    first = experiments[0]
+    wanted = [first / "attempt-1" / "result.json", first / "attempt-1", first, first.parent, run, run.parent]
+    found = document(str(wanted[levels]))
+    assert (found["problems"], len(found["results"])) == ([], 1 if levels < 4 else 2)
+    assert {item["verdict"] for item in found["results"]} == {"agrees"}
 
 
 def test_a_throughput_edited_by_hand_is_found_by_its_digest(place: Path) -> None:

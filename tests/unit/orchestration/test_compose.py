@@ -225,6 +225,11 @@ def test_volumes_that_the_user_s_own_project_has_are_used(
     assert volumes == {"hub": {"name": "user_hub", "external": True}}
 
 
+def test_a_folder_after_which_no_project_can_be_named_has_no_volumes(fake: FakeDocker, tmp_path: Path) -> None:
+    fake.change(unnamed=True, volumes=["user_hub"], declared={"hub": {}})
+    assert json.loads(override(fake, tmp_path).partition("\n")[2].replace("!override ", ""))["volumes"] == {}
+
+
 @pytest.mark.parametrize(
     ("options", "user", "mode"),
     [
