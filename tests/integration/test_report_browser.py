@@ -90,6 +90,19 @@ OPEN_ALL = "for (const item of document.querySelectorAll('details')) item.open =
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 HIDDEN = """[...document.querySelectorAll(".scroll")].filter(item => item.scrollWidth > item.clientWidth + 1)
     .map(item => item.getAttribute("aria-label"))"""
+UNNAMED = """[...document.querySelectorAll(".cards tbody :is(th, td)")]
+    .filter(cell => cell.checkVisibility() && !cell.textContent.trim()).map(cell => cell.parentElement.textContent)"""
+# Texts of drawings that are cut off, lie on another text, or are smaller than ten pixels.
+ILLEGIBLE = """() => [...document.querySelectorAll("svg[role=img]")].flatMap(svg => {
+    const outer = svg.getBoundingClientRect(), scale = svg.getScreenCTM().a;
+    const texts = [...svg.querySelectorAll("text")].map(text => [text, text.getBoundingClientRect()]);
+    const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 4 && b.top < a.bottom - 4;
+    return texts.flatMap(([text, box], index) => [
+        ...box.left < outer.left - 1 || box.right > outer.right + 1 || box.bottom > outer.bottom + 1 ? ["cut"] : [],
+        ...texts.slice(index + 1).filter(([, other]) => meet(box, other)).map(([other]) => other.textContent),
+        ...scale * parseFloat(getComputedStyle(text).fontSize) < 10 ? ["small"] : [],
+    ].map(found => [svg.querySelector("title").textContent, text.textContent, found]));
+})"""
 PLOTS = """() => [...document.querySelectorAll("svg[role=img]")].map(svg => [
     svg.querySelector(":scope > title").textContent,
     document.getElementById(svg.getAttribute("aria-labelledby")) === svg.querySelector(":scope > title"),
@@ -108,6 +121,7 @@ def test_a_page_fetches_nothing_fits_its_window_and_is_accessible(
         found.evaluate(OPEN_ALL)
         assert found.evaluate(OVERFLOW) == 0
         hidden = found.evaluate(HIDDEN)
+        assert (found.evaluate(UNNAMED) if width == 390 else [], found.evaluate(ILLEGIBLE)) == ([], [])
         assert hidden == [] or (width > 390 and "Table of all configurations" not in hidden)
         plots = found.evaluate(PLOTS)
         assert len(plots) >= 4

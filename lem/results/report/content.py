@@ -163,14 +163,15 @@ class Report:
         return self.headline is ENERGY
 
     def unbroken(self, text: str) -> Markup:
-        """The text; where a line is too short for the name of a configuration, the whole name is on the next one."""
+        """The text; a name that does not fit on a line is on the next one, whole, with its number and punctuation."""
         return Markup(self._names.sub(r"<span class=name>\g<0></span>", escape(text)))
 
     @functools.cached_property
     def _names(self) -> re.Pattern[str]:
         known = {escape(name) for entry in self.entries for name in (entry.name, entry.label) if "-" in name}
         longest_first = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
-        return re.compile(rf"(?<![\w-])(?:{longest_first})(?![\w-])" if known else r"(?!)")
+        around = r"(?<![\w-])\(?(?:\d+ )?[(“]?", r"(?![\w-])[”),.;:]*"
+        return re.compile(f"{around[0]}(?<![\\w-])(?:{longest_first}){around[1]}" if known else r"(?!)")
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

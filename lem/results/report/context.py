@@ -20,7 +20,7 @@ from lem.results.trends import DRIFT_FLAGGED, FALSE_ALARMS, change_of, drift_of,
 
 # --- the headline metric over two axes of the grid
 
-_CELL_WIDTH, _CELL_HEIGHT, _GRID_TOP = 74.0, 34.0, 62.0
+_CELL_WIDTH, _CELL_HEIGHT, _GRID_TOP = 74.0, 34.0, 76.0
 _FACETS = 6
 _HALF_PAGE = 600
 
@@ -98,8 +98,9 @@ def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[Entry
         values = [value for entry in found if (value := entry.centre(report.headline)) is not None]
         squares[key] = _Square(found, (min if report.has_energy else max)(values, default=None))
     across, up = _short(grid.across), _short(grid.up)
-    left = 34 + 7.6 * max(min(len(value), 22) for value in (*grid.rows, up))
-    width = max(left + _CELL_WIDTH * len(grid.columns) + 16, 280)
+    left = 20 + 8.4 * max(min(len(value), 22) for value in grid.rows)
+    names_width = plot.AXIS_LETTER_WIDTH * (max(len(across), len(up)) + 2)
+    width = max(left + _CELL_WIDTH * len(grid.columns) + 4, names_width, 280)
     unit = f"J per output token{report.estimate_note}" if report.has_energy else "output tok/s"
     what = "energy" if report.has_energy else "throughput"
     caption = [f"Geometric means, {unit}; darker means more. Hatched: every attempt failed or was invalid."]
@@ -129,8 +130,8 @@ def _squares(identifier: str, grid: _Grid, squares: Mapping[tuple[str, str], _Sq
     hatch = marks(["M-2 2L2 -2M0 8L8 0M6 10L10 6"], "hatch")
     name = f"{identifier}-hatch"
     yield tag("defs", tag("pattern", hatch, id=name, width="8", height="8", patternUnits="userSpaceOnUse"))
-    yield text(left, 18, f"{_short(grid.across)} →", "axis")
-    yield text(left - 10, _GRID_TOP - 10, f"{_short(grid.up)} ↓", "axis", "end")
+    yield text(2, 18, f"{_short(grid.across)} →", "axis")
+    yield text(2, 40, f"{_short(grid.up)} ↓", "axis")
     for column, value in enumerate(grid.columns):
         yield text(left + _CELL_WIDTH * (column + 0.5), _GRID_TOP - 10, _clip(value, 11), anchor="middle")
     for row, up in enumerate(grid.rows):
@@ -169,7 +170,6 @@ def _clip(value: str, width: int) -> str:
 
 # --- the metrics in the order of execution: whether the machine changed during the campaign
 
-_WIDTH, _LEFT, _RIGHT = 640.0, 58.0, 626.0
 _ORDER_HEIGHT, _ORDER_TOP, _ORDER_BOTTOM = 300.0, 34.0, 252.0
 
 
@@ -196,9 +196,8 @@ def _order(metric: Metric, report: Report) -> Markup:
     shares = [100 * change_of(log) for log in without_means([math.log(value) for *_, value in values], numbers)]
     flagged = 100 * DRIFT_FLAGGED
     reach = max(flagged, *map(abs, shares)) * 1.1
-    x_scale = Scale(0, places[-1] + 1, _LEFT, _RIGHT)
+    x_scale = Scale(0, places[-1] + 1, plot.LEFT, plot.RIGHT)
     y_scale = Scale(-reach, reach, _ORDER_BOTTOM, _ORDER_TOP)
-    label = f"Difference from its configuration's mean, %{report.estimate_note if metric is ENERGY else ''}"
     top, bottom, half = y_scale(flagged / 2), y_scale(-flagged / 2), 100 * drift.change / 2
     fitted = [(x_scale(places[0]), y_scale(-half)), (x_scale(places[-1]), y_scale(half))]
     dots: dict[int, list[str]] = {}
@@ -208,16 +207,17 @@ def _order(metric: Metric, report: Report) -> Markup:
         cycle, difference = record.identity.cycle_index + 1, Cell(f"{share:+.2f} %", share, is_number=True)
         rows.append([place, entry.number, entry.label, cycle, plot.number_cell(value), difference])
     chance = "" if drift.is_significant or drift.ci_lower is None else "; this may be chance"
-    finding = f"{name} {drift.moved} from the first experiment to the last ({drift.interval}{chance})."
+    note = report.estimate_note if metric is ENERGY else ""
+    finding = f"{name}{note} {drift.moved} from the first experiment to the last ({drift.interval}{chance})."
     return Plot(
         identifier,
         heading,
         f"{plural(len(values), 'valid value')} in percent of their configuration's mean, with a fitted line. {finding}",
-        (_WIDTH, _ORDER_HEIGHT),
+        (plot.WIDTH, _ORDER_HEIGHT),
         [
-            tag("rect", x=_LEFT, y=top, width=_RIGHT - _LEFT, height=bottom - top, class_="band window"),
-            plot.horizontal_axis(x_scale, _ORDER_BOTTOM, _ORDER_TOP, "Position in the order of execution", count=8),
-            plot.vertical_axis(y_scale, _LEFT, _RIGHT, label, count=5),
+            tag("rect", x=plot.LEFT, y=top, width=plot.RIGHT - plot.LEFT, height=bottom - top, class_="band window"),
+            plot.horizontal_axis(x_scale, _ORDER_BOTTOM, _ORDER_TOP, "Position in the order of execution", count=5),
+            plot.vertical_axis(y_scale, plot.LEFT, plot.RIGHT, "Difference from its configuration's mean, %", count=5),
             *(marks(dots[group], f"dots g{group}") for group in sorted(dots)),
             marks([plot.line_to(*fitted)], "front"),
         ],
@@ -257,12 +257,14 @@ _SHADES = {
 
 def traces_section(report: Report) -> Markup:
     notes = [tag("p", f"Not shown: {note}", class_="absent") for note in report.unread]
-    if not report.traces:
+    traces = [(record, trace) for record, trace in report.traces if _moments(trace)]
+    if not traces:
         reason = "No experiment has a sample log: no meter ran, or timeseries.save is off."
         if report.n_logs:
-            reason = "None of the sample logs can be read."
+            found = "contains power or temperature" if report.traces else "can be read"
+            reason = f"None of the sample logs {found}."
         return join([plot.no_plot("trace", "Power and temperature over time", reason), *notes])
-    figures = [_trace(f"trace-{number}", record, trace) for number, (record, trace) in enumerate(report.traces, 1)]
+    figures = [_trace(f"trace-{number}", record, trace) for number, (record, trace) in enumerate(traces, 1)]
     parts: list[Markup] = []
     if len(figures) < report.n_logs:
         order = "the invalid and throttled ones first, then one cycle of each configuration in the order of the table"
@@ -275,6 +277,10 @@ def traces_section(report: Report) -> Markup:
     return join([*parts, *notes])
 
 
+def _moments(trace: Trace) -> list[float]:
+    return [point[0] for series in (*trace.power, *trace.temperature) for point in series.points if point]
+
+
 def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
     identity, gap_s = record.identity, record.window.gap_s
     attempt = f", attempt {identity.attempt}" if identity.attempt > 1 else ""
@@ -283,13 +289,10 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
     phases = trace.phases
     if gap_s and phases:  # it was before the log began
         phases = (Phase(_GAP, phases[0].begin_s - gap_s, phases[0].begin_s), *phases)
-    moments = [point[0] for series in (*trace.power, *trace.temperature) for point in series.points if point]
-    end = max([*(phase.end_s for phase in phases), *moments], default=0.0)
+    end = max([*(phase.end_s for phase in phases), *_moments(trace)], default=0.0)
     begin = min((phase.begin_s for phase in phases), default=0.0)
-    time = Scale(begin, max(end, begin + 1), _LEFT, _RIGHT)
+    time = Scale(begin, max(end, begin + 1), plot.LEFT, plot.RIGHT)
     panels, bottom = _panels(trace, time)
-    if not panels:
-        return plot.no_plot(identifier, heading, "Its sample log contains neither power nor temperature.")
     faults = trace.slowed_s
     lines = [item.label for item in trace.power or trace.temperature]
     return Plot(
@@ -298,12 +301,12 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
         f"Power{' and temperature' if trace.temperature else ''} over {format_duration(end - begin)}: "
         + ", ".join(f"{_phase(phase)} {format_duration(phase.end_s - phase.begin_s)}" for phase in phases)
         + (f"; throttled in {plural(len(faults), 'period')}" if faults else "; not throttled"),
-        (_WIDTH, bottom + 44),
+        (plot.WIDTH, bottom + 44),
         [
             *_shades(phases, time, bottom),
             *panels,
             *_slowdowns(trace, time, bottom),
-            plot.horizontal_axis(time, bottom, bottom, "Time, s", count=8),
+            plot.horizontal_axis(time, bottom, bottom, "Time, s", count=5),
         ],
         [
             plot.legend(((marks(["M0 7h28"], f"line g{n % GROUPS_MAX}"), name) for n, name in enumerate(lines)), 28),
@@ -332,7 +335,7 @@ def _panels(trace: Trace, time: Scale) -> tuple[list[Markup], float]:
         rise = 16.0 if panels else 24.0  # above the first panel are the names of the phases
         bottom = top + height
         scale = replace(plot.fitting_scale(values, bottom, top, is_from_zero=lines is trace.power), is_log=False)
-        axis = plot.vertical_axis(scale, _LEFT, _RIGHT, label, count=count, rise=rise)
+        axis = plot.vertical_axis(scale, plot.LEFT, plot.RIGHT, label, count=count, rise=rise)
         paths = []
         for index, item in enumerate(lines):
             strokes = (list(points) for is_there, points in itertools.groupby(item.points, bool) if is_there)

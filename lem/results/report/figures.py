@@ -18,8 +18,7 @@ from lem.results.run import ENERGY, THROUGHPUT
 
 # --- energy against speed: which configurations no other beats in both
 
-_SIZE = (560.0, 420.0)
-_LEFT, _TOP, _BOTTOM, _PARETO_RIGHT = 58.0, 34.0, 372.0, 540.0
+_TOP, _BOTTOM = 50.0, 330.0
 # With more points only those on the frontier have a number and a tooltip.
 _NUMBERED = 24
 _NAMED = 12
@@ -72,7 +71,7 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, report: Repor
         return plot.no_plot(identifier, title, "No configuration has a valid result with both values.")
     best = sorted((point for point in points if point.is_best), key=lambda p: p.x, reverse=not across.is_less_better)
     fronts = [*_fronts(best)]
-    x_scale = plot.fitting_scale(_extent((point.x, point.x_span) for point in points), _LEFT, _PARETO_RIGHT)
+    x_scale = plot.fitting_scale(_extent((point.x, point.x_span) for point in points), plot.LEFT, plot.RIGHT)
     y_scale = plot.fitting_scale(_extent((point.y, point.y_span) for point in points), _BOTTOM, _TOP)
     grey = len(points) - len(best)
     corner = {(True, True): "↙ lower left", (True, False): "↘ lower right", (False, True): "↖ upper left"}
@@ -81,11 +80,11 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, report: Repor
         identifier,
         title,
         f"{plural(len(points), 'configuration')} as points with crosses for their intervals. {' '.join(fronts)}",
-        _SIZE,
+        (plot.WIDTH, _BOTTOM + 46),
         [
             plot.horizontal_axis(x_scale, _BOTTOM, _TOP, across.label),
-            plot.vertical_axis(y_scale, _LEFT, _PARETO_RIGHT, up.label + up.note),
-            text(_PARETO_RIGHT, _TOP - 10, f"better: {better}", "hint", "end"),
+            plot.vertical_axis(y_scale, plot.LEFT, plot.RIGHT, up.label, rise=32),
+            text(4, _TOP - 12, " · ".join(filter(None, (up.note.strip(), f"better: {better}"))), "hint"),
             *_pareto_marks(points, x_scale, y_scale),
         ],
         [
@@ -191,7 +190,7 @@ def _pareto_table(points: Sequence[_Point], across: _Axis, up: _Axis) -> Markup:
 
 # --- rows of configurations: cycles and latency
 
-_WIDTH, _RIGHT, _ROWS_TOP, _ROW = 640.0, 626.0, 14.0, 22.0
+_ROWS_TOP, _ROW = 14.0, 22.0
 _PER_PLOT = 40
 
 _Rows = Sequence[tuple[Entry, float]]
@@ -222,9 +221,9 @@ def _paged(heading: str, entries: Sequence[Entry], draw: Callable[[str, _Rows, f
 
 # --- every cycle as a dot, and the interval over them
 
-# Two drawings side by side: the values, and their distances from the configuration's mean, which would be invisible
-# among the values of configurations that differ by much.
-_BETWEEN, _VALUES_SHARE, _REACH_MAX = 26.0, 0.38, 50.0
+# Two drawings, one above the other: the values, and their distances from the configuration's mean, which would be
+# invisible among the values of configurations that differ by much.
+_BETWEEN, _SHARES_BEGIN, _REACH_MAX = 36.0, 40.0, 50.0
 
 
 def cycles_section(report: Report) -> Markup:
@@ -238,12 +237,11 @@ def _cycles(metric: Metric, report: Report) -> Markup:
     if not values:
         return plot.no_plot(identifier, heading, "No result has a value.")
     begin = plot.label_room(_cycles_label(entry, metric) for entry in report.entries)
-    middle = begin + _VALUES_SHARE * (_RIGHT - begin)
     reach = _reach(metric, report.entries)
-    scales = (plot.fitting_scale(values, begin, middle), Scale(-reach, reach, middle + _BETWEEN, _RIGHT))
+    scales = (plot.fitting_scale(values, begin, plot.RIGHT), Scale(-reach, reach, _SHARES_BEGIN, plot.RIGHT))
 
     def draw(suffix: str, rows: _Rows, bottom: float) -> Plot:
-        entries = [entry for entry, _ in rows]
+        entries, below = [entry for entry, _ in rows], bottom + _BETWEEN
         caption = [
             "Dot: a valid cycle. ×: an invalid attempt, excluded; drawn at the edge when it is farther off.",
             "Bar: 95 % t interval. Tick: geometric mean.",
@@ -253,15 +251,16 @@ def _cycles(metric: Metric, report: Report) -> Markup:
         return Plot(
             identifier + suffix,
             heading,
-            f"{plural(len(entries), 'configuration')} as rows, the values on the left and their difference from the "
-            "mean on the right: a dot for every valid cycle, a diagonal cross for every invalid attempt, a bar for the "
-            "t interval with a tick at the geometric mean.",
-            (_WIDTH, bottom + 46),
+            f"{plural(len(entries), 'configuration')} as rows, the values above and their difference from the mean "
+            "below: a dot for every valid cycle, a diagonal cross for every invalid attempt, a bar for the t interval "
+            "with a tick at the geometric mean.",
+            (plot.WIDTH, bottom + below + 46),
             [
-                plot.horizontal_axis(scales[0], bottom, _ROWS_TOP, label, count=3),
-                plot.horizontal_axis(scales[1], bottom, _ROWS_TOP, "Difference from its mean, %", count=5),
+                plot.horizontal_axis(scales[0], bottom, _ROWS_TOP, label, count=4),
+                plot.horizontal_axis(scales[1], bottom + below, _ROWS_TOP + below, "Difference from its mean, %"),
                 plot.row_labels([(entry.number, _cycles_label(entry, metric), y) for entry, y in rows], begin),
-                *_cycles_marks(metric, rows, *scales),
+                plot.row_labels([(entry.number, "", y + below) for entry, y in rows], begin),
+                *_cycles_marks(metric, rows, *scales, below),
             ],
             caption,
             _cycles_table(metric, label, entries),
@@ -291,7 +290,7 @@ def _values(metric: Metric, entry: Entry, *, is_used: bool) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _cycles_marks(metric: Metric, rows: _Rows, values: Scale, shares: Scale) -> Iterator[Markup]:
+def _cycles_marks(metric: Metric, rows: _Rows, values: Scale, shares: Scale, below: float) -> Iterator[Markup]:
     """Bars, ticks, dots and crosses, one path for each group: a thousand rows must take few bytes."""
 
     def share_of(centre: float) -> Callable[[float], float]:
@@ -305,18 +304,18 @@ def _cycles_marks(metric: Metric, rows: _Rows, values: Scale, shares: Scale) -> 
     for entry, y in rows:
         counted, left_out = (_values(metric, entry, is_used=is_used) for is_used in (True, False))
         centre, span = entry.centre(metric), entry.span(metric)
-        places: list[Callable[[float], float]] = [values]
+        places: list[tuple[Callable[[float], float], float]] = [(values, y)]
         if centre is None:
             remark = "no geometric mean" if counted else "not measured" if entry.used else "no valid result"
-            remarks.append(text(shares.begin + 8, y + 4, remark, "absent"))
+            remarks.append(text(shares.begin + 8, y + below + 4, remark, "absent"))
         else:
-            places.append(share_of(centre))
-        for place in places:
-            dots[entry.group] += [spot(place(value), y, plot.DOT) for value in counted]
-            crosses += [spot(place(value), y, plot.CROSS) for value in left_out]
+            places.append((share_of(centre), y + below))
+        for place, height in places:
+            dots[entry.group] += [spot(place(value), height, plot.DOT) for value in counted]
+            crosses += [spot(place(value), height, plot.CROSS) for value in left_out]
             if centre is not None:
-                ticks.append(spot(place(centre), y - 8, plot.TICK))
-                bars[entry.group] += [_bar(place(span[0]), y, place(span[1]))] if span else []
+                ticks.append(spot(place(centre), height - 8, plot.TICK))
+                bars[entry.group] += [_bar(place(span[0]), height, place(span[1]))] if span else []
     for group, own in bars.items():
         yield marks(own, f"bar g{group}")
         yield marks(dots[group], f"dots g{group}")
@@ -381,7 +380,7 @@ def _percentiles(entry: Entry, kind: str) -> _Percentiles:
 
 def _latency(kind: str, name: str, entries: Sequence[Entry], found: Mapping[int, _Percentiles]) -> Markup:
     values = [value for item in found.values() for value in item.values()]
-    scale = plot.fitting_scale(values, plot.label_room(entry.label for entry in entries), _RIGHT)
+    scale = plot.fitting_scale(values, plot.label_room(entry.label for entry in entries), plot.RIGHT)
 
     def draw(suffix: str, rows: _Rows, bottom: float) -> Plot:
         page = [entry for entry, _ in rows]
@@ -390,7 +389,7 @@ def _latency(kind: str, name: str, entries: Sequence[Entry], found: Mapping[int,
             name,
             f"{plural(len(page), 'configuration')} as rows: a tick at the median, bars that get thinner at the 90th, "
             "95th and 99th percentile, a ring at the mean, a small dot for the median of each cycle.",
-            (_WIDTH, bottom + 46),
+            (plot.WIDTH, bottom + 46),
             [
                 plot.horizontal_axis(scale, bottom, _ROWS_TOP, f"{name}, s", count=5),
                 plot.row_labels([(entry.number, entry.label, y) for entry, y in rows], scale.begin),

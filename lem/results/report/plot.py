@@ -28,9 +28,12 @@ class Markup(str):
     __slots__ = ()
 
 
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=[%×]|(?:J|W|s|ms|tok/s)\b)")
+
+
 def escape(text: str) -> Markup:
-    """The text as content or attribute value, on one line, unprintable characters replaced."""
-    return Markup(html.escape(printable(text)))
+    """The text as content or attribute value, unprintable characters replaced; a number and its unit stay together."""
+    return Markup(html.escape(_BEFORE_UNIT.sub("\u00a0", printable(text))))
 
 
 def join(parts: Iterable[str], separator: str = "") -> Markup:
@@ -84,7 +87,7 @@ class Cell:
     def render(self, *, is_sortable: bool) -> Markup:
         """The element, without optional end tag and quotes: a large page has tens of thousands of cells."""
         if not self.is_number:
-            return Markup(f"<td class=t>{self.content}")
+            return Markup(f"<td class={'t' if self.content else 'none'}>{self.content}")
         if not is_sortable:
             return Markup(f"<td>{self.content}")
         return Markup(f'<td data-v="{"" if self.value is None else f"{self.value:.7g}"}">{self.content}')
@@ -278,7 +281,9 @@ def tick_text(value: float) -> str:
 # The colours of Okabe and Ito ("Color universal design", 2008) are the classes g0 to g7 of the style sheet; each has a
 # shape of its own for readers who do not see colour.
 GROUPS_MAX = 8
-_DIGIT_WIDTH, _LETTER_WIDTH = 7.6, 6.7
+# A drawing as wide as a phone is scaled by little there. Widths of characters are those of the larger type of a phone.
+WIDTH, LEFT, RIGHT = 440.0, 58.0, 420.0
+_DIGIT_WIDTH, _LETTER_WIDTH, AXIS_LETTER_WIDTH = 9.2, 7.2, 9.6
 _SHAPES = (
     "m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",
     "m-4 -4h8v8h-8z",
@@ -340,12 +345,12 @@ def horizontal_axis(scale: Scale, y: float, top: float, label: str, *, count: in
     for value in scale.ticks(count):
         x = scale(value)
         half = _DIGIT_WIDTH * len(tick_text(value)) / 2
-        if x - half >= free_from:
+        if x - half >= free_from and x + half <= WIDTH:
             free_from = x + half + _DIGIT_WIDTH
             grid.append(spot(x, top, f"V{number_text(y)}"))
             labels.append(text(x, y + 16, tick_text(value), anchor="middle"))
-    name = text((scale.begin + scale.end) / 2, y + 36, label, "axis", "middle")
-    return join([marks(grid, "grid"), *labels, name])
+    middle = min((scale.begin + scale.end) / 2, WIDTH - AXIS_LETTER_WIDTH * len(label) / 2)
+    return join([marks(grid, "grid"), *labels, text(middle, y + 36, label, "axis", "middle")])
 
 
 def vertical_axis(scale: Scale, x: float, right: float, label: str, *, count: int = 6, rise: float = 10) -> Markup:
@@ -359,7 +364,7 @@ def vertical_axis(scale: Scale, x: float, right: float, label: str, *, count: in
 def row_labels(rows: Sequence[tuple[int, str, float]], right: float) -> Markup:
     """Number and name at the left of each row (number, name, y), whose drawing begins at `right`."""
     numbers = (text(0, y + 4, str(number)) for number, _, y in rows)
-    names = (text(0, y + 4, label) for _, label, y in rows)
+    names = (text(0, y + 4, label) for _, label, y in rows if label)
     keys = tag("g", *numbers, class_="keys", transform="translate(22)")
     return join([keys, tag("g", *names, class_="names", transform=f"translate({number_text(right - 10)})")])
 

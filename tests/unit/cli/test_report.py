@@ -174,8 +174,10 @@ def test_a_log_without_readings_is_an_empty_trace() -> None:
     header = SampleHeader(NS, "2026-07-14T10:00:00.000Z", "lab1", 100, gpu_error="no GPU")
     trace = trace_of(SampleLog(header), [])
     assert (trace.power, trace.temperature, trace.phases) == ((), (), ())
-    page = render_report(dataclasses.replace(compose(make_run([make_record()])), traces=((make_record(), trace),)))
-    assert "Its sample log contains neither power nor temperature." in page
+    report = compose(make_run([make_record()]))
+    page = render_report(dataclasses.replace(report, traces=((make_record(), trace),), n_logs=1))
+    assert 'id="traces"' not in page
+    assert 'id="trace"' in page.partition('<section id="absent"')[2]
 
 
 def test_thinning_keeps_peaks_lows_and_holes() -> None:

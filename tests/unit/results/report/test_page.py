@@ -243,6 +243,15 @@ def test_no_heading_is_above_an_empty_section(records: list[Record]) -> None:
     assert page.count("<li><a href=") == len(sections)
 
 
+def test_a_name_keeps_its_number_and_punctuation_and_a_number_keeps_its_unit() -> None:
+    report = compose(make_run(campaign(Configuration("a-b"), Configuration("a-b-c", batch_size=2))))
+    found = report.unbroken("1 % of 5 results (1 a-b, 2 “a-b-c”): 0.5 J, 3 steps, no a-b-d")
+    whole = ["(1 a-b,", "2 “a-b-c”):"]
+    assert re.findall("<span class=name>(.*?)</span>", found) == whole
+    assert found.replace("\u00a0", "_").startswith("1_% of 5 results <span")
+    assert found.replace("\u00a0", "_").endswith("</span> 0.5_J, 3 steps, no a-b-d")
+
+
 def test_the_cells_of_cards_are_named_by_headings_that_cannot_leave_the_style() -> None:
     page = page_of(campaign(Configuration("a", batch_size=1, options={"x": "</style><script>"})))
     (style,) = re.findall("<style>(.*?)</style>", page, re.DOTALL)
