@@ -22,6 +22,7 @@ from lem.config.terms import value_named
 T = TypeVar("T")
 Path = tuple["str | int", ...]
 
+MAX_SHOWN_PROBLEMS = 100
 MAX_SHOWN_VALUE = 60
 # Longer numbers are unreadable, and one above 10**308 cannot be formatted at all.
 MAX_SHOWN_DIGITS = 15

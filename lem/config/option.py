@@ -301,6 +301,8 @@ def _note_unknown(section: type[Section], key: Any, path: kinds.Path, sink: kind
         return
     if "." in key and find_option(section, key) is not None:
         remedy, near = f"nest it: {' '.join(f'{part}:' for part in key.split('.'))} …", None
+    elif len(sink.problems) >= kinds.MAX_SHOWN_PROBLEMS:
+        remedy, near = "", None  # a file of another kind, and looking for what is meant takes milliseconds
     else:
         at = [part for part in path if isinstance(part, str)]
         own, known = [*declared(section), *section.aliases], _names(sink.root)
@@ -332,9 +334,12 @@ def check_partial(section: type[Section], mapping: Any, chosen: Collection[str] 
     return tuple(sink.problems)
 
 
-def secrets_of(section: type[Section]) -> list[str]:
-    """The dotted names of the options that are never shown."""
-    return [name for name, item, _ in walk(section) if item.secret]
+def _list_secrets(section: type[Section]) -> tuple[str, ...]:
+    return tuple(name for name, item, _ in walk(section) if item.secret)
+
+
+# The dotted names of the options that are never shown.
+secrets_of = typing.cast("Callable[[type[Any]], tuple[str, ...]]", functools.cache(_list_secrets))
 
 
 def is_secret(section: type[Section], path: kinds.Path) -> bool:

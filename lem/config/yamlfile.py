@@ -19,7 +19,7 @@ from lem.base.errors import ConfigurationError
 from lem.base.units import MIB
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import ConfigProblems, Path, Problem
+from lem.config.kinds import MAX_SHOWN_PROBLEMS, ConfigProblems, Path, Problem
 from lem.config.option import is_secret, redacted
 from lem.config.scalars import ExpansionError, expand, resolve_plain
 
@@ -32,7 +32,6 @@ except ImportError:  # an installation has PyYAML beside lem, not inside it
 MAX_FILE_B = 16 * MIB
 MAX_DEPTH = 64
 MAX_VALUES = 200_000
-MAX_SHOWN_PROBLEMS = 100
 MAX_SHOWN_LINE = 100
 
 _KEY = re.compile(r"([\w.-]+)[\"']?\s*:")

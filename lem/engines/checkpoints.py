@@ -31,7 +31,7 @@ from lem.base.variables import DOWNLOAD_ONCE, is_cache_read_only
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import Folders, model_error, out_of_memory, shortened
 from lem.engines.named import ADAPTER, DRAFTER, TOKENIZER, NamedModel, named_models
-from lem.engines.texts import sure_lengths, too_long
+from lem.engines.texts import allows_more, sure_lengths, too_long
 
 _logger = logging.getLogger(__name__)
 
@@ -234,7 +234,8 @@ def _check_lengths(config: ExperimentConfig, folder: Path) -> None:
     except (*MODEL_FAILURES, ImportError):
         return
     rope = getattr(text_shape(shape), "rope_scaling", None) or {}
-    positions = None if rope.get("factor") else positions_of(shape)  # vLLM multiplies positions by the factor
+    # vLLM multiplies positions by the factor.
+    positions = None if rope.get("factor") or allows_more(config) else positions_of(shape)
     if positions is not None and sum(sure_lengths(config).values()) > positions:
         raise too_long(config, positions)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lem.base.errors import EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig, SyntheticPrompts
-from lem.engines.common import engine_call, model_error, raised_as, shortened
+from lem.engines.common import engine_call, extra_of, model_error, raised_as, shortened
 
 _MARK = "\ue000the last turn\ue000"
 _OTHER_TEMPLATE = "set chat_template to a Jinja file, or to none"
@@ -97,6 +98,12 @@ def sure_lengths(config: ExperimentConfig) -> dict[str, int]:
     if isinstance(prompts, SyntheticPrompts) and prompts.distribution == "fixed" and prompts.output_tokens is None:
         return {"prompts.input_tokens": prompts.input_tokens, "max_output_tokens": config.max_output_tokens}
     return {}
+
+
+def allows_more(config: ExperimentConfig) -> bool:
+    """Whether vLLM may take lengths beyond the positions of the model: it is told to, or that there are more."""
+    is_forced = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").strip().lower() in ("1", "true")
+    return config.backend == "vllm" and (is_forced or "hf_overrides" in extra_of(config))
 
 
 def too_long(config: ExperimentConfig, most: float) -> OptionRefused:

@@ -96,11 +96,15 @@ def test_a_model_that_only_encodes_is_refused_as_before(tmp_path: Path) -> None:
         # Whether prompts of other sources are too long shows once they are tokenized.
         ({"max_input_tokens": 500}, None),
         ({"backend": "vllm", "max_input_tokens": 496}, None),
+        ({"backend": "vllm", "vllm": {"extra": {"hf_overrides": {"max_position_embeddings": 1024}}}}, None),
     ],
 )
 def test_lengths_that_the_model_has_no_positions_for_are_found_before_anything_is_loaded(
-    tmp_path: Path, options: dict[str, Any], words: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str | None
 ) -> None:
     model = make_model(tmp_path / "llama", "llama")
     found = [error.message for error in find_problems(experiment(model, **options), None)]
     assert found == ([] if words is None else [f"{words} exceed the 512 positions of the model"])
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    if "vllm" in options:
+        assert not list(find_problems(experiment(model, **options), None))

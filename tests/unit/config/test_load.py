@@ -546,6 +546,14 @@ def test_an_option_of_a_backend_that_no_experiment_has_is_not_ignored(folder: Pa
 # Many problems
 
 
+def test_only_for_problems_that_are_shown_lem_looks_for_what_is_meant(folder: Path):
+    write(folder, e="model: gpt2\n" + "".join(f"streamin_{number}: 1\nstreamin{number}: 1\n" for number in range(51)))
+    found = refusal(load_experiment, "e.yaml").located
+    assert len(found) == 102
+    assert [item.suggestion for _, item in found if item.suggestion][:1] == ["streaming"]
+    assert [item.suggestion for _, item in found[100:]] == [None, None]
+
+
 BROKEN = """\
 campaign_name: no
 model: ${LEM_TEST_UNSET}
