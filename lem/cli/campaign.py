@@ -142,7 +142,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
         if args.json:
             write_json(out, plan_document(plan))
         return None
-    job = Job(campaign, plan, choose_executor(args.executor, campaign, plan, python=args.python), rule, part)
+    choice = choose_executor(args.executor, campaign, plan, python=args.python, part=part.folder)
+    job = Job(campaign, plan, choice, rule, part)
     check_supported(campaign, job.choice.name)
     if not args.dry_run:
         if not args.quiet:

@@ -289,7 +289,7 @@ def choose_executor(
     plan: Plan,
     *,
     python: str | None = None,
-    folder: Path | None = None,  # where relative paths start
+    part: str = "",  # of a campaign on several hosts, which may share a file system
     environ: Mapping[str, str] = os.environ,
 ) -> ExecutorChoice:
     """The executor for `--executor` and `--python`; UserError if they contradict each other or cannot be satisfied.
@@ -313,7 +313,7 @@ def choose_executor(
     if is_local:
         executor = dispatch.LocalExecutor(python)
         return ExecutorChoice("local", lambda: executor, lambda: f"local, {executor.python} ({reason})")
-    project = campaign_project(campaign, folder or Path.cwd(), environ)
+    project = campaign_project(campaign, Path.cwd(), environ, part)
     place = f"services {', '.join(backends)} of {describe_files(project.files)}"
     return ExecutorChoice(
         "docker",
@@ -377,7 +377,9 @@ def docker_executor(
     return DockerExecutor(project, backends, campaign, uuids)
 
 
-def campaign_project(campaign: CampaignConfig, folder: Path, environ: Mapping[str, str]) -> ComposeProject:
+def campaign_project(
+    campaign: CampaignConfig, folder: Path, environ: Mapping[str, str], part: str = ""
+) -> ComposeProject:
     """The compose project of a campaign; `folder` is where relative paths start."""
     io = campaign.io
     env_file = None if io.env_file is None else (folder / io.env_file).absolute()
@@ -386,7 +388,7 @@ def campaign_project(campaign: CampaignConfig, folder: Path, environ: Mapping[st
         # Not the slug alone: the user may have a project of that name, which would be taken down with ours.
         name=environ.get(PROJECT_VARIABLE) or f"lem-{campaign.slug}",
         files=find_compose_files(io.compose_file, folder, environ),
-        state_folder=(folder / io.state_dir / campaign.slug).absolute(),
+        state_folder=(folder / io.state_dir / campaign.slug / part).absolute(),
         working_dir=folder.absolute(),
         results_dir=(folder / io.results_dir).absolute(),
         env_file=env_file,

@@ -296,9 +296,14 @@ def campaign(*backends: str, shared: dict[str, Any] | None = None, **more: Any) 
     return CampaignConfig.from_dict({"campaign_name": "My Demo", "model": "gpt2", "grid": grid, **more})
 
 
+@pytest.fixture(autouse=True)
+def here(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(fake.folder)
+
+
 def choose(fake: FakeDocker, found: CampaignConfig, wish: str = "auto", **more: Any) -> ExecutorChoice:
     environ = fake.environ()
-    return choose_executor(wish, found, build_plan(found), folder=fake.folder, environ=environ, **more)
+    return choose_executor(wish, found, build_plan(found), environ=environ, **more)
 
 
 @needs_torch
@@ -320,6 +325,13 @@ def test_tensorrt_runs_in_its_container(fake: FakeDocker) -> None:
     executor = choice.make()
     assert isinstance(executor, DockerExecutor)
     assert (executor.backends, executor.project.name) == (("tensorrt",), "lem-my-demo")
+
+
+def test_parts_on_hosts_with_one_file_system_do_not_write_the_same_override(fake: FakeDocker) -> None:
+    found = campaign("tensorrt")
+    made = [choose(fake, found, "docker", part=part).make() for part in ("", "a", "b")]
+    folders = [item.project.state_folder for item in made if isinstance(item, DockerExecutor)]
+    assert folders == [fake.folder / ".state" / "my-demo" / part for part in ("", "a", "b")]
 
 
 @pytest.mark.parametrize(
