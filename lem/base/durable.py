@@ -268,6 +268,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def in_home(name: str | Path) -> Path:
+    """The path with `~` and `~user` expanded; unlike `Path.expanduser`, unchanged where there is no such user."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111
+
+
 def reason_of(error: OSError) -> str:
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return "expected a folder, found a file"

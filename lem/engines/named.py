@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from lem.base import durable
 from lem.base.errors import OptionRefused
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import look_up, model_error
@@ -28,8 +30,8 @@ class NamedModel:
             EngineError: kind `model`, no such folder, or a folder without a model.
             OptionRefused: a revision of a folder.
         """
-        folder = Path(self.name).expanduser()
-        if not folder.is_dir():
+        folder = durable.in_home(self.name)
+        if not os.path.isdir(folder):  # noqa: PTH112 - False also for a name too long
             if self.name.startswith(("/", ".", "~")) or self.name.count("/") > 1:
                 raise model_error(f"{self.option}: no such folder: {folder}", f"relative paths start at {Path.cwd()}")
             return None

@@ -77,7 +77,7 @@ def read_external(path: Path, unit: str | None = None) -> ExternalReadings:
     unit is not known, or names the line that is no reading.
     """
     try:
-        with durable.open_text(path.expanduser()) as stream:
+        with durable.open_text(durable.in_home(path)) as stream:
             text = stream.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not text in UTF-8"

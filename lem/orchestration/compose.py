@@ -187,19 +187,19 @@ def local_mounts(configs: Iterable[ExperimentConfig]) -> tuple[Mount, ...]:
     texts = {text for backend, item in documents for text in _texts([item.get("model"), item.get(backend)])}
     data = (config.dataset.name if config.dataset else getattr(config.prompts, "dataset", None) for config in configs)
     for name, is_written in sorted(texts | {(name, False) for name in data if name}):
-        path = Path(name).expanduser()
+        path = durable.in_home(name)
         if is_written:
             path.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.absolute() != Path("/"):
+        if os.path.exists(path) and path.absolute() != Path("/"):  # noqa: PTH110 - False also for a text too long
             found += [Mount(path.absolute(), _target_of(name), is_read_only=not is_written), *_linked(path)]
     for meter_file in filter(None, (config.measurement.external_csv for config in configs)):
-        folder = Path(meter_file).expanduser().absolute().parent
+        folder = durable.in_home(meter_file).absolute().parent
         found.append(Mount(folder, str(PurePosixPath(_target_of(meter_file)).parent)))
     return without_nested(found)
 
 
 def _target_of(name: str) -> str:
-    return f"{CONTAINER_HOME}/{name[2:]}" if name.startswith("~/") else str(Path(name).expanduser().absolute())
+    return f"{CONTAINER_HOME}/{name[2:]}" if name.startswith("~/") else str(durable.in_home(name).absolute())
 
 
 def _texts(value: Any, is_written: bool = False) -> Iterator[tuple[str, bool]]:

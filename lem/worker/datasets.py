@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lem.base import durable
 from lem.base.reasons import Reason
 from lem.base.variables import (
     DATASETS_VARIABLE,
@@ -118,7 +119,7 @@ def find_files(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[Path,
     """
     alias = DATASET_ALIASES.get(choice.name) or _BY_HUB_NAME.get(choice.name)
     usual = ("train", None) if alias is None else (alias.split, alias.subset)
-    own = Path(choice.name)
+    own = durable.in_home(choice.name)
     if choice.name == choice.hub_name and _is_there(own):
         return files_of_split(own, choice.split, choice.subset, usual)
     setting = environ.get(DATASETS_VARIABLE)

@@ -23,6 +23,7 @@ from lem.engines.common import (
     refuse_changes,
     section_of,
 )
+from lem.engines.named import named_models
 
 UUIDS = ("GPU-8d2f1c00-0000-0000-0000-000000000001", "GPU-8d2f77aa-0000-0000-0000-000000000002")
 
@@ -141,3 +142,13 @@ def test_an_environment_variable_is_set_meanwhile(monkeypatch: pytest.MonkeyPatc
         assert os.environ.get(name) == before
         with environment(name, None):
             assert os.environ.get(name) == before
+
+
+@pytest.mark.parametrize(("name", "is_on_hub"), [("m" * 300, True), ("~nobody-of-this-name/model", False)])
+def test_a_model_that_cannot_be_a_folder_is_looked_for_in_words(name: str, is_on_hub: bool) -> None:
+    named = named_models(ExperimentConfig.from_dict({"model": name}))["model"]
+    if is_on_hub:
+        assert named.find_folder() is None
+        return
+    with pytest.raises(EngineError, match="model: no such folder: ~nobody"):
+        named.find_folder()

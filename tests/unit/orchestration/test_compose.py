@@ -450,6 +450,6 @@ def test_a_mount_that_another_one_covers_is_left_out(mounts: tuple[Mount, ...], 
     assert without_nested(mounts) == kept
 
 
-@pytest.mark.parametrize("model", ["gpt2", "/"])
+@pytest.mark.parametrize("model", ["~nobody-of-this-name/model", "m" * 300, "gpt2", "/"])
 def test_a_model_of_a_hub_and_the_root_are_not_mounted(here: Path, model: str) -> None:
     assert local_mounts([experiment(model=model)]) == ()

@@ -374,6 +374,13 @@ def test_a_name_that_is_too_long_for_a_file_is_none(tmp_path: Path) -> None:
     assert find_files(DatasetChoice(name, name, None, "train", ()), {DATASETS_VARIABLE: str(tmp_path)}) == ()
 
 
+def test_a_data_set_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "mine.jsonl", ROWS)
+    choice = DatasetChoice("~/mine.jsonl", "~/mine.jsonl", None, "train", ())
+    assert find_files(choice, {}) == (tmp_path / "mine.jsonl",)
+
+
 def test_rows_of_the_assistant_and_columns_with_the_answer_are_not_prompts(tmp_path: Path) -> None:
     turns = [{"role": role, "text": f"{role} {number}"} for number in range(3) for role in ("prompter", "assistant")]
     write_jsonl(tmp_path / "oasst.jsonl", turns)
