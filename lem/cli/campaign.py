@@ -440,7 +440,7 @@ def _fitting(plan: Plan, durations: ExpectedDurations, budget_s: float) -> str:
 
 def _order(plan: Plan, width: int) -> Iterator[str]:
     """The first cycle, and how the others differ from it."""
-    numbers = {item.config_hash: number for number, item in enumerate(plan.configurations, 1)}
+    numbers = {item.config_hash: number for number, item in enumerate(plan.given, 1)}
     cycles: dict[int, list[tuple[Experiment, bool, float]]] = {}
     for step in zip(plan.experiments, plan.loads(), map(plan.gap_cap_s, plan.gap_kinds()), strict=True):
         cycles.setdefault(step[0].cycle_index, []).append(step)

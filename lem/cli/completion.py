@@ -21,8 +21,8 @@ or, for this shell alone: eval "$(lem completion bash)" (zsh the same),
 lem completion fish | source
 """
 
-# Each asks `lem completion words` with the words up to the cursor. The answer is `file`, `folder`, or `words` with a
-# line for each word, and its description after a tab.
+# Each asks `lem completion words` with the words up to the cursor, lem itself first. The answer is `file`, `folder`, or
+# `words` with a line for each word, and its description after a tab.
 _SHELLS: Mapping[str, str] = {
     "bash": """\
 # bash completion for lem, made by `lem completion bash`
@@ -30,7 +30,7 @@ _lem() {
     local current=${COMP_WORDS[COMP_CWORD]} found
     # bash takes --option=value apart at the =.
     if [[ $current == = ]]; then current=; fi
-    mapfile -t found < <("${COMP_WORDS[0]}" completion words "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+    mapfile -t found < <("${COMP_WORDS[0]}" completion words "${COMP_WORDS[@]:0:COMP_CWORD+1}" 2>/dev/null)
     COMPREPLY=()
     case ${found[0]} in
         file) compopt -o filenames; mapfile -t COMPREPLY < <(compgen -f -- "$current") ;;
@@ -45,7 +45,7 @@ complete -F _lem lem lem.pyz
 # zsh completion for lem, made by `lem completion zsh`
 _lem() {
   local -a found shown
-  found=("${(@f)$("${(@Q)words[1]}" completion words "${(@Q)words[2,CURRENT]}" 2>/dev/null)}")
+  found=("${(@f)$("${(@Q)words[1]}" completion words "${(@Q)words[1,CURRENT]}" 2>/dev/null)}")
   case $found[1] in
   file) compset -P '--*='; _files ;;
   folder) compset -P '--*='; _files -/ ;;
@@ -59,7 +59,7 @@ if [[ "$funcstack[1]" == _lem ]]; then _lem "$@"; else compdef _lem lem lem.pyz;
 # fish completion for lem, made by `lem completion fish`
 function __lem_complete
     set -l words (commandline -opc) (commandline -ct)
-    set -l found ($words[1] completion words $words[2..-1] 2>/dev/null)
+    set -l found ($words[1] completion words $words 2>/dev/null)
     switch "$found[1]"
         case file
             __fish_complete_path (commandline -ct)
@@ -87,7 +87,7 @@ def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     if args.shell in _SHELLS and args.words:
         args.parser.error(f"unexpected argument {args.words[0]!r}")
-    out.write(_SHELLS.get(args.shell) or "".join(f"{line}\n" for line in answer(args.words)))
+    out.write(_SHELLS.get(args.shell) or "".join(f"{line}\n" for line in answer(args.words[1:])))
 
 
 def answer(words: Sequence[str]) -> Iterator[str]:

@@ -121,6 +121,7 @@ CASES = [
     ("lem results export --form", ["--format"]),
     ("lem campaign --model ", []),
     ("lem worker --eng", []),
+    ("lem --", ["--help", "--no-color", "--quiet", "--verbose", "--version"]),
 ]
 
 

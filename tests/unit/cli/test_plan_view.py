@@ -105,6 +105,15 @@ def test_the_plan_shows_one_cycle_and_how_the_others_differ(tmp_path, execution,
     assert lines[first + 4 :] == shown
 
 
+def test_the_plan_numbers_configurations_as_the_results_do(tmp_path):
+    campaign = make_campaign(tmp_path, outputs=(4, 8, 16, 32, 64), execution={"cycles": 2, "structure": "shuffled"})
+    lines = _render(campaign).splitlines()
+    first = lines.index("") + 2
+    named = dict(reversed(line.split()[:2]) for line in lines[first : first + 5])
+    assert [*named] != sorted(named, key=lambda name: int(name.partition("=")[2]))
+    assert named == {f"pytorch-max_output_tokens={tokens}": str(n) for n, tokens in enumerate((4, 8, 16, 32, 64), 1)}
+
+
 def test_the_plan_is_as_wide_as_the_screen(campaign):
     plan = build_plan(campaign)
     job = Job(campaign, plan, ExecutorChoice("local", LocalExecutor, lambda: "local, " + "a long reason " * 12))
