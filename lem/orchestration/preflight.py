@@ -14,6 +14,7 @@ from lem.base.errors import EngineError, UserError
 from lem.base.units import format_duration, plural, some_of
 from lem.engines.common import demo_python
 from lem.engines.named import named_models
+from lem.engines.texts import allows_more, sure_lengths
 from lem.orchestration import doctor
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.plan import Experiment, Plan
@@ -43,11 +44,13 @@ class Findings:
 
     def __init__(self, experiments: Iterable[Experiment]) -> None:
         self._all = {item.config_hash: item for item in experiments}.values()
-        # Configurations that need the same models and data.
+        # Configurations that need the same models, data and positions.
         self._groups: dict[Any, list[Experiment]] = {}
         for item in self._all:
             config = item.config
-            key = (config.backend, config.model, tuple(named_models(config).values()), config.dataset, config.prompts)
+            named, lengths = named_models(config), {} if allows_more(config) else sure_lengths(config)
+            needed = (*named.values(), *lengths.items())
+            key = (config.backend, config.model, needed, config.dataset, config.prompts)
             self._groups.setdefault(key, []).append(item)
         self._names: dict[tuple[str, str], dict[str, None]] = {}
 

@@ -113,6 +113,14 @@ def test_folders_alone_need_no_check_in_the_worker(place, tmp_path):
     assert (place.statuses(), place.executor.worker.checks) == (["completed"], [])
 
 
+def test_configurations_of_other_lengths_are_looked_at_each(place):
+    prompts = [{"type": "synthetic", "input_tokens": 4, "sample_size": 2}]
+    place.run(grid=_grid("owner/a", prompts=prompts, max_output_tokens=[4, 5]), execution={"cycles": 1})
+    assert [item["max_output_tokens"] for item in place.executor.worker.checks[0].configs] == [4, 5]
+    place.run(grid=_grid("owner/b", max_output_tokens=[4, 5]), execution={"cycles": 1})  # only known after the load
+    assert len(place.executor.worker.checks[0].configs) == 1
+
+
 def test_a_resume_checks_what_is_left(place, tmp_path):
     grid = _grid("owner/a", "owner/b")
     place.run(grid=grid, execution={"cycles": 1})
