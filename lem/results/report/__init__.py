@@ -85,7 +85,7 @@ def _heading(report: Report) -> Iterator[Markup]:
     failed = sum(entry.configuration.n_failed for entry in report.entries)
     facts = [
         *(f"run {name}" for name in run.run_ids[:3]),
-        *([f"{more} more runs"] if more > 0 else []),
+        *([plural(more, "more run")] if more > 0 else []),
         plural(len(report.entries), "configuration"),
         plural(experiments + failed, "experiment"),
         *(f"host {host}" for host in run.hosts[:4]),

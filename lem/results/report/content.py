@@ -296,7 +296,7 @@ def grid_axes(values: Mapping[str, tuple[str, ...]], settings: Sequence[Mapping[
         return (len(cells) / (len(values[pair[0]]) * len(values[pair[1]])) > 0.5, -is_absent, len(cells))
 
     across, up = max(itertools.combinations(varied, 2), key=worth)
-    if len(values[up]) > len(values[across]):
+    if len(values[up]) < len(values[across]):  # a phone has more room for rows
         across, up = up, across
     return (across, up, *(key for key in varied if key not in (across, up)))
 

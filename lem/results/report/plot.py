@@ -217,7 +217,7 @@ def _css_text(text: str) -> str:
 
 # Values that differ by more than this factor are drawn on a logarithmic scale.
 _LOG_FROM = 8.0
-_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+_STEPS = (1.0, 2.0, 5.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def tick_text(value: float) -> str:
 # shape of its own for readers who do not see colour.
 GROUPS_MAX = 8
 # A drawing as wide as a phone is scaled by little there. Widths of characters are those of the larger type of a phone.
-WIDTH, LEFT, RIGHT = 440.0, 58.0, 420.0
+WIDTH, LEFT, RIGHT = 440.0, 68.0, 420.0
 _DIGIT_WIDTH, _LETTER_WIDTH, AXIS_LETTER_WIDTH = 9.2, 7.2, 9.6
 _SHAPES = (
     "m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",

@@ -48,7 +48,7 @@ def test_dominated_configurations_are_grey_and_the_table_says_so() -> None:
 
 def test_the_grid_is_drawn_over_the_axes_that_cross_and_without_a_valid_result_it_is_hatched(tmp_path: Path) -> None:
     section = heatmap_section(report_of(*grid()))
-    assert ("batch_size →" in section, "backend ↓" in section) == (True, True)
+    assert ("backend →" in section, "batch_size ↓" in section) == (True, True)
     assert (section.count("<rect"), section.count("url(#grid-hatch)")) == (6, 0)
     lost, *others, invalid = grid()  # one without a record, one with invalid records alone
     configurations = (

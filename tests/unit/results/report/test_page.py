@@ -81,6 +81,13 @@ def test_a_small_page() -> None:
     assert_golden("results/report.html", body.replace("><", ">\n<") + "\n")
 
 
+def test_one_run_that_is_not_named_is_one_more_run() -> None:
+    runs = [Campaign((Configuration("a"),), cycles=1, run_id=f"20260714T10000{n}Z-3fa1") for n in range(4)]
+    facts = re.search('<p class="facts">(.*?)</p>', page_of([record for run in runs for record in run.records()]))
+    assert facts is not None
+    assert facts[1].split(" · ")[2:4] == ["run 20260714T100002Z-3fa1", "1 more run"]
+
+
 def test_without_energy_the_page_is_about_throughput_and_gives_the_reason() -> None:
     page = page_of([make_record(cycle=cycle, output_tok_per_s=100 + cycle) for cycle in range(3)])
     Reader(page)

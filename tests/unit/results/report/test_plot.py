@@ -34,6 +34,10 @@ def test_a_scale_runs_from_begin_to_end_and_keeps_what_is_outside_at_its_ends() 
     assert Scale(1, 100, 0, 100, is_log=True)(10) == pytest.approx(50)
 
 
+def test_ticks_between_positions_are_whole() -> None:
+    assert [tick for last in range(3, 60) for tick in Scale(0, last, 0, 100).ticks(5) if tick % 1] == []
+
+
 @pytest.mark.parametrize("values", [[1, 20], [1e-9, 1e9]])
 def test_values_far_apart_get_a_logarithmic_scale(values: list[float]) -> None:
     assert fitting_scale(values, 0, 100).is_log
