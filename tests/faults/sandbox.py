@@ -57,7 +57,7 @@ class Outcome:
     statuses: tuple[str, ...]  # of the manifest's entries; () without a whole manifest
     results: Mapping[str, bytes]  # whole results by their path in the folder, with their bytes
     partial: tuple[str, ...]  # results, and the manifest, where they are there and not whole
-    duplicates: tuple[str, ...]  # experiments with more than one whole result
+    duplicates: tuple[str, ...]  # experiments with more than one valid result
     durations_s: tuple[float, ...]  # every duration that the results tell
 
     def costs_since(self, before: Outcome) -> dict[str, int]:
@@ -78,7 +78,8 @@ def look_at(folder: Path, campaign: str) -> Outcome:
         name = str(path.relative_to(folder))
         try:
             record = read_record(path)
-            experiments[record.identity.experiment_id] += 1
+            # One that is not valid is measured once more, and both stay.
+            experiments[record.identity.experiment_id] += record.validity.valid
             durations_s += _durations_s(dataclasses.asdict(record))
             results[name] = path.read_bytes()
         except RecordError:

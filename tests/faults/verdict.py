@@ -19,7 +19,7 @@ class Verdict:
     lost: int = 0  # results that were whole after the fault and are not there, or not the same, after the resume
     # results, sample logs or manifest that are there and not whole, after the fault or after the resume
     partial: int = 0
-    duplicates: int = 0  # experiments with more than one result at the end
+    duplicates: int = 0  # experiments with more than one valid result at the end
     incomplete: int = 0  # experiments without a result, or not marked completed, at the end
     wrong_times: int = 0  # durations in the results that are negative, or longer than everything took
     wrong_ends: int = 0  # commands that end with a bug of lem, or with success although results are missing
