@@ -62,8 +62,8 @@ def test_jsonl_lines_are_objects_or_texts_with_their_own_bounds(tmp_path: Path) 
         ("p.JSON", b'{"prompt": "a"}\n{"text": "b"}\n\n'),
         ("p.json", b'[{"prompt": "a"}, {"text": "b"}]'),
         ("p.json", b'{"version": 1,\n"data": [{"prompt": "a"}, {"text": "b"}]}'),
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n{"text": "b"}\n\n')),
-        ("p.txt.gz", gzip.compress(b"a\nb\n")),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n{"text": "b"}\n\n', mtime=0)),
+        ("p.txt.gz", gzip.compress(b"a\nb\n", mtime=0)),
     ],
 )
 def test_json_is_read_by_the_line_or_as_a_list_and_packed(tmp_path: Path, name: str, content: bytes) -> None:
@@ -245,7 +245,7 @@ def test_every_bad_line_is_named_with_its_number_and_many_are_counted(tmp_path: 
             "p.jsonl:1: expected 'prompt', 'text' or 'messages', got 'text', which",
         ),
         ("p.jsonl.gz", b'{"prompt": "a"}', "p.jsonl.gz: cannot be read: Not a gzipped file"),
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}')[:-9], "p.jsonl.gz: cannot be read: "),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-9], "p.jsonl.gz: cannot be read: "),
         ("p.json", b"[" * 100_000, "p.json: nested too deeply"),
         ("p.jsonl", b"[" * 100_000, "p.jsonl:1: nested too deeply"),
         ("p.csv", b"prompt\na\n", "p.csv: expected prompts in text or JSON, got .csv"),
