@@ -302,14 +302,22 @@ def count_parameters(source: Source) -> Identity:
     """
     try:
         shape = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except (*MODEL_FAILURES, ImportError) as error:
+        return _uncounted(source, error)
+    builder = builder_of(shape)
+    try:
         with torch.device("meta"):
-            model = builder_of(shape).from_config(shape, trust_remote_code=False)
+            model = builder.from_config(shape, trust_remote_code=False)
         parameters = int(model.num_parameters())
     except (*MODEL_FAILURES, ImportError) as error:
-        _logger.info("transformers cannot count the parameters of %s: %s", source.folder, shortened(error))
-        return Identity(source.commit, None)
+        return _uncounted(source, error)
     embeddings, active = count_embedding_parameters(model), count_active_parameters(model, parameters)
     return Identity(source.commit, None, parameters, embeddings, active)
+
+
+def _uncounted(source: Source, error: Exception) -> Identity:
+    _logger.info("transformers cannot count the parameters of %s: %s", source.folder, shortened(error))
+    return Identity(source.commit, None)
 
 
 def identify(source: Source, adapter: Source | None = None) -> Identity:

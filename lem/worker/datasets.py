@@ -168,12 +168,14 @@ def _load_from_hub(
     name, split = choice.hub_name, choice.split
     files = {split_name(split): DATA_FILES[name]} if name in DATA_FILES else None
     with _writable_cache(Path(datasets.config.HF_DATASETS_CACHE), datasets.config.HF_HUB_OFFLINE) as cache:
+        where = {"data_files": files, "token": token, "cache_dir": cache}
+        found: Any = None
+        loaded: Any = None
         try:
-            where = {"data_files": files, "token": token, "cache_dir": cache}
             if is_check:
-                _check_split(datasets.load_dataset_builder(name, choice.subset, **where), split)
-                return (), None
-            loaded = datasets.load_dataset(name, choice.subset, split=split, **where)
+                found = datasets.load_dataset_builder(name, choice.subset, **where)
+            else:
+                loaded = datasets.load_dataset(name, choice.subset, split=split, **where)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             # In offline mode it would fail the same way again.
             may_pass = isinstance(error, ConnectionError) and not datasets.config.HF_HUB_OFFLINE
@@ -182,16 +184,21 @@ def _load_from_hub(
             check = DOWNLOAD_ONCE if is_cache_read_only() else "check name, subset, split and network"
             hint = f"{check}; or put a copy into the folder of {DATASETS_VARIABLE}"
             raise prompts_error(message, hint, is_permanent=not may_pass) from error
+    if is_check:
+        _check_split(choice, found.info.splits or found.config.data_files)
+        return (), None
     # `datasets` keeps the commit in the names of what it downloaded and of its cache.
     names = [*(loaded.info.download_checksums or {}), *(item["filename"] for item in loaded.cache_files)]
     return loaded, next((found.group() for file in names if (found := _COMMIT.search(str(file)))), None)
 
 
-def _check_split(builder: Any, split: str) -> None:
-    known = sorted(builder.info.splits or builder.config.data_files or ())
-    for name in (re.split(r"[\[(]", part)[0] for part in split.split("+")):
+def _check_split(choice: DatasetChoice, found: Iterable[Any] | None) -> None:
+    known = sorted(found or ())
+    for name in (re.split(r"[\[(]", part)[0] for part in choice.split.split("+")):
         if known and name not in (*known, "all"):
-            raise ValueError(f"it has no split {name}; it has {', '.join(map(str, known))}")
+            place = f"data set {choice.name} ({choice.hub_name}, split {choice.split})"
+            message = f"{place}: it has no split {name}; it has {', '.join(map(str, known))}"
+            raise prompts_error(message, "check name, subset and split", is_permanent=True)
 
 
 @contextlib.contextmanager

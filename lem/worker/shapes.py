@@ -119,8 +119,9 @@ def _added_text(name: str, value: Any) -> str:
 
 def _with_tools(found: Prompt, tools: Sequence[Mapping[str, Any]]) -> Prompt:
     found = replace(found, tools=tuple(tools))
+    line = as_json(found)
     try:
-        json.dumps(as_json(found), ensure_ascii=False, allow_nan=False).encode("utf-8")
+        json.dumps(line, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"messages: not JSON in Unicode: {error}") from error
     return found

@@ -88,7 +88,7 @@ def test_a_second_signal_kills_what_does_not_go(rig):
 def test_ctrl_c_on_a_terminal_reaches_lem_alone_and_the_worker_through_it(rig):
     rig.write(campaign_text(cycles=1))
     terminal = rig.terminal("--yes", rules=[HANG_AT_EIGHT])
-    terminal.read_until(f"[1/2] {EIGHT} · pytorch · cycle 1/1 · measuring")
+    terminal.read_until("output_tokens=8 · pytorch · cycle 1/1 · measuring")
     terminal.type("\x03")
     assert terminal.wait() == 130
     rig.assert_no_process_left()
@@ -102,7 +102,7 @@ def test_a_terminal_that_is_closed_stops_the_campaign_in_order(rig, options):
     rig.write(campaign_text(cycles=1))
     terminal = rig.terminal("--yes", *options, rules=[HANG_AT_EIGHT])
     measuring = (
-        ['"experiment_completed"', '"window"'] if options else [f"[1/2] {EIGHT} · pytorch · cycle 1/1 · measuring"]
+        ['"experiment_completed"', '"window"'] if options else ["output_tokens=8 · pytorch · cycle 1/1 · measuring"]
     )
     for text in measuring:
         terminal.read_until(text)

@@ -150,8 +150,8 @@ def _told(ended: Ended) -> Iterator[str]:
         event = json.loads(line)
         if event["event"] in ("experiment_retried", "experiment_failed", "experiment_interrupted"):
             yield str(event.get("error") or event.get("reason"))
-        elif event["event"] == "experiment_completed" and event["invalid_reasons"]:
-            yield "; ".join(event["invalid_reasons"])
+        elif event["event"] == "experiment_completed" and event["invalid_codes"]:
+            yield "; ".join(event["invalid_codes"])
         elif event["event"] == "note":
             yield str(event["text"])
 

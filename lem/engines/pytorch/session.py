@@ -260,13 +260,13 @@ def _load_weights(
 
 
 def _from_pretrained(section: PyTorchConfig, source: Source, facts: EngineFacts, arguments: Mapping[str, Any]) -> Any:
+    access = {name: arguments[name] for name in ("token", "trust_remote_code")}
     with explained(f"model: {source.name}"):
-        access = {name: arguments[name] for name in ("token", "trust_remote_code")}
         shape = AutoConfig.from_pretrained(source.name, revision=source.commit, **access)
+    builder = builder_of(shape)
+    with explained(f"model: {source.name}"):
         try:
-            return builder_of(shape).from_pretrained(
-                source.name, revision=source.commit, output_loading_info=True, **arguments
-            )
+            return builder.from_pretrained(source.name, revision=source.commit, output_loading_info=True, **arguments)
         except (ImportError, ValueError) as error:
             if section.attn_implementation is None or "attention" not in str(error).lower():
                 raise

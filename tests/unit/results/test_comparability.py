@@ -183,7 +183,7 @@ def test_within_a_run_another_power_limit_is_named_in_the_answer_the_document_an
         {"code": "other_power_limit", "text": limit, "is_blocking": False, "is_confounder": True}
     ]
     assert comparison.pairs[0].rows[0].is_found
-    assert "other power limit: 700 W against 350 W" in render_report(compose(run))
+    assert "other power limit: 700 W against 350 W" in render_report(compose(run)).replace("\u00a0", " ")
     assert json.dumps(document)
 
 
