@@ -42,6 +42,10 @@ _ALIASES = {squashed(alias): alias for alias in DATASET_ALIASES}
 _METERS = {"zeus": "nvml", "codecarbon": "auto", None: "none"}
 
 
+def _meter(value: Any) -> Any:
+    return _METERS.get(value, value) if value is None or isinstance(value, str) else value
+
+
 def _sample_size(value: Any, options: Options) -> Options:
     for source in ("prompts", "dataset"):
         if isinstance(options.get(source), Mapping):
@@ -90,7 +94,7 @@ _RULES: Mapping[str, Rule] = {
     "dataset.name": lambda value, _: {"dataset.name": _ALIASES.get(squashed(str(value)), value)},
     "adapter": lambda value, _: {"model.adapter": value},
     "decoder.do_sample": lambda value, _: {} if value is True else {"decoder.do_sample": value},
-    "energy.backend": lambda value, _: {"measurement.energy": _METERS.get(value, value)},
+    "energy.backend": lambda value, _: {"measurement.energy": _meter(value)},
     "pytorch.revision": lambda value, _: {"model.revision": value},
     "pytorch.torch_compile": _compile,
     "pytorch.torch_compile_mode": lambda _, __: {},
