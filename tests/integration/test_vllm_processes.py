@@ -69,7 +69,8 @@ def assert_told_at_once_when_killed(
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signum)
 
-    words = rf"its process \S+ was killed by {signum.name} while generating"
+    # vLLM names the process if its monitor reports the end; a fault handler's output has no name.
+    words = rf"its process (\S+ )?was killed by {signum.name} while generating"
     with pytest.raises(EngineError, match=words) as caught:
         engine.serve(Killing(prompts()[:1], prompts()[1:]))
     assert (caught.value.kind, caught.value.is_permanent) == ("engine", is_permanent)
