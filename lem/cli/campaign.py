@@ -64,7 +64,6 @@ _ORDER_SHOWN = 30
 
 def add_campaign_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Run a campaign file, or several experiment files with --campaign-name."
-    parser.allow_abbrev = False  # the resume command repeats the arguments as they were typed
     parser.add_argument("files", nargs="+", metavar="FILE", help="a campaign file, or experiment files")
     parser.add_argument("--campaign-name", metavar="NAME", help="run the experiment files as a campaign of this name")
     what = parser.add_argument_group("what to run (overrides the file)")

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from lem.base import __version__, log
 from lem.base.doc import prepare_streams
@@ -191,6 +191,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 class _Parser(argparse.ArgumentParser):
     """Reports errors as the rest of lem does; argparse would print the whole usage first."""
+
+    def __init__(self, **settings: Any) -> None:
+        # An abbreviation would stop working, or mean something else, once another option begins with it.
+        super().__init__(**{**settings, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}", f"see `{self.prog} --help`")

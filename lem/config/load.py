@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 from typing import Any, Generic, TypeVar
 
 from lem.base.doc import json_text
+from lem.base.durable import in_home
 from lem.base.errors import ConfigurationError, nearest
 from lem.config.backends import BACKENDS, find_preset
 from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment, with_campaign_defaults
@@ -117,6 +118,9 @@ class Source:
 
     def found_file(self, name: str, *paths: Path) -> str:
         """A file name at one of the paths, from the working directory; unchanged if the file is only there."""
+        home = in_home(name)
+        if str(home) != name and name.startswith("~"):
+            return Expanded(str(home), name.written, str(home)) if isinstance(name, Expanded) else str(home)
         folder = next((self.folder_of(path) for path in paths if self.layer_of(path) is not None), FilePath())
         if folder == FilePath() or (FilePath(name).exists() and not (folder / name).exists()):
             return name

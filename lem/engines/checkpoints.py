@@ -31,7 +31,7 @@ from lem.base.variables import DOWNLOAD_ONCE, is_cache_read_only
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import Folders, model_error, out_of_memory, shortened
 from lem.engines.named import ADAPTER, DRAFTER, TOKENIZER, NamedModel, named_models
-from lem.engines.texts import allows_more, sure_lengths, too_long
+from lem.engines.texts import check_lengths
 
 _logger = logging.getLogger(__name__)
 
@@ -219,25 +219,12 @@ def find_problems(config: ExperimentConfig, token: str | None) -> Iterator[Engin
             if named.marker:
                 source = locate(named, token)
                 if named.option == "model":
-                    _check_lengths(config, source.folder)
+                    check_lengths(config, source.folder)
             elif named.find_folder() is None:
                 with explained(f"{named.option}: {named.name}"):
                     AutoTokenizer.from_pretrained(named.name, **access)
         except EngineError as error:  # noqa: PERF203 (each one is reported)
             yield error
-
-
-def _check_lengths(config: ExperimentConfig, folder: Path) -> None:
-    """Raise OptionRefused for lengths that the model has no positions for; an unreadable model shows at the load."""
-    try:
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (*MODEL_FAILURES, ImportError):
-        return
-    rope = getattr(text_shape(shape), "rope_scaling", None) or {}
-    # vLLM multiplies positions by the factor.
-    positions = None if rope.get("factor") or allows_more(config) else positions_of(shape)
-    if positions is not None and sum(sure_lengths(config).values()) > positions:
-        raise too_long(config, positions)
 
 
 def fetch_all(

@@ -6,8 +6,10 @@ import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from lem.base import durable
 from lem.base.errors import EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig, SyntheticPrompts
 from lem.engines.common import engine_call, extra_of, model_error, raised_as, shortened
@@ -104,6 +106,24 @@ def allows_more(config: ExperimentConfig) -> bool:
     """Whether vLLM may take lengths beyond the positions of the model: it is told to, or that there are more."""
     is_forced = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").strip().lower() in ("1", "true")
     return config.backend == "vllm" and (is_forced or "hf_overrides" in extra_of(config))
+
+
+def check_lengths(config: ExperimentConfig, folder: Path) -> None:
+    """Raise OptionRefused for lengths that the model has no positions for; an unreadable model shows at the load."""
+    try:
+        shape = durable.read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return
+    shape = shape if isinstance(shape, dict) else {}
+    text = nested if isinstance(nested := shape.get("text_config"), dict) else shape
+    # vLLM multiplies positions by the factor of the rope.
+    ropes = (text.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+    is_stretched = any("factor" in rope for rope in ropes if isinstance(rope, dict))
+    positions = next((text[name] for name in ("max_position_embeddings", "n_positions") if name in text), None)
+    if not isinstance(positions, int) or positions <= 0 or is_stretched or allows_more(config):
+        return
+    if sum(sure_lengths(config).values()) > positions:
+        raise too_long(config, positions)
 
 
 def too_long(config: ExperimentConfig, most: float) -> OptionRefused:

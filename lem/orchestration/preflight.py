@@ -12,9 +12,10 @@ from typing import Any
 
 from lem.base.errors import EngineError, UserError
 from lem.base.units import format_duration, plural, some_of
+from lem.config.experiment import ExperimentConfig
 from lem.engines.common import demo_python
-from lem.engines.named import named_models
-from lem.engines.texts import allows_more, sure_lengths
+from lem.engines.named import NamedModel, named_models
+from lem.engines.texts import allows_more, check_lengths, sure_lengths
 from lem.orchestration import doctor
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.plan import Experiment, Plan
@@ -72,7 +73,10 @@ class Findings:
         """Look for the folders of models and data sets on this host."""
         for group in self._groups.values():
             config = group[0].config
-            looks: list[Callable[[], object]] = [item.find_folder for item in named_models(config).values()]
+            models = named_models(config)
+            looks: list[Callable[[], object]] = [item.find_folder for item in models.values()]
+            if "model" in models and config.backend != "vllm":  # which has rules of its own for some models
+                looks.append(functools.partial(_check_lengths, config, models["model"]))
             if config.uses_dataset:
                 looks.append(functools.partial(find_files, choice_of(config), os.environ))
             for look in looks:
@@ -116,6 +120,15 @@ class Findings:
         if not isinstance(last := answers[-1] if answers else None, channel.Result):
             why = last.message if isinstance(last, channel.Failure) else "there was no answer in time"
             _logger.warning("not all models and data sets were looked for before the first cycle: %s", why)
+
+
+def _check_lengths(config: ExperimentConfig, model: NamedModel) -> None:
+    try:
+        folder = model.find_folder()
+    except EngineError:  # reported on its own
+        return
+    if folder is not None:
+        check_lengths(config, folder)
 
 
 def _is_to_ask(item: Experiment) -> bool:

@@ -7,13 +7,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.campaign_rig import CampaignRig, campaign_text
+from tests.processes import wait_for
 
 pytestmark = pytest.mark.needs("slurm")
 
@@ -74,10 +74,10 @@ class Slurm:
         return dict(line.split() for line in self.run("squeue", "--noheader", "--array", "--format=%i %T").splitlines())
 
     def wait(self, what: str, is_so: Callable[[dict[str, str]], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not is_so(tasks := self.tasks()):
-            assert time.monotonic() < deadline, f"no {what}: {tasks}"
-            time.sleep(0.2)
+        try:
+            wait_for(lambda: True if is_so(self.tasks()) else None, PATIENCE_S)
+        except TimeoutError as error:
+            raise AssertionError(f"no {what}: {self.tasks()}") from error
 
 
 def _free_ports(count: int) -> list[int]:
@@ -103,12 +103,8 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
     environ = {**os.environ, "SLURM_CONF": str(configuration)}
     daemons = [subprocess.Popen([name, "-D"], env=environ) for name in ("slurmctld", "slurmd")]
     try:
-        deadline = time.monotonic() + PATIENCE_S
-        while (
-            subprocess.run(["sinfo", "-h", "-t", "idle"], env=environ, capture_output=True, check=False).stdout == b""
-        ):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        idle = ["sinfo", "-h", "-t", "idle"]
+        wait_for(lambda: subprocess.run(idle, env=environ, capture_output=True, check=False).stdout or None, PATIENCE_S)
         yield found
     finally:
         for daemon in reversed(daemons):
@@ -127,10 +123,8 @@ def test_an_array_whose_tasks_were_cancelled_and_requeued_ends_with_a_complete_m
     merging = slurm.run("bash", "job.sbatch").split()[-1]
     array = str(int(merging) - 1)
     slurm.wait("task", lambda tasks: all(tasks.get(f"{array}_{place}") == "RUNNING" for place in range(4)))
-    deadline = time.monotonic() + PATIENCE_S
-    while len(list(rig.folder.glob("results/demo/*/*/*/attempt-1/prompts.jsonl"))) < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    begun = "results/demo/*/*/*/attempt-1/prompts.jsonl"
+    wait_for(lambda: True if len(list(rig.folder.glob(begun))) == 4 else None, PATIENCE_S)
     assert slurm.tasks()[merging] == "PENDING"
 
     slurm.run("scancel", f"{array}_2")

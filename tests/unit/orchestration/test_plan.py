@@ -450,6 +450,18 @@ def test_a_chat_template_is_relative_to_the_file_that_names_it(
     assert [item.config.chat_template for item in found] == ["set/t.jinja", "model"][: len(found)]
 
 
+def test_files_of_the_home_folder_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.txt").write_text("first\nsecond\n")
+    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}")
+    files = {"prompts": "~/own.txt", "chat_template": "~/t.jinja"}
+    (tmp_path / "c.yaml").write_text(json.dumps({"campaign_name": "demo", "model": "gpt2", "experiments": [files]}))
+    loaded = load_campaign(tmp_path / "c.yaml")
+    (found,) = build_plan(loaded.config, loaded.listed, source=loaded.source).given
+    assert (found.config.prompts, found.n_prompts) == (FilePrompts(path=str(tmp_path / "own.txt")), 2)
+    assert found.config.chat_template == str(tmp_path / "t.jinja")
+
+
 def test_without_prompts_the_synthetic_set_is_as_large_as_the_widest_configuration_needs() -> None:
     made = plan(
         grid={"backends": ["pytorch", "vllm"], "backend_overrides": {"vllm": {"max_num_seqs": [64, 300]}}},

@@ -1,8 +1,10 @@
 """What is looked for before the first cycle, and how all that is missing is reported at once."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +67,30 @@ def test_everything_that_is_missing_is_one_error_and_nothing_was_run(place, tmp_
         [f"data set owner/rows: not found (2 of 3 configurations: {names[1]}, {names[2]})", "check its name"],
         [f"model: owner/gone: not found (1 of 3 configurations: {names[2]})", "check the spelling"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_refused"),
+    [
+        ({"max_position_embeddings": 512}, True),
+        ({"n_positions": 512}, True),
+        ({"text_config": {"max_position_embeddings": 512}, "max_position_embeddings": 9999}, True),
+        ({"max_position_embeddings": 516}, False),
+        ({"max_position_embeddings": 512, "rope_scaling": {"factor": 2.0}}, False),
+        ({}, False),
+    ],
+)
+def test_lengths_that_a_model_on_this_host_has_no_positions_for_are_found_without_its_engine(
+    tmp_path: Path, shape: dict[str, Any], is_refused: bool
+) -> None:
+    model = _model(tmp_path / "tiny")
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(shape))
+    prompts = {"type": "synthetic", "input_tokens": 512}
+    grid = _grid(model, prompts=[prompts], max_input_tokens=[512])
+    found = Findings(build_plan(make_campaign(tmp_path, grid=grid)).experiments)
+    found.look_here()
+    words = "prompts.input_tokens: 512 and max_output_tokens: 4: 516 tokens exceed the 512 positions of the model"
+    assert [item.message for item in found.problems] == ([words] if is_refused else [])
 
 
 def test_one_problem_of_all_configurations_is_said_in_one_line_with_its_own_hint(place):
