@@ -11,7 +11,6 @@ OLDEST_PYTHON = (3, 10)
 
 def run():
     # type: () -> int
-    """The exit code of the whole program."""
     if sys.version_info < OLDEST_PYTHON:
         found, oldest = "%d.%d" % sys.version_info[:2], "%d.%d" % OLDEST_PYTHON
         sys.stderr.write("lem needs Python %s or newer; this is Python %s (%s)\n" % (oldest, found, sys.executable))

@@ -41,7 +41,6 @@ _LATENCIES = ("ttft_s", "tpot_s", "icl_s", "itl_s", "e2e_s", "queue_s")
 
 
 def violations(record: Any) -> Iterator[str]:
-    """Every identity that the record violates, in words that name it."""
     if not record.window.window_s > 0:
         yield f"window.window_s is {record.window.window_s}: expected more than 0"
         return

@@ -60,8 +60,6 @@ class Identity:
 
 @dataclass(frozen=True)
 class Validity(Section):
-    """Whether the numbers may be used, and what to know about them."""
-
     valid: bool
     invalid_reasons: tuple[Reason, ...]
     warnings: tuple[Reason, ...]
@@ -163,14 +161,11 @@ class Gpu(Section):
 
     @property
     def was_slowed(self) -> bool:
-        """Whether heat or the hardware slowed its clocks in the window; its power limit does not count."""
         return bool(self.throttle_thermal_s) or bool((self.event_reasons_mask or 0) & SLOWDOWN_MASK)
 
 
 @dataclass(frozen=True)
 class Machine(Section):
-    """Settings and state of the machine, as found before the experiment; see `lem.meters.machine.MachineFacts`."""
-
     governor: str | None = None
     turbo: bool | None = None
     smt: bool | None = None
@@ -222,8 +217,6 @@ class Work(Section):
 
 @dataclass(frozen=True)
 class Throughput(Section):
-    """Rates over the window."""
-
     output_tok_per_s: float | None
     total_tok_per_s: float | None
     requests_per_s: float | None
@@ -305,8 +298,6 @@ def carbon_of(energy_j: Measured[float], rates: Any) -> Carbon:
 
 @dataclass(frozen=True)
 class Environment(Section):
-    """Everything about host, engine and model that can change the numbers."""
-
     fingerprint: str  # over the parts that make two runs incomparable (image, engine, driver, GPU UUIDs)
     executor: str
     os: str
@@ -421,12 +412,10 @@ def decode_record(document: Any) -> Record:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write `result.json`, whole or not at all; raises as `encode_record` and `durable.write_bytes`."""
     durable.write_json(path, encode_record(record))
 
 
 def read_record(path: Path) -> Record:
-    """The record in a file; RecordError where it is not a whole one, OSError where it cannot be read."""
     return read_with_digest(path)[0]
 
 
@@ -437,7 +426,6 @@ def read_with_digest(path: Path) -> tuple[Record, str]:
 
 
 def parse_record(data: bytes) -> Record:
-    """The record in the bytes of a file; RecordError where they are not a whole one."""
     try:
         document = durable.parse_json(data)
     except ValueError as error:

@@ -31,11 +31,9 @@ class Clock:
         return max(0, min(readings)[1] // NS_PER_MS) / 1000  # by the quickest, in which nothing else ran
 
     def utc_now(self) -> datetime:
-        """The time of day, for labels only."""
         return utc_now()
 
     def sleep(self, duration_s: float) -> None:
-        """Wait; not at all for a negative duration."""
         time.sleep(max(0.0, duration_s))
 
 
@@ -68,12 +66,10 @@ class StepWatch:
 
 
 def seconds_between(start_ns: int, end_ns: int) -> float:
-    """The seconds between two stamps in nanoseconds."""
     return (end_ns - start_ns) / NS_PER_S
 
 
 def utc_now() -> datetime:
-    """Now, in UTC."""
     return datetime.now(timezone.utc)
 
 

@@ -93,7 +93,6 @@ def decode_hint(hint: Any, value: Any, where: str) -> Any:
 
 
 def _decode_fields(kind: Any, document: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The decoded values of an object that has exactly the fields of `kind`, in their order."""
     hints, plain = hints_of(kind), _plain_types(kind)
     values = {}
     for name, hint in hints.items():

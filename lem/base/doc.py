@@ -107,7 +107,6 @@ class Doc:
         self._blocks[-1] += [paint(line, style, is_colour=self._is_colour) if style else line for line in lines]
 
     def text(self, text: str, style: str = "", *, lead: str = "") -> None:
-        """Add a paragraph in one style, its further lines indented as far as `lead` is long."""
         self.lines(wrapped(text, self.width, lead), style)
 
     def labelled(self, lead: str, text: str, style: str) -> None:
@@ -117,7 +116,6 @@ class Doc:
         self.lines([paint(label, style, is_colour=self._is_colour) + first[len(label) :], *rest])
 
     def table(self, table: Table) -> None:
-        """Add a table, its headings bold."""
         found = columns(table.heading, table.names, table.columns, self.width, table.sections)
         n_heads = max(text.count("\n") + 1 for text in (table.heading, *(column.heading for column in table.columns)))
         if table.title:
@@ -126,7 +124,6 @@ class Doc:
         self.lines(found[n_heads:])
 
     def render(self) -> str:
-        """The text; it ends in a newline."""
         return "\n".join("\n".join(block) + "\n" for block in self._blocks if block)
 
 
@@ -257,7 +254,6 @@ def json_text(document: Any) -> str:
 
 
 def write_json(out: TextIO, document: Any) -> None:
-    """One JSON document on a stream."""
     out.write(json_text(document))
 
 

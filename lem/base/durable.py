@@ -105,7 +105,6 @@ def utf8(text: str) -> bytes:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in UTF-8; raises as `write_bytes`."""
     write_bytes(path, utf8(text))
 
 
@@ -167,7 +166,6 @@ def unpacked_lines(path: Path, most_b: int, free_b: int) -> Generator[bytes, Non
 
 
 def read_json(path: Path) -> Any:
-    """The document in a JSON file; OSError if it cannot be read, ValueError if it is not JSON in UTF-8."""
     return parse_json(read_bytes(path))
 
 
@@ -207,7 +205,6 @@ def _digest_of(document: Mapping[str, Any]) -> str:
 
 
 def parse_json(data: bytes) -> Any:
-    """The document in JSON; ValueError if it is not JSON in UTF-8."""
     try:
         return json.loads(data.decode("utf-8"))
     except RecursionError as error:
@@ -290,7 +287,6 @@ def remedy_for(error: OSError, option: str | None = None) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open_regular(path) as stream:
         while block := stream.read(MIB):

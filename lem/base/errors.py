@@ -51,8 +51,6 @@ class ConfigurationError(UserError, ValueError):
 
 
 class LockedError(UserError):
-    """Another campaign holds the lock."""
-
     exit_code = ExitCode.LOCKED
 
 
@@ -93,8 +91,6 @@ class InfrastructureError(LemError):
 
 
 class Interrupted(LemError):
-    """A signal asked the program to stop."""
-
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by signal {signum}")
         self.signum = signum
@@ -125,7 +121,6 @@ def nearest(word: str, candidates: Sequence[str], cutoff: float = 0.6) -> str | 
 
 
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
-    """The end of a message about a wrong word: ` (did you mean 'vllm'?)`; empty when nothing is near."""
     return in_brackets(nearest(word, candidates))
 
 

@@ -51,17 +51,14 @@ def is_journal(stream: TextIO) -> bool:
 
 
 def paint(text: str, style: str, *, is_colour: bool) -> str:
-    """`text` in a colour, bold or dim where colour is wanted."""
     return f"{_MARK}{_STYLES[style]}m{text}{_MARK}0m" if is_colour and text else text
 
 
 def bounded_width(width: int) -> int:
-    """The columns to use on a terminal that claims `width`."""
     return min(max(width, NARROWEST), WIDEST)
 
 
 def shorten(text: str, width: int) -> str:
-    """`text` cut to `width` characters with an ellipsis at the end."""
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 
 
@@ -105,11 +102,9 @@ class Console:
         self.is_journal = is_journal(stream)  # every line begins with its priority
 
     def paint(self, text: str, colour: str) -> str:
-        """`text` in a colour if the stream has colours."""
         return paint(text, colour, is_colour=self.is_colour)
 
     def line(self, text: str = "", level: int = logging.INFO) -> None:
-        """Write a whole line above the live line; the journal needs its `level`."""
         clear = _CLEAR_LINE if self._live else ""
         if self.is_journal:
             priority = next((number for least, number in _PRIORITIES if level >= least), 7)
@@ -117,7 +112,6 @@ class Console:
         self._write(f"{clear}{text}\n{self._live}")
 
     def error(self, message: str, hint: str = "") -> None:
-        """Clear the live line, and write an error and its hint."""
         self.close()
         self.line(f"{self.paint('error:', 'red')} {message}", logging.ERROR)
         if hint:
@@ -130,7 +124,6 @@ class Console:
             self._write(f"{_CLEAR_LINE}{self._live}")
 
     def close(self) -> None:
-        """Clear the live line."""
         if self._live:
             self.live("")
 

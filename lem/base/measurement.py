@@ -157,7 +157,6 @@ class Measured(Generic[_Value]):
 
 
 def known(value: _Value | None, reason: Reason | str, /, **data: Any) -> Measured[_Value]:
-    """The value; where it is None, absent for that reason, which may be a code with its data."""
     if value is not None:
         return Measured(value)
     return Measured(None, Reason.of(reason, **data) if isinstance(reason, str) else reason)
@@ -165,8 +164,6 @@ def known(value: _Value | None, reason: Reason | str, /, **data: Any) -> Measure
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the record in which fields can be absent."""
-
     null_reasons: Mapping[str, Reason] = field(default_factory=dict, kw_only=True)
 
     @classmethod
@@ -185,7 +182,6 @@ class Section:
         return known(getattr(self, name), self.why_none(name))
 
     def why_none(self, name: str) -> Reason:
-        """Why a field has no value."""
         return self.null_reasons.get(name, _NO_REASON)
 
 

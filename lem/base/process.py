@@ -114,7 +114,6 @@ class _Starting:
 
 
 def _kill_and_collect(child: Child[bytes]) -> tuple[bytes, bytes]:
-    """The output of a child and its group until they were killed."""
     kill_group(child.pid)
     try:
         return child.communicate(timeout=1)
@@ -163,7 +162,6 @@ def spawn(
 
 
 def pipes(child: Child[bytes]) -> tuple[IO[bytes], IO[bytes]]:
-    """The pipes to stdin and from stdout of a child that was started with both."""
     if child.stdin is None or child.stdout is None:
         raise ValueError("the child was started without pipes")
     return child.stdin, child.stdout
@@ -200,7 +198,6 @@ def would_repeat(code: int, *, is_loading: bool) -> bool:
 
 
 def hint_on_exit(code: int) -> str:
-    """What to do about a process of an engine that ended with this exit code."""
     if code == -signal.SIGKILL:
         return "usually the kernel was out of memory (see dmesg): use less of it"
     if code == -signal.SIGILL:
@@ -210,19 +207,15 @@ def hint_on_exit(code: int) -> str:
 
 @dataclass(frozen=True)
 class ProcessId:
-    """One process, also when its number is used again."""
-
     pid: int
     started_ticks: int  # start time in clock ticks since boot, field 22 of /proc/PID/stat (proc_pid_stat(5))
 
     def is_running(self) -> bool:
-        """Whether the process exists and is not a zombie."""
         found = read_stat(self.pid)
         return found is not None and found.started_ticks == self.started_ticks and found.state not in _ENDED
 
 
 def identify(pid: int) -> ProcessId | None:
-    """The process that has this number now."""
     found = read_stat(pid)
     return None if found is None else ProcessId(pid, found.started_ticks)
 
@@ -255,12 +248,10 @@ def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
 
 
 def list_processes(proc: Path = PROC) -> dict[int, ProcessStat]:
-    """Every process; on a busy server this takes some milliseconds. Raises OSError without /proc."""
     return {pid: found for pid in numbered(proc) if (found := read_stat(pid, proc)) is not None}
 
 
 def numbered(folder: Path) -> list[int]:
-    """The entries of a folder of /proc that are processes or threads."""
     return [int(name) for name in os.listdir(folder) if name.isdigit()]  # noqa: PTH208 - a path for each would cost
 
 
@@ -274,12 +265,10 @@ def read_small(path: Path | str) -> bytes:
 
 
 def descendants(pid: int) -> tuple[int, ...]:
-    """Children of a process, their children and so on, without zombies; OSError without /proc."""
     return below(pid, {other: stat for other, stat in list_processes().items() if stat.state not in _ENDED})
 
 
 def below(pid: int, processes: Mapping[int, ProcessStat]) -> tuple[int, ...]:
-    """Of some processes, the children of one, their children and so on."""
     children: dict[int, list[int]] = {}
     for other, stat in processes.items():
         children.setdefault(stat.parent, []).append(other)

@@ -354,8 +354,6 @@ _PLAIN = _Plain()
 
 @dataclass(frozen=True)
 class Reason:
-    """One reason; `of` makes and checks it."""
-
     code: str  # a key of `TEXTS`
     # Fills the sentence. Floats have as many digits as it shows, so that reasons that read the same are the same.
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -372,7 +370,6 @@ class Reason:
 
     @property
     def text(self) -> str:
-        """The sentence, without a full stop."""
         return _PLAIN.format(TEXTS[self.code], **self.data)
 
     @property

@@ -55,7 +55,6 @@ def parse_percentage(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """`0.4 s`, `12.3 s`, `4m 05s`, `2h 03m`, `1d 04h`."""
     if seconds < 0:
         return "-" + format_duration(-seconds)
     if seconds < 59.95:
@@ -102,12 +101,10 @@ def format_energy(energy_j: float | None) -> str:
 
 
 def format_power(power_w: float | None) -> str:
-    """Watts."""
     return format_quantity(power_w, "W")
 
 
 def format_rate(per_s: float | None) -> str:
-    """Tokens per second."""
     return format_quantity(per_s, "tok/s")
 
 
@@ -123,7 +120,6 @@ def format_latency(latency_s: float | None) -> str:
 
 
 def format_bytes(size_b: float | None) -> str:
-    """Bytes with a binary prefix."""
     if size_b is None:
         return ABSENT
     for prefix in ("", "Ki", "Mi", "Gi"):
@@ -134,12 +130,10 @@ def format_bytes(size_b: float | None) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 cycle`, `5 cycles`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def percent(share: float) -> str:
-    """`12 %`, `1.2 %`, `0.03 %`."""
     return f"{plain(100 * share, '.2g')} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
 
 
@@ -149,6 +143,5 @@ def with_decimals(value: float, decimals: int | None) -> str:
 
 
 def some_of(texts: Sequence[str], at_most: int, separator: str = ", ") -> str:
-    """`a, b and 3 more`."""
     left = len(texts) - at_most
     return separator.join(texts[:at_most]) + (f" and {left} more" if left > 0 else "")

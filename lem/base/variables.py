@@ -49,7 +49,6 @@ GPU_VARIABLE: Final = "CUDA_VISIBLE_DEVICES"
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder for what can be made again: `LEM_CACHE_DIR`, or `lem` in the user's cache folder."""
     if chosen := environ.get(CACHE_VARIABLE):
         return Path(chosen).absolute()
     return Path(environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()).absolute() / "lem"

@@ -192,7 +192,6 @@ def _rule(args: argparse.Namespace, campaign: CampaignConfig) -> StoppingRule | 
 
 
 def _earlier_results(plan: Plan) -> list[Record]:
-    """The results of the plan's configurations in all runs of the campaign."""
     hashes = {item.config_hash for item in plan.configurations}
     scan = Repository(Path(plan.campaign.io.results_dir), plan.campaign.slug).scan()
     return [item.record for item in scan.results if item.record.identity.config_hash in hashes]
@@ -209,7 +208,6 @@ def _expected_durations(plan: Plan, earlier: Sequence[Record]) -> ExpectedDurati
 
 
 def render_findings(plan: Plan, *, is_colour: bool = False) -> str:
-    """The number of experiments, and the filtered ones and warnings grouped by reason."""
     lines = [plan.summary]
     lines += _reasons(paint("filtered:", "red", is_colour=is_colour), plan.filtered_by_reason)
     lines += _reasons(paint("warning:", "yellow", is_colour=is_colour), plan.warnings_by_reason)
@@ -294,7 +292,6 @@ class PlannedPower:
         return cls(cycles, n_pairs * len(found), tuple(found), thresholds, reason)
 
     def facts(self) -> dict[str, str]:
-        """For a terminal, by heading."""
         if self.reason is not None:
             return {"detects": f"no difference: {self.reason}"}
         n, cycles, worst = self.n_comparisons, self.cycles, max(self.metrics, key=lambda item: item.spread)
@@ -423,7 +420,6 @@ def _expected(plan: Plan, durations: ExpectedDurations, about: str = "about ") -
 
 
 def _fitting(plan: Plan, durations: ExpectedDurations, budget_s: float) -> str:
-    """How many experiments start within the budget; the last one of them finishes."""
     total = plan.expected_time(durations).total_s
     if total is None:
         return "how much of the plan fits is unknown before the first run"
@@ -438,7 +434,6 @@ def _fitting(plan: Plan, durations: ExpectedDurations, budget_s: float) -> str:
 
 
 def _order(plan: Plan, width: int) -> Iterator[str]:
-    """The first cycle, and how the others differ from it."""
     numbers = {item.config_hash: number for number, item in enumerate(plan.given, 1)}
     cycles: dict[int, list[tuple[Experiment, bool, float]]] = {}
     for step in zip(plan.experiments, plan.loads(), map(plan.gap_cap_s, plan.gap_kinds()), strict=True):

@@ -81,7 +81,6 @@ class CampaignCommand:
         self._has_waited = False
 
     def execute(self) -> int:
-        """Run the campaign and return the exit code; LemError where it, or its next run, cannot start."""
         log.configure(self._console, verbosity=-1 if self._is_quiet else self._args.verbose)
         args, part = self._args, self._job.part
         is_interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
@@ -208,7 +207,6 @@ class CampaignCommand:
 
     @contextlib.contextmanager
     def _log_file(self) -> Iterator[None]:
-        """In quiet mode, log everything to `<state_dir>/<campaign>/lem.log`."""
         if not self._is_quiet:
             yield
             return
@@ -229,7 +227,6 @@ class CampaignCommand:
 
 
 def check_still_there(outcome: CampaignOutcome) -> CampaignOutcome:
-    """The outcome, or that results were removed while the end of the campaign was written."""
     completed = outcome.manifest.get_by_status(COMPLETED)
     if outcome.error is not None or all(Path(str(entry.result_path)).exists() for entry in completed):
         return outcome
@@ -247,7 +244,6 @@ def exit_code_of_outcome(outcome: CampaignOutcome) -> ExitCode:
 
 
 def show_results(repository: Repository, outcome: CampaignOutcome, out: TextIO, *, is_json: bool) -> None:
-    """Write the table, or the summary as a line of JSON; nothing if there are no results."""
     summary = run_of(outcome.manifest, repository)
     if is_json:
         write_json_event(out, "summary", utc_now(), **run_document(summary))
@@ -256,7 +252,6 @@ def show_results(repository: Repository, outcome: CampaignOutcome, out: TextIO, 
 
 
 def closing_lines(repository: Repository, outcome: CampaignOutcome, console: log.Console) -> Iterator[str]:
-    """The closing lines: counts, results folder, error and hint, and how to resume."""
     manifest = outcome.manifest
     completed, failed = manifest.completed_count, manifest.failed_count
     left = sum(entry.status != SKIPPED for entry in manifest.experiments) - completed - failed
@@ -289,7 +284,6 @@ def resume_command(words: Sequence[str]) -> str:
 
 
 def webhook_message(campaign: CampaignConfig, ended: CampaignOutcome | LemError) -> dict[str, Any] | None:
-    """The webhook message for a run, or for the error with which none started; None if none is wanted."""
     manifest, error = (None, ended) if isinstance(ended, LemError) else (ended.manifest, ended.error)
     if isinstance(ended, CampaignOutcome) and ended.stopped is Stopped.SIGNAL:
         return None

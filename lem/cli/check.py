@@ -34,7 +34,6 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - all commands get both
-    """Exit code 4 if something is weak."""
     checked = resolve_run(args.results_dir, args.campaign).read(args.state_dir, is_checked=True)
     findings = check_run(checked)
     args.next = ["report", args.campaign, *folder_options(args.results_dir)]
@@ -68,7 +67,6 @@ def check_document(checked: Run, findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def render_check(checked: Run, findings: Sequence[Finding], *, is_colour: bool = False, width: int = WIDTH) -> str:
-    """The findings as text: the weak ones first, and a conclusion at the end."""
     doc = Doc(width, is_colour=is_colour)
     configurations = checked.with_results
     shortener = NameShortener([item.name for item in configurations], NAME_WIDTH)

@@ -58,7 +58,6 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code of the gates; 0 without gates."""
     gates = parse_gates(args.gate)
     for flag in ("strict", "lenient"):
         if getattr(args, flag) and not gates:
@@ -112,7 +111,6 @@ def _compare(args: argparse.Namespace, asked: Mapping[str, Any]) -> Comparison:
 
 
 def _targets(results_dir: Path, words: Sequence[str]) -> list[_Target]:
-    """What the arguments name; UserError where one names nothing, or they cannot be compared."""
     runs = selection.list_runs(results_dir)
     first, *others = targets = [_target(runs, word) for word in words]
     if first is None and others and all(item is None for item in others):

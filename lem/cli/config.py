@@ -61,7 +61,6 @@ Flags = Mapping[str, tuple[str, ...]]
 
 
 def add_flags(parser: argparse._ActionsContainer, section: type[Section], flags: Flags) -> None:
-    """Add flags for options; type, choices and metavar come from the declarations. They win over the file."""
     for key, (*names, text) in flags.items():
         item = find_option(section, key)
         assert item is not None, key  # noqa: S101 - a typing error in a table
@@ -80,13 +79,11 @@ def add_flags(parser: argparse._ActionsContainer, section: type[Section], flags:
 
 
 def given_flags(args: argparse.Namespace, flags: Flags) -> list[tuple[str, Any]]:
-    """The options that were given by a flag, for `load_campaign` and `load_experiment`."""
     given = ((key, getattr(args, key)) for key in flags)
     return [(key, value) for key, value in given if value is not None]
 
 
 def _validate(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """Exit code 2 if a file is not valid."""
     reports = []
     for file in args.files:
         try:

@@ -50,8 +50,6 @@ from lem.results.store import Repository
 
 @dataclass(frozen=True)
 class FleetPart:
-    """What one host runs."""
-
     run_id: str | None = None  # of the run that all hosts share; None without a stored plan
     host: str | None = None  # its name in that run
     folder: str = ""  # its folder within those of the campaign and the run, which hosts may share
@@ -177,7 +175,6 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """Exit code 1 if a result is damaged, a planned one is missing, or a host was left out."""
     plan = None if args.plan is None else merge.read_plan(args.plan)
     # Earlier merged results are one more source: they are kept, and must not conflict with the new ones.
     known = [args.output] if args.output.is_dir() else []

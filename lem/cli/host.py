@@ -55,7 +55,6 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_doctor(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
-    """Exit code 2 if campaigns in containers cannot run on this host."""
     host = Host(Path.cwd(), tuple(args.compose_file), args.env_file, tuple(args.backend), args.results_dir)
     verdict = examine(host)
     if args.json:
@@ -130,7 +129,6 @@ _PULSES_S = 180.0  # at most: PyTorch may come from a slow disk
 
 
 def _probe(nvml: Any, python: str, reading: GpuReading) -> Capabilities:
-    """What can be measured, with the periods and lags of counters; the lags are kept."""
     in_use = {gpu.uuid: ", ".join(str(item.pid) for item in gpu.processes) for gpu in reading.gpus if gpu.processes}
     holder = Holder(os.getpid(), socket.gethostname(), "lem gpus --probe", utc_text(utc_now()))
     with contextlib.ExitStack() as stack:

@@ -51,8 +51,6 @@ _DISPLAYED = ("text", "invalid_reasons")
 
 
 class JsonProgress:
-    """One JSON object per line on stdout, and notes for people on stderr."""
-
     def __init__(self, out: TextIO, console: log.Console | None, now: Callable[[], datetime] = utc_now) -> None:
         self._out, self._console, self._now = out, console, now
 
@@ -71,8 +69,6 @@ def write_json_event(out: TextIO, kind: str, at: datetime, **data: Any) -> None:
 
 
 class QuietProgress:
-    """Only errors; the command writes the final summary."""
-
     def __init__(self, console: log.Console) -> None:
         self._console = console
 
@@ -155,7 +151,6 @@ class StatusProgress:
 
 
 def _level_of(event: Event) -> int:
-    """How much an event matters, as a level of `logging`."""
     if event.kind == "experiment_failed":
         return logging.ERROR
     is_odd = event.kind in ("experiment_retried", "experiment_interrupted") or not event.data.get("valid", True)
@@ -189,7 +184,6 @@ class _State:
             self.activity = f"gap, at most {units.format_duration(float(data['left_s']))} more"
 
     def describe(self, event: Event, now: float, width: int | None = None) -> str:
-        """The line. To fit `width`, the name loses its middle, as names differ at their ends; then other facts go."""
         name = printable(str(self.experiment.get("config_name", "")))
         watts = "" if self.watts is None else units.format_power(self.watts)
         line = ""
@@ -216,7 +210,6 @@ class _State:
 
 
 def _count(data: Mapping[str, Any]) -> str:
-    """Progress within a phase: `5/32`, or text if the total is unknown."""
     done, total, text = data.get("phase_done"), data.get("phase_total"), str(data.get("text", ""))
     if done is None or total:
         return f"{done}/{total}" if total else text

@@ -40,7 +40,6 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
-    """Exit code 0 even if results are damaged, which the page and stderr report."""
     if args.json and args.output == "-":
         raise UserError("--json and --output - both write to stdout", "Write the page to a file: --output FILE.")
     chosen = selection.resolve_run(args.results_dir, args.campaign)
@@ -66,7 +65,6 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 
 
 def make_report(run: Run, baseline: Configuration | None = None) -> str:
-    """The page of a run; a sample log that cannot be used is named and left out."""
     report = compose(run, baseline)
     logs = {key: path.parent / samples.FINISHED_FILENAME for key, path in run.paths.items()}
     with_log = [item for item in run.records if item.identity.key in logs and logs[item.identity.key].is_file()]
@@ -89,7 +87,6 @@ _Points = list[tuple[float, float]]
 
 
 def trace_of(log: samples.SampleLog, marks: Sequence[samples.Mark]) -> Trace:
-    """What a sample log shows over time, in seconds from its first mark."""
     ordered = sorted(marks, key=lambda mark: (mark.opened_ns, mark.closed_ns))
     zero_ns = ordered[0].opened_ns if ordered else log.header.started_ns
 
@@ -204,7 +201,6 @@ def _slowdowns(
 def _phase(
     name: str, begin: float, end: float, powers: Sequence[_Points], temperatures: _Points, slowdowns: Iterable[Slowdown]
 ) -> Phase:
-    """One phase in numbers; power is the sum over the devices."""
     inside = [[value for at, value in points if begin <= at < end] for points in powers]
     degrees = [value for at, value in temperatures if begin <= at < end]
     faults = union((slowdown.begin_s, slowdown.end_s) for slowdown in slowdowns if slowdown.is_fault)

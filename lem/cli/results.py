@@ -127,7 +127,6 @@ def _table_of(args: argparse.Namespace, results: Iterable[StoredResult]) -> str:
 
 
 def _chosen(scan: Scan, exp_ids: frozenset[str] | None) -> tuple[list[StoredResult], list[Problem]]:
-    """The results and problems of these experiments; of all for None."""
     results = [it for it in scan.results if exp_ids is None or it.record.identity.experiment_id in exp_ids]
     return results, [it for it in scan.problems if exp_ids is None or it.exp_id in exp_ids]
 

@@ -85,7 +85,6 @@ def typed_again(args: argparse.Namespace, *dropped: str) -> list[str]:
 
 
 def without_secret(word: str) -> str:
-    """The argument, with `HIDDEN` instead of a secret value."""
     start = "--set=" if word.startswith("--set=") else ""
     key, sign, _ = word[len(start) :].partition("=")
     return f"{start}{key}={HIDDEN}" if sign and is_secret(CampaignConfig, tuple(key.split("."))) else word
@@ -101,7 +100,6 @@ def add_budget(parser: argparse._ActionsContainer) -> None:
 
 
 def add_rates(parser: argparse._ActionsContainer) -> None:
-    """Options for the rates by which emissions and cost are computed, in place of those of the campaign."""
     for name in RATES:
         text = declared(MeasurementConfig)[name].description.rstrip(".")
         text = f"{text[0].lower()}{text[1:]} (default: measurement.{name} of the campaign)"
@@ -115,7 +113,6 @@ def _rate(name: str, text: str) -> float:
 
 
 def rates_of(args: argparse.Namespace) -> dict[str, float]:
-    """The rates that were given."""
     return {name: value for name in RATES if (value := getattr(args, name)) is not None}
 
 
@@ -124,7 +121,6 @@ def add_repeated(parser: argparse._ActionsContainer, name: str, metavar: str, te
 
 
 def checked(parse: Callable[[str], T], text: str) -> T:
-    """What `parse` makes of an option's value; a ValueError becomes a usage error."""
     try:
         return parse(text)
     except ValueError as error:
@@ -133,8 +129,6 @@ def checked(parse: Callable[[str], T], text: str) -> T:
 
 @dataclass(frozen=True)
 class SelectedRun:
-    """A run of a campaign in a results folder."""
-
     results_dir: Path
     campaign: str
     run_id: str
@@ -183,7 +177,6 @@ def _digests(statuses: Iterable[CampaignStatus]) -> Digests:
 
 
 def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
-    """Every run, by campaign, oldest first; UserError where a folder cannot be read."""
     return tuple(
         SelectedRun(results_dir, campaign, run_id)
         for campaign in folder_names(results_dir)
@@ -192,7 +185,6 @@ def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
 
 
 def _last(runs: Sequence[SelectedRun]) -> SelectedRun:
-    """The last of a campaign's runs, with a warning in the log if it is dated in the future."""
     future = describe_future(runs[-1].run_id, utc_now())
     if future:
         _logger.warning("%s", future)
@@ -276,7 +268,6 @@ def problem_documents(problems: Iterable[Problem]) -> list[dict[str, str]]:
 
 
 def damaged(problems: Iterable[Problem]) -> list[Problem]:
-    """The problems without attempts that have no result, which are counted elsewhere."""
     return [problem for problem in problems if problem.kind != "missing"]
 
 
@@ -289,7 +280,6 @@ def list_problems(err: TextIO, problems: Sequence[Problem], *, lead: str = "", r
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write the file that `--output` names, whole or not at all; UserError where it cannot be written."""
     try:
         durable.write_text(path, text)
     except OSError as error:

@@ -45,7 +45,6 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
-    """Exit code 0 whatever the states are, 2 if there is no such campaign."""
     viewpoint = Viewpoint(utc_now(), socket.gethostname(), boot_time())
     viewer = Viewer(viewpoint.now, width=terminal_width(out), is_colour=is_colour_wanted(out))
     if args.campaign is None:
@@ -67,7 +66,6 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 
 
 def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> list[CampaignStatus]:
-    """The campaign's status; of one that hosts share, that of each part."""
     given = Path(wanted)
     if given.suffix in (".yaml", ".yml") and given.is_file():
         campaign = load_campaign(str(given)).config
@@ -117,8 +115,6 @@ _PHASE_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Viewer:
-    """The time, zone, width and colour of the output."""
-
     now: datetime
     zone: tzinfo | None = None
     width: int = WIDTH
@@ -151,7 +147,6 @@ def render_statuses(statuses: Sequence[CampaignStatus], viewer: Viewer) -> str:
 
 
 def render_status(status: CampaignStatus, viewer: Viewer) -> str:
-    """One campaign: state, activity, failures, configurations, and the command that resumes it."""
     doc = Doc(viewer.width, is_colour=viewer.is_colour)
     holder, manifest = status.holder, status.manifest
     since = f" since {viewer.clock(parse_utc(holder.since))}" if holder is not None else ""
@@ -175,7 +170,6 @@ def render_status(status: CampaignStatus, viewer: Viewer) -> str:
 
 
 def status_document(status: CampaignStatus) -> dict[str, Any]:
-    """The status as JSON values; times are UTC labels."""
     manifest, activity, holder = status.manifest, status.activity, status.holder
     return {
         "schema_version": SCHEMA_VERSION,
@@ -231,7 +225,6 @@ def _counts(status: CampaignStatus, viewer: Viewer) -> Iterator[str]:
 
 
 def _facts(status: CampaignStatus, viewer: Viewer) -> Iterator[tuple[str, str]]:
-    """What is running or ran last, why it ended, and notes."""
     label = "now" if status.state == State.RUNNING else "last"
     activity, manifest = status.activity, status.manifest
     if activity is not None and activity.doing in ("starting", "gap"):

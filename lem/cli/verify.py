@@ -61,8 +61,6 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the figures of a result."""
-
     result: StoredResult
     status: str  # agrees, differs, unmeasured (nothing beside the record to recompute it from) or impossible
     message: str = ""  # why it is impossible, or a note
@@ -82,7 +80,6 @@ class Outcome:
 
     @property
     def document(self) -> dict[str, Any]:
-        """As JSON values."""
         figures = {"compared": self.compared, "differences": [asdict(item) for item in self.differences]}
         return {"status": self.status, "message": self.message, **figures}
 
@@ -100,7 +97,6 @@ class Verified:
 
     @property
     def remarks(self) -> Iterator[str]:
-        """What differs or is missing, one sentence each."""
         for name, is_same in self.digests.items():
             if not is_same:
                 yield f"its SHA-256 is not the one in the {name}: it was changed after it was measured"
@@ -120,7 +116,6 @@ _COUNTED = ((Verdict.DIFFERS, "differ or are damaged"), (Verdict.UNVERIFIED, "co
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """Exit code 0 only if all agree."""
     results, problems = _chosen(args)
     digests = recorded_digests(args.state_dir / slug_of(item.record.identity.campaign_name) for item in results)
     found = [verify_result(item, digests) for item in results]
@@ -161,7 +156,6 @@ def _by_name(results_dir: Path, wanted: str) -> Iterator[Scan]:
 
 
 def _by_path(path: Path) -> Iterator[Scan]:
-    """What is below a path; UserError where that is no part of a results folder."""
     folder = (path if path.is_dir() else path.parent).resolve()
     first = next((found for pattern in _BELOW for found in folder.glob(pattern)), None)
     experiment = (folder if first is None or first.name == RESULT_FILE else first).parent
@@ -187,7 +181,6 @@ def _by_path(path: Path) -> Iterator[Scan]:
 
 
 def verify_result(result: StoredResult, recorded: Digests) -> Verified:
-    """The result compared with the index, with these digests from manifests, and with its raw data."""
     digests = {"index": True} if result.is_recorded else {}
     if (digest := recorded.get(digest_key(result.record.identity))) is not None:
         digests["manifest"] = digest == result.sha256
@@ -238,7 +231,6 @@ def recompute_result(result: StoredResult) -> Outcome:
 
 
 def _read_config(folder: Path) -> ExperimentConfig:
-    """The resolved configuration of an attempt; OSError or ValueError where its file is not readable or not valid."""
     resolved = durable.read_sealed(folder / CONFIG_FILE).get("resolved")
     if not isinstance(resolved, dict):
         raise ValueError(f"{folder / CONFIG_FILE}: no resolved configuration in it")

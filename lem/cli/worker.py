@@ -38,7 +38,6 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code of a worker, of its engine process or of a sampler."""
     if args.pulse is not None:
         from lem.engines.pytorch import pulse
 
@@ -118,7 +117,6 @@ def _read_variables() -> Mapping[str, str]:
 
 
 def _end(child: process.Child[bytes]) -> None:
-    """End the command if it is still there: TERM, then KILL; its own children see an end of file."""
     if child.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)

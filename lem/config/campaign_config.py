@@ -84,8 +84,6 @@ def _check_duration(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class CampaignGridConfig(Section):
-    """Experiments as the product of axes: backends, models, shared options, and options of each backend."""
-
     backends: tuple[str, ...] = option(
         REQUIRED, "The backends to run.", choices=BACKENDS, min_items=1, is_unique=True, takes_scalar=True
     )
@@ -143,7 +141,6 @@ def _check_shared_axis(backends: Sequence[str], axis: str, values: Any) -> Itera
 
 
 def _in_grid(name: str) -> str:
-    """Where a campaign sets an option of the experiments of its grid."""
     return f"grid.{'backend_overrides' if name.partition('.')[0] in BACKENDS else 'shared'}.{name}"
 
 
@@ -158,7 +155,6 @@ def _check_overrides(backends: Sequence[str], backend: str, overrides: Mapping[s
 
 
 def _check_axis(backends: Sequence[str], axis: str, given: Any, path: Location) -> Iterator[Problem]:
-    """What is wrong with an axis at a path: a list of values, or one value."""
     if given == ():
         yield Problem(path, "has no values; add some or remove the axis")
     parts = axis.split(".")
@@ -175,7 +171,6 @@ def _check_axis(backends: Sequence[str], axis: str, given: Any, path: Location) 
 
 
 def _unknown_axis(backends: Sequence[str], parts: Sequence[str], path: Location, problem: Problem) -> Problem:
-    """The problem with a name that is no option, with the remedy in terms of a grid."""
     key = len(problem.path) - 1
     term = find_term(parts[key], parts[key - 1] if key else "") or Term()
     fitting = [name for name in term.options if name.partition(".")[0] in backends] or term.options
@@ -209,7 +204,6 @@ class CampaignExplicitExperiment(Section, alternative=ExperimentConfig):
 
     @staticmethod
     def nest_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """The overrides with dotted names nested."""
         out: dict[str, Any] = {}
         for key, value in overrides.items():
             out = put(ExperimentConfig, out, key, value)
@@ -232,8 +226,6 @@ class CampaignExplicitExperiment(Section, alternative=ExperimentConfig):
 
 @dataclass(frozen=True)
 class CampaignExecutionConfig(Section):
-    """How often, in which order, and how long to wait."""
-
     cycles: int = option(3, "Runs of every experiment; intervals need at least 3.", min=1, max=20)
     structure: str = option(
         BALANCED,
@@ -272,8 +264,6 @@ class CampaignExecutionConfig(Section):
 
 @dataclass(frozen=True)
 class CampaignScheduleConfig(Section):
-    """When to start."""
-
     at: str | None = option(None, "Time of day on the host.", check=_check_time, form="a time HH:MM")
     days: tuple[str, ...] | None = option(
         None, "Days; null is any.", choices=(*_WEEKDAYS, *_DAY_GROUPS), takes_scalar=True, min_items=1
@@ -292,8 +282,6 @@ class CampaignScheduleConfig(Section):
 
 @dataclass(frozen=True)
 class CampaignHealthCheckConfig(Section):
-    """Checks of the containers between experiments."""
-
     enabled: bool = option(True, "Check the containers.")
     interval_experiments: int = option(0, "Experiments between checks; 0: once per cycle.", min=0, unit="experiments")
     gpu_memory_threshold_pct: float = option(
@@ -305,16 +293,12 @@ class CampaignHealthCheckConfig(Section):
 
 @dataclass(frozen=True)
 class CampaignColdStartConfig(Section):
-    """A cold start for every experiment."""
-
     force_cold_start: bool = option(False, "End the worker after each experiment.")
     restart_container: bool = option(False, "Recreate the container too.")
 
 
 @dataclass(frozen=True)
 class CampaignDaemonConfig(Section, switch="enabled"):
-    """Repeated runs."""
-
     enabled: bool = option(False, "Repeat the campaign.")
     at: str | None = option(None, "Time of day of the first run.", check=_check_time, form="a time HH:MM")
     interval: str | None = option(
@@ -325,12 +309,10 @@ class CampaignDaemonConfig(Section, switch="enabled"):
 
     @property
     def interval_seconds(self) -> float | None:
-        """The interval in seconds; None when unset."""
         return None if self.interval is None else units.parse_duration(self.interval)
 
     @property
     def total_duration_seconds(self) -> float | None:
-        """The total duration in seconds; None when unset."""
         return None if self.total_duration is None else units.parse_duration(self.total_duration)
 
 
@@ -357,8 +339,6 @@ class CampaignIOConfig(Section):
 
 @dataclass(frozen=True)
 class CampaignNotificationConfig(Section):
-    """Messages when a campaign ends."""
-
     webhook_url: str | None = option(None, "Where to post JSON.", check=check_url, form="a URL", secret=True)
     on: tuple[str, ...] = option(
         ("complete", "failure"), "When to post.", choices=("complete", "failure"), takes_scalar=True
@@ -397,12 +377,10 @@ class CampaignConfig(Section, aliases={"model_name": "model", "sample_size": "nu
 
     @property
     def campaign_id(self) -> str:
-        """See `generate_campaign_id`."""
         return generate_campaign_id(self.campaign_name)
 
     @property
     def slug(self) -> str:
-        """As `slug_of`."""
         return slug_of(self.campaign_name)
 
     def get_config_paths(self) -> list[Path]:

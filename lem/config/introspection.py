@@ -37,12 +37,10 @@ def get_campaign_params() -> dict[str, dict[str, Any]]:
 
 
 def get_campaign_grid_params() -> dict[str, dict[str, Any]]:
-    """Every option of a grid by dotted name (`grid.backends`), as `get_campaign_params`."""
     return _describe_all(CampaignGridConfig, "grid")
 
 
 def get_campaign_health_check_params() -> dict[str, dict[str, Any]]:
-    """Every option of the health check by dotted name, as `get_campaign_params`."""
     return _describe_all(CampaignHealthCheckConfig, "health_check")
 
 
@@ -108,14 +106,12 @@ def _plain_word(value: Any) -> str:
 
 
 def wrap(text: str, indent: str) -> list[str]:
-    """Lines of at most 80 columns, each after the indent; a sign stays with its number."""
     whole = re.sub(r"([≥≤<>]) (?=[0-9])", r"\1\0", text)
     lines = textwrap.wrap(whole, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     return [line.replace("\0", " ") for line in lines]
 
 
 def render_text(params: Mapping[str, Entry]) -> str:
-    """Options for a terminal of 80 columns: name and facts, then what it does."""
     blocks = []
     for name, entry in params.items():
         default = "required" if entry["required"] else f"default {_plain_word(entry['default'])}"
@@ -160,7 +156,6 @@ check-jsonschema merges `<<` before it looks at the schema, whereas `lem` refuse
 
 
 def render_page() -> str:
-    """docs/configuration.md."""
     params = get_experiment_params()
     lines = [
         _PAGE_START,

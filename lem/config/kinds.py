@@ -41,8 +41,6 @@ UNSET: Any = Marker.UNSET
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, or that a person should know about."""
-
     path: Path  # keys and list indices from the top: ("execution", "cycles") or ("configs", 0); () is the whole
     message: str
     suggestion: str | None = None  # the nearest valid key or value
@@ -60,8 +58,6 @@ class Problem:
 
 
 class ConfigProblems(ConfigurationError):
-    """A configuration with problems; the message has one line for each."""
-
     def __init__(self, problems: Iterable[Problem], text: str | None = None, hint: str = "") -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(map(str, self.problems)) if text is None else text, hint)
@@ -176,7 +172,6 @@ def bounds_text(bounds: Mapping[str, float]) -> str:
 
 
 def _plain(number: float) -> str:
-    """A number without exponent or needless decimals."""
     if abs(number) >= 10**MAX_SHOWN_DIGITS:
         return f"a number of more than {MAX_SHOWN_DIGITS} digits"
     return f"{number:.0f}" if number == number // 1 else str(number)
@@ -234,7 +229,6 @@ class Kind(ABC):
         """The normalised value, or INVALID with the problems noted."""
 
     def refuse(self, value: Any, path: Path, sink: Sink, remedy: str = "", suggestion: str | None = None) -> Any:
-        """INVALID, with the problem noted; the value of a secret option is not repeated."""
         got = "" if self.item.secret else f", got {describe(value)}{remedy}"
         return sink.add(path, f"expected {self.name}{got}", suggestion)
 
@@ -288,8 +282,6 @@ class NumberKind(Kind):
 
 
 class TextKind(Kind):
-    """Text that is not blank."""
-
     name = label = "text"
 
     def __init__(self, item: Option) -> None:
@@ -387,8 +379,6 @@ class MapKind(Kind):
 
 
 class AnyKind(Kind):
-    """Anything that JSON can hold; lists become `Items`, and text keeps its `${VAR}` for records."""
-
     name = "a JSON value"
     label = "any value"
 

@@ -36,8 +36,6 @@ _NO_MODEL = {"name": "none"}
 
 @dataclass(frozen=True)
 class Layer:
-    """One source of values, laid over others."""
-
     kind: str  # `command line`, `file` or `preset`
     label: str  # the file's name, `--set a.b=c`, `preset benchmark`
     mapping: Mapping[str, Any]
@@ -45,7 +43,6 @@ class Layer:
     prefix: Path = ()  # the path of the mapping in the document
 
     def find(self, path: Path, *, is_about_key: bool) -> tuple[int, Place]:
-        """How many parts of a path are in this layer, and the place of the last of them."""
         if self.document is not None:
             found, place = self.document.find((*self.prefix, *path), is_about_key=is_about_key)
             return found - len(self.prefix), place
@@ -58,8 +55,6 @@ class Layer:
 
 @dataclass(frozen=True)
 class Source:
-    """Layers over each other, the lowest first, and the mapping they make."""
-
     section: type[Section]  # what the values are for
     layers: tuple[Layer, ...] = ()
     mapping: Mapping[str, Any] = field(default_factory=dict)  # the layers merged, not yet validated
@@ -98,7 +93,6 @@ class Source:
         return None if value is None and given != path else self.origins.get(given)  # below a null are defaults
 
     def has(self, path: Path) -> bool:
-        """Whether a path was written somewhere."""
         return any(layer.find(path, is_about_key=False)[0] == len(path) for layer in self.layers)
 
     def place(self, path: Path, *, is_about_key: bool = False) -> Place:
@@ -196,7 +190,6 @@ def load_campaign_of_files(
     preset: str | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Loaded[CampaignConfig]:
-    """A campaign made of experiment files; as `load_campaign`."""
     mapping = {"campaign_name": name, "configs": [str(path) for path in paths]}
     source = Source(CampaignConfig).over(Layer("command line", "the command line", mapping))
     return _Loader(sets, preset, environ).campaign(source)
@@ -211,7 +204,6 @@ def complete_campaign(campaign: CampaignConfig, environ: Mapping[str, str] = os.
 def load_experiment(
     path: FilePath | str | None, sets: Sets = (), preset: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> Loaded[ExperimentConfig]:
-    """An experiment file, or overrides alone, validated; as `load_campaign`."""
     loader = _Loader(sets, preset, environ)
     empty: tuple[Source, Located] = loader.start(ExperimentConfig), []
     source, found = empty if path is None else loader.read(FilePath(path), ExperimentConfig)
@@ -225,13 +217,11 @@ def load_experiment(
 
 
 def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> str:
-    """`campaign` for a file with one of `_CAMPAIGN_MARKS`, else `experiment`; raises as `load_campaign`."""
     source, _ = _Loader((), None, environ).read(FilePath(path), ExperimentConfig)
     return "campaign" if set(_CAMPAIGN_MARKS) & set(source.mapping) else "experiment"
 
 
 def read_mapping(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """What a file has together with those that it inherits from, as it is written; not validated."""
     source, found = _Loader((), None, environ).read(FilePath(path), ExperimentConfig)
     if found:
         raise FileProblems(found)
@@ -240,8 +230,6 @@ def read_mapping(path: FilePath | str, environ: Mapping[str, str] = os.environ) 
 
 @dataclass(frozen=True)
 class _Loader:
-    """Reads files and puts them together, with the same overrides, preset and environment."""
-
     sets: Sets
     preset: str | None
     environ: Mapping[str, str]
@@ -297,7 +285,6 @@ class _Loader:
         return source
 
     def _given(self) -> Iterable[tuple[str, str, Any]]:
-        """The options from the command line: how they were given, dotted name and value; first the backend."""
         given = []
         for item in self.sets:
             key, equals, text = item.partition("=") if isinstance(item, str) else (item[0], "=", str(item[1]))
@@ -348,7 +335,6 @@ class _Loader:
         return Loaded(_without_problems(config, found or [], problems), source, tuple(listed), start)
 
     def _listed(self, campaign: Source, problems: Located) -> Iterable[ListedExperiment]:
-        """The experiments that a campaign lists, without its defaults; notes the files that cannot be read."""
         for index, name in enumerate(_items(campaign.mapping.get("configs"))):
             yield from self._of_file(campaign, ("configs", index), name, None, problems)
         for index, entry in enumerate(_items(campaign.mapping.get("experiments"))):
@@ -391,7 +377,6 @@ def _items(value: Any) -> Sequence[Any]:
 
 
 def _base_of(documents: Sequence[Document], found: Located) -> FilePath | None:
-    """The file that the last document inherits from; None without one that can be read."""
     document = documents[-1]
     if EXTENDS not in document.tree:
         return None

@@ -122,7 +122,6 @@ class Section:
         return {name: plain(self.__dict__[name]) for name in declared(type(self))}
 
     def changed(self) -> dict[str, Any]:
-        """The options that differ from their defaults, as plain JSON values."""
         options = declared(type(self))
         return {name: value for name, value in self.to_dict().items() if value != options[name].default}
 
@@ -137,7 +136,6 @@ class Section:
         return self.__dict__.setdefault(cache, self.make_identity(is_first=is_first)) if known is None else known
 
     def make_identity(self, *, is_first: bool) -> dict[str, Any]:
-        """As `identity`, computed every time."""
         found = {name: (self.__dict__[name], option) for name, option in declared(type(self)).items()}
         return {
             name: plain(
@@ -168,7 +166,6 @@ class Section:
         yield from ()
 
     def check(self) -> Iterator[kinds.Problem]:
-        """What is wrong between options that are all valid by themselves; paths are relative to the section."""
         yield from ()
 
 
@@ -197,8 +194,6 @@ class SectionKind(kinds.Kind):
 
 
 class VariantKind(SectionKind):
-    """One of several sections, distinguished by their option `type`."""
-
     def __init__(self, item: kinds.Option, variants: Mapping[str, type[Section]]) -> None:
         super().__init__(item, *variants.values())
         self.variants = variants
@@ -221,7 +216,6 @@ class VariantKind(SectionKind):
         return self.variants[str(kind)].read(value, path, sink)
 
     def _read_untyped(self, value: Mapping[str, Any], path: kinds.Path, sink: kinds.Sink) -> Any:
-        """Check a part of a variant against every variant, and keep the problems of the best fit."""
         sinks = []
         for section in self.variants.values():
             sinks.append(kinds.Sink(sink.root, sink.chosen, is_partial=True))
@@ -311,7 +305,6 @@ def _note_unknown(section: type[Section], key: Any, path: kinds.Path, sink: kind
 
 
 def _chosen(section: type[Section], mapping: Any) -> set[str]:
-    """The backend, and the keys, of an experiment that is not yet read."""
     found = dict(mapping) if isinstance(mapping, Mapping) else {}
     backend = declared(section).get("backend")
     named = found.get("backend", backend.default if backend is not None else None)
@@ -328,7 +321,6 @@ _names = typing.cast("Callable[[type[Any]], frozenset[str]]", functools.cache(_l
 
 
 def check_partial(section: type[Section], mapping: Any, chosen: Collection[str] = ()) -> tuple[kinds.Problem, ...]:
-    """What is wrong with a part of a section: unknown options and invalid values; nothing is required."""
     sink = kinds.Sink(section, chosen or _chosen(section, mapping), is_partial=True)
     section.read(mapping, (), sink)
     return tuple(sink.problems)
@@ -364,7 +356,6 @@ def redacted(section: type[Section], path: kinds.Path) -> kinds.Path:
 
 
 def find_option(section: type[Section], key: str) -> kinds.Option | None:
-    """The option with a dotted name, aliases included; None when there is none."""
     candidates: tuple[type[Section], ...] = (section,)
     found: kinds.Option | None = None
     for part in key.split("."):
@@ -396,7 +387,6 @@ def walk(
 
 
 def nest(path: str | Sequence[str], value: Any) -> dict[str, Any]:
-    """`{"decoder": {"preset": value}}` for "decoder.preset" or ("decoder", "preset")."""
     for part in reversed(path.split(".") if isinstance(path, str) else path):
         value = {part: value}
     nested: dict[str, Any] = value
@@ -404,7 +394,6 @@ def nest(path: str | Sequence[str], value: Any) -> dict[str, Any]:
 
 
 def leaves(tree: Any, path: kinds.Path = ()) -> Iterator[tuple[kinds.Path, Any]]:
-    """Every value that is not a mapping with something in it, with its path."""
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
             yield from leaves(value, (*path, key))

@@ -51,13 +51,11 @@ class Gpu(Protocol):
 
 
 def warnings(config: ExperimentConfig, gpus: Sequence[Gpu] | None = None) -> tuple[Problem, ...]:
-    """What a person should know about an experiment; `gpus` are those of its host, None when unknown."""
     found = (*_work_warnings(config), *_engine_warnings(config), *_other_warnings(config))
     return found if gpus is None else (*found, *_gpu_warnings(config, gpus))
 
 
 def width_warning(config: ExperimentConfig, prompts: int | None) -> Problem | None:
-    """That the width was set above what it can reach with that many prompts, if they are known."""
     name, most = WIDTH_OPTIONS[config.backend], config.most_at_once(prompts)
     if most is None or config.width <= most or config.width == declared(type(config.section))[name].default:
         return None
@@ -96,7 +94,6 @@ def _without(names: tuple[str, ...], sections: tuple[str, ...]) -> tuple[str, ..
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested options by dotted name."""
     for name, value in options.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{name}.")

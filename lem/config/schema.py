@@ -25,7 +25,6 @@ _NO_AXES = ("backend", "model", "model.name", "model_name", "model_name.name")
 
 
 def document_schema(section: type[Section], kind: str) -> dict[str, Any]:
-    """The schema of a whole file; one that inherits (`_extends`) need not be complete."""
     builder = _Builder()
     top = builder.define(section)
     del builder.definitions[section.__name__]
@@ -93,7 +92,6 @@ class _Builder:
         return None
 
     def _named(self, section: type[Section], *, is_axis: bool) -> dict[str, Any]:
-        """A mapping of options by dotted name, each with a value; of an axis also a list of values."""
         schemas: dict[str, list[Schema]] = {}
         descriptions: dict[str, str] = {}
         patterns: dict[str, Any] = {}
@@ -170,7 +168,6 @@ def _or_reference(schema: Schema) -> dict[str, Any]:
 
 
 def _if(kind: str, then: Schema, other: Schema) -> dict[str, Any]:
-    """One schema for values of a type, and another for all others."""
     return {"if": {"type": kind}, "then": then, "else": other}
 
 
@@ -198,7 +195,6 @@ def _has_own(section: type[Section]) -> dict[str, Any]:
 
 
 def _given(name: str, kind: Any = ("array", "boolean", "number", "object", "string")) -> dict[str, Any]:
-    """The option is there, and not null."""
     return {"required": [name], "properties": {name: {"type": list(kind), "minItems": 1}}}
 
 

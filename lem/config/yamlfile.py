@@ -50,8 +50,6 @@ _MAPPING = "tag:yaml.org,2002:map"
 
 
 class Mark(NamedTuple):
-    """A position in a file, from 1."""
-
     line: int
     column: int
 
@@ -72,8 +70,6 @@ Located = list[tuple[Place, Problem]]
 
 
 class FileProblems(ConfigProblems):
-    """Problems with their places, in the order of the message, which shows the lines."""
-
     def __init__(self, located: Iterable[tuple[Place, Problem]], hint: str = "") -> None:
         unique: dict[tuple[Place, str], tuple[Place, Problem]] = {}
         for place, problem in located:  # a campaign and its experiment may have the same problem
@@ -127,8 +123,6 @@ def _is_secret(names: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Document:
-    """A file as read: plain values and their positions."""
-
     name: str  # as the person named it
     path: FilePath  # to read it, and for the files that it names
     lines: tuple[str, ...] = ()
@@ -155,7 +149,6 @@ class Document:
 
     @property
     def top(self) -> Place:
-        """Where the configuration begins, or the file where it is empty."""
         return self.at(self.values.get((), Mark(1, 1)))
 
     def at(self, mark: Mark | None) -> Place:
@@ -168,7 +161,6 @@ class Document:
         return Place(self.name, mark, line)
 
     def find(self, path: Path, *, is_about_key: bool) -> tuple[int, Place]:
-        """How many parts of a path are in the file, and the place of the last of them."""
         at: Path = ()
         found = 0
         while found < len(path):
@@ -232,7 +224,6 @@ def parse_value(text: str, environ: Mapping[str, str], label: str) -> Any:
 
 
 def _no_text(path: FilePath, data: bytes, offset: int, message: str, hint: str = "") -> FileProblems:
-    """What is wrong with the byte at an offset."""
     before = data[:offset]
     column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
     place = Place(str(path), Mark(before.count(b"\n") + 1, column))
@@ -383,7 +374,6 @@ def _mark(node: Any) -> Mark:
 
 
 def _syntax_problem(error: Any, name: str, text: str) -> tuple[Place, Problem]:
-    """PyYAML's message, with the remedy for common mistakes."""
     if isinstance(error, yaml.reader.ReaderError):
         before = text[: error.position]
         mark = Mark(before.count("\n") + 1, error.position - before.rfind("\n"))

@@ -159,7 +159,6 @@ def _scope_of(primary: EnergySource | None, gpus: Sequence[GpuHeader]) -> Energy
 def _why_no_gpu(
     wanted: str, header: SampleHeader, gpu_uuids: Sequence[str], foreign: Mapping[str, Sequence[int]]
 ) -> Reason | None:
-    """Why the energy of the GPUs is not measured; None if it is."""
     if wanted == "none":
         return _NOT_WANTED
     if not gpu_uuids:
@@ -219,8 +218,6 @@ def _cpu_method(wanted: str, header: SampleHeader, tdp_w: float | None) -> tuple
 
 @dataclass(frozen=True)
 class Baselines:
-    """Power at rest that was measured before, for a log without such a mark."""
-
     bare_power_w: float | None = None  # of all GPUs, or packages, together, by the primary source
     loaded_power_w: float | None = None
     age_s: float | None = None  # how long before this experiment the loaded one was measured
@@ -255,7 +252,6 @@ class AttemptLog:
 
     @property
     def window(self) -> Span:
-        """The window; `NotMeasured` without its mark."""
         return self._marked(names.WINDOW)
 
     @cached_property
@@ -286,7 +282,6 @@ class AttemptLog:
         return sum(curve.mean_power_w(span) for curve in self.primary_curves(at_rest=True))
 
     def gpu_curve(self, number: int, *, at_rest: bool = False) -> Curve:
-        """The energy of one GPU, by its number in the experiment; raises as `primary_curves`."""
         if self.sources.gpu_method is None:
             raise NotMeasured(self.sources.reasons["gpu"])
         if self.sources.gpu_method != EnergySource.COUNTER:
@@ -299,7 +294,6 @@ class AttemptLog:
         return self._known[key]
 
     def gpu_power_curve(self, number: int, *, at_rest: bool = False) -> Curve:
-        """The integral of one GPU's power; `NotMeasured` if it was not read."""
         place = self.sources.gpus[number]
         gpu = self.log.header.gpus[place]
         if gpu.power_error is not None:
@@ -382,7 +376,6 @@ class AttemptLog:
         return span
 
     def _checked(self, curve: Curve, meter: str) -> Curve:
-        """The curve; `NotMeasured`, with the meter's last error, if it has fewer than two knots."""
         errors = [error.message for error in self.log.errors if error.meter == meter]
         if len(curve.at_ns) >= 2:
             return replace(curve, error=errors[-1]) if errors else curve
@@ -428,6 +421,5 @@ def _still_s(log: SampleLog, place: int, window: Span | None) -> float:
 
 
 def span_of(marks: Sequence[Mark], name: str) -> Span | None:
-    """From the first to the last moment under that mark; None without one."""
     found = [mark for mark in marks if mark.name == name]
     return Span(min(mark.opened_ns for mark in found), max(mark.closed_ns for mark in found)) if found else None

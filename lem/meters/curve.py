@@ -68,8 +68,6 @@ class Hole:
 
 @dataclass(frozen=True)
 class _View:
-    """The energy at a window's closing as seen from one side: from which knot, and with what power up to there."""
-
     knot_ns: float
     energy_j: float
     power_w: float
@@ -103,7 +101,6 @@ class Curve:
         return self._interpolate(last, span.closed_ns) - self._interpolate(first, span.opened_ns)
 
     def value_j(self, at_ns: int) -> float:
-        """The energy since some moment, interpolated; raises NotMeasured beyond the first and last knot."""
         return self._interpolate(self._place(at_ns), at_ns)
 
     def doubt_at(self, at_ns: int) -> tuple[float, float]:
@@ -127,12 +124,10 @@ class Curve:
         return closing_j - opening_j
 
     def closing_doubt_j(self, closed: ClosedWindow) -> float:
-        """How far the two views on the window's closing lie apart; 0 with one alone."""
         inside, outside = self._seen_from_inside(closed), self._seen_from_outside(closed)
         return abs(outside.energy_j - inside.energy_j) if inside and outside else 0.0
 
     def mean_power_w(self, span: Span) -> float:
-        """The mean power over the span; raises as `between_j`, also for a span of no length."""
         if span.closed_ns <= span.opened_ns:
             raise NotMeasured("span_empty", what=self.what)
         return self.between_j(span) / span.seconds
@@ -372,6 +367,5 @@ def update_period_s(changes: Iterable[CounterChange], gpu: int, span: Span) -> f
 
 
 def exact(what: str, at_ns: Sequence[int], energy_j: Sequence[float], holes: Sequence[Hole]) -> Curve:
-    """A curve whose knots lie at known moments."""
     times = tuple(at_ns)
     return Curve(what, times, times, times, tuple(energy_j), tuple(holes))

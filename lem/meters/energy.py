@@ -97,7 +97,6 @@ def _machine(facts: MachineFacts) -> Machine:
 
 
 def _corrections(plug: Measured[External], energy: Energy) -> Iterator[Reason]:
-    """What was wrong with the user's own meter, where its energy is known all the same."""
     if plug.value is not None and energy.external_energy_j is not None:
         ahead_s, mean_s = plug.value.ahead_s, plug.value.mean_s
         if abs(ahead_s) > _CLOCK_NOTED_S or mean_s > _MEAN_NOTED_S:
@@ -159,7 +158,6 @@ def _energy(
 
 
 def _external_j(attempt: AttemptLog, external: Measured[External], parts: Sequence[Measured[float]]) -> Measured[float]:
-    """The energy by the user's own meter, which also covers what the other meters do, estimates aside."""
     if external.value is None:
         return known(None, external.null_reason or "no_reason")
     found_j = external.value.energy_j
@@ -171,7 +169,6 @@ def _external_j(attempt: AttemptLog, external: Measured[External], parts: Sequen
 
 
 def _domain_j(attempt: AttemptLog, domain: str, found: Interference) -> float:
-    """The window's energy by the zones of a CPU, whose share of a power at rest measured before is unknown."""
     curves = attempt.cpu_curves(domain)
     refuse_foreign(attempt, found)
     is_only = attempt.sources.primary == attempt.sources.cpu_method and len(attempt.primary_curves()) == 1
@@ -282,7 +279,6 @@ def _rest_c(attempt: AttemptLog, mark: str) -> float:
 
 
 def efficiency_of(energy_j: Measured[float], work: Work) -> Efficiency:
-    """The energy per token and request; a zero denominator is None."""
     total_j = energy_j.value
     if total_j is None:
         return Efficiency.of(**{item.name: energy_j for item in fields(Efficiency) if item.name != "null_reasons"})

@@ -54,15 +54,12 @@ class ExternalReadings:
 
     @property
     def period_s(self) -> float | None:
-        """The usual time between two readings; None with fewer than three."""
         spacings_s = [after - before for before, after in pairwise(self.at_utc_s)]
         return statistics.median(spacings_s) if len(spacings_s) > 1 else None
 
 
 @dataclass(frozen=True)
 class External:
-    """The energy of a span by another meter, and what was corrected."""
-
     source: str  # the file
     energy_j: float
     ahead_s: float = 0.0  # of its clock
@@ -144,7 +141,6 @@ def _integral_j(readings: ExternalReadings, rows: Sequence[tuple[int, float]], s
 
 
 def _is_level(readings: ExternalReadings, rows: Sequence[tuple[int, float]], span: Span) -> bool:
-    """Whether the energy is the same however far the clock is off."""
     found_j = [_integral_j(readings, rows, span)]
     most_ns = round(_MOST_AHEAD_S * NS_PER_S)
     near_w = [power_w for at_ns, power_w in rows if span.opened_ns - most_ns <= at_ns <= span.closed_ns + most_ns]
@@ -161,8 +157,6 @@ def _is_level(readings: ExternalReadings, rows: Sequence[tuple[int, float]], spa
 
 @dataclass(frozen=True)
 class _Fit:
-    """Readings as a line in the mean of another meter: how its clock and its averaging explain them best."""
-
     ahead_s: float = 0.0
     mean_s: float = 0.0
     slope: float = 0.0  # W for a W of the reference; 0: without it
@@ -223,7 +217,6 @@ def _align(
 
 
 def _fit(rows: Sequence[tuple[int, float]], spread: float, grid: _Grid, ahead_s: float, mean_s: float) -> _Fit:
-    """A line through the readings for which the mean is known; others count as not explained."""
     ahead_ns = round(ahead_s * NS_PER_S)
     means = ((grid.mean_w(at_ns - ahead_ns, mean_s), power_w) for at_ns, power_w in rows)
     pairs = [(mean_w, power_w) for mean_w, power_w in means if mean_w is not None]
@@ -267,7 +260,6 @@ def _parse(text: str, source: str, unit: str | None) -> ExternalReadings:
 
 
 def _stated_unit(cells: Sequence[str], given: str | None, where: str) -> str | None:
-    """The unit by the name of the second column, such as `power_w` or `Power (kW)`; else the given one."""
     words = re.findall(r"[A-Za-z]+", cells[1]) if len(cells) > 1 else []
     stated = next((_UNITS[word.lower()] for word in words if word.lower() in _UNITS and word != "MW"), None)
     if stated and given and stated != given:

@@ -48,7 +48,6 @@ class CpuShares:
 
     @property
     def foreign_s(self) -> float | None:
-        """Of programs other than the engine and lem."""
         return None if self.own_s is None else max(0.0, self.busy_s - self.own_s)
 
     @property
@@ -102,7 +101,6 @@ def shares_in(usage: Sequence[CpuUse], span: Span) -> CpuShares:
 
 
 def interference_now(latest: Sequence[CpuUse]) -> dict[str, float | None]:
-    """`wait_pct` and `foreign_pct` between the first and the last of some readings, for the live line."""
     ratios: dict[str, float | None] = {"wait_pct": None, "foreign_pct": None}
     if len(latest) > 1:
         shares = shares_in(latest, Span(latest[0].at_ns, latest[-1].at_ns))
@@ -111,14 +109,12 @@ def interference_now(latest: Sequence[CpuUse]) -> dict[str, float | None]:
 
 
 def _growth(usage: Sequence[CpuUse], name: str, span: Span) -> float | None:
-    """By how much a counter grew; None where it was not read around both edges."""
     points = [(row.at_ns, value) for row in usage if (value := getattr(row, name)) is not None]
     before, after = _at(points, span.opened_ns), _at(points, span.closed_ns)
     return None if len(points) < 2 or before is None or after is None else max(0.0, after - before)
 
 
 def _at(points: Sequence[tuple[int, float]], at_ns: int) -> float | None:
-    """The value at a moment between two readings, or just outside of the first and last."""
     for (before_ns, before), (after_ns, after) in pairwise(points):
         if before_ns <= at_ns <= after_ns:
             share = (at_ns - before_ns) / (after_ns - before_ns) if after_ns > before_ns else 0.0
@@ -149,7 +145,6 @@ def describe_interference(log: SampleLog, span: Span) -> Interference:
 
 
 def sampler_pause_s(log: SampleLog, window: Span) -> float | None:
-    """The longest time without any row, in the window or across one of its edges."""
     times = sorted(row.at_ns for row in log.rows())
     pauses = (b - a for a, b in pairwise(times) if a < window.closed_ns and b > window.opened_ns)
     longest_ns = max(pauses, default=None)
@@ -160,7 +155,6 @@ def sampler_pause_s(log: SampleLog, window: Span) -> float | None:
 
 
 def suspended_s(log: SampleLog, span: Span) -> float:
-    """For how long the machine was suspended, which takes no time on CLOCK_MONOTONIC."""
     inside = (it for it in pairwise(log.usage) if it[0].at_ns < span.closed_ns and it[1].at_ns > span.opened_ns)
     steps_s = (after.asleep_s - before.asleep_s for before, after in inside)
     return math.fsum(step_s for step_s in steps_s if step_s > _ASLEEP_S)
@@ -228,7 +222,6 @@ def _wait_data(attempt: AttemptLog, found: Interference) -> dict[str, Any]:
 
 
 def refuse_foreign(attempt: AttemptLog, found: Interference) -> None:
-    """NotMeasured if other programs used so much of the CPUs that their energy is not the engine's."""
     limit = attempt.sources.max_foreign_ratio
     if limit is not None and (found.foreign_ratio or 0.0) > limit:
         raise NotMeasured("foreign_cpu_energy", share=found.foreign_ratio, limit=100 * limit)

@@ -25,8 +25,6 @@ _COLDEST_C, _HOTTEST_C = -40.0, 80.0  # of a room; a sensor that is not connecte
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """What does not change about a GPU of this host."""
-
     index: int  # NVML's order (PCI bus), which may differ from CUDA's
     uuid: str  # `GPU-…`, the one name that NVML, CUDA and containers agree on
     name: str
@@ -106,7 +104,6 @@ def read_machine(proc: Path, sys: Path) -> MachineFacts:
 
 
 def _ambient_temps_c(sys: Path) -> Iterator[float]:
-    """From sensors whose label says so, in millidegrees (Documentation/hwmon/sysfs-interface.rst of the kernel)."""
     labels = sorted((sys / "class/hwmon").glob("hwmon*/temp*_label"))
     sensors = [(path, path.with_name(path.name.replace("_label", "_input"))) for path in labels]
     zones = sorted((sys / "class/thermal").glob("thermal_zone*/type"))
@@ -144,7 +141,6 @@ def read_gpu_settings(nvml: Any, uuid: str, sys: Path) -> GpuSettings:
 
 
 def _numa_node(find_pci: Callable[[], Any], sys: Path) -> int | None:
-    """The node of a PCI device; the kernel says -1 on a machine with one node, or if the firmware does not say."""
     bus_id = getattr(find_pci(), "busId", None)
     text = bus_id.decode() if isinstance(bus_id, bytes) else str(bus_id or "")
     # NVML writes the domain in eight digits, the kernel in four.
@@ -163,7 +159,6 @@ def keep_lag(uuid: str, driver: str, lag_s: float, environ: Mapping[str, str] = 
 
 
 def kept_lag_s(uuid: str, driver: str, environ: Mapping[str, str] = os.environ) -> float | None:
-    """How late the energy counter of a GPU is, if it was probed under this driver."""
     try:
         kept = durable.read_json(_kept_path(uuid, environ))
     except (OSError, ValueError):

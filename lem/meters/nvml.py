@@ -89,7 +89,6 @@ class GpuReading:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> GpuReading:
-        """The reading whose fields a document holds among others. Raises ValueError: it does not."""
         return decode(cls, {name: document.get(name) for name in ("gpus", "driver", "error")}, "reading")
 
 
@@ -151,7 +150,6 @@ def _memory_of(nvml: Any, handle: Any) -> Any:
 
 
 def _capability_of(nvml: Any, handle: Any) -> tuple[int, int] | None:
-    """A GPU's compute capability; None if it is not known. Raises NVMLError: the GPU is lost."""
     try:
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     except nvml.NVMLError as error:
@@ -162,7 +160,6 @@ def _capability_of(nvml: Any, handle: Any) -> tuple[int, int] | None:
 
 
 def gpu_uuids(nvml: Any) -> tuple[str | None, ...]:
-    """The UUIDs of all GPUs in NVML's order, None for one that does not answer."""
     found: list[str | None] = []
     with contextlib.suppress(nvml.NVMLError):
         for index in range(int(nvml.nvmlDeviceGetCount())):
@@ -196,7 +193,6 @@ def open_nvml() -> Iterator[Any]:
 
 
 def _text(value: str | bytes) -> str:
-    """A text that older versions of pynvml give as bytes."""
     return value.decode() if isinstance(value, bytes) else value
 
 
@@ -243,11 +239,9 @@ class NvmlMeter:
 
     @property
     def is_known(self) -> bool:
-        """Whether NVML has found the GPU at least once."""
         return self._handle is not None
 
     def has(self, what: str) -> bool:
-        """Whether there is such a meter."""
         return what in self._readers
 
     def read(self, what: str) -> Any:
@@ -263,7 +257,6 @@ class NvmlMeter:
         return self._readers[what]()
 
     def renew(self) -> None:
-        """Look the GPU up again, after it was lost."""
         self._handle = self._find()
 
     def _look(self) -> GpuHeader:

@@ -33,8 +33,6 @@ _ABSENT_REMEDY = (
 
 @dataclass(frozen=True)
 class ZoneFolder:
-    """A zone of the kernel, whether or not its counter may be read."""
-
     folder: Path
     # The kernel's, after those of the zones above it: `package-0`, `package-0/dram`; the folder parts equal names.
     name: str
@@ -49,7 +47,6 @@ class RaplCounter:
     path: Path
 
     def read_uj(self) -> int:
-        """The counter now, in microjoules; OSError or ValueError if it cannot be read any more."""
         return int(self.path.read_bytes())
 
 
@@ -131,7 +128,6 @@ def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
 
 
 def _open_counter(zone: ZoneFolder) -> RaplCounter | OSError | ValueError:
-    """Its counter, in the first tree in which it can be read; else why the first one cannot."""
     counter = _open_folder(zone, zone.folder)
     twin = _open_folder(zone, zone.twin) if zone.twin and not isinstance(counter, RaplCounter) else counter
     return twin if isinstance(twin, RaplCounter) else counter
@@ -149,7 +145,6 @@ def _open_folder(zone: ZoneFolder, folder: Path) -> RaplCounter | OSError | Valu
 
 
 def _largest_limit_w(folder: Path) -> float | None:
-    """The largest of a zone's limits, `constraint_*`; None without any."""
     limits = []
     for path in (*folder.glob("constraint_*_power_limit_uw"), *folder.glob("constraint_*_max_power_uw")):
         with contextlib.suppress(OSError, ValueError):
@@ -235,7 +230,6 @@ def distinct_zones(readings: Iterable[RaplReading], names: Mapping[int, str]) ->
 
 
 def _socket_of(name: str) -> str:
-    """`package-0` of `package-0-die-1/dram`."""
     return name.partition("-die-")[0].partition(" (")[0]
 
 

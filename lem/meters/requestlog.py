@@ -37,8 +37,6 @@ class RequestLogError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """One request; times are CLOCK_MONOTONIC nanoseconds, None for what did not happen."""
-
     prompt: int  # its place in the prompt set, from 0
     input_tok: int
     output_tok: int = 0
@@ -51,7 +49,6 @@ class Request:
 
     @property
     def is_good(self) -> bool:
-        """Whether it was answered; only then does it have the times below."""
         return self.finished_ns is not None and self.error is None
 
     @property
@@ -86,8 +83,6 @@ class Request:
 
 @dataclass(frozen=True)
 class RequestLog:
-    """The requests of a window, which lasts from one stamp of CLOCK_MONOTONIC to the other."""
-
     traffic_mode: str
     opened_ns: int
     closed_ns: int
@@ -112,12 +107,10 @@ class RequestLog:
 
     @cached_property
     def completed(self) -> tuple[Request, ...]:
-        """The requests that count: finished in the window, and not failed."""
         return tuple(item for item in self.finished if item.is_good)
 
     @cached_property
     def failures(self) -> tuple[str, ...]:
-        """The error of each failed request that counts."""
         failed = (*self.finished, *(item for item in self.requests if item.finished_ns is None))
         return tuple(item.error for item in failed if item.error is not None)
 
@@ -135,7 +128,6 @@ class RequestLog:
 
     @cached_property
     def tokens_ns(self) -> tuple[int, ...]:
-        """When each output token of the window came."""
         good = (item for item in self.requests if item.is_good)
         return tuple(at_ns for item in good for at_ns in item.counted_ns if self.is_batch or self.is_inside(at_ns))
 
@@ -202,7 +194,6 @@ class RequestLog:
         return tuple((first := sum(at <= middle_ns for at in times), len(times) - first) for times in inside)
 
     def _rate(self, first: int, end: int) -> float:
-        """Output tokens per second of some passes."""
         elapsed_s = seconds_between(self.passes_ns[first][0], self.passes_ns[end - 1][1])
         members = self.requests[first * self.prompts : end * self.prompts]
         return sum(item.output_tok for item in members if item.is_good) / elapsed_s if elapsed_s > 0 else 0.0

@@ -54,8 +54,6 @@ class SampleFileError(LemError):
 
 
 class SamplerOwner(Protocol):
-    """Who started the sampler."""
-
     def wait(self, until_ns: int) -> Sequence[str] | None:
         """The orders that come before that moment, as soon as there is one; None to end, or when the owner is gone."""
 
@@ -93,7 +91,6 @@ def run_sampler(
 
 @contextlib.contextmanager
 def _created(path: Path) -> Iterator[int]:
-    """A new file, readable by all: host and container may run as different users."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
         os.fchmod(descriptor, 0o644)
@@ -131,14 +128,12 @@ class Complaints:
         return bool(self._reported)
 
     def of(self, meter: str, at_ns: int, message: str) -> list[Row]:
-        """The row for a failure, unless it was the last one reported for this meter."""
         if self._reported.get(meter) == message:
             return []
         self._reported[meter] = message
         return [MeterError(at_ns, meter, message)]
 
     def withdraw(self, meter: str) -> None:
-        """The meter works; its next failure is reported again."""
         self._reported.pop(meter, None)
 
 
@@ -163,7 +158,6 @@ class GpuWatch:
         self._is_failing = self._is_lost
 
     def poll(self) -> list[Row]:
-        """The change of the energy counter, if there was one since the last poll."""
         rows: list[Row] = []
         opened_ns = self._clock.monotonic_ns()
         energy_mj = self._read("counter", rows)
@@ -210,7 +204,6 @@ class GpuWatch:
         return [ProcessesSeen(self._place, at_ns, pids)]
 
     def revive(self) -> list[Row]:
-        """Once a second: look up a GPU that does not answer again."""
         if not self._is_failing or not self._meter.is_known:
             return []
         at_ns, name = self._clock.monotonic_ns(), samples.gpu_meter(self._place, "handle")
@@ -250,7 +243,6 @@ class _Schedule:
         self.next_ns: float = first_ns + self.period_ns if period_ms else math.inf
 
     def is_due(self, now_ns: int) -> bool:
-        """Whether the moment has come; further ones that were missed are skipped."""
         if now_ns < self.next_ns:
             return False
         self.next_ns += ((now_ns - self.next_ns) // self.period_ns + 1) * self.period_ns
@@ -258,7 +250,6 @@ class _Schedule:
 
 
 def is_interval(interval_ms: int) -> bool:
-    """Whether GPUs can be sampled at this interval; 0 is never."""
     return interval_ms == 0 or SHORTEST_INTERVAL_MS <= interval_ms <= LONGEST_INTERVAL_MS
 
 
@@ -349,7 +340,6 @@ class _Sampler:
         return polled + rows
 
     def everything(self) -> list[Row]:
-        """A row of each meter, for the log's start and end."""
         rows = self._with_polled([row for gpu in self._gpus for row in gpu.poll()])
         if self._samples.next_ns < math.inf:
             rows += [row for gpu in self._gpus for row in gpu.sample()]

@@ -39,14 +39,11 @@ class SampleLogError(ValueError):
 
 
 def gpu_meter(place: int, what: str) -> str:
-    """The name of a GPU's meter in `MeterError.meter`; `place` is the GPU's in the header."""
     return f"gpu{place}.{what}"
 
 
 @dataclass(frozen=True)
 class GpuHeader:
-    """What does not change about a GPU while it is sampled."""
-
     index: int | None  # NVML's; None if NVML does not see the GPU
     uuid: str
     name: str
@@ -98,7 +95,6 @@ class SampleHeader:
     machine: MachineFacts = field(default_factory=MachineFacts)
 
     def describe_meter(self, meter: str) -> str:
-        """The meter of a `MeterError` in words, such as `counter of GPU 1`; other names stay as they are."""
         for place, gpu in enumerate(self.gpus):
             if meter.startswith(gpu_meter(place, "")):
                 return f"{meter.removeprefix(gpu_meter(place, ''))} of {gpu.label}"
@@ -232,8 +228,6 @@ class Mark:
 
 @dataclass(frozen=True)
 class SampleLog:
-    """A sample log, its rows by kind, each kind in the order of time."""
-
     header: SampleHeader
     counters: tuple[CounterChange, ...] = ()
     samples: tuple[GpuSample, ...] = ()
@@ -246,18 +240,15 @@ class SampleLog:
     usage: tuple[CpuUse, ...] = ()
 
     def rows(self) -> Iterator[Row]:
-        """Every row, ordered by time."""
         groups: list[Sequence[Row]] = [getattr(self, item.name) for item in dataclasses.fields(self)[1:]]
         return iter(sorted((row for group in groups for row in group), key=lambda row: row.at_ns))
 
 
 def encode_header(header: SampleHeader) -> str:
-    """The header as a line without its end."""
     return _dump({"schema_version": SAMPLES_SCHEMA, **dataclasses.asdict(header)})
 
 
 def encode_row(row: Row) -> str:
-    """The row as a line without its end."""
     return _dump([_LETTERS[type(row)], *_VALUES[type(row)](row)])
 
 

@@ -78,7 +78,6 @@ def lag_s(curve: Curve, rest: Span, work: Span, beside_s: float) -> float:
 
 
 def _extended_j(curve: Curve, knot_ns: int, power_w: float, at_ns: int) -> float:
-    """The energy at a moment, as power from a knot on has it."""
     return curve.value_j(knot_ns) + power_w * (at_ns - knot_ns) / NS_PER_S
 
 
@@ -141,6 +140,5 @@ def net_budget_j(gross: Mapping[str, float], net_j: float, idle: Idle, window_s:
 
 
 def _placement_j(curve: Curve, at_ns: int) -> float:
-    """What it costs not to know when the knots beside an edge came."""
     width_s, power_w = curve.doubt_at(at_ns)
     return width_s * power_w / 2 / _RECTANGLE

@@ -45,8 +45,6 @@ HERE = Roots()
 
 @dataclass(frozen=True)
 class CpuTimes:
-    """CPU time of the whole machine since it started."""
-
     busy_s: float
     idle_s: float  # waiting for a disk included
     steal_s: float  # this virtual machine wanted to run, and the hypervisor ran something else
@@ -64,7 +62,6 @@ def read_cpu_times(proc: Path) -> CpuTimes:
 
 
 def busy_ratio(before: CpuUse | None, now: CpuUse) -> float | None:
-    """The busy share of all CPU time between two readings; None where no time has passed."""
     if before is None:
         return None
     busy_s = now.busy_s - before.busy_s
@@ -122,12 +119,10 @@ class Limits:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the cgroup is frozen now, as by `docker pause`."""
         return any(frozen in _text(path).splitlines() for path, frozen in self._freezers)
 
     @property
     def cpus(self) -> float | None:
-        """How many CPUs the narrowest limit allows; None without one."""
         allowed = []
         for folder in self._folders:
             quota, _, period = _text(folder / "cpu.max").partition(" ")  # version 2
@@ -177,8 +172,6 @@ class _Growth(Generic[_Key]):
 
 
 class _Engine:
-    """An engine that is watched, by the process above all its others."""
-
     def __init__(self, roots: Roots, pid: int, now_ns: int) -> None:
         self.limits = Limits(roots, pid)
         self.limits.throttled_s()
@@ -199,7 +192,6 @@ class _Engine:
         self.threads_due_ns = 0
 
     def cpu_s(self) -> float:
-        """CPU time since the first call."""
         found = ((pid, read_stat(pid, self._proc)) for pid in (*self.pids, *self._supervisor))
         self._cpu.add({pid: stat.cpu_s for pid, stat in found if stat is not None})
         return self._cpu.total_s
@@ -231,8 +223,6 @@ class _Engine:
 
 
 class UsageMeter:
-    """Reads `CpuUse`. `lem_pids` are processes of lem, which are not other programs."""
-
     def __init__(self, clock: Clock, roots: Roots, lem_pids: Sequence[int] = ()) -> None:
         self._clock = clock
         self._roots = roots
@@ -303,7 +293,6 @@ class MachineLoad:
 
 
 def watch_machine(clock: Clock, roots: Roots, own_pid: int, duration_s: float) -> MachineLoad:
-    """Raises OSError, or ValueError: /proc/stat cannot be read."""
     begin_ns, times, before = clock.monotonic_ns(), read_cpu_times(roots.proc), list_processes(roots.proc)
     clock.sleep(duration_s)
     now, after = read_cpu_times(roots.proc), list_processes(roots.proc)

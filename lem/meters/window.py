@@ -30,7 +30,6 @@ _READINGS_A_HALF = 3
 
 
 def samples_in(samples: Iterable[GpuSample], place: int, span: Span) -> list[GpuSample]:
-    """The samples of a GPU within the span, its edges included."""
     return [row for row in samples if row.gpu == place and span.opened_ns <= row.at_ns <= span.closed_ns]
 
 
@@ -86,7 +85,6 @@ def power_change(attempt: AttemptLog, window_repeats: int) -> float | None:
 
 
 def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator[Reason]:
-    """One reason for every bit and GPU that makes the span invalid."""
     for place in attempt.sources.gpus:
         rows = samples_in(attempt.log.samples, place, span)
         for bit, name in names.SLOWDOWN_BITS.items():
@@ -101,7 +99,6 @@ def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator
 
 
 def _slowed_s(seconds: Iterable[GpuSecond], place: int, span: Span) -> float:
-    """For how long a GPU was surely slowed in the span, by its own count: shorter slowdowns are between two samples."""
     found_s = 0.0
     rows = [(row.at_ns, row.slowed_s) for row in seconds if row.gpu == place and row.slowed_s is not None]
     for (before_ns, before_s), (after_ns, after_s) in pairwise(rows):
@@ -136,7 +133,6 @@ def invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> It
 
 
 def sample_gap_max_s(attempt: AttemptLog) -> float:
-    """The longest time in the window without a sample of a GPU, or else of the CPU's meter."""
     window, log = attempt.window, attempt.log
     if attempt.sources.gpus:
         series = [[row.at_ns for row in log.samples if row.gpu == place] for place in attempt.sources.gpus]
@@ -189,7 +185,6 @@ def _rest_moved(energy: Energy, idle: Idle, window_s: float) -> Iterator[Reason]
 
 
 def _fallbacks(attempt: AttemptLog) -> Iterator[Reason]:
-    """One reason for each GPU whose counter is there, but stood still."""
     for place in attempt.sources.gpus:
         gpu = attempt.log.header.gpus[place]
         if gpu.counter_error and any(row.gpu == place for row in attempt.log.counters):
@@ -221,7 +216,6 @@ _Weighted = tuple[GpuSample, float]
 
 
 def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
-    """One GPU of the experiment, counted in its order."""
     place, untold = attempt.sources.gpus[number], Reason.of("not_reported")
     header = attempt.log.header.gpus[place]
     rows = _weighted(attempt, place, attempt.span(names.WINDOW))
@@ -299,7 +293,6 @@ def _gpu_j(attempt: AttemptLog, number: int) -> float:
 
 
 def _limit_w(attempt: AttemptLog, number: int) -> float | None:
-    """The highest power limit of a GPU up to the window's end; None where it is unknown."""
     place, window = attempt.sources.gpus[number], attempt.span(names.WINDOW)
     until_ns = 0 if window is None else window.closed_ns + NS_PER_S
     later_w = (row.limit_w for row in attempt.log.seconds if row.gpu == place and row.at_ns <= until_ns)
@@ -323,7 +316,6 @@ def _check_against_power(attempt: AttemptLog, number: int, gpu: GpuHeader) -> No
 
 
 def _weighted(attempt: AttemptLog, place: int, span: Span | None) -> list[_Weighted]:
-    """Each sample of a GPU in the span with the time it represents, which is never more than a hole."""
     if span is None:
         return []
     rows = samples_in(attempt.log.samples, place, span)
@@ -337,7 +329,6 @@ def _weighted(attempt: AttemptLog, place: int, span: Span | None) -> list[_Weigh
 
 
 def _known(rows: Iterable[_Weighted], name: str) -> list[tuple[Any, float]]:
-    """The values of a field and their seconds, where it was read."""
     return [(value, seconds) for row, seconds in rows if (value := getattr(row, name)) is not None]
 
 

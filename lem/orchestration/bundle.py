@@ -77,7 +77,6 @@ class BundleManifest:
 
 
 def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = None) -> Path:
-    """Make a bundle in `folder`, completely or not at all."""
     target = folder / f"lem-airgap-{__version__}"
     if target.exists():
         raise UserError(f"{target} already exists", "choose another folder; bundles are never changed")
@@ -146,7 +145,6 @@ def _copy_model(model: Path, target: Path, scratch: Path) -> None:
 
 
 def _copy_folder(source: Path, target: Path, above: tuple[Path, ...]) -> None:
-    """Copy the files below a folder. Snapshots of the hub are links into a folder of blobs: copy what they lead to."""
     for item in sorted(source.iterdir()):
         if not item.is_dir():
             _copy_file(item, target / item.name)
@@ -158,7 +156,6 @@ def _copy_folder(source: Path, target: Path, above: tuple[Path, ...]) -> None:
 
 
 def _copy_file(source: Path, target: Path) -> None:
-    """Copy a file, and make its folder; an empty folder is not copied."""
     if not source.exists():
         raise UserError(f"{source}: no such file", "check the path, and where its links lead")
     if not source.is_file():
@@ -206,7 +203,6 @@ def _image_ids(saved: Path) -> dict[str, str | None]:
 
 
 def _member(archive: tarfile.TarFile, name: str) -> Any:
-    """The JSON document of that name; None if it does not exist."""
     member = next((item for item in reversed(archive.getmembers()) if item.name == name), None)
     if member is None:
         return None
@@ -224,7 +220,6 @@ def _unexpected(what: str) -> UserError:
 
 
 def _of_first(items: Any, key: str) -> str | None:
-    """A text of the first object of a list; None if there is none."""
     first = items[0] if isinstance(items, list) and items else None
     value = first.get(key) if isinstance(first, dict) else None
     return value if isinstance(value, str) else None
@@ -322,7 +317,6 @@ def _list_files(folder: Path, subject: str, hint: str) -> list[str]:
 
 
 def _objection(name: str, status: os.stat_result) -> str | None:
-    """Why a bundle must not hold a file or folder of that name and status; None where it may."""
     mode, top = status.st_mode, name.partition("/")[0]
     is_file = stat.S_ISREG(mode)
     if not name.isprintable():

@@ -36,13 +36,10 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CampaignExperiment(Experiment):
-    """An experiment of the plan and, once there is one, its entry in the manifest."""
-
     manifest_entry: CampaignManifestEntry | None = None
 
     @classmethod
     def of(cls, item: Experiment, entry: CampaignManifestEntry | None = None) -> CampaignExperiment:
-        """An experiment with its entry."""
         return cls(**{**vars(item), "manifest_entry": entry})
 
 
@@ -73,7 +70,6 @@ class CampaignRunner(Context):
         return [CampaignExperiment.of(item) for item in plan.experiments]
 
     def create_manifest(self, execution_order: Sequence[Experiment]) -> CampaignManifest:
-        """A new manifest with a new run_id, not yet saved."""
         return self._new_manifest(replace(self._planned(), experiments=tuple(execution_order)))
 
     def apply_resume_filter(
@@ -84,7 +80,6 @@ class CampaignRunner(Context):
         return [CampaignExperiment.of(one, remaining[one.exp_id]) for one in execution_order if one.exp_id in remaining]
 
     def should_cold_start(self) -> bool:
-        """Whether every experiment gets a worker of its own."""
         return self._planned().is_cold
 
     @contextlib.contextmanager
@@ -253,7 +248,6 @@ class CampaignRunner(Context):
 
     @contextlib.contextmanager
     def _workers(self) -> Iterator[None]:
-        """End the workers after the block, politely, or at once when an error leaves it or a second signal comes."""
         try:
             try:
                 yield
@@ -268,7 +262,6 @@ class CampaignRunner(Context):
             self.executor.close()
 
     def _check_environment(self, manifest: CampaignManifest, remaining: Sequence[Experiment]) -> None:
-        """Start the workers and check that they have their engines, the same ones as before."""
         current, is_change_allowed = self._find_environment(remaining), self.options.is_environment_change_allowed
         for line in resume.adopt_environment(manifest, current, is_change_allowed=is_change_allowed, now=self.now()):
             _logger.warning("the environment changed: %s", line)

@@ -98,8 +98,6 @@ _FAILURES = (
 
 
 class ContainerError(UserError, RuntimeError):
-    """Containers are not available, or a call of docker failed."""
-
     def __init__(self, message: str, hint: str = "", *, kind: str = "container") -> None:
         super().__init__(message, hint)
         # A kind of `_FAILURES`, or `docker` (no such command), `compose_file`, `timeout`, `container` (anything else).
@@ -129,8 +127,6 @@ def _essence(text: str) -> str:
 
 @dataclass(frozen=True)
 class Docker:
-    """The docker command, run with `env` as its whole environment."""
-
     env: Mapping[str, str] = field(repr=False)
     _oom_kills: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -144,7 +140,6 @@ class Docker:
             raise ContainerError(message, hint, kind="docker") from error
 
     def info(self) -> Mapping[str, Any]:
-        """`docker info`; ContainerError if the engine does not answer, or is on another machine."""
         self._check_is_here()
         finished = self.call("info", "--format", "{{json .}}")
         try:
@@ -181,7 +176,6 @@ class Docker:
         raise ContainerError(message, _INSTALL_COMPOSE, kind="compose")
 
     def image_id(self, image: str) -> str | None:
-        """The id of an image; None if the engine does not have it."""
         finished = self.call("image", "inspect", "--format", "{{.Id}}", image)
         if finished.code == 0:
             return finished.stdout.strip() or None
@@ -215,15 +209,12 @@ class Docker:
         return int(counts[0]) if counts and counts[0].isdecimal() else 0
 
     def pids(self, container: str) -> frozenset[int]:
-        """The processes of a container as the host numbers them; empty if it does not run."""
         finished = self.call("top", container, "-o", "pid")
         return frozenset(int(line) for line in finished.stdout.split() if line.isdecimal())
 
 
 @dataclass(frozen=True)
 class ContainerState:
-    """A container of a project, as `ps` describes it."""
-
     service: str
     state: str  # running, exited, paused, restarting, created, dead
     container_id: str = ""
@@ -235,7 +226,6 @@ class ContainerState:
 
 
 def describe(state: ContainerState | None) -> str:
-    """`its container exited with code 137`."""
     if state is None:
         return "it has no container"
     has_ended = state.state in ("exited", "dead")
@@ -253,7 +243,6 @@ class Service:
 
     @property
     def how_to_get(self) -> str:
-        """The command that puts its image on this machine."""
         if self.is_built:
             name = "" if self.image else f"name the image of {self.name} next to `build:`, then "
             return f"{name}`docker compose build {self.name}`"
@@ -273,7 +262,6 @@ class Compose(Docker):
     images: dict[str, str] = field(default_factory=dict)  # ids by service, of those that were prepared
 
     def arguments(self, *words: str) -> tuple[str, ...]:
-        """The words after `docker`."""
         options = [word for file in self.files for word in ("--file", str(file))]
         if self.folder is not None:
             options += ["--project-directory", str(self.folder)]
@@ -309,7 +297,6 @@ class Compose(Docker):
 
     @property
     def services(self) -> Mapping[str, Service]:
-        """The services of the compose files; ContainerError of kind `compose_file` if those are not valid."""
         return self._content[0]
 
     @property
@@ -345,7 +332,6 @@ class Compose(Docker):
         return {name: "".join(files).endswith(OVERRIDE_NAME) for name, *files in lines}
 
     def states(self) -> dict[str, ContainerState]:
-        """The containers, running or not, by service."""
         doing = f"listing the containers of project {self.project}"
         printed = self.must("ps", "--all", "--format", "json", doing=doing)
         return {item.service: item for item in decode_states(printed)}

@@ -23,7 +23,6 @@ from lem.results.store import EXPERIMENT_NAME, check_name
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Index, from 1, and count of `2/3`."""
     found = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
     index, count = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= index <= count:
@@ -42,7 +41,6 @@ def divide(costs: Mapping[str, float], count: int) -> tuple[str | None, tuple[fr
 
 
 def _deal(costs: Mapping[str, float], parts: Sequence[set[str]], loads: list[float]) -> None:
-    """Add each name to a part, the costliest first, to the part with the least load."""
     for name in sorted(costs, key=lambda name: -costs[name]):
         least = loads.index(min(loads))
         parts[least].add(name)
@@ -136,7 +134,6 @@ def replan(
 
 
 def part_of_plan(plan: Plan, index: int, count: int, stored: FleetPlan | None = None) -> Plan:
-    """The part of the host with an index from 1; without a stored plan every host divides the campaign the same way."""
     if stored is None:
         part = divide(costs_of(plan.configurations, {}), count)[1][index - 1]
         chosen = {item.exp_id for item in plan.experiments if item.config_hash in part}
@@ -179,7 +176,6 @@ CONTAINERS = ("apptainer", "podman", "pyxis")
 
 
 def container_command(runtime: str, image: str) -> list[str]:
-    """The words before a command, for a shell, that run it in an image with the GPUs and the working folder."""
     folder, name = '"$PWD"', shlex.quote(image)
     return {
         "apptainer": ["apptainer", "exec", "--nv", "--bind", folder, "--pwd", folder, name],

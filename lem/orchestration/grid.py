@@ -49,7 +49,6 @@ class GridValidationIssue:
 
     @classmethod
     def of(cls, config_desc: str, *why: Reason, severity: str = "error") -> GridValidationIssue:
-        """An issue for one or more reasons."""
         return cls(config_desc, "; ".join(item.text for item in why), severity, why)
 
 
@@ -71,7 +70,6 @@ class GridExpansionResult:
 
     @property
     def summary(self) -> str:
-        """`Generated 48 experiments (12 filtered: tensorrt needs float16 or bfloat16 × 12). 6 have warnings.`"""
         reasons = "; ".join(f"{reason} × {count}" for reason, count in count_reasons(self.filtered_configs))
         filtered = f"{len(self.filtered_configs)} filtered" + (f": {reasons}" if reasons else "")
         warned = len({issue.config_desc for issue in self.warnings})
@@ -80,7 +78,6 @@ class GridExpansionResult:
 
 
 def count_reasons(issues: Iterable[GridValidationIssue]) -> list[tuple[str, int]]:
-    """How many issues have each reason, the most frequent first."""
     counts = Counter((issue.why, issue.reason) for issue in issues)
     return [(reason, count) for (_, reason), count in counts.most_common()]
 
@@ -253,7 +250,6 @@ def name_configurations(config_dicts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def distinct_names(names: Sequence[str], contents: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names, each that is not the first of its kind followed by a hash of its content, or by a number."""
     seen: dict[str, None] = {}
     for name, content in zip(names, contents, strict=True):
         candidate, number = name, 1
@@ -289,7 +285,6 @@ def _varying(flat: Sequence[Flat]) -> list[tuple[str, ...]]:
 
 
 def _labels(keys: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """For each option the shortest end of its name that is unique."""
     labels = {}
     for key in keys:
         length = 1
@@ -311,12 +306,10 @@ def _name(options: Flat, labels: Mapping[tuple[str, ...], str], models: Mapping[
 
 
 def file_stem(name: str) -> str:
-    """A configuration's name as a file name, without its ending."""
     return _shortened(_clean(name).lstrip(".-")) or "experiment"
 
 
 def _shortened(name: str) -> str:
-    """The name; where it is too long, its end is replaced by a hash."""
     if len(name) <= MAX_NAME_LENGTH:
         return name
     ending = hashlib.sha256(name.encode("utf-8")).hexdigest()[:_SUFFIX_LENGTH]
@@ -407,7 +400,6 @@ def config_hash(config: ExperimentConfig, prompts: Mapping[str, Any], *, is_firs
 
 
 def experiment_id(configuration_hash: str, cycle_index: int) -> str:
-    """The name of one configuration in one cycle: `3f2a…-c1` for cycle 0."""
     return f"{configuration_hash[:ID_HASH_LENGTH]}-c{cycle_index + 1}"
 
 

@@ -60,14 +60,11 @@ class _Place(NamedTuple):
 
 @dataclass
 class BaselineBook:
-    """What is known of power at rest, by the devices, the engine that is loaded on them, and the meter."""
-
     _entries: dict[_Place, tuple[float, float]] = field(default_factory=dict)  # power in watts, and when
     # The devices at their first baseline in a state; none where no meter of theirs measured one.
     references: dict[tuple[tuple[str, ...], str], Reference] = field(default_factory=dict)
 
     def note(self, record: Record, engine_key: str, now_s: float) -> None:
-        """Keep what an experiment has measured itself; what it was given is known already."""
         idle, source, gpus = record.idle, record.energy.energy_source, record.environment.gpu_uuids
         if source is None:
             return
@@ -115,8 +112,6 @@ class GapOutcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Rest:
-    """How long devices have rested since the last window; an attempt that reaches none does not end it."""
-
     rested_s: float = math.inf  # before the first window, long enough for any gap
     gap: GapOutcome | None = None  # all of it as one gap
 
@@ -197,15 +192,12 @@ def _find_engine(worker: Worker) -> int | None:
 
 
 def _power_now_w(rows: Sequence[Row]) -> float | None:
-    """The sum of the last samples of the GPUs' power; None where there are none."""
     latest = {row.gpu: row.power_w for row in rows if isinstance(row, GpuSample) and row.power_w is not None}
     return sum(latest.values()) if latest else None
 
 
 @dataclass
 class HostMeters:
-    """What this host can read, and what it has learned of its devices at rest."""
-
     gpu_error: str | None  # why it cannot read GPUs; None when it can
     rapl_error: str | None  # why it cannot read CPU packages; None when it can
     usage_error: str | None = None  # why it cannot read who uses the CPUs; None when it can
@@ -263,7 +255,6 @@ class HostMeters:
             _remove(path)  # the worker's, also where the attempt was interrupted
 
     def note(self, record: Record | None, request: RunRequest) -> None:
-        """Learn from an attempt: its devices at rest, and the engine that is left on them."""
         self._state = None
         if record is not None:
             self.book.note(record, request.engine_key, self.monotonic())

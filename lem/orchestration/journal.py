@@ -33,7 +33,6 @@ def sealed(rest: bytes) -> bytes:
 
 
 def is_intact(data: bytes) -> bool:
-    """Whether a snapshot is as `sealed` made it."""
     return data == sealed(data[len(_START) + _DIGITS + len(_END) :])
 
 
@@ -93,7 +92,6 @@ class Journal:
         self._snapshot = snapshot
 
     def stop(self) -> None:
-        """Refuse to append until the next `begin`."""
         self._snapshot, self.size_b, self._last_check = None, 0, b""
 
     def append(self, document: bytes) -> None:

@@ -55,8 +55,6 @@ _OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock: process, host, campaign, and since when (UTC)."""
-
     pid: int
     host: str
     campaign: str
@@ -76,13 +74,11 @@ class LockTarget:
 
     @property
     def own_path(self) -> Path:
-        """The file that this user locks."""
         return (
             self.path.with_name(f"{self.path.stem}.{os.geteuid()}{self.path.suffix}") if self.is_shared else self.path
         )
 
     def other_paths(self) -> list[Path]:
-        """The files of other users, and that of older versions of lem."""
         start, suffix = self.path.stem, re.escape(self.path.suffix)
         found = (
             path
@@ -108,7 +104,6 @@ def default_gpu_lock_folder(environ: Mapping[str, str], run_lock: Path = RUN_LOC
 
 
 def campaign_lock(state_folder: Path, campaign_name: str) -> LockTarget:
-    """What a campaign locks first: itself. The CPU is not locked: one without GPUs excludes only itself."""
     return LockTarget(state_folder / CAMPAIGN_LOCK_NAME, f"campaign {campaign_name}")
 
 
@@ -139,7 +134,6 @@ def hold_locks(targets: Sequence[LockTarget], holder: Holder) -> Iterator[None]:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """The holder that a lock file names, whether it still runs or not; None when it names none."""
     try:
         with durable.open_regular(path) as stream:
             return _decode_holder(stream.read(_HOLDER_MAX_B))
@@ -200,7 +194,6 @@ def _locked_error(target: LockTarget, path: Path, holder: Holder | None) -> Lock
 
 
 def _owner_of(path: Path) -> str:
-    """The user that a file belongs to; empty when unknown."""
     try:
         number = path.stat().st_uid
     except OSError:
@@ -222,7 +215,6 @@ def take(descriptor: int, wait: Callable[[float], None] = time.sleep) -> None:
 
 
 def _hold(target: LockTarget) -> int:
-    """The descriptor of the lock's file, locked."""
     path = target.own_path
     for _ in range(_TRIES):
         descriptor = _open(target, path)

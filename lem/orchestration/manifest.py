@@ -39,8 +39,6 @@ def _encode(value: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at an experiment: its folder, and what became of it."""
-
     number: int  # from 1; names the folder `attempt-N`
     result_path: str | None = None  # its `result.json`; None without a whole one
     valid: bool | None = None  # as in the record; None without one
@@ -88,7 +86,6 @@ class CampaignManifestEntry:
         self.__dict__.pop("_line", None)
 
     def put_attempt(self, attempt: Attempt) -> None:
-        """Add an attempt, or put it in the place of the one with its number."""
         others = [item for item in self.attempts if item.number != attempt.number]
         self.attempts = tuple(sorted([*others, attempt], key=lambda item: item.number))
 
@@ -148,35 +145,28 @@ class CampaignManifest:
 
     @property
     def completed_count(self) -> int:
-        """Experiments with a result."""
         return len(self.get_by_status(COMPLETED))
 
     @property
     def failed_count(self) -> int:
-        """Experiments that failed."""
         return len(self.get_by_status(FAILED))
 
     @property
     def pending_count(self) -> int:
-        """Experiments that have not started."""
         return len(self.get_by_status(PENDING))
 
     @property
     def is_complete(self) -> bool:
-        """Every one is completed or skipped."""
         return all(entry.status in (COMPLETED, SKIPPED) for entry in self.experiments)
 
     @property
     def progress_fraction(self) -> float:
-        """Completed over total, 0.0 of nothing."""
         return self.completed_count / self.total_experiments if self.total_experiments else 0.0
 
     def get_remaining(self) -> list[CampaignManifestEntry]:
-        """Pending and failed experiments, in order."""
         return [entry for entry in self.experiments if entry.status in (PENDING, FAILED)]
 
     def get_by_status(self, status: str) -> list[CampaignManifestEntry]:
-        """The experiments with that status, in order."""
         return [entry for entry in self.experiments if entry.status == status]
 
     def get_entry(self, exp_id: str) -> CampaignManifestEntry:
@@ -214,7 +204,6 @@ _HEAD_NAMES = tuple(item.name for item in dataclasses.fields(CampaignManifest) i
 
 
 def encode_manifest(manifest: CampaignManifest) -> bytes:
-    """The manifest as JSON in UTF-8, schema version and checksum first and one line an entry."""
     head = {name: getattr(manifest, name) for name in _HEAD_NAMES}
     lines = b"".join([b"  " + _encode(name) + b": " + _encode(value) + b",\n" for name, value in head.items()])
     entries = b",\n".join([b"    " + entry.encode() for entry in manifest.experiments])
@@ -278,19 +267,16 @@ class ManifestManager:
         self._own: frozenset[str] | None = None
 
     def exists(self) -> bool:
-        """Whether there is a file, whole or not."""
         return self.manifest_path.exists()
 
     def create_manifest(
         self, campaign_id: str, campaign_name: str, config_hash: str, experiments: Iterable[CampaignManifestEntry]
     ) -> CampaignManifest:
-        """A new manifest, not yet saved."""
         entries = list(experiments)
         now = utc_text(self._now())
         return CampaignManifest(campaign_id, campaign_name, now, now, config_hash, len(entries), entries)
 
     def check_config_changed(self, manifest: CampaignManifest, current_config_hash: str) -> bool:
-        """Whether the campaign is another than the one in the manifest."""
         return manifest.config_hash != current_config_hash
 
     def save(self, manifest: CampaignManifest) -> None:
@@ -355,7 +341,6 @@ class ManifestManager:
 
     @contextlib.contextmanager
     def saving(self, kind: type[LemError], remedy: str) -> Iterator[None]:
-        """Turn a write that fails within the block into an error of that kind."""
         try:
             yield
         except OSError as error:
@@ -398,7 +383,6 @@ class ManifestManager:
         return manifest
 
     def _read(self, tries: int = 5) -> CampaignManifest:
-        """The snapshot with the changes in its journal."""
         data = durable.read_bytes(self.manifest_path)
         manifest, snapshot = decode_manifest(data), journal.snapshot_of(data)
         changes = self._journal.read(snapshot)

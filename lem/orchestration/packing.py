@@ -61,7 +61,6 @@ def provide_pyz(environ: Mapping[str, str] = os.environ) -> Path:
 
 @functools.cache  # of what this process was started from
 def program_bytes() -> bytes:
-    """The running program as a zip."""
     archive = getattr(getattr(lem.__spec__, "loader", None), "archive", None)
     return _pack_sources() if archive is None else Path(archive).read_bytes()
 

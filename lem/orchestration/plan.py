@@ -72,8 +72,6 @@ class Experiment:
 
 @dataclass(frozen=True)
 class ExpectedDurations:
-    """What earlier experiments took, in seconds."""
-
     measured_by_config: Mapping[str, float] = field(default_factory=dict)  # an experiment without its load
     load_by_engine: Mapping[str, float] = field(default_factory=dict)  # by engine_key
     gap_s: float | None = None  # a gap, which may end early; None where none was kept: then each takes its cap
@@ -81,8 +79,6 @@ class ExpectedDurations:
 
 @dataclass(frozen=True)
 class ExpectedTime:
-    """How long experiments will take, in seconds; None where no earlier result is known."""
-
     measured_s: float | None
     loading_s: float | None
     gaps_s: float  # all gaps
@@ -149,12 +145,10 @@ class Plan:
 
     @property
     def shuffle_seed(self) -> int | None:
-        """The seed of the order; None where nothing is shuffled."""
         return self.execution.seed if self.execution.structure == SHUFFLED else None
 
     @property
     def configurations(self) -> tuple[Experiment, ...]:
-        """One experiment for each configuration, in the order they first run."""
         first: dict[str, Experiment] = {}
         for item in self.experiments:
             first.setdefault(item.config_hash, item)
@@ -162,7 +156,6 @@ class Plan:
 
     @property
     def listing(self) -> tuple[ListedConfiguration, ...]:
-        """The configurations in the order given, for the folder of the run."""
         return tuple(
             ListedConfiguration(
                 item.config_hash,
@@ -174,7 +167,6 @@ class Plan:
 
     @property
     def summary(self) -> str:
-        """`Generated N experiments (M filtered, W warnings)`, before cycles."""
         counts = f"{len(self.filtered)} filtered, {len(self.warnings)} warnings"
         return f"Generated {self.total_generated} experiments ({counts})"
 
@@ -257,7 +249,6 @@ def _sum_known(names: Sequence[str], known: Mapping[str, float]) -> float | None
 
 
 def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
-    """The plan of a loaded campaign on this host, with a warning for each option that does nothing in a campaign."""
     gpus = find_gpus() or None
     plan = build_plan(loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source, gpus=gpus)
     unused = [
@@ -315,7 +306,6 @@ class _Candidate:
 def _collect(
     campaign: CampaignConfig, listed: Sequence[ListedExperiment], preset: Mapping[str, Any], source: Source | None
 ) -> list[_Candidate]:
-    """The experiments named, then those of the grid, each with a name and a path of its own."""
     expanded = [] if campaign.grid is None else grid.expand_campaign_grid(campaign.grid, preset)
     unnamed = iter(grid.name_configurations([one.mapping for one in listed if one.name is None]))
     forced = source.forced if source is not None else ()

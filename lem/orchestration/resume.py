@@ -58,8 +58,6 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line sets for this run alone."""
-
     resume: bool | None = None  # False starts afresh; None decides by the manifest, and asks
     is_yes: bool = False  # resume without asking
     ask: Callable[[str], bool] | None = None  # puts a yes-or-no question to a person; None without a terminal
@@ -180,7 +178,6 @@ def stored_hashes(manifest: CampaignManifest, plan: Plan, repository: Repository
 
 
 def resume_text(manifest: CampaignManifest) -> str:
-    """`Resuming: N remaining (M completed, F failed)`; the failed ones are among the remaining."""
     remaining = len(manifest.get_remaining())
     return f"Resuming: {remaining} remaining ({manifest.completed_count} completed, {manifest.failed_count} failed)"
 
@@ -230,7 +227,6 @@ def _reconcile_entry(entry: CampaignManifestEntry, results: Sequence[Attempt]) -
 
 
 def _add_digests(entry: CampaignManifestEntry, results: Iterable[Attempt]) -> None:
-    """Give attempts of the first build's manifest the digests of their results as they are now."""
     found = {result.number: result.result_sha256 for result in results}
     for attempt in entry.attempts:
         if attempt.result_path is not None and attempt.result_sha256 is None:
@@ -338,7 +334,6 @@ def _show(value: Any) -> str:
 
 
 def make_rule(target: Target, max_cycles: int | None) -> StoppingRule:
-    """The rule of `--until` and `--max-cycles`; a UserError when a campaign cannot have that many cycles."""
     most = MOST_CYCLES if max_cycles is None else max_cycles
     if not LEAST_CYCLES <= most <= MOST_CYCLES:
         hint = f"--until needs intervals, which need at least {LEAST_CYCLES} cycles"
@@ -347,7 +342,6 @@ def make_rule(target: Target, max_cycles: int | None) -> StoppingRule:
 
 
 def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
-    """Refuse, with a UserError, a campaign whose cycles cannot be added one after the other."""
     execution, daemon = campaign.execution, campaign.daemon
     if daemon is not None and daemon.enabled:
         raise UserError("--until cannot be combined with a daemon", "a daemon repeats the campaign as it is")
@@ -395,7 +389,6 @@ def needs_cycle(run: Run, rule: StoppingRule, cycles: int) -> tuple[bool, str]:
 
 
 def tested_cycles(manifest: CampaignManifest) -> int:
-    """The number of cycles planned until now; 0 while fewer than two have results, which show nothing yet."""
     measured = {entry.cycle_index for entry in manifest.experiments if entry.result_path}
     return max((it.cycle_index + 1 for it in manifest.experiments if it.status != SKIPPED), default=0) * (
         len(measured) > 1
@@ -403,6 +396,5 @@ def tested_cycles(manifest: CampaignManifest) -> int:
 
 
 def added_cycles(manifest: CampaignManifest) -> int:
-    """The number of cycles that top-ups have brought a campaign to; 0 without any."""
     notes = (note for note in manifest.notes if note.get("kind") == TOP_UP_NOTE)
     return max((note["cycles"] for note in notes if isinstance(note.get("cycles"), int)), default=0)

@@ -54,13 +54,11 @@ class StopRequest:
         return self._reader
 
     def wait(self, seconds: float) -> bool:
-        """Sleep, but not past a request to stop; whether there is one."""
         if seconds > 0 and not self.is_set():
             select.select([self._reader], [], [], seconds)
         return self.is_set()
 
     def request(self, signum: int) -> None:
-        """Request a stop as the signal would; a second request is raised as Interrupted."""
         if self.signum is not None:
             raise Interrupted(signum)
         self.signum = signum
@@ -93,8 +91,6 @@ class StopRequest:
 
 
 class Stopped(enum.Enum):
-    """Why a run ended early, or a daemon at its time."""
-
     SIGNAL = "signal"
     DEADLINE = "deadline"
     FAIL_FAST = "fail_fast"
@@ -156,8 +152,6 @@ def waiting_text(start: datetime, now: datetime, *, is_daemon: bool) -> str:
 
 @dataclass
 class Scheduler:
-    """Waits, and runs a campaign when it is time."""
-
     campaign: CampaignConfig
     stop: StopRequest
     show: Callable[[str], None]  # shows a line to a person
@@ -166,11 +160,9 @@ class Scheduler:
 
     @property
     def starts_later(self) -> bool:
-        """Whether the first run waits for a time of day."""
         return self._first_at is not None
 
     def run(self, run_once: RunOnce) -> CampaignOutcome | None:
-        """How the last run went; None when a signal came before the first. What `run_once` raises ends it."""
         daemon, schedule = self._daemon, self.campaign.schedule
         if daemon is not None and schedule is not None:
             self.show(DAEMON_WINS)
@@ -328,8 +320,6 @@ class Timeouts:
 
 
 class Watch:
-    """The deadlines of one experiment; pure, the time is an argument."""
-
     def __init__(self, timeouts: Timeouts, now: float) -> None:
         self._timeouts = timeouts
         self.phase: str | None = None
@@ -355,7 +345,6 @@ class Watch:
         return min(self._phase_until, self._sign_until, self._byte_until)
 
     def expired(self, now: float) -> EngineError | None:
-        """The deadline that has passed, as the error that it means."""
         limits, where = self._timeouts, f"in phase {self.phase or 'start'}"
         if now >= self._phase_until:
             what, limit, key = "the experiment took", limits.experiment_s, "experiment_timeout_seconds"

@@ -61,8 +61,6 @@ _EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class Activity:
-    """What the process does, or did last. Times are UTC labels."""
-
     run_id: str
     pid: int
     host: str
@@ -155,7 +153,6 @@ class ActivityWriter:
 
 
 def read_activity(folder: Path) -> Activity | None:
-    """What the last process in a campaign's state folder did; None without a readable file."""
     try:
         document = durable.read_json(folder / ACTIVITY_NAME)
         if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:
@@ -248,7 +245,6 @@ class CampaignStatus:
 
     @property
     def resume_command(self) -> str:
-        """The shell command that continues the run; empty where it is unknown."""
         if self.activity is None or not self.activity.go_on:
             return ""
         return (shlex.join(["cd", self.activity.cwd]) + " && " if self.activity.cwd else "") + self.activity.go_on
@@ -256,8 +252,6 @@ class CampaignStatus:
 
 @dataclass(frozen=True)
 class Remainder:
-    """What a run has not measured, by the name of the configuration, and what to do about it."""
-
     failed: Mapping[str, int]  # experiments
     left: Mapping[str, int]  # experiments that had no turn yet, were interrupted, or whose result is gone
     is_resumable: bool  # a resume has something to do
@@ -286,7 +280,6 @@ def remainder_of(status: CampaignStatus, whole: Container[str] | None = None) ->
 
 
 def digests_of(manifest: CampaignManifest | None) -> Digests:
-    """The digests of the results as they were measured, as far as the manifest has them."""
     return {
         (str(manifest.run_id), entry.exp_id, attempt.number, attempt.host): attempt.result_sha256
         for entry in (manifest.experiments if manifest else ())
@@ -296,14 +289,12 @@ def digests_of(manifest: CampaignManifest | None) -> Digests:
 
 
 def is_invalid(entry: CampaignManifestEntry) -> bool:
-    """Whether the result that counts is not valid."""
     return entry.status == COMPLETED and any(
         attempt.result_path == entry.result_path and attempt.valid is False for attempt in entry.attempts
     )
 
 
 def find_folders(state_dir: Path) -> tuple[Path, ...]:
-    """The state folders of campaigns, by name; a UserError when the folder cannot be read."""
     try:
         folders = sorted(path for path in state_dir.iterdir() if path.is_dir())
     except FileNotFoundError:
@@ -324,7 +315,6 @@ def state_folders(folder: Path) -> list[Path]:
 
 
 def find_manifest(folder: Path) -> Path | None:
-    """The manifest in a state folder, also under another name; None when there is none."""
     usual = folder / MANIFEST_FILENAME
     # One that was set aside has a second dot in its name: `campaign_manifest.20260714T100000Z.json`.
     others = (path for path in folder.glob("*.json") if "." not in path.stem)
@@ -335,7 +325,6 @@ def find_manifest(folder: Path) -> Path | None:
 
 
 def boot_time(stat_file: Path = Path("/proc/stat")) -> datetime | None:
-    """When this host was booted (proc(5), `btime`); None when unknown."""
     try:
         lines = stat_file.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -345,13 +334,11 @@ def boot_time(stat_file: Path = Path("/proc/stat")) -> datetime | None:
 
 
 def parse_utc(label: str | None) -> datetime | None:
-    """The moment of a UTC label; None for what is none."""
     moment = parse_time(label or "")
     return moment if moment is not None and moment.tzinfo is not None else None
 
 
 def read_status(folder: Path, viewpoint: Viewpoint, manifest_path: Path | None = None) -> CampaignStatus:
-    """The status of the campaign in a state folder, whose manifest is found when not given. Nothing is written."""
     is_held = is_locked(folder / CAMPAIGN_LOCK_NAME)
     holder = read_holder(folder / CAMPAIGN_LOCK_NAME)
     path = manifest_path or find_manifest(folder) or folder / MANIFEST_FILENAME

@@ -65,7 +65,6 @@ class ServiceManager:
         self._send("STOPPING", "1")
 
     def status(self, text: str) -> None:
-        """Set the line that `systemctl status` shows."""
         self._send("STATUS", escaped(" ".join(text.split())))
 
     def _send(self, name: str, value: str) -> None:
@@ -93,7 +92,6 @@ class Notification(threading.Thread):
         self.start()
 
     def settle(self, seconds: float) -> None:
-        """Give a message that is still being sent a last moment before the program ends."""
         self.join(seconds)
         if self.is_alive():
             _logger.warning("the webhook has not answered yet; the campaign does not wait for it")
@@ -129,7 +127,6 @@ def _post(url: str, data: bytes, timeout_s: float) -> int:
 
 
 def _connection_for(url: str, headers: dict[str, str], timeout_s: float) -> tuple[http.client.HTTPConnection, str]:
-    """The connection to a server and what to ask for, through the proxy of the environment if there is one."""
     target = urllib.parse.urlsplit(url)
     path = (target.path or "/") + (f"?{target.query}" if target.query else "")
     is_secure = target.scheme == "https"
@@ -151,6 +148,5 @@ def _connection_for(url: str, headers: dict[str, str], timeout_s: float) -> tupl
 
 
 def _shut(connection: http.client.HTTPConnection) -> None:
-    """End whatever another thread waits for on a connection."""
     with contextlib.suppress(OSError, AttributeError):  # it has ended
         connection.sock.shutdown(socket.SHUT_RDWR)

@@ -70,7 +70,6 @@ def aggregate_campaign_results(
 
 
 def configuration_document(configuration: Configuration) -> dict[str, Any]:
-    """The configuration as JSON values, metrics in their groups: `["throughput"]["output_tok_per_s"]`."""
     document: dict[str, Any] = {
         "number": configuration.number,
         "config_name": configuration.name,
@@ -93,7 +92,6 @@ def configuration_document(configuration: Configuration) -> dict[str, Any]:
 
 
 def run_document(run: Run) -> dict[str, Any]:
-    """The run as JSON values."""
     labels = [axis.label for axis in find_axes([item.settings for item in run.with_results])]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -149,7 +147,6 @@ def _as_record(config_name: str, index: int, item: Record | Mapping[str, Any]) -
 
 
 def row_document(row: Row) -> dict[str, Any]:
-    """The row as JSON values."""
     effect, judgement = row.effect, row.judgement
     low, high = row.interval or (None, None)
     return {
@@ -186,8 +183,6 @@ def _autocorrelation_document(found: Autocorrelation | None) -> dict[str, float]
 
 
 class Precision(NamedTuple):
-    """How far a run is from its target."""
-
     metric: str
     narrow: dict[str, float]  # half width over the value, by name, of what reached the target with enough cycles
     wide: dict[str, float]  # others, inf without an interval; further cycles help
@@ -243,8 +238,6 @@ _PAUSE_S = 3600.0
 
 
 class EarlierTimes(NamedTuple):
-    """Seconds that experiments took; medians."""
-
     measured: Mapping[str, float]  # an experiment without its load: baselines, warm-up, window, …; by config_hash
     load: Mapping[str, float]  # a load of a configuration's engine, by config_hash
     gap: float | None  # the gap before an experiment; None where there was none
@@ -316,11 +309,9 @@ class Sensitivity:
         return cls(metric, math.sqrt(2 * (RUN_NOISE**2 + load_noise**2)), load_noise=load_noise)
 
     def smallest(self, cycles: int, n_comparisons: int = 1) -> float:
-        """The smallest difference, as a share, that is found with the chance `POWER` among as many by Holm."""
         return change_of(smallest_difference(cycles, self.spread, _holm_confidence(n_comparisons)))
 
     def power(self, cycles: int, difference: float, n_comparisons: int) -> float:
-        """The chance to find a difference among as many comparisons."""
         error = self.spread / math.sqrt(cycles)
         return power_of(math.log1p(difference), error, cycles - 1, _holm_confidence(n_comparisons))
 

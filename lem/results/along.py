@@ -37,7 +37,6 @@ class Pooled(Configuration):
 
     @property
     def settings(self) -> Mapping[str, str]:
-        """What all of them have in common."""
         return shared_settings(item.settings for item in self.members)
 
     def values(self, metric: Metric, *, of_attempts: bool = False) -> Mapping[Cycle, float]:

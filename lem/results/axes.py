@@ -21,8 +21,6 @@ _CANDIDATES_SHOWN = 8
 
 
 class Configured(Protocol):
-    """What a configuration is known by."""
-
     @property
     def name(self) -> str: ...
 
@@ -108,12 +106,10 @@ def rates_and_limits() -> frozenset[str]:
 
 
 def headline_settings(record: Record) -> dict[str, str]:
-    """The few settings that head a table, by label; absent ones are left out."""
     return _texts(_HEADLINES, record)
 
 
 def settings_of(record: Record) -> dict[str, str]:
-    """Every setting by label: those of the heading, engine, GPU and driver, then the options as given."""
     options = {name: item for name, item in record.requested.items() if name not in _LEFT_OUT}
     return {**headline_settings(record), **_texts(_MORE, record), **dict(_flatten(options))}
 
@@ -142,8 +138,6 @@ _OPTION_NAMES = {"fp_precision": "precision", "model.name": "model"}
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting in which configurations differ."""
-
     label: str  # of the setting
     heading: str  # the shortest end of its label that no other axis has
     values: tuple[str, ...]  # of each configuration, without the folders or owner that they do not need
@@ -194,7 +188,6 @@ def _heading(label: str, axes: Iterable[Axis]) -> str:
 
 
 def parse_settings(text: str) -> dict[str, str] | None:
-    """The settings in `axis=value,axis=value`; None where the text is not of that form."""
     pairs = [part.partition("=") for part in text.split(",")]
     return {name.strip(): value.strip() for name, _, value in pairs} if all(sign for _, sign, _ in pairs) else None
 
@@ -233,7 +226,6 @@ class Key:
         self.explanation = shortener.explanation  # what was left out of every name
 
     def without_axes(self) -> Key:
-        """For the tables after the first."""
         return Key(self._numbers, (), heading=self._heading)
 
     def n_above(self, columns: Sequence[Column], width: int) -> int | None:
@@ -252,7 +244,6 @@ class Key:
         return [*self.axis_tables(width), Table(self._heading, self._numbers, tuple(columns), title)]
 
     def axis_tables(self, width: int | None = None) -> list[Table]:
-        """The numbers, names and axes alone; none where there is nothing to say of the numbers."""
         columns = self.columns
         if not columns:
             return []
@@ -268,12 +259,10 @@ class Key:
 
     @property
     def columns(self) -> list[Column]:
-        """The names, where they say more than the axes, and the axes."""
         names = [Column("configuration", self._names, is_text=True)] if self._names else []
         return [*names, *(axis.column for axis in self.axes)]
 
     def _table(self, columns: Sequence[Column], width: int | None) -> Table | None:
-        """The table; None where it does not fit."""
         beside, above, known = list(self.axes), list[Axis](), self.columns
         names = known[: len(known) - len(beside)]
         while width is not None and not fits(
@@ -306,7 +295,6 @@ def fits(heading: str, numbers: Sequence[str], columns: Iterable[Column], width:
 
 
 def _groups(axes: Sequence[Axis]) -> list[list[int]]:
-    """The rows with the same values of all of these axes."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, values in enumerate(zip(*(axis.values for axis in axes), strict=True)):
         groups.setdefault(values, []).append(index)

@@ -65,7 +65,6 @@ _OneCheck = Callable[[Run], Found]
 
 
 def check_run(run: Run) -> tuple[Finding, ...]:
-    """Everything that weakens the numbers of a run, the weak findings first."""
     return tuple(sorted((found for check in _CHECKS for found in check(run)), key=lambda item: not item.is_weak))
 
 
@@ -98,7 +97,6 @@ def _finding(
 
 
 def _interference(run: Run) -> Found:
-    """What kept engines from their work, in valid and invalid results."""
     seen: dict[str, list[tuple[Reason, Record]]] = {}
     for record in run.records:
         for why in (*record.validity.invalid_reasons, *record.validity.warnings):
@@ -167,7 +165,6 @@ def _unsteady(run: Run) -> Found:
 
 
 def _work(run: Run) -> Found:
-    """Whether all did the same work: those with the same limit of tokens made as many."""
     measured = [item for item in run.with_results if item.used]
     free = tuple(item.name for item in measured if item.used[0].requested.get("ignore_eos") is not True)
     by_limit: dict[object, dict[str, float]] = {}
@@ -200,7 +197,6 @@ def _obstacles(run: Run) -> Found:
 
 
 def _environment(run: Run) -> Found:
-    """Whether all cycles of a configuration were measured in one environment."""
     changed: dict[str, list[str]] = {}
     for item in run.with_results:
         parts = environment_changes(item.used)

@@ -20,8 +20,6 @@ _ALL_GROUPS = ("energy", "throughput", "tokens", "latency")
 
 @dataclass(frozen=True)
 class Obstacle:
-    """One thing that is not the same on both sides."""
-
     reason: Reason
     is_blocking: bool = True  # it allows no verdict
     is_shared: bool = False  # each side is compared with an anchor that has it too
@@ -43,8 +41,6 @@ Sides = tuple[Sequence[Record], Sequence[Record]]
 
 @dataclass(frozen=True)
 class Circumstance:
-    """Something that both sides should have in common."""
-
     code: str  # of the reason where it differs
     find: Callable[[Sequence[Record], Sequence[Record]], tuple[Any, Any] | None]  # the two values where they differ
     label: str = ""  # of a part of the environment
@@ -106,8 +102,6 @@ def _requested(record: Record, option: str) -> Any:
 
 
 def _one(code: str, label: str, read: Callable[[Record], str | None], **rest: Any) -> Circumstance:
-    """A circumstance that has one value in each record."""
-
     def find(*sides: Sequence[Record]) -> tuple[str, str] | None:
         left, right = (sorted({text for item in side if (text := read(item))}) for side in sides)
         return None if not left or not right or left == right else (", ".join(left), ", ".join(right))

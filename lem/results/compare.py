@@ -50,8 +50,6 @@ _Found = tuple[Effect | None, Reason | None]
 
 @dataclass(frozen=True)
 class Row:
-    """Two configurations in one metric."""
-
     metric: Metric
     means: tuple[float | None, float | None]  # geometric means of baseline and other
     effect: Effect | None  # other over baseline; None with `reason`
@@ -70,8 +68,6 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two configurations: `other` is compared with `baseline`."""
-
     baseline: Configuration
     other: Configuration
     obstacles: tuple[Obstacle, ...]
@@ -80,8 +76,6 @@ class Pair:
 
 @dataclass(frozen=True)
 class Anchor:
-    """The configuration that two runs have in common, and how it changed from one to the other."""
-
     name: str = ""  # as a wish: empty for the first unchanged one; as what was found: empty where there is none
     # The largest change of the anchor itself that allows a verdict. Between days an unchanged configuration moves by
     # about 1 %; a larger change has another cause.
@@ -94,8 +88,6 @@ _DEFAULT_ANCHOR = Anchor()
 
 @dataclass(frozen=True)
 class Along:
-    """An axis whose values are compared, and what is equal on both sides of each ratio."""
-
     axis: str
     held: tuple[str, ...]  # the other axes
     with_it: tuple[str, ...] = ()  # options of one value alone, which cannot be held equal
@@ -104,8 +96,6 @@ class Along:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that `lem compare` shows."""
-
     runs: tuple[Run, ...]  # one, or two of which the second is compared with the first
     pairs: tuple[Pair, ...]  # all with the same baseline when there is one run
     metrics: tuple[Metric, ...]  # in the order in which they are shown
@@ -141,7 +131,6 @@ class Comparison:
         return f"all {n} hold together with 95 % ({each})." if n > 1 else "it covers 95 % at any n."
 
     def rows(self, metric: Metric) -> list[tuple[Pair, Row]]:
-        """Every pair in one metric."""
         return [(pair, row) for pair in self.pairs for row in pair.rows if row.metric is metric]
 
 
@@ -411,7 +400,6 @@ def _match(before: Run, after: Run, anchors: _Sides | None) -> tuple[list[_Sides
 
 
 def _raw(metric: Metric, before: Configuration, after: Configuration) -> float | None:
-    """The log of the ratio of the two geometric means."""
     below, above = before.estimate(metric).value, after.estimate(metric).value
     return log_ratio(above, below) if below and above else None
 

@@ -74,7 +74,6 @@ def render_text(
 
 
 def render_markdown(comparison: Comparison) -> str:
-    """The comparison for a comment on a pull request."""
     content = _Content(comparison)
     title, shared = map(markdown_escaped, content.title())
     blocks = [
@@ -91,18 +90,15 @@ def render_markdown(comparison: Comparison) -> str:
 
 
 def headline_of(comparison: Comparison) -> str:
-    """The answer in one sentence."""
     return _Content(comparison).headline()
 
 
 def remarks_of(comparison: Comparison) -> list[str]:
-    """What limits the answer."""
     content = _Content(comparison)
     return [*content.obstacles(), *content.reasons(), *content.left_out()]
 
 
 def ratio_notes_of(comparison: Comparison) -> list[str]:
-    """What ratios, their intervals and marks mean."""
     return [*_Content(comparison).ratio_notes()]
 
 
@@ -116,7 +112,6 @@ def best_of(comparison: Comparison, metric: Metric) -> Configuration | None:
 
 
 def comparison_document(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as JSON values."""
     anchor = comparison.anchor
     return {
         "schema_version": SCHEMA_VERSION,
@@ -163,8 +158,6 @@ def _configuration_document(item: Configuration) -> dict[str, Any]:
 
 
 class _Content:
-    """The parts of a comparison in words and tables."""
-
     def __init__(self, comparison: Comparison) -> None:
         self._comparison = comparison
         self._pairs, self._metrics, self._anchor = comparison.pairs, comparison.metrics, comparison.anchor
@@ -195,13 +188,11 @@ class _Content:
         return f"{runs} · {count}{cycles}", " · ".join(settings)
 
     def _name(self, item: Configuration) -> str:
-        """The configuration in a list: by its number alone where names are long."""
         if self._anchor is not None or isinstance(item, Pooled):
             return item.name
         return str(item.number) if self._is_by_number else f"{item.number} {item.name}"
 
     def headline(self) -> str:
-        """The answer in one sentence, in the first metric that can be compared."""
         if self._lead is None:
             texts = "; ".join(reason.text for reason in dict.fromkeys(row.reason for row in self._rows) if reason)
             alone = "there is only the baseline" if self._anchor is None else "the runs have no configuration in common"
@@ -211,7 +202,6 @@ class _Content:
         return f"C{answer[1:]}" if answer.startswith(_BY_NUMBER) else answer
 
     def obstacles(self) -> Iterable[str]:
-        """What is not comparable, and what a difference may be due to."""
         besides = "confounded" if self._anchor is None else "different"
         leads = ("not comparable", besides, "different, but shared with the anchor")
         found: dict[tuple[str, Reason], list[str]] = {}
@@ -274,7 +264,6 @@ class _Content:
         yield from self.left_out()
 
     def ratio_notes(self) -> Iterable[str]:
-        """What ratios, their intervals, marks and verdicts mean."""
         comparison = self._comparison
         if any(row.effect and row.effect.std_error is not None for row in self._rows):
             yield f"{_RATIO_NOTE if self._anchor is None else _ANCHORED_RATIO_NOTE}; {comparison.coverage}"
@@ -295,7 +284,6 @@ class _Content:
             yield f"anchor: {self._anchor.name}, itself {moved}; a change of more than {most} would rule out a verdict."
 
     def left_out(self) -> Iterable[str]:
-        """Configurations that were not compared."""
         runs, along = self._comparison.runs, self._comparison.along
         compared = {item.name for pair in self._pairs for item in (pair.baseline, pair.other)}
         if removed := [it.name for run in runs for it in run.removed if it.name not in compared]:
@@ -366,7 +354,6 @@ class _Content:
         return f"{pair.baseline.name} in {before}", f"{pair.other.name} in {after}"
 
     def _run_label(self, run: Run) -> str:
-        """The name of one of two runs: its campaign, if the two differ, else its ID."""
         runs = self._comparison.runs
         return run.campaign_name if len({item.campaign_name for item in runs}) == len(runs) else run.run_id
 
@@ -414,6 +401,5 @@ def _further(judgement: Judgement) -> str:
 
 
 def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    """The text in lines, all but the first indented."""
     firm = text.replace(" %", f"{_FIRM}%").replace(" ×", f"{_FIRM}×")
     return [line.replace(_FIRM, " ") for line in wrapped(firm, width, indent=indent)]

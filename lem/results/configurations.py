@@ -56,7 +56,6 @@ def write_listing(run_folder: Path, listed: Sequence[ListedConfiguration], numbe
 
 
 def read_listing(run_folder: Path) -> Listing | None:
-    """The list of a run; None of one that an earlier lem made. A broken file is logged."""
     found = _read(run_folder)
     return None if found is None else {item.config_hash: item for item in found.configurations}
 

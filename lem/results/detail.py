@@ -20,7 +20,6 @@ _PERCENTILES = ("mean", "p50", "p90", "p95", "p99")
 
 
 def render_record(record: Record, *, is_colour: bool = False, width: int = WIDTH) -> str:
-    """The result as text that ends in a newline; all of it is in its JSON."""
     identity = record.identity
     doc = Doc(width, is_colour=is_colour)
     doc.text(f"{identity.config_name} · cycle {identity.cycle_index + 1} · attempt {identity.attempt}", "bold")
@@ -108,7 +107,6 @@ GPU_SETTINGS = (
 
 
 def setting_text(name: str, value: Any) -> str:
-    """A value of these, by the unit in its name."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if name.endswith("_hz"):

@@ -61,7 +61,6 @@ def make_table(results: Iterable[StoredResult], *, is_every_attempt: bool = Fals
 
 
 def _of_one_kind(columns: Iterable[str], rows: list[dict[str, _Cell]]) -> tuple[Mapping[str, _Cell], ...]:
-    """The rows; where the values of a column are of several kinds, they are texts."""
     for name in columns:
         if len({_kind(row[name][0]) for row in rows} - {None}) > 1:
             for row in rows:
@@ -71,7 +70,6 @@ def _of_one_kind(columns: Iterable[str], rows: list[dict[str, _Cell]]) -> tuple[
 
 
 def _kind(value: Any) -> str | None:
-    """The kind of a value, or of those in a list; None where nothing tells."""
     if isinstance(value, list):
         return f"list of {_kind(value[0])}" if value else None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -88,13 +86,11 @@ def summary_columns(results: Iterable[StoredResult]) -> tuple[str, ...]:
 
 
 def with_values(table: Table) -> Table:
-    """The table without the columns that have no value in any row."""
     named = [name for name in table.columns if any(row[name][0] not in (None, "", []) for row in table.rows)]
     return with_columns(table, named)
 
 
 def with_columns(table: Table, names: Sequence[str]) -> Table:
-    """The table with only these columns, in this order; UserError where there is no such column."""
     unknown = [name for name in names if name not in table.columns]
     if unknown and table.rows:
         guess = did_you_mean(unknown[0], table.columns)
@@ -103,7 +99,6 @@ def with_columns(table: Table, names: Sequence[str]) -> Table:
 
 
 def render(table: Table, form: str) -> str:
-    """The table as text that ends in a newline; ValueError where there is no such format."""
     if form == "csv":
         return _as_csv(table)
     if form == "markdown":
@@ -167,7 +162,6 @@ def _section(section: Any) -> Iterator[tuple[str, _Cell]]:
 
 
 def _why(section: Any, name: str) -> str:
-    """Why a field is None; empty where it is not."""
     reason: Reason | None = section.null_reasons.get(name)
     return "" if reason is None else reason.text
 

@@ -75,10 +75,7 @@ class _Line:
 
 
 class Index:
-    """The index of the run in a folder."""
-
     def __init__(self, folder: Path) -> None:
-        """It is read; one that cannot be read is empty."""
         self._path = folder / INDEX_FILE
         self._folder = folder
         self._lines: dict[str, _Line] = {}
@@ -117,7 +114,6 @@ class Index:
         return Found(line.unpacked(), digest, is_recorded)
 
     def write(self) -> None:
-        """Append the lines of results that were read anew; where that is not possible, they are read anew again."""
         if self._new and self._n_lines + len(self._new) <= _MOST_LINES * len(self._lines):
             with contextlib.suppress(OSError):
                 _append(self._path, self._new)

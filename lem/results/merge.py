@@ -48,8 +48,6 @@ class HostPart:
 
 @dataclass(frozen=True)
 class FleetPlan:
-    """A campaign divided over hosts."""
-
     campaign_id: str
     campaign_name: str
     config_hash: str  # of the campaign; a host refuses a plan made of another state of its file
@@ -79,7 +77,6 @@ def write_plan(path: Path, plan: FleetPlan) -> None:
 
 
 def read_plan(path: Path) -> FleetPlan:
-    """The plan in a file; UserError where it cannot be read, or is not a valid plan."""
     try:
         document = durable.read_json(path)
         if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:
@@ -112,15 +109,12 @@ def _check(plan: FleetPlan) -> None:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What the folders hold together."""
-
     campaign: str  # the slug
     results: tuple[StoredResult, ...]  # each once
     problems: tuple[Problem, ...]  # attempts without a usable result
     foreign_runs: tuple[str, ...] = ()  # runs that do not belong to the plan; they are left out
 
     def without(self, hosts: Container[str]) -> Gathered:
-        """The same, but for the results of these hosts."""
         return dataclasses.replace(
             self, results=tuple(item for item in self.results if item.record.identity.host not in hosts)
         )
@@ -172,8 +166,6 @@ def _only_campaign(results_dirs: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class AnchorCheck:
-    """How alike the hosts are, by the configuration that all of them ran."""
-
     metric: str = ""  # what was compared; empty where nothing could be
     unit: str = ""
     by_host: Mapping[str, float] = field(default_factory=dict)  # geometric mean over the valid results
@@ -231,8 +223,6 @@ def _geometric_means(records: Sequence[Record], metric: Metric) -> dict[str, flo
 
 @dataclass(frozen=True)
 class Cell:
-    """The cycles of one configuration on one host."""
-
     planned: int
     present: int  # with a result
     valid: int  # with a valid result
@@ -246,14 +236,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Which results are there: configurations by hosts."""
-
     hosts: tuple[str, ...]
     rows: Mapping[str, tuple[Cell, ...]]  # by configuration name, a cell for each host
     missing: tuple[tuple[str, str], ...]  # host and exp_id of each planned experiment without a result
 
     def without(self, hosts: Container[str]) -> Matrix:
-        """The same, but for these hosts."""
         kept = [host not in hosts for host in self.hosts]
         rows = {name: tuple(itertools.compress(cells, kept)) for name, cells in self.rows.items()}
         missing = tuple((host, exp_id) for host, exp_id in self.missing if host not in hosts)
@@ -261,7 +248,6 @@ class Matrix:
 
 
 def completeness(gathered: Gathered, plan: FleetPlan | None) -> Matrix:
-    """Which results are there, of those planned; without a plan, of those that any host has."""
     present: dict[tuple[str, str], bool] = {}
     planned: dict[tuple[str, str], str] = {}  # the name of the configuration, by host and exp_id
     for item in gathered.results:

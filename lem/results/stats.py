@@ -58,8 +58,6 @@ AUTOCORRELATION_SOUGHT = 0.3  # of which the power is stated
 
 @dataclass(frozen=True)
 class Autocorrelation:
-    """How much a value has in common with the next one: intervals take cycles for independent."""
-
     lag_1: float
     n: int
 
@@ -81,7 +79,6 @@ class Autocorrelation:
 
 
 def autocorrelation_of(values: Sequence[float]) -> Autocorrelation | None:
-    """That of successive values; None for too few of them, or equal ones."""
     mean = statistics.fmean(values)
     left = [value - mean for value in values]
     squares = math.fsum(value**2 for value in left)
@@ -96,8 +93,6 @@ def _normal_tail(z: float) -> float:
 
 @dataclass(frozen=True)
 class Effect:
-    """A ratio with its uncertainty, on logs."""
-
     log_ratio: float
     std_error: float | None  # of `log_ratio`; None where it is unknown: one cycle, or cycles that are no replicates
     df: float | None  # degrees of freedom of `std_error`
@@ -206,8 +201,6 @@ def cycles_to_settle(effect: Effect, bound: float, confidence: float = CONFIDENC
 
 
 class Verdict(enum.Enum):
-    """What a gate says of one comparison."""
-
     BETTER = "better"
     WORSE = "worse"
     WITHIN = "within"
@@ -239,8 +232,6 @@ class Gate:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a gate says of one comparison."""
-
     gate: Gate
     verdict: Verdict
     reason: Reason | None = None  # why it is inconclusive for another cause than too few cycles
@@ -248,7 +239,6 @@ class Judgement:
 
 
 def parse_gate(text: str) -> Gate:
-    """The gate in `METRIC=3%`; UserError for anything else."""
     metric, sign, percentage = text.strip().partition("=")
     hint = "for example --gate energy_per_output_tok_j=3%"
     if not sign or not metric:
@@ -263,7 +253,6 @@ def parse_gate(text: str) -> Gate:
 
 
 def parse_gates(texts: Sequence[str]) -> list[Gate]:
-    """The gates of `--gate`; UserError where two are for the same metric."""
     gates = [parse_gate(text) for text in texts]
     if len({gate.metric for gate in gates}) < len(gates):
         raise UserError("two gates for the same metric", "give one --gate per metric")

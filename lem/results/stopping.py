@@ -45,15 +45,12 @@ KINDS = ("each", "ratio", "gate")
 
 @dataclass(frozen=True)
 class Target:
-    """What a run should reach."""
-
     half_width: float  # of the 95 % interval: 0.02 is ±2 %; of a gate its threshold
     metric: str | None = None  # None: energy per output token where it is measured, else the output throughput
     kind: str = "each"  # of `KINDS`
 
     @property
     def goal(self) -> str:
-        """`every ratio is within ±2 %`."""
         width = percent(self.half_width)
         what = {"each": f"every interval is within ±{width}", "ratio": f"every ratio is within ±{width}"}
         return what.get(self.kind, f"the gate of {width} has its verdicts")
@@ -204,7 +201,6 @@ def _continued(
 
 
 def write_stopping_rule(run_folder: Path, rule: StoppingRule) -> None:
-    """Keep the rule with the results of the run; InfrastructureError where it cannot be written."""
     with stopping_campaign(run_folder / STOPPING_FILE) as path:
         make_folder(run_folder)
         durable.write_json(path, durable.seal({"schema_version": _SCHEMA_VERSION, **dataclasses.asdict(rule)}))

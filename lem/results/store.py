@@ -49,7 +49,6 @@ class AttemptFolder:
         return self.path / LOG_FILE
 
     def write_config(self, requested: Mapping[str, Any], resolved: Mapping[str, Any]) -> Path:
-        """Write the configuration as given, `${VAR}` unexpanded, and with every default."""
         document = {"schema_version": CONFIG_SCHEMA_VERSION, "requested": requested, "resolved": resolved}
         with stopping_campaign(self.path / CONFIG_FILE) as path:
             durable.write_json(path, durable.seal(document))
@@ -57,12 +56,10 @@ class AttemptFolder:
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` can name a folder of a campaign, run or experiment; it then leads nowhere else."""
     return _NAME.fullmatch(text) is not None
 
 
 def check_name(text: str, what: str) -> str:
-    """`text`, if it can name a folder; else UserError."""
     if not is_name(text):
         hint = "use at most 255 letters, digits and . _ = + -, starting with a letter or digit"
         raise UserError(f"{what} {text[:80]!r} cannot be used as a folder name", hint)
@@ -117,8 +114,6 @@ Digests = Mapping[DigestKey, str]
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder holds: usable results, and everything that is in the place of one."""
-
     results: tuple[StoredResult, ...]
     problems: tuple[Problem, ...]
 
@@ -137,11 +132,9 @@ class Repository:
         self._indexes: dict[Path, Index] = {}
 
     def run_folder(self, run_id: str) -> Path:
-        """The folder of a run, or of this part of it."""
         return self.folder / check_name(run_id, "run") / self._part
 
     def check_writable(self) -> None:
-        """Make the campaign's folder and check that there is room in it; UserError where it cannot be written."""
         try:
             make_folder(self.folder)
             with tempfile.TemporaryFile(dir=self.folder) as probe:  # without a name: no crash leaves it behind
@@ -153,7 +146,6 @@ class Repository:
             raise UserError(f"results folder {self.folder}: {reason_of(error)}", remedy_for(error, _OPTION)) from error
 
     def prepare_attempt(self, run_id: str, exp_id: str) -> AttemptFolder:
-        """Make a folder for the next attempt at an experiment; InfrastructureError where it cannot be made."""
         with stopping_campaign(self.run_folder(run_id) / check_name(exp_id, "experiment")) as folder:
             make_folder(folder)
             number = max(_attempt_numbers(folder), default=0)
@@ -181,12 +173,10 @@ class Repository:
         return Scan(results, tuple(item for item in found if isinstance(item, Problem)))
 
     def find_campaign_name(self) -> str | None:
-        """The name of the campaign that the results belong to; None without any."""
         found = _nested(self.folder, lambda run: _run_items(run, run.name, is_checked=False))
         return next((item.record.identity.campaign_name for item in found if isinstance(item, StoredResult)), None)
 
     def record_result(self, run_id: str, result: StoredResult) -> None:
-        """Put a result that was just measured into the index of its run, which can be made again without it."""
         try:
             record_result(self.run_folder(run_id), result.path, result.record, result.sha256)
         except OSError as error:
@@ -317,7 +307,6 @@ def is_part(folder: Path) -> bool:
 
 
 def part_folders(run_folder: Path) -> list[Path]:
-    """The folder of a run, then those of its parts, by name."""
     try:
         return [run_folder, *(path for name in _folder_names(run_folder) if is_part(path := run_folder / name))]
     except OSError:
@@ -377,19 +366,16 @@ def _problem(experiment: Path, run_id: str, path: Path, kind: str, message: str)
 
 
 def _attempt_numbers(folder: Path) -> list[int]:
-    """The numbers taken, unordered; a file in place of a folder takes its number too."""
     return [int(match[1]) for item in folder.iterdir() if (match := _ATTEMPT.fullmatch(item.name))]
 
 
 def experiment_names(run_folder: Path) -> tuple[str, ...]:
-    """The experiments of a run, those of all its parts, by name; UserError where its folder cannot be read."""
     folders = part_folders(run_folder)
     parts = {folder.name for folder in folders[1:]}
     return tuple(sorted({name for folder in folders for name in folder_names(folder)} - parts))
 
 
 def folder_names(folder: Path) -> tuple[str, ...]:
-    """The campaigns, runs or experiments in a folder, by name; UserError where it cannot be read."""
     try:
         return _folder_names(folder)
     except OSError as error:
@@ -410,7 +396,6 @@ _CLOCK_TOLERANCE = timedelta(minutes=5)
 
 
 def run_time(run_id: str) -> datetime | None:
-    """When a run began, by its ID; None for a name that lem did not give it."""
     match = _RUN_ID.fullmatch(run_id)
     with contextlib.suppress(ValueError):
         return datetime.strptime(match[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc) if match else None
@@ -426,7 +411,6 @@ def in_order(run_ids: Iterable[str]) -> list[str]:
 
 
 def describe_future(run_id: str, now: datetime) -> str:
-    """What is wrong with a run that is dated in the future; empty if it is not."""
     began = run_time(run_id)
     if began is None or began <= now + _CLOCK_TOLERANCE:
         return ""

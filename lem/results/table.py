@@ -114,7 +114,6 @@ class _RunTable:
         return any(item.estimate(metric).values for item in self._configurations)
 
     def _table(self, columns: Sequence[Column], title: str) -> None:
-        """Add a table, the first one with names and axes, others where there is room for them."""
         key = self._key
         if self._has_key and key.n_above(columns, self._doc.width) != 0:
             key = key.without_axes()

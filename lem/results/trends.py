@@ -48,12 +48,10 @@ class Drift:
 
     @property
     def moved(self) -> str:
-        """`rises by 3 %`."""
         return f"{'rises' if self.change > 0 else 'falls'} by {percent(abs(self.change))}"
 
     @property
     def interval(self) -> str:
-        """`95 % +1.2 to +4.8 %`, or why there is none."""
         if self.ci_lower is None or self.ci_upper is None:
             return "too few values for an interval"
         bounds = (self.ci_lower, self.ci_upper)
@@ -117,7 +115,6 @@ def without_means(values: Sequence[float], *groupings: Sequence[Hashable]) -> li
 
 
 def ran_apart(one: Configuration, other: Configuration) -> bool:
-    """Whether all cycles of one came before those of the other: then they share no block of time."""
     (first, last), (begin, end) = _span(one), _span(other)
     return min(one.n_cycles, other.n_cycles) > 1 and (last < begin or end < first)
 
@@ -130,13 +127,11 @@ def ran_later(run: Run) -> list[Configuration]:
 
 
 def _span(configuration: Configuration) -> tuple[str, str]:
-    """When the first and the last of the used results began, in UTC."""
     times = [record.identity.start_utc for record in configuration.used]
     return min(times, default=""), max(times, default="")
 
 
 def is_same_order(run: Run) -> bool:
-    """Whether every cycle ran the same configurations in the same order."""
     orders = [tuple(record.identity.config_hash for record in members) for members in _in_order(run).values()]
     most = max(map(len, orders), default=0)
     whole = [order for order in orders if len(order) == most]
@@ -144,7 +139,6 @@ def is_same_order(run: Run) -> bool:
 
 
 def _in_order(run: Run) -> Cycles:
-    """The used records of each cycle in the order in which they ran."""
     used = (record for item in run.with_results for record in item.used)
     return by_cycle(sorted(used, key=lambda item: item.identity.order_index))
 
@@ -164,7 +158,6 @@ def drift_of(run: Run, metric: Metric) -> Drift | None:
 
 
 def autocorrelation_of_cycles(run: Run, metric: Metric) -> Autocorrelation | None:
-    """That of the cycle means of the host and run with the most cycles; None with too few of them."""
     series: dict[tuple[str, str], list[float]] = {}
     for key, (_, mean) in _cycle_means(run, metric).items():
         series.setdefault(key[:2], []).append(mean)

@@ -39,8 +39,6 @@ Causes = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Combined:
-    """One uncertainty of an estimate, by all its causes."""
-
     centre: float  # the geometric mean, or the ratio
     budget: Causes  # `cycles` among them
     df: float  # effective degrees of freedom
@@ -48,7 +46,6 @@ class Combined:
 
     @property
     def standard(self) -> float:
-        """Relative standard uncertainty (k = 1)."""
         return math.hypot(*self.budget.values())
 
     @property
@@ -150,7 +147,6 @@ def over_anchor(*ratios: Measured[Causes]) -> Measured[Causes]:
 
 
 def _added(*each: Causes) -> dict[str, float]:
-    """Independent uncertainties added by cause."""
     names = dict.fromkeys(name for causes in each for name in causes)
     return {name: math.hypot(*(causes.get(name, 0.0) for causes in each)) for name in names}
 
@@ -167,7 +163,6 @@ def of_effect(
 
 
 def combined_document(found: Measured[Combined] | None) -> dict[str, Any] | None:
-    """A combined uncertainty as JSON values, or why there is none."""
     if found is None:
         return None
     if found.value is None:
@@ -178,7 +173,6 @@ def combined_document(found: Measured[Combined] | None) -> dict[str, Any] | None
 
 
 def budget_table(named: Sequence[tuple[str, Measured[Combined] | None]], heading: str) -> Table | None:
-    """The budgets of estimates by name, in percent (k = 1); None if none is known."""
     rows = [(name, found.value) for name, found in named if found is not None and found.value is not None]
     causes = dict.fromkeys(cause for _, found in rows for cause in found.budget)
     shares = {cause: tuple(_share(found.budget.get(cause)) for _, found in rows) for cause in causes}

@@ -38,7 +38,6 @@ class ComparisonTables:
         return counts.pop() if len(counts) == 1 else None
 
     def notes(self) -> Iterator[str]:
-        """What stands in headings and is not explained there."""
         if self._estimate_note:
             yield f"{ESTIMATED}: {self._estimate_note.strip('()')}, not a measurement."
         if self.key.explanation:
@@ -50,7 +49,6 @@ class ComparisonTables:
 
     @cached_property
     def key(self) -> Key:
-        """What each row begins with."""
         along, numbers = self._comparison.along, [_number(item) for item in self._items]
         if along is not None:
             return Key(numbers, (), heading=along.axis.replace("_", "_\n"))
@@ -75,7 +73,6 @@ class ComparisonTables:
                 yield from key.tables(self._columns(metric, is_lead=True), None, metric.heading)
 
     def budgets(self) -> Iterator[Table]:
-        """For each energy, what the uncertainty of its ratios consists of."""
         for metric in self._metrics:
             named = [(self._row_name(pair), row.combined) for pair, row in self._comparison.rows(metric)]
             table = budget_table(named, f"Uncertainty of the ratio, {metric.lower_label}, % (k = 1)")
@@ -172,7 +169,6 @@ def _required(columns: Iterable[Column]) -> list[Column]:
 
 
 def _number(item: Configuration) -> str:
-    """What a row begins with: the number, or the value of the axis."""
     return item.name.partition("=")[2] if isinstance(item, Pooled) else str(item.number)
 
 
@@ -181,7 +177,6 @@ def _has_combined(row: Row) -> bool:
 
 
 def effect_cells(row: Row, decimals: int | None) -> tuple[str, str, str, str, str]:
-    """Ratio, interval, combined uncertainty, p and verdict."""
     verdict = "" if row.judgement is None else verdict_text(row.judgement.gate, row.judgement.verdict)
     if row.effect is None:
         return ABSENT, ABSENT, ABSENT, ABSENT, verdict
@@ -202,7 +197,6 @@ def bounds_text(interval: tuple[float, float], decimals: int | None) -> str:
 
 
 def decimals_of(row: Row) -> int | None:
-    """Enough that the width of the interval shows; None without an interval."""
     if row.interval is None:
         return None
     width = row.interval[1] - row.interval[0]

@@ -36,8 +36,6 @@ _OrderT = TypeVar("_OrderT", bound="Message")
 
 
 class Message:
-    """A message: a frozen dataclass with the name of its type on the wire."""
-
     type: ClassVar[str]
 
     def __init_subclass__(cls, kind: str) -> None:
@@ -110,8 +108,6 @@ def _decode_order(kind: type[_OrderT], message: Mapping[str, Any]) -> _OrderT:
 
 @dataclass(frozen=True)
 class Hello(Message, kind="hello"):
-    """The first message of a worker."""
-
     protocol: int
     lem_version: str
     pid: int
@@ -134,8 +130,6 @@ class Phase(Message, kind="phase"):
 
 @dataclass(frozen=True)
 class Progress(Message, kind="progress"):
-    """How much of the phase is done."""
-
     exp_id: str
     done: int
     total: int | None  # None without a known end
@@ -149,8 +143,6 @@ class Heartbeat(Message, kind="heartbeat"):
 
 @dataclass(frozen=True)
 class Problem(Message, kind="problem"):
-    """Why a configuration of a `Check` cannot run."""
-
     exp_id: str
     place: int  # of the configuration, from 0
     message: str
@@ -160,16 +152,12 @@ class Problem(Message, kind="problem"):
 
 @dataclass(frozen=True)
 class Result(Message, kind="result"):
-    """The experiment is done and its record is written, or the check is done."""
-
     exp_id: str
     engine_reused: bool
 
 
 @dataclass(frozen=True)
 class Failure(Message, kind="error"):
-    """The experiment failed, or (without `exp_id`) a message of the host was refused."""
-
     exp_id: str | None
     kind: str  # as of `EngineError`
     message: str
@@ -199,7 +187,6 @@ def encode_line(message: Mapping[str, Any]) -> bytes:
 
 
 def decode_line(line: bytes) -> dict[str, Any]:
-    """The message in one line. Raises ChannelError: not a JSON object with a `type`."""
     try:
         message = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -335,7 +322,6 @@ class EngineLog:
         self._append(data[:cut])
 
     def _count_held(self, data: bytes) -> int:
-        """How many bytes at the end are the beginning of a secret."""
         longest = len(self._forms[0]) - 1 if self._forms else 0
         for begin in range(max(len(data) - longest, 0), len(data)):
             if data[begin] in self._beginnings and any(form.startswith(data[begin:]) for form in self._forms):
@@ -343,7 +329,6 @@ class EngineLog:
         return 0
 
     def close(self) -> None:
-        """Write what is left and close the file; the last lines stay."""
         self._append(self._held)
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -358,7 +343,6 @@ class EngineLog:
                 view = view[os.write(self._descriptor, view) :]
 
     def tail(self, lines: int = TAIL_LINES) -> str:
-        """The last lines that are not blank."""
         text = self._tail.decode("utf-8", "replace")
         # A progress bar goes back to the start of its line with \r; only its last state is worth showing.
         found = (line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n"))

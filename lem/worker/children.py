@@ -61,7 +61,6 @@ class EngineChild:
         self._has_hung_up = False
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send it a message; one that is gone already is found out when it is reaped."""
         if not self._has_hung_up:
             with contextlib.suppress(BrokenPipeError):
                 self.control.put(message)
@@ -98,7 +97,6 @@ class EngineChild:
         return self._child.wait()
 
     def close(self) -> None:
-        """Close the descriptors, once it was reaped."""
         self._hang_up()
         os.close(self.message_fd)
         os.close(self.output_fd)
@@ -172,22 +170,18 @@ class SamplerProcess:
         return self._stdin.closed
 
     def set_interval(self, interval_ms: int) -> None:
-        """A phase begins, in which GPUs are sampled with this interval."""
         self._order(f"interval {interval_ms}")
 
     def watch(self, pid: int) -> None:
-        """The engine is this process, as the sampler numbers it, and those below it."""
         self._order(f"watch {pid}")
 
     def _order(self, order: str) -> None:
-        """Give it an order; one that is gone is left alone."""
         if not self._stdin.closed:
             # The pipe is full only when the sampler has hung through thousands of orders.
             with contextlib.suppress(BrokenPipeError, BlockingIOError):
                 os.write(self._stdin.fileno(), f"{order}\n".encode())
 
     def hang_up(self) -> None:
-        """Have it write its last rows and end; do not wait for it."""
         self._stdin.close()
 
     def stop(self, timeout_s: float) -> int | None:
@@ -203,13 +197,11 @@ class SamplerProcess:
         return None
 
     def kill(self) -> None:
-        """End it at once, without its last rows."""
         if self.child.poll() is None:
             process.kill_group(self.child.pid)
         self.hang_up()
 
     def death(self) -> str | None:
-        """How it ended, with the end of what it wrote to stderr; None while it runs."""
         code = self.child.poll()
         if code is None:
             return None

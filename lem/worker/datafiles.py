@@ -152,7 +152,6 @@ def _format_of_split(files: Iterable[Path]) -> str:
 
 
 def _whole(chosen: Sequence[Path]) -> tuple[Path, ...]:
-    """The files of a split; EngineError if they are not prompts, or not all are there."""
     doubtful = next((file for file in chosen if _format_of(file) == ".txt" and _NO_PROMPTS.match(file.name)), None)
     if doubtful is not None:
         raise prompts_error(f"{doubtful}: expected prompts, found a document", _NAME_ONE)

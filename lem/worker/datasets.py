@@ -49,7 +49,6 @@ class DatasetChoice:
 
 
 def choice_of(config: ExperimentConfig) -> DatasetChoice:
-    """The data set an experiment asks for. Raises ValueError: it asks for none."""
     chosen = config.dataset if config.dataset is not None else config.prompts
     if isinstance(chosen, HuggingFacePrompts):
         choice = choice_of_name(chosen.dataset, chosen.subset, chosen.split, chosen.column)
@@ -254,7 +253,6 @@ def shuffle(items: list[Any], seed: int | str) -> None:
 
 
 def _prompt_of(row: Row, choice: DatasetChoice, usual: Sequence[str]) -> Prompt:
-    """The prompt in a row; ValueError: there is none in it."""
     if not isinstance(row, str) and not any(name in row for name in choice.columns[:1] or ("body", *usual)):
         wanted = f"no column {choice.columns[0]!r}" if choice.columns else "no column that usually holds text"
         full = ", ".join(name for name in TEXT_COLUMNS if name in row and not choice.columns)

@@ -71,7 +71,6 @@ class PipeReporter:
 
 
 def serve_pipes(control_fd: int, message_fd: int) -> int:
-    """The exit code of an engine process, which has its guardian already."""
     for descriptor in (control_fd, message_fd):
         os.set_inheritable(descriptor, False)  # not for the engine's own children
     for stream in (sys.stdout, sys.stderr):
@@ -93,7 +92,6 @@ def _run_traced(request: RunRequest, engine: ResidentEngine, reporter: Reporter,
 
 
 def serve(control_fd: int, reporter: PipeReporter, engine: ResidentEngine, run: Harness, clock: Clock) -> int:
-    """The exit code, once the supervisor has sent `quit` or is gone."""
     lines = LineBuffer()
     while data := os.read(control_fd, READ_B):
         for line in lines.feed(data):
@@ -110,7 +108,6 @@ def serve(control_fd: int, reporter: PipeReporter, engine: ResidentEngine, run: 
 def _answer(
     order: RunRequest | Check, reporter: PipeReporter, engine: ResidentEngine, run: Harness, clock: Clock
 ) -> Message:
-    """Run one experiment, or check several; the answer, once all that was printed is out."""
     try:
         if isinstance(order, Check):
             _check(order, reporter)

@@ -122,7 +122,6 @@ _POLL_S = 0.02
 
 
 def new_mark() -> str:
-    """A mark (`MARK_VARIABLE`) that no other worker has."""
     return os.urandom(8).hex()
 
 
@@ -139,7 +138,6 @@ def end_marked(mark: str, patience_s: float = LEFTOVERS_PATIENCE_S) -> tuple[int
 
 
 def find_marked(mark: str) -> tuple[int, ...]:
-    """The processes with this mark, except this one and zombies (which have no environment)."""
     needle = f"{MARK_VARIABLE}={mark}".encode()
     found = []
     for folder in Path("/proc").iterdir():

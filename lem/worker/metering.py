@@ -56,8 +56,6 @@ _REPORT_S = 1.0
 
 
 class Reporter(Protocol):
-    """Where an attempt reports its progress."""
-
     def phase(self, name: str) -> None:
         """A phase begins."""
 
@@ -117,7 +115,6 @@ class Metering:
         self._reader = None if self.path is None else samples.PartReader(self.path)
 
     def read(self) -> SampleLog:
-        """The log as far as it is written. Raises EngineError: kind `meter`, it cannot be read."""
         try:
             if self._reader is None:
                 return SampleLog(self.nothing)
@@ -132,7 +129,6 @@ class Metering:
 
     @property
     def baselines(self) -> Baselines:
-        """What the host knows of power at rest by the meter that counts."""
         return self.known_baselines.get(self.sources.primary or "", Baselines())
 
     def choose(self, gpu_uuids: Sequence[str]) -> None:
@@ -189,7 +185,6 @@ class Metering:
 
     @property
     def _has_rest(self) -> bool:
-        """Whether power at rest is wanted and measured; an estimate from load has none."""
         is_measured = is_gpu_source(self.sources.primary) or self.sources.primary == EnergySource.RAPL
         return is_measured and self.config.baseline.enabled
 
@@ -275,7 +270,6 @@ class Metering:
         return max(GUARD_PERIODS * max(period_s, self._external_period_s()), self.sources.least_guard_s)
 
     def _counter_period_s(self) -> float:
-        """The time between two updates of the slowest counter under the load of the warm-up."""
         warmup = span_of(self.marks, measurement.WARMUP)
         if warmup is None:
             return UNKNOWN_PERIOD_S
@@ -350,7 +344,6 @@ class Metering:
         return AttemptLog(self._usable(log), tuple(self.marks), self.sources, self.baselines, is_steady_mode)
 
     def _usable(self, log: SampleLog) -> SampleLog:
-        """The log without counters that stood still in the window."""
         return without_still_counters(log, span_of(self.marks, measurement.WINDOW))
 
     def _choose_again(self) -> None:

@@ -183,13 +183,11 @@ def taken_from(prompts: Iterable[Prompt]) -> dict[str, str]:
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """SHA-256 over the contents of prompts in their order, whatever file and format they came from."""
     lines = (_line(as_json(replace(item, taken_from=None))) for item in prompts)
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
-    """Write `prompts.jsonl` into a result folder, whole or not at all. Raises OSError: as `durable.write_bytes`."""
     durable.write_bytes(folder / PROMPTS_FILE, b"".join(_line(as_json(item)) for item in prompts))
 
 
@@ -225,7 +223,6 @@ def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
 
 
 def _json_rows(path: Path, text: str, lines: list[str]) -> tuple[list[Any], Callable[[Any], Any], str]:
-    """The rows of JSON, what parses each, and what is in front of its number in a message."""
     try:
         listed = list_of_json(text) if suffix_of(path) == ".json" else None
     except ValueError as error:
@@ -259,12 +256,10 @@ def list_of_json(text: str) -> list[Any] | None:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that tells the format, in lower case: `.jsonl` for `a.jsonl.gz`."""
     return Path(path.name.lower().removesuffix(PACKED)).suffix
 
 
 def unpacked(stream: BinaryIO, path: Path) -> BinaryIO:
-    """The content of an open file, which is packed if its name says so."""
     return cast("BinaryIO", gzip.GzipFile(fileobj=stream)) if path.name.lower().endswith(PACKED) else stream
 
 

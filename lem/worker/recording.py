@@ -289,7 +289,6 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find(file: Path, names: Collection[str], separator: str) -> str | None:
-    """The value in the first line with one of these names."""
     for line in _lines(file):
         name, _, value = line.partition(separator)
         if name.strip() in names and value.strip():

@@ -53,7 +53,6 @@ _ROLES = {
 
 
 def json_of(text: str) -> Any:
-    """The document in JSON; ValueError if it is none."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -105,7 +104,6 @@ def prompt_of_record(record: Any, columns: Sequence[str] = (), usual: Sequence[s
 
 
 def _added_text(name: str, value: Any) -> str:
-    """The text that completes an instruction or a question; choices become lines that start with A., B., …"""
     labels: Sequence[Any] = string.ascii_uppercase
     if isinstance(value, Mapping):
         value, labels = value.get("text"), value.get("label") or labels

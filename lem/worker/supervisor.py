@@ -88,8 +88,6 @@ def supervise(start_engine: Callable[[], EngineChild] = EngineChild) -> int:
 
 
 class Supervisor:
-    """One worker, between the host and at most one engine process."""
-
     def __init__(
         self,
         host_in: int,
@@ -118,7 +116,6 @@ class Supervisor:
         self._selector = selectors.PollSelector()  # a stdin that is a file, which epoll refuses, ends at once
 
     def run(self) -> int:
-        """The exit code, once the host is gone or wants no more, and the engine process has ended."""
         self._selector.register(self._host_in, selectors.EVENT_READ, self._read_host)
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._read_signals)
         self._send(channel.Hello(channel.PROTOCOL_VERSION, __version__, os.getpid(), probe_environment()))
@@ -216,7 +213,6 @@ class Supervisor:
             self._fail(request.exp_id, kind, message, hint, **lost)
 
     def _finish(self, code: int, reason: str) -> None:
-        """Serve no longer, and end the engine process; a second signal goes on to the next step."""
         now = time.monotonic()
         if self._exit_code is None:
             self._exit_code = code
@@ -306,7 +302,6 @@ class Supervisor:
         return engine
 
     def _read_output(self, engine: EngineChild) -> bool:
-        """Take what was printed; whether there may be more."""
         data = self._take(engine.output_fd)
         if not data or self._log is None:
             return bool(data)
@@ -320,7 +315,6 @@ class Supervisor:
         return True
 
     def _read_messages(self, engine: EngineChild) -> bool:
-        """Take what was reported; whether there may be more."""
         data = self._take(engine.message_fd)
         if not data:  # a full buffer would report the same error again, as that of the next experiment
             return False
@@ -333,7 +327,6 @@ class Supervisor:
         return True
 
     def _take(self, descriptor: int) -> bytes:
-        """What can be read now; at the end of the file, nothing more is waited for."""
         try:
             data = os.read(descriptor, READ_B)
         except BlockingIOError:

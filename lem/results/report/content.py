@@ -231,7 +231,6 @@ def _grouping(settings: Sequence[Mapping[str, str]]) -> tuple[str, Sequence[int]
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:
-    """Names short enough for a plot: the parts that all share go first, then the keys of `key=value`."""
     width = _LABEL_WIDTH if len(names) <= _MANY else _LABEL_WIDTH_OF_MANY
     tokens = {name: name_tokens(name) for name in names}
     common = set.intersection(*map(set, tokens.values())) if len(names) > 1 else set()
@@ -279,7 +278,6 @@ def select_traced(entries: Sequence[Entry], records: Sequence[Record]) -> tuple[
 
 
 def values_by_setting(settings: Sequence[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
-    """The values of each setting, numbers by size before texts by name."""
     keys = sorted({key for item in settings for key in item})
     return {key: tuple(sorted({item.get(key, NOT_GIVEN) for item in settings}, key=_numbers_first)) for key in keys}
 
@@ -325,7 +323,6 @@ class Verdict:
 
 
 def verdict_of(report: Report) -> Verdict:
-    """The sentence of `lem compare`."""
     metric, comparison = report.headline, report.comparison
     current = [entry for entry in report.entries if not entry.configuration.is_removed]
     ranked = [entry for entry in current if entry.centre(metric) is not None]
@@ -359,5 +356,4 @@ def _amount(entry: Entry, metric: Metric, chosen_from: int = 1) -> str:
 
 
 def _four_digits(value: float) -> str:
-    """The value with four significant digits, zeros at its end included."""
     return f"{value:#.4g}".rstrip(".") if 1e-3 <= abs(value) < 1e4 else format_quantity(value)

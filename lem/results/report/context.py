@@ -57,7 +57,6 @@ class _Grid:
 
 
 def heatmap_section(report: Report) -> Markup:
-    """A map for each value of what else varies, where these are few; else one with the best in each cell."""
     entries = [entry for entry in report.entries if entry.settings]
     settings = [entry.settings for entry in entries]
     heading = f"{'Energy per output token' if report.has_energy else 'Output throughput'} over the grid"
@@ -321,7 +320,6 @@ def _phase(phase: Phase) -> str:
 
 
 def _panels(trace: Trace, time: Scale) -> tuple[list[Markup], float]:
-    """Power above temperature, each where there is any, and the lower end of the drawing."""
     panels: list[Markup] = []
     bottom = _TRACE_TOP
     for lines, label, height, count in (

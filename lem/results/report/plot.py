@@ -32,7 +32,6 @@ _BEFORE_UNIT = re.compile(r"(?<=\d) (?=[%×]|(?:J|W|s|ms|tok/s)\b)")
 
 
 def escape(text: str) -> Markup:
-    """The text as content or attribute value, unprintable characters replaced; a number and its unit stay together."""
     return Markup(html.escape(_BEFORE_UNIT.sub("\u00a0", printable(text))))
 
 
@@ -64,7 +63,6 @@ def paragraphs(texts: Iterable[str]) -> list[Markup]:
 
 
 def scroller(label: str, content: Markup, class_: str = "scroll") -> Markup:
-    """A box that scrolls, also with the keyboard, where its content is wider than the page."""
     return tag("div", content, class_=class_, role="group", aria_label=label, tabindex="0")
 
 
@@ -99,7 +97,6 @@ Row = Sequence[Cell | str | int]
 def number_cell(
     value: float | None, reason: Reason | str | None = None, form: Callable[[float], str] = units.format_quantity
 ) -> Cell:
-    """A number, or that it was not measured, with the reason as its tooltip."""
     if value is not None:
         return Cell(form(value), value, is_number=True)
     text = f"{NOT_MEASURED}: {reason}" if reason else NOT_MEASURED
@@ -231,7 +228,6 @@ class Scale:
     is_log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The place of a value; one outside the scale stays at the nearer end."""
         value = min(max(value, self.low), self.high)
         if self.is_log:
             share = math.log(value / self.low) / math.log(self.high / self.low)
@@ -240,7 +236,6 @@ class Scale:
         return self.begin + share * (self.end - self.begin)
 
     def ticks(self, count: int = 6) -> tuple[float, ...]:
-        """About `count` round values on the scale."""
         found = self._log_ticks(count) if self.is_log else ()
         if len(found) > 1:
             return found
@@ -274,7 +269,6 @@ def fitting_scale(values: Iterable[float], begin: float, end: float, *, is_from_
 
 
 def tick_text(value: float) -> str:
-    """The value of a tick, which is round and so needs few digits."""
     return plain(value, ".6g")
 
 
@@ -375,8 +369,6 @@ def label_room(labels: Iterable[str]) -> float:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure: the drawing, a caption, and the data as a folded table."""
-
     identifier: str
     title: str
     description: str  # for readers who do not see the drawing
@@ -420,7 +412,6 @@ def no_plot(identifier: str, heading: str, reason: str) -> Markup:
 
 
 def legend(items: Iterable[tuple[Markup, str]], width: int = 14) -> Markup:
-    """Marks and what each of them means; nothing where there is but one."""
     swatch = partial(tag, "svg", viewBox=f"0 0 {width} 14", width=str(width), height="14", aria_hidden="true")
     found = [tag("li", swatch(mark, class_="swatch"), name) for mark, name in items]
     return tag("ul", *found, class_="legend") if len(found) > 1 else Markup()

@@ -74,7 +74,6 @@ def _known_or_why(owner: Section, name: str) -> str:
 
 
 def _machine_range(name: str, records: Sequence[Record]) -> str:
-    """From the lowest to the highest value of what is different in every result."""
     values = [getattr(record.machine, name) for record in records]
     if all(value is None for value in values):
         return _listed(_known_or_why(record.machine, name) for record in records)

@@ -60,7 +60,6 @@ def _tiles(report: Report) -> Markup:
 
 
 def _findings(report: Report) -> Iterator[Markup]:
-    """Why results are invalid, then the findings of `lem check`, each with its remedy."""
     found = ((why, (entry, n)) for entry in report.entries for why, n in entry.configuration.invalid_reasons.items())
     for same in alike(found):
         text = same[0][0].text + ("; numbers differ" if len({reason for reason, _ in same}) > 1 else "")
@@ -121,7 +120,6 @@ _TALL_FROM = 40
 
 
 def results_section(report: Report) -> Markup:
-    """The answer in a sentence, how far it goes, and the table of all configurations with what its numbers mean."""
     verdict = verdict_of(report)
     sentence = tag("p", report.unbroken(verdict.sentence), class_="verdict")
     answer = tag("div", sentence, *(tag("p", report.unbroken(text)) for text in verdict.remarks))
@@ -167,7 +165,6 @@ def _overview(report: Report, *, best: int | None) -> Markup:
 
 
 def _axes(entries: Sequence[Entry]) -> Sequence[Column]:
-    """What says which configuration a row is: the axes, as in the terminal, and names where these say more."""
     names = Column("configuration", tuple(entry.label for entry in entries), is_text=True)
     numbers, settings = [str(entry.number) for entry in entries], [entry.settings for entry in entries]
     found = Key(numbers, settings, [entry.name for entry in entries]).columns
@@ -175,7 +172,6 @@ def _axes(entries: Sequence[Entry]) -> Sequence[Column]:
 
 
 def _ratio(entry: Entry, metric: Metric, comparison: Comparison) -> Cell:
-    """The ratio to the baseline with its interval, as `lem compare` shows it."""
     if entry.number == comparison.pairs[0].baseline.number:
         return Cell("baseline", 1.0, is_number=True)
     row = next((row for pair, row in comparison.rows(metric) if pair.other.number == entry.number), None)
