@@ -6,15 +6,18 @@ Options without a default are left to the engine, whose own default is recorded.
 
 from __future__ import annotations
 
+import re
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lem.base.errors import ConfigurationError, did_you_mean
-from lem.config.kinds import Problem
+from lem.config.dialects import DIALECTS, Dialect
+from lem.config.kinds import Problem, check_url
 from lem.config.option import Matching, Section, declared, option
 
-BACKENDS = ("pytorch", "vllm", "tensorrt")
+BACKENDS = ("pytorch", "vllm", "tensorrt", "server")
 
 _check_memory_size = Matching(r"[0-9]+(\.[0-9]+)? ?([KMG]i?B)", "a size such as 10GiB or 800MB")
 
@@ -241,12 +244,120 @@ class TensorRTConfig(Section, reloads=True):
             yield Problem(("calibration",), "has no effect without quantization")
 
 
-SECTIONS: Mapping[str, type[Section]] = dict(zip(BACKENDS, (PyTorchConfig, VllmConfig, TensorRTConfig), strict=True))
+def _check_server_url(text: str) -> str | None:
+    if (complaint := check_url(text)) is not None:
+        return complaint
+    if text.lower().startswith("https:"):
+        return "the load client speaks plain HTTP; name the server itself, or a local proxy that adds TLS"
+    parts = urllib.parse.urlsplit(text)
+    return "expected a URL without ? and #" if parts.query or parts.fragment else None
 
-# The option of each backend that bounds how many requests are computed together.
+
+_check_variable = Matching(r"[A-Za-z_][A-Za-z0-9_]*", "the name of an environment variable")
+_check_path = Matching(r"/[!-~]*", "a path that begins with /")
+_OPTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_REFUSED_FLAGS: Mapping[str, str] = {
+    "port": "write it into the command: --port {port}",
+    "host": "write it into the command",
+    "api-key": "the command line is visible to every user of the machine; use api_key_env",
+}
+
+# Fields of the body that lem sets itself, and by what; they are refused in `request`.
+_SET_FIELDS: Mapping[str, str] = {
+    **dict.fromkeys(("model", "prompt", "messages", "stream", "stream_options"), "lem"),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "n_predict"), "max_output_tokens"),
+    **dict.fromkeys(("min_tokens", "ignore_eos"), "ignore_eos and min_output_tokens"),
+    **dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "seed"), "decoder and random_seed"),
+    **dict.fromkeys(("repetition_penalty", "repeat_penalty"), "decoder.repetition_penalty"),
+    **dict.fromkeys(("return_token_ids", "return_tokens", "cache_salt", "cache_prompt"), "lem"),
+    **dict.fromkeys(("n", "best_of", "stop", "echo"), "lem, which asks for one whole answer"),
+}
+
+
+@dataclass(frozen=True)
+class ServerConfig(Section, reloads=True, exclusive=("command", "url")):
+    """Options of the server backend: any server that speaks the completions or chat API of OpenAI."""
+
+    engine: str = option(
+        "openai", "What it speaks; openai is the subset that all servers share.", choices=tuple(DIALECTS)
+    )
+    command: tuple[str, ...] | None = option(
+        None, "Command that starts it; {model}, {port} and {gpus} are filled in.", min_items=1
+    )
+    service: str | None = option(
+        None, "Compose service in whose container the command runs; without a command, the server itself."
+    )
+    url: str | None = option(
+        None, "Address of a server that is already running.", check=_check_server_url, form="a URL"
+    )
+    options: Mapping[str, Any] = option(
+        {},
+        "Options of the command: true is --name, false --no-name, null none; a list repeats; a mapping is JSON.",
+    )
+    env: Mapping[str, str] = option({}, "Environment variables of the server.", takes_integer=True)
+    api: str = option("completions", "API to measure.", choices=("completions", "chat"), reload=False)
+    served_name: str | None = option(None, "Name of the model in requests; null: the one that the server lists.")
+    ready_path: str | None = option(
+        None, "Path that answers 200 once the server is ready; null: by engine.", check=_check_path, identity=False
+    )
+    api_key_env: str | None = option(
+        None, "Environment variable with the API key.", check=_check_variable, identity=False
+    )
+    request: Mapping[str, Any] = option({}, "Further fields of every request.", reload=False)
+    metrics_path: str | None = option(
+        None, "Path of its Prometheus metrics; null: by engine.", check=_check_path, identity=False
+    )
+
+    @property
+    def dialect(self) -> Dialect:
+        return DIALECTS[self.engine]
+
+    @property
+    def width_name(self) -> str | None:
+        """The name in `options` of the one that bounds how many requests are computed together, if it is given."""
+        return next((name for name in self.options if flag_name(name) == flag_name(self.dialect.width or "")), None)
+
+    def check(self) -> Iterator[Problem]:
+        for name in ("command", "service", "options", "env") if self.url is not None else ():
+            if getattr(self, name):
+                yield Problem((name,), "has no effect with url: that server is already running", is_about_key=True)
+        yield from self._check_command()
+        for name in self.env:
+            if (complaint := _check_variable(name)) is not None:
+                yield Problem(("env", name), complaint, is_about_key=True)
+        for name in self.request:
+            if name in _SET_FIELDS:
+                yield Problem(("request", name), f"is set by {_SET_FIELDS[name]}", is_about_key=True)
+
+    def _check_command(self) -> Iterator[Problem]:
+        words = self.command or ("{port}",)
+        if not any("{port}" in word for word in words):
+            yield Problem(("command",), "needs {port}, since lem chooses a free port; such as --port {port}")
+        if any(word.partition("=")[0] == "--api-key" for word in words):
+            yield Problem(("command",), _REFUSED_FLAGS["api-key"])
+        seen: set[str] = set()
+        for name in self.options:
+            flag = flag_name(name)
+            if not _OPTION_NAME.fullmatch(name):
+                yield Problem(("options", name), "expected a name without leading dashes", is_about_key=True)
+            elif flag in _REFUSED_FLAGS or flag in seen:
+                remedy = _REFUSED_FLAGS.get(flag, f"duplicate option: --{flag}")
+                yield Problem(("options", name), remedy, is_about_key=True)
+            seen.add(flag)
+
+
+def flag_name(name: str) -> str:
+    """The flag of an option of a server, without its dashes."""
+    return name.replace("_", "-")
+
+
+SECTIONS: Mapping[str, type[Section]] = dict(
+    zip(BACKENDS, (PyTorchConfig, VllmConfig, TensorRTConfig, ServerConfig), strict=True)
+)
+
+# The option of each backend that bounds how many requests are computed together; that of a server depends on it.
 WIDTH_OPTIONS: Mapping[str, str] = {
-    backend: next(name for name, item in declared(section).items() if item.is_width)
-    for backend, section in SECTIONS.items()
+    backend: name for backend, section in SECTIONS.items() for name, item in declared(section).items() if item.is_width
 }
 
 

@@ -6,13 +6,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from lem.base.measurement import SHORT_WINDOW_S, EnergySource, is_estimate
-from lem.config.backends import BACKENDS, SECTIONS, WIDTH_OPTIONS, PyTorchConfig, TensorRTConfig, VllmConfig
+from lem.config.backends import (
+    BACKENDS,
+    SECTIONS,
+    WIDTH_OPTIONS,
+    PyTorchConfig,
+    ServerConfig,
+    TensorRTConfig,
+    VllmConfig,
+    flag_name,
+)
 from lem.config.kinds import REQUIRED, Problem
 from lem.config.option import Matching, Section, declared, option, plain
 
@@ -28,11 +38,13 @@ _DEGREES: Mapping[str, tuple[str, ...]] = {
     "pytorch": ("parallelism_degree",),
     "vllm": ("tensor_parallel_size", "pipeline_parallel_size"),
     "tensorrt": ("tp_size", "pp_size"),
+    "server": (),
 }
 _DRAFTERS: Mapping[str, tuple[str, ...]] = {
     "pytorch": ("assisted_generation.model", "assisted_generation.num_tokens"),
     "vllm": ("speculative.method", "speculative.model"),
     "tensorrt": ("draft_model",),
+    "server": (),
 }
 _DRAFT_LENGTHS: Mapping[str, str] = {
     "pytorch": "assisted_generation.num_tokens",
@@ -43,7 +55,16 @@ ENGINE_LENGTHS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "pytorch": {},
     "vllm": {"max_model_len": ("max_input_tokens", "max_output_tokens")},
     "tensorrt": {"max_input_len": ("max_input_tokens",), "max_output_len": ("max_output_tokens",)},
+    "server": {},
 }
+# What the command of a server decides, with the values that are left alone.
+_SERVER_DECIDES: Mapping[str, Any] = {
+    "fp_precision": "float16",
+    "model.revision": None,
+    "model.adapter": None,
+    "model.trust_remote_code": False,
+}
+_DRAFTING = re.compile(r"(spec|draft|model-draft|lookup)\b.*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -307,7 +328,9 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     )
     ignore_eos: bool = option(False, "Continue past the end of a text, for equal output lengths.")
     random_seed: int | None = option(42, "Seed of sampling; null is unseeded.", min=0, max=2**32 - 1)
-    streaming: bool = option(False, "Run requests one by one where token times need it (TTFT, ITL).")
+    streaming: bool = option(
+        False, "Run requests one by one where token times need it (TTFT, ICL); server needs no such run."
+    )
     num_cycles: int = option(1, "Repetitions of `lem experiment`.", min=1, max=10, identity=False)
     save_outputs: bool = option(False, "Keep the generated texts beside the result.", identity=False)
     dataset: DatasetConfig | None = option(None, "Prompts from a dataset: an alias or a mapping.")
@@ -330,6 +353,12 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     pytorch: PyTorchConfig | None = option(None, "Options of pytorch.", backends=("pytorch",))
     vllm: VllmConfig | None = option(None, "Options of vllm.", backends=("vllm",))
     tensorrt: TensorRTConfig | None = option(None, "Options of tensorrt.", backends=("tensorrt",))
+    server: ServerConfig | None = option(None, "Options of server.", backends=("server",))
+
+    def derive(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        server = given.get("server")
+        is_chat = given.get("backend") == "server" and server is not None and server.api == "chat"
+        return {"chat_template": OWN_TEMPLATE} if is_chat and "chat_template" not in given else {}
 
     def check(self) -> Iterator[Problem]:
         if self.min_output_tokens > self.max_output_tokens:
@@ -361,9 +390,31 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
                 yield Problem.of("gpus", "pytorch_one_gpu", count=len(gpus))
             if section.beam_search.enabled and (self.streaming or self.traffic_simulation.enabled):
                 yield Problem.of("pytorch.beam_search", "beams_untimed")
+        if isinstance(section, ServerConfig):
+            yield from self._check_server(section)
         if gpus is not None and self.parallel_degree > max(len(gpus), 1):
             name = f"{self.backend}.{_DEGREES[self.backend][0]}"
             yield Problem.of(name, "gpus_not_named", needed=self.parallel_degree, named=len(gpus))
+
+    def _check_server(self, section: ServerConfig) -> Iterator[Problem]:
+        if section.command is None and section.url is None and section.service is None:
+            yield Problem.of("server", "no_server", is_about_key=True)
+        if section.api == "chat" and self.chat_template != OWN_TEMPLATE:
+            yield Problem.of("chat_template", "server_templates")
+        for name, untouched in _SERVER_DECIDES.items():
+            if attrgetter(name)(self) != untouched:
+                yield Problem.of(name, "server_decides")
+        decoder, dialect = self.decoder, section.dialect
+        wanted = {
+            "ignore_eos": self.ignore_eos,
+            "min_output_tokens": self.min_output_tokens > 0 and not self.ignore_eos,
+            "random_seed": self.random_seed is not None and not decoder.is_greedy,
+            "decoder.top_k": decoder.top_k != 0 and not decoder.is_greedy,
+            "decoder.repetition_penalty": decoder.repetition_penalty != 1,
+        }
+        for name, is_wanted in wanted.items():
+            if is_wanted and dialect.field_of(name) is None:
+                yield Problem.of(name, "dialect_lacks", server=dialect.server)
 
     def _check_measurement(self) -> Iterator[Problem]:
         measurement = self.measurement
@@ -391,25 +442,45 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     @property
     def is_speculative(self) -> bool:
         """Whether the engine drafts tokens and verifies them."""
+        if isinstance(self.section, ServerConfig):
+            return any(_DRAFTING.match(flag_name(name)) for name in self.section.options)
         return any(attrgetter(name)(self.section) is not None for name in _DRAFTERS[self.backend])
 
     @property
     def drafted_tok(self) -> int | None:
         """The tokens that are drafted in each step, if their number is fixed."""
-        drafted: int | None = attrgetter(_DRAFT_LENGTHS[self.backend])(self.section)
+        name = _DRAFT_LENGTHS.get(self.backend)
+        drafted: int | None = None if name is None else attrgetter(name)(self.section)
         return drafted
 
     @property
-    def section(self) -> PyTorchConfig | VllmConfig | TensorRTConfig:
+    def section(self) -> PyTorchConfig | VllmConfig | TensorRTConfig | ServerConfig:
         """The options of the chosen backend; its defaults where nothing is given."""
-        section: PyTorchConfig | VllmConfig | TensorRTConfig = getattr(self, self.backend) or _DEFAULTS[self.backend]
+        section: PyTorchConfig | VllmConfig | TensorRTConfig | ServerConfig
+        section = getattr(self, self.backend) or _DEFAULTS[self.backend]
         return section
 
     @property
-    def width(self) -> int:
-        """The most requests that the engine computes together."""
-        found: int = getattr(self.section, WIDTH_OPTIONS[self.backend])
-        return found
+    def width_option(self) -> str | None:
+        """The option that bounds how many requests are computed together; None for a server without one."""
+        if not isinstance(self.section, ServerConfig):
+            return f"{self.backend}.{WIDTH_OPTIONS[self.backend]}"
+        name = self.section.width_name
+        return None if name is None else f"server.options.{name}"
+
+    @property
+    def width(self) -> int | None:
+        """The most requests that the engine computes together; None where only the server knows."""
+        section = self.section
+        if not isinstance(section, ServerConfig):
+            return int(getattr(section, WIDTH_OPTIONS[self.backend]))
+        found = section.options.get(section.width_name or "")
+        return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether each request runs alone, so that its tokens can be timed; a server always times its tokens."""
+        return self.streaming and self.backend != "server"
 
     @property
     def uses_dataset(self) -> bool:
@@ -421,7 +492,7 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
         traffic = self.traffic_simulation
         if traffic.enabled:
             return traffic.concurrency if traffic.mode == "closed" else None
-        return 1 if self.streaming else prompts
+        return 1 if self.runs_alone else prompts
 
     @property
     def name(self) -> str:

@@ -193,6 +193,7 @@ def _text(name: str, entry: Entry) -> str:
 
 
 MAX_COMMENT_COLUMN = 48
+_SERVE = ["vllm", "serve", "{model}", "--port", "{port}"]
 
 # Words that YAML 1.1 readers take for something else are quoted, although lem itself would read them as text.
 _PLAIN_TEXT = re.compile(r"[A-Za-z./_][A-Za-z0-9 ./_+@=-]*")
@@ -203,14 +204,17 @@ def template(kind: str, backend: str = "pytorch") -> str:
     """A campaign (a small grid) or an experiment to start from, everything else as a comment with its default."""
     section: type[Section]
     if kind == "campaign":
-        width = {"pytorch": [1, 8], "vllm": [64, 256], "tensorrt": [8, 32]}[backend]
-        overrides = {backend: {WIDTH_OPTIONS[backend]: width}}
+        widths = {"pytorch": [1, 8], "vllm": [64, 256], "tensorrt": [8, 32], "server": [64, 256]}
+        overrides: dict[str, Any] = {backend: {WIDTH_OPTIONS.get(backend, "options.max_num_seqs"): widths[backend]}}
+        if backend == "server":
+            overrides["server"] |= {"engine": "vllm", "command": [_SERVE]}
         grid = {"backends": [backend], "shared": {"max_output_tokens": [64, 128]}, "backend_overrides": overrides}
         example: dict[str, Any] = {"campaign_name": "my-campaign", "model": "gpt2", "grid": grid}
         example["execution"] = {"cycles": 3}
         section, left_out, head = CampaignConfig, set(), "A campaign"
     else:
         example = {"model": "gpt2", "backend": backend, "max_output_tokens": 128}
+        example |= {"server": {"engine": "vllm", "command": _SERVE}} if backend == "server" else {}
         section, left_out, head = ExperimentConfig, {*BACKENDS} - {backend}, "An experiment"
     lines = [f"# {head} for lem. What is commented out shows the default.\n# Check it with: lem config validate FILE\n"]
     for name, item in declared(section).items():

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from lem.base.errors import nearest
-from lem.config.backends import WIDTH_OPTIONS, PyTorchConfig, TensorRTConfig, VllmConfig
+from lem.config.backends import PyTorchConfig, ServerConfig, TensorRTConfig, VllmConfig
 from lem.config.experiment import DATASET_ALIASES, ExperimentConfig, TrafficConfig
 from lem.config.kinds import Problem
 from lem.config.option import declared
@@ -56,10 +56,13 @@ def warnings(config: ExperimentConfig, gpus: Sequence[Gpu] | None = None) -> tup
 
 
 def width_warning(config: ExperimentConfig, prompts: int | None) -> Problem | None:
-    name, most = WIDTH_OPTIONS[config.backend], config.most_at_once(prompts)
-    if most is None or config.width <= most or config.width == declared(type(config.section))[name].default:
+    name, width, most = config.width_option, config.width, config.most_at_once(prompts)
+    if name is None or width is None or most is None or width <= most:
         return None
-    return Problem.of(f"{config.backend}.{name}", "width_unreached", width=config.width, most=most)
+    option = declared(type(config.section)).get(name.rpartition(".")[2])
+    if option is not None and width == option.default:
+        return None
+    return Problem.of(name, "width_unreached", width=width, most=most)
 
 
 def effective(config: ExperimentConfig, options: Mapping[str, Any], prompts: int | None) -> dict[str, Any]:
@@ -74,13 +77,14 @@ def effective(config: ExperimentConfig, options: Mapping[str, Any], prompts: int
         idle += ["decoder.temperature", "decoder.top_k", "decoder.top_p", f"{config.backend}.min_p"]
     if config.ignore_eos:
         idle.append("min_output_tokens")
+    if config.streaming and not config.runs_alone:
+        idle.append("streaming")
     if not warmup.convergence_detection:
         idle += ["warmup.cv_threshold", "warmup.max_prompts", "warmup.window_size"]
     found = {name: options[name] for name in _without(tuple(options), tuple(idle))}
     most = config.most_at_once(prompts)
-    found[f"{config.backend}.{WIDTH_OPTIONS[config.backend]}"] = (
-        config.width if most is None else min(config.width, most)
-    )
+    if (name := config.width_option) is not None and (width := config.width) is not None:
+        found[name] = width if most is None else min(width, most)
     draws_arrivals = traffic.enabled and traffic.mode == "poisson" and traffic.seed is None
     if decoder.is_greedy and not draws_arrivals:
         found["random_seed"] = config.random_seed is not None  # vLLM samples more slowly with a seed
@@ -144,6 +148,10 @@ def _engine_warnings(config: ExperimentConfig) -> Iterator[Problem]:
         if section.batching_strategy.endswith("dynamic") and section.batch_size == 1:
             yield Problem.of("pytorch.batch_size", "dynamic_batch_of_one")
         return
+    if isinstance(section, ServerConfig):
+        if config.streaming:
+            yield Problem.of("streaming", "server_streams")
+        return
     share = section.gpu_memory_utilization
     if share > HIGH_MEMORY_UTILIZATION:
         yield Problem.of(f"{config.backend}.gpu_memory_utilization", "memory_tight", share=share)
@@ -186,9 +194,9 @@ def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu]) -> Iterator[Pro
 
 def _capabilities_needed(config: ExperimentConfig) -> Iterator[tuple[str, tuple[int, int], str]]:
     section = config.section
-    if isinstance(section, PyTorchConfig):
-        if section.attn_implementation == "flash_attention_2":
-            yield "pytorch.attn_implementation", AMPERE, "flash attention 2"
+    if isinstance(section, PyTorchConfig) and section.attn_implementation == "flash_attention_2":
+        yield "pytorch.attn_implementation", AMPERE, "flash attention 2"
+    if isinstance(section, (PyTorchConfig, ServerConfig)):
         return
     if isinstance(section, TensorRTConfig):
         yield "backend", AMPERE, "TensorRT-LLM"
@@ -205,6 +213,8 @@ def _bytes_per_weight(config: ExperimentConfig) -> float:
     plain = _BYTES_PER_WEIGHT[config.fp_precision]
     if isinstance(section, PyTorchConfig):
         return 0.5 if section.load_in_4bit else 1.0 if section.load_in_8bit else plain
+    if isinstance(section, ServerConfig):
+        return 0.5  # it may quantize
     quantization = section.quantization or "none"
     if quantization == "none":
         return plain

@@ -100,12 +100,20 @@ _NAMES: Mapping[str, str] = {
     "vllm.lora.enabled": "enable_lora",
     "vllm.lora.max_rank": "max_lora_rank",
     "vllm.attention.flash_version": "flash_attn_version",
+    "server.url": "base_url url target endpoint_url server_url",
+    "server.command": "serve_command server_command serve_cmd",
+    "server.options": "server_args serve_args",
+    "server.api": "endpoint endpoint_type custom_endpoint request_type",
+    "server.api_key_env": "api_key",
+    "server.served_name": "served_model_name",
+    "server.request": "extra_inputs extra_body extra_request_body",
+    "server.metrics_path": "server_metrics",
 }
 
 # What to do about names without a counterpart.
 _ADVICE: Mapping[str, str] = {
-    "lem starts the engine itself and connects to no server": "base_url url target host port endpoint endpoint_type "
-    "custom_endpoint api_key served_model_name request_timeout_seconds",
+    "set server.url, which has host and port": "host port",
+    "execution.experiment_timeout_seconds limits an experiment, not each request": "request_timeout_seconds",
     "lem generates one answer for each prompt": "num_return_sequences best_of vllm.n",
     "lem has no such penalty, only decoder.repetition_penalty": "presence_penalty frequency_penalty",
     "lem stops at the end of the text, or with ignore_eos at max_output_tokens": "stop stop_strings stop_token_ids "
@@ -149,6 +157,13 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     "backend": {
         **dict.fromkeys(("hf", "transformers", "huggingface", "torch"), "pytorch"),
         **dict.fromkeys(("trtllm", "trt-llm", "trt", "tensorrt-llm", "tensorrt_llm"), "tensorrt"),
+        **dict.fromkeys(
+            ("openai", "openai-chat", "openai_http", "http", "llamacpp", "sglang", "tgi", "ollama"), "server"
+        ),
+    },
+    "server.engine": {
+        **dict.fromkeys(("llama.cpp", "llama-cpp", "llama-server"), "llamacpp"),
+        **dict.fromkeys(("trtllm", "trtllm-serve", "tensorrt-llm"), "tensorrt"),
     },
     "traffic_simulation.mode": {"concurrent": "closed", "synchronous": "closed"},
     "execution.structure": {"sequential": "grouped", "random": "shuffled"},

@@ -13,6 +13,7 @@ from lem.base.doc import GAP, NAME_MIN, NAME_WIDTH, Column, NameShortener, Table
 from lem.base.errors import UserError, did_you_mean
 from lem.base.units import ABSENT, hash_label, some_of
 from lem.config.backends import WIDTH_OPTIONS
+from lem.config.dialects import DIALECTS
 from lem.config.experiment import ExperimentConfig
 from lem.config.option import leaves, walk
 from lem.record import Record
@@ -130,7 +131,9 @@ def shared_settings(settings: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 # What follows from another setting, and is no axis of its own where both vary together.
 _DERIVED = frozenset({"device", "engine", "traffic.mode"})
-_WIDTHS = frozenset(f"{backend}.{option}" for backend, option in WIDTH_OPTIONS.items())
+_WIDTHS = frozenset(f"{backend}.{option}" for backend, option in WIDTH_OPTIONS.items()) | {
+    f"server.options.{dialect.width}" for dialect in DIALECTS.values() if dialect.width
+}
 _WIDTH = "batch_size"  # of several backends
 # Settings that tables call otherwise than the option is called.
 _OPTION_NAMES = {"fp_precision": "precision", "model.name": "model"}

@@ -244,7 +244,7 @@ def _measure(
             engine,
             requests,
             min_window_s=min_window_s,
-            observe_tokens=config.streaming,
+            observe_tokens=config.runs_alone,
             clock=clock,
             # How often the set will be repeated is not known before its end: only the first pass has a total.
             report=_at_intervals(metering.reporter, clock, what, len(requests)),
@@ -300,7 +300,7 @@ def _warm_up(
         return WarmupOutcome(0, disabled, disabled)
 
     def run_step(requests: Sequence[TokenRequest]) -> Sequence[Completion]:
-        completions = engine.generate(requests, observe_tokens=config.streaming)
+        completions = engine.generate(requests, observe_tokens=config.runs_alone)
         engine.synchronize()
         return completions
 
@@ -313,7 +313,7 @@ def _warm_up(
 def _width(config: ExperimentConfig, prompts: int) -> int:
     """How many requests the measurement runs at once."""
     most = config.most_at_once(None)
-    return min(config.width, prompts) if most is None else most
+    return min(config.width or prompts, prompts) if most is None else most
 
 
 def warm_up(

@@ -59,7 +59,6 @@ def test_a_name_can_depend_on_its_section():
 # the message says to do. An experiment begins with its model, a campaign with `campaign_name`.
 
 VLLM, TENSORRT = "backend: vllm\n", "backend: tensorrt\n"
-SERVER = "; lem starts the engine itself and connects to no server"
 ANSWERS = "; lem generates one answer for each prompt"
 
 EXPERIMENTS: list[tuple[str, str]] = [
@@ -121,12 +120,13 @@ EXPERIMENTS: list[tuple[str, str]] = [
     ("traffic_simulation: {enabled: true, request_rate: 4}", "2:37 target_qps"),
     ("isl: 128\nosl: 64", "2:1 prompts.input_tokens, 3:1 max_output_tokens"),
     ("request_count: 100", "2:1 ; set dataset.sample_size or prompts.sample_size"),
-    ("url: localhost:8000\nendpoint_type: chat", f"2:1 {SERVER}, 3:1 {SERVER}"),
+    ("url: localhost:8000\nendpoint_type: chat", "2:1 server.url, 3:1 server.api"),
+    ("base_url: http://localhost:8000/v1\napi_key: x", "2:1 server.url, 3:1 server.api_key_env"),
     ("warmup: {warmup_request_count: 5}", "2:10 min_prompts"),
     ("output_artifact_dir: out", "2:1 io.results_dir"),
     ("benchmark_duration: 60", "2:1 measurement.min_window_sec"),
     # guidellm
-    ("target: http://localhost:8000", "2:1 " + SERVER),
+    ("target: http://localhost:8000", "2:1 server.url"),
     ("rate_type: constant\nrate: 4", "2:1 traffic_simulation.mode, 3:1 traffic_simulation.target_qps"),
     ("traffic_simulation: {enabled: true, mode: concurrent}", "2:43 closed"),
     ("max_seconds: 30", "2:1 measurement.min_window_sec"),
