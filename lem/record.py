@@ -279,11 +279,9 @@ RATES = ("grid_g_per_kwh", "pue", "price_per_kwh")
 
 
 def carbon_of(energy_j: Measured[float], rates: Any) -> Carbon:
-    """Emissions and cost of the window's energy, by the `RATES` of an experiment's `measurement` or another `Carbon`.
-
-    co2e_g = kWh × PUE × g/kWh, and the cost likewise. Without a PUE there is neither: 1 would be a claim about the
-    user's site.
-    """
+    """Emissions and cost of the window's energy, by the `RATES` of a `measurement` or another `Carbon`."""
+    # co2e_g = kWh × PUE × g/kWh, and the cost likewise. Without a PUE there is neither: 1 would be a claim about the
+    # user's site.
     given = {name: known(getattr(rates, name), "option_not_given", option=f"measurement.{name}") for name in RATES}
     pue = known(rates.pue, "pue_not_given")
 

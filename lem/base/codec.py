@@ -46,10 +46,7 @@ class DecodeError(ValueError):
 
 
 def encode(value: Any, where: str) -> Any:
-    """`value` as JSON values: a dataclass as an object, a tuple as a list. `where` is its place, or ''.
-
-    Raises DecodeError for what has no form in JSON, as NaN and infinity.
-    """
+    """`value` as JSON values, at the place `where`; DecodeError for what JSON cannot hold, such as NaN and infinity."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):

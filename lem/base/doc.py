@@ -50,10 +50,7 @@ def text_width(text: str) -> int:
 
 
 def wrapped(text: str, width: int, lead: str = "", *, indent: str | None = None) -> list[str]:
-    """`text` in lines of `width`, the first after `lead`, the others indented by its length, or by `indent`.
-
-    A longer word is not cut: it is usually a path, which is copied.
-    """
+    """`text` in lines of `width`, the first after `lead`. A longer word is not cut: usually a path, which is copied."""
     return textwrap.wrap(
         printable(text),
         width,
@@ -90,10 +87,7 @@ class Table:
 
 
 class Doc:
-    """Text laid out for a terminal: blocks of paragraphs and tables with an empty line between them.
-
-    A block without any line disappears.
-    """
+    """Text laid out for a terminal: blocks of paragraphs and tables with an empty line between them."""
 
     def __init__(self, width: int = WIDTH, *, is_colour: bool = False) -> None:
         self.width = width
@@ -175,10 +169,7 @@ class NameShortener:
 def columns(
     heading: str, names: Sequence[str], others: Sequence[Column], width: int, sections: Sequence[str] = ()
 ) -> list[str]:
-    """The lines of a table: names at the left, wrapped into the room that is left, the other columns to the right.
-
-    A table that cannot fit is wider than `width`, never cut. `sections` are those of a `Table`.
-    """
+    """The lines of a table, names at the left; one that cannot fit is wider than `width`, never cut."""
     heads = [text.split("\n") for text in (heading, *(column.heading for column in others))]
     widths = [column.width for column in others]
     room = max(width - sum(widths) - GAP * len(widths), NAME_MIN)
@@ -229,11 +220,9 @@ _ESCAPES = "lem.escapes"
 
 
 def prepare_streams() -> None:
-    """Make this process's own streams take whatever is written; those that a test puts in their place stay alone.
-
-    One that was closed (`>&-`) leads nowhere, where the next file to be opened would otherwise get its descriptor.
-    What a stream's encoding does not have is written as JSON escapes it: plain for a person, right for a program.
-    """
+    """Make this process's own streams take whatever is written; those that a test puts in their place stay alone."""
+    # One that was closed (`>&-`) leads nowhere, where the next file to be opened would otherwise get its descriptor.
+    # What a stream's encoding does not have is written as JSON escapes it: plain for a person, right for a program.
     for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors: each takes the lowest free one
         if getattr(sys, f"__{name}__") is None:
             descriptor = os.open(os.devnull, os.O_RDWR)

@@ -42,17 +42,9 @@ _NOT_REGULAR = "expected a regular file"
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
-    """Replace `path` by `data` so that a reader sees the old file or the new one, never a part.
-
-    Temporary file in the same folder, fsync, rename, fsync of the folder: rename(2) is atomic, and only the
-    folder's own fsync makes the new name survive a power cut.
-
-    Args:
-        is_synced: False omits both fsyncs, which take milliseconds each, for files that can be made again.
-
-    Raises:
-        OSError: the folder is missing, not writable or full; no temporary file is left.
-    """
+    """Replace `path` by `data`, whole or not at all; OSError if it cannot, and then no temporary file is left."""
+    # rename(2) is atomic, and only the fsync of the folder makes the new name survive a power cut. Both fsyncs take
+    # milliseconds; files that can be made again need none.
     folder = path.parent
     temporary = folder / f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}"
     # Not mkstemp, whose files are 0600: results are for the lab. The kernel applies the umask; lem cannot read it
@@ -78,11 +70,7 @@ def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
 
 
 def append_bytes(path: Path, data: bytes, *, at_b: int) -> None:
-    """Append to a file of that size and sync it; at 0 it is made, or emptied first.
-
-    Raises:
-        OSError: a part of `data`, or all of it, may be in the file; EBUSY if the file has another size.
-    """
+    """Append to a file of that size and sync it. After an OSError, `data` may be in it in part; EBUSY: another size."""
     sys.audit("lem.write", str(path))
     descriptor = os.open(
         path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | (0 if at_b else os.O_CREAT | os.O_TRUNC), 0o666
@@ -141,19 +129,10 @@ class UnpackedTooFar(ValueError):
 
 
 def unpacked_lines(path: Path, most_b: int, free_b: int) -> Generator[bytes, None, None]:
-    """The lines of a packed file that lem wrote, one at a time.
-
-    A damaged or hostile file must not fill the memory: rows of meters shrink to a ninth, of one error over and over to
-    a thirty-fifth, and a file that is made to fill the memory to a thousandth.
-
-    Args:
-        most_b: the most that is unpacked.
-        free_b: a file may unpack so far, however small it is.
-
-    Raises:
-        OSError, EOFError, zlib.error: it cannot be read, or unpacked.
-        UnpackedTooFar: it unpacks to more than lem can have written into such a file.
-    """
+    """The lines of a packed file; OSError, EOFError, zlib.error, or UnpackedTooFar if lem cannot have written it."""
+    # A damaged or hostile file must not fill the memory: rows of meters shrink to a ninth, of one error over and over
+    # to a thirty-fifth, and a file that is made to fill the memory to a thousandth. However small it is, it may unpack
+    # to `free_b`.
     with open_regular(path) as packed, gzip.open(packed) as file:
         most_b = min(most_b, free_b + _MOST_RATIO * os.fstat(packed.fileno()).st_size)
         left = most_b
@@ -185,10 +164,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def read_if_whole(path: Path, decode: Callable[[dict[str, Any]], _Found], without: str) -> _Found | None:
-    """What `decode` makes of a file that was written with `seal`; None if there is none.
-
-    None also of one that is damaged or that `decode` refuses with ValueError; then a warning says what holds `without`.
-    """
+    """What `decode` makes of a sealed file; None without one, or with a warning for one that is damaged or refused."""
     try:
         return decode(read_sealed(path))
     except FileNotFoundError:
@@ -226,10 +202,9 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """A folder in `parent` for the length of the block; what cannot be removed is left.
-
-    Of a parent that has become read-only, `tempfile.TemporaryDirectory` makes a RecursionError (seen on CPython 3.11).
-    """
+    """A folder in `parent` for the length of the block; what cannot be removed is left."""
+    # Of a parent that has become read-only, `tempfile.TemporaryDirectory` makes a RecursionError (seen on CPython
+    # 3.11).
     folder = parent / f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}"
     folder.mkdir(mode=0o700)
     try:

@@ -14,10 +14,9 @@ from lem.base.reasons import Reason
 
 
 class EnergySource(str, enum.Enum):
-    """Where an energy comes from: `energy.energy_source` of a record.
+    """Where an energy comes from: `energy.energy_source` of a record."""
 
-    Records of another version may name other sources, so the predicates below take any text.
-    """
+    # Records of another version may name other sources, so the predicates below take any text.
 
     COUNTER = "nvml_counter"
     INSTANT_POWER = "power_instant_integral"

@@ -52,10 +52,7 @@ def run(
     cwd: Path | None = None,
     stdin: bytes = b"",
 ) -> Finished:
-    """Run a program to its end; a failing exit code is not an error here. Raises as `spawn`.
-
-    Its process group is killed at the timeout, or if an exception (a signal's) interrupts the run.
-    """
+    """Run a program to its end, or kill its group at the timeout or an exception; raises as `spawn`."""
     starting = _Starting(lambda: spawn(argv, env=env, cwd=cwd))
     has_timed_out = False
     try:
@@ -74,11 +71,10 @@ def run(
 
 
 class _Starting:
-    """A child that is being started in its own thread.
+    """A child that is being started in its own thread."""
 
-    `subprocess.Popen` loses a child when a signal handler raises inside it. Handlers run only in the main thread, so
-    here none can. Wherever else one raises, `undo` leaves no child.
-    """
+    # `subprocess.Popen` loses a child when a signal handler raises inside it. Handlers run only in the main thread, so
+    # here none can. Wherever else one raises, `undo` leaves no child.
 
     def __init__(self, start: Callable[[], Child[bytes]]) -> None:
         self._start = start
@@ -134,11 +130,7 @@ def spawn(
     streams: tuple[int, int, int] = (PIPE, PIPE, PIPE),
     pass_fds: Sequence[int] = (),
 ) -> Child[bytes]:
-    """Start a program in a session of its own: no Ctrl-C on the terminal reaches it, and its group ends as one.
-
-    `env` is its whole environment, `streams` are its stdin, stdout and stderr; pipes are binary and unbuffered.
-    A UserError if there is no such program or it cannot be started.
-    """
+    """Start a program in a session of its own, with `env` alone; UserError if it is missing or cannot be started."""
     _logger.info("$ %s", shlex.join(argv))
     try:
         return subprocess.Popen(
@@ -168,11 +160,9 @@ def pipes(child: Child[bytes]) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def kill_group(pgid: int) -> None:
-    """Send KILL to a process group, if it still exists.
-
-    The caller must know the group is the right one: it has not reaped the group's leader yet, or has compared its
-    `ProcessId`. Reaping is left to the caller, so that no exit status is lost.
-    """
+    """Send KILL to a process group, if it still exists."""
+    # The caller must know the group is the right one: it has not reaped the group's leader yet, or has compared its
+    # `ProcessId`. Reaping is left to the caller, so that no exit status is lost.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pgid, signal.SIGKILL)
 
@@ -282,12 +272,10 @@ def below(pid: int, processes: Mapping[int, ProcessStat]) -> tuple[int, ...]:
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel send KILL to this process when its parent dies (PR_SET_PDEATHSIG, prctl(2)).
-
-    The kernel acts whatever this process does, also while it holds the interpreter's lock or waits in a driver. It
-    watches the thread that started this process, which must be the parent's main thread. If the parent died before
-    the call, this process exits.
-    """
+    """Have the kernel send KILL to this process when its parent dies (PR_SET_PDEATHSIG, prctl(2))."""
+    # The kernel acts whatever this process does, also while it holds the interpreter's lock or waits in a driver. It
+    # watches the thread that started this process, which must be the parent's main thread. If the parent died before
+    # the call, this process exits.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(128 + signal.SIGKILL)

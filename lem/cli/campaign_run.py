@@ -270,10 +270,7 @@ def closing_lines(repository: Repository, outcome: CampaignOutcome, console: log
 
 
 def resume_command(words: Sequence[str]) -> str:
-    """The same command for a shell, with --resume instead of options that conflict with it.
-
-    `words` are the whole command line, the interpreter first (`sys.orig_argv`).
-    """
+    """The command line (`sys.orig_argv`) for a shell, with --resume instead of options that conflict with it."""
     # A script on PATH is named without the Python of its first line.
     script = Path(words[1]) if len(words) > 1 else Path()
     if script.name == "lem" and shutil.which("lem") == str(script):

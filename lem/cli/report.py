@@ -129,10 +129,8 @@ def _series(lines: Mapping[str, _Points], interval_s: float) -> tuple[Series, ..
 
 
 def thin(points: _Points, n_buckets: int, hole_s: float) -> tuple[tuple[float, float] | None, ...]:
-    """At most twice `n_buckets` points and the holes: of each bucket of time the least and the greatest value.
-
-    Peaks stay where they were, which a mean would flatten; a pause longer than `hole_s` becomes a None.
-    """
+    """At most twice `n_buckets` points and the holes: of each bucket of time the least and the greatest value."""
+    # Peaks stay where they were, which a mean would flatten; a pause longer than `hole_s` becomes a None.
     if not points:
         return ()
     begin, end = points[0][0], points[-1][0]

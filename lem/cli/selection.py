@@ -205,10 +205,7 @@ def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
 
 
 def resolve_run(results_dir: Path, wanted: str, run_id: str | None = None) -> SelectedRun:
-    """The run that `wanted` names, as in `find_run`; or the only run of that campaign whose ID starts with `run_id`.
-
-    UserError where there is no such name, or it is ambiguous.
-    """
+    """The run that `wanted` and `run_id` (or its beginning) name; UserError where there is none, or several."""
     runs = list_runs(results_dir)
     if run_id is not None:
         runs, wanted = tuple(item for item in runs if item.campaign == wanted), run_id
@@ -219,10 +216,7 @@ def resolve_run(results_dir: Path, wanted: str, run_id: str | None = None) -> Se
 
 
 def resolve_experiments(results_dir: Path, wanted: str) -> tuple[SelectedRun, frozenset[str] | None]:
-    """The run that `wanted` names, and the experiments in it, None for all of them; UserError as in `resolve_run`.
-
-    `RUN/EXPERIMENT` and the ID of an experiment name one, `RUN/CONFIGURATION` those of all its cycles.
-    """
+    """As `resolve_run`, with the experiments that `RUN/EXPERIMENT` or `RUN/CONFIGURATION` names; None for all."""
     runs = list_runs(results_dir)
     campaign_runs = [item for item in runs if item.campaign == wanted]
     if campaign_runs:

@@ -81,11 +81,7 @@ _POLL_S = 0.5
 
 
 def run_tethered(arguments: Sequence[str]) -> int:
-    """The exit code of `lem ARGUMENTS`, which is ended when stdin is.
-
-    The first line of stdin is a JSON object of variables for its environment, since argv is public. Raises UserError:
-    that line is something else, or the command cannot be started.
-    """
+    """The exit code of `lem ARGUMENTS`, which ends with stdin, and whose variables are the first line, in JSON."""
     command = (*own_command(sys.executable), *arguments)
     env = {**os.environ, **_read_variables()}
     child = process.spawn(command, env=env, streams=(process.DEVNULL, 1, 2))

@@ -62,10 +62,7 @@ def generate_campaign_id(name: str) -> str:
 
 
 def slug_of(name: str) -> str:
-    """The name in the letters `[a-z0-9][a-z0-9_-]*`, for files, units and projects.
-
-    A name that leaves nothing, or is too long, gets its campaign id.
-    """
+    """The name in `[a-z0-9][a-z0-9_-]*`, for files, units and projects; its campaign id if empty or too long."""
     slug = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")
     if not slug:
         return f"campaign-{generate_campaign_id(name)}"
@@ -404,11 +401,7 @@ _DEFAULTS_OF = {  # options of a campaign, and those of an experiment that they 
 def with_campaign_defaults(
     campaign: CampaignConfig, experiment: Mapping[str, Any], forced: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The experiment, as a plain mapping, with the campaign's model, dataset, num_samples and warm-up filled in.
-
-    Args:
-        forced: options of the campaign by dotted name, given on the command line: they win over the experiment's own.
-    """
+    """The experiment with the campaign's values filled in; those that are `forced` win over its own."""
     out = canonical(ExperimentConfig, experiment)
     for key, options in _DEFAULTS_OF.items():
         if any(name == key or name.startswith(f"{key}.") for name in forced):

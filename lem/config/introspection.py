@@ -45,14 +45,7 @@ def get_campaign_health_check_params() -> dict[str, dict[str, Any]]:
 
 
 def get_experiment_params(backend: str | None = None) -> dict[str, dict[str, Any]]:
-    """Every option of an experiment by dotted name, as `get_campaign_params`.
-
-    Args:
-        backend: leave out options that this backend does not honour; None keeps the options of all.
-
-    Raises:
-        ConfigurationError: the backend is unknown.
-    """
+    """Every option of an experiment, or those a backend honours; ConfigurationError if the backend is unknown."""
     if backend is not None and backend not in BACKENDS:
         raise ConfigurationError(f"unknown backend {backend!r}", f"one of: {', '.join(BACKENDS)}")
     found = _describe_all(ExperimentConfig)

@@ -64,11 +64,7 @@ class ConfigProblems(ConfigurationError):
 
 
 class Sink:
-    """Collects problems while a configuration is read.
-
-    A partial sink is for a part of a section (overrides, an axis of a grid): nothing is required of it, and its options
-    are not checked against each other.
-    """
+    """Collects problems; a partial one, for a part of a section, requires nothing and compares no options."""
 
     def __init__(self, root: type[Any], chosen: Collection[str] = (), *, is_partial: bool = False) -> None:
         self.problems: list[Problem] = []

@@ -168,11 +168,7 @@ class Loaded(Generic[S]):
 def load_campaign(
     path: FilePath | str, sets: Sets = (), preset: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> Loaded[CampaignConfig]:
-    """A campaign file, and the experiment files it names, validated; `environ` is what `${VAR}` expands to.
-
-    Overrides are `"execution.cycles=5"` or `("execution.cycles", 5)`. Raises FileProblems with everything that is wrong
-    at its places, or ConfigurationError for a file that cannot be read.
-    """
+    """A campaign file and those it names, validated; FileProblems, or ConfigurationError if one is unreadable."""
     loader = _Loader(sets, preset, environ)
     source, found = loader.read(FilePath(path), CampaignConfig)
     keys = set(source.mapping)

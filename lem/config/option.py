@@ -48,10 +48,7 @@ S = TypeVar("S", bound="Section")
 
 
 class Section:
-    """A mapping of options; subclasses are frozen dataclasses whose fields are made by `option`.
-
-    What distinguishes a section is given where its class is: `class LoraConfig(Section, switch="enabled")`.
-    """
+    """A mapping of options; subclasses are frozen dataclasses whose fields are made by `option`."""
 
     # The option that a single value stands for (`model: gpt2`); None where only a mapping is accepted.
     shorthand: ClassVar[str | None] = None
@@ -126,11 +123,9 @@ class Section:
         return {name: value for name, value in self.to_dict().items() if value != options[name].default}
 
     def identity(self, *, is_first: bool = False) -> Mapping[str, Any]:
-        """The options that can change a measured number, as plain JSON values that must not be changed.
-
-        With `is_first`, those that the first build counted among them. Computed once: thousands of experiments of a
-        grid share the sections that are not among its axes.
-        """
+        """The options that can change a measured number, as plain JSON values that must not be changed."""
+        # With `is_first`, those that the first build counted among them. Computed once: thousands of experiments of a
+        # grid share the sections that are not among its axes.
         cache = "_first_identity" if is_first else "_identity"
         known: Mapping[str, Any] | None = self.__dict__.get(cache)
         return self.__dict__.setdefault(cache, self.make_identity(is_first=is_first)) if known is None else known
@@ -370,10 +365,7 @@ def find_option(section: type[Section], key: str) -> kinds.Option | None:
 def walk(
     section: type[Section], prefix: str = "", backends: tuple[str, ...] | None = None
 ) -> Iterator[tuple[str, kinds.Option, type[Section]]]:
-    """Every option that is not itself a section, with its dotted name and the section that declares it.
-
-    An option without `backends` of its own has those of the option it is nested in.
-    """
+    """Every option that is no section, with its dotted name, its section, and its backends or those it is nested in."""
     for name, item in declared(section).items():
         key = f"{prefix}.{name}" if prefix else name
         honouring = item.backends or backends
@@ -419,11 +411,9 @@ def canonical(section: type[Section] | None, mapping: Mapping[str, Any]) -> dict
 
 
 def merge(section: type[Section] | None, base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`; neither is changed.
-
-    A mapping over a mapping merges; anything else replaces what was there. A section in its short form (`model: gpt2`)
-    replaces the whole section, since a revision or an adapter belongs to the model it was written for.
-    """
+    """`over` laid over `base`; neither is changed."""
+    # A mapping over a mapping merges; anything else replaces what was there. A section in its short form (`model:
+    # gpt2`) replaces the whole section, since a revision or an adapter belongs to the model it was written for.
     out = canonical(section, base)
     names = {value: key for key, value in section.aliases.items()} if section is not None else {}
     exclusive = section.exclusive if section is not None else ()

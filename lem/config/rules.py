@@ -66,10 +66,7 @@ def width_warning(config: ExperimentConfig, prompts: int | None) -> Problem | No
 
 
 def effective(config: ExperimentConfig, options: Mapping[str, Any], prompts: int | None) -> dict[str, Any]:
-    """Of its identity by dotted option, what the other options leave with an effect, and without its prompts.
-
-    Configurations with equal values and equal prompts (`prompts` is their number, where known) cannot differ.
-    """
+    """Identity by dotted option, as far as it has an effect; equal ones with equal prompts cannot differ."""
     decoder, traffic, warmup = config.decoder, config.traffic_simulation, config.warmup
     idle = ["prompts", "dataset", *(name for name in _SWITCHED if not getattr(config, name).enabled)]
     idle += [f"traffic_simulation.{name}" for name in _UNUSED_BY_MODE[traffic.mode]]

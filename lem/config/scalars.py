@@ -37,10 +37,7 @@ def resolve_plain(text: str) -> Any:
 
 
 def expand(text: str, environ: Mapping[str, str], *, is_plain: bool) -> str:
-    """The text with `${VAR}` and `${VAR:-default}` replaced, and `$${` by `${`; values are not expanded again.
-
-    As in a shell, the default applies when the variable is unset or empty. An ExpansionError says what is missing.
-    """
+    """The text with `${VAR}` and `${VAR:-default}` expanded as in a shell, once, and `$${` as `${`; ExpansionError."""
     if "${" not in text:
         return text
 

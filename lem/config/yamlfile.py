@@ -401,10 +401,8 @@ def _syntax_problem(error: Any, name: str, text: str) -> tuple[Place, Problem]:
 
 
 def _without_secrets(lines: Sequence[str], number: int) -> tuple[str, ...]:
-    """The lines of a text that is not YAML; that of a number is empty if a secret may be in it.
-
-    One may be there if, since the last key without indentation, there is the name of one or of a section with one.
-    """
+    """The lines of a text that is not YAML; that of a number is empty if a secret may be in it."""
+    # One may be there if, since the last key without indentation, there is the name of one or of a section with one.
     begin = next((at for at in range(number - 1, 0, -1) if _TOP_KEY.match(lines[at])), 0) if number <= len(lines) else 0
     above = "\n".join(lines[begin:number])
     if len(above) > _MAX_SEARCHED or any(_is_secret((name,)) for name in _KEY.findall(above)):

@@ -81,11 +81,7 @@ def choose_sources(
     *,
     foreign: Mapping[str, Sequence[int]] | None = None,
 ) -> Sources:
-    """The meters of an experiment on these GPUs; without any it runs on the CPU.
-
-    `foreign` is {uuid: pids} of compute processes of others before it begins. Raises MeterRefused: it demands energy
-    that cannot be measured here; an accepted option must take effect.
-    """
+    """The meters of an experiment on these GPUs, or on the CPU; MeterRefused if required energy cannot be had."""
     wanted, user_tdp_w = config.measurement.energy, config.measurement.cpu_tdp_w
     places = {gpu.uuid: place for place, gpu in enumerate(header.gpus)}
     gpus = tuple(places[uuid] for uuid in gpu_uuids if uuid in places)
@@ -390,10 +386,7 @@ _LEAST_STILL_S, _STILL_UPDATES = 3.0, 4
 
 
 def without_still_counters(log: SampleLog, window: Span | None = None) -> SampleLog:
-    """The log, whose header says of the counters that stood still in the window that they cannot be used.
-
-    Without a window, of those that stand still at its end. Power was sampled meanwhile, or there is no energy.
-    """
+    """The log, with an error for each counter that stood still in the window, or at the log's end without one."""
     gpus = list(log.header.gpus)
     for place, gpu in enumerate(gpus):
         still_s = 0.0 if gpu.counter_error else _still_s(log, place, window)

@@ -98,12 +98,9 @@ def find_capabilities(
     start: Callable[[str], Pulses] | None = None,
     rapl_root: Path = POWERCAP,
 ) -> Capabilities:
-    """What can be measured here.
-
-    `nvml` is as from `open_nvml`. Energy counters are polled for `probe_s` to see how often they change (0 for not at
-    all), or until each has changed `enough` times. `start` puts pulses of work of `PULSE_S` on a GPU meanwhile, by
-    which the lag of its counter is seen; it raises NotMeasured if it cannot.
-    """
+    """What can be measured here; counters are polled for `probe_s`, or until each has changed `enough` times."""
+    # `start` puts pulses of work of `PULSE_S` on a GPU meanwhile, by which the lag of its counter is seen; NotMeasured
+    # if it cannot.
     rapl = find_rapl(rapl_root)
     design_w, design_source = find_tdp(None, rapl_root)
     cpu = CpuCapability(

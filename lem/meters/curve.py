@@ -89,12 +89,9 @@ class Curve:
     period_s: float = 0.0  # how far apart knots may lie if the meter is read on a schedule; 0: as they usually do
 
     def between_j(self, span: Span) -> float:
-        """The energy of the span, both edges interpolated between knots.
-
-        A naive difference of the values read at the edges of 1 s is off by up to 9 % with an update every 0.1 s, since
-        each value is up to one update old. Raises NotMeasured: a hole in the span, or an edge beyond the first or last
-        knot, or at which the meter was not read for a while: a cumulative counter needs little more than its edges.
-        """
+        """The energy of the span, edges interpolated; NotMeasured: a hole, or an edge without readings around it."""
+        # A naive difference of the values read at the edges of 1 s is off by up to 9 % with an update every 0.1 s,
+        # since each value is up to one update old.
         first, last = self._place(span.opened_ns), self._place(span.closed_ns)
         self._check_whole(Span(int(self.at_ns[first - 1]), int(self.at_ns[last])))
         self._check_edges(span, span.opened_ns, span.closed_ns)
@@ -110,14 +107,12 @@ class Curve:
         return width_ns / NS_PER_S, self._power_w(place - 1, place)
 
     def closed_j(self, closed: ClosedWindow) -> float:
-        """The energy of a window with idle guards; raises as `between_j`.
-
-        It opens at rest: the last knot of the guard before it, plus power at rest from there on. How it closes is seen
-        from both sides, and both are weighed by their variance. From inside: the last knot of the window, plus the
-        power of the last update from there on; wrong where the work ends unevenly. From outside: the first knot of the
-        guard, less the guard's own power up to there; too much by what the device took to relax, since power does not
-        fall at once. The second therefore bounds the first.
-        """
+        """The energy of a window with idle guards; raises as `between_j`."""
+        # It opens at rest: the last knot of the guard before it, plus power at rest from there on. How it closes is
+        # seen from both sides, and both are weighed by their variance. From inside: the last knot of the window, plus
+        # the power of the last update from there on; wrong where the work ends unevenly. From outside: the first knot
+        # of the guard, less the guard's own power up to there; too much by what the device took to relax, since power
+        # does not fall at once. The second therefore bounds the first.
         opening_ns, opening_j = self._opening(closed)
         closing_ns, closing_j = self._closing(closed)
         self._check_whole(Span(int(opening_ns), int(closing_ns)))
@@ -180,10 +175,8 @@ class Curve:
         return outside.knot_ns, min(outside.energy_j, share * inside.energy_j + (1 - share) * outside.energy_j)
 
     def _seen_from_inside(self, closed: ClosedWindow) -> _View | None:
-        """The energy at the closing by the last two knots of the window; None without them, or where they lag.
-
-        Power is taken to go on for an update that was missed, and no longer.
-        """
+        """The energy at the closing by the last two knots of the window; None without them, or where they lag."""
+        # Power is taken to go on for an update that was missed, and no longer.
         within = self._inside(closed.window)
         if self.lag_s or len(within) < 2:
             return None
@@ -249,13 +242,11 @@ _MEAN_LATE_S = 0.2
 
 
 def counter_curve(changes: Iterable[CounterChange], gpu: int, what: str) -> Curve:
-    """The energy counter of one GPU of the log.
-
-    `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded (NVML reference), so a value
-    that falls means that the driver was reloaded. A change lies between two polls; where polling had stalled, it still
-    came at most one update period before it was seen. Updates are regular (an H200 kept 100.000 ms to within 1 ms over
-    a minute), so the changes around one narrow down when it came.
-    """
+    """The energy counter of one GPU of the log."""
+    # `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded (NVML reference), so a value
+    # that falls means that the driver was reloaded. A change lies between two polls; where polling had stalled, it
+    # still came at most one update period before it was seen. Updates are regular (an H200 kept 100.000 ms to within 1
+    # ms over a minute), so the changes around one narrow down when it came.
     rows = [row for row in changes if row.gpu == gpu and row.before_ns < row.at_ns]
     spacings = [after.at_ns - before.at_ns for before, after in pairwise(rows)]
     longest_ns = round(statistics.median(spacings)) if spacings else 0
@@ -274,11 +265,10 @@ def counter_curve(changes: Iterable[CounterChange], gpu: int, what: str) -> Curv
 
 
 def _narrowed(seen: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """When each change came, (earliest, latest), by its own two polls and by those of its neighbours.
-
-    Regular updates lie on a line, so what bounds one bounds the next ones, a period later each. Where updates are less
-    regular than polls are dense, neighbours contradict each other, and the bounds are as wide as the contradiction.
-    """
+    """When each change came, (earliest, latest), by its own two polls and by those of its neighbours."""
+    # Regular updates lie on a line, so what bounds one bounds the next ones, a period later each. Where updates are
+    # less regular than polls are dense, neighbours contradict each other, and the bounds are as wide as the
+    # contradiction.
     if len(seen) <= 2 * _NEIGHBOURS:
         return list(seen)
     middles = [(low + high) / 2 for low, high in seen]
@@ -301,11 +291,9 @@ def _narrowed(seen: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def power_curve(samples: Iterable[GpuSample], gpu: int, period_s: float, what: str, lag_s: float = 0.0) -> Curve:
-    """The integral of a GPU's sampled power by trapezoids; more than three periods without a sample are a hole.
-
-    A sensor that sees 25 of every 100 ms (A100, H100) aliases load with a rhythm near 10 Hz, and no sum over its
-    samples undoes that (Yang et al., SC24).
-    """
+    """The integral of a GPU's sampled power by trapezoids; more than three periods without a sample are a hole."""
+    # A sensor that sees 25 of every 100 ms (A100, H100) aliases load with a rhythm near 10 Hz, and no sum over its
+    # samples undoes that (Yang et al., SC24).
     rows = [(row.at_ns, row.power_w) for row in samples if row.gpu == gpu and row.power_w is not None]
 
     def why(gap_s: float) -> Reason:
@@ -315,10 +303,8 @@ def power_curve(samples: Iterable[GpuSample], gpu: int, period_s: float, what: s
 
 
 def mean_power_curve(seconds: Iterable[GpuSecond], gpu: int, what: str) -> Curve:
-    """The energy of a GPU by the means over a second that are read once a second, whose edges are sharp at knots alone.
-
-    A mean that was read late leaves out what came before its second, so that there is a hole.
-    """
+    """The energy of a GPU by means over a second, read once a second; its edges are sharp at knots alone."""
+    # A mean that was read late leaves out what came before its second, so that there is a hole.
     rows = [row for row in seconds if row.gpu == gpu and row.average_w is not None]
     energy_j = [0.0] * len(rows)
     holes = []
@@ -352,11 +338,9 @@ def load_curve(loads: Sequence[CpuLoad], design_power_w: float, what: str) -> Cu
 
 
 def update_period_s(changes: Iterable[CounterChange], gpu: int, span: Span) -> float:
-    """How often the counter of a GPU is updated, from a span under load; `NotMeasured` for fewer than three changes.
-
-    The mean spacing of the changes, without those longer than one and a half times the median by more than polls lie
-    apart, where one was missed. It is the resolution of the counter (20 to 100 ms seen, 500 ms a documented default).
-    """
+    """How often the counter of a GPU is updated, from a span under load; `NotMeasured` for fewer than three changes."""
+    # The mean spacing of the changes, without those longer than one and a half times the median by more than polls lie
+    # apart, where one was missed. It is the resolution of the counter (20 to 100 ms seen, 500 ms a documented default).
     in_span = (row for row in changes if row.gpu == gpu and span.opened_ns <= row.at_ns <= span.closed_ns)
     rows = [row for row in in_span if row.before_ns < row.at_ns]
     spacings = [after.at_ns - before.at_ns for before, after in pairwise(rows)]

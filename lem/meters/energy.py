@@ -50,12 +50,10 @@ def measure(
     external: ExternalReadings | None = None,
     own_pids: Collection[int] | None = None,
 ) -> EnergyFindings:
-    """The figures of one attempt, whose prompt set was run `window_repeats` times in the window.
-
-    Its log goes some updates of the slowest meter beyond the last mark. Its marks are at least `WINDOW`, and its guards
-    unless it ended under load; one `PREFILL` for each pass of prefill alone. `external` are the readings of the user's
-    own meter, `own_pids` the processes of the experiment as the host numbers them; None if unknown.
-    """
+    """The figures of one attempt, whose prompt set was run `window_repeats` times in the window."""
+    # Its log goes some updates of the slowest meter beyond the last mark. Its marks are at least `WINDOW`, and its
+    # guards unless it ended under load; one `PREFILL` for each pass of prefill alone. `external` are the readings of
+    # the user's own meter, `own_pids` the processes of the experiment as the host numbers them; None if unknown.
     sources = attempt.sources
     gpus = tuple(window.describe_gpu(attempt, number) for number in range(len(sources.gpus)))
     idle = _idle(attempt)
@@ -190,11 +188,9 @@ def _update_period_s(attempt: AttemptLog) -> float:
 
 
 def _phases(attempt: AttemptLog, primary: Measured[float], window_repeats: int) -> dict[str, Any]:
-    """The fields of the phases.
-
-    The same prompts are run for their prefill alone, in a window of its own with its own guards; its energy per pass,
-    times the passes of the main window, is that of prefill, and the rest of the main window is decode.
-    """
+    """The fields of the phases."""
+    # The same prompts are run for their prefill alone, in a window of its own with its own guards; its energy per pass,
+    # times the passes of the main window, is that of prefill, and the rest of the main window is decode.
     prefill = measured(lambda: _prefill_j(attempt, primary, window_repeats))
     if prefill.value is None or primary.value is None:
         return dict.fromkeys(("prefill_energy_j", "decode_energy_j", "phase_method"), prefill)

@@ -67,12 +67,9 @@ class External:
 
 
 def read_external(path: Path, unit: str | None = None) -> ExternalReadings:
-    """The readings in a CSV file of UTC time and power, whose first line, or `unit`, states the unit.
-
-    A time is ISO 8601 (UTC if it has no zone) or seconds since 1970. Further columns are ignored, and so is a last line
-    that is still being written: one that is no reading and has no end. Raises MeterRefused: it cannot be read, its
-    unit is not known, or names the line that is no reading.
-    """
+    """The readings in a CSV file of UTC time and power, whose first line, or `unit`, states the unit; MeterRefused."""
+    # A time is ISO 8601 (UTC if it has no zone) or seconds since 1970. A last line that is still being written is
+    # ignored.
     try:
         with durable.open_text(durable.in_home(path)) as stream:
             text = stream.read()
@@ -86,12 +83,10 @@ def read_external(path: Path, unit: str | None = None) -> ExternalReadings:
 def measure_external(
     readings: ExternalReadings | None, log: SampleLog, span: Span, reference: Sequence[Curve]
 ) -> External:
-    """The energy of the span, on the clock of the log; raises NotMeasured.
-
-    `reference` are the curves of meters of this machine, whose sum rose and fell with the work. Where it matters, the
-    readings are compared with it: by which offset of the clock, and as means of how long, they follow it best. What
-    they say beyond it is integrated over the span; for the rest the edges of the reference are used, which are sharp.
-    """
+    """The energy of the span, on the clock of the log; raises NotMeasured."""
+    # `reference` are the curves of meters of this machine, whose sum rose and fell with the work. Where it matters, the
+    # readings are compared with it: by which offset of the clock, and as means of how long, they follow it best. What
+    # they say beyond it is integrated over the span; for the rest the edges of the reference are used, which are sharp.
     if readings is None:
         raise NotMeasured("external_empty")
     if readings.error:

@@ -59,12 +59,10 @@ class CpuShares:
 
     @property
     def causes_s(self) -> Mapping[str, float]:
-        """For how long the engine's threads waited, by cause.
-
-        Run-queue delay includes what a CPU limit took on some kernels and not on others, so the larger one counts. A
-        CPU that runs another program for a second delays the threads in its queue by a second each; what is beyond
-        that is their own competition. Steal is the engine's in proportion to its part of the load.
-        """
+        """For how long the engine's threads waited, by cause."""
+        # Run-queue delay includes what a CPU limit took on some kernels and not on others, so the larger one counts. A
+        # CPU that runs another program for a second delays the threads in its queue by a second each; what is beyond
+        # that is their own competition. Steal is the engine's in proportion to its part of the load.
         if self.run_s is None or self.wait_s is None:
             return {}
         throttled_s = self.throttled_s or 0.0
@@ -161,10 +159,8 @@ def suspended_s(log: SampleLog, span: Span) -> float:
 
 
 def starved_s(usage: Sequence[CpuUse], window: Span) -> float:
-    """The longest time in which threads of the engine were ready and none of them got a CPU.
-
-    The kernel adds up a thread's delay when it gets a CPU at last, so that the reading after the pause tells.
-    """
+    """The longest time in which threads of the engine were ready and none of them got a CPU."""
+    # The kernel adds up a thread's delay when it gets a CPU at last, so that the reading after the pause tells.
     rows = [row for row in usage if row.run_s is not None and row.wait_s is not None]
     longest_s, begin = 0.0, None
     for before, after in pairwise(rows):

@@ -61,11 +61,9 @@ def is_name_of(name: str, uuid: str) -> bool:
 
 
 def visible_gpus(present: Sequence[GpuFacts], environ: Mapping[str, str]) -> tuple[GpuFacts, ...]:
-    """The GPUs as an engine counts them from 0: those of CUDA_VISIBLE_DEVICES in its order, all of them without it.
-
-    NVML ignores that variable. As in CUDA, an entry that names no GPU hides itself and all after it. CUDA's own order
-    is that of NVML under CUDA_DEVICE_ORDER=PCI_BUS_ID, which lem sets for its engines.
-    """
+    """The GPUs as an engine counts them from 0: those of CUDA_VISIBLE_DEVICES in its order, all of them without it."""
+    # NVML ignores that variable. As in CUDA, an entry that names no GPU hides itself and all after it. CUDA's own order
+    # is that of NVML under CUDA_DEVICE_ORDER=PCI_BUS_ID, which lem sets for its engines.
     named = environ.get(GPU_VARIABLE)
     if named is None:
         return tuple(present)

@@ -294,10 +294,8 @@ class NvmlMeter:
         )
 
     def _try_meters(self) -> tuple[EnergyScope, str | None, dict[str, str | None]]:
-        """The scope, where power comes from, and why there is no counter or no power, by field of the header.
-
-        The GPU's own scope is taken wherever it answers at all, so that counter and power are of the same thing.
-        """
+        """The scope, where power comes from, and why there is no counter or no power, by field of the header."""
+        # The GPU's own scope is taken wherever it answers at all, so that counter and power are of the same thing.
         scope = EnergyScope.GPU
         source, failures = self._try(scope)
         if None not in failures.values():

@@ -96,10 +96,7 @@ def find_rapl(root: Path = POWERCAP) -> RaplFound:
 
 
 def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
-    """The RAPL zones below `root`, each after the one it lies in, once even if registers and memory both have it.
-
-    Zones of one tree that have the same name are several.
-    """
+    """The RAPL zones below `root`, each after the one it lies in, once even if registers and memory both have it."""
     found: dict[tuple[str, tuple[int, ...]], tuple[Path, str]] = {}
     for folder in sorted(root.glob("*")):
         if match := _ZONE.fullmatch(folder.name):
@@ -190,11 +187,9 @@ def rapl_curve(
 def rapl_step_j(
     before: RaplReading, after: RaplReading, max_uj: int, what: str, limit_w: float | None = None
 ) -> float | Reason:
-    """The energy between two readings of a powercap zone; the reason if it cannot be had.
-
-    A zone cannot have drawn nothing at all, nor more than the larger of 1 kW and 1.2 x its largest limit; in a time in
-    which that is more than its range, it may have wrapped twice.
-    """
+    """The energy between two readings of a powercap zone; the reason if it cannot be had."""
+    # A zone cannot have drawn nothing at all, nor more than the larger of 1 kW and 1.2 x its largest limit; in a time
+    # in which that is more than its range, it may have wrapped twice.
     length_s, step_uj = (after.at_ns - before.at_ns) / NS_PER_S, after.energy_uj - before.energy_uj
     most_w = max(_MOST_PACKAGE_W, _LIMIT_MARGIN * (limit_w or 0.0))
     most_uj = most_w * (length_s + _RAPL_UPDATE_S) * 1e6
@@ -212,11 +207,9 @@ def rapl_step_j(
 
 
 def distinct_zones(readings: Iterable[RaplReading], names: Mapping[int, str]) -> tuple[int, ...]:
-    """Of zones (place: name), those without the dies whose readings are always those of another die of their socket.
-
-    Some kernels show the counter of an AMD socket once for each of its dies (mended in 2024: "perf/x86/rapl: Fix the
-    energy-pkg event for AMD CPUs"). Dies with counters of their own differ.
-    """
+    """Of zones (place: name), those without the dies whose readings are always those of another die of their socket."""
+    # Some kernels show the counter of an AMD socket once for each of its dies (mended in 2024: "perf/x86/rapl: Fix the
+    # energy-pkg event for AMD CPUs"). Dies with counters of their own differ.
     rows: dict[int, list[RaplReading]] = {place: [] for place in names}
     for row in readings:
         if row.zone in rows:
@@ -252,11 +245,9 @@ def _are_one(rows: Sequence[RaplReading], others: Sequence[RaplReading]) -> bool
 
 
 def find_tdp(asked_w: float | None, root: Path = POWERCAP) -> tuple[float | None, str | None]:
-    """The power in W that all CPU packages are designed for, and its source; None twice if unknown.
-
-    `asked_w` (`measurement.cpu_tdp_w`) comes first. The kernel has it as the maximum of a package's long-term limit,
-    which is the `thermal spec power` of Intel's MSR_PKG_POWER_INFO and readable by all. AMD's processors have none.
-    """
+    """The power in W that all CPU packages are designed for, and its source; None twice if unknown."""
+    # `asked_w` (`measurement.cpu_tdp_w`) comes first. The kernel has it as the maximum of a package's long-term limit,
+    # which is the `thermal spec power` of Intel's MSR_PKG_POWER_INFO and readable by all. AMD's processors have none.
     if asked_w is not None:
         return asked_w, "measurement.cpu_tdp_w"
     packages = _counted_once([zone for zone in zone_folders(root) if zone.domain == PACKAGE])
@@ -267,10 +258,7 @@ def find_tdp(asked_w: float | None, root: Path = POWERCAP) -> tuple[float | None
 
 
 def _counted_once(packages: Sequence[ZoneFolder]) -> list[ZoneFolder] | None:
-    """The packages without dies that repeat the counter of their socket (see `distinct_zones`).
-
-    None if counters of dies cannot be read. Dies whose counters are still at 0 are taken for different ones.
-    """
+    """The packages without dies that repeat their socket's counter (as `distinct_zones`); None if it cannot be read."""
     counted: list[ZoneFolder] = []
     seen_uj: dict[str, list[int]] = {}  # by the dies of each socket
     for zone in packages:

@@ -153,10 +153,8 @@ class RequestLog:
 
     @cached_property
     def steady(self) -> Measured[bool]:
-        """Whether its halves are alike.
-
-        Halves of the passes and not extremes: the slowest and the fastest of a hundred short passes always differ.
-        """
+        """Whether its halves are alike."""
+        # Halves of the passes and not extremes: the slowest and the fastest of a hundred short passes always differ.
         if self.is_batch and len(self.passes_ns) < 2:
             return known(None, "one_pass")
         if not self.tokens_ns:
@@ -170,12 +168,10 @@ class RequestLog:
 
     @cached_property
     def steady_tolerance(self) -> float:
-        """By how much the halves of a steady window may differ in power or throughput, over their mean.
-
-        Under traffic, chance alone moves work from one half to the other: a request brings its tokens with either sign,
-        which adds their squares, and only one window in 1,000 exceeds 3.29 standard deviations. If arrivals do not
-        vary, only lengths do, and the edges of the halves may cut off two requests.
-        """
+        """By how much the halves of a steady window may differ in power or throughput, over their mean."""
+        # Under traffic, chance alone moves work from one half to the other: a request brings its tokens with either
+        # sign, which adds their squares, and only one window in 1,000 exceeds 3.29 standard deviations. If arrivals do
+        # not vary, only lengths do, and the edges of the halves may cut off two requests.
         if self.is_batch or not self.tokens_ns:
             return STEADY_TOLERANCE
         moved = [first - second for first, second in self._tokens_by_half if first or second]
@@ -203,11 +199,9 @@ class RequestLog:
 
 
 def write_requests(path: Path, log: RequestLog, redact: Callable[[str], str]) -> None:
-    """Write the log, whole or not at all; errors of requests are redacted. Raises as `durable.write_bytes`.
-
-    The first line holds the window, every other one a request. `token_gaps_ns` are the times between its tokens, the
-    first since its start; tokens of one step have gaps of 0.
-    """
+    """Write the log, whole or not at all; errors of requests are redacted. Raises as `durable.write_bytes`."""
+    # The first line holds the window, every other one a request. `token_gaps_ns` are the times between its tokens, the
+    # first since its start; tokens of one step have gaps of 0.
     lines = [_dump({"schema_version": _SCHEMA_VERSION, **{name: getattr(log, name) for name in _HEAD}})]
     for item in log.requests:
         times_ns, gaps_ns = item.token_times_ns, None

@@ -138,11 +138,10 @@ class Complaints:
 
 
 class GpuWatch:
-    """One GPU that is sampled; `place` is its place in the log's header.
+    """One GPU that is sampled; `place` is its place in the log's header."""
 
-    A GPU that is lost is only asked, once a second, whether it is back. What fails for another reason is tried every
-    time, with a fresh handle once a second; what the GPU does not have is tried once.
-    """
+    # A GPU that is lost is only asked, once a second, whether it is back. What fails for another reason is tried every
+    # time, with a fresh handle once a second; what the GPU does not have is tried once.
 
     def __init__(self, meter: NvmlMeter, place: int, clock: Clock, complaints: Complaints) -> None:
         self._meter = meter
@@ -299,11 +298,7 @@ class _Sampler:
         return int(min(schedule.next_ns for schedule in schedules))
 
     def obey(self, order: str) -> list[Row]:
-        """Follow an order of the owner; another is reported in the rows.
-
-        `interval N`: another phase begins, in which GPUs are sampled every N ms. `watch PID`: the engine is this
-        process and those below it.
-        """
+        """Follow an order of the owner: `interval N` (ms) begins a phase, `watch PID` names the engine."""
         word, _, value = order.strip().partition(" ")
         now_ns = self._clock.monotonic_ns()
         if word == "interval" and value.isdecimal() and is_interval(int(value)):
@@ -332,10 +327,8 @@ class _Sampler:
         return self._with_polled(rows) if rows or self._samples.next_ns == math.inf else rows
 
     def _with_polled(self, rows: list[Row]) -> list[Row]:
-        """Rows after those of polls, which are written with the next sample: a write costs as much as a wake.
-
-        A reader of a row relies on all readings before it.
-        """
+        """Rows after those of polls, which are written with the next sample: a write costs as much as a wake."""
+        # A reader of a row relies on all readings before it.
         polled, self._polled = self._polled, []
         return polled + rows
 

@@ -25,10 +25,7 @@ _LAGS_AGREE_S = 0.05
 
 
 def counter_lag_s(attempt: AttemptLog) -> float:
-    """How late the slowest counter shows energy, after it was drawn; raises NotMeasured.
-
-    From the edges of the window, else as `lem gpus --probe` found it.
-    """
+    """How late the slowest counter shows energy, by the window's edges or as it was probed; raises NotMeasured."""
     if attempt.sources.gpu_method != EnergySource.COUNTER:
         raise NotMeasured("counter_absent")
     try:
@@ -50,11 +47,9 @@ def _window_lag_s(attempt: AttemptLog, number: int) -> float:
 
 
 def lag_s(curve: Curve, rest: Span, work: Span, beside_s: float) -> float:
-    """How late a counter shows energy, by work that begins after a rest, and `beside_s` from its edges at most.
-
-    Work begins and ends at known moments. The line of the energy at work meets those at rest later by the lag, and by
-    what power takes to rise and fall. Both edges must agree, else NotMeasured: load that begins slowly is no lag.
-    """
+    """How late a counter shows energy, by work that begins after a rest, and `beside_s` from its edges at most."""
+    # Work begins and ends at known moments. The line of the energy at work meets those at rest later by the lag, and by
+    # what power takes to rise and fall. Both edges must agree, else NotMeasured: load that begins slowly is no lag.
     settled_ns, beside_ns = round(_SETTLED_S * NS_PER_S), round(beside_s * NS_PER_S)
     opened_ns, closed_ns = work.opened_ns, work.closed_ns
     resting = curve.whole_inside(rest)
@@ -82,10 +77,7 @@ def _extended_j(curve: Curve, knot_ns: int, power_w: float, at_ns: int) -> float
 
 
 def budget_j(attempt: AttemptLog, energy_j: float, lag_s: float | None, ratio: float | None) -> Mapping[str, float]:
-    """Standard uncertainties in J by cause, of the energy that counts; NotMeasured where a meter's accuracy is unknown.
-
-    `lag_s` is that of the counter; `ratio` what power comes to beside it. The spread of cycles is not part of it.
-    """
+    """Standard uncertainties in J by cause, of the energy that counts; NotMeasured where an accuracy is unknown."""
     if not is_gpu_source(attempt.sources.primary):
         raise NotMeasured("accuracy_unknown")
     curves, window = attempt.primary_curves(), attempt.window
@@ -107,10 +99,8 @@ def budget_j(attempt: AttemptLog, energy_j: float, lag_s: float | None, ratio: f
 
 
 def net_energy_j(gross_j: float, idle: Idle, window_s: float) -> float:
-    """Gross energy less the power at rest; `NotMeasured` where it is small beside what that power moved meanwhile.
-
-    A window of 87 W over 72 W at rest: if these move by 5 %, the net energy moves by 24 %.
-    """
+    """Gross energy less the power at rest; `NotMeasured` where it is small beside what that power moved meanwhile."""
+    # A window of 87 W over 72 W at rest: if these move by 5 %, the net energy moves by 24 %.
     rest_w: float = need(idle.measured("idle_net_power_w"))
     net_j = gross_j - rest_w * window_s
     before_w, after_w = idle.idle_loaded_power_w, idle.idle_loaded_post_power_w
@@ -122,11 +112,9 @@ def net_energy_j(gross_j: float, idle: Idle, window_s: float) -> float:
 
 
 def net_budget_j(gross: Mapping[str, float], net_j: float, idle: Idle, window_s: float) -> Mapping[str, float]:
-    """Standard uncertainties of the net energy by cause, from those of the gross one.
-
-    One sensor reads load and rest, so its error is a share of their difference. Power at rest in the window lies
-    between those before and after it, if both were measured.
-    """
+    """Standard uncertainties of the net energy by cause, from those of the gross one."""
+    # One sensor reads load and rest, so its error is a share of their difference. Power at rest in the window lies
+    # between those before and after it, if both were measured.
     rest_w: float = need(idle.measured("idle_net_power_w"))
     before_w, after_w = idle.idle_loaded_power_w, idle.idle_loaded_post_power_w
     half_w = names.REST_TOLERANCE * rest_w

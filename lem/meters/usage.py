@@ -71,10 +71,8 @@ def busy_ratio(before: CpuUse | None, now: CpuUse) -> float | None:
 
 
 def find_by_namespace(proc: Path, pid: int, started_ticks: int) -> int | None:
-    """The number here of a process that a container knows as `pid`; None if it is not there.
-
-    The last number of `NSpid` is that in its innermost namespace; the start time tells apart those of several.
-    """
+    """The number here of a process that a container knows as `pid`; None if it is not there."""
+    # The last number of `NSpid` is that in its innermost namespace; the start time tells apart those of several.
     for number in numbered(proc):
         with contextlib.suppress(OSError):  # it has ended
             inner = re.search(rb"^NSpid:.*\s(\d+)$", read_small(f"{proc}/{number}/status"), re.MULTILINE)
@@ -197,12 +195,10 @@ class _Engine:
         return self._cpu.total_s
 
     def thread_times_s(self) -> tuple[float, float] | None:
-        """How long its threads ran, and waited for a CPU, since the first call; None where the kernel does not count.
-
-        /proc/PID/task/TID/schedstat: nanoseconds on a CPU and on a run queue (sched-stats.rst in the kernel's
-        documentation). Whether the latter covers the time in which a limit kept a thread from running depends on the
-        kernel.
-        """
+        """How long its threads ran, and waited for a CPU, since the first call; None if the kernel does not count."""
+        # /proc/PID/task/TID/schedstat: nanoseconds on a CPU and on a run queue (sched-stats.rst in the kernel's
+        # documentation). Whether the latter covers the time in which a limit kept a thread from running depends on the
+        # kernel.
         run_s, wait_s = {}, {}
         for pid in self.pids:
             folder = self._proc / str(pid) / "task"

@@ -41,12 +41,10 @@ def crosscheck_ratio(attempt: AttemptLog) -> float:
 
 
 def gpu_crosscheck(attempt: AttemptLog, number: int) -> float:
-    """Power over the energy that counts of one GPU; `NotMeasured` if one of the two cannot be had.
-
-    Means over a second are taken where the driver has them. Sampled power is of a sensor that may see 25 of every
-    100 ms (A100, H100), and is off by itself on load with a rhythm near 10 Hz (Yang et al., SC24). The first moments of
-    the window are left out, since a sensor lags behind.
-    """
+    """Power over the energy that counts of one GPU; `NotMeasured` if one of the two cannot be had."""
+    # Means over a second are taken where the driver has them. Sampled power is of a sensor that may see 25 of every 100
+    # ms (A100, H100), and is off by itself on load with a rhythm near 10 Hz (Yang et al., SC24). The first moments of
+    # the window are left out, since a sensor lags behind.
     window, curve, means = attempt.window, attempt.gpu_curve(number), attempt.gpu_mean_curve(number)
     header = attempt.log.header.gpus[attempt.sources.gpus[number]]
     lag_s = SENSOR_LAG_S.get("average" if means else header.power_source or "", max(SENSOR_LAG_S.values()))
@@ -64,11 +62,9 @@ def gpu_crosscheck(attempt: AttemptLog, number: int) -> float:
 
 
 def power_change(attempt: AttemptLog, window_repeats: int) -> float | None:
-    """Power of the second half of the window less that of the first, over their mean; None if too little to compare.
-
-    In a closed window the halves are whole passes over the prompts, without an odd middle one, so that both have the
-    same share of prefill and decode.
-    """
+    """Power of the second half of the window less that of the first, over their mean; None if too little to compare."""
+    # In a closed window the halves are whole passes over the prompts, without an odd middle one, so that both have the
+    # same share of prefill and decode.
     window, curves = attempt.window, attempt.primary_curves()
     length_ns = window.closed_ns - window.opened_ns
     half_ns = length_ns // 2
@@ -109,11 +105,9 @@ def _slowed_s(seconds: Iterable[GpuSecond], place: int, span: Span) -> float:
 
 
 def invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> Iterator[Reason]:
-    """Why the window does not measure what it should: slowdowns, and processes that are not the experiment's.
-
-    `own_pids` are as the host numbers them. Without them, processes are foreign that appear within the window: an
-    experiment starts none there.
-    """
+    """Why the window does not measure what it should: slowdowns, and processes that are not the experiment's."""
+    # `own_pids` are as the host numbers them. Without them, processes are foreign that appear within the window: an
+    # experiment starts none there.
     window = attempt.span(names.WINDOW)
     if window is None:
         return

@@ -292,12 +292,10 @@ def _read_sums(folder: Path) -> dict[str, str]:
 
 
 def _list_files(folder: Path, subject: str, hint: str) -> list[str]:
-    """The names of all files of a bundle, sorted; UserError for anything that it must not hold.
-
-    It holds ordinary files in its folders, each under one printable name, and no empty folder in those. A link, a
-    device, a program that runs with the rights of its owner and a file that every user can write can do harm after
-    the sums were compared; a line of sums cannot express a control character.
-    """
+    """The names of all files of a bundle, sorted; UserError for anything that it must not hold."""
+    # It holds ordinary files in its folders, each under one printable name, and no empty folder in those. A link, a
+    # device, a program that runs with the rights of its owner and a file that every user can write can do harm after
+    # the sums were compared; a line of sums cannot express a control character.
     found: list[str] = []
     todo = [(PurePosixPath(), folder.stat())]
     while todo:

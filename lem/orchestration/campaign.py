@@ -45,11 +45,7 @@ class CampaignExperiment(Experiment):
 
 @dataclass
 class CampaignRunner(Context):
-    """Plans a campaign and runs it, once or again and again.
-
-    Attributes:
-        plan: the experiments; made from the campaign when not given.
-    """
+    """Plans a campaign, unless a plan is given, and runs it, once or again and again."""
 
     plan: Plan | None = None
     _is_reserved: bool = field(default=False, init=False)
@@ -59,11 +55,7 @@ class CampaignRunner(Context):
         return [CampaignExperiment.of(item) for item in self._planned().experiments]
 
     def generate_execution_order_from_grid(self) -> list[CampaignExperiment]:
-        """The same for the grid alone; [] without a grid.
-
-        Raises:
-            ConfigurationError: prompts that cannot be used.
-        """
+        """The same for the grid alone; ConfigurationError for prompts that cannot be used."""
         if self.campaign.grid is None:
             return []
         plan = build_plan(replace(self.campaign, configs=(), experiments=()))
@@ -84,12 +76,7 @@ class CampaignRunner(Context):
 
     @contextlib.contextmanager
     def reserved(self) -> Iterator[None]:
-        """Hold the campaign's lock within the block, so that no other process runs it between two runs either.
-
-        Raises:
-            UserError: the state folder cannot be written.
-            LockedError: another process runs the campaign.
-        """
+        """Hold the campaign's lock; UserError if its folder is not writable, LockedError if another process runs it."""
         with hold_locks([campaign_lock(self._state_folder, self.campaign.campaign_name)], self._holder()):
             self._is_reserved = True
             try:
@@ -98,21 +85,12 @@ class CampaignRunner(Context):
                 self._is_reserved = False
 
     def settle_opening(self) -> None:
-        """Decide now, and ask now, how the next run is to begin; to be called within `reserved`.
-
-        Raises:
-            UserError: as `choose_manifest`.
-        """
+        """Decide now, within `reserved`, how the next run begins; raises as `choose_manifest`."""
         manifest = self._choose_manifest(self._manager())
         self.options = replace(self.options, resume=manifest is not None)
 
     def check(self) -> None:
-        """Check that the campaign can run here: results can be written, and every backend has its engine.
-
-        Raises:
-            UserError: it cannot.
-            Interrupted: a stop was requested.
-        """
+        """Check that results can be written and every backend has its engine; raises UserError, or Interrupted."""
         plan = self._planned()
         check_supported(self.campaign, self.executor.name)
         self.repository.check_writable()
@@ -121,16 +99,7 @@ class CampaignRunner(Context):
             self._find_environment(plan.experiments)
 
     def run(self, *, deadline_s: float | None = None) -> CampaignOutcome:
-        """How the run ended; results and manifest are on disk.
-
-        Args:
-            deadline_s: no experiment begins after it, on the clock of `monotonic`.
-
-        Raises:
-            UserError: it cannot begin: folders, manifest, environment, no backend.
-            LockedError: another campaign runs, under this name or on these GPUs.
-            Interrupted: a stop was requested before it began, or a second time.
-        """
+        """Run until done, or until `deadline_s` of `monotonic`; raises UserError, LockedError and Interrupted."""
         plan, until = self._planned(), self.options.until
         check_supported(self.campaign, self.executor.name)
         if until is not None:
@@ -209,12 +178,7 @@ class CampaignRunner(Context):
     def _top_up(
         self, session: Session, rule: StoppingRule, outcome: CampaignOutcome, deadline_s: float | None, *, has_run: bool
     ) -> CampaignOutcome:
-        """How the run ended, after cycles were added to it for as long as the rule asks for them.
-
-        Args:
-            outcome: of the cycles planned.
-            has_run: experiments ran in this session, so that a gap comes before the next.
-        """
+        """How the run ended, after cycles were added to it for as long as the rule asks for them."""
         manifest, run_id = session.manifest, str(session.manifest.run_id)
         try:
             write_stopping_rule(self.repository.run_folder(run_id), rule)
@@ -267,10 +231,7 @@ class CampaignRunner(Context):
             _logger.warning("the environment changed: %s", line)
 
     def _find_environment(self, experiments: Sequence[Experiment]) -> dict[str, Any]:
-        """Versions, driver and GPUs of these experiments' workers, by name; the workers are started for it.
-
-        UserError names all that keeps the experiments from running.
-        """
+        """Versions, driver and GPUs of the workers, by name; UserError with all that keeps experiments from running."""
         environment, found = dict[str, Any](), preflight.Findings(experiments)
         backends = dict.fromkeys(item.backend for item in experiments)
         found.look_here()

@@ -185,12 +185,10 @@ class Docker:
         raise error
 
     def was_out_of_memory(self, container: str, since_s: float, until_s: float) -> bool:
-        """Whether the kernel killed a process of a container for lack of memory between two Unix times.
-
-        Returns once the second time has passed; False if neither source answers. The state of a container is not one:
-        depending on Docker's version it covers the first process only, or every process ever. Where the engine sends
-        no event (containerd ignores cgroups of an unusual layout), the increase of the kernel's own counter decides.
-        """
+        """Whether the kernel killed a process of a container for lack of memory between two Unix times."""
+        # Returns once the second time has passed; False if neither source answers. The state of a container is not one:
+        # depending on Docker's version it covers the first process only, or every process ever. Where the engine sends
+        # no event (containerd ignores cgroups of an unusual layout), the increase of the kernel's own counter decides.
         span = ("--since", f"{since_s:.3f}", "--until", f"{until_s:.3f}")
         which = ("--filter", f"container={container}", "--filter", "event=oom", "--format", "{{.Status}}")
         finished = self.call("events", *span, *which)
@@ -199,10 +197,8 @@ class Docker:
         return (finished.code == 0 and bool(finished.stdout.strip())) or now > before
 
     def _count_oom_kills(self, container: str) -> int:
-        """The kernel's counter inside a container; 0 if it cannot be read.
-
-        Linux, Documentation/admin-guide/cgroup-v2.rst (memory.events) and cgroup-v1/memory.rst (memory.oom_control).
-        """
+        """The kernel's counter inside a container; 0 if it cannot be read."""
+        # Linux, Documentation/admin-guide/cgroup-v2.rst (memory.events) and cgroup-v1/memory.rst (memory.oom_control).
         files = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
         words = self.call("exec", container, "cat", *files).stdout.split()
         counts = [value for name, value in pairwise(words) if name == "oom_kill"]
@@ -305,10 +301,7 @@ class Compose(Docker):
         return self._content[1]
 
     def with_services(self, names: Sequence[str]) -> Compose:
-        """The same with the profiles of these services enabled, as Compose does for services that a command names.
-
-        ContainerError if one is missing.
-        """
+        """The same with the profiles of these services enabled; ContainerError if one is missing."""
         if all(name in self.services for name in names):
             return self
         everything = replace(self, env={**self.env, PROFILES_VARIABLE: "*"}).services

@@ -96,12 +96,10 @@ def replan(
     present: Collection[tuple[str, str]],
     costs: Mapping[str, float] | None = None,
 ) -> FleetPlan:
-    """A plan of the same run for these hosts, over which the missing results of all other hosts are divided.
-
-    What a host has measured stays its own. A configuration that is incomplete on a host that is not one of these is
-    run by one of them in all its cycles, so that no interval mixes hosts. `present` holds host and exp_id of each
-    result, `costs` is by config_hash; without it all cost the same.
-    """
+    """A plan of the same run for these hosts, over which the missing results of all other hosts are divided."""
+    # What a host has measured stays its own. A configuration that is incomplete on a host that is not one of these is
+    # run by one of them in all its cycles, so that no interval mixes hosts. `present` holds host and exp_id of each
+    # result, `costs` is by config_hash; without it all cost the same.
     _check_hosts(hosts)
     if stored.mode == REPLICATE:
         raise UserError("in a replicated campaign no host can take over another's part", "run the playbook again")
@@ -213,10 +211,7 @@ exec {run} --shard "$((SLURM_ARRAY_TASK_ID + 1))/{n_parts}"
 def slurm_script(
     plan: FleetPlan, path: Path, lem: Sequence[str], container: Sequence[str], options: Sequence[str]
 ) -> str:
-    """A batch script for sbatch(1) that runs each part of a stored plan as a task of a job array.
-
-    `lem` are the words that call lem, `container` those before them (for a shell), `options` those of sbatch.
-    """
+    """A batch script for sbatch(1) that runs each part of a stored plan as a task of a job array."""
     merged = [*lem, "merge", plan.results_dir, "--output", "merged", "--plan", str(path)]
     words = [*lem, "campaign", *plan.arguments, "--plan", str(path), "--executor", "local", "--yes"]
     partition = "".join(f" {shlex.quote(option)}" for option in options if option.startswith("--partition="))

@@ -54,19 +54,12 @@ class GridValidationIssue:
 
 @dataclass(frozen=True)
 class GridExpansionResult:
-    """A grid after validation.
+    """A grid after validation."""
 
-    Attributes:
-        valid_configs: as they were given to the validation.
-        filtered_configs: an error for each one left out.
-        warnings: about valid ones; there may be several for one.
-        total_generated: all, before validation.
-    """
-
-    valid_configs: tuple[dict[str, Any], ...]
-    filtered_configs: tuple[GridValidationIssue, ...]
-    warnings: tuple[GridValidationIssue, ...]
-    total_generated: int
+    valid_configs: tuple[dict[str, Any], ...]  # as they were given to the validation
+    filtered_configs: tuple[GridValidationIssue, ...]  # an error for each one left out
+    warnings: tuple[GridValidationIssue, ...]  # about valid ones; there may be several for one
+    total_generated: int  # before validation
 
     @property
     def summary(self) -> str:
@@ -85,16 +78,10 @@ def count_reasons(issues: Iterable[GridValidationIssue]) -> list[tuple[str, int]
 def expand_campaign_grid(
     grid: CampaignGridConfig, base_config: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Every combination of backends × models × shared axes × the backend's overrides, not yet validated.
-
-    A list is an axis, anything else a fixed value; an option that is itself a list takes a list of lists. Dotted keys
-    nest, and an override is a field of its backend's section. Axes whose change needs another engine load vary
-    slowest, so that configurations with equal engines lie together; beyond that the first axis varies slowest.
-
-    Args:
-        base_config: values for every experiment, which axes win over; of the backends' sections each experiment gets
-            its own backend's alone.
-    """
+    """Every combination of backends × models × shared axes × the backend's overrides, not yet validated."""
+    # A list is an axis, anything else a fixed value; an option that is itself a list takes a list of lists. Axes whose
+    # change needs another engine load vary slowest, so that equal engines lie together; then the first axis. Of the
+    # backends' sections in `base_config` each experiment gets its own alone.
     configs = []
     for backend in grid.backends:
         own = {key: value for key, value in (base_config or {}).items() if key == backend or key not in BACKENDS}
@@ -181,12 +168,7 @@ def validate_campaign_grid(config_dicts: Sequence[dict[str, Any]]) -> GridExpans
 def validate_named(
     named: Sequence[tuple[str, Mapping[str, Any]]], gpus: Sequence[Gpu] | None = None
 ) -> tuple[Sequence[ExperimentConfig | None], tuple[GridValidationIssue, ...], tuple[GridValidationIssue, ...]]:
-    """The configurations in the order given, None for one that was filtered; an error for each of these; warnings.
-
-    Args:
-        named: each with its name.
-        gpus: of the host that will run them, for warnings; None when unknown.
-    """
+    """The configurations, None for one that was filtered; an error for each of these; and warnings."""
     configs: list[ExperimentConfig | None] = []
     filtered: list[GridValidationIssue] = []
     warnings: list[GridValidationIssue] = []
@@ -234,10 +216,7 @@ _IGNORED = {_BACKEND, _MODEL, ("config_name",)}
 
 
 def name_configurations(config_dicts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each: backend, every option that varies, and the model where it varies or nothing else does.
-
-    `pytorch-float16-batch_size=4-max_output_tokens=64`: short, unique, fit for a file name, equal for equal input.
-    """
+    """A name for each, fit for a file: backend, options that vary, the model where it varies or nothing else does."""
     flat = [_flatten(config) for config in config_dicts]
     models = {str(options[_MODEL]) for options in flat if options.get(_MODEL)}
     keys = [key for key in _varying(flat) if key not in _IGNORED]
@@ -349,12 +328,10 @@ _PROMPT_KEYS = ("dataset", "prompts")
 def prompts_fingerprint(
     config: ExperimentConfig, resolved: ResolvedPrompts | None = None, folder: Path | None = None
 ) -> dict[str, Any]:
-    """What determines the prompts of an experiment, as JSON values; ConfigurationError where they cannot be used.
-
-    Prompts of a file, and a chat template, by their content; synthetic ones by their parameters and a sample of the
-    generator's output; a dataset, whose content only the worker sees and records, by its name and what is taken of it.
-    A result `folder` has a copy of the template.
-    """
+    """What determines the prompts of an experiment, as JSON values; ConfigurationError where they cannot be used."""
+    # Prompts of a file, and a chat template, by their content; synthetic ones by their parameters and a sample of the
+    # generator's output; a dataset, whose content only the worker sees and records, by its name and what is taken of
+    # it. A result `folder` has a copy of the template.
     template = read_template(config, folder)
     applied = {} if template is None else {"chat_template": template_digest(template)}
     return {**_source_fingerprint(config, resolved), **applied}
@@ -391,10 +368,7 @@ def generator_version() -> str:
 
 
 def config_hash(config: ExperimentConfig, prompts: Mapping[str, Any], *, is_first: bool = False) -> str:
-    """16 hex digits over everything that can change an experiment's numbers, with its `prompts_fingerprint`.
-
-    With `is_first`, as the first build computed it.
-    """
+    """16 hex digits over all that can change an experiment's numbers; with `is_first`, as the first build had it."""
     settings = {key: value for key, value in config.identity(is_first=is_first).items() if key not in _PROMPT_KEYS}
     return _digest({"config": settings, "prompts": prompts})
 
@@ -404,11 +378,9 @@ def experiment_id(configuration_hash: str, cycle_index: int) -> str:
 
 
 def make_run_id(now: datetime, rng: random.Random, existing: Iterable[str] = ()) -> str:
-    """A name for a run of a campaign, which sorts by time: `20260714T100000Z-1f3a`.
-
-    It sorts after the existing ones, also when the clock was set back. The random end distinguishes runs that start in
-    one second on several hosts.
-    """
+    """A name for a run of a campaign, which sorts by time: `20260714T100000Z-1f3a`."""
+    # It sorts after the existing ones, also when the clock was set back. The random end distinguishes runs that start
+    # in one second on several hosts.
     last = max(filter(None, map(run_time, existing)), default=None)
     if last is not None and last.year < MAXYEAR:
         now = max(now, last + timedelta(seconds=1))
@@ -416,10 +388,7 @@ def make_run_id(now: datetime, rng: random.Random, existing: Iterable[str] = ())
 
 
 def campaign_config_hash(campaign: CampaignConfig, config_hashes: Sequence[str], *, is_first: bool = False) -> str:
-    """16 hex digits over what a campaign measures and how: its configurations in order, execution and cold start.
-
-    With `is_first`, as the first build computed it.
-    """
+    """16 hex digits over what is measured and how; with `is_first`, as the first build computed it."""
     execution = campaign.execution.identity(is_first=is_first)
     sections = {"execution": execution, "cold_start": campaign.cold_start.to_dict()}
     return _digest({**sections, "experiments": list(config_hashes)})

@@ -222,10 +222,8 @@ class HostMeters:
 
     @contextlib.contextmanager
     def attending(self, config: ExperimentConfig, request: RunRequest) -> Iterator[Attendance]:
-        """An attempt with a sampler beside it within the block; a UserError when that cannot be started.
-
-        A worker in a container samples by itself what this host may not be able to see.
-        """
+        """An attempt with a sampler beside it within the block; a UserError when that cannot be started."""
+        # A worker in a container samples by itself what this host may not be able to see.
         visible = () if self.gpu_error is not None else visible_gpus(find_gpus(), self.environ)
         gpus = tuple(gpu.uuid for gpu in named_gpus(config.gpus, visible))
         ttl_s = config.baseline.cache_ttl_sec
@@ -309,11 +307,9 @@ def _ask(reader: PartReader, reference: Reference) -> bool | None:
 
 
 def has_recovered(log: SampleLog, reference: Reference) -> bool | None:
-    """Whether GPUs are no warmer, and draw no more, than at their reference; None while the log is too short.
-
-    Power is the sum of each one's mean over the last seconds, temperature that of the hottest. A GPU below its
-    reference has recovered: no gap would warm it up.
-    """
+    """Whether GPUs are no warmer, and draw no more, than at their reference; None while the log is too short."""
+    # Power is the sum of each one's mean over the last seconds, temperature that of the hottest. A GPU below its
+    # reference has recovered: no gap would warm it up.
     if not log.samples:
         return None
     since_ns = log.samples[-1].at_ns - round(RECOVERED_OVER_S * NS_PER_S)

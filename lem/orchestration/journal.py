@@ -95,11 +95,7 @@ class Journal:
         self._snapshot, self.size_b, self._last_check = None, 0, b""
 
     def append(self, document: bytes) -> None:
-        """Add a change, a JSON document in one line, and wait until it is on disk.
-
-        Raises:
-            OSError: it may be in the file, in part or whole; nothing can be appended until the next `begin`.
-        """
+        """Append JSON in one line and sync it; after an OSError (it may be there in part) only `begin` is possible."""
         snapshot, at_b, check, data = self._snapshot, self.size_b, self._last_check, b""
         for text in (document,) if at_b else (_first_line(snapshot), document):
             check = _check_of(check, text)
@@ -109,12 +105,7 @@ class Journal:
         self._snapshot, self.size_b, self._last_check = snapshot, at_b + len(data), check
 
     def read(self, snapshot: str) -> list[Any]:
-        """The changes since that snapshot, oldest first; a last line that was cut off is dropped.
-
-        Raises:
-            OSError: the file cannot be read; without a file there are no changes.
-            DamagedJournal: a line is damaged.
-        """
+        """The changes since that snapshot, without a last line that was cut off; OSError, or DamagedJournal."""
         try:
             data = durable.read_bytes(self.path)
         except FileNotFoundError:

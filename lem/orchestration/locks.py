@@ -89,11 +89,9 @@ class LockTarget:
 
 
 def default_gpu_lock_folder(environ: Mapping[str, str], run_lock: Path = RUN_LOCK) -> Path:
-    """The folder of the GPU locks: `LEM_LOCK_DIR`, or one that is the same for every user of this host.
-
-    `run_lock`, where the FHS puts locks, is used only where every user may write to it: even root must use the folder
-    that the others use.
-    """
+    """The folder of the GPU locks: `LEM_LOCK_DIR`, or one that is the same for every user of this host."""
+    # `run_lock`, where the FHS puts locks, is used only where every user may write to it: even root must use the folder
+    # that the others use.
     if chosen := environ.get(LOCK_FOLDER_VARIABLE):
         return Path(chosen)
     try:
@@ -119,10 +117,7 @@ def gpu_locks(uuids: Iterable[str], environ: Mapping[str, str]) -> list[LockTarg
 
 @contextlib.contextmanager
 def hold_locks(targets: Sequence[LockTarget], holder: Holder) -> Iterator[None]:
-    """Hold all the locks within the block, or none.
-
-    LockedError, which names the holder, if another process has one; UserError if a file cannot be opened or made.
-    """
+    """Hold all the locks or none; LockedError names another holder, UserError if a file cannot be opened."""
     with contextlib.ExitStack() as stack:
         for target in targets:
             descriptor = _hold(target)
@@ -142,10 +137,8 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def is_locked(path: Path) -> bool | None:
-    """Whether a process holds the lock; None when unknown. Nothing is written.
-
-    flock cannot query a lock, so a free one is held shared for a moment, which allows other queries.
-    """
+    """Whether a process holds the lock; None when unknown. Nothing is written."""
+    # flock cannot query a lock, so a free one is held shared for a moment, which allows other queries.
     try:
         descriptor = os.open(path, os.O_RDONLY | _OPEN_FLAGS)
     except FileNotFoundError:

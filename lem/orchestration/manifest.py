@@ -55,31 +55,24 @@ class CampaignManifestEntry:
     """One experiment: one configuration in one cycle. Times are UTC labels; a datetime is turned into one.
 
     Every value in it is immutable, so assigning a field is the one way to change it.
-
-    Attributes:
-        exp_id: unique in the manifest.
-        config_hash: hash of what can change its numbers; the same in every cycle.
-        result_path: the result that counts; None until there is one.
-        retry_count: attempts beyond the first.
-        attempts: all of them, oldest first.
     """
 
     exp_id: str
     config_name: str
     config_path: str
-    config_hash: str
+    config_hash: str  # of what can change its numbers; the same in every cycle
     backend: str
     container: str | None
     cycle_index: int
     status: str = PENDING
-    result_path: str | None = None
+    result_path: str | None = None  # of the result that counts
     started_at: str | None = None
     completed_at: str | None = None
     error: str | None = None
-    retry_count: int = 0
+    retry_count: int = 0  # attempts beyond the first
     order_index: int = 0
     host: str | None = None
-    attempts: tuple[Attempt, ...] = ()
+    attempts: tuple[Attempt, ...] = ()  # oldest first
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__[name] = _checked(name, value)
@@ -116,29 +109,20 @@ def _checked(name: str, value: Any) -> Any:
 
 @dataclass
 class CampaignManifest:
-    """A campaign's experiments and how far it is. Times are UTC labels.
-
-    Attributes:
-        config_hash: hash of the campaign's configuration, names and io left out.
-        run_id: names the folder of its results; kept by a resume.
-        shuffle_seed: of `structure: shuffled`; None for the others.
-        structure: the order in which it was started; None if an older build started it (`Plan.as_by_older_build`).
-        environment: image, engine, driver and GPU UUIDs at the first load, by name.
-        notes: what a reader of the results must know, such as an environment change that was allowed.
-    """
+    """A campaign's experiments and how far it is. Times are UTC labels."""
 
     campaign_id: str
     campaign_name: str
     created_at: str
     updated_at: str
-    config_hash: str
+    config_hash: str  # of its configuration, names and io left out
     total_experiments: int
     experiments: list[CampaignManifestEntry] = field(default_factory=list)
-    run_id: str | None = None
-    shuffle_seed: int | None = None
-    structure: str | None = None
-    environment: dict[str, Any] = field(default_factory=dict)
-    notes: list[dict[str, Any]] = field(default_factory=list)
+    run_id: str | None = None  # names the folder of its results; kept by a resume
+    shuffle_seed: int | None = None  # of `structure: shuffled`
+    structure: str | None = None  # in which it was started; None by an older build (`Plan.as_by_older_build`)
+    environment: dict[str, Any] = field(default_factory=dict)  # image, engine, driver and GPU UUIDs at the first load
+    notes: list[dict[str, Any]] = field(default_factory=list)  # what a reader of the results must know
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__[name] = utc_text(value) if isinstance(value, datetime) else value
@@ -170,11 +154,7 @@ class CampaignManifest:
         return [entry for entry in self.experiments if entry.status == status]
 
     def get_entry(self, exp_id: str) -> CampaignManifestEntry:
-        """The entry of that name.
-
-        Raises:
-            KeyError: there is none.
-        """
+        """Raises KeyError for an unknown name."""
         places: dict[str, int] = self.__dict__.setdefault("_places", {})
         place = places.get(exp_id, len(self.experiments))
         if place >= len(self.experiments) or self.experiments[place].exp_id != exp_id:  # the list has changed
@@ -186,13 +166,7 @@ class CampaignManifest:
             raise KeyError(f"campaign {self.campaign_name} has no experiment {exp_id}") from None
 
     def update_entry(self, exp_id: str, **fields: Any) -> CampaignManifestEntry:
-        """The entry of that name, with those fields changed; in memory, `ManifestManager.save` writes it.
-
-        Raises:
-            KeyError: no such experiment.
-            AttributeError: no such field; nothing is changed.
-            ValueError: no such status; nothing is changed.
-        """
+        """Change an entry in memory, or nothing: KeyError, AttributeError (a field) or ValueError (a status)."""
         entry = self.get_entry(exp_id)
         checked = {name: _checked(name, value) for name, value in fields.items()}
         for name, value in checked.items():
@@ -212,11 +186,7 @@ def encode_manifest(manifest: CampaignManifest) -> bytes:
 
 
 def decode_manifest(data: bytes) -> CampaignManifest:
-    """The manifest that `encode_manifest`, or that of the first build, wrote.
-
-    Raises:
-        ValueError: not a whole manifest of a known schema.
-    """
+    """The manifest that `encode_manifest`, or that of the first build, wrote; ValueError for anything else."""
     document = durable.parse_json(data)
     version = document.get("schema_version") if isinstance(document, dict) else None
     if not isinstance(version, int):
@@ -251,11 +221,10 @@ JOURNALED_FROM = 200
 
 
 class ManifestManager:
-    """The manifest's files: the snapshot, and for a long plan the journal of the changes since.
+    """The manifest's files: the snapshot, and for a long plan the journal of the changes since."""
 
-    Before a changed status is written, it raises the audit event `lem.transition` (exp_id, old, new; see
-    `sys.audit`), so that a test can stop the program there.
-    """
+    # Before a changed status is written, it raises the audit event `lem.transition` (exp_id, old, new; see
+    # `sys.audit`), so that a test can stop the program there.
 
     def __init__(self, manifest_path: Path | str, *, now: Callable[[], datetime] = utc_now) -> None:
         self.manifest_path = Path(manifest_path)
@@ -280,12 +249,7 @@ class ManifestManager:
         return manifest.config_hash != current_config_hash
 
     def save(self, manifest: CampaignManifest) -> None:
-        """Write the snapshot, whole or not at all, and make its folder when there is none.
-
-        Raises:
-            OSError: as `durable.write_bytes`; the earlier manifest is still there.
-            LockedError: another process has written the manifest meanwhile.
-        """
+        """Write the snapshot, whole or not at all; OSError, or LockedError if another process has written it."""
         for entry in manifest.experiments:
             self._announce(entry)
         manifest.updated_at = utc_text(self._now())
@@ -301,11 +265,7 @@ class ManifestManager:
         self._journal.begin(snapshot)
 
     def save_entry(self, manifest: CampaignManifest, entry: CampaignManifestEntry) -> None:
-        """Write the change of one entry, which in a long plan takes as long as in a short one.
-
-        Raises:
-            OSError, LockedError: as `save`.
-        """
+        """Write the change of one entry, in the same time for any length of plan; raises as `save`."""
         is_short = len(manifest.experiments) < JOURNALED_FROM
         if is_short or not self._journal.has_begun or self._journal.size_b > self._snapshot_b:
             self.save(manifest)
@@ -329,10 +289,8 @@ class ManifestManager:
             sys.audit("lem.transition", entry.exp_id, before, entry.status)
 
     def _check_own(self) -> bool:
-        """Whether the snapshot on disk is the one last read or written here; False when there is none.
-
-        The lock keeps others out, except on a file system where locks do not work, or not between hosts.
-        """
+        """Whether the snapshot on disk is the one last read or written here; False when there is none."""
+        # The lock keeps others out, except on a file system where locks do not work, or not between hosts.
         found = journal.find_snapshot(self.manifest_path)
         if found is not None and self._own is not None and found not in self._own:
             hint = "locks do not exclude others in this folder: choose another io.state_dir, on a local disk"
@@ -348,11 +306,7 @@ class ManifestManager:
             raise kind(f"cannot write {where}: {reason}", remedy) from error
 
     def load(self, campaign_id: str | None = None) -> CampaignManifest | None:
-        """The manifest; None when there is none, and, with a warning in the log, when it is broken.
-
-        Args:
-            campaign_id: take another campaign's manifest for a broken one.
-        """
+        """The manifest; None without one and, with a warning, for one that is broken or of another `campaign_id`."""
         try:
             return self.load_strict(campaign_id)
         except UserError as error:
@@ -360,11 +314,7 @@ class ManifestManager:
             return None
 
     def load_strict(self, campaign_id: str | None = None) -> CampaignManifest | None:
-        """The manifest; None when there is none.
-
-        Raises:
-            UserError: it is unreadable, truncated, of another schema, or of another campaign than `campaign_id`.
-        """
+        """The manifest, None without one; UserError if it is unreadable, broken, or of another `campaign_id`."""
         try:
             manifest = self._read()
         except FileNotFoundError:
@@ -402,11 +352,7 @@ class ManifestManager:
         return manifest
 
     def set_aside(self) -> Path | None:
-        """Rename the manifest to make room for a fresh start; the new path, or None when there was no manifest.
-
-        Nothing is overwritten: the new name contains the time, and a number when that name is taken. To be called
-        under the campaign's lock.
-        """
+        """Rename the manifest, under the campaign's lock and overwriting nothing; the new path, None without one."""
         self._own = frozenset()
         if not self.exists():
             return None

@@ -12,11 +12,9 @@ _Item = TypeVar("_Item")
 
 
 def cycle_order(engine_keys: Sequence[str], structure: str, seed: int, cycle: int) -> list[int]:
-    """The order of a cycle: indices of the configurations with these engine keys.
-
-    Equal keys are adjacent, since each cycle loads an engine once. The order depends on nothing but the arguments, so a
-    campaign prolonged by a cycle keeps the order of the others.
-    """
+    """The order of a cycle: indices of the configurations with these engine keys."""
+    # Equal keys are adjacent, since each cycle loads an engine once. The order depends on nothing but the arguments, so
+    # a campaign prolonged by a cycle keeps the order of the others.
     by_key: dict[str, list[int]] = {}
     for index, key in enumerate(engine_keys):
         by_key.setdefault(key, []).append(index)
@@ -32,11 +30,9 @@ def cycle_order(engine_keys: Sequence[str], structure: str, seed: int, cycle: in
 
 
 def _rotated_and_mirrored(groups: Sequence[list[int]], cycle: int) -> list[list[int]]:
-    """Every second cycle mirrors the one before, which cancels a linear trend; each pair of cycles starts one later.
-
-    Groups with several members rotate half as often as the members. At the same rate, two groups of two would only run
-    the mirrored order again.
-    """
+    """Every second cycle mirrors the one before, which cancels a linear trend; each pair of cycles starts one later."""
+    # Groups with several members rotate half as often as the members. At the same rate, two groups of two would only
+    # run the mirrored order again.
     pair = cycle // 2
     turn = pair // 2 if any(len(group) > 1 for group in groups) else pair
     rotated = [_rotated(group, pair) for group in _rotated(groups, turn)]

@@ -33,13 +33,11 @@ _VENDORED = ("yaml", "pynvml")
 
 
 def provide_pyz(environ: Mapping[str, str] = os.environ) -> Path:
-    """A lem.pyz of the running program, alone in a folder that only its owner can write; UserError if there is none.
-
-    Its bytes are compared with the running program's at every call, and a file that differs is written again. The
-    folder's name is the hash of the file. So a container of another build is recreated, and a running one keeps its
-    file when lem.pyz is rebuilt: replacing a zip under a running program breaks its late imports, and the mount of a
-    single file would keep showing the old one.
-    """
+    """A lem.pyz of the running program, alone in a folder that only its owner can write; UserError if there is none."""
+    # Its bytes are compared with the running program's at every call, and a file that differs is written again. The
+    # folder's name is the hash of the file. So a container of another build is recreated, and a running one keeps its
+    # file when lem.pyz is rebuilt: replacing a zip under a running program breaks its late imports, and the mount of a
+    # single file would keep showing the old one.
     data = program_bytes()
     cache = cache_folder(environ)
     path = cache / "pyz" / hashlib.sha256(data).hexdigest() / PYZ_NAME

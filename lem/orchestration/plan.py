@@ -94,10 +94,7 @@ class ExpectedTime:
 
 @dataclass(frozen=True)
 class Plan:
-    """The experiments of a campaign in the order to run, and what became of the others.
-
-    A part of a plan, such as what a resume leaves, is a plan with fewer `experiments`.
-    """
+    """The experiments of a campaign, or those that a resume leaves, in the order to run; and what became of others."""
 
     campaign: CampaignConfig
     experiments: tuple[Experiment, ...]
@@ -197,11 +194,9 @@ class Plan:
         return replace(self, campaign=replace(self.campaign, execution=execution), experiments=experiments, given=given)
 
     def loads(self) -> list[bool]:
-        """Whether each experiment loads an engine rather than reuse that of the one before.
-
-        One engine is resident at a time. With `reuse: cycle` it is kept for the next experiment of the same cycle and
-        engine key, with `campaign` also across cycles, with `none` and under a cold start never.
-        """
+        """Whether each experiment loads an engine rather than reuse that of the one before."""
+        # One engine is resident at a time. With `reuse: cycle` it is kept for the next experiment of the same cycle and
+        # engine key, with `campaign` also across cycles, with `none` and under a cold start never.
         items, reuse = self.experiments, self.execution.reuse
         if reuse == "none" or self.is_cold:
             return [True] * len(items)
@@ -209,11 +204,9 @@ class Plan:
         return [True, *(one != two for one, two in itertools.pairwise(engines))] if items else []
 
     def gap_kinds(self) -> list[GapKind | None]:
-        """The gap before each experiment; None before the first.
-
-        The cycle gap replaces the configuration gap after the last experiment of a cycle, or in a grouped campaign of
-        one configuration, so a resumed part of a plan has its gaps in the right places too.
-        """
+        """The gap before each experiment; None before the first."""
+        # The cycle gap replaces the configuration gap after the last experiment of a cycle, or in a grouped campaign of
+        # one configuration, so a resumed part of a plan has its gaps in the right places too.
         is_grouped = self.execution.structure == GROUPED
         blocks = [item.config_hash if is_grouped else item.cycle_index for item in self.experiments]
         pairs = itertools.pairwise(blocks)
@@ -273,10 +266,7 @@ def build_plan(
     source: Source | None = None,  # the campaign's: its options win over the experiments' own, and it locates problems
     gpus: Sequence[Gpu] | None = None,  # of the host that will run it, for warnings; None when unknown
 ) -> Plan:
-    """The plan of a campaign: the experiments it names and those of its grid, validated, in every cycle.
-
-    Prompts that cannot be used are a ConfigurationError.
-    """
+    """The experiments that a campaign names and those of its grid; ConfigurationError for unusable prompts."""
     candidates = _collect(campaign, listed, preset or {}, source)
     configs, filtered, warnings = grid.validate_named([(item.name, item.config_dict) for item in candidates], gpus)
     valid = [(item, config) for item, config in zip(candidates, configs, strict=True) if config is not None]

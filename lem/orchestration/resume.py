@@ -81,11 +81,7 @@ def check_own_folders(manifest_path: Path, repository: Repository, campaign_name
 
 
 def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOptions) -> CampaignManifest | None:
-    """The manifest to go on with; None starts afresh.
-
-    A campaign that is complete starts afresh; an unfinished one is never set aside without asking: a UserError where
-    there is no terminal.
-    """
+    """The manifest to go on with, None to start afresh; UserError where it cannot ask about an unfinished one."""
     manifest = None if options.resume is False else manager.load_strict(campaign_id)
     if manifest is None:
         return None
@@ -154,11 +150,10 @@ def update_manifest(
 
 
 def stored_hashes(manifest: CampaignManifest, plan: Plan, repository: Repository) -> dict[str, str]:
-    """The hashes that the manifest has for configurations of the plan, where those of today are others.
-
-    They are those of the first build, which counted more options. Where these have changed, what was measured is hashed
-    again, from the `config.json` beside each result; a configuration whose files cannot be read is measured again.
-    """
+    """The hashes that the manifest has for configurations of the plan, where those of today are others."""
+    # They are those of the first build, which counted more options. Where these have changed, what was measured is
+    # hashed again, from the `config.json` beside each result; a configuration whose files cannot be read is measured
+    # again.
     planned, run_folder = {item.config_hash for item in plan.given}, repository.run_folder(str(manifest.run_id))
     others = [entry for entry in manifest.experiments if entry.config_hash not in planned]
     first = {config_hash(it.config, it.prompts, is_first=True): it.config_hash for it in plan.given if others}
@@ -185,12 +180,10 @@ def resume_text(manifest: CampaignManifest) -> str:
 def reconcile(
     manifest: CampaignManifest, find_results: Callable[[CampaignManifestEntry], Sequence[Attempt]]
 ) -> dict[str, list[str]]:
-    """Correct the manifest by the whole results on disk; returns the names of the experiments changed.
-
-    They are `interrupted` (were running when their process died, and run again), `adopted` (have a whole result that
-    the manifest had missed) or `lost` (were completed, but their result is gone, or not as it was measured; they run
-    again).
-    """
+    """Correct the manifest by the whole results on disk; returns the names of the experiments changed."""
+    # They are `interrupted` (were running when their process died, and run again), `adopted` (have a whole result that
+    # the manifest had missed) or `lost` (were completed, but their result is gone, or not as it was measured; they run
+    # again).
     changes: dict[str, list[str]] = {"interrupted": [], "adopted": [], "lost": []}
     for entry in manifest.experiments:
         change = None if entry.status == SKIPPED else _reconcile_entry(entry, find_results(entry))
@@ -278,11 +271,7 @@ def _settle(entry: CampaignManifestEntry) -> bool:
 
 
 def apply_plan(manifest: CampaignManifest, planned: Iterable[CampaignManifestEntry], config_hash: str) -> str:
-    """Give the manifest the experiments of the plan, in its order; results are kept, what is not in it is skipped.
-
-    To be followed by `reconcile`, since an experiment that comes back to the plan brings its old result. Returns how
-    the plan, of which `planned` has new entries, differs from the manifest, for a person.
-    """
+    """Give the manifest the plan's experiments, in order, and say how it changed; to be followed by `reconcile`."""
     before = {entry.exp_id: entry for entry in manifest.experiments}
     entries = []
     kept = 0
@@ -310,11 +299,7 @@ def apply_plan(manifest: CampaignManifest, planned: Iterable[CampaignManifestEnt
 def adopt_environment(
     manifest: CampaignManifest, current: Mapping[str, Any], *, is_change_allowed: bool, now: datetime
 ) -> tuple[str, ...]:
-    """How the environment (JSON values by name, such as driver and GPU UUIDs) differs from the manifest's; () if not.
-
-    Values new to the manifest are added to it. A change that is allowed is taken over and noted; another is a
-    UserError, and the manifest stays as it was. A name that is missing is not compared.
-    """
+    """How the environment differs from the manifest's, which takes it over; UserError unless that is allowed."""
     known = manifest.environment
     changed = [name for name, value in current.items() if name in known and known[name] != value]
     lines = tuple(f"{name}: {_show(known[name])} before, {_show(current[name])} now" for name in changed)

@@ -35,12 +35,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """A flag that signals set and that waits can be woken by.
+    """A flag that signals set and that waits can be woken by."""
 
-    The first SIGINT, SIGTERM or SIGHUP sets it: the campaign stops the running experiment, writes everything and prints
-    how to go on. A second one raises `Interrupted` wherever the program is, and what is running is killed on the way
-    out.
-    """
+    # The first SIGINT, SIGTERM or SIGHUP sets it: the campaign stops the running experiment, writes everything and
+    # prints how to go on. A second one raises `Interrupted` wherever the program is, and what is running is killed on
+    # the way out.
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -66,10 +65,8 @@ class StopRequest:
 
     @contextlib.contextmanager
     def installed(self, acknowledge: Callable[[], None] | None = None) -> Iterator[StopRequest]:
-        """Handle the signals within the block, SIGHUP unless nohup(1) had it ignored; call it on the main thread.
-
-        The first one calls `acknowledge` wherever the program is, so that must not touch buffered streams.
-        """
+        """Handle the signals within the block, SIGHUP unless nohup(1) had it ignored; call it on the main thread."""
+        # The first one calls `acknowledge` wherever the program is, so that must not touch buffered streams.
 
         def handle(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler gets both
             self.request(signum)
@@ -124,12 +121,10 @@ RunOnce = Callable[["float | None"], CampaignOutcome]
 
 
 def next_start(now: datetime, at: str, weekdays: Collection[int] = ANY_DAY) -> datetime:
-    """The first moment (UTC), from `now` on, that is `at` o'clock in the host's time zone on one of the days.
-
-    A time that the clock skips when summer time begins is as many hours after midnight as on another day: 02:30
-    is then 03:30. Of a time that comes twice when it ends, the first counts.
-    Weekdays count from 0 for Monday. A ValueError when `at` is not `HH:MM`.
-    """
+    """The first moment (UTC), from `now` on, that is `at` o'clock in the host's time zone on one of the days."""
+    # A time that the clock skips when summer time begins is as many hours after midnight as on another day: 02:30 is
+    # then 03:30. Of a time that comes twice when it ends, the first counts. Weekdays count from 0 for Monday. A
+    # ValueError when `at` is not `HH:MM`.
     clock = time.fromisoformat(at)
     today = now.astimezone().date()
     # A week and a day: today's time may be over, and today be the only day allowed.
@@ -190,11 +185,9 @@ class Scheduler:
             self.stop.wait(min(left_s, _CHECK_EVERY_S))
 
     def _repeat(self, daemon: CampaignDaemonConfig, run_once: RunOnce) -> CampaignOutcome:
-        """Run until the total duration is reached, a signal comes, or a run is stopped by anything else.
-
-        Neither interval nor duration: it runs once. A duration alone: one run after the other. Nothing starts after
-        the duration, and the daemon ends when it is over, not at the end of the interval.
-        """
+        """Run until the total duration is reached, a signal comes, or a run is stopped by anything else."""
+        # Neither interval nor duration: it runs once. A duration alone: one run after the other. Nothing starts after
+        # the duration, and the daemon ends when it is over, not at the end of the interval.
         duration_s, runs_done = daemon.total_duration_seconds, 0
         deadline_s = None if duration_s is None else self.monotonic() + duration_s
         while True:
@@ -234,11 +227,11 @@ class _Mean:
 
 @dataclass
 class Countdown:
-    """The time left of a run, by what took time in it so far; pure, the time is an argument.
+    """The time left of a run, by what took time in it so far; pure, the time is an argument."""
 
-    Gaps, loads and experiments are counted apart: the first experiment has no gap, and not every one loads, so a mean
-    over all of them would rise before it falls. What is told between two experiments takes no longer in a longer plan.
-    """
+    # Gaps, loads and experiments are counted apart: the first experiment has no gap, and not every one loads, so a mean
+    # over all of them would rise before it falls. What is told between two experiments takes no longer in a longer
+    # plan.
 
     _work: dict[str, _Mean] = field(default_factory=dict)  # of each configuration, without gaps and loads
     _measured: _Mean = field(default_factory=_Mean)  # of the experiments with a result

@@ -37,12 +37,11 @@ from lem.results.store import Digests
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened, on its way from a worker or the campaign to the screen, systemd, JSON and this file.
+    """Something that happened, on its way from a worker or the campaign to the screen, systemd, JSON and this file."""
 
-    Its kind is `campaign_started`, `note` (text for a person), `gap`, `experiment_started`, `phase`, `progress`,
-    `experiment_retried`, `experiment_completed`, `experiment_failed`, `experiment_interrupted`, `tick` (nothing new)
-    or `campaign_finished`. The campaign fills in how far it is.
-    """
+    # Its kind is `campaign_started`, `note` (text for a person), `gap`, `experiment_started`, `phase`, `progress`,
+    # `experiment_retried`, `experiment_completed`, `experiment_failed`, `experiment_interrupted`, `tick` (nothing new)
+    # or `campaign_finished`. The campaign fills in how far it is.
 
     kind: str
     done: int = 0  # experiments ended
@@ -259,10 +258,7 @@ class Remainder:
 
 
 def remainder_of(status: CampaignStatus, whole: Container[str] | None = None) -> Remainder:
-    """What is left of a campaign; the one place that decides it, for status, results and check.
-
-    `whole` are the experiments with a whole result on disk; None believes the manifest.
-    """
+    """What is left of a campaign, by the experiments with a `whole` result on disk; None believes the manifest."""
     failed = Counter(entry.config_name for entry in status.entries if entry.status == FAILED)
     left = Counter(
         entry.config_name
@@ -417,10 +413,8 @@ def _short(label: str) -> str:
 
 
 def estimate_left_s(manifest: CampaignManifest) -> float | None:
-    """Seconds that the experiments left take, gaps in it; None before two have ended.
-
-    The median time from one end to the next, which a night between two sessions does not move.
-    """
+    """Seconds that the experiments left take; None before two have ended."""
+    # The median time from one end to the next, which a night between two sessions does not move.
     entries = manifest.experiments
     n_left = sum(entry.status in (PENDING, RUNNING) for entry in entries)
     if not n_left:

@@ -51,14 +51,8 @@ def aggregate_campaign_results(
     cycle, the `bootstrap` interval of the mean and the `t_log` interval of the geometric mean. Only valid attempts
     count, and of each cycle the last of them.
 
-    Args:
-        results: per configuration its results of all cycles and attempts: records, or documents as `result.json`
-            holds them; None is an experiment that failed without a result.
-        confidence: of both intervals.
-
-    Raises:
-        RecordError: a document that is not a whole record.
-        ValueError: a confidence outside (0, 1).
+    `results` are per configuration those of all cycles and attempts: records, or documents as in `result.json`; None
+    is an experiment that failed without a result. Raises RecordError, or ValueError: a confidence outside (0, 1).
     """
     check_confidence(confidence)
     documents = {}
@@ -197,11 +191,9 @@ class Precision(NamedTuple):
 
 
 def measure_precision(run: Run, rule: StoppingRule) -> Precision:
-    """How far each configuration is from the target of the rule, in the one metric that the target is about.
-
-    Ratios and verdicts are those of `lem compare`, with the first configuration as the baseline. With fewer cycles than
-    the rule requires nothing is narrow. A single configuration has no ratio: its own interval counts.
-    """
+    """How far each configuration is from the target of the rule, in the one metric that the target is about."""
+    # Ratios and verdicts are those of `lem compare`, with the first configuration as the baseline. With fewer cycles
+    # than the rule requires nothing is narrow. A single configuration has no ratio: its own interval counts.
     target, run = rule.target or Target(math.inf), dataclasses.replace(run, stopping=rule)
     metric = parse_metric(target.metric) if target.metric else run.primary_metric
     found = Precision(metric.name, {}, {}, {})
@@ -244,11 +236,9 @@ class EarlierTimes(NamedTuple):
 
 
 def earlier_times(records: Iterable[Record]) -> EarlierTimes:
-    """How long the experiments of a campaign took.
-
-    A record knows its load, warm-up and window. The time around them (baselines, guards, prompts) follows from the
-    start of the next experiment; where there is none, the median of the others is taken.
-    """
+    """How long the experiments of a campaign took."""
+    # A record knows its load, warm-up and window. The time around them (baselines, guards, prompts) follows from the
+    # start of the next experiment; where there is none, the median of the others is taken.
     known = list(records)
     around = _around(known)
     usual_s = statistics.median(around.values()) if around else 0.0

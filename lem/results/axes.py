@@ -39,10 +39,7 @@ C = TypeVar("C", bound=Configured)
 
 
 def select(configurations: Sequence[C], wanted: str, where: str) -> C:
-    """The configuration of that number or name, else that setting (`axis=value,…`), else part of a name or hash.
-
-    UserError where there is none, or where several match; `where` says what was searched.
-    """
+    """The configuration of a number, name, setting (`axis=value,…`) or part of a name; UserError unless it is one."""
     settings = parse_settings(wanted)
     merged = with_one_width([item.settings for item in configurations])
     shown = {item.number: each for item, each in zip(configurations, merged, strict=True)}
@@ -237,10 +234,8 @@ class Key:
         return None if table is None else len(self.columns) + len(columns) - len(table.columns)
 
     def tables(self, columns: Sequence[Column], width: int | None = None, title: str = "") -> list[Table]:
-        """A table with a row for each configuration: number, name, axes, and these columns.
-
-        Where it is too wide, axes become headings between the rows; else a table of names and axes comes first.
-        """
+        """A table with a row for each configuration: number, name, axes, and these columns."""
+        # Where it is too wide, axes become headings between the rows; else a table of names and axes comes first.
         beside = self._table(columns, width)
         if beside is not None:
             return [replace(beside, title=title)]

@@ -48,40 +48,27 @@ SETTLED_WINDOW_S = 300.0  # windows of traffic that are shorter depend on where 
 
 @dataclass(frozen=True)
 class BootstrapResult:
-    """An arithmetic mean with its percentile bootstrap interval, in the unit of the samples.
-
-    Attributes:
-        std: sample standard deviation (n - 1); None for one sample.
-        ci_lower, ci_upper: the interval of the mean; None for one sample.
-        confidence: nominal, for example 0.95.
-        warning: why the interval is missing or unreliable.
-    """
+    """An arithmetic mean with its percentile bootstrap interval, in the unit of the samples."""
 
     mean: float
-    std: float | None
+    std: float | None  # sample standard deviation (n - 1); None for one sample, as the interval
     ci_lower: float | None
     ci_upper: float | None
     n_samples: int
-    confidence: float
-    warning: str | None = None
+    confidence: float  # nominal, for example 0.95
+    warning: str | None = None  # why the interval is missing or unreliable
 
 
 @dataclass(frozen=True)
 class LogTInterval:
-    """A geometric mean with its Student t interval on log values, in the unit of the samples.
+    """A geometric mean with its Student t interval on log values, in the unit of the samples."""
 
-    Attributes:
-        geometric_mean: None when a sample is zero or negative.
-        ci_lower, ci_upper: None for one sample, without a geometric mean, and beyond floating-point numbers.
-        reason: why something is missing.
-    """
-
-    geometric_mean: float | None
-    ci_lower: float | None
+    geometric_mean: float | None  # None when a sample is zero or negative
+    ci_lower: float | None  # None for one sample, without a geometric mean, and beyond floating-point numbers
     ci_upper: float | None
     n_samples: int
     confidence: float
-    reason: Reason | None = None
+    reason: Reason | None = None  # why something is missing
 
     @property
     def warning(self) -> str | None:
@@ -91,14 +78,9 @@ class LogTInterval:
 def bootstrap_ci(
     samples: Iterable[float], n_iterations: int = 1000, confidence: float = CONFIDENCE, seed: int = 42
 ) -> BootstrapResult:
-    """The mean of `samples` with its percentile bootstrap interval; the same arguments give the same interval.
-
-    The means of `n_iterations` resamples are sorted; the interval runs between their (1 ± confidence) / 2 quantiles,
-    interpolated linearly between neighbours. [Efron and Tibshirani 1993, An Introduction to the Bootstrap, ch. 13]
-
-    Raises:
-        ValueError: no samples, a sample that is NaN or infinite, no iterations, a confidence outside (0, 1).
-    """
+    """The mean with its percentile bootstrap interval; ValueError for NaN, an infinity, no samples or iterations."""
+    # The means of `n_iterations` resamples are sorted; the interval runs between their (1 ± confidence) / 2 quantiles,
+    # interpolated linearly between neighbours. [Efron and Tibshirani 1993, An Introduction to the Bootstrap, ch. 13]
     values = _checked(samples)
     check_confidence(confidence)
     if n_iterations < 1:
@@ -125,14 +107,9 @@ def bootstrap_ci(
 def compute_metric_ci(
     values: Iterable[float | None], metric_name: str = "", confidence: float = CONFIDENCE
 ) -> dict[str, Any]:
-    """The fields of `bootstrap_ci` as JSON values, with the metric's name.
-
-    A None is a value that was not measured: it is left out and counted in `n_missing`. With nothing measured every
-    estimate is None and `n_samples` is 0, so a table over many metrics needs no exception.
-
-    Raises:
-        ValueError: a value that is NaN or infinite, a confidence outside (0, 1).
-    """
+    """The fields of `bootstrap_ci` as JSON values, with the metric's name; raises ValueError."""
+    # A None is a value that was not measured: it is left out and counted in `n_missing`. With nothing measured every
+    # estimate is None and `n_samples` is 0, so a table over many metrics needs no exception.
     given = list(values)
     samples = [value for value in given if value is not None]
     named = {"metric": metric_name, "n_missing": len(given) - len(samples)}
@@ -144,14 +121,8 @@ def compute_metric_ci(
 
 
 def log_t_interval(samples: Iterable[float], confidence: float = CONFIDENCE) -> LogTInterval:
-    """The geometric mean of `samples` with its t interval on log values.
-
-    A sample of zero or less has no logarithm, and dropping it would bias the estimate: there is no estimate then, and a
-    warning says why.
-
-    Raises:
-        ValueError: no samples, a sample that is NaN or infinite, a confidence outside (0, 1).
-    """
+    """The geometric mean with its t interval on log values; ValueError for no samples, NaN or an infinity."""
+    # A sample of zero or less has no logarithm, and dropping it would bias the estimate: there is none then.
     check_confidence(confidence)
     values = _checked(samples)
     n = len(values)
@@ -170,10 +141,7 @@ def log_t_interval(samples: Iterable[float], confidence: float = CONFIDENCE) -> 
 
 
 def bootstrap_coverage_label(n_samples: int, confidence: float = CONFIDENCE) -> str | None:
-    """The true coverage of the bootstrap interval in words: `75 %`, or `75 to 84 %` between two simulated sizes.
-
-    None where it is unknown; the simulation was of a nominal 95 %.
-    """
+    """The true coverage in words: `75 %`, or `75 to 84 %` between two simulated sizes; None where it is unknown."""
     percent = {size: round(100 * coverage) for size, coverage in BOOTSTRAP_COVERAGE.items()}
     below = max((size for size in percent if size <= n_samples), default=None)
     above = min((size for size in percent if size >= n_samples), default=None)

@@ -54,12 +54,10 @@ class Circumstance:
 def find_obstacles(
     before: Sequence[Record], after: Sequence[Record], anchors: Sides | None = None
 ) -> tuple[Obstacle, ...]:
-    """What differs between the used records of two configurations besides what is compared.
-
-    Work, meters, cards and machines that differ allow no verdict. A setting of the machine or the version of a program
-    is named beside the verdict. Where each side is compared with an anchor of its own run in which the same differs
-    (the sensor of a card, a driver, a power limit), that divides out: it is reported and blocks nothing.
-    """
+    """What differs between the used records of two configurations besides what is compared."""
+    # Work, meters, cards and machines that differ allow no verdict. A setting of the machine or the version of a
+    # program is named beside the verdict. Where each side is compared with an anchor of its own run in which the same
+    # differs (the sensor of a card, a driver, a power limit), that divides out: it is reported and blocks nothing.
     if not before or not after:
         return ()
     found = []

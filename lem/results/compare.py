@@ -160,10 +160,7 @@ def compare_configurations(
     gates: Sequence[Gate] = (),
     is_whole: bool = False,
 ) -> Comparison:
-    """Each of `others` against `baseline`, within cycles, in `metrics` and those of the gates, else the usual ones.
-
-    With `is_whole`, pairs also have a row for every other comparable metric that was measured, without a verdict.
-    """
+    """Each of `others` against `baseline`, within cycles; `is_whole` adds all comparable metrics, without verdicts."""
     chosen, further = metrics_to_show(metrics, gates, [baseline, *others], is_whole=is_whole)
     pairs = tuple(pair_within(baseline, other, (*chosen, *further)) for other in others)
     return finished(Comparison((run,), pairs, chosen, tuple(gates), missing=tuple(without_result(run))))
@@ -179,15 +176,7 @@ def compare_runs(
     gates: Sequence[Gate] = (),
     is_whole: bool = False,
 ) -> Comparison:
-    """The configurations of `after` against their counterparts in `before`, over an anchor.
-
-    Args:
-        chosen: the one pair to compare; by default every configuration that has a counterpart.
-        is_whole: as for `compare_configurations`.
-
-    Raises:
-        UserError: no such anchor, or it is not the same configuration in both.
-    """
+    """The configurations of two runs over an anchor, or the `chosen` pair; UserError if there is no common anchor."""
     anchors = _find_anchor(before, after, anchor.name, chosen)
     matched, missing = ([chosen], []) if chosen else _match(before, after, anchors)
     shown, further = metrics_to_show(metrics, gates, [item for pair in matched for item in pair], is_whole=is_whole)
@@ -201,11 +190,7 @@ def compare_runs(
 
 
 def compare(a: Run | Configuration, b: Run | Configuration) -> Comparison:
-    """`b` against `a`: two configurations, paired within cycles if they are of one run; or two runs over an anchor.
-
-    Raises:
-        LemError: there is nothing to compare.
-    """
+    """`b` against `a`: two configurations, paired within cycles if of one run; or two runs over an anchor; LemError."""
     if isinstance(a, Run) and isinstance(b, Run):
         if not a.records or not b.records:
             raise UserError("a run without results cannot be compared")

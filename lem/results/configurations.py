@@ -42,10 +42,7 @@ Listing = Mapping[str, ListedConfiguration]
 
 
 def write_listing(run_folder: Path, listed: Sequence[ListedConfiguration], numbered: Sequence[str] = ()) -> None:
-    """Keep the list with the results of the run, unless it is there already; OSError where it cannot be written.
-
-    Known configurations keep their numbers, also those that are no longer listed; then come `numbered`, then new ones.
-    """
+    """Keep the list, and the numbers of known configurations, with the results of the run; raises OSError."""
     known = _read(run_folder)
     every = (*(known.numbered if known else ()), *numbered, *(item.config_hash for item in listed))
     found = _List(tuple(listed), tuple(dict.fromkeys(every)))
@@ -95,11 +92,9 @@ def numbers_of(numbered: Sequence[str], listing: Listing | None, known: Sequence
 
 
 def labels_of(identities: Iterable[Identity], listing: Listing | None) -> dict[tuple[str, str], str]:
-    """The label of each configuration of a run, by hash and host; no two have the same.
-
-    It is the current name, without a list the last one. One that the campaign has no more is named as removed, and one
-    that several hosts ran has a label for each host.
-    """
+    """The label of each configuration of a run, by hash and host; no two have the same."""
+    # It is the current name, without a list the last one. One that the campaign has no more is named as removed, and
+    # one that several hosts ran has a label for each host.
     last: dict[str, Identity] = {}
     hosts: dict[str, set[str]] = {}
     for identity in identities:

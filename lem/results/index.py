@@ -89,10 +89,7 @@ class Index:
                     self._take(line)
 
     def read(self, path: Path, *, is_checked: bool = False) -> Found:
-        """The result in a file of the run, which is not opened while its line counts, unless it is to be checked.
-
-        Raises OSError; RecordError where it is no whole record; AlteredError where it is not as it was measured.
-        """
+        """The result in a file of the run, by its line while that counts; OSError, RecordError or AlteredError."""
         name = path.relative_to(self._folder).as_posix()
         line, recorded = self._lines.get(name), self._recorded.get(name)
         is_recorded = recorded is not None

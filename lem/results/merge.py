@@ -179,13 +179,11 @@ _HOSTS_FOR_MEDIAN = 3
 
 
 def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance: float) -> AnchorCheck:
-    """How alike the hosts are in the configuration with the hash `anchor`; nothing is compared where that is None.
-
-    A host whose ratio to the median differs from 1 by more than `tolerance` is an outlier. Each host is compared with
-    the median, not with the others, since the range over all of them grows with their number. Where that does not tell
-    who is the outlier (two hosts, or no majority within the tolerance), a difference is a UserError: results of such
-    hosts may not be in one table.
-    """
+    """How alike the hosts are in the configuration with the hash `anchor`; nothing is compared where that is None."""
+    # A host whose ratio to the median differs from 1 by more than `tolerance` is an outlier. Each host is compared with
+    # the median, not with the others, since the range over all of them grows with their number. Where that does not
+    # tell who is the outlier (two hosts, or no majority within the tolerance), a difference is a UserError: results of
+    # such hosts may not be in one table.
     anchors = (item.record for item in results if item.record.identity.config_hash == anchor)
     records = [record for record in anchors if record.validity.valid]
     for metric in (ENERGY, THROUGHPUT):

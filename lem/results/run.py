@@ -221,10 +221,8 @@ class Configuration:
         return metrics.cycle_values(metric, self.attempts if of_attempts else self.cycles)
 
     def estimate(self, metric: str | Metric) -> Estimate:
-        """The estimate of a metric, or of its name or alias; UserError where there is no such metric.
-
-        One cycle is one value, since attempts within it share everything that varies between cycles.
-        """
+        """The estimate of a metric, or of its name or alias; UserError where there is no such metric."""
+        # One cycle is one value, since attempts within it share everything that varies between cycles.
         chosen = metric if isinstance(metric, Metric) else metrics.parse_metric(metric)
         if chosen.name not in self._estimates:
             self._estimates[chosen.name] = self._estimated(chosen)
@@ -405,10 +403,7 @@ def read_run(
     digests: Digests | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> Run:
-    """The results of a run; what cannot be used is in `problems`. UserError for a name that cannot name a folder.
-
-    `is_checked`, `digests` and `rates` are as for `Repository.scan`.
-    """
+    """The results of a run, as `Repository.scan` has them; UserError for a name that cannot name a folder."""
     repository = Repository(results_dir, campaign)
     scan = repository.scan(run_id, is_checked=is_checked, digests=digests, rates=rates or {})
     listing = read_listing(repository.run_folder(run_id))

@@ -35,11 +35,9 @@ def check_confidence(confidence: float) -> None:
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """The p values adjusted by Holm's step-down method, in the order given.
-
-    The smallest is multiplied by their number, the next by one less, and none may fall below its predecessor: the
-    chance of one false finding among all stays below the level used. [Holm 1979, Scand. J. Statistics 6:65]
-    """
+    """The p values adjusted by Holm's step-down method, in the order given."""
+    # The smallest is multiplied by their number, the next by one less, and none may fall below its predecessor: the
+    # chance of one false finding among all stays below the level used. [Holm 1979, Scand. J. Statistics 6:65]
     for value in p_values:
         if not 0 <= value <= 1:
             raise ValueError(f"expected a p value between 0 and 1, got {value}")
@@ -69,10 +67,8 @@ class Autocorrelation:
 
     @property
     def power(self) -> float:
-        """How often a test at 5 % finds `AUTOCORRELATION_SOUGHT` in so many values.
-
-        [Marriott and Pope 1954, Biometrika 41:390: the mean of the estimate; Bartlett 1946: its variance]
-        """
+        """How often a test at 5 % finds `AUTOCORRELATION_SOUGHT` in so many values."""
+        # [Marriott and Pope 1954, Biometrika 41:390: the mean of the estimate; Bartlett 1946: its variance]
         n, rho = self.n, AUTOCORRELATION_SOUGHT
         least = -1 / n + _FIVE_PERCENT * (n - 2) / n / math.sqrt(n - 1)
         return _normal_tail((least - (rho - (1 + 4 * rho) / n)) / math.sqrt((1 - rho**2) / n))
@@ -152,11 +148,9 @@ def ratio_of(log: float) -> float:
 
 
 def paired_effect(numerators: Sequence[float], denominators: Sequence[float]) -> Effect:
-    """The ratio of two things measured in the same cycles, pair by pair, since cycles are blocks.
-
-    What a whole cycle shares (a warm room, another driver state) divides out of each pair; with 2 % drift between
-    cycles and 0.5 % noise a true 1 % effect is found in 66 % of campaigns of 5 cycles so, unpaired in 2 %.
-    """
+    """The ratio of two things measured in the same cycles, pair by pair, since cycles are blocks."""
+    # What a whole cycle shares (a warm room, another driver state) divides out of each pair; with 2 % drift between
+    # cycles and 0.5 % noise a true 1 % effect is found in 66 % of campaigns of 5 cycles so, unpaired in 2 %.
     if len(numerators) != len(denominators):
         raise ValueError(f"expected pairs, got {len(numerators)} numerators and {len(denominators)} denominators")
     if not numerators:
@@ -171,11 +165,9 @@ def paired_effect(numerators: Sequence[float], denominators: Sequence[float]) ->
 
 
 def anchored_effect(now: Effect, before: Effect) -> Effect:
-    """How much more the ratio to an anchor is in one campaign than in another.
-
-    Two campaigns share no cycles; what separates their days divides out of each ratio to a configuration that both
-    measured. The variances add; the degrees of freedom are Welch's. [Satterthwaite 1946, Biometrics Bulletin 2:110]
-    """
+    """How much more the ratio to an anchor is in one campaign than in another."""
+    # Two campaigns share no cycles; what separates their days divides out of each ratio to a configuration that both
+    # measured. The variances add; the degrees of freedom are Welch's. [Satterthwaite 1946, Biometrics Bulletin 2:110]
     difference = Effect(now.log_ratio - before.log_ratio, None, None, (*before.n_cycles, *now.n_cycles))
     if now.std_error is None or now.df is None or before.std_error is None or before.df is None:
         return difference
@@ -186,11 +178,9 @@ def anchored_effect(now: Effect, before: Effect) -> Effect:
 
 
 def cycles_to_settle(effect: Effect, bound: float, confidence: float = CONFIDENCE) -> int | None:
-    """How many more cycles would place the whole interval on one side of each of ±`bound` (on logs).
-
-    The true effect and spread are taken to be those found. Of two campaigns, each needs the cycles. None without a
-    standard error, and where `cycles_needed` is None.
-    """
+    """How many more cycles would place the whole interval on one side of each of ±`bound` (on logs)."""
+    # The true effect and spread are taken to be those found. Of two campaigns, each needs the cycles. None without a
+    # standard error, and where `cycles_needed` is None.
     if effect.std_error is None or effect.df is None:
         return None
     n, log_ratio = min(effect.n_cycles), abs(effect.log_ratio)
@@ -262,12 +252,10 @@ def parse_gates(texts: Sequence[str]) -> list[Gate]:
 def judge(
     questions: Sequence[tuple[Gate, Effect | None, Reason | None]], *, confidence: float = CONFIDENCE
 ) -> tuple[Judgement, ...]:
-    """What the gates say, each of one comparison, so that all verdicts hold together with `confidence`.
-
-    Each claims the one of three regions (worse than the threshold, within it, better than it) that holds its whole t
-    interval; the intervals are widened step by step as Holm does, most certain claim first. The third part of a
-    question is what forbids any verdict.
-    """
+    """What the gates say, each of one comparison, so that all verdicts hold together with `confidence`."""
+    # Each claims the one of three regions (worse than the threshold, within it, better than it) that holds its whole t
+    # interval; the intervals are widened step by step as Holm does, most certain claim first. The third part of a
+    # question is what forbids any verdict.
     alpha = 1 - confidence
     claims = [
         (*claim, index)

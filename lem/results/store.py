@@ -190,13 +190,11 @@ class Repository:
         digests: Digests | None = None,
         rates: Mapping[str, float] | None = None,
     ) -> Scan:
-        """Everything in the campaign's folder, or in one run of it; damage is a value and never raised.
-
-        Each result is taken from the index of its run while its file has the same size, time and inode. With
-        `is_checked`, its digest must be the same, too. A result that has none of the `digests` is altered. Each
-        configuration has its current label. With `rates`, emissions and cost are by them, else by those that the
-        campaign has now; without, as recorded.
-        """
+        """Everything in the campaign's folder, or in one run of it; damage is a value and never raised."""
+        # Each result is taken from the index of its run while its file has the same size, time and inode. With
+        # `is_checked`, its digest must be the same, too. A result that has none of the `digests` is altered. Each
+        # configuration has its current label. With `rates`, emissions and cost are by them, else by those that the
+        # campaign has now; without, as recorded.
         if run_id is None:
             found = list(_nested(self.folder, lambda run: _run_items(run, run.name, is_checked=is_checked)))
         else:
@@ -240,10 +238,7 @@ def experiment_folder_name(exp_id: str, host: str) -> str:
 
 
 def count_failed(scan: Scan, listing: Listing | None = None) -> dict[str, int]:
-    """Per configuration name, how many experiments have attempts but no whole result.
-
-    One that is not in the `listing` was removed from the campaign, so nothing of it is missing.
-    """
+    """Per name of a listed configuration, how many experiments have attempts but no whole result."""
     identities = [item.record.identity for item in scan.results]
     whole = {(identity.run_id, identity.experiment_id) for identity in identities}
     names = {configuration_of(identity.experiment_id): identity.config_name for identity in identities}
@@ -403,10 +398,7 @@ def run_time(run_id: str) -> datetime | None:
 
 
 def in_order(run_ids: Iterable[str]) -> list[str]:
-    """The runs of a campaign, the last one last, whatever the clock did: IDs only grow (`make_run_id`).
-
-    Names that lem did not give, such as that of a copy, come first.
-    """
+    """The runs, the last one last; IDs only grow, whatever the clock did. Names that lem did not give come first."""
     return sorted(run_ids, key=lambda name: (run_time(name) is not None, name))
 
 

@@ -18,11 +18,9 @@ _TINY = 1e-300
 
 
 def student_t_cdf(t: float, df: float) -> float:
-    """The probability that a Student t variable with `df` degrees of freedom, at most 10^8, is at most `t`.
-
-    From the incomplete beta function: P(|T| > t) = I_x(df/2, 1/2) at x = df / (df + t²). [DLMF 8.17; Abramowitz and
-    Stegun 26.7.1]
-    """
+    """The probability that a Student t variable with `df` degrees of freedom, at most 10^8, is at most `t`."""
+    # From the incomplete beta function: P(|T| > t) = I_x(df/2, 1/2) at x = df / (df + t²). [DLMF 8.17; Abramowitz and
+    # Stegun 26.7.1]
     if df <= 0:
         raise ValueError(f"degrees of freedom must be positive, got {df}")
     if math.isinf(t):
@@ -67,11 +65,9 @@ def regularized_incomplete_beta(a: float, b: float, x: float, complement: float)
 
 
 def _beta_fraction(a: float, b: float, x: float, complement: float) -> float:
-    """I_x(a, b) by its continued fraction, DLMF 8.17.22, evaluated forwards by the modified Lentz method.
-
-    I = x^a (1-x)^b / (a B(a, b)) · 1/(1 + d1/(1 + d2/(1 + …))), with
-    d_2m = m (b-m) x / ((a+2m-1) (a+2m)) and d_2m+1 = -(a+m) (a+b+m) x / ((a+2m) (a+2m+1)).
-    """
+    """I_x(a, b) by its continued fraction, DLMF 8.17.22, evaluated forwards by the modified Lentz method."""
+    # I = x^a (1-x)^b / (a B(a, b)) · 1/(1 + d1/(1 + d2/(1 + …))), with d_2m = m (b-m) x / ((a+2m-1) (a+2m)) and d_2m+1
+    # = -(a+m) (a+b+m) x / ((a+2m) (a+2m+1)).
     log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
     front = math.exp(a * math.log(x) + b * math.log(complement) - log_beta) / a
     value, numerator, denominator = 1.0, 1.0, 0.0
@@ -95,12 +91,10 @@ def _not_zero(value: float) -> float:
 
 
 def power_of(distance: float, std_error: float, df: float, confidence: float) -> float:
-    """The chance that a t interval excludes a bound that lies `distance` above or below the true value.
-
-    P(T > t) for a noncentral t variable with noncentrality distance / std_error: the mean of Φ(noncentrality - t s)
-    over s = sqrt(χ²_df / df), the ratio of the estimated standard error to the true one, by the trapezoidal rule on
-    log s. [Johnson, Kotz and Balakrishnan 1995, Continuous Univariate Distributions 2, chapter 31]
-    """
+    """The chance that a t interval excludes a bound that lies `distance` above or below the true value."""
+    # P(T > t) for a noncentral t variable with noncentrality distance / std_error: the mean of Φ(noncentrality - t s)
+    # over s = sqrt(χ²_df / df), the ratio of the estimated standard error to the true one, by the trapezoidal rule on
+    # log s. [Johnson, Kotz and Balakrishnan 1995, Continuous Univariate Distributions 2, chapter 31]
     if std_error == 0:
         return float(distance > 0)
     shift, critical, deviations = (
@@ -126,16 +120,10 @@ def power_of(distance: float, std_error: float, df: float, confidence: float) ->
 def cycles_needed(
     distances: Sequence[float], spread: float, confidence: float, *, df_per_pair: float = 1.0
 ) -> int | None:
-    """With how many cycles an interval excludes all bounds with a chance of at least `POWER`.
-
-    None beyond `MOST_CYCLES_PLANNED`. That two bounds are excluded together is at least as likely as one, less the
-    chance that the other is not. [Bonferroni]
-
-    Args:
-        distances: from the true log ratio to each bound.
-        spread: the standard deviation of the log ratio of one pair.
-        df_per_pair: degrees of freedom that each pair after the first adds: more than 1 where two campaigns add theirs.
-    """
+    """With how many cycles an interval excludes all bounds at these log `distances` with a chance of `POWER`."""
+    # None beyond `MOST_CYCLES_PLANNED`. That two bounds are excluded together is at least as likely as one, less the
+    # chance that the other is not. [Bonferroni] `df_per_pair` is more than 1 where two campaigns add degrees of
+    # freedom.
 
     def is_enough(cycles: int) -> bool:
         df = df_per_pair * (cycles - 1)

@@ -37,10 +37,6 @@ _NUMBERS_SHOWN = 12
 
 
 def render_run(run: Run, *, has_budget: bool = False, is_colour: bool = False, width: int = WIDTH) -> str:
-    """The table as text that ends in a newline: throughput, energy, latency, counts, and what weakens the numbers.
-
-    With `has_budget`, also what the uncertainty of each energy consists of.
-    """
     if not run.configurations:
         return "No results.\n"
     return _RunTable(run, Doc(width, is_colour=is_colour)).render(has_budget=has_budget)

@@ -79,11 +79,9 @@ def trend_of(
     length: float,
     confidence: float = 1 - FALSE_ALARMS,
 ) -> Drift | None:
-    """The change of values, given by their logs, over `length` places; None if places and groups are not separable.
-
-    Least squares of the logs on the place, with a mean for each group of each grouping, so that what differs between
-    configurations (or cycles) is not taken for a trend.
-    """
+    """The change of values, given by their logs, over `length` places; None if places and groups are not separable."""
+    # Least squares of the logs on the place, with a mean for each group of each grouping, so that what differs between
+    # configurations (or cycles) is not taken for a trend.
     steps, left = without_means(places, *groupings), without_means(logs, *groupings)
     squares = math.fsum(step * step for step in steps)
     if squares < 1e-6:
@@ -144,11 +142,9 @@ def _in_order(run: Run) -> Cycles:
 
 
 def drift_of(run: Run, metric: Metric) -> Drift | None:
-    """How a metric moves from the first experiment to the last: the slope over cycle means; None with too few cycles.
-
-    The experiments of a cycle share its conditions, so cycles and not experiments are the independent observations.
-    The confidence is divided among the metrics watched, so that all of them together have the stated false alarms.
-    """
+    """How a metric moves from the first experiment to the last: the slope over cycle means; None with too few."""
+    # The experiments of a cycle share its conditions, so cycles and not experiments are the independent observations.
+    # The confidence is divided among the metrics watched, so that all of them together have the stated false alarms.
     cycles = _cycle_means(run, metric)
     orders = [record.identity.order_index for _, record, _ in _values(run, metric)]
     length = max(orders, default=0) - min(orders, default=0)

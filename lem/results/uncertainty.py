@@ -68,11 +68,7 @@ class Combined:
 
 
 def combine(effect: Effect, causes: Causes, confidence: float = CONFIDENCE) -> Combined:
-    """The uncertainty of a mean or ratio over cycles, whose standard error is known, with these common causes.
-
-    The degrees of freedom are those of Welch and Satterthwaite, where all but the spread has infinitely many. [GUM
-    G.4.1]
-    """
+    """The uncertainty over cycles with common causes; degrees of freedom by Welch and Satterthwaite. [GUM G.4.1]"""
     spread = effect.std_error or 0.0
     budget = {CYCLES: spread, **causes}
     df = (effect.df or 1) * (math.hypot(*budget.values()) / spread) ** 4 if spread else _MOST_DF
@@ -121,10 +117,8 @@ def _budget_of(metric: Metric, energy: Energy) -> tuple[float | None, Measured[M
 
 
 def ratio_causes(metric: Metric, below: Sequence[Record], above: Sequence[Record]) -> Measured[Causes]:
-    """What is common to all cycles of a ratio of two configurations.
-
-    The error of the sensors divides out if both were measured on the same cards.
-    """
+    """What is common to all cycles of a ratio of two configurations."""
+    # The error of the sensors divides out if both were measured on the same cards.
     if metric.group != "energy":
         return known(None, "no_meter_uncertainty")
     sides = [common_causes(metric, records) for records in (below, above)]

@@ -179,10 +179,7 @@ _REPORTS = {
 
 
 def encode_line(message: Mapping[str, Any]) -> bytes:
-    """The message as one line, in ASCII, so that a path that is not UTF-8 survives as its escapes.
-
-    Raises ValueError: a NaN or an infinity, which JSON does not have.
-    """
+    """The message as a line of ASCII, so that any path survives; ValueError for NaN or infinity."""
     return json.dumps(message, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
 
 
@@ -215,10 +212,7 @@ class LineBuffer:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The lines that `data` completes, without their ends; blank ones are left out.
-
-        Raises ChannelError: a line longer than any message.
-        """
+        """The lines that `data` completes, blank ones left out; ChannelError for one longer than any message."""
         self._buffer += data
         lines: list[bytes] = []
         if b"\n" in data:
@@ -270,12 +264,10 @@ _TAIL_B = 8 * KIB
 
 @functools.cache
 def forms_of(secret: str) -> tuple[str, ...]:
-    """The forms in which programs print a secret, the longest first; () for one that is too short to look for.
-
-    As it is, percent-encoded (the characters that need it, or all), and in Base64, also within a longer text: three
-    bytes become four characters, so there are three ways to fall into them. Characters that depend on the text before
-    and after it are left out.
-    """
+    """The forms in which programs print a secret, the longest first; () for one that is too short to look for."""
+    # As it is, percent-encoded (the characters that need it, or all), and in Base64, also within a longer text: three
+    # bytes become four characters, so there are three ways to fall into them. Characters that depend on the text before
+    # and after it are left out.
     data = secret.strip().encode("utf-8", "surrogateescape")
     if len(secret.strip()) < SHORTEST_SECRET:
         return ()
@@ -299,10 +291,9 @@ def redact(text: str, secrets: Iterable[str]) -> str:
 
 
 class EngineLog:
-    """The log of one experiment, appended to; OSError when it cannot be opened.
+    """The log of one experiment, appended to; OSError when it cannot be opened."""
 
-    When it can no longer be written (the disk is full), its lines are lost, but the experiment goes on.
-    """
+    # When it can no longer be written (the disk is full), its lines are lost, but the experiment goes on.
 
     def __init__(self, path: str, secrets: Iterable[str] = ()) -> None:
         forms = {form.encode("utf-8", "surrogateescape") for secret in secrets for form in forms_of(secret)}

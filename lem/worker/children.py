@@ -142,12 +142,10 @@ class SamplerProcess:
         interval_ms: int = 100,
         tdp_w: float | None = None,
     ) -> None:
-        """Start it; it writes the header of its log a moment later, see `wait_until_ready`.
-
-        `command` is `own_command`, and `output`, the log, must not exist yet. `gpus` are UUIDs, sampled every
-        `interval_ms`; `tdp_w` is the design power of all CPU packages that the user gave. Raises UserError: the command
-        cannot be started.
-        """
+        """Start it; it writes the header of its log a moment later, see `wait_until_ready`."""
+        # `command` is `own_command`, and `output`, the log, must not exist yet. `gpus` are UUIDs, sampled every
+        # `interval_ms`; `tdp_w` is the design power of all CPU packages that the user gave. Raises UserError: the
+        # command cannot be started.
         words = [*command, "worker", "--sampler", "--output", str(output), "--interval-ms", str(interval_ms)]
         words += [word for gpu in gpus for word in ("--gpu", gpu)]
         words += [] if tdp_w is None else ["--tdp", repr(tdp_w)]
@@ -185,10 +183,7 @@ class SamplerProcess:
         self._stdin.close()
 
     def stop(self, timeout_s: float) -> int | None:
-        """Its exit code as `subprocess` gives it, once it has ended; it is killed when that takes longer.
-
-        None for one that even KILL does not end, since it hangs in a driver.
-        """
+        """Its exit code; it is killed at the timeout. None if even KILL does not end it, since it hangs in a driver."""
         self.hang_up()
         for patience_s in (timeout_s, _DEATH_S):
             with contextlib.suppress(process.TimeoutExpired):

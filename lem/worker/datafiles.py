@@ -71,10 +71,7 @@ def sliced(rows: Iterable[Row], split: str) -> Iterable[Row]:
 
 
 def files_of_split(place: Path, split: str, subset: str | None, usual: tuple[str, str | None]) -> tuple[Path, ...]:
-    """The files of a split in a data set's own folder, or the one file that the data set is.
-
-    A file, and a folder without the `usual` subset, hold the `usual` split and subset; these are the alias's own.
-    """
+    """The files of a split in a data set's own folder, or the one file that the data set is."""
     wanted, (usual_split, usual_subset) = split_name(split), usual
     if place.is_file():
         if suffix_of(place) not in _READERS:
@@ -139,10 +136,8 @@ def _format_of(file: Path) -> str:
 
 
 def _format_of_split(files: Iterable[Path]) -> str:
-    """The one format of the data files of a split; "" if there are none, `_UNCERTAIN` if there are several.
-
-    Documents beside other data are not counted, as long as they are not more.
-    """
+    """The one format of the data files of a split; "" if there are none, `_UNCERTAIN` if there are several."""
+    # Documents beside other data are not counted, as long as they are not more.
     counts = Counter(filter(None, map(_format_of, files)))
     documents = {suffix: counts.pop(suffix) for suffix in _DOCUMENTS if suffix in counts}
     found = {_FAMILY.get(suffix, suffix) for suffix in counts} or set(documents)

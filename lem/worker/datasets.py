@@ -73,13 +73,11 @@ def choice_of_name(
 def resolve_dataset(
     config: ExperimentConfig, environ: Mapping[str, str], secrets: Mapping[str, str], draw: int = 0
 ) -> ResolvedPrompts:
-    """The prompts of an experiment's data set, with its source, revision and hash.
-
-    Rows without a prompt are skipped and counted. Where there are fewer than `sample_size`, all of them are taken and a
-    warning says so: a repeated prompt would meet a warm prefix cache.
-    LEM_DATASETS_DIR is read from `environ`; the hub's own variables (HF_HOME, HF_HUB_OFFLINE) by its package. Raises
-    EngineError: kind `prompts`; permanent unless it may be the network's fault.
-    """
+    """The prompts of an experiment's data set, with its source, revision and hash."""
+    # Rows without a prompt are skipped and counted. Where there are fewer than `sample_size`, all of them are taken and
+    # a warning says so: a repeated prompt would meet a warm prefix cache. LEM_DATASETS_DIR is read from `environ`; the
+    # hub's own variables (HF_HOME, HF_HUB_OFFLINE) by its package. Raises EngineError: kind `prompts`; permanent unless
+    # it may be the network's fault.
     choice = choice_of(config)
     rows: Iterable[Row]
     source: dict[str, Any]
@@ -110,12 +108,10 @@ def check_dataset(config: ExperimentConfig, environ: Mapping[str, str], secrets:
 
 
 def find_files(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[Path, ...]:
-    """The files of a data set that is a file or folder itself, or is in the folder LEM_DATASETS_DIR; else ().
-
-    In that folder it is `<name>.<suffix>`, or a folder `<name>`. A hub name `owner/name` is also looked for as
-    `owner__name`, `owner--name` and `name`. Raises EngineError: kind `prompts`, the variable names no folder, or it is
-    not certain which files are the split.
-    """
+    """The files of a data set that is a file or folder itself, or is in the folder LEM_DATASETS_DIR; else ()."""
+    # In that folder it is `<name>.<suffix>`, or a folder `<name>`. A hub name `owner/name` is also looked for as
+    # `owner__name`, `owner--name` and `name`. Raises EngineError: kind `prompts`, the variable names no folder, or it
+    # is not certain which files are the split.
     alias = DATASET_ALIASES.get(choice.name) or _BY_HUB_NAME.get(choice.name)
     usual = ("train", None) if alias is None else (alias.split, alias.subset)
     own = durable.in_home(choice.name)
@@ -202,10 +198,8 @@ def _check_split(choice: DatasetChoice, found: Iterable[Any] | None) -> None:
 
 @contextlib.contextmanager
 def _writable_cache(folder: Path, is_offline: bool) -> Iterator[str | None]:
-    """None, or a folder in place of the cache of `datasets`, which locks what it reads, if that is read-only.
-
-    Offline it holds links to what was prepared; online, data sets are prepared again from what the hub's cache holds.
-    """
+    """None, or a folder in place of the cache of `datasets`, which locks what it reads, if that is read-only."""
+    # Offline it holds links to what was prepared; online, data sets are prepared again from what the hub's cache holds.
     if not folder.is_dir() or os.access(folder, os.W_OK):
         yield None
         return

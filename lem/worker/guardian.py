@@ -36,11 +36,9 @@ _ABANDONED_CODE = 128 + signal.SIGKILL
 
 
 def start_guarded(control_fd: int, message_fd: int) -> None:
-    """Return in the engine process; the process that called becomes its guardian and does not return.
-
-    To be called before there are threads, and before anything is imported that a guardian does not need.
-    `control_fd` is the read end of the pipe whose only write end the supervisor holds.
-    """
+    """Return in the engine process; the process that called becomes its guardian and does not return."""
+    # To be called before there are threads, and before anything is imported that a guardian does not need. `control_fd`
+    # is the read end of the pipe whose only write end the supervisor holds.
     guardian_pid = os.getpid()
     engine_pid = os.fork()
     if engine_pid == 0:

@@ -66,12 +66,7 @@ class Reporter(Protocol):
 def open_metering(
     request: RunRequest, config: ExperimentConfig, *, is_resident: bool, clock: Clock, reporter: Reporter
 ) -> Metering:
-    """The meters of an attempt, once the sampler writes.
-
-    With `is_resident` its engine is loaded already, so that what is on the GPU now may be its own. Raises MeterRefused:
-    the configuration demands energy that cannot be measured here; EngineError: kind `meter`, the sampler does not
-    write.
-    """
+    """The meters, once the sampler writes; MeterRefused, or EngineError of kind `meter` if it does not write."""
     if config.measurement.external_csv is not None:
         # Refused now, not after an hour.
         read_external(Path(config.measurement.external_csv), config.measurement.external_unit)
@@ -132,10 +127,7 @@ class Metering:
         return self.known_baselines.get(self.sources.primary or "", Baselines())
 
     def choose(self, gpu_uuids: Sequence[str]) -> None:
-        """Choose what gives the energy of an experiment on these GPUs; without any it runs on the CPU.
-
-        Raises MeterRefused: the configuration demands energy that cannot be measured here.
-        """
+        """Choose what gives the energy of an experiment on these GPUs, or on the CPU; raises MeterRefused."""
         self._gpu_uuids = tuple(gpu_uuids)
         self.sources = choose_sources(self.config, self._usable(self.read()).header, gpu_uuids, foreign=self.foreign)
 
@@ -146,10 +138,7 @@ class Metering:
         self.marks.append(Mark(name, opened_ns, self.clock.monotonic_ns()))
 
     def rest_bare(self) -> None:
-        """Measure power without an engine, unless it is known; what is on the GPUs when it ends is not the engine's.
-
-        Raises MeterRefused: the configuration demands energy, and another program has come meanwhile.
-        """
+        """Measure power without an engine, unless it is known; MeterRefused if another program has come meanwhile."""
         if self._has_rest and self.baselines.bare_power_w is None:
             text = "idle without an engine"
             self._rest(self._guard_s, text)  # a meter is first read a moment after the sampler's start
@@ -207,10 +196,7 @@ class Metering:
         return abs(last_w - before_w) < SETTLE_TOLERANCE * before_w
 
     def window_floor_s(self) -> float:
-        """The minimum length of the window: as configured, and long enough for the meter of the GPUs.
-
-        Raises as `choose`: a counter has stood still under the load of the warm-up.
-        """
+        """The least length of the window: as configured, and long enough for the GPUs' meter; raises MeterRefused."""
         self.choose(self._gpu_uuids)
         period_s = 0.0
         if self.sources.gpu_method == EnergySource.COUNTER:
@@ -258,10 +244,8 @@ class Metering:
 
     @property
     def _guard_s(self) -> float:
-        """Two readings of the slowest meter in use, and at least the lag of a sensor; 0 without any.
-
-        A meter of the user's own counts as far as its readings do not make a window too long.
-        """
+        """Two readings of the slowest meter in use, and at least the lag of a sensor; 0 without any."""
+        # A meter of the user's own counts as far as its readings do not make a window too long.
         period_s = samples.SLOW_PERIOD_S if is_cpu_source(self.sources.cpu_method) else 0.0
         if EnergySource.COUNTER in (self.sources.gpu_method, self.sources.cpu_method):
             period_s = max(period_s, self._counter_period_s())
@@ -280,10 +264,8 @@ class Metering:
             return UNKNOWN_PERIOD_S
 
     def find_own_processes(self, known: frozenset[int] | None) -> frozenset[int] | None:
-        """The engine's processes: as known since its load, else those that came with it.
-
-        To be asked when the engine has worked, before the window.
-        """
+        """The engine's processes: as known since its load, else those that came with it."""
+        # To be asked when the engine has worked, before the window.
         self.own_pids = known
         if known is None:
             asked_ns = self.clock.monotonic_ns()
@@ -296,11 +278,9 @@ class Metering:
         return self.own_pids
 
     def find_processes(self) -> dict[str, tuple[int, ...]]:
-        """{uuid: pids} of the processes that compute on the sampled GPUs, as seen from now on.
-
-        The sampler reads them once a second. What it saw before may be an engine that has ended since, or may miss
-        one that has begun.
-        """
+        """{uuid: pids} of the processes that compute on the sampled GPUs, as seen from now on."""
+        # The sampler reads them once a second. What it saw before may be an engine that has ended since, or may miss
+        # one that has begun.
         if self.read().header.gpus:
             self._catch_up(self.clock.monotonic_ns(), is_loads=True)  # loads are written right after the processes
         return _processes_of(self.read())
@@ -325,10 +305,7 @@ class Metering:
         }
 
     def close(self, folder: Path, measured: MeasuredWindow) -> EnergyFindings:
-        """The figures of the attempt; the log they come from is kept in its folder where that is wanted.
-
-        Raises OSError: the log cannot be written.
-        """
+        """The figures of the attempt; the log is kept in its folder where that is wanted, or raises OSError."""
         self._catch_up(self.clock.monotonic_ns())
         self._choose_again()
         path = self.config.measurement.external_csv
@@ -356,10 +333,8 @@ class Metering:
             self.sources = dataclasses.replace(self.sources, gpu_method=None, primary=None, scope=None, reasons=reasons)
 
     def _external_readings(self, path: Path) -> ExternalReadings:
-        """The readings of the user's own meter, waited for until they cover the window.
-
-        A file that cannot be read any more costs its own figure and not the whole measurement.
-        """
+        """The readings of the user's own meter, waited for until they cover the window."""
+        # A file that cannot be read any more costs its own figure and not the whole measurement.
         begin_ns = self.clock.monotonic_ns()
         while True:
             try:

@@ -68,11 +68,9 @@ BUNDLED = SyntheticPrompts(distribution=experiment.BUNDLED_DISTRIBUTION)
 
 
 def seed_of_draw(seed: int, draw: int) -> int | str:
-    """The seed of a `random.Random` for one of many draws: of prompts or arrivals, one for each cycle.
-
-    The first draw is that of builds that drew once for all cycles. A seed of text is hashed with SHA-512, the same on
-    every Python and machine.
-    """
+    """The seed of a `random.Random` for one of many draws: of prompts or arrivals, one for each cycle."""
+    # The first draw is that of builds that drew once for all cycles. A seed of text is hashed with SHA-512, the same on
+    # every Python and machine.
     return seed if draw == 0 else f"{seed}/{draw}"
 
 
@@ -134,14 +132,9 @@ class ResolvedPrompts:
 
 
 def resolve_on_host(config: ExperimentConfig, folder: Path | None = None, *, draw: int = 0) -> ResolvedPrompts | None:
-    """The prompts of an experiment; None for a data set, which needs a hub or the `datasets` package.
-
-    Those in the `prompts.jsonl` of `folder`, a result folder, are taken as they are; others are made anew for each
-    `draw`. Without `dataset` and `prompts` it
-    is the bundled synthetic set, and the source says so. Where a file holds fewer than `sample_size`, all of them are
-    taken and a warning says so: a repeated prompt would meet a warm prefix cache. Raises PromptError: a file that
-    cannot be read or holds no usable prompts.
-    """
+    """The prompts of an experiment, or those in a result `folder`; None for a data set. Raises PromptError."""
+    # Where a file holds fewer than `sample_size`, all of them are taken and a warning says so: a repeated prompt would
+    # meet a warm prefix cache.
     chosen = config.prompts
     if config.uses_dataset:
         return None
@@ -192,12 +185,7 @@ def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
 
 
 def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
-    """The prompts of a text file, one a line, or of JSON: a row a line, or in `.json` also a list of rows.
-
-    Each may be packed (`.gz`). A row is as for `prompt_of_record`, and may bound its own `input_tokens` and
-    `output_tokens`. Raises PromptError: no such file, not UTF-8, empty, another format, or lines that are blank (but at
-    the end) or malformed, each with its number.
-    """
+    """The prompts of a text file, one a line, or of JSON, also packed (`.gz`); PromptError names each bad line."""
     text, unit = _read_text(path), ":"
     parse: Callable[[Any], Any] = str
     rows: list[Any] = text.split("\n")
@@ -264,10 +252,7 @@ def unpacked(stream: BinaryIO, path: Path) -> BinaryIO:
 
 
 def read_template(config: ExperimentConfig, folder: Path | None = None) -> str | None:
-    """The chat template in the file that an experiment names, or its copy in a result folder; None for no file.
-
-    Raises PromptError: a file that cannot be read.
-    """
+    """The chat template that an experiment names, or its copy in a result folder; None without one; PromptError."""
     if config.chat_template in (NO_TEMPLATE, OWN_TEMPLATE):
         return None
     copy = None if folder is None else folder / TEMPLATE_FILE

@@ -70,10 +70,7 @@ class Findings:
 
 
 def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
-    """The record, with every secret of the request redacted; `host` is from `read_host`.
-
-    Raises EngineError: kind `channel`, the host left out part of the identity.
-    """
+    """The record, redacted; EngineError of kind `channel` if the host left out part of the identity."""
     request, measured, energy = found.request, found.measured, found.energy
     done = describe_work(measured, found.config)
     source = {**found.prompts.source, "draw": request.draw}
@@ -161,10 +158,8 @@ def _window(found: Findings, measured: Mapping[str, Any]) -> Window:
 
 
 def _compute(measured: MeasuredWindow, report: EngineReport, peak_memory_b: int | None) -> Compute:
-    """Forward passes only: 2 FLOPs for each non-embedding parameter and token (Kaplan et al. 2020, section 2.1).
-
-    Of a mixture of experts, the parameters that a token uses. Attention over the context is left out.
-    """
+    """Forward passes only: 2 FLOPs for each non-embedding parameter and token (Kaplan et al. 2020, section 2.1)."""
+    # Of a mixture of experts, the parameters that a token uses. Attention over the context is left out.
     active, embeddings = report.active_parameters, report.embedding_parameters
     counted = "all active parameters (embeddings unknown)" if embeddings is None else "active non-embedding parameters"
     flops = method = confidence = None
@@ -247,10 +242,8 @@ def describe_environment(
 def fingerprint_of(
     host: Mapping[str, Any], report: EngineReport, versions: Mapping[str, str], image: str | None
 ) -> str:
-    """16 hex over what makes two runs incomparable: image, engine and its libraries, driver, GPUs, and the CPU.
-
-    Left out is what an experiment chooses (its options) and what changes without mattering (kernel, free memory).
-    """
+    """16 hex over what makes two runs incomparable: image, engine and its libraries, driver, GPUs, and the CPU."""
+    # Left out is what an experiment chooses (its options) and what changes without mattering (kernel, free memory).
     parts = {
         "image": image,
         "engine": [report.engine_name, report.engine_version],
@@ -264,11 +257,9 @@ def fingerprint_of(
 
 
 def differing_options(config: ExperimentConfig, effective: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """{dotted option: [requested, effective]} of the options that the engine reports with another value.
-
-    An option left to the engine differs from nothing. Nor does a default that does not apply (effective None), such as
-    top_p under greedy decoding: the user did not ask for it.
-    """
+    """{dotted option: [requested, effective]} of the options that the engine reports with another value."""
+    # An option left to the engine differs from nothing. Nor does a default that does not apply (effective None), such
+    # as top_p under greedy decoding: the user did not ask for it.
     least = ExperimentConfig.from_dict({"model": config.model.name, "backend": config.backend})
     # With the options of a backend section that was left out.
     wanted, defaults = (_flatten({**it.to_dict(), it.backend: it.section.to_dict()}) for it in (config, least))

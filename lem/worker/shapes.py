@@ -73,11 +73,7 @@ def usable_columns(rows: Iterable[Any]) -> tuple[str, ...]:
 
 
 def prompt_of_record(record: Any, columns: Sequence[str] = (), usual: Sequence[str] = TEXT_COLUMNS) -> Prompt:
-    """The prompt in an object, or in a plain string.
-
-    Of an object, it is in these columns; without any, in the first of the usual ones that it has. A line for OpenAI's
-    batch API holds it in its `body`. Raises ValueError: there is none; the message says what was expected.
-    """
+    """The prompt in a text, or in the named or usual columns of an object; ValueError says what was expected."""
     if isinstance(record, str):
         return Prompt(_some_text(record, "prompt"))
     if not isinstance(record, Mapping):
@@ -150,10 +146,7 @@ def _prompt_of_value(column: str, value: Any) -> Prompt:
 
 
 def prompt_of_messages(given: Sequence[Mapping[str, Any]], column: str = "messages") -> Prompt:
-    """A conversation up to its last turn of the user or of a tool: the answer is not part of the prompt.
-
-    Raises ValueError: a message that is not text, or there is none of the user.
-    """
+    """A conversation up to its last turn of the user or of a tool; ValueError without one of the user."""
     messages = [_message(item) for item in given]
     roles = [item["role"] for item in messages]
     if "user" not in roles:

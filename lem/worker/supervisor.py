@@ -35,11 +35,9 @@ from lem.worker.launch import own_command
 
 
 def probe_environment() -> dict[str, Any]:
-    """Versions, devices and their settings by name, as JSON values, as far as a resume compares them.
-
-    They are `python`, each engine distribution, `driver`, `gpus` (UUIDs), `power_limits` and the CPU's `governor`. A
-    distribution, driver or governor that is not there is None.
-    """
+    """Versions, devices and their settings by name, as JSON values, as far as a resume compares them."""
+    # They are `python`, each engine distribution, `driver`, `gpus` (UUIDs), `power_limits` and the CPU's `governor`. A
+    # distribution, driver or governor that is not there is None.
     distributions = sorted({name for names in BACKEND_DISTRIBUTIONS.values() for name in names})
     versions: dict[str, str | None] = dict.fromkeys(distributions)
     for distribution in distributions:
@@ -71,10 +69,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def supervise(start_engine: Callable[[], EngineChild] = EngineChild) -> int:
-    """The exit code of a worker whose channel is this process's stdin and stdout; to be called on the main thread.
-
-    From here on stdout is stderr, so that nothing but messages reaches the channel.
-    """
+    """The exit code of a worker whose channel is this process's stdin and stdout; to be called on the main thread."""
+    # From here on stdout is stderr, so that nothing but messages reaches the channel.
     host_in, host_out = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

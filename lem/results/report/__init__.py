@@ -34,11 +34,9 @@ _CONTENT = re.compile("<(?:svg|table|ul)")
 
 
 def render_report(report: Report) -> str:
-    """The page as text; the same content gives the same text.
-
-    It fetches nothing: its content security policy forbids everything but its own style sheet and script, which are
-    named by their hashes.
-    """
+    """The page as text; the same content gives the same text."""
+    # It fetches nothing: its content security policy forbids everything but its own style sheet and script, which are
+    # named by their hashes.
     body = tag("body", *_body(report), tag("script", script := _asset("script.js")))
     style = Markup(_asset("style.css") + card_labels(body))
     policy = (

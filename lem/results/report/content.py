@@ -261,10 +261,8 @@ def _lost_settings(run: Run) -> Mapping[str, Mapping[str, Any]]:
 
 
 def select_traced(entries: Sequence[Entry], records: Sequence[Record]) -> tuple[Record, ...]:
-    """The results whose power over time is drawn: all where they are few.
-
-    Else some that were invalid or throttled, then one of each configuration in the order of merit.
-    """
+    """The results whose power over time is drawn: all where they are few."""
+    # Else some that were invalid or throttled, then one of each configuration in the order of merit.
     if len(records) <= _TRACES_SHOWN:
         return tuple(records)
     faulty = (item for item in records if not item.validity.valid or any(gpu.was_slowed for gpu in item.gpus))

@@ -157,11 +157,7 @@ def table(
     sorted_by: tuple[int, str] | None = None,
     best: int | None = None,
 ) -> Markup:
-    """A table with a caption for screen readers.
-
-    `row_head` is the column that names the row, `best` the row that stands out. With `sorted_by` (column, `ascending`
-    or `descending`) the reader can sort it.
-    """
+    """A table, which the reader can sort if it is `sorted_by` a column, `ascending` or `descending`."""
     kept = [
         [it if isinstance(it, Cell) else Cell(str(it), it, True) if isinstance(it, int) else Cell(it) for it in row]
         for row in rows
