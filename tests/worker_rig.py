@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lem.base import durable, process
+from lem.base.launch import own_command
 from lem.config.experiment import ExperimentConfig
 from lem.worker.channel import LineBuffer, RunRequest, decode_line, encode_line, read_report
-from lem.worker.launch import own_command
 from tests.processes import Marker
 
 DOUBLES = Path(__file__).parent / "doubles"

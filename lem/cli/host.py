@@ -19,6 +19,7 @@ from lem.base import log, process
 from lem.base.clock import Clock, utc_now, utc_text
 from lem.base.doc import Column, columns, terminal_width, wrapped, write_json
 from lem.base.errors import EngineError, ExitCode, UserError
+from lem.base.launch import own_command
 from lem.base.log import paint
 from lem.base.units import GIB
 from lem.base.variables import GPU_VARIABLE
@@ -34,7 +35,6 @@ from lem.orchestration.compose import packaged_compose_file
 from lem.orchestration.doctor import FAILED, OK, SKIPPED, WARNING, Host, Verdict, examine
 from lem.orchestration.locks import Holder, gpu_locks, hold_locks
 from lem.worker.datasets import DatasetChoice, choice_of_name, find_files, is_in_hub_cache
-from lem.worker.launch import own_command
 
 _WIDEST_DOCTOR = 100
 _STATUS_WIDTH = 9

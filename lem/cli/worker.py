@@ -15,9 +15,9 @@ from typing import TextIO
 
 from lem.base import process
 from lem.base.errors import ExitCode, UserError
+from lem.base.launch import own_command
 from lem.base.units import KIB
 from lem.worker.guardian import end_marked, start_guarded
-from lem.worker.launch import own_command
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:

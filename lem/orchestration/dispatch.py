@@ -19,12 +19,12 @@ from typing import Any, Protocol
 from lem.base import __version__, process
 from lem.base.durable import reason_of
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
+from lem.base.launch import own_command
 from lem.base.units import format_duration
 from lem.orchestration.schedule import StopRequest, Timeouts, Watch
 from lem.orchestration.status import Event, Observer
 from lem.worker import channel
 from lem.worker.channel import ChannelError, Failure, LineBuffer, Message, Outbox, Result, RunRequest
-from lem.worker.launch import own_command
 
 _logger = logging.getLogger(__name__)
 

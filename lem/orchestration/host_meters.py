@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from lem.base.durable import reason_of
 from lem.base.errors import UserError
+from lem.base.launch import own_command
 from lem.base.measurement import is_estimate, is_gpu_source
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
@@ -36,7 +37,6 @@ from lem.orchestration.status import Event
 from lem.record import Record
 from lem.worker.channel import FIRST_PHASE, RunRequest
 from lem.worker.children import SamplerProcess, interval_ms
-from lem.worker.launch import own_command
 
 _logger = logging.getLogger(__name__)
 

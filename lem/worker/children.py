@@ -16,8 +16,8 @@ from typing import IO, Any, cast
 from lem.base import process
 from lem.base.clock import Clock
 from lem.base.errors import UserError
+from lem.base.launch import own_command
 from lem.worker.channel import Outbox
-from lem.worker.launch import own_command
 
 
 class EndStep(enum.IntEnum):

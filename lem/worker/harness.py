@@ -25,6 +25,7 @@ from lem.base.variables import TOKEN_VARIABLE
 from lem.config.experiment import ExperimentConfig, WarmupConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Completion, Engine, TokenRequest
+from lem.engines.traffic import TrafficPlan
 from lem.meters.requestlog import REQUESTS_FILENAME, write_requests
 from lem.record import CONFIG_FILE, OUTPUTS_FILE, PROMPTS_FILE, Record
 from lem.worker.channel import RunRequest, redact
@@ -39,7 +40,7 @@ from lem.worker.prompts import (
     write_prompts,
 )
 from lem.worker.recording import Findings, Residence, WarmupOutcome, compose_record, read_host
-from lem.worker.requests import DisjointRequests, TrafficPlan, check_lengths, encode_prompts, measure_traffic, serve_all
+from lem.worker.requests import DisjointRequests, check_lengths, encode_prompts, measure_traffic, serve_all
 from lem.worker.window import Answer, MeasuredWindow, measure_batch
 
 # A ramp must hold a few turns of requests; one turn takes about as long as a step of the warm-up.

@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError
 from lem.base.reasons import Reason
-from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, Engine, TokenRequest
-from lem.meters.requestlog import OPEN_LOOP, Request
+from lem.engines.traffic import TrafficPlan, WindowRule
+from lem.meters.requestlog import Request
 from lem.meters.work import load_warnings
 from lem.worker.shapes import Prompt
 from lem.worker.window import Answer, MeasuredWindow, as_request, check_completion
@@ -175,31 +174,6 @@ def _shape_of(request: TokenRequest) -> tuple[int, int, int]:
 MAX_WAIT_S = 0.5
 
 
-@dataclass(frozen=True)
-class TrafficPlan:
-    mode: str  # `poisson` or `constant` (open loop: arrivals do not wait for completions), or `closed`
-    target_qps: float  # arrivals a second in the open loop
-    concurrency: int  # requests always in flight in the closed loop
-    seed: int | str  # of the arrival times
-    min_window_s: float
-    ramp_limit_s: float  # the longest ramp before the window
-
-    @property
-    def is_open(self) -> bool:
-        return self.mode in OPEN_LOOP
-
-
-def arrival_offsets_s(mode: str, target_qps: float, rng: random.Random) -> Iterator[float]:
-    """Seconds from the start to each arrival, without end: evenly spaced, or a Poisson process (exponential gaps)."""
-    if mode == "constant":
-        for index in itertools.count():
-            yield index / target_qps
-    elapsed_s = 0.0
-    while True:
-        elapsed_s -= math.log(1 - rng.random()) / target_qps
-        yield elapsed_s
-
-
 def measure_traffic(
     engine: Engine, requests: Sequence[TokenRequest], plan: TrafficPlan, clock: Clock, report: Callable[[int], None]
 ) -> MeasuredWindow:
@@ -256,16 +230,11 @@ class TrafficQueue:
         self._waiting: deque[TokenRequest] = deque()
         self._in_flight: dict[int, TokenRequest] = {}
         self._answered: list[Answer] = []  # also before the opening and after the closing
-        self._peak = self._answered_inside = self._succeeded = 0
-        self._begin_ns = clock.monotonic_ns()
-        self._opened_ns: int | None = None
-        self._closed_ns: int | None = None
-        self._has_turned_over = False
-        self._offsets_s = arrival_offsets_s(plan.mode, plan.target_qps, random.Random(plan.seed))
-        self._next_ns = self._draw_next()
+        begin_ns = clock.monotonic_ns()
+        self._rule = WindowRule(plan, len(self._prompts), begin_ns)
         if not plan.is_open:
             for _ in range(plan.concurrency):
-                self._arrive(self._begin_ns)
+                self._arrive(begin_ns)
 
     def take(self, limit: int) -> tuple[TokenRequest, ...]:
         """Up to `limit` requests that have arrived; waits for the first; () once the window has closed."""
@@ -273,7 +242,7 @@ class TrafficQueue:
             while True:
                 now_ns = self._clock.monotonic_ns()
                 self._advance(now_ns)
-                if self._is_over(now_ns):
+                if self._rule.is_over(now_ns):
                     return ()
                 if self._waiting:
                     taken = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
@@ -295,12 +264,11 @@ class TrafficQueue:
             input_tok, arrived_ns = len(request.token_ids), self._arrived_ns[index]
             found = as_request(index % len(self._prompts), input_tok, arrived_ns, completion)
             self._answered.append(Answer(found, completion.output_ids))
-            self._answered_inside += self._opened_ns is not None and completion.finished_ns > self._opened_ns
-            self._succeeded += completion.error is None
+            self._rule.answer(completion.finished_ns, is_good=completion.error is None)
             answered = len(self._answered)
             now_ns = self._clock.monotonic_ns()
             self._advance(now_ns)
-            if not self._plan.is_open and not self._is_over(now_ns):
+            if not self._plan.is_open and not self._rule.is_over(now_ns):
                 self._arrive(now_ns)
             self._changed.notify_all()
         self._report(answered)
@@ -308,8 +276,8 @@ class TrafficQueue:
     def close(self) -> MeasuredWindow:
         """The window, once the engine has stopped serving. Raises EngineError: it stopped while the window was open."""
         with self._changed:
-            opened_ns, closed_ns = self._opened_ns, self._closed_ns
-            if opened_ns is None or closed_ns is None or not self._is_over(self._clock.monotonic_ns()):
+            opened_ns, closed_ns = self._rule.opened_ns, self._rule.closed_ns
+            if opened_ns is None or closed_ns is None or not self._rule.is_over(self._clock.monotonic_ns()):
                 raise EngineError("the backend stopped serving before the window closed")
             return self._add_up(opened_ns, closed_ns)
 
@@ -320,7 +288,7 @@ class TrafficQueue:
         ]
         unanswered += [self._unanswered(request, None) for request in self._waiting]
         is_untimed = any(it.is_good and it.output_tok and it.token_times_ns is None for it, _ in self._answered)
-        warnings = [] if self._has_turned_over else [Reason.of("ramp_cut_short", ramp_s=self._plan.ramp_limit_s)]
+        warnings = [] if self._rule.has_turned_over else [Reason.of("ramp_cut_short", ramp_s=self._plan.ramp_limit_s)]
         warnings += [Reason.of("tokens_untimed")] if is_untimed else []
         window = MeasuredWindow(
             traffic_mode=self._plan.mode,
@@ -338,46 +306,22 @@ class TrafficQueue:
         return Request(number, len(request.token_ids), arrived_ns=arrived_ns, error=error)
 
     def _advance(self, now_ns: int) -> None:
-        """Let happen what happens by now: arrivals, the opening of the window and, in the closed loop, its closing."""
-        if self._plan.is_open:
-            while self._next_ns <= now_ns and (self._closed_ns is None or self._next_ns <= self._closed_ns):
-                self._arrive(self._next_ns)
-                self._next_ns = self._draw_next()
-        # When every prompt failed, going on would only pile up failures, as fast as the engine makes them.
-        fails_as_a_whole = self._succeeded == 0 and len(self._answered) >= max(len(self._prompts), self._peak)
-        if fails_as_a_whole and not self._is_over(now_ns):
-            self._opened_ns, self._closed_ns, self._has_turned_over = self._begin_ns, now_ns, True
-        elif self._opened_ns is None:
-            self._has_turned_over = len(self._answered) >= max(1, self._peak)
-            if self._has_turned_over or seconds_between(self._begin_ns, now_ns) >= self._plan.ramp_limit_s:
-                self._opened_ns = now_ns
-                if self._plan.is_open:
-                    length_s = max(self._plan.min_window_s, len(self._prompts) / self._plan.target_qps)
-                    self._closed_ns = now_ns + math.ceil(length_s * NS_PER_S)
-        elif self._closed_ns is None:
-            is_long_enough = seconds_between(self._opened_ns, now_ns) >= self._plan.min_window_s
-            if is_long_enough and self._answered_inside >= len(self._prompts):
-                self._closed_ns = now_ns
-
-    def _is_over(self, now_ns: int) -> bool:
-        return self._closed_ns is not None and now_ns >= self._closed_ns
+        for arrived_ns in self._rule.arrivals(now_ns):
+            self._arrive(arrived_ns)
+        self._rule.advance(now_ns)
 
     def _arrive(self, arrived_ns: int) -> None:
         index = len(self._arrived_ns)
         self._arrived_ns.append(arrived_ns)
         self._waiting.append(replace(self._prompts[index % len(self._prompts)], index=index))
-        self._peak = max(self._peak, len(self._waiting) + len(self._in_flight))
+        self._rule.arrive(len(self._waiting) + len(self._in_flight))
 
     def _wait(self, now_ns: int) -> None:
         if not self._plan.is_open:
             self._changed.wait(MAX_WAIT_S)  # for a completion, which another thread of the engine hands in
             return
-        until_ns = self._next_ns if self._closed_ns is None else min(self._next_ns, self._closed_ns)
         self._changed.release()
         try:
-            self._clock.sleep(min(seconds_between(now_ns, until_ns), MAX_WAIT_S))
+            self._clock.sleep(min(seconds_between(now_ns, self._rule.next_ns), MAX_WAIT_S))
         finally:
             self._changed.acquire()
-
-    def _draw_next(self) -> int:
-        return self._begin_ns + math.ceil(next(self._offsets_s) * NS_PER_S)

@@ -23,6 +23,7 @@ from typing import Any
 
 from lem.base import __version__
 from lem.base.errors import DISK_FULL, UserError
+from lem.base.launch import own_command
 from lem.base.process import describe_exit, hint_on_exit, would_repeat
 from lem.engines.common import BACKEND_DISTRIBUTIONS, OTHER_NAMES
 from lem.meters.machine import named_gpus, read_machine, visible_gpus
@@ -31,7 +32,6 @@ from lem.record import LOG_FILE
 from lem.worker import channel
 from lem.worker.channel import READ_B, ChannelError, Check, EngineLog, LineBuffer, Message, Outbox, RunRequest
 from lem.worker.children import EndStep, EngineChild, SamplerProcess, interval_ms
-from lem.worker.launch import own_command
 
 
 def probe_environment() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from lem.base.durable import STRUCTURES
 from lem.base.measurement import UNSTEADY_BY_CHANCE
+from lem.engines.traffic import arrival_offsets_s
 from lem.meters.requestlog import Request, RequestLog
 from lem.meters.work import latency_of, percentile
 from lem.orchestration.resume import make_rule, needs_cycle
@@ -51,7 +52,6 @@ from lem.results.stats import Gate, Verdict, anchored_effect, paired_effect, par
 from lem.results.stopping import StoppingRule, next_stage, parse_target
 from lem.results.student import POWER
 from lem.results.trends import WATCHED, autocorrelation_of_cycles, drift_of, is_chance, position_effect
-from lem.worker.requests import arrival_offsets_s
 from tests.bench.interference import make_model, run_campaign
 from tests.bench.simulation import TRUE_ENERGY_J, Simulated
 

@@ -26,13 +26,13 @@ from typing import Any
 
 from lem.base import measurement as names
 from lem.base.clock import Clock
+from lem.base.launch import own_command
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import AttemptLog, choose_sources, without_still_counters
 from lem.meters.curve import Span
 from lem.meters.energy import measure
 from lem.meters.samples import Mark, PartReader
 from lem.worker.children import SamplerProcess, wait_until_ready
-from lem.worker.launch import own_command
 from tests.bench.peers_side import REST_S
 from tests.bench.truth import ROOT, ROWS
 from tests.doubles.nvml.library import NvmlDouble

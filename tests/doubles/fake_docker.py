@@ -246,7 +246,7 @@ class Command:
             nothing: dict[str, Any] = {"gpus": [], "driver": None, "error": "NVML Shared Library Not Found"}
             print(json.dumps(self.state.get("gpus", {}).get(service, nothing)))
             return 0
-        launch = Path(__file__).parents[2] / "lem" / "worker" / "launch.py"
+        launch = Path(__file__).parents[2] / "lem" / "base" / "launch.py"
         # A session of its own: killing the client of the real one reaches nothing inside either.
         return subprocess.call(
             [sys.executable, "-u", str(launch), *arguments],

@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 VARIABLE = "LEMTEST_WARM"
 MARK_VARIABLE = "LEMTEST_SANDBOX"  # of the server: as long as each mark that takes its place
-_LAUNCH = os.path.join("lem", "worker", "launch.py")  # noqa: PTH118 - the end of an argument
+_LAUNCH = os.path.join("lem", "base", "launch.py")  # noqa: PTH118 - the end of an argument
 _FIRST_FREE = 100  # above the descriptors that are replaced
 
 # linux/capability.h, linux/prctl.h

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 from lem.base.clock import Clock
+from lem.base.launch import own_command
 from lem.meters.samples import PartReader, SampleLog
 from lem.worker.children import SamplerProcess, wait_until_ready
-from lem.worker.launch import own_command
 from tests.gpu.engine_client import Engine
 from tests.gpu.extent import Extent
 from tests.gpu.finding import Finding, LeftOut

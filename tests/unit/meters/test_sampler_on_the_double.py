@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from lem.base.launch import own_command
 from lem.cli.report import trace_of
 from lem.meters.samples import PartReader, SampleLog
-from lem.worker.launch import own_command
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, GpuTrace, Level, Load, PowerSignal, Ripple, Trace
 from tests.processes import wait_for

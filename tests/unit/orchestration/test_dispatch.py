@@ -16,6 +16,7 @@ import pytest
 
 from lem import __version__
 from lem.base.errors import EngineError, UserError
+from lem.base.launch import own_command
 from lem.config.experiment import ExperimentConfig
 from lem.orchestration.dispatch import (
     LocalExecutor,
@@ -42,7 +43,6 @@ from lem.worker.channel import (
     Result,
     RunRequest,
 )
-from lem.worker.launch import own_command
 from tests.processes import children_of, wait_until_ended
 from tests.pythons import Python, find_pythons
 from tests.worker_rig import COMMAND, SMALL, Rig

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lem.base import process
-from lem.worker.launch import own_command
+from lem.base.launch import own_command
 from tests.processes import children_of
 from tests.worker_rig import RawWorker, Rig
 
@@ -39,7 +39,7 @@ def test_a_worker_from_a_zip_starts_its_engine_process_from_the_same_zip(rig: Ri
 
 
 def test_a_zip_names_itself_absolutely_however_it_was_called(archive: Path):
-    program = "import sys; sys.path.insert(0, 'lem.pyz'); from lem.worker.launch import own_command; "
+    program = "import sys; sys.path.insert(0, 'lem.pyz'); from lem.base.launch import own_command; "
 
     finished = process.run(
         (sys.executable, "-I", "-c", program + "print(own_command('py'))"), timeout_s=60, cwd=archive.parent
@@ -71,7 +71,7 @@ def test_the_import_path_of_the_engine_is_left_alone(tmp_path: Path):
 
     import_path = ast.literal_eval(finished.stdout.splitlines()[-1])
     assert str(tmp_path) in import_path
-    assert not {str(ROOT), str(ROOT / "lem" / "worker"), ""} & set(import_path)
+    assert not {str(ROOT), str(ROOT / "lem" / "base"), ""} & set(import_path)
 
 
 def test_processes_that_multiprocessing_spawns_find_lem(tmp_path: Path):

@@ -15,11 +15,10 @@ from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, RequestQueue, TokenRequest
+from lem.engines.traffic import TrafficPlan, arrival_offsets_s
 from lem.worker.requests import (
     DisjointRequests,
     PreparedQueue,
-    TrafficPlan,
-    arrival_offsets_s,
     check_lengths,
     encode_prompts,
     measure_traffic,

@@ -11,9 +11,9 @@ import pytest
 
 from lem.base.clock import Clock
 from lem.base.errors import UserError
+from lem.base.launch import own_command
 from lem.meters.samples import PartReader, SampleLog
 from lem.worker.children import SamplerProcess, wait_until_ready
-from lem.worker.launch import own_command
 from tests.doubles.nvml.library import NvmlDouble
 from tests.processes import Marker, wait_for, wait_until_ended
 from tests.unit.meters.nvml_stand_in import FakeClock

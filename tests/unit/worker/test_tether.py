@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from lem.base import process
+from lem.base.launch import own_command
 from lem.base.variables import MARK_VARIABLE
 from lem.worker.guardian import end_marked, find_marked
-from lem.worker.launch import own_command
 from tests.processes import Marker, wait_for
 
 WORKER = (*own_command(sys.executable), "worker")

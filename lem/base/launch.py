@@ -1,6 +1,6 @@
 """How this copy of lem is started in another process, under this Python or another one.
 
-As a script (`python lem/worker/launch.py worker`) it runs the lem that it lies in and leaves the import path
+As a script (`python lem/base/launch.py worker`) it runs the lem that it lies in and leaves the import path
 as it found it: an engine finds its own packages there and none of those that happen to lie beside lem.
 """
 
