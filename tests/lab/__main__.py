@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from lem.base.errors import UserError
 from tests.lab.engine import engine_version, own_engine, remove_containers, remove_data, start_engine, stop_engine
-from tests.lab.environments import provide_environment, provide_model, remove_folder
+from tests.lab.environments import provide_environment, provide_gguf, provide_model, remove_folder
 from tests.lab.image import RECIPE, image_recipe, provide_image, remove_image
 from tests.lab.packages import install_packages, provide_compose, remove_compose
 from tests.lab.places import COMPOSE_FILES, MODELS, Places
@@ -27,7 +27,7 @@ from tests.lab.state import lacking, report
 ENGINE_PACKAGES = ("docker.io", "iptables")
 IMAGE_PACKAGES = ("debootstrap",)
 ENVIRONMENT_PACKAGES = ("python3-venv",)
-PARTS = ("engine", "image", "pytorch", "models", "vllm")
+PARTS = ("engine", "image", "pytorch", "llamacpp", "models", "vllm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +68,7 @@ def _up(places: Places, options: argparse.Namespace) -> int:
         "engine": _provide_engine,
         "image": _provide_image,
         "pytorch": lambda where: _provide_environment(where, "pytorch"),
+        "llamacpp": lambda where: _provide_environment(where, "llamacpp"),
         "models": _provide_models,
         "vllm": lambda where: _provide_environment(where, "vllm"),
     }
@@ -101,6 +102,7 @@ def _provide_environment(places: Places, backend: str) -> None:
 def _provide_models(places: Places) -> None:
     for size in MODELS:
         provide_model(places, size)
+        provide_gguf(places, size)
 
 
 def _down(places: Places, options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ FOLDER_VARIABLE = "LEMTEST_LAB_DIR"
 BASE_IMAGE = "lem-lab-base"
 LABEL = "lem.lab.recipe"
 SOCKET = Path("/var/run/docker.sock")
-BACKENDS = ("pytorch", "vllm")
+BACKENDS = ("pytorch", "vllm", "llamacpp")
 MODELS = ("tiny", "demo")
 COMPOSE_FILES = (ROOT / "docker/docker-compose.yml", ROOT / "docker/docker-compose.cpu.yml")
 
@@ -45,6 +45,15 @@ class Places:
     def models(self) -> Path:
         """The folder of the small models; the services see it as their model cache."""
         return self.folder / "models"
+
+    def gguf(self, size: str) -> Path:
+        """The model of that size as llama.cpp reads it."""
+        return self.models / f"{size}.gguf"
+
+    @property
+    def llama_server(self) -> Path:
+        """tests/lab/llama_server.py as a program of the llamacpp environment."""
+        return self.environment("llamacpp") / "bin/llama-server"
 
     def tarball(self, recipe: str) -> Path:
         return self.folder / "base" / f"{recipe}.tar"

@@ -29,6 +29,8 @@ def _missing(places: Places) -> Iterator[str]:
     for size in MODELS:
         if not (places.models / size / "config.json").is_file():
             yield f"no model in {places.models / size}"
+        if not places.gguf(size).is_file():
+            yield f"no {places.gguf(size)}"
 
 
 def report(places: Places) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ def lab(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_status_of_an_empty_folder_names_what_is_missing(tmp_path: Path) -> None:
     finished = lab(tmp_path, "status")
     assert finished.returncode == 1
-    for name in ("environments/pytorch", "environments/vllm", "models/tiny", "models/demo"):
+    for name in ("environments/pytorch", "environments/vllm", "environments/llamacpp", "models/tiny", "models/demo", "models/demo.gguf"):
         assert any(line.startswith("missing:") and name in line for line in finished.stdout.splitlines()), name
     assert finished.stdout.endswith("lab: down\n")
     assert list(tmp_path.iterdir()) == []
