@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.places import COMPOSE_FILES, Places
+from tests.lab.places import COMPOSE_FILES, MODELS, Places
+from tests.lab.servers import llama_server, serving
+from tests.processes import wait_until_ended
 
 pytestmark = [pytest.mark.needs("lab"), pytest.mark.timeout(600)]
 
@@ -29,6 +32,17 @@ engine = vllm.LLM(model=sys.argv[1], dtype="float32", max_model_len=64, enforce_
 sampling = vllm.SamplingParams(max_tokens=5, min_tokens=5, temperature=0, ignore_eos=True)
 (answer,) = engine.generate(["The sea is"], sampling)
 print(json.dumps({"tokens": len(answer.outputs[0].token_ids), "version": version("vllm")}))
+"""
+
+# With ignore_eos, llama.cpp bans the end token.
+GENERATE_WITH_TRANSFORMERS = """
+import json, sys, torch, transformers
+prompt, answers = torch.tensor([json.loads(sys.argv[1])]), []
+for folder in sys.argv[2:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answer = model.generate(prompt, max_new_tokens=12, do_sample=False, bad_words_ids=[[model.config.eos_token_id]])
+    answers.append(answer[0, prompt.shape[1]:].tolist())
+print(json.dumps(answers))
 """
 
 IMPORT_PYTORCH = """
@@ -97,7 +111,7 @@ def test_second_up_finds_everything_there() -> None:
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert finished.returncode == 0, finished.stderr
     outcomes = [line for line in finished.stdout.splitlines() if line.startswith("  ") and not line.endswith("…")]
-    assert len(outcomes) >= len(("engine", "compose", "image", "pytorch", "tiny", "demo", "vllm"))
+    assert len(outcomes) >= len(("engine", "compose", "image", "pytorch", "llamacpp", "tiny", "demo", "vllm"))
     assert [line for line in outcomes if "nothing to do" not in line] == []
 
 
@@ -115,6 +129,32 @@ def test_vllm_generates_and_leaves_no_process_behind(running: Project) -> None:
     finished = running.compose("top", "vllm")
     assert finished.returncode == 0, finished.stderr
     assert [line for line in finished.stdout.splitlines() if "python" in line] == []
+
+
+def test_llama_cpp_generates_the_tokens_that_transformers_generates(tmp_path: Path) -> None:
+    places, prompt = Places.of(), [1, 77, 300, 301, 302]
+    request = {"prompt": prompt, "n_predict": 12, "top_k": 1, "ignore_eos": True, "return_tokens": True}
+    tokens = []
+    for size in MODELS:
+        with serving(llama_server(places, size), tmp_path / "log") as server:
+            status, text = server.ask("/completion", request)
+        assert status == 200, text
+        tokens.append(json.loads(text)["tokens"])
+    command = [str(places.environment("pytorch") / "bin/python"), "-c", GENERATE_WITH_TRANSFORMERS]
+    command += [json.dumps(prompt), *(str(places.models / size) for size in MODELS)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert tokens == json.loads(finished.stdout)
+
+
+def test_llama_cpp_ends_at_a_signal_and_a_port_that_is_taken_is_an_error(tmp_path: Path) -> None:
+    with serving(llama_server(Places.of()), tmp_path / "log") as server:
+        other = [word.replace("{port}", str(server.port)) for word in llama_server(Places.of())]
+        refused = subprocess.run(other, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        assert refused.returncode == 1
+        assert "couldn't bind" in refused.stdout + refused.stderr
+        os.kill(server.pid, signal.SIGTERM)
+        assert wait_until_ended(server.pid)
 
 
 def test_results_belong_to_the_caller_and_have_the_same_path_on_both_sides(running: Project) -> None:

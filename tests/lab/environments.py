@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from lem.base.errors import UserError
-from tests.lab.places import RECIPES, ROOT, Places
+from tests.lab.places import RECIPES, ROOT, Places, digest
 from tests.lab.steps import answer, must, step
 
 INSTALL_TIMEOUT_S = 3600
@@ -26,7 +26,7 @@ def provide_environment(places: Places, backend: str) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         command = [_python(), str(filler), str(folder), str(_requirements(backend))]
         said = must(command, timeout_s=INSTALL_TIMEOUT_S)
-        changes = ADAPTERS[backend](places) if backend in ADAPTERS else []
+        changes = adapt_vllm(places) if backend == "vllm" else []
         if not said and not changes:
             return current.skip(str(folder))
         current.outcome = "; ".join(["filled" if said else "kept", *changes])
@@ -39,9 +39,6 @@ def is_filled(places: Places, backend: str) -> bool:
     wanted = hashlib.sha256(_requirements(backend).read_bytes()).hexdigest()
     if not stamp.is_file() or stamp.read_text(encoding="ascii").strip() != wanted:
         return False
-    if backend == "llamacpp":
-        program = places.llama_server
-        return program.is_file() and program.read_text(encoding="utf-8") == _llama_server(places)
     return backend != "vllm" or _vllm_metadata(places).is_file()
 
 
@@ -83,25 +80,6 @@ def _vllm_metadata(places: Places) -> Path:
     return places.packages("vllm") / f"vllm-{VLLM_VERSION}.dist-info" / "METADATA"
 
 
-def adapt_llamacpp(places: Places) -> list[str]:
-    """Add the program that serves."""
-    program, text = places.llama_server, _llama_server(places)
-    if program.is_file() and program.read_text(encoding="utf-8") == text:
-        return []
-    program.write_text(text, encoding="utf-8")
-    program.chmod(0o755)
-    return ["with llama-server"]
-
-
-def _llama_server(places: Places) -> str:
-    """The text of the program, whose first line names the environment's Python."""
-    _, _, rest = (RECIPES / "llama_server.py").read_text(encoding="utf-8").partition("\n")
-    return f"#!{places.environment('llamacpp') / 'bin/python'}\n{rest}"
-
-
-ADAPTERS = {"vllm": adapt_vllm, "llamacpp": adapt_llamacpp}
-
-
 def provide_model(places: Places, size: str) -> None:
     """Have a Llama with random weights, made by the torch of the pytorch environment."""
     folder = places.models / size
@@ -116,15 +94,18 @@ def provide_model(places: Places, size: str) -> None:
 
 
 def provide_gguf(places: Places, size: str) -> None:
-    """Have the same model as GGUF, made again when the model or its maker is newer."""
-    target, sources = places.gguf(size), (places.models / size / "made.json", RECIPES / "make_gguf.py")
-    with step(f"model {size}.gguf") as current:
-        if target.is_file() and target.stat().st_mtime >= max(path.stat().st_mtime for path in sources):
+    """Have the same model as GGUF, made again when the model or its maker has changed."""
+    target, maker = places.gguf(size), RECIPES / "make_gguf.py"
+    stamp, sources = target.with_suffix(".made"), (places.models / size / "made.json", maker)
+    wanted = digest(*(path.read_text(encoding="utf-8") for path in sources))
+    with step(f"model {target.name}") as current:
+        if target.is_file() and stamp.is_file() and stamp.read_text(encoding="ascii") == wanted:
             return current.skip(str(target))
-        maker = [str(places.environment("llamacpp") / "bin/python"), "-m", "tests.lab.make_gguf"]
+        command = [str(places.environment("llamacpp") / "bin/python"), "-m", "tests.lab.make_gguf"]
         current.outcome = must(
-            [*maker, str(places.models / size), str(target)], timeout_s=MODEL_TIMEOUT_S, cwd=ROOT
+            [*command, str(places.models / size), str(target)], timeout_s=MODEL_TIMEOUT_S, cwd=ROOT
         ).strip()
+        stamp.write_text(wanted, encoding="ascii")
     return None
 
 

@@ -50,11 +50,6 @@ class Places:
         """The model of that size as llama.cpp reads it."""
         return self.models / f"{size}.gguf"
 
-    @property
-    def llama_server(self) -> Path:
-        """tests/lab/llama_server.py as a program of the llamacpp environment."""
-        return self.environment("llamacpp") / "bin/llama-server"
-
     def tarball(self, recipe: str) -> Path:
         return self.folder / "base" / f"{recipe}.tar"
 

@@ -15,7 +15,7 @@ import yaml
 from lem.base.durable import write_json
 from lem.base.process import identify
 from tests.lab.engine import RECORD, own_engine
-from tests.lab.places import BACKENDS, COMPOSE_FILES, Places
+from tests.lab.places import BACKENDS, COMPOSE_FILES, MODELS, Places
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120
@@ -44,7 +44,8 @@ def lab(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_status_of_an_empty_folder_names_what_is_missing(tmp_path: Path) -> None:
     finished = lab(tmp_path, "status")
     assert finished.returncode == 1
-    for name in ("environments/pytorch", "environments/vllm", "environments/llamacpp", "models/tiny", "models/demo", "models/demo.gguf"):
+    parts = [*(f"environments/{backend}" for backend in BACKENDS), *(f"models/{size}" for size in MODELS)]
+    for name in (*parts, "models/demo.gguf"):
         assert any(line.startswith("missing:") and name in line for line in finished.stdout.splitlines()), name
     assert finished.stdout.endswith("lab: down\n")
     assert list(tmp_path.iterdir()) == []
