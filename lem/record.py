@@ -71,8 +71,6 @@ class Validity(Section):
 
 @dataclass(frozen=True)
 class Window(Section):
-    """The measured window, and what came before it."""
-
     traffic_mode: str  # `closed_batch`, `poisson`, `constant` or `closed`
     window_s: float
     window_repeats: int  # runs of the prompt set; under traffic, requests completed over prompts, rounded down
@@ -243,8 +241,6 @@ class Latency(Section):
 
 @dataclass(frozen=True)
 class Compute(Section):
-    """Work in floating-point operations, and memory."""
-
     flops_total: float | None
     flops_method: str | None
     flops_confidence: str | None
@@ -255,8 +251,6 @@ class Compute(Section):
 
 @dataclass(frozen=True)
 class Efficiency(Section):
-    """Energy per unit of work; a zero denominator is None."""
-
     energy_per_output_tok_j: float | None = None
     energy_per_total_tok_j: float | None = None
     energy_per_request_j: float | None = None
@@ -320,8 +314,6 @@ class Environment(Section):
 
 @dataclass(frozen=True)
 class Record:
-    """One attempt at one experiment, as measured."""
-
     identity: Identity
     validity: Validity
     window: Window
@@ -342,13 +334,11 @@ class Record:
 
     @classmethod
     def lazily(cls, load: Callable[[str], Any]) -> Record:
-        """A record each section of which is loaded, by its name, when it is asked for first."""
         record = object.__new__(cls)
         record.__dict__["_load"] = load
         return record
 
     def with_sections(self, **others: Any) -> Record:
-        """The record with other sections in place of its own, which are still loaded when they are asked for."""
         return Record.lazily(lambda name: others[name] if name in others else getattr(self, name))
 
     if not TYPE_CHECKING:  # else every misspelt name would have a value
@@ -375,7 +365,6 @@ class RecordError(ValueError):
 
 
 def encode_record(record: Record) -> dict[str, Any]:
-    """The record as JSON; RecordError where it breaks the schema, as by a None without a reason, or NaN."""
     try:
         document = {"schema_version": SCHEMA_VERSION, **encode(record, "")}
     except DecodeError as error:
@@ -388,7 +377,6 @@ def encode_record(record: Record) -> dict[str, Any]:
 
 
 def decode_record(document: Any) -> Record:
-    """The record in a JSON document; RecordError where it breaks the schema, is newer, or contradicts itself."""
     if not isinstance(document, dict):
         raise RecordError("a record is a JSON object")
     version = document.get("schema_version")
@@ -418,7 +406,6 @@ def read_record(path: Path) -> Record:
 
 
 def read_with_digest(path: Path) -> tuple[Record, str]:
-    """The record in a file, and the SHA-256 of the bytes it was read from; raises as `read_record`."""
     data = durable.read_bytes(path)
     return parse_record(data), hashlib.sha256(data).hexdigest()
 

@@ -63,13 +63,11 @@ def encode(value: Any, where: str) -> Any:
 
 
 def decode(kind: type[T], value: Any, where: str) -> T:
-    """`value` as a scalar, or a dataclass with exactly these fields; DecodeError for another type or NaN."""
     decoded: T = decode_hint(kind, value, where)
     return decoded
 
 
 def decode_hint(hint: Any, value: Any, where: str) -> Any:
-    """As `decode`, of any declared type: also Any, and tuples, lists and mappings, which may be optional."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
         (other,) = (item for item in inner if item is not types.NoneType)
@@ -148,7 +146,6 @@ def decode_row(kind: type[T], values: Sequence[Any]) -> T:
 
 
 def pack(value: Any) -> Any:
-    """`value` as JSON without the names of its fields and without sentences, for `unpack` where the types are equal."""
     if isinstance(value, Reason):
         return _codes(value, "")
     if dataclasses.is_dataclass(value):
@@ -160,7 +157,6 @@ def pack(value: Any) -> Any:
 
 
 def unpack(hint: Any, value: Any) -> Any:
-    """What `pack` made of a value of that type; DecodeError for what it cannot have made."""
     if hint is Reason:
         code, data = (value.get("code"), value.get("data")) if isinstance(value, dict) else (None, None)
         if isinstance(code, str) and isinstance(data, dict) and all(type(item) in _DATA for item in data.values()):
@@ -324,7 +320,6 @@ def _check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, An
 
 @functools.cache
 def hints_of(kind: Any) -> Mapping[str, Any]:
-    """Names and types of the fields; resolving annotations costs more than all the rest of decoding."""
     hints = typing.get_type_hints(kind)
     return {item.name: hints[item.name] for item in _fields(kind)}
 

@@ -33,12 +33,10 @@ _TOKEN = re.compile(rf"[^{SEPARATORS} ]*[{SEPARATORS} ]*")
 
 
 def printable(text: str) -> str:
-    """`text` on one line, control characters replaced: a result folder must not steer the terminal that shows it."""
     return "".join(char if char.isprintable() else "�" for char in " ".join(text.split()))
 
 
 def name_tokens(name: str) -> list[str]:
-    """The parts of a name, each with the separators behind it."""
     return [token for token in _TOKEN.findall(printable(name)) if token]
 
 
@@ -63,8 +61,6 @@ def wrapped(text: str, width: int, lead: str = "", *, indent: str | None = None)
 
 @dataclass(frozen=True)
 class Column:
-    """A column after the name: its heading, which may have several lines, and one cell per row."""
-
     heading: str
     cells: tuple[str, ...]
     is_text: bool = False  # aligned left, as names are; numbers are aligned right
@@ -77,8 +73,6 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: the heading and the names of its rows, its columns, and what stands above it and between rows."""
-
     heading: str
     names: tuple[str, ...]
     columns: tuple[Column, ...]
@@ -104,7 +98,6 @@ class Doc:
         self.lines(wrapped(text, self.width, lead), style)
 
     def labelled(self, lead: str, text: str, style: str) -> None:
-        """Add a paragraph of which only the label is in a style."""
         first, *rest = wrapped(text, self.width, lead)
         label = lead.rstrip()
         self.lines([paint(label, style, is_colour=self._is_colour) + first[len(label) :], *rest])
@@ -138,8 +131,6 @@ def markdown_table(table: Table) -> list[str]:
 
 
 class NameShortener:
-    """Names in a column: if any does not fit, all lose the parts that they share."""
-
     def __init__(self, names: Sequence[str], width: int) -> None:
         self.prefix, self.suffix = "", ""  # what was removed from every name
         distinct = list(dict.fromkeys(map(printable, names)))
@@ -160,7 +151,6 @@ class NameShortener:
 
     @property
     def explanation(self) -> str:
-        """What was removed, in words; empty when nothing was."""
         parts = [f"begins with “{self.prefix}”"] * bool(self.prefix)
         parts += [f"ends with “{self.suffix}”"] * bool(self.suffix)
         return f"Every name {' and '.join(parts)}." if parts else ""
@@ -195,7 +185,6 @@ def _row(cells: Sequence[str], widths: Sequence[int], is_left: Sequence[bool]) -
 
 
 def _wrap_name(name: str, width: int) -> list[str]:
-    """The name in lines of `width`, broken after separators where it can be, following lines indented."""
     indent = "  "
     lines, used = [""], 0
     for token in name_tokens(name):
@@ -238,7 +227,6 @@ def prepare_streams() -> None:
 
 
 def json_text(document: Any) -> str:
-    """The document as indented JSON with a newline at its end; ValueError for NaN and infinity."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -247,14 +235,11 @@ def write_json(out: TextIO, document: Any) -> None:
 
 
 def terminal_width(out: TextIO) -> int:
-    """The columns of a terminal, or COLUMNS, in a pipe too; else 80."""
     is_known = out.isatty() or "COLUMNS" in os.environ
     return bounded_width(shutil.get_terminal_size((WIDTH, 24)).columns) if is_known else WIDTH
 
 
 class Screen(TypedDict):
-    """The arguments of what renders for a stream: `render_x(x, **screen_of(out))`."""
-
     is_colour: bool
     width: int
 

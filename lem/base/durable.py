@@ -97,7 +97,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Replace `path` by `document` as indented JSON; raises as `json_text` and `write_bytes`."""
     write_text(path, json_text(document))
 
 
@@ -120,7 +119,6 @@ def read_bytes(path: Path) -> bytes:
 
 
 def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    """As `open_regular`, as text in UTF-8, with or without a byte order mark."""
     return io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline=newline)
 
 
@@ -149,7 +147,6 @@ def read_json(path: Path) -> Any:
 
 
 def seal(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with the SHA-256 of its content, which `read_sealed` compares."""
     return {**document, _SEAL: _digest_of(document)}
 
 
@@ -241,7 +238,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def in_home(name: str | Path) -> Path:
-    """The path with `~` and `~user` expanded; unlike `Path.expanduser`, unchanged where there is no such user."""
     return Path(os.path.expanduser(name))  # noqa: PTH111
 
 

@@ -70,15 +70,11 @@ class EngineError(LemError):
 
 
 class OptionRefused(EngineError):
-    """An option that this backend, or the installed engine, does not support."""
-
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint, kind="option", is_permanent=True)
 
 
 class MeterRefused(OptionRefused):
-    """An option that needs a meter which is missing."""
-
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
         self.kind = "meter"
@@ -112,7 +108,6 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def nearest(word: str, candidates: Sequence[str], cutoff: float = 0.6) -> str | None:
-    """The candidate most like `word`, ignoring case; None when none is near."""
     import difflib  # only mistakes need it
 
     by_lower = {candidate.lower(): candidate for candidate in candidates}
@@ -125,5 +120,4 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
 
 
 def in_brackets(suggestion: str | None) -> str:
-    """As `did_you_mean`, of a suggestion."""
     return "" if suggestion is None else f" (did you mean '{suggestion}'?)"

@@ -68,8 +68,6 @@ def escaped(text: str) -> str:
 
 
 class Output:
-    """A stream for text from anywhere, of whose control sequences only lem's own are written as such."""
-
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
@@ -90,8 +88,6 @@ class Output:
 
 
 class Console:
-    """A stream for people: whole lines, and on a terminal one live line below them that is redrawn."""
-
     def __init__(self, stream: TextIO) -> None:
         self._stream = Output.over(stream)
         self._live = ""
@@ -115,7 +111,6 @@ class Console:
             self.line(f"{self.paint('hint:', 'cyan')} {hint}", logging.ERROR)
 
     def live(self, text: str) -> None:
-        """Replace the live line; '' clears it."""
         if self.is_live:
             self._live = shorten(text, shutil.get_terminal_size().columns - 1)
             self._write(f"{_CLEAR_LINE}{self._live}")
@@ -149,8 +144,6 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _Formatter(logging.Formatter):
-    """Writes what a log may be shown with by `cat` or `tail`."""
-
     converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -169,7 +162,6 @@ class _FileHandler(logging.FileHandler):
 
 
 def configure(console: Console, *, verbosity: int = 0) -> None:
-    """Send the log of lem to `console`: -1 errors, 0 warnings, 1 the commands run, 2 everything."""
     handler = _ConsoleHandler(console)
     handler.setLevel({-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG))
     root = logging.getLogger("lem")
@@ -181,7 +173,6 @@ def configure(console: Console, *, verbosity: int = 0) -> None:
 
 
 def log_to_file(path: Path) -> logging.Handler:
-    """Append everything with UTC times to a file; OSError if it cannot be opened. Returns the installed handler."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A path that is not UTF-8 is logged with its bytes escaped.
     handler = _FileHandler(path, encoding="utf-8", errors="backslashreplace")

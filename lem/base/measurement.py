@@ -30,8 +30,6 @@ class EnergySource(str, enum.Enum):
 
 
 class EnergyScope(str, enum.Enum):
-    """What a meter covers: `energy.energy_scope` of a record."""
-
     GPU = "gpu"
     MODULE = "module"  # GPU and CPU together (Grace Hopper)
     CPU_PACKAGE = "cpu_package"
@@ -51,7 +49,6 @@ ENERGY_COUNTED: Final[Mapping[str, str]] = {
 
 
 def is_estimate(source: str | None) -> bool:
-    """Whether the energy is an estimate, which is labelled wherever it is shown, and not measured."""
     return source == EnergySource.TDP_ESTIMATE
 
 
@@ -143,8 +140,6 @@ _Section = TypeVar("_Section", bound="Section")
 
 @dataclass(frozen=True)
 class Measured(Generic[_Value]):
-    """A value, or None with the reason why it is absent."""
-
     value: _Value | None
     null_reason: Reason | None = None
     source: str | None = None  # of an energy: the meter it comes from (`Energy.energy_source`)
@@ -167,14 +162,12 @@ class Section:
 
     @classmethod
     def of(cls: type[_Section], **given: Any) -> _Section:
-        """The section of these fields, each a value or `Measured`, whose reason is kept where it has no value."""
         found = {name: item if isinstance(item, Measured) else Measured(item) for name, item in given.items()}
         reasons = {name: item.null_reason for name, item in found.items() if item.null_reason is not None}
         return cls(**{name: item.value for name, item in found.items()}, null_reasons=reasons)
 
     @classmethod
     def absent(cls: type[_Section], reason: Reason) -> _Section:
-        """A section of which nothing is known, for that reason."""
         return cls(null_reasons={item.name: reason for item in fields(cls) if item.name != "null_reasons"})
 
     def measured(self, name: str) -> Measured[Any]:

@@ -84,7 +84,6 @@ class _Starting:
         self._is_at_it = threading.Lock()
 
     def begin(self) -> Child[bytes]:
-        """The started child; raises as `spawn`."""
         thread = threading.Thread(target=self._run, name="start of a program")
         thread.start()
         thread.join()
@@ -102,7 +101,6 @@ class _Starting:
                 self._error = error
 
     def undo(self) -> None:
-        """Kill the child, if there is one, with all its children; a thread that comes later starts none."""
         with self._is_at_it:
             self._is_undone = True
         if self._child is not None:
@@ -212,8 +210,6 @@ def identify(pid: int) -> ProcessId | None:
 
 @dataclass(frozen=True)
 class ProcessStat:
-    """Fields of /proc/PID/stat (proc_pid_stat(5))."""
-
     name: str
     state: str  # a letter
     parent: int

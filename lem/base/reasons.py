@@ -379,7 +379,6 @@ class Reason:
 
     @property
     def kind(self) -> Hashable:
-        """Equal for reasons that differ only in numbers, also in numbers within texts of other programs."""
         texts = ((name, _NUMBER.sub("#", value)) for name, value in self.data.items() if isinstance(value, str))
         return (self.code, *sorted(texts))
 
@@ -395,7 +394,6 @@ class Reason:
 
 
 def alike(found: Iterable[tuple[Reason, _Thing]]) -> list[list[tuple[Reason, _Thing]]]:
-    """The pairs in groups whose reasons are of one kind, in order of first appearance."""
     groups: dict[Hashable, list[tuple[Reason, _Thing]]] = {}
     for reason, thing in found:
         groups.setdefault(reason.kind, []).append((reason, thing))
@@ -404,7 +402,6 @@ def alike(found: Iterable[tuple[Reason, _Thing]]) -> list[list[tuple[Reason, _Th
 
 @functools.cache
 def formats_of(template: str) -> Mapping[str, str]:
-    """{name: format} of a template's fields; an empty format is that of text."""
     return {name: spec or "" for _, name, spec, _ in string.Formatter().parse(template) if name}
 
 
@@ -421,7 +418,6 @@ def _as_shown(value: Any, spec: str) -> Any:
 
 
 def parsed(shown: str, spec: str) -> Any:
-    """A value from its text; the inverse of `format`."""
     if not spec:
         return shown
     if spec == "d":

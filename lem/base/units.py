@@ -43,7 +43,6 @@ def parse_duration(text: str) -> float:
 
 
 def parse_percentage(text: str) -> float:
-    """The fraction in `5%`: 0.05. ValueError without the sign, since 0.05 could mean 5 % or 0.05 %."""
     match, remedy = _PERCENTAGE.fullmatch(text.strip()), ""
     if match is not None:
         number, exponent, sign = match.groups(default="")
@@ -79,7 +78,6 @@ def plain(value: float, spec: str) -> str:
 
 
 def hash_label(digits: str) -> str:
-    """A short hash as outputs show it: programs take some of the bare ones, such as 123e456, for numbers."""
     return f"h{digits}" if digits else ""
 
 
@@ -94,7 +92,6 @@ def format_quantity(value: float | None, unit: str = "", digits: int = SIGNIFICA
 
 
 def format_energy(energy_j: float | None) -> str:
-    """Joules up to 10 kJ, watt hours above (1 Wh = 3600 J)."""
     if energy_j is None or abs(energy_j) < 10_000:
         return format_quantity(energy_j, "J")
     return format_quantity(energy_j / JOULES_PER_WATT_HOUR, "Wh")
@@ -138,7 +135,6 @@ def percent(share: float) -> str:
 
 
 def with_decimals(value: float, decimals: int | None) -> str:
-    """The value with that many decimals, or with four significant digits for None."""
     return format_quantity(value) if decimals is None else f"{value:.{decimals}f}"
 
 

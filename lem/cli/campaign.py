@@ -224,7 +224,6 @@ def _reasons(label: str, reasons: Sequence[tuple[str, int]]) -> Iterator[str]:
 def render_plan(
     job: Job, durations: ExpectedDurations, power: PlannedPower, budget_s: float | None = None, width: int = WIDTH
 ) -> str:
-    """The plan: configurations, order, engine loads, expected time, what it can detect, and where it runs."""
     campaign, plan, rule = job.campaign, job.plan, job.rule
     cycles = plural(campaign.execution.cycles, "cycle")
     configurations = plural(len(plan.configurations), "configuration")
@@ -264,8 +263,6 @@ _DIFFERENCES = (0.01, 0.02, 0.03, 0.05)
 
 @dataclass(frozen=True)
 class PlannedPower:
-    """Which differences a plan can detect if all of its configurations are compared with the first."""
-
     cycles: int
     n_comparisons: int  # that Holm adjusts together
     metrics: tuple[Sensitivity, ...]  # energy and throughput, or those of the gates
@@ -274,7 +271,6 @@ class PlannedPower:
 
     @classmethod
     def of(cls, plan: Plan, earlier: Sequence[Record], gates: Sequence[Gate] = ()) -> PlannedPower:
-        """By the spread of earlier results; without any, or for a gate that they do not cover, by an assumed one."""
         cycles, n_pairs = plan.execution.cycles, len(plan.configurations) - 1
         reason = Reason.of("one_cycle") if cycles == 1 else None
         reason = NO_INTERVAL if plan.execution.reuse == "campaign" and not plan.is_cold else reason
@@ -313,7 +309,6 @@ class PlannedPower:
         }
 
     def document(self) -> dict[str, Any]:
-        """As JSON values; numbers of cycles are for all comparisons together, None beyond `MOST_CYCLES_PLANNED`."""
         return {
             "power": POWER,
             "confidence": CONFIDENCE,
@@ -352,7 +347,6 @@ def _gate_text(metric: Metric, threshold: float) -> str:
 
 
 def _by_metric(items: Iterable[tuple[str, str, Sensitivity]]) -> str:
-    """`2.7 % in energy and throughput`: a size, what follows the metrics, and a metric each."""
     found: dict[tuple[str, str], list[str]] = {}
     for size, more, item in items:
         found.setdefault((size, more), []).append(SHORT_NAMES.get(item.metric.name, item.metric.name))
@@ -392,7 +386,6 @@ def plan_document(plan: Plan) -> dict[str, Any]:
 
 
 def expected_document(plan: Plan, durations: ExpectedDurations) -> dict[str, Any]:
-    """The expected duration of the plan in seconds, as JSON values; None if there are no earlier results."""
     expected = plan.expected_time(durations)
     return {
         "total": expected.total_s,

@@ -60,8 +60,6 @@ class Job:
 
 
 class CampaignCommand:
-    """One invocation; a daemon runs its campaign repeatedly."""
-
     def __init__(self, args: argparse.Namespace, job: Job, out: TextIO, err: TextIO) -> None:
         daemon = job.campaign.daemon
         self._args = args
@@ -173,7 +171,6 @@ class CampaignCommand:
             observe(event)
 
     def _announce(self, text: str) -> None:
-        """Announce when a run starts, or why none does; on the terminal even if the daemon is set to quiet."""
         self._dispatch(Event("note", 0, len(self._job.plan.experiments), data={"text": text}))
         if self._is_quiet and not self._args.quiet and not self._args.json:
             self._console.line(text)

@@ -144,7 +144,6 @@ def _target(runs: Sequence[selection.SelectedRun], word: str) -> _Target | None:
 
 
 def _run_with(runs: Sequence[selection.SelectedRun], names: Sequence[str], results_dir: Path) -> selection.SelectedRun:
-    """The campaign whose last run has all these configurations."""
     last = {item.campaign: item for item in runs}
     measured = ((run, {it.record.identity.config_name for it in run.scan().results}) for run in last.values())
     found = [item for item, known in measured if set(names) <= known]
@@ -168,7 +167,6 @@ def _read(item: selection.SelectedRun, rates: Mapping[str, float]) -> Run:
 def _sides(
     found: Run, names: Sequence[str | None], baseline_name: str | None
 ) -> tuple[Configuration, list[Configuration]]:
-    """The baseline and the others: the named ones, the baseline first, or else all."""
     named = [found.select(name) for name in names if name is not None]
     if baseline_name is not None:
         baseline = found.select(baseline_name)

@@ -130,7 +130,6 @@ def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _cause_of(plan: Plan, source: Source) -> Path:
-    """The path in a campaign of what filters its first configuration, as near as the file has it."""
     why = plan.filtered[0].why[0]
     option = why.data["option"].split(".") if why.code == "at_option" else ["models"]
     places: list[Path] = [("grid", *section, *option) for section in (("shared",), ("backend_overrides",), ())]
@@ -185,7 +184,6 @@ def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
 
 
 def _without_secrets(loaded: Loaded[Any]) -> dict[str, Any]:
-    """The configuration with secrets as they were written, when that was `${VAR}` and nothing else, else hidden."""
     section = type(loaded.config)
     tree: dict[str, Any] = loaded.config.to_dict()
     written = dict(leaves(loaded.source.unexpanded))

@@ -58,7 +58,6 @@ class FleetPart:
 def store_plan(
     args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, measured_by_config: Mapping[str, float], out: TextIO
 ) -> None:
-    """Divide the campaign among the hosts, store the plan and show it; UserError where it cannot be made or stored."""
     for option in ("--shard", "--dry-run", "--validate-only"):
         if getattr(args, option[2:].replace("-", "_")):
             hint = "--write-plan only stores a plan; --shard I/N runs a part of it"
@@ -122,7 +121,6 @@ def _described(plan: merge.FleetPlan) -> list[str]:
 
 
 def own_part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart]:
-    """The part of the plan that this host runs; UserError for another campaign's plan or conflicting options."""
     if args.hosts is not None or args.parts is not None or args.replicate:
         text = "--hosts, --parts and --replicate require --write-plan"
         raise UserError(text, "add --write-plan PLAN, or omit them")
@@ -140,7 +138,6 @@ def own_part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart]:
 
 
 def _began_without_folder(plan: Plan, part: FleetPart) -> bool:
-    """Whether an earlier lem, in which parts had no folders, began this part here."""
     io = plan.campaign.io
     path = Path(io.state_dir) / plan.campaign.slug / io.manifest_filename
     if not path.is_file() or (path.parent / part.folder).exists():
@@ -211,7 +208,6 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 
 def _matrix_table(matrix: merge.Matrix, width: int) -> list[str]:
-    """Configurations by hosts; where that is too wide, a row for each host."""
     by_host = list(zip(*matrix.rows.values(), strict=True))
     hosts = [
         Column(printable(host), tuple(cell.text for cell in cells))

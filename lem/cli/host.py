@@ -229,7 +229,6 @@ def run_datasets(args: argparse.Namespace, out: TextIO, err: TextIO, environ: Ma
 
 
 def _place_of(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[str, str]:
-    """Folder, cache, hub (not on this machine) or unusable, and the path or the reason."""
     try:
         files = find_files(choice, environ)
     except EngineError as error:

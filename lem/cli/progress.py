@@ -37,7 +37,6 @@ def choose_progress(console: log.Console, out: TextIO, *, is_json: bool, is_quie
 
 
 def write_output(stream: TextIO, text: str) -> None:
-    """Write results; a reader that is gone, or a full disk, does not end the campaign."""
     try:
         stream.write(text)
         stream.flush()
@@ -79,8 +78,6 @@ class QuietProgress:
 
 
 class TerminalProgress:
-    """A line for each finished experiment, above a live line for the running one."""
-
     def __init__(self, console: log.Console, now: Callable[[], float] = time.time) -> None:
         self._console = console
         self._now = now
@@ -98,8 +95,6 @@ class TerminalProgress:
 
 
 class LineProgress:
-    """A line per change, and one per minute, for pipes and the journal; without a console, for the log."""
-
     def __init__(
         self,
         console: log.Console | None,
@@ -132,8 +127,6 @@ class LineProgress:
 
 
 class StatusProgress:
-    """The live line for `systemctl status`, and readiness once the campaign has started."""
-
     def __init__(self, manager: ServiceManager) -> None:
         self._manager = manager
         self._state = _State()
@@ -217,14 +210,12 @@ def _count(data: Mapping[str, Any]) -> str:
 
 
 def _interference(data: Mapping[str, Any]) -> str:
-    """The share of its time for which the engine waits for a CPU, and that of others in the load of the CPUs."""
     words = {"wait_pct": "waits {:.0f} %", "foreign_pct": "others {:.0f} %"}
     shares = ((text, data.get(name)) for name, text in words.items())
     return ", ".join(text.format(share) for text, share in shares if share and share > 100 * INTERFERENCE_FROM)
 
 
 def _ending(event: Event, paint: Callable[[str, str], str]) -> list[str]:
-    """The lines about the end of an experiment or attempt, or a note; [] for other events."""
     data = event.data
     if event.kind == "note":
         return [str(data["text"])]
@@ -246,5 +237,4 @@ def _ending(event: Event, paint: Callable[[str, str], str]) -> list[str]:
 
 
 def _indented(text: str) -> str:
-    """Further lines of a text behind those of its experiment, so that they cannot pass for lines of lem."""
     return "\n    ".join(text.splitlines())

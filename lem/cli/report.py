@@ -158,7 +158,6 @@ def _extremes(bucket: _Points) -> _Points:
 
 
 def _package_powers(log: samples.SampleLog, seconds: Callable[[int], float]) -> dict[str, _Points]:
-    """Mean power of each CPU package between two readings of its counter, which may have wrapped between them."""
     found: dict[str, _Points] = {}
     before: dict[int, samples.RaplReading] = {}
     zones = enumerate(log.header.zones)
@@ -179,7 +178,6 @@ def _package_powers(log: samples.SampleLog, seconds: Callable[[int], float]) -> 
 def _slowdowns(
     gpus: Iterable[Sequence[samples.GpuSample]], seconds: Callable[[int], float], interval_s: float
 ) -> tuple[Slowdown, ...]:
-    """The times in which a bit was set on any GPU, each until the next sample; holes in the samples are bridged."""
     hole_s = HOLE_PERIODS * interval_s
     found: list[Slowdown] = []
     for mask, reason in (*SLOWDOWN_BITS.items(), (POWER_CAP_BIT, _AT_POWER_LIMIT)):

@@ -69,13 +69,11 @@ def add_state_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def folder_options(results_dir: Path, state_dir: Path = STATE_DIR) -> list[str]:
-    """The options by which another command finds these folders."""
     given = {"--results-dir": (results_dir, RESULTS_DIR), "--state-dir": (state_dir, STATE_DIR)}
     return [word for name, (path, usual) in given.items() if path != usual for word in (name, str(path))]
 
 
 def typed_again(args: argparse.Namespace, *dropped: str) -> list[str]:
-    """The command line as it was typed, without these options (and their values, but for flags) and secrets."""
     kept: list[str] = []
     for before, word in zip(["", *args.typed], args.typed, strict=False):
         takes_value = before in dropped and not isinstance(getattr(args, before[2:].replace("-", "_"), True), bool)
@@ -134,14 +132,12 @@ class SelectedRun:
     run_id: str
 
     def scan(self, state_dir: Path = STATE_DIR, *, rates: Mapping[str, float] | None = None) -> Scan:
-        """The results that are as the manifest of this run recorded them, if it is there; `rates` as there."""
         digests = _digests(self._statuses(state_dir))
         return Repository(self.results_dir, self.campaign).scan(self.run_id, digests=digests, rates=rates)
 
     def read(
         self, state_dir: Path = STATE_DIR, *, is_checked: bool = False, rates: Mapping[str, float] | None = None
     ) -> Run:
-        """The results, as for `scan`, and what is left to measure by that manifest."""
         statuses = self._statuses(state_dir)
         digests = _digests(statuses)
         place = self.results_dir, self.campaign, self.run_id
@@ -158,7 +154,6 @@ class SelectedRun:
         return dataclasses.replace(run, failed=failed, left=left, remedy=remedy)
 
     def _statuses(self, state_dir: Path) -> list[CampaignStatus]:
-        """The status of the campaign, or of each of its parts, as far as its manifest is that of this run."""
         found = []
         for folder in state_folders(state_dir / self.campaign):
             try:
@@ -192,7 +187,6 @@ def _last(runs: Sequence[SelectedRun]) -> SelectedRun:
 
 
 def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
-    """The last run of that campaign, or the only run whose ID starts with it; UserError where several IDs do."""
     of_campaign = [item for item in runs if item.campaign == wanted]
     if of_campaign:
         return _last(of_campaign)
@@ -266,7 +260,6 @@ def damaged(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def list_problems(err: TextIO, problems: Sequence[Problem], *, lead: str = "", rest: str = "--json lists all") -> None:
-    """List unusable files, one per line after `lead`; `rest` says where to find those that are not shown."""
     texts = (f"{lead}{problem.kind}: {problem.path}: {problem.message}" for problem in problems[:_PROBLEMS_SHOWN])
     err.writelines(printable(text) + "\n" for text in texts)
     if len(problems) > _PROBLEMS_SHOWN:

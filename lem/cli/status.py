@@ -89,7 +89,6 @@ def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> list[CampaignSt
 
 
 def _checked(status: CampaignStatus, campaign_name: str) -> CampaignStatus:
-    """The status, unless it is that of another campaign; `a b` and `a-b` would have the same folder."""
     owner = None if status.manifest is None else status.manifest.campaign_name
     if owner is not None and owner.lower() != campaign_name.lower():
         message = f"no campaign {campaign_name!r}: {status.folder} belongs to campaign {owner!r}"
@@ -121,7 +120,6 @@ class Viewer:
     is_colour: bool = False
 
     def clock(self, moment: datetime | None) -> str:
-        """`14:32`, or `07-15 14:32` on another day."""
         if moment is None:
             return "–"
         local, today = moment.astimezone(self.zone), self.now.astimezone(self.zone).date()

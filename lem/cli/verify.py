@@ -188,7 +188,6 @@ def verify_result(result: StoredResult, recorded: Digests) -> Verified:
 
 
 def recorded_digests(folders: Iterable[Path]) -> Digests:
-    """The digests in the manifests of these state folders and of their parts, and in those that were set aside."""
     found: dict[DigestKey, str] = {}
     for folder in (it for campaign in dict.fromkeys(folders) for it in state_folders(campaign)):
         if (usual := find_manifest(folder)) is not None:
@@ -198,7 +197,6 @@ def recorded_digests(folders: Iterable[Path]) -> Digests:
 
 
 def recompute_result(result: StoredResult) -> Outcome:
-    """Recompute every figure that the files beside a result allow; a file that it was written with must be there."""
     record, folder = result.record, result.path.parent
     samples, prompts = folder / FINISHED_FILENAME, folder / PROMPTS_FILE
     has_prompts = has_requests(record) or prompts.exists()

@@ -57,7 +57,6 @@ MAX_EXPERIMENTS = 100_000
 
 
 def generate_campaign_id(name: str) -> str:
-    """The first 8 hex digits of the MD5 of a campaign's name."""
     return hashlib.md5(durable.utf8(name), usedforsecurity=False).hexdigest()[:8]
 
 
@@ -182,8 +181,6 @@ def _unknown_axis(backends: Sequence[str], parts: Sequence[str], path: Location,
 
 @dataclass(frozen=True)
 class CampaignExplicitExperiment(Section, alternative=ExperimentConfig):
-    """One experiment: a file with overrides, or the experiment itself written in place."""
-
     config: str | None = option(None, "Experiment file, relative to the campaign file.")
     overrides: Mapping[str, Any] = option({}, "Options that override the file, nested or with dotted names.")
     inline: Mapping[str, Any] | None = option(
@@ -272,7 +269,6 @@ class CampaignScheduleConfig(Section):
 
     @property
     def weekdays(self) -> frozenset[int]:
-        """The days as `datetime.weekday()` counts them, 0 for Monday; all of them when none is named."""
         names = {day for name in self.days or _WEEKDAYS for day in _DAY_GROUPS.get(name, (name,))}
         return frozenset(_WEEKDAYS.index(name) for name in names)
 
@@ -315,8 +311,6 @@ class CampaignDaemonConfig(Section, switch="enabled"):
 
 @dataclass(frozen=True)
 class CampaignIOConfig(Section):
-    """Files and folders, relative to the working directory."""
-
     results_dir: str = option("results", "Folder of results.")
     configs_dir: str = option("configs", "Folder of the experiments that a grid generates.")
     state_dir: str = option(".state", "Folder of the manifest and the log.")
@@ -344,8 +338,6 @@ class CampaignNotificationConfig(Section):
 
 @dataclass(frozen=True)
 class CampaignConfig(Section, aliases={"model_name": "model", "sample_size": "num_samples"}):
-    """A campaign, validated and with every default filled in."""
-
     campaign_name: str = option(REQUIRED, "Name of the campaign; file and unit names derive from it.")
     model: ModelConfig | None = option(None, "Model of experiments without one.")
     dataset: DatasetConfig | None = option(None, "Dataset of experiments without prompts.")
@@ -381,11 +373,9 @@ class CampaignConfig(Section, aliases={"model_name": "model", "sample_size": "nu
         return slug_of(self.campaign_name)
 
     def get_config_paths(self) -> list[Path]:
-        """The experiment files as written, those of `configs` first."""
         return [Path(name) for name in (*self.configs, *(entry.config for entry in self.experiments if entry.config))]
 
     def get_config_names(self) -> list[str]:
-        """The names of the experiment files, without folder and ending."""
         return [path.stem for path in self.get_config_paths()]
 
 

@@ -194,7 +194,6 @@ _OLD_WORDS = frozenset({"y", "n", "yes", "no", "on", "off"})
 
 
 def template(kind: str, backend: str = "pytorch") -> str:
-    """A campaign (a small grid) or an experiment to start from, everything else as a comment with its default."""
     section: type[Section]
     if kind == "campaign":
         widths = {"pytorch": [1, 8], "vllm": [64, 256], "tensorrt": [8, 32], "server": [64, 256]}
@@ -217,14 +216,12 @@ def template(kind: str, backend: str = "pytorch") -> str:
 
 
 def render_yaml(tree: Mapping[str, Any], comments: Mapping[tuple[str, ...], str]) -> str:
-    """Plain data as YAML, with a comment at the end of the line where there is one."""
     lines = list(_lines(tree, comments, ()))
     widest = max((len(text) for text, comment in lines if comment and len(text) <= MAX_COMMENT_COLUMN), default=0)
     return "".join(f"{text.ljust(widest)}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
 
 
 def yaml_scalar(value: Any) -> str:
-    """A value on one line of YAML, which every reader reads alike."""
     if isinstance(value, str):
         is_plain = _PLAIN_TEXT.fullmatch(value) and value == value.strip() and isinstance(resolve_plain(value), str)
         return value if is_plain and value.lower() not in _OLD_WORDS else json.dumps(value, ensure_ascii=False)
@@ -256,7 +253,6 @@ def _lines(
 
 
 def _option_lines(name: str, item: kinds.Option, example: Any, depth: int, *, is_out: bool = False) -> Iterator[str]:
-    """An option with what it does above it; commented out, `#name: value`, unless the example has a value for it."""
     is_out = is_out or example is None
     indent = "  " * depth
     head = f"{indent}{'#' if is_out else ''}{name}:"

@@ -73,7 +73,6 @@ class Sink:
         self.chosen = chosen  # the backends, and the sections that are given, to choose between options by
 
     def add(self, path: Path, message: str, suggestion: str | None = None, *, is_about_key: bool = False) -> Any:
-        """Note a problem; INVALID, for the value."""
         self.problems.append(Problem(path, message, suggestion, is_about_key))
         return INVALID
 
@@ -83,12 +82,10 @@ class Sink:
 
 
 def dotted(path: Path) -> str:
-    """The path as people write it: `execution.cycles`, `experiments[0].config`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def describe(value: Any) -> str:
-    """A value in a message: `'x'`, `3`, `true`, `null`, `a list`, `an empty mapping`."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (int, float, str)):
@@ -119,7 +116,6 @@ class Expanded(str):
 
 
 def simple(value: Any) -> Any:
-    """The value that an expanded text means; anything else unchanged."""
     return value.value if isinstance(value, Expanded) else value
 
 
@@ -138,8 +134,6 @@ def as_written(resolved: Any, tree: Any = None) -> Any:
 
 
 class Items(tuple[T, ...], Generic[T]):
-    """A tuple that also equals a list of the same items, since scripts compare with lists."""
-
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
@@ -161,7 +155,6 @@ LIMITS: Mapping[str, tuple[Callable[[float, float], bool], str, str]] = {
 
 
 def bounds_text(bounds: Mapping[str, float]) -> str:
-    """Limits as people write them: `1–64`, `≥ 0`."""
     if "minimum" in bounds and "maximum" in bounds:
         return f"{_plain(bounds['minimum'])}–{_plain(bounds['maximum'])}"
     return ", ".join(f"{LIMITS[word][2]} {_plain(limit)}" for word, limit in bounds.items())
@@ -175,8 +168,6 @@ def _plain(number: float) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """The declaration of an option; its section adds the name and the kind that its type makes."""
-
     default: Any  # REQUIRED, a value, or a `Section`
     description: str  # one or two sentences for people
     bounds: Mapping[str, float]  # of a number, by the keywords of `LIMITS`
@@ -230,8 +221,6 @@ class Kind(ABC):
 
 
 class BoolKind(Kind):
-    """True or false, without the other words for them of YAML 1.1."""
-
     name = "true or false"
     label = "boolean"
 
@@ -351,8 +340,6 @@ class ListKind(Kind):
 
 
 class MapKind(Kind):
-    """A mapping from text to one kind; an integer key is taken as its digits."""
-
     name = "a mapping"
     holds_others = True
 
@@ -398,7 +385,6 @@ _JSON_KINDS: Mapping[Any, Kind] = {
 
 
 def check_url(text: str) -> str | None:
-    """What is wrong with the URL of a webhook. The URL is a secret, so no complaint repeats any of it."""
     import urllib.parse  # only campaigns with a webhook need it
 
     if not text.isascii() or not text.isprintable() or " " in text:

@@ -84,7 +84,6 @@ class Source:
         return frozenset(dotted(path) for path, layer in self.origins.items() if layer.kind == "command line")
 
     def layer_of(self, path: Path) -> Layer | None:
-        """The layer that gave the value at a path, or the value that contains it; None for a default."""
         above = (path[:length] for length in range(len(path), 0, -1))
         given = next((part for part in above if part in self.origins), path)
         value: Any = self.mapping
@@ -96,7 +95,6 @@ class Source:
         return any(layer.find(path, is_about_key=False)[0] == len(path) for layer in self.layers)
 
     def place(self, path: Path, *, is_about_key: bool = False) -> Place:
-        """Where a path was written; the nearest place above it when it was not."""
         owner = self.layer_of(path)
         for layers in ((owner,) if owner is not None else (), self.layers[::-1]):
             places = [layer.find(path, is_about_key=is_about_key) for layer in layers]
@@ -106,7 +104,6 @@ class Source:
         return Place(dotted(path)) if self.main is None else self.main.top
 
     def folder_of(self, path: Path) -> FilePath:
-        """The folder that a relative file name at a path is relative to: its file's, or the working directory."""
         layer = self.layer_of(path)
         return layer.document.path.parent if layer is not None and layer.document is not None else FilePath()
 
@@ -141,7 +138,6 @@ class ListedExperiment:
 
     @property
     def name(self) -> str | None:
-        """Its `config_name`, else its file's name; None without either."""
         given = self.mapping.get("config_name")
         return given if isinstance(given, str) else self.path.stem if self.path is not None else None
 
@@ -155,7 +151,6 @@ class Loaded(Generic[S]):
 
     @property
     def provenance(self) -> dict[str, str]:
-        """For every option by dotted name `command line`, `file`, `preset` or `default`."""
         decoder = self.config.decoder if isinstance(self.config, ExperimentConfig) else DecoderConfig()
         derived = {("decoder", name) for name in decoder.changed()} if decoder.preset is not None else ()
         kinds = {}
@@ -192,7 +187,6 @@ def load_campaign_of_files(
 
 
 def complete_campaign(campaign: CampaignConfig, environ: Mapping[str, str] = os.environ) -> Loaded[CampaignConfig]:
-    """As `load_campaign`, of a campaign made in Python; it names files relative to the working directory."""
     source = Source(CampaignConfig).over(Layer("file", campaign.campaign_name, campaign.changed()))
     return _Loader((), None, environ).campaign(source)
 
@@ -259,7 +253,6 @@ class _Loader:
         return source.over(Layer("preset", f"preset {self.preset}", find_preset(self.preset).values))
 
     def with_sets(self, source: Source) -> Source:
-        """The source with the options from the command line; of a campaign, those of all its experiments too."""
         for label, key, value in self._given():
             keys = _keys_of(source.section, key)
             if source.section is CampaignConfig and keys[0] in _EXPERIMENT_ONLY:
@@ -293,7 +286,6 @@ class _Loader:
         return sorted(given, key=lambda item: item[1] != "backend")
 
     def _idle_sets(self, campaign: Source, listed: Sequence[ListedExperiment]) -> Located:
-        """Problems with options from the command line that are of a backend that no experiment has."""
         grid = campaign.mapping.get("grid")
         backends = [one.mapping.get("backend", BACKENDS[0]) for one in listed]
         backends += _items(grid.get("backends")) if isinstance(grid, Mapping) else ()
@@ -304,7 +296,6 @@ class _Loader:
         ]
 
     def _with_own_sets(self, one: ListedExperiment) -> ListedExperiment:
-        """A listed experiment with the options that the command line sets for all experiments."""
         source = one.source
         for label, key, value in self._given():
             keys = _keys_of(ExperimentConfig, key)
@@ -391,7 +382,6 @@ def _base_of(documents: Sequence[Document], found: Located) -> FilePath | None:
 
 
 def _keys_of(section: type[Section], key: str) -> list[str]:
-    """The parts of a dotted name; where a mapping has dotted names for keys, the rest is one part."""
     parts = key.split(".")
     for length in range(1, len(parts)):
         item = find_option(section, ".".join(parts[:length]))
@@ -409,7 +399,6 @@ def _validate(section: type[S], source: Source) -> tuple[S | None, Located]:
 
 
 def _explained(problem: Problem) -> Problem:
-    """The problem with an unknown key of an experiment, in terms of a campaign where the key belongs there."""
     key = str(problem.path[-1]) if problem.is_about_key and problem.suggestion is None else ""
     term = find_term(key)
     named = [name for name in (term.options if term else ()) if find_option(CampaignConfig, name) is not None]
@@ -435,7 +424,6 @@ def _without_problems(config: S | None, found: Located, problems: Located) -> S:
 
 
 def encode_config(config_dict: Mapping[str, Any]) -> str:
-    """The configuration as JSON, which is YAML too; `${VAR}` as it was written, so that no secret lands in a file."""
     return json_text(_as_yaml(config_dict))
 
 

@@ -79,7 +79,6 @@ class Section:
 
     @classmethod
     def from_dict(cls: type[S], mapping: Mapping[str, Any]) -> S:
-        """The section in a mapping of plain values; ConfigProblems with everything that is wrong with it."""
         sink = kinds.Sink(cls, _chosen(cls, mapping))
         section: S = cls.read(mapping, (), sink)
         sink.raise_if_any()
@@ -108,14 +107,12 @@ class Section:
 
     @classmethod
     def written_out(cls, value: Any) -> Any:
-        """A value in the short form as a mapping; any other as it is."""
         if cls.shorthand is None or not isinstance(value, str):
             return value
         variant = declared(cls).get("type")
         return {**({} if variant is None else {"type": variant.default}), cls.shorthand: value}
 
     def to_dict(self) -> dict[str, Any]:
-        """All options as plain JSON values, defaults included; `from_dict` gives an equal section back."""
         return {name: plain(self.__dict__[name]) for name in declared(type(self))}
 
     def changed(self) -> dict[str, Any]:
@@ -157,7 +154,6 @@ class Section:
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> Iterator[kinds.Problem]:  # noqa: ARG003
-        """What is wrong with the given options that are valid by themselves, even where others are not."""
         yield from ()
 
     def check(self) -> Iterator[kinds.Problem]:
@@ -165,7 +161,6 @@ class Section:
 
 
 def plain(value: Any, of_section: Callable[[Section], Mapping[str, Any]] = Section.to_dict) -> Any:
-    """The value of an option as JSON has it, with what `of_section` takes of each section in it."""
     if isinstance(value, Section):
         return of_section(value)
     if isinstance(value, dict):
@@ -242,7 +237,6 @@ declared = typing.cast("Callable[[type[Any]], Mapping[str, kinds.Option]]", func
 def _read_given(
     section: type[Section], mapping: Mapping[Any, Any], path: kinds.Path, sink: kinds.Sink
 ) -> dict[str, Any]:
-    """The options in a mapping by their own names, each read; INVALID where it is not valid."""
     options = declared(section)
     given: dict[str, Any] = {}
     for key, item in mapping.items():
@@ -262,7 +256,6 @@ def _read_given(
 
 
 def _complete(instance: Section, given: Mapping[str, Any], path: kinds.Path, sink: kinds.Sink, before: int = 0) -> None:
-    """Fill an instance under construction, and check its options against each other unless one of them is invalid."""
     options = declared(type(instance))
     misspelt = {problem.suggestion for problem in sink.problems if problem.path[:-1] == path}
     for name, item in options.items():
@@ -394,7 +387,6 @@ def leaves(tree: Any, path: kinds.Path = ()) -> Iterator[tuple[kinds.Path, Any]]
 
 
 def canonical(section: type[Section] | None, mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the mapping with aliases and short forms written out; what is not declared is unchanged."""
     aliases = section.aliases if section is not None else {}
     out: dict[str, Any] = {}
     for key, value in mapping.items():
@@ -430,7 +422,6 @@ def merge(section: type[Section] | None, base: Mapping[str, Any], over: Mapping[
 
 
 def put(section: type[Section], mapping: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """The mapping with the option of a dotted name set: `put(ExperimentConfig, c, "decoder.preset", "factual")`."""
     return merge(section, mapping, nest(key, value))
 
 

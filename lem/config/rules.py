@@ -103,7 +103,6 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def parameters_by_name(name: str) -> float | None:
-    """The number of weights in a model's name ("Llama-3.1-8B": 8e9); None without one."""
     found = _PARAMETERS_IN_NAME.findall(name.rpartition("/")[2])
     if not found:
         return None

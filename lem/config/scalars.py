@@ -22,7 +22,6 @@ class ExpansionError(ValueError):
 
 
 def resolve_plain(text: str) -> Any:
-    """The value of a word written without quotes: None, a bool, an int, a float, or the text itself."""
     if text in _NULL:
         return None
     if text in _BOOLEAN:

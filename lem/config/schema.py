@@ -42,8 +42,6 @@ def document_schema(section: type[Section], kind: str) -> dict[str, Any]:
 
 
 class _Builder:
-    """Collects the sections as definitions. Each is there once, as a part, of which nothing is required."""
-
     def __init__(self) -> None:
         self.definitions: dict[str, dict[str, Any]] = {"reference": {"type": "string", "pattern": _REFERENCE}}
 
@@ -142,7 +140,6 @@ class _Builder:
 
 
 def _nested(section: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section], kinds.Option]]:
-    """Every option by every dotted name that it has, sections included, with the section that declares it."""
     options = declared(section)
     for name, option in [*options.items(), *((alias, options[of]) for alias, of in section.aliases.items())]:
         yield prefix + name, section, option
@@ -172,7 +169,6 @@ def _if(kind: str, then: Schema, other: Schema) -> dict[str, Any]:
 
 
 def _axis(value: Schema) -> dict[str, Any]:
-    """A list of values, or one; in brackets, a value of a list-valued option is a list in the list."""
     return _if("array", {"minItems": 1, "items": value}, value)
 
 
@@ -199,7 +195,6 @@ def _given(name: str, kind: Any = ("array", "boolean", "number", "object", "stri
 
 
 def _requirements(section: type[Section], without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What a whole section must have beyond its parts; for another type of value, it says nothing."""
     properties: dict[str, Any] = {}
     required: list[str] = []
     rules = list(_RULES.get(section.__name__, ()))

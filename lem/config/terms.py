@@ -200,17 +200,8 @@ def meant(
     chosen: Collection[str],
     elsewhere: Iterable[Callable[[Sequence[str]], str | None]],
 ) -> tuple[str, str | None]:
-    """What to do about a key that is no option, and the name that was probably meant: one of them, or neither.
-
-    Names come before spelling, and no suggestion means something else.
-
-    Args:
-        at: the path of the section with the key.
-        own: the names in that section.
-        known: the dotted names of all options that paths can lead to.
-        chosen: the backend and the sections in use.
-        elsewhere: what to do about options, by dotted name, that no path can lead to.
-    """
+    """What to do about a key of the section `at` that is no option, and the name of its `own` or `known` ones meant."""
+    # Names come before spelling, and no suggestion means something else.
     within = "".join(f"{part}." for part in at)
     term = find_term(key, at[-1] if at else "") or Term()
     inside = [name.removeprefix(within) for name in term.options if name in known and name.startswith(within)]

@@ -56,8 +56,6 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a problem is shown: a position in a file, or another source."""
-
     label: str
     mark: Mark | None = None
     line: str = ""  # without a secret; empty where there is nothing else to show
@@ -97,8 +95,6 @@ def render(place: Place, problem: Problem) -> str:
 
 
 class Span(NamedTuple):
-    """Where the text of a key or of a value is: lines and column from 1."""
-
     path: Path
     is_key: bool
     begin: Mark
@@ -134,7 +130,6 @@ class Document:
 
     @functools.cached_property
     def _hidden(self) -> Mapping[int, int]:
-        """By line the column from which on it may show a secret."""
         found: dict[int, int] = {}
         for span in self.spans:
             if span.is_secret:
@@ -173,7 +168,6 @@ class Document:
         return found, self.at(marks.get(at, self.values.get(at)))
 
     def _step(self, at: Path, rest: Path) -> tuple[Path, int] | None:
-        """One step down: under the name itself, another name of it, or several parts written as one dotted key."""
         aliases = (alias for alias, name in ExperimentConfig.aliases.items() if name == rest[0])
         for name in (rest[0], *aliases):
             if (*at, name) in self.values:
@@ -186,7 +180,6 @@ class Document:
 
 
 def read_document(path: FilePath, environ: Mapping[str, str]) -> Document:
-    """A file as plain data; ConfigurationError if it cannot be read, FileProblems if it is not YAML."""
     try:
         with durable.open_regular(path) as stream:
             data = stream.read(MAX_FILE_B + 1)
@@ -213,7 +206,6 @@ def read_document(path: FilePath, environ: Mapping[str, str]) -> Document:
 
 
 def parse_value(text: str, environ: Mapping[str, str], label: str) -> Any:
-    """A value as it would be in a file; a ConfigurationError names it by `label`."""
     try:
         document = _read_text(text, label, FilePath(), environ)
         if document.problems:
@@ -247,8 +239,6 @@ class _TooMuch(yaml.MarkedYAMLError):  # type: ignore[misc, unused-ignore]
 
 
 class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml.composer.Composer):  # type: ignore[misc, unused-ignore]
-    """Text to nodes, with neither a resolver of plain words nor a constructor."""
-
     def __init__(self, text: str) -> None:
         yaml.reader.Reader.__init__(self, text)
         yaml.scanner.Scanner.__init__(self)
@@ -278,15 +268,12 @@ class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml
     ascend_resolver = descend_resolver
 
     def resolve(self, kind: Any, _value: Any, implicit: Any) -> str:
-        """The tag of a node that has none of its own."""
         if kind is yaml.ScalarNode:
             return _PLAIN if implicit[0] else _TEXT
         return _LIST if kind is yaml.SequenceNode else _MAPPING
 
 
 class _Builder:
-    """Nodes to plain data, noting positions and problems."""
-
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
         self._open: set[int] = set()

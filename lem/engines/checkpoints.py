@@ -75,11 +75,9 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def hash_weights(source: Source, adapter: Source | None = None) -> str | None:
-    """SHA-256 over a line `<sha256 of the file>  <name>` per file of the weights in name order; None for no files.
-
-    Each file is read once per process, about a second per GB after a load, which leaves it in the page cache. Large
-    files in the hub's cache are not read: they are links to blobs named by their SHA-256.
-    """
+    """SHA-256 over a line `<sha256 of the file>  <name>` per file of the weights in name order; None for no files."""
+    # Each file is read once per process, about a second per GB after a load, which leaves it in the page cache. Large
+    # files in the hub's cache are not read: they are links to blobs named by their SHA-256.
     with explained(f"weights of {source.name}", (OSError, ValueError)):
         files = [(path.name, path) for path in weight_files(source.folder)]
         if adapter is not None:
@@ -117,11 +115,9 @@ _USED = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk"
 
 
 def count_active_parameters(model: Any, parameters: int) -> int | None:
-    """Of all the parameters of a model, those that a token of text uses; None for experts that cannot be counted.
-
-    A token uses everything but the parts for images and sound, and the routed experts, and of these as many in each
-    layer as it is routed to.
-    """
+    """Of all the parameters of a model, those that a token of text uses; None for experts that cannot be counted."""
+    # A token uses everything but the parts for images and sound, and the routed experts, and of these as many in each
+    # layer as it is routed to.
     shape = text_shape(model.config)
     if shape is not model.config and hasattr(model, "get_decoder"):
         parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
@@ -147,7 +143,6 @@ def count_active_parameters(model: Any, parameters: int) -> int | None:
 
 
 def text_shape(shape: Any) -> Any:
-    """The part of a model's configuration that is about text, where it also takes images or sound; else all of it."""
     return shape.get_text_config() if hasattr(shape, "get_text_config") else shape
 
 
@@ -185,8 +180,6 @@ def builder_of(shape: Any) -> Any:
 
 @dataclass(frozen=True)
 class Source:
-    """A model as transformers is to load it."""
-
     name: str  # what `from_pretrained` takes
     folder: Path  # with its files, in the hub's cache or the user's own
     commit: str | None  # of a model on the hub; None for the user's own folder
@@ -199,7 +192,6 @@ def commit_of(folder: Path) -> str | None:
 
 
 def locate(named: NamedModel, token: str | None) -> Source:
-    """Where a model is; of one on the hub only its marker is fetched. EngineError, OptionRefused: see `find_folder`."""
     name, marker = named.name, named.marker
     folder = named.find_folder()
     if folder is not None:
@@ -234,12 +226,10 @@ def fetch_all(
     all_formats: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> tuple[Source, Source | None, Folders]:
-    """The model, its adapter, and the folders of all that an engine is to read, with their files fetched.
-
-    An engine that downloads for itself would take the token from the environment, where all its processes would have
-    it; with a folder it needs none. With `all_formats` weights are fetched in all formats, also beside safetensors.
-    `check` may refuse the model before anything else is fetched.
-    """
+    """The model, its adapter, and the folders of all that an engine is to read, with their files fetched."""
+    # An engine that downloads for itself would take the token from the environment, where all its processes would have
+    # it; with a folder it needs none. With `all_formats` weights are fetched in all formats, also beside safetensors.
+    # `check` may refuse the model before anything else is fetched.
     named, ignored = named_models(config), ("original/*",) if all_formats else _OTHER_WEIGHTS
 
     def fetch(what: str) -> Source | None:
@@ -271,8 +261,6 @@ def _fetch(source: Source, token: str | None, option: str, ignored: Sequence[str
 
 @dataclass(frozen=True)
 class Identity:
-    """Which weights these are, see `EngineReport`; None for what is unknown."""
-
     model_revision: str | None
     weights_sha256: str | None
     model_parameters: int | None = None
@@ -281,12 +269,10 @@ class Identity:
 
 
 def count_parameters(source: Source) -> Identity:
-    """The number of parameters of a model, in an identity without a hash.
-
-    Engines do not report the number of parameters, and their own layers differ: fused, padded, quantized. So they are
-    counted in the model as transformers builds it, without memory for the weights; another engine may run a model that
-    this version of transformers cannot build.
-    """
+    """The number of parameters of a model, in an identity without a hash."""
+    # Engines do not report the number of parameters, and their own layers differ: fused, padded, quantized. So they are
+    # counted in the model as transformers builds it, without memory for the weights; another engine may run a model
+    # that this version of transformers cannot build.
     try:
         shape = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except (*MODEL_FAILURES, ImportError) as error:
@@ -308,7 +294,6 @@ def _uncounted(source: Source, error: Exception) -> Identity:
 
 
 def identify(source: Source, adapter: Source | None = None) -> Identity:
-    """The weights of a model and its adapter."""
     return dataclasses.replace(count_parameters(source), weights_sha256=hash_weights(source, adapter))
 
 
@@ -317,11 +302,9 @@ def identify(source: Source, adapter: Source | None = None) -> Identity:
 
 @contextmanager
 def explained(what: str, failures: tuple[type[Exception], ...] = MODEL_FAILURES) -> Iterator[None]:
-    """Raises the explanation of what transformers raises, and whether it would happen again.
-
-    The block must hold only the calls that raise `failures`, ImportError or MemoryError: a bug of lem in it would be
-    blamed on the model.
-    """
+    """Raises the explanation of what transformers raises, and whether it would happen again."""
+    # The block must hold only the calls that raise `failures`, ImportError or MemoryError: a bug of lem in it would be
+    # blamed on the model.
     raised: tuple[type[Exception], ...] = (*failures, ImportError, MemoryError)
     try:
         yield
@@ -330,7 +313,6 @@ def explained(what: str, failures: tuple[type[Exception], ...] = MODEL_FAILURES)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether device or host ran out of memory; the allocator of the CPU only says so in its message."""
     is_named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return is_named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
@@ -369,7 +351,6 @@ def _explain(what: str, error: BaseException) -> EngineError:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and its causes; a chain may have a loop."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

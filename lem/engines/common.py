@@ -71,7 +71,6 @@ def demo_python(backend: str) -> Path | None:
 
 @contextlib.contextmanager
 def importing(backend: str, engine: str, hint: str, how_to_get: str | None = None) -> Iterator[None]:
-    """Meanwhile the engine is imported; EngineError if a package is missing (see `how_to_get`) or broken (`hint`)."""
     missing = [name for name in BACKEND_DISTRIBUTIONS[backend] if importlib.util.find_spec(name) is None]
     if missing:
         text = f"the {backend} backend needs {' and '.join(missing)}, which {sys.executable} does not have"
@@ -105,7 +104,6 @@ def check_same_engine(config: ExperimentConfig, engine_key: str) -> None:
 
 
 def seconds_since(began_ns: int) -> float:
-    """Since a moment of CLOCK_MONOTONIC."""
     return (time.monotonic_ns() - began_ns) / NS_PER_S
 
 
@@ -129,7 +127,6 @@ def engine_call(*failures: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def raised_as(explain: Callable[[BaseException], EngineError]) -> Iterator[None]:
-    """Raises the explanation of what an engine raised."""
     try:
         yield
     except EngineRaised as raised:
@@ -151,8 +148,6 @@ Arguments = Mapping[str, tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """The arguments that the installed version of an engine takes."""
-
     version: str
     arguments: frozenset[str]
     nested: Mapping[str, frozenset[str]]  # the fields of the configurations among them
@@ -164,15 +159,12 @@ class Signature:
 
 @dataclasses.dataclass(frozen=True)
 class Folders:
-    """The folders of what an engine is to read; None for what the experiment does not name."""
-
     model: str
     tokenizer: str | None = None
     drafter: str | None = None
 
 
 def section_of(config: ExperimentConfig, kind: type[SectionT]) -> SectionT:
-    """The options of the experiment's backend, defaults included."""
     if not isinstance(config.section, kind):
         raise TypeError(f"an experiment of the backend {config.backend} has no {kind.__name__}")
     return config.section
@@ -225,11 +217,7 @@ def set_by_options(section: str, arguments: Arguments) -> dict[str, str]:
 
 
 def reason_against(name: str, refused: Mapping[str, str], known: Collection[str], unknown: str) -> str | None:
-    """Why an extra argument cannot be passed to the engine as it is; None if it can.
-
-    `refused` maps arguments to reasons, `known` are the arguments of the installed version, and `unknown` is the reason
-    against any other.
-    """
+    """Why an extra argument cannot be passed to the engine, by the `refused` and the `known` ones; None if it can."""
     if name in known and name not in refused:
         return None
     return refused.get(name) or f"{unknown}{did_you_mean(name, sorted({*known} - refused.keys()))}"
@@ -238,7 +226,6 @@ def reason_against(name: str, refused: Mapping[str, str], known: Collection[str]
 def refuse(
     refusals: Iterable[tuple[str, str]], facts: object, hint: str = "leave the option out, or change what it requires"
 ) -> None:
-    """Raise OptionRefused for all options and reasons at once, if there are any; `facts` names engine and version."""
     listed = "; ".join(f"{option}: {reason}" for option, reason in refusals)
     if listed:
         raise OptionRefused(f"{facts} does not support {listed}", hint)
@@ -304,10 +291,9 @@ def describe_decoder(decoder: DecoderConfig, found: Mapping[str, Any], *, is_sam
 
 
 def visible_gpus(torch: ModuleType) -> tuple[str, ...]:
-    """UUIDs of the GPUs in CUDA's order, as NVML writes them (`GPU-…`); () without a usable GPU.
-
-    CUDA's order may differ from NVML's and depends on CUDA_VISIBLE_DEVICES, which NVML ignores: only a UUID is certain.
-    """
+    """UUIDs of the GPUs in CUDA's order, as NVML writes them (`GPU-…`); () without a usable GPU."""
+    # CUDA's order may differ from NVML's and depends on CUDA_VISIBLE_DEVICES, which NVML ignores: only a UUID is
+    # certain.
     count: int = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return tuple(f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count))
 
@@ -319,10 +305,7 @@ def idle_gpu(gpus: Sequence[str] | None, uuids: Sequence[str], devices: Path = P
 
 
 def pick_gpus(gpus: Sequence[str] | None, uuids: Sequence[str]) -> list[int]:
-    """CUDA indices of the GPUs named, each of which must be among `uuids`; [] for the CPU, and all there are for None.
-
-    A name is an index in CUDA's order, or a UUID, which may be abbreviated as for CUDA.
-    """
+    """CUDA indices of the GPUs named by index or UUID, each among `uuids`; [] for the CPU, all there are for None."""
     if gpus is None:
         return list(range(len(uuids)))
     picked = []
@@ -342,7 +325,6 @@ def pick_gpus(gpus: Sequence[str] | None, uuids: Sequence[str]) -> list[int]:
 
 @contextlib.contextmanager
 def environment(name: str, value: str | None) -> Iterator[None]:
-    """Set an environment variable meanwhile; None leaves it alone."""
     if value is None:
         yield
         return

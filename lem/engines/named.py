@@ -24,12 +24,7 @@ class NamedModel:
     revision: str | None = None
 
     def find_folder(self) -> Path | None:
-        """The folder that it is; None if it is on the hub.
-
-        Raises:
-            EngineError: kind `model`, no such folder, or a folder without a model.
-            OptionRefused: a revision of a folder.
-        """
+        """The folder, None if on the hub; EngineError without a model in it, OptionRefused for its revision."""
         folder = durable.in_home(self.name)
         if not os.path.isdir(folder):  # noqa: PTH112 - False also for a name too long
             if self.name.startswith(("/", ".", "~")) or self.name.count("/") > 1:

@@ -103,7 +103,6 @@ def sure_lengths(config: ExperimentConfig) -> dict[str, int]:
 
 
 def allows_more(config: ExperimentConfig) -> bool:
-    """Whether vLLM may take lengths beyond the positions of the model: it is told to, or that there are more."""
     is_forced = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").strip().lower() in ("1", "true")
     return config.backend == "vllm" and (is_forced or "hf_overrides" in extra_of(config))
 
@@ -127,7 +126,6 @@ def check_lengths(config: ExperimentConfig, folder: Path) -> None:
 
 
 def too_long(config: ExperimentConfig, most: float) -> OptionRefused:
-    """The error for lengths beyond the positions of the model."""
     asked = sure_lengths(config)
     listed = " and ".join(f"{name}: {value}" for name, value in asked.items())
     what = f"{listed}: {sum(asked.values())} tokens exceed the {most:g} positions of the model"

@@ -223,7 +223,6 @@ _Value = TypeVar("_Value")
 
 
 def measured(figure: Callable[[], _Value]) -> Measured[_Value]:
-    """The figure; absent, with its reason, if it cannot be had."""
     try:
         return Measured(figure())
     except NotMeasured as error:
@@ -231,7 +230,6 @@ def measured(figure: Callable[[], _Value]) -> Measured[_Value]:
 
 
 def need(found: Measured[_Value]) -> _Value:
-    """The value; if it is absent, its reason is raised as `NotMeasured`."""
     if found.value is None:
         raise NotMeasured(found.null_reason or "no_reason")
     return found.value
@@ -266,7 +264,6 @@ class AttemptLog:
         return span_of(self.marks, name)
 
     def primary_curves(self, *, at_rest: bool = False) -> tuple[Curve, ...]:
-        """The curves whose sum is the energy that counts; `NotMeasured` without a meter or readings of it."""
         if self.sources.primary is not None and self.sources.primary == self.sources.gpu_method:
             return tuple(self.gpu_curve(number, at_rest=at_rest) for number in range(len(self.sources.gpus)))
         if is_cpu_source(self.sources.primary):
@@ -274,7 +271,6 @@ class AttemptLog:
         raise NotMeasured(self.sources.reasons.get("primary", "external_window_only"))
 
     def rest_power_w(self, span: Span) -> float:
-        """The mean power of the primary source over a span at rest; raises as `Curve.mean_power_w`."""
         return sum(curve.mean_power_w(span) for curve in self.primary_curves(at_rest=True))
 
     def gpu_curve(self, number: int, *, at_rest: bool = False) -> Curve:
@@ -303,14 +299,12 @@ class AttemptLog:
         return self._known[key]
 
     def gpu_mean_curve(self, number: int) -> Curve | None:
-        """The energy of one GPU by its means over a second; None where they were not read."""
         place = self.sources.gpus[number]
         what = f"the mean power of {self.log.header.gpus[place].uuid}"
         curve = mean_power_curve(self.log.seconds, place, what)
         return curve if len(curve.at_ns) > 1 else None
 
     def cpu_curves(self, domain: str) -> tuple[Curve, ...]:
-        """The energy of every zone of a domain, `package` or `dram`; raises as `primary_curves`."""
         if domain == DRAM and self.why_no_dram is not None:
             raise NotMeasured(self.why_no_dram)
         if self.sources.cpu_method is None:
@@ -350,7 +344,6 @@ class AttemptLog:
         return curve.between_j(self._marked(name)) if closed is None else curve.closed_j(closed)
 
     def closing_doubt_j(self, curve: Curve) -> float:
-        """By how much the way it ended may have put the window's energy off; 0 if it ended under load."""
         closed = self._closed(curve, None, names.WINDOW)
         return 0.0 if closed is None else curve.closing_doubt_j(closed)
 

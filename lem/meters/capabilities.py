@@ -39,7 +39,6 @@ class GpuCapability(Section):
 
     @property
     def source(self) -> EnergySource | None:
-        """What its energy comes from, as `record.Energy.energy_source` has it; None for nothing."""
         return choose_gpu_method([self.meter], is_watched=True)[0]
 
     def describe(self) -> tuple[str, ...]:

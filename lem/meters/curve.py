@@ -29,8 +29,6 @@ _RELAXES_S = 0.05
 
 
 class NotMeasured(Exception):
-    """A figure that cannot be had, with its reason, which may be given as a code with its data."""
-
     def __init__(self, reason: Reason | str, /, **data: Any) -> None:
         self.reason = Reason.of(reason, **data) if isinstance(reason, str) else reason
         super().__init__(self.reason.text)
@@ -38,8 +36,6 @@ class NotMeasured(Exception):
 
 @dataclass(frozen=True)
 class Span:
-    """From one moment of CLOCK_MONOTONIC to a later one."""
-
     opened_ns: int
     closed_ns: int
 
@@ -133,7 +129,6 @@ class Curve:
         return self._power_w(inside[-2], inside[-1]) if len(inside) > 1 else None
 
     def whole_inside(self, span: Span) -> Span | None:
-        """From the first to the last knot within a span; None with fewer than two."""
         inside = self._inside(span)
         return Span(int(self.at_ns[inside[0]]), int(self.at_ns[inside[-1]])) if len(inside) > 1 else None
 
@@ -206,7 +201,6 @@ class Curve:
         return range(bisect_left(self.earliest_ns, span.opened_ns), bisect_right(self.latest_ns, span.closed_ns))
 
     def _place(self, at_ns: int) -> int:
-        """The first knot at or after a moment that has one before it; `NotMeasured` beyond the first and last knot."""
         detail = f" ({self.error})" if self.error else ""
         if len(self.at_ns) < 2:
             raise NotMeasured("read_once", what=self.what, times=len(self.at_ns), detail=detail)
@@ -317,7 +311,6 @@ def mean_power_curve(seconds: Iterable[GpuSecond], gpu: int, what: str) -> Curve
 
 
 def trapezoids(what: str, rows: Sequence[tuple[int, float]], longest_s: float, why: Callable[[float], Reason]) -> Curve:
-    """The integral of power in W at moments in ns; a longer time between two is a hole, and `why` gives its reason."""
     energy_j, holes = [0.0] * len(rows), []
     for place, ((before_ns, before_w), (after_ns, after_w)) in enumerate(pairwise(rows), start=1):
         length_s = (after_ns - before_ns) / NS_PER_S

@@ -106,7 +106,6 @@ def measure_external(
 
 
 def is_short_of(readings: ExternalReadings, log: SampleLog, span: Span, reference: Sequence[Curve]) -> bool:
-    """Whether the readings end before the span does, on whatever clock they have: their meter may still report it."""
     if not readings.at_utc_s:
         return True
     try:
@@ -169,7 +168,6 @@ class _Grid:
         self._energy_j = [sum(curve.value_j(at_ns) for curve in curves) for at_ns in moments]
 
     def mean_w(self, end_ns: int, mean_s: float) -> float | None:
-        """The mean power over a time before a moment; None where it is not known."""
         after, before = self._at(end_ns), self._at(end_ns - round(mean_s * NS_PER_S))
         return None if after is None or before is None else (after - before) / mean_s
 
@@ -302,7 +300,6 @@ def _number(cell: str) -> float | None:
 
 
 def _nearest_pair(log: SampleLog, span: Span) -> tuple[int, float]:
-    """CLOCK_MONOTONIC in ns and UTC in seconds at one moment, the nearest to the span: UTC may have been set since."""
     pairs = [(log.header.started_ns, log.header.started_utc), *((pair.at_ns, pair.utc) for pair in log.clocks)]
     at_ns, utc = min(pairs, key=lambda pair: abs(pair[0] - span.opened_ns))
     known_s = _time(utc)

@@ -52,7 +52,6 @@ class CpuShares:
 
     @property
     def foreign_ratio(self) -> float | None:
-        """The share of other programs in all that was computed; 0 when it is negligible."""
         if self.foreign_s is None:
             return None
         return self.foreign_s / self.busy_s if self.foreign_s > _NEGLIGIBLE * self.elapsed_s else 0.0
@@ -90,7 +89,6 @@ class CpuShares:
 
 
 def shares_in(usage: Sequence[CpuUse], span: Span) -> CpuShares:
-    """The shares in a span, at whose edges counters are interpolated; NotMeasured if they were not read there."""
     names = (item.name for item in fields(CpuShares) if item.name != "elapsed_s")
     grown: dict[str, Any] = {name: _growth(usage, name, span) for name in names}
     if grown["busy_s"] is None:
@@ -122,7 +120,6 @@ def _at(points: Sequence[tuple[int, float]], at_ns: int) -> float | None:
 
 
 def describe_interference(log: SampleLog, span: Span) -> Interference:
-    """The section of the record over a span, which is the window but for the phases."""
     pause_s = known(sampler_pause_s(log, span), "window_not_sampled")
     shares = measured(lambda: shares_in(log.usage, span)).value
     if shares is None:
@@ -178,7 +175,6 @@ def starved_s(usage: Sequence[CpuUse], window: Span) -> float:
 
 
 def holes(attempt: AttemptLog, span: Span, found: Interference) -> Iterator[Reason]:
-    """Parts of a span in which the engine or its meters stood still, which make it invalid."""
     if found.suspended_s:
         yield Reason.of("host_suspended", suspended_s=found.suspended_s)
     if found.stopped_s:
@@ -193,7 +189,6 @@ def holes(attempt: AttemptLog, span: Span, found: Interference) -> Iterator[Reas
 
 
 def waited_too_long(attempt: AttemptLog, found: Interference) -> Iterator[Reason]:
-    """Why throughput and latency are invalid: too much of the CPU time that the engine wanted went elsewhere."""
     limit = attempt.sources.max_wait_ratio
     if limit is not None and (found.wait_by_others_ratio or 0.0) > limit:
         yield Reason.of("engine_waited_too_long", **_wait_data(attempt, found), limit=100 * limit)

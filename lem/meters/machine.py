@@ -56,7 +56,6 @@ class GpuSettings:
 
 
 def is_name_of(name: str, uuid: str) -> bool:
-    """Whether `name` is that UUID, or it shortened as CUDA takes it."""
     return name.upper().startswith("GPU-") and uuid.lower().startswith(name.lower())
 
 
@@ -77,7 +76,6 @@ def visible_gpus(present: Sequence[GpuFacts], environ: Mapping[str, str]) -> tup
 
 
 def named_gpus(names: Sequence[str] | None, visible: Sequence[GpuFacts]) -> tuple[GpuFacts, ...]:
-    """The GPUs that `gpus` names, in the order of `visible`, by default the first; the engine refuses unknown names."""
     wanted = ("0",) if names is None else names
     return tuple(
         gpu
@@ -113,8 +111,6 @@ def _ambient_temps_c(sys: Path) -> Iterator[float]:
 
 
 def read_gpu_settings(nvml: Any, uuid: str, sys: Path) -> GpuSettings:
-    """Those of a GPU by initialised pynvml; all None where NVML does not find it."""
-
     def ask(function: str, *arguments: Any) -> Any:
         with contextlib.suppress(nvml.NVMLError, AttributeError):  # an older pynvml has fewer functions
             return getattr(nvml, function)(*arguments)
@@ -150,7 +146,6 @@ MOST_LAG_S = 0.5  # of a counter; 50 to 100 ms were seen
 
 
 def keep_lag(uuid: str, driver: str, lag_s: float, environ: Mapping[str, str] = os.environ) -> None:
-    """Keep how late `lem gpus --probe` found a GPU's energy counter, for campaigns on this host; raises OSError."""
     path = _kept_path(uuid, environ)
     path.parent.mkdir(parents=True, exist_ok=True)
     durable.write_json(path, {"uuid": uuid, "driver": driver, "counter_lag_s": lag_s})

@@ -34,8 +34,6 @@ _MEANINGS = {
 
 
 class MeterFailure(Exception):
-    """A reading that failed; `code` is NVML's."""
-
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.is_lasting = code in _LASTING  # it will fail the same way again
@@ -49,7 +47,6 @@ def _failure(nvml: Any, code: int) -> MeterFailure:
 
 
 def find_gpus() -> tuple[GpuFacts, ...]:
-    """The GPUs of this host in NVML's order; () without a driver. A GPU that is lost is left out."""
     with open_nvml() as nvml:
         if isinstance(nvml, str):
             return ()
@@ -140,7 +137,6 @@ def _state(nvml: Any, index: int) -> GpuState:
 
 
 def _memory_of(nvml: Any, handle: Any) -> Any:
-    """A GPU's memory; None if it has none of its own. Raises NVMLError: it cannot be asked, as one that is lost."""
     try:
         return nvml.nvmlDeviceGetMemoryInfo(handle)
     except nvml.NVMLError as error:
@@ -171,7 +167,6 @@ def gpu_uuids(nvml: Any) -> tuple[str | None, ...]:
 
 @contextlib.contextmanager
 def open_nvml() -> Iterator[Any]:
-    """pynvml, initialised; or, as a text, why there is none."""
     nvml: Any = None
     for name in ("lem._vendor.pynvml", "pynvml"):
         with contextlib.suppress(ImportError):
@@ -214,8 +209,6 @@ _MIG_TEXT = "MIG is on, and NVML's {} is that of the whole board; turn MIG off t
 
 
 class NvmlMeter:
-    """The meters of one GPU; `header` has what does not change. What cannot be read raises `MeterFailure`."""
-
     def __init__(self, nvml: Any, name: str) -> None:
         """Find the GPU by its UUID, which may be shortened as for CUDA, and try its meters by initialised pynvml."""
         self._nvml = nvml
@@ -309,7 +302,6 @@ class NvmlMeter:
         return scope, source, errors
 
     def _try(self, scope: EnergyScope) -> tuple[str | None, dict[str, MeterFailure | None]]:
-        """Keep what answers in a scope; where power comes from, and the failure of what does not answer."""
         counters: dict[str, Callable[[], Any]] = {"field": lambda: int(self._field(_ENERGY, scope))}
         powers = {"instant": lambda: self._field(_POWER_INSTANT, scope) / 1e3}
         if scope is EnergyScope.GPU:
@@ -334,7 +326,6 @@ class NvmlMeter:
         }
 
     def _keep_first(self, what: str, ways: Mapping[str, Callable[[], Any]]) -> tuple[str | None, MeterFailure | None]:
-        """Keep the first way that gives a value; its name, or why the first of all did not."""
         first: MeterFailure | None = None
         for name, way in ways.items():
             try:

@@ -59,7 +59,6 @@ class RaplFound:
 
     @property
     def dram_error(self) -> str | None:
-        """Why no energy of the memory counts; None where it does, or where the kernel shows none."""
         return next((f"{name}: {why}" for name, why in self.missing if name.rpartition("/")[2] == DRAM), None)
 
     @property
@@ -227,7 +226,6 @@ def _socket_of(name: str) -> str:
 
 
 def _are_one(rows: Sequence[RaplReading], others: Sequence[RaplReading]) -> bool:
-    """Whether two zones were read as one counter would be, which is read again some microseconds later."""
     times = [row.at_ns for row in others]
     compared = 0
     for row in rows:

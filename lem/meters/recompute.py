@@ -52,8 +52,6 @@ class Recomputed:
 
 @dataclass(frozen=True)
 class RawData:
-    """What is kept beside a record; None for what is not there."""
-
     log: SampleLog | None = None
     marks: Sequence[Mark] = ()
     external: ExternalReadings | None = None  # of the user's own meter
@@ -62,10 +60,7 @@ class RawData:
 
 
 def recompute(record: Record, config: ExperimentConfig, raw: RawData) -> Recomputed:
-    """The figures that follow from the raw data beside those of the record.
-
-    Raises MeterRefused: the log has no meter that the configuration demands; it is not the log of this record.
-    """
+    """The figures that follow from the raw data beside those of the record; MeterRefused if they do not fit."""
     work = record.work
     notes: tuple[str, ...] = ()
     pairs: list[Difference] = []
@@ -107,7 +102,6 @@ def _work_pairs(record: Record, found: WorkFindings) -> Iterator[Difference]:
 
 
 def _of_section(name: str, recorded: Any, recomputed: Any) -> Iterator[Difference]:
-    """The fields of a section, but for those that the lem that wrote the record did not know."""
     for item in dataclasses.fields(recorded):
         why = recorded.null_reasons.get(item.name)
         if item.name not in _NOT_COMPUTED and (why is None or why.code != "not_recorded"):
@@ -145,7 +139,6 @@ def _energy_pairs(
 
 
 def has_requests(record: Record) -> bool:
-    """Whether requests were kept beside a record when it was written."""
     return record.window.why_none("in_flight_mean").code != "not_recorded"
 
 

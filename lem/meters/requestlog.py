@@ -62,7 +62,6 @@ class Request:
 
     @property
     def tpot_ns(self) -> float | None:
-        """As `ttft_ns`; None for fewer than two tokens."""
         return (self.e2e_ns - self.ttft_ns) / (self.output_tok - 1) if self.output_tok > 1 else None
 
     @property
@@ -72,12 +71,10 @@ class Request:
 
     @property
     def counted_ns(self) -> Sequence[int]:
-        """When each output token counts: tokens without times when the request was finished."""
         return (self.finished_ns or 0,) * self.output_tok if self.token_times_ns is None else self.token_times_ns
 
     @cached_property
     def chunks(self) -> tuple[tuple[int, int], ...]:
-        """The time of each chunk and its tokens: what came in one step of the engine came at one time."""
         return tuple((at_ns, len([*group])) for at_ns, group in itertools.groupby(self.token_times_ns or ()))
 
 
@@ -133,7 +130,6 @@ class RequestLog:
 
     @property
     def input_tok(self) -> int:
-        """Without padding."""
         return sum(item.input_tok for item in self.prefilled)
 
     @property
@@ -142,13 +138,11 @@ class RequestLog:
 
     @property
     def padding_tok(self) -> int | None:
-        """In front of the prompts behind `input_tok`; None if it is not reported for one."""
         found = [item.padding_tok for item in self.prefilled if item.padding_tok is not None]
         return sum(found) if len(found) == len(self.prefilled) else None
 
     @property
     def repeats(self) -> int:
-        """Runs of the prompt set; under traffic finished requests over prompts, rounded down."""
         return len(self.passes_ns) if self.is_batch else len(self.finished) // self.prompts
 
     @cached_property
@@ -184,7 +178,6 @@ class RequestLog:
 
     @cached_property
     def _tokens_by_half(self) -> tuple[tuple[int, int], ...]:
-        """Output tokens of each request under traffic in the first and in the second half of the window."""
         middle_ns = (self.opened_ns + self.closed_ns) // 2
         inside = ([at for at in it.counted_ns if self.is_inside(at)] for it in self.requests if it.is_good)
         return tuple((first := sum(at <= middle_ns for at in times), len(times) - first) for times in inside)

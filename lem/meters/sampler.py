@@ -74,7 +74,6 @@ def run_sampler(
     *,
     roots: Roots = HERE,
 ) -> None:
-    """Sample until the owner ends it, with `open_nvml`'s `nvml`; SampleFileError if the log cannot be written."""
     with _created(options.output) as descriptor:
         sampler = _Sampler(options, nvml, clock, roots)
         _append(options.output, descriptor, [samples.encode_header(sampler.header)])
@@ -119,8 +118,6 @@ def _cannot_write(path: Path, error: OSError) -> SampleFileError:
 
 
 class Complaints:
-    """Failures of meters, each reported once for as long as it stays the same."""
-
     def __init__(self) -> None:
         self._reported: dict[str, str] = {}
 
@@ -169,7 +166,6 @@ class GpuWatch:
         return [] if energy_mj == before_mj else [CounterChange(self._place, before_ns, at_ns, energy_mj)]
 
     def sample(self) -> list[Row]:
-        """One sample of everything else; its stamp is that of the reading of power."""
         rows: list[Row] = []
         opened_ns = self._clock.monotonic_ns()
         power_w = self._read("power", rows)
@@ -235,8 +231,6 @@ class GpuWatch:
 
 
 class _Schedule:
-    """Moments at a fixed distance, counted from the first one: a late one delays none of the others; 0 ms is never."""
-
     def __init__(self, first_ns: int, period_ms: int) -> None:
         self.period_ns = period_ms * NS_PER_MS
         self.next_ns: float = first_ns + self.period_ns if period_ms else math.inf
@@ -381,8 +375,6 @@ _READ_B = 4096
 
 
 class PipeOwner:
-    """An owner at the other end of a pipe: a line is an order, and the sampler ends at the end of file."""
-
     def __init__(self, orders_fd: int, wakeup_fd: int) -> None:
         self._orders_fd = orders_fd
         self._wakeup_fd = wakeup_fd  # readable when a signal asks for the end
@@ -403,7 +395,6 @@ class PipeOwner:
 
 
 def run_sampler_process(options: SamplerOptions, err: TextIO) -> int:
-    """The exit code: 0 when the owner, TERM or INT ended it, 1 with a reason on `err` when the log was not written."""
     opened = open_nvml() if options.gpus else contextlib.nullcontext("no GPU is sampled")
     wakeup_fd, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -113,8 +113,6 @@ class CounterChange:
 
 @dataclass(frozen=True, slots=True)
 class GpuSample:
-    """One look at a GPU; what could not be read is None. `event_mask` has the bits of nvmlClocksEventReasons."""
-
     gpu: int
     at_ns: int
     power_w: float | None = None
@@ -127,8 +125,6 @@ class GpuSample:
 
 @dataclass(frozen=True, slots=True)
 class GpuSecond:
-    """What is asked of a GPU once a second; what could not be read is None."""
-
     gpu: int
     at_ns: int
     limit_w: float | None = None  # in force now: some are raised under load (Dynamic Boost)
@@ -178,8 +174,6 @@ class ProcessesSeen:
 
 @dataclass(frozen=True, slots=True)
 class MeterError:
-    """A reading that failed; `meter` is `gpu0.counter` (0 is the GPU's place in the header), `rapl.package-0` …"""
-
     at_ns: int
     meter: str
     message: str
@@ -187,8 +181,6 @@ class MeterError:
 
 @dataclass(frozen=True, slots=True)
 class ClockPair:
-    """CLOCK_MONOTONIC and UTC at the same moment again; the header has the first pair."""
-
     at_ns: int
     utc: str
 
@@ -219,8 +211,6 @@ _VALUES = {kind: attrgetter(*(item.name for item in dataclasses.fields(kind))) f
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that lasted from `opened_ns` to `closed_ns`; see `lem.base.measurement`."""
-
     name: str
     opened_ns: int
     closed_ns: int
@@ -253,8 +243,6 @@ def encode_row(row: Row) -> str:
 
 
 class PartReader:
-    """A log that is being written, each row of which is read once: an hour of many GPUs is half a million of them."""
-
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
@@ -275,7 +263,6 @@ class PartReader:
 
 
 def read_tail(path: Path) -> list[Row]:
-    """The rows of the last seconds of a log that is being written; [] if it is missing or no log."""
     try:
         with durable.open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
@@ -292,7 +279,6 @@ def read_tail(path: Path) -> list[Row]:
 
 
 def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
-    """Write the finished log, whole or not at all; equal logs give equal bytes. Raises as `durable.write_bytes`."""
     first = _dump({"marks": [dataclasses.astuple(mark) for mark in marks]})
     lines = [first, encode_header(log.header), *(encode_row(row) for row in log.rows())]
     durable.write_bytes(path, gzip.compress("".join(f"{line}\n" for line in lines).encode(), compresslevel=6, mtime=0))
@@ -322,8 +308,6 @@ _dump = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # json.
 
 
 class _Rows:
-    """The rows of a log, by kind, as its lines come; `first` is the number of the header's line in the file."""
-
     def __init__(self, path: Path, first: int) -> None:
         self._path = path
         self._next = first

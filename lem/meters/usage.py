@@ -83,8 +83,6 @@ def find_by_namespace(proc: Path, pid: int, started_ticks: int) -> int | None:
 
 
 class Limits:
-    """The CPU limits of a process's cgroup and those above it, as far as they are visible from here."""
-
     def __init__(self, roots: Roots, pid: int | str) -> None:
         self._folders: tuple[Path, ...] = ()
         self._freezers: tuple[tuple[Path, str], ...] = ()  # a file, and what it says of a frozen cgroup
@@ -131,7 +129,6 @@ class Limits:
 
 
 def _levels(root: Path, controllers: str, path: str) -> Iterator[Path]:
-    """The folder of a cgroup and those above it; inside a container its path may be that of the host."""
     bases = [root / controllers, *(root / name for name in controllers.split(","))] if controllers else []
     base = next((base for base in bases if base.is_dir()), root / "unified" if not controllers else root)
     base = base if base.is_dir() else root
@@ -157,8 +154,6 @@ _Key = TypeVar("_Key")
 
 
 class _Growth(Generic[_Key]):
-    """How much counters have grown altogether since the first reading; one that appears later began at 0."""
-
     def __init__(self) -> None:
         self.total_s = 0.0
         self._before_s: Mapping[_Key, float] | None = None
@@ -235,7 +230,6 @@ class UsageMeter:
             self._engine.find_processes()
 
     def look(self) -> None:
-        """See whether the engine is stopped; to be called some times a second, and quick."""
         if self._engine is not None:
             now_ns = self._clock.monotonic_ns()
             if self._engine.is_stopped():
@@ -243,7 +237,6 @@ class UsageMeter:
             self._engine.looked_ns = now_ns
 
     def read(self) -> CpuUse:
-        """All of it now. Raises OSError, or ValueError: /proc/stat cannot be read."""
         at_ns = self._clock.monotonic_ns()
         times = read_cpu_times(self._roots.proc)
         row = CpuUse(at_ns, *map(_rounded, (self._clock.asleep_s(), times.busy_s, times.idle_s, times.steal_s)))
@@ -280,8 +273,6 @@ def _rounded(seconds: float) -> float:
 
 @dataclass(frozen=True)
 class MachineLoad:
-    """What the CPUs did over some seconds, in CPUs: 1.5 is one and a half of them."""
-
     cpus: float  # that there are
     foreign: float  # used by other programs than this one
     stolen: float  # that the hypervisor gave to others

@@ -160,7 +160,6 @@ def warnings_of(attempt: AttemptLog, energy: Energy, idle: Idle) -> Iterator[Rea
 
 
 def _rest_moved(energy: Energy, idle: Idle, window_s: float) -> Iterator[Reason]:
-    """Power at rest that moved, or may have, by more than the net energy allows; by 5 % where there is none."""
     before_w, after_w = idle.idle_loaded_power_w, idle.idle_loaded_post_power_w
     if not before_w:
         return
@@ -294,7 +293,6 @@ def _limit_w(attempt: AttemptLog, number: int) -> float | None:
 
 
 def _check_against_power(attempt: AttemptLog, number: int, gpu: GpuHeader) -> None:
-    """Raises NotMeasured: a second sensor of the GPU says something else, or a partial one has none beside it."""
     method = attempt.sources.gpu_method
     if method == EnergySource.INSTANT_POWER and gpu.average_source == "none":
         raise NotMeasured("power_unconfirmed", uuid=gpu.uuid)

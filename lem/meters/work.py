@@ -65,10 +65,8 @@ def _rate(log: RequestLog, amount: int) -> Measured[float]:
 
 
 def percentile(sorted_values: Sequence[float], fraction: float) -> float:
-    """The percentile by linear interpolation between closest ranks, rank = fraction x (n - 1).
-
-    Hyndman and Fan (1996), definition 7: what numpy, R and spreadsheets give by default.
-    """
+    """The percentile by linear interpolation between closest ranks, rank = fraction x (n - 1)."""
+    # Hyndman and Fan (1996), definition 7: what numpy, R and spreadsheets give by default.
     rank = fraction * (len(sorted_values) - 1)
     below = math.floor(rank)
     above = min(below + 1, len(sorted_values) - 1)
@@ -89,11 +87,9 @@ def distribute(observed: Sequence[tuple[int, float]]) -> Distribution | None:
 
 
 def latency_of(requests: Sequence[Request]) -> Latency:
-    """The latency section over completed requests; what was not observed is None with its reason, never spread evenly.
-
-    A request without output counts towards end-to-end and queue times only. One request whose tokens were not timed
-    voids TTFT, TPOT and ICL for all: the rest would be a sample chosen by the engine.
-    """
+    """The latency section over completed requests; None with its reason for what was not observed."""
+    # A request without output counts towards end-to-end and queue times only. One request whose tokens were not timed
+    # voids TTFT, TPOT and ICL for all: the rest would be a sample chosen by the engine.
     with_output = [item for item in requests if item.output_tok > 0]
     is_timed = all(item.token_times_ns for item in with_output)
     timed = with_output if is_timed else []
@@ -147,13 +143,11 @@ def _is_within(item: Request, slo: SloConfig) -> bool:
 
 
 def _steps(log: RequestLog, config: ExperimentConfig) -> dict[str, Measured[float]]:
-    """Tokens per step and draft acceptance, from the tokens that share a timestamp.
-
-    The first step of a request, its prefill, is left out. Near the end of an answer an engine proposes fewer drafts, or
-    accepts some beyond the end (vLLM counts those as accepted): acceptance leaves out steps that start with no more
-    tokens left than one step can produce. Drafts that were never proposed, as where no n-gram matches, count as not
-    accepted, since token times do not show them.
-    """
+    """Tokens per step and draft acceptance, from the tokens that share a timestamp."""
+    # The first step of a request, its prefill, is left out. Near the end of an answer an engine proposes fewer drafts,
+    # or accepts some beyond the end (vLLM counts those as accepted): acceptance leaves out steps that start with no
+    # more tokens left than one step can produce. Drafts that were never proposed, as where no n-gram matches, count as
+    # not accepted, since token times do not show them.
     timed = [item for item in log.completed if item.token_times_ns]
     if not timed:
         unseen: Measured[float] = known(None, "tokens_not_observed" if log.output_tok else "no_tokens_to_compare")
@@ -183,7 +177,6 @@ def _accepted_ratio(timed: Iterable[Request], config: ExperimentConfig) -> Measu
 
 
 def _in_flight(log: RequestLog) -> dict[str, Any]:
-    """Mean and peak of the requests that the engine worked on at once, and the share of the window far below it."""
     names = ("in_flight_mean", "in_flight_peak", "fill_drain_ratio")
     changes: Counter[int] = Counter()
     for item in log.requests:
@@ -227,13 +220,11 @@ def load_warnings(log: RequestLog) -> tuple[Reason, ...]:
 
 
 def _growth(log: RequestLog) -> tuple[int, int] | None:
-    """The unfinished requests at both edges, if their number grew throughout the window; None if it did not.
-
-    The queue is sampled at completions only, because an engine that takes requests in batches lets them pile up between
-    batches. The shortest queue in each third of the window must grow, and the growth over the whole window must exceed
-    two standard deviations of a Poisson count. With fewer than three completions, the queues at the two edges must
-    differ by more than the requests that were in the engine.
-    """
+    """The unfinished requests at both edges, if their number grew throughout the window; None if it did not."""
+    # The queue is sampled at completions only, because an engine that takes requests in batches lets them pile up
+    # between batches. The shortest queue in each third of the window must grow, and the growth over the whole window
+    # must exceed two standard deviations of a Poisson count. With fewer than three completions, the queues at the two
+    # edges must differ by more than the requests that were in the engine.
     if log.traffic_mode not in OPEN_LOOP:
         return None
     arrived_ns = sorted(item.arrived_ns for item in log.requests if item.arrived_ns is not None)

@@ -123,7 +123,6 @@ def _fill(scratch: Path, contents: Contents) -> None:
 
 
 def _by_name(kind: str, paths: Iterable[Path]) -> dict[str, Path]:
-    """The paths by the names that they get in the bundle; UserError where two would get the same."""
     found: dict[str, Path] = {}
     for given in paths:
         path = Path(os.path.abspath(given))  # noqa: PTH100 - `.` and `a/..` have no name; a link keeps its own
@@ -165,7 +164,6 @@ def _copy_file(source: Path, target: Path) -> None:
 
 
 def _set_modes(scratch: Path) -> None:
-    """Make everything readable for all and writable for its owner alone, whatever the umask is."""
     for parent, _, names in os.walk(scratch):
         Path(parent).chmod(0o755)
         for name in names:
@@ -173,7 +171,6 @@ def _set_modes(scratch: Path) -> None:
 
 
 def _save_image(name: str, file: Path) -> BundledImage:
-    """Save an image, compressed by gzip: Docker 20.10 loads nothing newer."""
     with durable.scratch_folder(file.parent) as scratch:
         saved = scratch / "image.tar"
         ended = run(["docker", "save", "--output", str(saved), name], timeout_s=_SAVE_TIMEOUT_S)
@@ -230,7 +227,6 @@ def _ssh_keygen(action: str, *words: str, stdin: bytes = b"") -> Finished:
 
 
 def verify_bundle(folder: Path, signer: Signer | None) -> dict[str, Any]:
-    """The manifest of a bundle; UserError unless every byte is as it was made. Without a signer only sums count."""
     try:
         # First of all: a FIFO in the place of a file would be waited for.
         present = {*_list_files(folder, f"bundle {folder}", _AGAIN)} - {SUMS, SIGNATURE}
@@ -251,7 +247,6 @@ def verify_bundle(folder: Path, signer: Signer | None) -> dict[str, Any]:
 
 
 def _read_manifest(folder: Path, present: Iterable[str]) -> dict[str, Any]:
-    """The manifest as JSON values; ValueError unless it is valid and names exactly what the bundle holds."""
     document = durable.read_json(folder / MANIFEST)
     if not isinstance(document, dict):
         raise ValueError("expected an object")

@@ -51,7 +51,6 @@ class CampaignRunner(Context):
     _is_reserved: bool = field(default=False, init=False)
 
     def generate_execution_order(self) -> list[CampaignExperiment]:
-        """Every experiment of every cycle, in the order to run."""
         return [CampaignExperiment.of(item) for item in self._planned().experiments]
 
     def generate_execution_order_from_grid(self) -> list[CampaignExperiment]:
@@ -67,7 +66,6 @@ class CampaignRunner(Context):
     def apply_resume_filter(
         self, manifest: CampaignManifest, execution_order: Sequence[Experiment]
     ) -> list[CampaignExperiment]:
-        """The experiments that are still to run, in order, each with its manifest entry."""
         remaining = {entry.exp_id: entry for entry in manifest.get_remaining()}
         return [CampaignExperiment.of(one, remaining[one.exp_id]) for one in execution_order if one.exp_id in remaining]
 
@@ -296,7 +294,6 @@ class CampaignRunner(Context):
 
 
 def check_supported(campaign: CampaignConfig, executor_name: str) -> None:
-    """Refuse, with a UserError, what only containers can do where there are none."""
     if campaign.cold_start.restart_container and executor_name != "docker":
         message = "cold_start.restart_container requires containers, but these experiments run in this Python"
         raise UserError(message, "use cold_start.force_cold_start, which starts a new worker for each experiment")

@@ -105,7 +105,6 @@ class ContainerError(UserError, RuntimeError):
 
 
 def explain(finished: Finished, doing: str, otherwise: str = "container") -> ContainerError:
-    """The error that a failed call means; `otherwise` is its kind if the output is not a known one."""
     quoted = _essence(finished.stderr) or _essence(finished.stdout)
     if finished.has_timed_out:
         message = f"{doing}: `{shlex.join(finished.argv)}` timed out" + (f": {quoted}" if quoted else "")
@@ -131,7 +130,6 @@ class Docker:
     _oom_kills: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def call(self, *words: str, timeout_s: float = CALL_TIMEOUT_S) -> Finished:
-        """A finished call, also a failed one; ContainerError of kind `docker` if there is no docker command."""
         try:
             return process.run(("docker", *words), timeout_s=timeout_s, env=self.env)
         except UserError as error:
@@ -163,7 +161,6 @@ class Docker:
             raise ContainerError(message, hint, kind="remote")
 
     def compose_version(self) -> tuple[int, ...]:
-        """The version of the Compose plugin; ContainerError of kind `compose` if it is missing or too old."""
         finished = self.call("compose", "version", "--short")
         found = parse_version(finished.stdout) if finished.code == 0 else None
         if found is not None and found >= OLDEST_COMPOSE:
@@ -247,8 +244,6 @@ class Service:
 
 @dataclass(frozen=True)
 class Compose(Docker):
-    """`docker compose` for one project; `call` is still plain `docker`, `must` and `arguments` are of Compose."""
-
     project: str  # "": as Compose names it
     files: tuple[Path, ...]  # later ones override earlier ones
     folder: Path | None = None  # project directory, if it is not the folder of the first file
@@ -267,7 +262,6 @@ class Compose(Docker):
         return ("compose", *name, *options, *words)
 
     def must(self, *words: str, doing: str, timeout_s: float = CALL_TIMEOUT_S) -> str:
-        """The output of a call that has to succeed; ContainerError if it does not."""
         finished = self.call(*self.arguments(*words), timeout_s=timeout_s)
         if finished.code != 0:
             raise explain(finished, doing)
@@ -315,7 +309,6 @@ class Compose(Docker):
         return replace(self, env={**self.env, PROFILES_VARIABLE: ",".join(filter(None, profiles))})
 
     def containers(self) -> dict[str, bool]:
-        """The names of the project's containers, running or not, and whether each is lem's: has its override."""
         label = "com.docker.compose.project"
         form = f'{{{{.Names}}}} {{{{.Label "{label}.config_files"}}}}'
         finished = self.call("ps", "--all", "--filter", f"label={label}={self.project}", "--format", form)
@@ -362,7 +355,6 @@ def _service(name: str, item: Mapping[str, Any]) -> Service:
 
 
 def how_to_get(image: str) -> str:
-    """The command that puts an image on this machine; lem's own is in no registry."""
     if image.startswith("lem-pytorch:"):
         return f"`docker build -f docker/Dockerfile.pytorch -t {image} docker` in a clone of lem"
     return f"`docker pull {image}`"
@@ -389,6 +381,5 @@ def _unexpected(word: str, expected: str, printed: str) -> ContainerError:
 
 
 def parse_version(text: str) -> tuple[int, ...] | None:
-    """The numbers in any form in which Compose prints its version: (2, 17, 2) of `v2.17.2-desktop.1`."""
     match = re.search(r"v?(\d+)\.(\d+)(?:\.(\d+))?", text)
     return tuple(int(part) for part in match.groups() if part is not None) if match else None

@@ -31,7 +31,6 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def divide(costs: Mapping[str, float], count: int) -> tuple[str | None, tuple[frozenset[str], ...]]:
-    """The anchor, and the configurations (config_hash) of each host, anchor included; a single host has no anchor."""
     if count == 1:
         return None, (frozenset(costs),)
     anchor = min(costs, key=lambda name: costs[name])
@@ -55,7 +54,6 @@ def make_fleet_plan(
     is_replicated: bool = False,
     measured_by_config: Mapping[str, float] | None = None,
 ) -> FleetPlan:
-    """The plan divided among hosts by earlier seconds per config_hash, or with all of it on every host."""
     _check_hosts(hosts)
     costs = costs_of(plan.configurations, measured_by_config or {})
     anchor, parts = (None, (frozenset(costs),) * len(hosts)) if is_replicated else divide(costs, len(hosts))
@@ -144,7 +142,6 @@ def part_of_plan(plan: Plan, index: int, count: int, stored: FleetPlan | None = 
 
 
 def matching(plan: Plan, stored: FleetPlan) -> Plan:
-    """The plan with the hashes and the order of the stored plan; a UserError unless that is of this campaign."""
     for one in (plan, plan.as_by_older_build()):
         if one.config_hash == stored.config_hash:
             return one
@@ -158,7 +155,6 @@ def matching(plan: Plan, stored: FleetPlan) -> Plan:
 
 
 def costs_of(configurations: Sequence[Experiment], measured: Mapping[str, float]) -> dict[str, float]:
-    """The cost of each configuration by config_hash: in seconds if earlier results measured some, else in tokens."""
     work = {item.config_hash: _work(item) for item in configurations}
     known = [measured[digest] / work[digest] for digest in work if digest in measured]
     scale = sum(known) / len(known) if known else 1.0

@@ -158,7 +158,6 @@ def _finished(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def validate_campaign_grid(config_dicts: Sequence[dict[str, Any]]) -> GridExpansionResult:
-    """Which configurations are experiments; the others with the reason why not."""
     named = list(zip(name_configurations(config_dicts), config_dicts, strict=True))
     configs, filtered, warnings = validate_named(named)
     valid = [item for item, config in zip(config_dicts, configs, strict=True) if config is not None]
@@ -242,7 +241,6 @@ def distinct_names(names: Sequence[str], contents: Sequence[Mapping[str, Any]]) 
 
 
 def _flatten(config: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Flat:
-    """Every option given, by its path; the short form of a model or dataset under its name."""
     out: Flat = {}
     for key, value in config.items():
         path = (*prefix, key)
@@ -305,7 +303,6 @@ def _value(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as YAML writes it; a text from `${VAR}` as it was written, since it may be a secret."""
     if isinstance(value, Expanded):
         return value.written
     if value is None:

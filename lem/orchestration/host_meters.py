@@ -51,8 +51,6 @@ class Reference:
 
 
 class _Place(NamedTuple):
-    """What was idle, in which state, and by which meter: GPU power says nothing about CPU power."""
-
     gpus: tuple[str, ...]
     state: str
     source: str
@@ -104,8 +102,6 @@ RecoveryProbe = Callable[[], "bool | None"]
 
 
 class GapOutcome(NamedTuple):
-    """How long a gap took, and why it ended, as a code of the record's `gap_end_reason`."""
-
     gap_s: float
     code: str
 
@@ -130,7 +126,6 @@ def keep_gap(
     monotonic: Callable[[], float],  # in seconds
     wait: Callable[[float], bool],  # sleeps, less when a stop is requested; returns whether it was
 ) -> GapOutcome:
-    """Wait until the device has recovered, at most `cap_s` seconds; all of them when no probe answers."""
     started_s = monotonic()
     if cap_s <= 0:
         return GapOutcome(0.0, "gap_none")
@@ -166,7 +161,6 @@ class Attendance:
     _usage: deque[CpuUse] = field(default_factory=lambda: deque(maxlen=2))  # the last two readings
 
     def follow(self, event: Event, worker: Worker) -> Event:
-        """The event with the current power and interference; a phase that begins has the sampler follow the engine."""
         if event.kind == "phase" and self.sampler is not None:
             if event.data["phase"] == FIRST_PHASE and (pid := _find_engine(worker)) is not None:
                 self.sampler.watch(pid)
@@ -182,7 +176,6 @@ class Attendance:
 
 
 def _find_engine(worker: Worker) -> int | None:
-    """The process above all those of a worker's engine, by its number here; None for another machine's."""
     engine = worker.engine
     if engine is None or worker.shares_pids:
         return None if engine is None else engine.pid
@@ -280,7 +273,6 @@ class HostMeters:
 
     @contextlib.contextmanager
     def _sampling(self, path: Path, gpus: Sequence[str], step_ms: int, tdp_w: float | None) -> Iterator[SamplerProcess]:
-        """A sampler within the block; its log is removed with it, since the worker has copied what is kept."""
         sampler = SamplerProcess(self.command, path, gpus, step_ms, tdp_w)
         try:
             yield sampler

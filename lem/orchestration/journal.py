@@ -28,7 +28,6 @@ _CHECK_LENGTH = 16
 
 
 def sealed(rest: bytes) -> bytes:
-    """A snapshot: the rest of its JSON object, with the schema version and the checksum before it."""
     return b"".join([_START, _sha256(rest).encode(), _END, rest])
 
 
@@ -42,7 +41,6 @@ def snapshot_of(data: bytes) -> str:
 
 
 def find_snapshot(path: Path) -> str | None:
-    """As `snapshot_of`, of the file there, of which only the beginning is read; None when there is none."""
     try:
         with durable.open_regular(path) as stream:
             data = stream.read(len(_START) + _DIGITS)
@@ -71,8 +69,6 @@ class DamagedJournal(ValueError):
 
 
 class Journal:
-    """The file beside a manifest; `begin` it for a snapshot before the first `append`."""
-
     def __init__(self, manifest_path: Path) -> None:
         suffix = ".journal" if manifest_path.suffix != ".journal" else ".journal.journal"
         self.path = manifest_path.with_suffix(suffix)

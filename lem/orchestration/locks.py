@@ -66,8 +66,6 @@ class Holder:
 
 @dataclass(frozen=True)
 class LockTarget:
-    """A lock file and what it locks, e.g. `GPU GPU-1b2c…`."""
-
     path: Path
     what: str
     is_shared: bool = False  # by all users of the host; each then has a file of its own
@@ -159,7 +157,6 @@ def is_locked(path: Path) -> bool | None:
 
 
 def _is_listed(path: Path) -> bool | None:
-    """Whether the kernel lists a lock on the file, which takes no right to open it; None when unknown."""
     try:
         found = path.stat()
         lines = _KERNEL_LOCKS.read_bytes().splitlines()
@@ -198,7 +195,6 @@ def _owner_of(path: Path) -> str:
 
 
 def take(descriptor: int, wait: Callable[[float], None] = time.sleep) -> None:
-    """Take the lock of an open file, or BlockingIOError; in more than one try: `is_locked` may have it for a moment."""
     for _ in range(_TRIES - 1):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

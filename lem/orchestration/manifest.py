@@ -83,7 +83,6 @@ class CampaignManifestEntry:
         self.attempts = tuple(sorted([*others, attempt], key=lambda item: item.number))
 
     def encode(self) -> bytes:
-        """The entry as one line of JSON, encoded again only after a change."""
         line: bytes | None = self.__dict__.get("_line")
         if line is None:
             values = {name: self.__dict__[name] for name in _ENTRY_NAMES}
@@ -278,7 +277,6 @@ class ManifestManager:
         self._journal.append(b'{"at": ' + _encode(manifest.updated_at) + b', "entry": ' + entry.encode() + b"}")
 
     def settle(self, manifest: CampaignManifest) -> None:
-        """Write the snapshot unless all changes are in it; raises as `save`."""
         if self._journal.size_b or not self._journal.has_begun:
             self.save(manifest)
 
@@ -374,7 +372,6 @@ class ManifestManager:
         return target
 
     def remove_leftovers(self) -> None:
-        """Remove temporary files of a process that was killed while saving; to be called under the campaign's lock."""
         for path in self.manifest_path.parent.glob(f"{durable.TEMPORARY_PREFIX}*"):
             path.unlink(missing_ok=True)
 

@@ -69,7 +69,6 @@ def _is_open_to_others(found: os.stat_result) -> bool:
 
 
 def _protect(folder: Path) -> None:
-    """Make a folder of the cache writable only by this user; UserError if another user (but root) owns it."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid()):
         raise UserError(f"{folder}: expected a folder of your own", f"delete it, or {_OTHER_CACHE}")
@@ -90,7 +89,6 @@ def _is_program(path: Path, data: bytes) -> bool:
 
 
 def _pack_sources() -> bytes:
-    """A zip of the package in its folder and the modules it needs; the same bytes every time."""
     members = {"__main__.py": _ENTRY.encode(), **_package_members(Path(lem.__path__[0]), "lem")}
     if "lem/_vendor/__init__.py" not in members:
         members["lem/_vendor/__init__.py"] = b""

@@ -123,15 +123,12 @@ class Plan:
         return grid.campaign_config_hash(self.campaign, [item.config_hash for item in self.given])
 
     def as_first_hashed(self) -> Plan:
-        """The plan with the order and the hashes of the first build."""
         older = self.as_by_older_build()
         return older.with_hashes(
             {item.config_hash: grid.config_hash(item.config, item.prompts, is_first=True) for item in older.given}
         )
 
     def with_hashes(self, others: Mapping[str, str]) -> Plan:
-        """The plan with other hashes for its configurations, by those that it has."""
-
         def renamed(item: Experiment) -> Experiment:
             digest = others.get(item.config_hash, item.config_hash)
             return replace(item, config_hash=digest, exp_id=experiment_id(digest, item.cycle_index))
@@ -218,7 +215,6 @@ class Plan:
         return self.execution.cycle_gap_seconds if kind == "cycle" else self.execution.config_gap_seconds
 
     def expected_time(self, known: ExpectedDurations) -> ExpectedTime:
-        """The time it will take; what was never run is assumed to take the mean of what was."""
         items = self.experiments
         loading = [item for item, is_load in zip(items, self.loads(), strict=True) if is_load]
         caps_s = [self.gap_cap_s(kind) for kind in self.gap_kinds()]
@@ -331,7 +327,6 @@ _Valid = Sequence[tuple[_Candidate, ExperimentConfig]]
 
 
 def _with_enough_prompts(valid: _Valid) -> _Valid:
-    """Configurations without prompts get as many synthetic ones as the widest of them runs at once."""
     bare = [config.dataset is None and config.prompts is None for _, config in valid]
     widths = (
         config.most_at_once(config.width) or 0 for (_, config), is_bare in zip(valid, bare, strict=True) if is_bare
@@ -351,7 +346,6 @@ def _with_enough_prompts(valid: _Valid) -> _Valid:
 
 
 def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidationIssue]]:
-    """The configurations, each once and in the first cycle, and a warning for each repetition of one."""
     prompts: dict[Any, tuple[dict[str, Any], int | None]] = {}
     unusable: dict[Any, FileProblems] = {}
     found: dict[str, Experiment] = {}
@@ -392,7 +386,6 @@ def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidatio
 
 
 def _find_prompts(item: _Candidate, config: ExperimentConfig) -> tuple[dict[str, Any], int | None]:
-    """The fingerprint of a configuration's prompts, and their number (of a data set, at most)."""
     source = config.dataset or config.prompts or BUNDLED
     where: tuple[str, ...] = ("prompts", "path")
     try:
@@ -424,7 +417,6 @@ def _cells_that_cannot_differ(given: Sequence[Experiment]) -> Iterator[GridValid
 
 
 def order_experiments(given: Sequence[Experiment], execution: CampaignExecutionConfig) -> tuple[Experiment, ...]:
-    """Every configuration in every cycle, in the order to run: `grouped` is AAA BBB, the others as `cycle_order`."""
     cycles, keys = range(execution.cycles), [item.engine_key for item in given]
     if execution.structure == GROUPED:
         ordered = [(item, cycle) for item in given for cycle in cycles]
@@ -438,7 +430,6 @@ def order_experiments(given: Sequence[Experiment], execution: CampaignExecutionC
 
 
 def write_configs(configurations: Iterable[Experiment]) -> None:
-    """Write the generated ones of `Plan.configurations` that are new or changed; a UserError when that fails."""
     for item in configurations:
         if not item.is_generated:
             continue

@@ -69,7 +69,6 @@ class RunOptions:
 
 
 def check_own_folders(manifest_path: Path, repository: Repository, campaign_name: str) -> None:
-    """Refuse, with a UserError, the folders of another campaign: those of `a b` and `a-b` have one name."""
     owners = {
         manifest_path.parent: find_fact(manifest_path, "campaign_name"),
         repository.folder: repository.find_campaign_name(),
@@ -106,7 +105,6 @@ def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOpti
 
 
 def new_run_id(repository: Repository, manifest_path: Path, now: datetime) -> str:
-    """The ID of a new run, after those of all runs with results or with a manifest, also one that was set aside."""
     known = set(folder_names(repository.folder))
     with contextlib.suppress(OSError):  # there is no state folder yet, or `save` tells what is wrong with it
         for path in manifest_path.parent.iterdir():
@@ -227,7 +225,6 @@ def _add_digests(entry: CampaignManifestEntry, results: Iterable[Attempt]) -> No
 
 
 def forget_lost_results(manifest: CampaignManifest) -> tuple[str, ...]:
-    """Set completed experiments whose result is gone, or not as it was measured, to pending; returns the paths."""
     lost = []
     for entry in manifest.get_by_status(COMPLETED):
         path = str(entry.result_path)
@@ -243,7 +240,6 @@ def forget_lost_results(manifest: CampaignManifest) -> tuple[str, ...]:
 
 
 def interrupt_entry(entry: CampaignManifestEntry) -> None:
-    """Set an experiment that was stopped, or whose process died, to pending with the error "interrupted"."""
     entry.status = PENDING
     entry.error = INTERRUPTED
     for attempt in entry.attempts:
@@ -260,7 +256,6 @@ def _forget_result(entry: CampaignManifestEntry) -> None:
 
 
 def _settle(entry: CampaignManifestEntry) -> bool:
-    """Complete the experiment if its results suffice; whether they do."""
     results = [attempt for attempt in entry.attempts if attempt.result_path is not None]
     chosen = next((attempt for attempt in reversed(results) if attempt.valid), results[-1])
     if not chosen.valid and len(results) < MAX_INVALID_RESULTS:
@@ -342,7 +337,6 @@ def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
 
 
 def run_of(manifest: CampaignManifest, repository: Repository) -> Run:
-    """The results of what is planned now, with the rule by which cycles were added."""
     run_id = str(manifest.run_id)
     planned = {entry.exp_id for entry in manifest.experiments if entry.status != SKIPPED}
     records = (item.record for item in repository.scan(run_id).results)

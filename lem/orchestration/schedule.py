@@ -109,7 +109,6 @@ class CampaignOutcome:
     remark: str = ""  # what became of a top-up; empty without one
 
     def without(self, lost: Sequence[str]) -> CampaignOutcome:
-        """The same run, whose manifest no longer has these results: they are missing, or were changed."""
         what = f"{plural(len(lost), 'result')} missing, or not as measured: {some_of(lost, _SHOWN)}"
         hint = "find out what removes or changes results; --resume measures these experiments again"
         stopped = Stopped.SIGNAL if self.stopped is Stopped.SIGNAL else Stopped.INFRASTRUCTURE
@@ -139,7 +138,6 @@ def next_start(now: datetime, at: str, weekdays: Collection[int] = ANY_DAY) -> d
 
 
 def waiting_text(start: datetime, now: datetime, *, is_daemon: bool) -> str:
-    """`Daemon: waiting until HH:MM to start campaign`, with the day when it is not today."""
     local, today = start.astimezone(), now.astimezone().date()
     day = "" if local.date() == today else f" ({local:%a %Y-%m-%d})"
     return f"{'Daemon' if is_daemon else 'Schedule'}: waiting until {local:%H:%M} to start campaign{day}"
@@ -242,7 +240,6 @@ class Countdown:
         self.begin((), (), ())
 
     def begin(self, experiments: Sequence[Experiment], caps_s: Sequence[float], loads: Sequence[bool]) -> None:
-        """These experiments are next, each after a gap of at most so long; what was learned before holds for them."""
         self._order = [item.config_hash for item in experiments]
         # Sums from each place to the end.
         self._caps_s = [*itertools.accumulate(reversed(caps_s), initial=0.0)][::-1]
@@ -303,8 +300,6 @@ class Countdown:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long to wait for a worker, in seconds."""
-
     load_s: float = 1800.0  # for the load of the engine
     rest_s: float = 0.0  # on top of that for what comes before the load, in which power at rest is measured
     experiment_s: float = 3600.0  # for everything after the load

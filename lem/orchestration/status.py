@@ -106,8 +106,6 @@ class Activity:
 
 @dataclass
 class ActivityWriter:
-    """An observer that passes events on and keeps the file in a campaign's state folder."""
-
     folder: Path
     run_id: str
     holder: Holder
@@ -215,7 +213,6 @@ class CampaignStatus:
 
     @property
     def part(self) -> str:
-        """The part of a campaign that hosts share; empty of a whole one."""
         return self.folder.name if self.folder.parent.name == slug_of(self.name) else ""
 
     @property
@@ -235,7 +232,6 @@ class CampaignStatus:
 
     @property
     def n_left(self) -> int:
-        """Experiments that have not had their turn, including the running one."""
         return self.count(PENDING, RUNNING)
 
     @property
@@ -301,7 +297,6 @@ def find_folders(state_dir: Path) -> tuple[Path, ...]:
 
 
 def state_folders(folder: Path) -> list[Path]:
-    """The state folder of a campaign and those of its parts, by name, as far as they have a manifest or are locked."""
     try:
         parts = sorted(path for path in folder.iterdir() if path.is_dir())
     except OSError:  # reported by the one who reads the folder

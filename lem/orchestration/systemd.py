@@ -29,7 +29,6 @@ _CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"  # systemd.exec(5), LoadCredenti
 
 
 def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    """The secrets that are set, by name; the environment wins over a credential of systemd."""
     folder, value = environ.get(_CREDENTIALS_VARIABLE), environ.get(TOKEN_VARIABLE, "")
     if folder and not value:
         path = Path(folder, TOKEN_VARIABLE)
@@ -44,15 +43,12 @@ def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 class ServiceManager:
-    """The service manager that started this process; without one, messages go nowhere."""
-
     def __init__(self, address: str | None) -> None:
         self._address = address
         self._last = {"STATUS": ""}  # what was sent last
 
     @classmethod
     def of(cls, environ: MutableMapping[str, str] = os.environ) -> ServiceManager:
-        """The manager that the environment names; the name is removed, so that no child speaks for this process."""
         address = environ.pop(_VARIABLE, None)
         # A name in the abstract space begins with `@` there and with a zero byte in the kernel.
         return cls("\0" + address[1:] if address and address.startswith("@") else address)
@@ -82,8 +78,6 @@ class ServiceManager:
 
 
 class Notification(threading.Thread):
-    """A JSON POST on a thread of its own; a failure is a warning, and the URL, a secret, is never logged."""
-
     def __init__(self, url: str, payload: Mapping[str, Any], timeout_s: float = 10.0) -> None:
         super().__init__(name="webhook", daemon=True)
         self._url = url

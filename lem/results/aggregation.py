@@ -184,7 +184,6 @@ class Precision(NamedTuple):
 
     @property
     def widest(self) -> list[str]:
-        """The wide ones, the widest first: `pytorch-float16 ±3.1 %`."""
         ordered = sorted(self.wide.items(), key=lambda item: item[1], reverse=True)
         widths = {name: f"±{percent(width)}" if math.isfinite(width) else "no interval" for name, width in ordered}
         return [f"{name} {width}" for name, width in widths.items()]
@@ -257,7 +256,6 @@ def earlier_times(records: Iterable[Record]) -> EarlierTimes:
 
 
 def _around(records: Sequence[Record]) -> dict[ResultKey, float]:
-    """What each experiment took besides load, warm-up and window, where another followed it at once."""
     runs: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         runs.setdefault((record.identity.run_id, record.identity.host), []).append(record)
@@ -284,8 +282,6 @@ RUN_NOISE, LOAD_NOISE = 0.005, 0.01
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a number of cycles can show in one metric, if the ratio of two configurations varies this much."""
-
     metric: Metric
     spread: float  # standard deviation of the log of the ratio within a cycle
     n_pairs: int = 0  # degrees of freedom of `spread`; 0 where it is assumed
@@ -306,7 +302,6 @@ class Sensitivity:
         return power_of(math.log1p(difference), error, cycles - 1, _holm_confidence(n_comparisons))
 
     def needed(self, difference: float, n_comparisons: int = 1, *, is_gate: bool = False) -> int | None:
-        """The cycles that find a difference, or that decide a gate of that width between equal configurations."""
         distances = [math.log1p(difference)] * (2 if is_gate else 1)
         return cycles_needed(distances, self.spread, _holm_confidence(n_comparisons))
 

@@ -40,7 +40,6 @@ class Pooled(Configuration):
         return shared_settings(item.settings for item in self.members)
 
     def values(self, metric: Metric, *, of_attempts: bool = False) -> Mapping[Cycle, float]:
-        """The mean over the configurations in each cycle that measured the metric for all of them."""
         own = [item.values(metric, of_attempts=of_attempts) for item in self.members]
         return {cycle: mean_of([it[cycle] for it in own]) for cycle in own[0] if all(cycle in it for it in own)}
 

@@ -99,7 +99,6 @@ _LEFT_OUT = frozenset({
 
 @functools.cache
 def rates_and_limits() -> frozenset[str]:
-    """Options that are no setting, since they change no number: prices, carbon figures, timeouts, cache lifetimes."""
     return frozenset(name for name, item, _ in walk(ExperimentConfig) if item.is_dropped)
 
 
@@ -144,7 +143,6 @@ class Axis:
 
     @property
     def partition(self) -> tuple[int, ...]:
-        """For each configuration the first one with the same value."""
         return tuple(map(self.values.index, self.values))
 
     @property
@@ -286,7 +284,6 @@ class Key:
 
 
 def fits(heading: str, numbers: Sequence[str], columns: Iterable[Column], width: int) -> bool:
-    """Whether a table of these rows, whose names may be wrapped, is at most that wide."""
     names = min(max(map(text_width, numbers), default=1), NAME_MIN)
     first = max(names, *map(text_width, heading.split("\n")))
     return first + sum(GAP + column.width for column in columns) <= width

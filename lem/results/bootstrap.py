@@ -178,7 +178,6 @@ def _quantile(ordered: Sequence[float], probability: float) -> float:
 
 
 def coverage_notes(windows: Iterable[Window]) -> Iterable[str]:
-    """Where a 95 % t interval over cycles with these windows covers less than it claims."""
     share = {f"{rho:g}": f"{100 * found:g} %" for rho, found in AUTOCORRELATED_COVERAGE.items()}
     correlated = " and ".join(share.values())
     yield (

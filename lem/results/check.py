@@ -110,7 +110,6 @@ def _interference(run: Run) -> Found:
 
 
 def _extent(why: Reason) -> float:
-    """The size of an interference, among those of one remedy: a share, or how many seconds."""
     return max(float(value) for name, value in why.data.items() if name in _EXTENTS)
 
 
@@ -185,7 +184,6 @@ def _work(run: Run) -> Found:
 
 
 def _obstacles(run: Run) -> Found:
-    """What makes configurations incomparable with the first."""
     first, *others = [item for item in run.with_results if item.used] or [Configuration("")]
     seen: dict[Reason, list[str]] = {}
     for other in others:
@@ -235,7 +233,6 @@ def _order(run: Run) -> Found:
 
 
 def _autocorrelation(run: Run) -> Found:
-    """Said of every campaign that is long enough, with what such a test can find."""
     metric = run.primary_metric
     found = autocorrelation_of_cycles(run, metric)
     if found is not None:

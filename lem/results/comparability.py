@@ -71,7 +71,6 @@ def find_obstacles(
 
 
 def blocking_reason(obstacles: Iterable[Obstacle], group: str) -> Reason | None:
-    """Why there can be no verdict on a group of metrics; None when there can."""
     return next((item.reason for item in obstacles if item.is_blocking and group in item.groups), None)
 
 

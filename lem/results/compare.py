@@ -126,7 +126,6 @@ class Comparison:
 
     @property
     def coverage(self) -> str:
-        """What its intervals hold, for cycles that are independent."""
         n, each = self.n_intervals, f"each {plain(100 * self.interval_confidence, '.4g')} %"
         return f"all {n} hold together with 95 % ({each})." if n > 1 else "it covers 95 % at any n."
 
@@ -135,7 +134,6 @@ class Comparison:
 
 
 def unmeasured(comparison: Comparison) -> list[Row]:
-    """What a gate cannot judge since a side has valid results and none measured its metric."""
     rows = (row for pair in comparison.pairs for row in pair.rows if row.judgement)
     return [row for row in rows if row.reason and row.reason.code == "not_measured"]
 
@@ -263,7 +261,6 @@ def without_result(*runs: Run) -> list[str]:
 def metrics_to_show(
     metrics: Sequence[Metric], gates: Sequence[Gate], configurations: Sequence[Configuration], *, is_whole: bool
 ) -> tuple[tuple[Metric, ...], tuple[Metric, ...]]:
-    """The metrics to compare, and with `is_whole` the others that at least two configurations measured."""
     asked = tuple(dict.fromkeys((*(gate.metric for gate in gates), *metrics)))
     usual = tuple(metric for metric in METRICS if metric.is_headline)
 
@@ -364,7 +361,6 @@ def _software(records: Iterable[Record]) -> set[tuple[object, ...]]:
 
 
 def _match(before: Run, after: Run, anchors: _Sides | None) -> tuple[list[_Sides], list[str]]:
-    """The pairs to compare, and who has no counterpart: same configuration, else same name, else the only ones left."""
     left = [item for item in before.with_results if not anchors or item is not anchors[0]]
     right = [item for item in after.with_results if not anchors or item is not anchors[1]]
     matched: list[_Sides] = []
@@ -390,7 +386,6 @@ def _raw(metric: Metric, before: Configuration, after: Configuration) -> float |
 
 
 def finished(comparison: Comparison) -> Comparison:
-    """The comparison with its intervals, p values adjusted over all of its rows, and the judgements of its gates."""
     rows = [
         row if row.metric in comparison.metrics else replace(row, reason=row.reason or _NOT_ASKED)
         for pair in comparison.pairs

@@ -100,7 +100,6 @@ def ratio_notes_of(comparison: Comparison) -> list[str]:
 
 
 def best_of(comparison: Comparison, metric: Metric) -> Configuration | None:
-    """The best of those that are better than the baseline, or the baseline where all others are worse."""
     rows = comparison.rows(metric)
     if rows and all(_side(row) == "worse" for _, row in rows):
         return comparison.pairs[0].baseline
@@ -318,7 +317,6 @@ class _Content:
         return f"{other} {row.metric.relation.format(times)} {baseline}{within}{self._confounded(pair)}"
 
     def _confounded(self, pair: Pair) -> str:
-        """What else a difference within a run may be due to."""
         found = [item.reason.text for item in pair.obstacles if item.is_confounder and self._anchor is None]
         return f"; confounded by {', '.join(found)}" if found else ""
 
@@ -370,13 +368,11 @@ def _side(row: Row) -> str:
 
 
 def _goodness(row: Row) -> float:
-    """How much better, on logs."""
     log_ratio = row.effect.log_ratio if row.effect else 0.0
     return log_ratio if row.metric.is_higher_better else -log_ratio
 
 
 def _in_words(row: Row) -> tuple[str, str]:
-    """`0.41 ×` and `, 95 % 0.39–0.43, 5 cycles`."""
     if row.effect is None:
         return ABSENT, ""
     decimals, interval = decimals_of(row), row.interval

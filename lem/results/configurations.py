@@ -58,7 +58,6 @@ def read_listing(run_folder: Path) -> Listing | None:
 
 
 def read_numbered(run_folder: Path) -> tuple[str, ...]:
-    """The hashes of the configurations of a run in the order of their numbers; () for an earlier lem."""
     found = _read(run_folder)
     return () if found is None else found.numbered
 
@@ -80,7 +79,6 @@ def _read(run_folder: Path) -> _List | None:
 
 
 def numbers_of(numbered: Sequence[str], listing: Listing | None, known: Sequence[tuple[str, str]]) -> list[int]:
-    """The number of each configuration (its hash, which may be empty, and its name); others come after the numbered."""
     by_hash = {digest: number for number, digest in enumerate(numbered, 1)}
     by_name = {item.config_name: by_hash.get(digest) for digest, item in (listing or {}).items()}
     following, found = itertools.count(len(numbered) + 1), list[int]()
@@ -117,12 +115,10 @@ def labels_of(identities: Iterable[Identity], listing: Listing | None) -> dict[t
 
 
 def group_of(identity: Identity) -> tuple[str, str]:
-    """What the results of one configuration have in common: its hash and, where its label names one, the host."""
     return identity.config_hash, identity.host if identity.config_name.endswith(f" @ {identity.host}") else ""
 
 
 def with_rates(record: Record, listing: Listing | None, own: Mapping[str, float]) -> Record:
-    """The record with emissions and cost by the reader's `own` rates, else the campaign's, else its own."""
     listed = listing.get(record.identity.config_hash) if listing else None
     given: dict[str, Any] = {**(listed.rates if listed else {}), **own}
     if all(getattr(record.carbon, name) == value for name, value in given.items()):

@@ -115,7 +115,6 @@ def setting_text(name: str, value: Any) -> str:
 
 
 def _disclosed(settings: Iterable[tuple[str, str, str]], owner: Record | Gpu) -> str:
-    """`turbo off, SMT on; not known: governor (the kernel exposes none)`."""
     seen: list[str] = []
     unknown: dict[str, list[str]] = {}
     for section, name, label in settings:
@@ -129,7 +128,6 @@ def _disclosed(settings: Iterable[tuple[str, str, str]], owner: Record | Gpu) ->
 
 
 def is_of_energy_score(record: Record) -> bool:
-    """Whether it has the prompts or follows the rules of AI Energy Score, whose unit is Wh per 1,000 prompts."""
     rules, asked = ENERGY_SCORE_RULES, record.requested
     is_by_rules = all(asked.get(name) == value for name, value in rules.items())
     return is_by_rules or record.work.prompt_source.get("hub_name") == DATASET_ALIASES["ai_energy_score"].path
@@ -165,7 +163,6 @@ def _energy(record: Record) -> str:
 
 
 def _carbon(record: Record) -> str | None:
-    """Emissions and cost with what they contain; None where the user gave no figures for them."""
     carbon = record.carbon
     parts = [] if carbon.co2e_g is None else [f"{units.format_quantity(carbon.co2e_g, 'g')} CO₂e"]
     parts += [] if carbon.cost is None else [f"cost {units.format_quantity(carbon.cost)}"]
@@ -174,7 +171,6 @@ def _carbon(record: Record) -> str | None:
 
 
 def _uncertainty(energy: Energy, whole_j: float, name: str, budget_name: str) -> str:
-    """`±3.1 % (k = 1): sensor 2.9 %, lag 1 %`, the largest cause first."""
     total_j, budget = getattr(energy, name), getattr(energy, budget_name)
     if total_j is None or not budget or not whole_j:
         return f"uncertainty not known: {energy.why_none(name)}"

@@ -75,7 +75,6 @@ def _kind(value: Any) -> str | None:
 
 
 def summary_columns(results: Iterable[StoredResult]) -> tuple[str, ...]:
-    """The columns of a Markdown table by default, with the energies that add up to the one that counts."""
     energies = [item.record.energy for item in results]
     parts = ((energy, name) for energy in energies for name in parts_of_source(energy.primary_j.source or ""))
     counted = dict.fromkeys(name for energy, name in parts if getattr(energy, name) is not None)
@@ -165,7 +164,6 @@ def _why(section: Any, name: str) -> str:
 
 
 def _distribution(name: str, record: Record) -> Iterator[tuple[str, _Cell]]:
-    """`ttft_s` as `ttft_mean_s`, `ttft_p50_s` and so on, and `ttft_n`."""
     distribution: Distribution | None = getattr(record.latency, name)
     stem = name.removesuffix("_s")
     for part in (item.name for item in dataclasses.fields(Distribution)):
@@ -197,7 +195,6 @@ def _flat(name: str, value: Any, why: str) -> Iterator[tuple[str, _Cell]]:
 
 
 def _ordered_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The fixed columns as they come, then GPUs by number, then what was requested by name."""
     seen = dict.fromkeys(name for row in rows for name in row)
     fixed = [name for name in seen if _gpu_number(name) is None and "." not in name]
     gpus = sorted({number for name in seen if (number := _gpu_number(name)) is not None})
@@ -245,7 +242,6 @@ def _markdown_cell(value: Any) -> str:
 
 
 def cell_text(value: Any) -> str:
-    """A value in one cell: text as it is, lists joined, a float as the shortest text that reads back; None is empty."""
     if value is None or isinstance(value, str):
         return value or ""
     return "; ".join(map(cell_text, value)) if isinstance(value, list) else json.dumps(value, allow_nan=False)

@@ -128,7 +128,6 @@ class Index:
 
 
 def record_result(folder: Path, path: Path, record: Record, digest: str) -> None:
-    """Append the line of a result that was just measured to the index of its run; OSError where that fails."""
     name = path.relative_to(folder).as_posix()
     _append(folder / INDEX_FILE, [_line(name, _stamp(path.stat()), digest, record, is_recorded=True)])
 
@@ -181,7 +180,6 @@ def _section(name: str, text: str) -> Any:
 
 @functools.cache
 def _layout() -> str:
-    """Which fields a record has, in which order: other versions of lem have others."""
     kinds: list[Any] = [Record]
     names = []
     for kind in kinds:

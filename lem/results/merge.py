@@ -60,14 +60,12 @@ class FleetPlan:
     results_dir: str = "results"
 
     def part(self, index: int) -> HostPart:
-        """What the host with that number, from 1, runs; UserError where there is none."""
         if not 1 <= index <= len(self.hosts):
             raise UserError(f"no part {index}: the plan has {len(self.hosts)} parts")
         return self.hosts[index - 1]
 
 
 def write_plan(path: Path, plan: FleetPlan) -> None:
-    """Write the plan; UserError where the file exists, since a stored plan is never changed, or cannot be written."""
     if path.exists():
         raise UserError(f"{path} exists, and a plan is never overwritten", "name another file, or remove this one")
     try:
@@ -121,7 +119,6 @@ class Gathered:
 
 
 def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetPlan | None = None) -> Gathered:
-    """The results in the hosts' folders, each once, with a plan only its run; UserError unless they fit together."""
     results_dirs = _results_dirs(folders)
     slug = campaign or _only_campaign(results_dirs)
     scans = [Repository(folder, slug).scan(is_checked=True) for folder in results_dirs]
@@ -209,7 +206,6 @@ def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance:
 
 
 def _geometric_means(records: Sequence[Record], metric: Metric) -> dict[str, float] | None:
-    """By host; None if a record has no value, since means over different cycles are not comparable."""
     values: dict[str, list[float]] = {}
     for record in records:
         value, _ = metric.read(record)
@@ -227,7 +223,6 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """`3/3`, with what is not valid; `–` where nothing was planned."""
         odd = f" ({self.present - self.valid} not valid)" if self.present > self.valid else ""
         return f"{self.present}/{self.planned}{odd}" if self.planned else ABSENT
 
@@ -267,7 +262,6 @@ def completeness(gathered: Gathered, plan: FleetPlan | None) -> Matrix:
 
 
 def write_merged(gathered: Gathered, output: Path) -> int:
-    """Copy what the output does not have, each attempt whole or not at all; returns how many, or raises UserError."""
     new = 0
     repository = Repository(output, gathered.campaign)
     folder = repository.folder
@@ -306,7 +300,6 @@ def write_merged(gathered: Gathered, output: Path) -> int:
 
 
 def _copy_attempt(item: StoredResult, target: Path) -> None:
-    """Copy a result and the files beside it; UserError, and no target, if it is not the one that was read before."""
     with durable.scratch_folder(target.parent) as scratch:
         for path in sorted(item.path.parent.iterdir()):
             if path.is_file() and not path.is_symlink() and not path.name.startswith(durable.TEMPORARY_PREFIX):

@@ -18,8 +18,6 @@ from lem.record import Record, ResultKey
 
 @dataclass(frozen=True)
 class Per:
-    """What a metric is normalised by."""
-
     name: str  # as in the name of a metric: `energy_per_output_tok_j`
     noun: str
     count: Callable[[Record], int]
@@ -36,8 +34,6 @@ _WARMUP_PROMPT = Per("prompt", "warm-up prompt", lambda record: record.window.wa
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a record that is aggregated."""
-
     name: str  # here and in JSON
     group: str  # `energy` and what follows from it, `throughput`, `tokens` or `latency`
     unit: str
@@ -73,7 +69,6 @@ class Metric:
         return f"{self.verb} {{}} the {self.what or self.lower_label} of"
 
     def read(self, record: Record) -> tuple[float | None, Reason | None]:
-        """The value in a record, and the reason where it is None."""
         section: Section = getattr(record, self.section)
         value = getattr(section, self.field)
         if value is None:
@@ -222,7 +217,6 @@ def short_label(metric: Metric) -> str:
 
 
 def parse_metric(text: str) -> Metric:
-    """The metric of that name or alias; UserError where it is unknown."""
     name = text.strip()
     metric = METRIC_BY_NAME.get(_ALIASES.get(name, name))
     if metric is None:
@@ -305,5 +299,4 @@ def cycle_values(metric: Metric, cycles: Cycles) -> dict[Cycle, float]:
 
 
 def mean_of(values: Sequence[float]) -> float:
-    """The geometric mean; the arithmetic one where a value is 0 (an empty queue takes no time), which has no log."""
     return math.exp(statistics.fmean(map(math.log, values))) if min(values) > 0 else statistics.fmean(values)

@@ -45,8 +45,6 @@ _MIXTURES = {"config_hash": "mixed_configurations", "host": "mixed_hosts", "run_
 
 @dataclass(frozen=True)
 class AllAttempts:
-    """An estimate over every attempt, invalid ones too: shown beside the valid one, never instead of it."""
-
     mean: float
     geometric_mean: float | None
     n_cycles: int
@@ -103,12 +101,10 @@ class Estimate:
 
     @property
     def n(self) -> int:
-        """The number of cycles that measured the metric."""
         return len(self.values)
 
     @property
     def unit(self) -> str:
-        """The unit of value, low and high."""
         return self.metric.unit
 
     @property
@@ -154,17 +150,14 @@ class Configuration:
 
     @cached_property
     def settings(self) -> Mapping[str, str]:
-        """What was configured, by label."""
         return axes.settings_of(self.records[0]) if self.records else {}
 
     @property
     def n_cycles(self) -> int:
-        """Cycles with a valid result."""
         return len(self.cycles)
 
     @cached_property
     def n_invalid(self) -> int:
-        """Whole results that are invalid."""
         return sum(not record.validity.valid for record in self.records)
 
     @property
@@ -174,17 +167,14 @@ class Configuration:
 
     @property
     def lost_ratio(self) -> float:
-        """The share of its cycles that it lost, of those that ended; 0 before any did."""
         return self.n_lost / max(len(self.attempts) + self.n_failed, 1)
 
     @cached_property
     def invalid_reasons(self) -> Mapping[Reason, int]:
-        """In how many results each reason occurs."""
         return Counter(reason for record in self.records for reason in record.validity.invalid_reasons)
 
     @cached_property
     def warnings(self) -> Mapping[Reason, int]:
-        """In how many results each warning occurs."""
         found = Counter(reason for record in self.records for reason in record.validity.warnings)
         for part, code in _MIXTURES.items():
             count = len({getattr(record.identity, part) for record in self.records})
@@ -334,7 +324,6 @@ class Run:
 
     @property
     def removed(self) -> tuple[Configuration, ...]:
-        """The configurations with results that were removed from the campaign."""
         return tuple(item for item in self.configurations if item.is_removed)
 
     @cached_property
@@ -353,7 +342,6 @@ class Run:
         return ENERGY if valid and all(item.estimate(ENERGY).values for item in valid) else THROUGHPUT
 
     def find(self, name: str) -> Configuration | None:
-        """The configuration of that name, with results."""
         return next((item for item in self.configurations if item.records and item.name == name), None)
 
     def select(self, wanted: str) -> Configuration:
@@ -386,7 +374,6 @@ def make_run(
     run_id: str = "",
     **others: Any,
 ) -> Run:
-    """The run with these results; `campaign_name` and `run_id` where none names them, `others` are fields of `Run`."""
     given = tuple(records)
     identities = [item.identity for item in _in_order(given)]
     name = ", ".join(dict.fromkeys(item.campaign_name for item in identities)) or campaign_name

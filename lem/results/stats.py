@@ -29,7 +29,6 @@ _LARGEST_LOG = math.log(sys.float_info.max)
 
 
 def check_confidence(confidence: float) -> None:
-    """Raise ValueError for a confidence outside (0, 1); 95 for 0.95 is the usual slip."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, for example 0.95, got {confidence}")
 
@@ -100,7 +99,6 @@ class Effect:
         return ratio_of(self.log_ratio)
 
     def is_representable(self, confidence: float = CONFIDENCE) -> bool:
-        """Whether the ratio and the ends of its interval are in the range of floating-point numbers."""
         return abs(self.log_ratio) + self._half_width(confidence) <= _LARGEST_LOG
 
     @property
@@ -136,7 +134,6 @@ class Effect:
 
 
 def log_ratio(above: float, below: float) -> float:
-    """The log of a ratio of positive numbers, also where the ratio itself would be no floating-point number."""
     ratio = above / below
     is_exact = sys.float_info.min <= ratio < math.inf
     return math.log(ratio) if is_exact else math.log(above) - math.log(below)
@@ -199,8 +196,6 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Gate:
-    """A metric with a better direction, and the change of it that matters."""
-
     metric: Metric
     threshold: float  # 0.03: a ratio of more than 1.03 to the worse side is a regression
 

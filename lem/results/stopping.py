@@ -58,8 +58,6 @@ class Target:
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """How cycles were added to a run; it is kept with its results."""
-
     target: Target | None  # None: by hand
     least_cycles: int
     most_cycles: int
@@ -79,7 +77,6 @@ class StoppingRule:
         return self.alpha / (1 - CONFIDENCE)
 
     def describe(self) -> str:
-        """`until every interval is within ±2 % in output_tok_per_s (5 cycles at least, 20 at most)`."""
         parts = [f"after {', '.join(map(str, self.added))} cycles"] if self.added else []
         if self.target is not None:
             metric = f" in {self.target.metric}" if self.target.metric else ""
@@ -89,7 +86,6 @@ class StoppingRule:
 
     @property
     def correction(self) -> str:
-        """What is done about the tests that this allowed."""
         if self.share == 1:
             return "nothing was tested before"
         level, usual = percent(self.alpha), percent(1 - CONFIDENCE)
@@ -102,7 +98,6 @@ _WIDTH = re.compile(r"(?P<kind>ci|each)=(?P<width>[^:]+)(?::(?P<metric>[a-z0-9_]
 
 
 def parse_target(text: str) -> Target:
-    """The target in `ci=2%` or `each=2%`, both also with `:METRIC`, or `METRIC=3%`; ValueError for anything else."""
     match = _WIDTH.fullmatch(text.strip())
     name, sign, percentage = text.strip().partition("=")
     if match is None and (not sign or name in ("ci", "each")):
@@ -198,7 +193,6 @@ def write_stopping_rule(run_folder: Path, rule: StoppingRule) -> None:
 
 
 def read_stopping_rule(run_folder: Path) -> StoppingRule | None:
-    """The rule by which a run ended; None where its number of cycles was fixed. A broken file is logged."""
     without = "unknown whether the number of cycles was fixed"
     return durable.read_if_whole(run_folder / STOPPING_FILE, _decoded, without)
 

@@ -68,7 +68,6 @@ def check_name(text: str, what: str) -> str:
 
 @contextlib.contextmanager
 def stopping_campaign(path: Path) -> Iterator[Path]:
-    """Turn a failed write at `path` into the error that stops the campaign and leaves the rest pending."""
     try:
         yield path
     except OSError as error:
@@ -158,11 +157,9 @@ class Repository:
                     return AttemptFolder(path, number)
 
     def find_attempts(self, run_id: str, exp_id: str) -> tuple[StoredResult, ...]:
-        """Every whole result of an experiment that is as it was measured, oldest first."""
         return self.check(run_id, exp_id).results
 
     def check(self, run_id: str, exp_id: str) -> Scan:
-        """What the folder of an experiment holds, oldest first, each result compared with its digest."""
         found: list[StoredResult | Problem] = []
         for folder in part_folders(self.run_folder(run_id)):
             if folder not in self._indexes:
@@ -254,12 +251,10 @@ def count_failed(scan: Scan, listing: Listing | None = None) -> dict[str, int]:
 
 
 def configuration_of(exp_id: str) -> str:
-    """The part of an experiment's ID that all its cycles share."""
     return exp_id.rpartition("-c")[0] or exp_id
 
 
 def config_of_problem(problem: Problem) -> tuple[str | None, Mapping[str, Any] | None]:
-    """The name of the configuration and its options as given, in `config.json` beside a missing result."""
     folder = problem.path if problem.path.is_dir() else problem.path.parent
     try:
         found = durable.read_sealed(folder / CONFIG_FILE)
@@ -292,7 +287,6 @@ EXPERIMENT_NAME = re.compile(rf"[0-9a-f]{{1,{ID_HASH_LENGTH}}}-c[0-9]+(\{_HOST_M
 
 
 def is_part(folder: Path) -> bool:
-    """Whether a folder in that of a run holds a part of it: it has a part's name and no attempts."""
     if EXPERIMENT_NAME.fullmatch(folder.name) is not None:
         return False
     try:

@@ -228,7 +228,6 @@ class _RunTable:
 
 
 def _common_decimals(estimates: Sequence[Estimate]) -> int | None:
-    """The decimals of all numbers of a table, so that intervals show; None if each number needs its own."""
     values = [value for estimate in estimates for value in estimate.values if value > 0]
     if not values or max(values) > 30 * min(values):
         return None

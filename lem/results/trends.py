@@ -68,7 +68,6 @@ def is_chance(count: int, total: int, probability: float) -> bool:
 
 
 def change_of(log_ratio: float) -> float:
-    """The change as a share that a log of a ratio means, at most the largest that a float can hold."""
     return math.expm1(min(log_ratio, _LARGEST_LOG))
 
 
@@ -118,7 +117,6 @@ def ran_apart(one: Configuration, other: Configuration) -> bool:
 
 
 def ran_later(run: Run) -> list[Configuration]:
-    """The configurations of which all cycles came after those of another one."""
     several = [item for item in run.with_results if item.n_cycles > 1]
     ended_first = min((_span(item)[1] for item in several), default="")
     return [item for item in several if _span(item)[0] > ended_first]

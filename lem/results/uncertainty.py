@@ -50,7 +50,6 @@ class Combined:
 
     @property
     def factor(self) -> float:
-        """The coverage factor k, from Student's t. [GUM G.4]"""
         return student_t_quantile((1 + self.confidence) / 2, self.df)
 
     @property
@@ -78,7 +77,6 @@ def combine(effect: Effect, causes: Causes, confidence: float = CONFIDENCE) -> C
 def uncertainty_of(
     metric: Metric, records: Sequence[Record], values: Sequence[float], confidence: float, no_interval: Reason | None
 ) -> Measured[Combined]:
-    """That of the geometric mean over cycles with these values; `no_interval` is why they have none."""
     if metric.group != "energy":
         return known(None, "no_meter_uncertainty")
     if len(values) == 1:
@@ -108,7 +106,6 @@ def common_causes(metric: Metric, records: Sequence[Record]) -> Measured[Causes]
 
 
 def _budget_of(metric: Metric, energy: Energy) -> tuple[float | None, Measured[Mapping[str, float]]]:
-    """The energy that a metric rests on, and its uncertainties by cause."""
     if metric.field == "gpu_energy_net_j":
         return energy.gpu_energy_net_j, energy.measured("net_uncertainty_budget_j")
     if metric.section == "energy" and metric.field not in parts_of_source(energy.energy_source or ""):
@@ -148,7 +145,6 @@ def _added(*each: Causes) -> dict[str, float]:
 def of_effect(
     effect: Effect | None, causes: Measured[Causes], reason: Reason | None, confidence: float = CONFIDENCE
 ) -> Measured[Combined]:
-    """The uncertainty of a mean or ratio over cycles; `reason` is why it, or its standard error, is unknown."""
     if effect is None or effect.std_error is None:
         return known(None, reason or "nothing_to_compare")
     if causes.value is None:
@@ -180,7 +176,6 @@ def budget_table(named: Sequence[tuple[str, Measured[Combined] | None]], heading
 
 
 def why_unknown(found: Iterable[Measured[Combined] | None]) -> list[str]:
-    """Why an interval has no combined uncertainty beside it, each reason once."""
     reasons = (item.null_reason for item in found if item is not None and item.null_reason is not None)
     return list(dict.fromkeys(reason.text for reason in reasons if reason.code not in _EVIDENT))
 

@@ -24,8 +24,6 @@ _LEAST_DECIMALS, _MOST_DECIMALS = 2, 4
 
 
 class ComparisonTables:
-    """The tables of a comparison, for a terminal or, without a width, for Markdown."""
-
     def __init__(self, comparison: Comparison, labels: Sequence[str], items: Sequence[Configuration]) -> None:
         """`items` are all configurations with their `labels`: of one run the baseline first, of two both of a pair."""
         self._comparison, self._pairs, self._metrics = comparison, comparison.pairs, comparison.metrics
@@ -33,7 +31,6 @@ class ComparisonTables:
 
     @property
     def n_cycles(self) -> int | None:
-        """The cycles that all means are over; None where these differ."""
         counts = {item.estimate(metric).n for item in self._items for metric in self._metrics} - {0}
         return counts.pop() if len(counts) == 1 else None
 
@@ -102,7 +99,6 @@ class ComparisonTables:
         return Table("metric", tuple(names), tuple(column for column in found if column.heading not in hidden))
 
     def _overview(self, key: Key, width: int) -> Iterator[Table]:
-        """As many metrics beside each other as there is room for, the first of them with more about it."""
         left, whole = list(self._metrics), key
         while left:
             columns = self._columns(left.pop(0), is_lead=key is whole)
@@ -122,7 +118,6 @@ class ComparisonTables:
             key = key.without_axes()
 
     def _columns(self, metric: Metric, *, is_lead: bool = False) -> list[Column]:
-        """What is known of a metric, for every row; the lead shows its means and interval in any case."""
         rows = self._comparison.rows(metric)
         decimals = max((known for _, row in rows if (known := decimals_of(row)) is not None), default=None)
         cells = [(*(metric.shown(mean) for mean in row.means), *effect_cells(row, decimals)) for _, row in rows]

@@ -47,8 +47,6 @@ class Message:
 
 @dataclass(frozen=True)
 class RunRequest(Message, kind="run"):
-    """What the worker needs to run one attempt. The result folder exists and holds `config.json`."""
-
     config: Mapping[str, Any]  # the resolved experiment (`ExperimentConfig.to_dict`)
     identity: Mapping[str, Any]  # fields of `record.Identity` that the host knows: all but start_utc and lem_version
     result_dir: str  # absolute path as the worker sees it
@@ -72,7 +70,6 @@ class RunRequest(Message, kind="run"):
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> RunRequest:
-        """The request in a `run` message. Raises ChannelError: a field is missing, unknown or of another type."""
         request = _decode_order(cls, message)
         if "experiment_id" not in request.identity:
             raise ChannelError("run: identity has no experiment_id")
@@ -81,8 +78,6 @@ class RunRequest(Message, kind="run"):
 
 @dataclass(frozen=True)
 class Check(Message, kind="check"):
-    """Configurations whose model and data set are to be looked for; the answers are `Problem`s and a `Result`."""
-
     configs: tuple[Mapping[str, Any], ...]  # as in a RunRequest
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -92,7 +87,6 @@ class Check(Message, kind="check"):
 
 
 def read_order(message: Mapping[str, Any]) -> RunRequest | Check:
-    """The order of the host in a `run` or `check` message. Raises ChannelError, see `RunRequest.from_message`."""
     return _decode_order(Check, message) if message["type"] == Check.type else RunRequest.from_message(message)
 
 
@@ -116,8 +110,6 @@ class Hello(Message, kind="hello"):
 
 @dataclass(frozen=True)
 class EngineProcess(Message, kind="engine"):
-    """The process group of the engine; None when it is gone."""
-
     pgid: int | None = None
     started_ticks: int | None = None
 
@@ -194,7 +186,6 @@ def decode_line(line: bytes) -> dict[str, Any]:
 
 
 def read_report(line: bytes) -> Message:
-    """The message of a worker in one line; it may hold more than is declared. Raises ChannelError: anything else."""
     message = decode_line(line)
     kind = _REPORTS.get(message["type"])
     if kind is None:
@@ -224,8 +215,6 @@ class LineBuffer:
 
 
 class Outbox:
-    """Messages for a descriptor; writing never blocks, and raises BrokenPipeError when the reader is gone."""
-
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self._buffer = bytearray()
@@ -236,7 +225,6 @@ class Outbox:
         return bool(self._buffer)
 
     def put(self, message: Mapping[str, Any], *, is_droppable: bool = False) -> None:
-        """Send a message, or keep it until `flush`; a droppable one is dropped when others wait already."""
         if is_droppable and self._buffer:
             return
         self._buffer += encode_line(message)
@@ -304,7 +292,6 @@ class EngineLog:
         self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
     def write(self, data: bytes) -> None:
-        """Append what was printed, without secrets; what may be the beginning of one is held back."""
         data = self._held + data
         for form in self._forms:
             data = data.replace(form, REDACTED)

@@ -36,10 +36,7 @@ PATIENCE_S: Mapping[EndStep, float] = MappingProxyType(
 
 
 class EngineChild:
-    """A running engine process with its guardian, which leads its process group."""
-
     def __init__(self) -> None:
-        """Start one. Raises UserError: it cannot be started; OSError: there are too many open files."""
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             control_end, control_fd = _pipe(theirs, ours)
             self.message_fd, message_end = _pipe(ours, theirs)
@@ -89,7 +86,6 @@ class EngineChild:
             self.end(EndStep(self.step + 1), now)
 
     def reap(self) -> int | None:
-        """Its exit code as `subprocess` gives it, once it has ended and nothing of its group is left; else None."""
         if os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return None
         # Not reaped yet, it keeps the number of its group from being used again.
@@ -125,15 +121,12 @@ _DEATH_S = 2.0
 
 
 def interval_ms(config: Mapping[str, Any], phase: str) -> int:
-    """The sampling interval of the GPUs, 0 for none, in a phase of an experiment (`ExperimentConfig.to_dict`)."""
     if phase in RESTING_PHASES:
         return int(config["baseline"]["sample_interval_ms"])
     return int(config["timeseries"]["sample_interval_ms"]) if config["timeseries"]["enabled"] else 0
 
 
 class SamplerProcess:
-    """A sampler, which ends with the process that holds this object."""
-
     def __init__(
         self,
         command: Sequence[str],
@@ -207,7 +200,6 @@ class SamplerProcess:
 
 
 def wait_until_ready(path: Path, deadline_ns: int, clock: Clock) -> bool:
-    """Whether the log has its header by then (CLOCK_MONOTONIC)."""
     while True:
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             if file.readline().endswith(b"\n"):

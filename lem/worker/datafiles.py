@@ -56,7 +56,6 @@ def split_name(split: str) -> str:
 
 
 def sliced(rows: Iterable[Row], split: str) -> Iterable[Row]:
-    """The rows of a slice such as `train[10:20]` or `train[:10%]`; all of them where the split is only a name."""
     found = _SPLIT.fullmatch(split)
     if found is None or "[" not in split:
         return rows
@@ -104,7 +103,6 @@ def files_of_split(place: Path, split: str, subset: str | None, usual: tuple[str
 
 
 def _splits_in(folder: Path) -> dict[str, list[Path]]:
-    """The files by split: parts in `data`, else by a word in a folder's name or the file's, else all are train."""
     shown = (file for file in sorted(folder.rglob("*")) if _is_shown(file, folder))
     files = {file: file.relative_to(folder).parts for file in shown if file.name.lower() not in _NOT_DATA}
     found: dict[str, list[Path]] = {}
@@ -127,7 +125,6 @@ def _is_shown(file: Path, folder: Path) -> bool:
 
 
 def _format_of(file: Path) -> str:
-    """The suffix of a data file; `_UNCERTAIN` for one that only `datasets` would read, "" for what is not data."""
     suffix = suffix_of(file)
     if suffix in _FAMILY and file.name.endswith((suffix, f"{suffix}{PACKED}")):  # not in capitals
         return suffix
@@ -183,7 +180,6 @@ def _splits_of_card(folder: Path, subset: str | None) -> dict[str, list[Path]] |
 
 
 def _configs_of(card: Path) -> tuple[dict[str, dict[str, list[str]]], str | None]:
-    """The patterns of files by subset and split, and the subset that is the default."""
     with durable.open_text(card) as stream:
         lines = [line.rstrip() for line in stream]
     top = itertools.takewhile(lambda line: line != "---", lines[1:]) if lines[:1] == ["---"] else ()

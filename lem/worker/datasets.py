@@ -96,7 +96,6 @@ def resolve_dataset(
 
 
 def check_dataset(config: ExperimentConfig, environ: Mapping[str, str], secrets: Mapping[str, str]) -> None:
-    """As `resolve_dataset`, but without the rows of a data set on the hub."""
     choice = choice_of(config)
     if find_files(choice, environ):
         resolve_dataset(config, environ, secrets)
@@ -143,7 +142,6 @@ def _is_there(path: Path) -> bool:
 
 
 def is_in_hub_cache(choice: DatasetChoice, environ: Mapping[str, str]) -> bool:
-    """Whether files of a hub data set lie in the hub's cache (HF_HUB_CACHE, HF_HOME), so that no network is needed."""
     cache_home = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     home = Path(environ.get(HUB_FOLDER_VARIABLE) or Path(cache_home) / "huggingface")
     cache = Path(environ.get("HF_HUB_CACHE") or home / "hub")
@@ -153,7 +151,6 @@ def is_in_hub_cache(choice: DatasetChoice, environ: Mapping[str, str]) -> bool:
 def _load_from_hub(
     choice: DatasetChoice, token: str | None, *, is_check: bool = False
 ) -> tuple[Iterable[Row], str | None]:
-    """The rows and the commit; for a check nothing, once subset and split were found."""
     try:
         import datasets
     except ImportError as error:

@@ -45,8 +45,6 @@ _HARMLESS_KINDS = frozenset({"channel", "option", "prompts", "meter", "model", "
 
 
 class PipeReporter:
-    """Reports to the supervisor, each message written whole; any thread may send."""
-
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._lock = threading.Lock()

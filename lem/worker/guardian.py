@@ -76,7 +76,6 @@ def _guard(control_fd: int, engine_pid: int) -> int:
 
 
 def _reap(engine_pid: int | None = None) -> tuple[int | None, bool]:
-    """Take the exit status of every child that ended: the engine's if it was among them, and whether any is left."""
     code = None
     try:
         while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
@@ -88,7 +87,6 @@ def _reap(engine_pid: int | None = None) -> tuple[int | None, bool]:
 
 
 def _end_everything(wakeup: int) -> None:
-    """Kill what is below this process until nothing is, at most for `KILL_WAIT_S`."""
     deadline = time.monotonic() + KILL_WAIT_S
     while _reap()[1] and time.monotonic() < deadline:
         for pid in process.descendants(os.getpid()):
@@ -124,7 +122,6 @@ def new_mark() -> str:
 
 
 def end_marked(mark: str, patience_s: float = LEFTOVERS_PATIENCE_S) -> tuple[int, ...]:
-    """Kill the processes with this mark; those that are still there after the patience."""
     deadline = time.monotonic() + patience_s
     # A process may be starting another while the list is read, so it is read until it is empty.
     while (found := find_marked(mark)) and time.monotonic() < deadline:

@@ -49,8 +49,6 @@ REPORT_EVERY_S = 1.0
 
 
 class ResidentEngine:
-    """At most one loaded engine, with the key of the options that would need a reload."""
-
     def __init__(
         self, load: Callable[[ExperimentConfig, Mapping[str, str]], Engine] = load_engine, clock: Clock | None = None
     ) -> None:
@@ -66,11 +64,9 @@ class ResidentEngine:
         return self._engine is not None and self._engine_key == engine_key
 
     def ensure(self, config: ExperimentConfig, engine_key: str, secrets: Mapping[str, str]) -> Residence:
-        """The engine for this experiment: reused when its key is the same, else loaded after the other one left.
-
-        A load that fails leaves nothing loaded; a reused engine that refuses the experiment stays loaded. Raises
-        EngineError, see `Engine`.
-        """
+        """The engine for this experiment: reused when its key is the same, else loaded after the other one left."""
+        # A load that fails leaves nothing loaded; a reused engine that refuses the experiment stays loaded. Raises
+        # EngineError, see `Engine`.
         if self._engine is not None and self.is_resident(engine_key):
             self._engine.configure(config)
             return Residence(self._engine, self._engine.report, None, self._load_id)
@@ -87,19 +83,16 @@ class ResidentEngine:
         return Residence(engine, report, load_s, self._load_id)
 
     def unload(self) -> None:
-        """Unload the engine; nothing counts as loaded afterwards, also when the engine fails at it."""
         engine, self._engine, self._engine_key, self.own_pids = self._engine, None, None, None
         if engine is not None:
             engine.close()
 
 
 def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Reporter, clock: Clock) -> Record:
-    """The record of one attempt; the caller writes it, as the last file of the result folder.
-
-    `prompts.jsonl` is written where the host left none, and `outputs.jsonl` when asked for. The engine is left loaded.
-    Raises EngineError: kind `option`, `meter`, `prompts`, `model`, `out_of_memory`, `channel` or `engine`; OSError: a
-    file cannot be written.
-    """
+    """The record of one attempt; the caller writes it, as the last file of the result folder."""
+    # `prompts.jsonl` is written where the host left none, and `outputs.jsonl` when asked for. The engine is left
+    # loaded. Raises EngineError: kind `option`, `meter`, `prompts`, `model`, `out_of_memory`, `channel` or `engine`;
+    # OSError: a file cannot be written.
     start_utc = clock.utc_now()
     reporter.phase("prepare")
     host = read_host()  # before the engine loads, whose runtime may pin this thread to a core
@@ -199,7 +192,6 @@ def _resolve_prompts(config: ExperimentConfig, folder: Path, request: RunRequest
 def _template(
     engine: Engine, config: ExperimentConfig, folder: Path, prompts: ResolvedPrompts
 ) -> tuple[str | None, Mapping[str, Any]]:
-    """The chat template to apply, and what the record says about it."""
     source = {"chat_template": config.chat_template}
     if not config.is_templated:
         return None, source
@@ -312,7 +304,6 @@ def _warm_up(
 
 
 def _width(config: ExperimentConfig, prompts: int) -> int:
-    """How many requests the measurement runs at once."""
     most = config.most_at_once(None)
     return min(config.width or prompts, prompts) if most is None else most
 
@@ -325,14 +316,12 @@ def warm_up(
     clock: Clock,
     report: Callable[[int], None],
 ) -> WarmupOutcome:
-    """The outcome of warming up in steps of `width` requests at once, the concurrency of the measurement.
-
-    First come at least `min_prompts` and twice the width, of the measured shapes in their order. Then come steps of the
-    same typical shapes each, until the seconds for each output token have settled over the last `window_size` of them:
-    only steps of equal shapes can be compared. The caps are the time (0 is none) and `max_prompts`, the latter never
-    before `window_size` typical steps were run, else a wide batch could never settle. At a cap `converged` is False.
-    `run_step` runs requests as the measurement will; `report` gets the number of prompts run so far.
-    """
+    """The outcome of warming up in steps of `width` requests at once, the concurrency of the measurement."""
+    # First come at least `min_prompts` and twice the width, of the measured shapes in their order. Then come steps of
+    # the same typical shapes each, until the seconds for each output token have settled over the last `window_size` of
+    # them: only steps of equal shapes can be compared. The caps are the time (0 is none) and `max_prompts`, the latter
+    # never before `window_size` typical steps were run, else a wide batch could never settle. At a cap `converged` is
+    # False. `run_step` runs requests as the measurement will; `report` gets the number of prompts run so far.
     floor = cap = max(settings.min_prompts, 2 * width)
     if settings.convergence_detection:
         cap = max(settings.max_prompts, floor + settings.window_size * width)

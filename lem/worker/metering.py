@@ -152,7 +152,6 @@ class Metering:
             self.choose([gpu.uuid for gpu in self.read().header.gpus])
 
     def rest_loaded(self) -> None:
-        """Measure power with the engine loaded, unless it is known: once it has settled, or after a minute."""
         if not self._has_rest or self.baselines.loaded_power_w is not None:
             return
         begin_ns = self.clock.monotonic_ns()
@@ -207,7 +206,6 @@ class Metering:
         return max(self.config.measurement.min_window_sec, WINDOW_UPDATES * period_s, external_s)
 
     def _external_period_s(self) -> float:
-        """The time between two readings of the user's own meter; 0 without one, and where it is unknown or too long."""
         wanted = self.config.measurement
         with contextlib.suppress(MeterRefused):  # the file is read again after the window
             if wanted.external_csv is not None:
@@ -286,7 +284,6 @@ class Metering:
         return _processes_of(self.read())
 
     def surroundings(self, gpu_uuids: Sequence[str]) -> dict[str, Measured[tuple[str, ...]]]:
-        """`vbios` of these GPUs, and `other_gpu_processes`: what else computes on them (`process 4711 on GPU-…`)."""
         log = self.read()
         seen = {gpu.uuid: gpu.vbios or "" for gpu in log.header.gpus}
         vbios = tuple(seen.get(uuid, "") for uuid in gpu_uuids)
@@ -348,7 +345,6 @@ class Metering:
             self._rest(_REPORT_S, f"waiting for {path.name}")
 
     def _catch_up(self, until_ns: int, *, is_loads: bool = False) -> None:
-        """Wait until the sampler has written what it read up to a moment; one that is too late is not waited for."""
         if self._reader is None:
             return
         while (latest_ns := _latest_ns(self.read(), is_loads=is_loads)) < until_ns:

@@ -169,7 +169,6 @@ def as_measured(prompts: Sequence[Prompt], config: ExperimentConfig) -> tuple[Pr
 
 
 def taken_from(prompts: Iterable[Prompt]) -> dict[str, str]:
-    """For the record: which column and turns were taken, and of how many rows where they differ; {} if unknown."""
     counts = Counter(item.taken_from for item in prompts if item.taken_from is not None)
     parts = [name if len(counts) == 1 else f"{name} ({count})" for name, count in sorted(counts.items())]
     return {"taken_from": "; ".join(parts)} if parts else {}
@@ -225,7 +224,6 @@ def _parsed(rows: Iterable[Any], parse: Callable[[Any], Any]) -> Iterator[Any]:
 
 
 def list_of_json(text: str) -> list[Any] | None:
-    """The rows of a JSON document: a list, or an object with one; None for JSON Lines. ValueError: neither."""
     try:
         document = json_of(text)
     except json.JSONDecodeError as error:

@@ -36,13 +36,12 @@ _prompts_error = functools.partial(EngineError, kind="prompts", is_permanent=Tru
 def encode_prompts(
     prompts: Sequence[Prompt], engine: Engine, config: ExperimentConfig, template: str | None = None
 ) -> tuple[tuple[TokenRequest, ...], tuple[Reason, ...]]:
-    """The requests of an experiment in the order of its prompts, and warnings.
-
-    Under a chat `template` a prompt is what it makes of the conversation, and a text is one turn of the user. A prompt
-    with `input_tokens` gets exactly that many ids: its text is cut or repeated, special tokens and the template are
-    not; where the template alone takes more, one token is left of the text. None gets more than `max_input_tokens`.
-    Raises EngineError: kind `prompts`, a prompt of which the tokenizer makes nothing, or that the template refuses.
-    """
+    """The requests of an experiment in the order of its prompts, and warnings."""
+    # Under a chat `template` a prompt is what it makes of the conversation, and a text is one turn of the user. A
+    # prompt with `input_tokens` gets exactly that many ids: its text is cut or repeated, special tokens and the
+    # template are not; where the template alone takes more, one token is left of the text. None gets more than
+    # `max_input_tokens`. Raises EngineError: kind `prompts`, a prompt of which the tokenizer makes nothing, or that the
+    # template refuses.
     requests: list[TokenRequest] = []
     cut = bounded = longer = 0
     total, limit = len(prompts), config.max_input_tokens
@@ -114,12 +113,11 @@ MAX_DRAWS = 8
 
 
 class DisjointRequests:
-    """Requests of the same shapes as given ones with other ids, for warm-up, without end.
+    """Requests of the same shapes as given ones with other ids, for warm-up, without end."""
 
-    A shape is a length in tokens with the bounds on the output. The ids are drawn from all the given prompts, so that
-    the model knows them; a leading id that all prompts share is kept. They share no longer prefix than chance gives, so
-    warm-up leaves nothing in a prefix cache that the measured prompts would find.
-    """
+    # A shape is a length in tokens with the bounds on the output. The ids are drawn from all the given prompts, so that
+    # the model knows them; a leading id that all prompts share is kept. They share no longer prefix than chance gives,
+    # so warm-up leaves nothing in a prefix cache that the measured prompts would find.
 
     def __init__(self, requests: Sequence[TokenRequest], seed: int) -> None:
         self.is_disjoint = True  # every request made so far differs from every given one
@@ -134,7 +132,6 @@ class DisjointRequests:
         self._pool = [token for request in requests for token in request.token_ids[self._leader :]]
 
     def take(self, count: int) -> list[TokenRequest]:
-        """Requests of the given shapes in their order, going on where the last call stopped, over and over."""
         return [self._make(shape) for shape in itertools.islice(self._in_turn, count)]
 
     def take_typical(self, count: int) -> list[TokenRequest]:
@@ -177,14 +174,12 @@ MAX_WAIT_S = 0.5
 def measure_traffic(
     engine: Engine, requests: Sequence[TokenRequest], plan: TrafficPlan, clock: Clock, report: Callable[[int], None]
 ) -> MeasuredWindow:
-    """The window of steady traffic, opened and closed under load.
-
-    Requests arrive from the start; the window opens once as many were completed as were ever there at the same time
-    (one turnover), at the latest after `ramp_limit_s`. It lasts `min_window_s` and as long as it takes to offer (open
-    loop) or answer (closed loop) as many requests as there are prompts. Then nothing more is handed out, and what the
-    engine is working on is finished. `report` gets the number of requests completed so far. Raises EngineError: the
-    engine failed, or answered a request twice, or one that it did not have.
-    """
+    """The window of steady traffic, opened and closed under load."""
+    # Requests arrive from the start; the window opens once as many were completed as were ever there at the same time
+    # (one turnover), at the latest after `ramp_limit_s`. It lasts `min_window_s` and as long as it takes to offer (open
+    # loop) or answer (closed loop) as many requests as there are prompts. Then nothing more is handed out, and what the
+    # engine is working on is finished. `report` gets the number of requests completed so far. Raises EngineError: the
+    # engine failed, or answered a request twice, or one that it did not have.
     queue = TrafficQueue(requests, plan, clock, report)
     engine.serve(queue)
     engine.synchronize()
@@ -216,8 +211,6 @@ class PreparedQueue:
 
 
 class TrafficQueue:
-    """A `RequestQueue` of requests that arrive by time or by completion, and the window over them. Thread-safe."""
-
     def __init__(
         self, requests: Sequence[TokenRequest], plan: TrafficPlan, clock: Clock, report: Callable[[int], None]
     ) -> None:
@@ -251,10 +244,7 @@ class TrafficQueue:
                 self._wait(now_ns)
 
     def complete(self, completion: Completion) -> None:
-        """Take a finished or failed request back.
-
-        Raises EngineError: the engine does not have this request, or its times are impossible.
-        """
+        """Take a finished or failed request back; EngineError for one that it does not have, or impossible times."""
         check_completion(completion)
         with self._changed:
             index = completion.index

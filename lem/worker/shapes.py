@@ -25,7 +25,6 @@ class Prompt:
 
 
 def as_json(prompt: Prompt) -> dict[str, Any]:
-    """A line of `prompts.jsonl`: `prompt`, or `messages` (and `tools`) from which it is made again."""
     tools = {"tools": prompt.tools} if prompt.tools else {}
     contents = {"messages": prompt.messages, **tools} if prompt.messages else {"prompt": prompt.prompt}
     bounds = {"input_tokens": prompt.input_tokens, "output_tokens": prompt.output_tokens}
@@ -60,7 +59,6 @@ def json_of(text: str) -> Any:
 
 
 def usable_columns(rows: Iterable[Any]) -> tuple[str, ...]:
-    """TEXT_COLUMNS without those whose text ends with the answer, in every row that has both."""
     records = [row for row in rows if isinstance(row, Mapping)]
 
     def is_full(name: str, answer: str) -> bool:
@@ -193,7 +191,6 @@ def _list_of(given: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
 
 
 def _decoded(value: Any) -> Any:
-    """What is written as JSON in a text: arguments of a call, and what `datasets` keeps of objects that differ."""
     if isinstance(value, list):
         return [_decoded(item) for item in value]
     if isinstance(value, str) and value.startswith(("[", "{")):

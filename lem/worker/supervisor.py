@@ -227,7 +227,6 @@ class Supervisor:
         # SIGCHLD: `_tick` checks the engine process in any case.
 
     def _watch_writers(self) -> None:
-        """Wait for a descriptor to be writable only while something waits to be written."""
         outboxes = [self._host] if self._engine is None else [self._host, self._engine.control]
         for outbox in outboxes:
             is_watched = outbox.descriptor in self._selector.get_map()
@@ -261,7 +260,6 @@ class Supervisor:
     # The engine process
 
     def _hand_on(self) -> None:
-        """Give the experiment to an engine process that is fit for it, as soon as there is one."""
         request = self._request
         if request is None or self._is_handed_on:
             return

@@ -41,10 +41,7 @@ def as_request(prompt: int, input_tok: int, arrived_ns: int | None, completion: 
 
 
 def check_completion(completion: Completion) -> None:
-    """Refuse impossible times.
-
-    Raises EngineError: another number of token times than of tokens, or an end before the start.
-    """
+    """Raise EngineError for impossible times: other than one per token, or an end before the start."""
     times = completion.token_times_ns
     if completion.error is None and times is not None and len(times) != len(completion.output_ids):
         what = f"{len(times)} times for {len(completion.output_ids)} tokens"
@@ -65,12 +62,10 @@ def measure_batch(
     clock: Clock,
     report: Callable[[int], None],
 ) -> MeasuredWindow:
-    """The window of a closed batch: the device idle, all requests, the device idle again.
-
-    The whole set is repeated until the window is long enough. With `observe_tokens` each request runs alone. Nothing is
-    checked or added up before the window has closed. `report` gets the number of requests done so far. Raises
-    EngineError: the engine failed, or did not answer each request once.
-    """
+    """The window of a closed batch: the device idle, all requests, the device idle again."""
+    # The whole set is repeated until the window is long enough. With `observe_tokens` each request runs alone. Nothing
+    # is checked or added up before the window has closed. `report` gets the number of requests done so far. Raises
+    # EngineError: the engine failed, or did not answer each request once.
     passes: list[_Pass] = []
     engine.synchronize()
     opened_ns = begin_ns = clock.monotonic_ns()

@@ -13,7 +13,6 @@ from lem.engines.protocol import Engine
 
 
 def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
-    """See `Engine`."""
     hint = "check that their versions are compatible and that the libraries they need are installed"
     with importing("pytorch", "PyTorch or transformers", hint):
         from lem.engines.pytorch.session import Session, free_memory
@@ -30,11 +29,9 @@ _LAUNCHES = 4
 
 
 def pulse(pulse_s: float) -> Iterator[tuple[int, int]]:
-    """Work on the first GPU some times for `pulse_s`, after a rest of that length each and before a last one.
-
-    Yields when it began and ended, on CLOCK_MONOTONIC in ns; the GPU is idle at both. Raises EngineError: PyTorch is
-    missing, or cannot use the GPU.
-    """
+    """Work on the first GPU some times for `pulse_s`, after a rest of that length each and before a last one."""
+    # Yields when it began and ended, on CLOCK_MONOTONIC in ns; the GPU is idle at both. Raises EngineError: PyTorch is
+    # missing, or cannot use the GPU.
     try:
         import torch
 

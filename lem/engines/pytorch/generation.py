@@ -52,10 +52,9 @@ class LoadedModel:
 
 
 class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers is not type-checked
-    """Records when tokens arrive. `generate` passes it the prompts first, then the tokens of each step.
+    """Records when tokens arrive. `generate` passes it the prompts first, then the tokens of each step."""
 
-    A step of a batch brings one token per row; a step of assisted generation several of its one row.
-    """
+    # A step of a batch brings one token per row; a step of assisted generation several of its one row.
 
     def __init__(self, rows: int) -> None:
         self.times_ns: list[int] = []
@@ -73,8 +72,6 @@ class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers is not typ
 
 
 class BatchRunner:
-    """Generates for one experiment: a loaded model with the settings of `generate`."""
-
     def __init__(self, loaded: LoadedModel, settings: Mapping[str, Any]) -> None:
         self.loaded = loaded
         self.settings = dict(settings)
@@ -87,7 +84,6 @@ class BatchRunner:
                 self._partners |= {"tokenizer": loaded.tokenizer, "assistant_tokenizer": loaded.assistant_tokenizer}
 
     def run(self, batch: Sequence[TokenRequest], *, observe: bool) -> list[Completion]:
-        """A completion for each request of the batch; running out of memory only fails its requests."""
         problems, now_ns = [(request, self._problem_of(request)) for request in batch], time.monotonic_ns()
         failed = [Completion(request.index, (), now_ns, now_ns, error=text) for request, text in problems if text]
         fitting = [request for request, text in problems if text is None]
@@ -189,12 +185,10 @@ class BatchRunner:
 
 
 def _bounds(batch: Sequence[TokenRequest]) -> tuple[int, int]:
-    """Bounds that hold for every row: the largest maximum, the smallest minimum."""
     return max(item.max_output_tokens for item in batch), min(item.min_output_tokens for item in batch)
 
 
 def engine_settings(settings: Mapping[str, Any], maximum: int, minimum: int) -> GenerationConfig:
-    """The GenerationConfig; EngineRaised if a setting is wrong, or has no effect with the others."""
     bounds = {"max_new_tokens": maximum}
     if minimum > 0 and settings.get("eos_token_id"):
         bounds["min_new_tokens"] = minimum
@@ -216,11 +210,7 @@ def _is_of_callback(error: BaseException) -> bool:
 
 
 def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> tuple[str | None, tuple[Reason, ...]]:
-    """Generate a few tokens; OptionRefused if the engine rejects the options, or does something else.
-
-    Returns the kind of key-value cache in use, as `cache_implementation` names it (None without a cache), and what
-    transformers warned of.
-    """
+    """Generate a few tokens; the kind of cache in use and what transformers warned of. OptionRefused."""
     ends = frozenset(runner.loaded.tokens.end_ids)
     # Ids that every model has. Two requests of different lengths try padding too.
     ids = tuple(itertools.islice((token for token in itertools.count() if token not in ends), 4))
@@ -269,7 +259,6 @@ def _trial_failure(error: BaseException, section: PyTorchConfig, facts: EngineFa
 
 @contextmanager
 def _transformers_warnings() -> Iterator[list[str]]:
-    """The warnings that transformers logs meanwhile."""
     warnings: list[str] = []
 
     class Listener(logging.Handler):
@@ -290,7 +279,6 @@ def _transformers_warnings() -> Iterator[list[str]]:
 def describe_effective(
     config: ExperimentConfig, loaded: LoadedModel, settings: Mapping[str, Any], cache: str | None
 ) -> dict[str, Any]:
-    """The effective configuration as JSON values, see `EngineReport`; `cache` as of `try_out`."""
     given = engine_settings(settings, config.max_output_tokens, config.min_output_tokens).to_dict()
     defaults: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
     effective = {**defaults, **{name: value for name, value in given.items() if value is not None}}

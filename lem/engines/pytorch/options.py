@@ -63,8 +63,6 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """The installed transformers, and where it runs."""
-
     versions: Mapping[str, str]  # of the packages that matter, by distribution
     device: str  # cpu or cuda
     gpu_index: int | None = None  # the CUDA device in use
@@ -76,12 +74,10 @@ class EngineFacts:
 
     @property
     def release(self) -> tuple[int, int]:
-        """Major and minor number of transformers."""
         major, minor = self.versions["transformers"].split(".")[:2]
         return int(major), int(minor)
 
     def missing(self, *packages: str) -> str | None:
-        """What must be installed; None if nothing is missing."""
         missing = [name for name in packages if name not in self.versions]
         return f"needs {' and '.join(missing)} (pip install {' '.join(missing)})" if missing else None
 
@@ -96,11 +92,9 @@ class SpecialTokens:
 
 
 def plan_batches(requests: Sequence[TokenRequest], section: PyTorchConfig) -> tuple[tuple[TokenRequest, ...], ...]:
-    """The requests in batches, each in exactly one, by `batching_strategy`.
-
-    `static` takes requests as they come, `dynamic` as many as the token budget holds (a request that is larger runs
-    alone); `sorted_…` takes the longest prompts first, so that the lengths in a batch differ little.
-    """
+    """The requests in batches, each in exactly one, by `batching_strategy`."""
+    # `static` takes requests as they come, `dynamic` as many as the token budget holds (a request that is larger runs
+    # alone); `sorted_…` takes the longest prompts first, so that the lengths in a batch differ little.
     # Python's sort is stable: equal prompts keep their order, so a plan depends on the requests alone.
     is_sorted = section.batching_strategy.startswith("sorted_")
     ordered = sorted(requests, key=lambda request: -len(request.token_ids)) if is_sorted else list(requests)
@@ -154,25 +148,20 @@ def is_assisted(section: PyTorchConfig) -> bool:
 
 
 def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
-    """Warnings about options without effect."""
     is_unused = section_of(config, PyTorchConfig).min_p is not None and config.decoder.is_greedy
     return (Reason.of("min_p_unused", backend="pytorch"),) if is_unused else ()
 
 
 def compiles_steps(section: PyTorchConfig, device: str) -> bool:
-    """Whether transformers compiles the steps after the prompt, instead of lem the whole model.
-
-    CUDA graphs replay on tensors that stay in place. A whole model makes its cache inside the first of its graphs, and
-    the next one overwrites it: torch 2.11 reports this and stops.
-    """
+    """Whether transformers compiles the steps after the prompt, instead of lem the whole model."""
+    # CUDA graphs replay on tensors that stay in place. A whole model makes its cache inside the first of its graphs,
+    # and the next one overwrites it: torch 2.11 reports this and stops.
     return device != "cpu" and section.torch_compile in _CUDA_GRAPH_MODES
 
 
 def generation_settings(config: ExperimentConfig, tokens: SpecialTokens, device: str) -> dict[str, Any]:
-    """Arguments of GenerationConfig without the output bounds, which come with the requests.
-
-    The model's own generation config is not used: everything that is not set here has transformers' default.
-    """
+    """Arguments of GenerationConfig without the output bounds, which come with the requests."""
+    # The model's own generation config is not used: everything that is not set here has transformers' default.
     section, decoder = section_of(config, PyTorchConfig), config.decoder
     settings: dict[str, Any] = {
         "do_sample": not decoder.is_greedy,
@@ -198,11 +187,9 @@ def generation_settings(config: ExperimentConfig, tokens: SpecialTokens, device:
 
 
 def assistant_settings(config: ExperimentConfig) -> dict[str, Any]:
-    """Arguments of the GenerationConfig of an assistant.
-
-    With `num_tokens` the assistant drafts exactly that many tokens at each step: no schedule changes their number, and
-    it does not stop early when it is unsure of itself (transformers' own threshold is 0.4).
-    """
+    """Arguments of the GenerationConfig of an assistant."""
+    # With `num_tokens` the assistant drafts exactly that many tokens at each step: no schedule changes their number,
+    # and it does not stop early when it is unsure of itself (transformers' own threshold is 0.4).
     drafted_tok = section_of(config, PyTorchConfig).assisted_generation.num_tokens
     settings = {name: value for name, value in common.extra_of(config).items() if name in _ASSISTANT_ARGUMENTS}
     if drafted_tok is None:
@@ -215,7 +202,6 @@ def assistant_settings(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def check(config: ExperimentConfig, facts: EngineFacts) -> None:
-    """Refuse everything that is not supported here, at once; what only a run can show is tried after the load."""
     section = section_of(config, PyTorchConfig)
     refusals = [*_loading(section, facts), *_running(config, section, facts), *_refused_extra(section, facts)]
     if config.model.adapter is not None and (missing := facts.missing("peft")):

@@ -48,8 +48,6 @@ _RECOMPILE_LIMIT = 64
 
 
 class Session(TextSession):
-    """A loaded model with the experiment that is set up on it."""
-
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> None:
         transformers.utils.logging.disable_progress_bar()
         self._token = secrets.get(TOKEN_VARIABLE) or None
@@ -114,7 +112,6 @@ class Session(TextSession):
         return completions
 
     def serve(self, queue: RequestQueue) -> None:
-        """See `Engine`; a batch takes the requests that have arrived when it starts."""
         self._seed(())
         while waiting := queue.take(self._section.batch_size):
             for batch in options.plan_batches(waiting, self._section):
@@ -139,7 +136,6 @@ class Session(TextSession):
         free_memory()
 
     def _set_up(self, config: ExperimentConfig) -> float:
-        """Seconds the trial took."""
         self._config = config
         section = self._section = section_of(config, PyTorchConfig)
         settings = options.generation_settings(config, self._loaded.tokens, self._facts.device)
@@ -334,7 +330,6 @@ def _special_tokens(model: Any, tokenizer: Any) -> SpecialTokens:
 
 
 def _rows(model: Any) -> int:
-    """The number of token ids."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 

@@ -87,16 +87,13 @@ def gpus_needed(config: ExperimentConfig) -> int:
 
 
 def _given(config: ExperimentConfig) -> dict[str, Any]:
-    """{option: value} of OPTIONS, without what is left to the engine.
-
-    The set of prompts is repeated until a window is long enough, and TensorRT-LLM has no call that empties its cache
-    of prompts: so it keeps none unless the experiment asks for just that.
-    """
+    """{option: value} of OPTIONS, without what is left to the engine."""
+    # The set of prompts is repeated until a window is long enough, and TensorRT-LLM has no call that empties its cache
+    # of prompts: so it keeps none unless the experiment asks for just that.
     return {"enable_kv_cache_reuse": False, **common.given_options(section_of(config, TensorRTConfig), OPTIONS)}
 
 
 def engine_arguments(config: ExperimentConfig, facts: EngineFacts, folders: Folders) -> dict[str, Any]:
-    """Keywords of LLM, with keywords in place of its KvCacheConfig and DraftTargetDecodingConfig."""
     longest_input, longest_output = config.engine_lengths().values()
     arguments: dict[str, Any] = {
         "model": folders.model,
@@ -118,11 +115,9 @@ def engine_arguments(config: ExperimentConfig, facts: EngineFacts, folders: Fold
 
 
 def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
-    """Keywords of SamplingParams that all requests of the experiment share.
-
-    Greedy decoding is requested as the single likeliest token, which every version supports. The engine makes no text:
-    no backend detokenizes inside a window.
-    """
+    """Keywords of SamplingParams that all requests of the experiment share."""
+    # Greedy decoding is requested as the single likeliest token, which every version supports. The engine makes no
+    # text: no backend detokenizes inside a window.
     decoder = config.decoder
     settings: dict[str, Any] = {"ignore_eos": config.ignore_eos, "detokenize": False, "return_perf_metrics": True}
     if decoder.is_greedy:
@@ -143,7 +138,6 @@ def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
 
 
 def check(config: ExperimentConfig, facts: EngineFacts) -> None:
-    """Refuse everything that is not supported here, at once; raises OptionRefused."""
     common.refuse([*_unsupported(config, facts), *_refused_extra(config, facts)], facts)
 
 
@@ -183,7 +177,6 @@ def _refused_extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tup
 
 
 def refuse_differences(config: ExperimentConfig, arguments: Any, facts: EngineFacts) -> None:
-    """Refuse the load if TensorRT-LLM silently changed a value in `arguments`, its `LLM.args`."""
     pairs: dict[str, tuple[Any, Any]] = {
         "fp_precision": (config.fp_precision, look_up(arguments, "dtype")),
         "tensorrt.max_output_len": (sum(config.engine_lengths().values()), look_up(arguments, "max_seq_len")),
@@ -197,7 +190,6 @@ def refuse_differences(config: ExperimentConfig, arguments: Any, facts: EngineFa
 
 
 def describe_effective(config: ExperimentConfig, arguments: Any) -> dict[str, Any]:
-    """The effective configuration, see `EngineReport`; `arguments` are the engine's own."""
     section = section_of(config, TensorRTConfig).to_dict() | common.effective_values(arguments, OPTIONS)
     section |= config.engine_lengths()
     has_drafter = any(look_up(arguments, f"speculative_config.{name}") is not None for name in _DRAFT_MODEL)
@@ -215,7 +207,6 @@ def describe_effective(config: ExperimentConfig, arguments: Any) -> dict[str, An
 
 
 def _describe(arguments: Any) -> dict[str, Any]:
-    """The engine's arguments as JSON values, those of the configurations among them included."""
     out: dict[str, Any] = {}
     for name in sorted(getattr(type(arguments), "model_fields", None) or vars(arguments)):
         if name.startswith("_") or any(word in name.split("_") for word in _SECRETS) or name in {"model", "tokenizer"}:
@@ -299,13 +290,11 @@ def check_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any], fac
 
 
 def _descriptions(documents: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """The descriptions of the model, and of its text part if it also sees."""
     description = documents.get("config.json", {})
     return description, description.get("text_config") or {}
 
 
 def quantization_of(documents: Mapping[str, Any]) -> str | None:
-    """The name of a checkpoint's quantization; None if it has none."""
     modelopt = documents.get("hf_quant_config.json", {}).get("quantization") or {}
     own = documents.get("config.json", {}).get("quantization_config") or {}
     name = modelopt.get("quant_algo") or own.get("quant_algo") or own.get("quant_method")
@@ -313,6 +302,5 @@ def quantization_of(documents: Mapping[str, Any]) -> str | None:
 
 
 def vocabulary_of(documents: Mapping[str, Any]) -> int | None:
-    """How many token ids a checkpoint knows; None if it does not say."""
     size = next((place["vocab_size"] for place in _descriptions(documents) if place.get("vocab_size")), None)
     return size if isinstance(size, int) else None

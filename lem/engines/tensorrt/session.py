@@ -45,8 +45,6 @@ FindGpus = Callable[[], tuple[str, ...]]
 
 
 class Session(common.ServedSession, TextSession):
-    """A loaded engine with the experiment that is set up on it."""
-
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str], find_gpus: FindGpus | None = None) -> None:
         self._facts, self._config = _find_facts(), config
         options.check(config, self._facts)
@@ -182,8 +180,6 @@ def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus | None) -> Itera
 
 @dataclass(frozen=True)
 class Server:
-    """Runs requests through an engine; EngineRaised when it fails as a whole."""
-
     engine: Any  # TensorRT-LLM's LLM; only `generate_async` is used
     parameters: Callable[[TokenRequest], Any]  # the SamplingParams; EngineRaised if the engine rejects them
     longest_input: int  # the most tokens of a prompt
@@ -215,7 +211,6 @@ class Server:
         return asyncio.run(run())
 
     def serve(self, queue: RequestQueue) -> None:
-        """Answer requests until the queue is closed and empty; they join while others run."""
         asyncio.run(self._serve(queue))
 
     async def _serve(self, queue: RequestQueue) -> None:
@@ -233,7 +228,6 @@ class Server:
                 arrivals.put_nowait(error)
 
         def collect_arrivals() -> None:
-            """Take requests as they arrive, in a thread of its own."""
             found: Sequence[TokenRequest] | Exception | None = ()
             while isinstance(found, Sequence):
                 try:
@@ -271,7 +265,6 @@ class Server:
         return self._complete(request, submitted_ns, answer, times_ns)
 
     def _submit(self, request: TokenRequest, *, streaming: bool) -> Any:
-        """The answer to wait for; the words of an error if the request has failed already."""
         prompt_tok, output_tok = len(request.token_ids), request.max_output_tokens
         if prompt_tok > self.longest_input or prompt_tok + output_tok > self.longest:
             limits = f"(tensorrt.max_input_len {self.longest_input}, {self.longest} in total)"
@@ -313,11 +306,9 @@ def _message_of(error: BaseException) -> str:
 
 
 def _span(output: Any, submitted_ns: int, now_ns: int) -> tuple[int, int]:
-    """When the engine started a request and had its last token.
-
-    The engine's metrics count from the start of std::chrono::steady_clock, which is CLOCK_MONOTONIC on Linux. Values
-    outside of the request's life are of another clock and ignored.
-    """
+    """When the engine started a request and had its last token."""
+    # The engine's metrics count from the start of std::chrono::steady_clock, which is CLOCK_MONOTONIC on Linux. Values
+    # outside of the request's life are of another clock and ignored.
     timing = getattr(getattr(output, "request_perf_metrics", None), "timing_metrics", None)
 
     def read(name: str, otherwise_ns: int) -> int:

@@ -21,7 +21,6 @@ from lem.engines.protocol import Engine
 
 
 def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
-    """See `Engine`."""
     # Telemetry is off; older versions spell it differently.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")

@@ -114,7 +114,6 @@ class EngineFacts(Signature):
 
 
 def given_options(config: ExperimentConfig) -> dict[str, Any]:
-    """{option: value} of OPTIONS, without what is left to the engine."""
     given = common.given_options(section_of(config, VllmConfig), OPTIONS)
     if config.model.adapter is not None:
         given["lora.enabled"] = True  # an adapter can only be used if there is room for it
@@ -143,10 +142,7 @@ def engine_arguments(config: ExperimentConfig, folders: Folders, engine_seed: in
 
 
 def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
-    """Keywords of SamplingParams that all requests of the experiment share.
-
-    The engine makes no text: no backend detokenizes inside a window.
-    """
+    """Keywords of SamplingParams that all requests share; no backend detokenizes inside a window."""
     section, decoder = section_of(config, VllmConfig), config.decoder
     settings: dict[str, Any] = {
         "temperature": 0.0 if decoder.is_greedy else decoder.temperature,
@@ -183,7 +179,6 @@ def seed_of(config: ExperimentConfig, index: int) -> int | None:
 
 
 def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
-    """Warnings about options without effect or at a price."""
     if not config.decoder.is_greedy:
         return () if config.random_seed is None else (Reason.of("vllm_seeded"),)
     is_unused = section_of(config, VllmConfig).min_p is not None
@@ -194,7 +189,6 @@ def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
 
 
 def check(config: ExperimentConfig, facts: EngineFacts) -> None:
-    """Refuse everything that is not supported here, at once; raises OptionRefused."""
     common.refuse([*_unsupported(config, facts), *_refused_extra(config, facts)], facts)
 
 
@@ -243,7 +237,6 @@ def _refused_extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tup
 
 
 def effective_options(config: ExperimentConfig, vllm_config: Any) -> dict[str, Any]:
-    """{dotted option: value} of the section as vLLM has it; without the options of requests."""
     found = common.effective_values(vllm_config, OPTIONS)
     found["lora.enabled"] = getattr(vllm_config, "lora_config", None) is not None
     drafter = section_of(config, VllmConfig).speculative.model
@@ -253,7 +246,6 @@ def effective_options(config: ExperimentConfig, vllm_config: Any) -> dict[str, A
 
 
 def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts) -> None:
-    """Refuse the load if vLLM silently changed a value, see `refuse_changes`."""
     effective, requested = effective_options(config, vllm_config), given_options(config)
     pairs = {f"vllm.{name}": (value, effective[name]) for name, value in requested.items()}
     for name, value in common.extra_of(config).items():
@@ -269,12 +261,10 @@ def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: Engine
 
 
 def refuse_seeds(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts, *, can_rewind: bool) -> None:
-    """Refuse seeds of requests where they would crash the engine.
-
-    When a step holds part of a prompt, vLLM discards the token drawn after it and rewinds the request's random
-    generator, which torch's generators for CPUs do not support (seen with vLLM 0.32.0 and torch 2.13). With
-    `can_rewind` this torch supports it on this device.
-    """
+    """Refuse seeds of requests where they would crash the engine."""
+    # When a step holds part of a prompt, vLLM discards the token drawn after it and rewinds the request's random
+    # generator, which torch's generators for CPUs do not support (seen with vLLM 0.32.0 and torch 2.13). With
+    # `can_rewind` this torch supports it on this device.
     scheduler = vllm_config.scheduler_config
     fits = scheduler.max_num_seqs * vllm_config.model_config.max_model_len <= scheduler.max_num_batched_tokens
     is_split = scheduler.enable_chunked_prefill and not fits
@@ -286,7 +276,6 @@ def refuse_seeds(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts,
 def describe_effective(
     config: ExperimentConfig, vllm_config: Any, sampling: Mapping[str, Any], facts: EngineFacts
 ) -> dict[str, Any]:
-    """The effective configuration, see `EngineReport`; `sampling` as of `effective_sampling`."""
     section: dict[str, Any] = section_of(config, VllmConfig).to_dict()
     for name, value in effective_options(config, vllm_config).items():
         outer, _, inner = name.rpartition(".")
@@ -310,7 +299,6 @@ def describe_effective(
 
 
 def _describe(value: Any, level: int = 0) -> Any:
-    """A configuration as JSON values: its plain fields, and those of the configurations inside it."""
     if isinstance(value, enum.Enum) or not dataclasses.is_dataclass(value):
         return plain(value)
     if level >= _LEVELS:

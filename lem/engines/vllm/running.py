@@ -41,11 +41,9 @@ class _Stream:
     times_ns: list[int] = field(default_factory=list)
 
     def take(self, output: Any, now_ns: int) -> Completion | None:
-        """Add the tokens of a step (one, several or none); the completion after the last.
-
-        A token's time is when the caller has it. The engine itself reports when it started the request, by the same
-        clock (CLOCK_MONOTONIC); its `arrival_time` is of another clock and not used.
-        """
+        """Add the tokens of a step (one, several or none); the completion after the last."""
+        # A token's time is when the caller has it. The engine itself reports when it started the request, by the same
+        # clock (CLOCK_MONOTONIC); its `arrival_time` is of another clock and not used.
         part = output.outputs[0]
         self.output_ids += part.token_ids
         if self.is_observed:
@@ -67,11 +65,10 @@ class _Stream:
 
 @dataclass
 class StepLoop:
-    """Runs requests through an engine. The thread that runs it is the only one that calls the engine.
+    """Runs requests through an engine. The thread that runs it is the only one that calls the engine."""
 
-    Requests go to an engine in a process of its own as they arrive, while it computes; otherwise they wait for the end
-    of the step.
-    """
+    # Requests go to an engine in a process of its own as they arrive, while it computes; otherwise they wait for the
+    # end of the step.
 
     engine: Any  # vLLM's LLMEngine; only `add_request` and `step` are used
     prompt: Callable[[Sequence[int], str | None], Any]  # equal prompts with different salts share no cache
@@ -98,7 +95,6 @@ class StepLoop:
         return completions
 
     def serve(self, arrivals: RequestQueue) -> None:
-        """Answer requests until the queue is closed and empty."""
         desk = _Desk(arrivals, self.answers)
         occurrences: Counter[tuple[int, ...]] = Counter()
         thread = threading.Thread(target=desk.receive, name="requests", daemon=True)
@@ -178,7 +174,6 @@ class _Desk:
         self._is_closed = False
 
     def receive(self) -> None:
-        """Take requests as they arrive; runs in a thread of its own."""
         try:
             while arrived := self._arrivals.take(TAKE_LIMIT):
                 with self._changed:
@@ -192,10 +187,7 @@ class _Desk:
                 self._changed.notify()
 
     def collect(self, *, is_busy: bool) -> list[TokenRequest] | None:
-        """The requests that have arrived; waits until there is one or the engine can be stepped.
-
-        None if no more will come and the engine has none (`is_busy`), or if taking in has failed.
-        """
+        """The requests that have arrived, once there are any or the engine can step; None if no more will come."""
         with self._changed:
             while not self._inbox and not (is_busy and self._has_answer()):
                 if self.failure is not None or (self._is_closed and not is_busy):
@@ -264,7 +256,6 @@ _MEMORY_HINT = (
 def explain_load_failure(
     error: BaseException, output: str, config: ExperimentConfig, facts: EngineFacts
 ) -> EngineError:
-    """The error for an engine that could not be made; `output` is what its processes printed."""
     name, text = _cause(error, output)
     what = f"{facts} cannot load {config.model.name}"
     if _OUT_OF_MEMORY.search(f"{text} {output if _ELSEWHERE.search(str(error)) else ''}"):
@@ -286,7 +277,6 @@ def explain_load_failure(
 
 
 def _explain_end(error: BaseException, output: str, facts: EngineFacts, *, is_loading: bool) -> EngineError | None:
-    """The error for an engine one of whose processes was killed by a signal; None for any other."""
     name, code = "", 0
     if ended := _ENDED.search(f"{error}\n{output}"):
         name, code = f" {ended['core'] or ended['worker']}", int(ended["code"] or ended["exit"])
@@ -381,11 +371,9 @@ class ChildOutput:
 
     @contextlib.contextmanager
     def inherited(self) -> Iterator[None]:
-        """Meanwhile descriptors 1 and 2 lead here, so that new processes inherit them.
-
-        What is written to them goes on to the former descriptor 2. On leaving they are restored, and everything that
-        was printed until then has been passed on.
-        """
+        """Meanwhile descriptors 1 and 2 lead here, so that new processes inherit them."""
+        # What is written to them goes on to the former descriptor 2. On leaving they are restored, and everything that
+        # was printed until then has been passed on.
         reader, writer = os.pipe2(os.O_CLOEXEC)
         saved = [os.dup(descriptor) for descriptor in (1, 2)]
         thread = threading.Thread(target=self._pass_on, args=(reader, os.dup(2)), name="engine output", daemon=True)
@@ -402,7 +390,6 @@ class ChildOutput:
                 os.close(descriptor)
 
     def _pass_on(self, reader: int, target: int) -> None:
-        """Copy until the last process that can write has ended."""
         with contextlib.suppress(OSError):
             while True:
                 select.select((reader,), (), ())
@@ -420,7 +407,6 @@ class ChildOutput:
         os.close(target)
 
     def _drain(self, writer: int) -> None:
-        """Wait until everything written so far was passed on."""
         deadline = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline:
             with self._lock:

@@ -73,8 +73,6 @@ _COMPILATION = re.compile(r"\(compilation: ([0-9.]+) s")
 
 
 class Session(common.ServedSession, TextSession):
-    """A loaded engine with the experiment that is set up on it."""
-
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> None:
         self._facts, self._config = _find_facts(), config
         options.check(config, self._facts)
@@ -147,11 +145,9 @@ class Session(common.ServedSession, TextSession):
 
     @property
     def _is_forgetful(self) -> bool:
-        """Whether a repeated prompt must be computed again.
-
-        The set of prompts is repeated until a window is long enough. Served from the prefix cache, the repeats would
-        measure something else, unless the experiment asks for just that.
-        """
+        """Whether a repeated prompt must be computed again."""
+        # The set of prompts is repeated until a window is long enough. Served from the prefix cache, the repeats would
+        # measure something else, unless the experiment asks for just that.
         is_caching = bool(self._engine.vllm_config.cache_config.enable_prefix_caching)
         return is_caching and section_of(self._config, VllmConfig).enable_prefix_caching is not True
 
@@ -223,18 +219,15 @@ class Session(common.ServedSession, TextSession):
         return found if isinstance(found, queue.Queue) else None
 
     def _compilation_s(self) -> float | None:
-        """Seconds spent on compiling; None if vLLM reports none."""
         counted = float(getattr(self._engine.vllm_config.compilation_config, "compilation_time", 0.0) or 0.0)
         # An engine in a process of its own only writes it to its log.
         logged = [float(seconds) for seconds in _COMPILATION.findall(self._output.text)]
         return counted or (logged[-1] if logged else None)
 
     def _watch(self) -> None:
-        """Wake a caller that waits for the engine when its process is killed, as the kernel does when memory runs out.
-
-        vLLM 0.32.0 reports an engine that fails, but a killed one only to later calls: a step or a call that is already
-        waiting for it would wait forever.
-        """
+        """Wake a caller that waits for the engine when its process is killed, as when memory runs out."""
+        # vLLM 0.32.0 reports an engine that fails, but a killed one only to later calls: a step or a call that is
+        # already waiting for it would wait forever.
         client, answers, children = self._engine.engine_core, self._answers, multiprocessing.active_children()
         if not self._is_concurrent or not children:
             return
@@ -291,7 +284,6 @@ def _check_sampling(config: ExperimentConfig, facts: EngineFacts) -> dict[str, A
 
 
 def _can_rewind(device: str) -> bool:
-    """Whether random generators on this device can be rewound."""
     if device != "cpu":
         return True
     try:
@@ -315,10 +307,8 @@ def _own_sockets() -> Iterator[tempfile.TemporaryDirectory[str]]:
 
 @contextlib.contextmanager
 def _visible_devices(config: ExperimentConfig) -> Iterator[tuple[str, ...]]:
-    """The UUIDs of the GPUs that an engine made meanwhile uses; () on the CPU.
-
-    vLLM takes the first GPUs that it sees, in processes of its own, so the environment decides what it sees.
-    """
+    """The UUIDs of the GPUs that an engine made meanwhile uses; () on the CPU."""
+    # vLLM takes the first GPUs that it sees, in processes of its own, so the environment decides what it sees.
     if current_platform.device_type == "cpu":
         yield ()
         return

@@ -81,7 +81,6 @@ class Trace:
 
 
 def union(spans: Iterable[tuple[float, float]], hole_s: float = 0.0) -> list[tuple[float, float]]:
-    """The time that any of the spans (begin, end) covers; holes of at most `hole_s` between them are bridged."""
     found: list[tuple[float, float]] = []
     for begin, end in sorted(spans):
         if found and begin - found[-1][1] <= hole_s:
@@ -121,7 +120,6 @@ class Entry:
 
 
 def workloads_of(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """The entries with results that count, apart by workload."""
     found: list[list[Entry]] = []
     for entry in entries:
         if entry.used:
@@ -179,14 +177,12 @@ class Report:
 
     @property
     def estimate_note(self) -> str:
-        """What follows every label of energy where some of it is an estimate; else empty."""
         found = (entry.configuration for entry in self.entries)
         note = estimate_note(item for item in found if item.estimate(ENERGY).values)
         return f" {note}" if note else ""
 
 
 def compose(run: Run, baseline: Configuration | None = None) -> Report:
-    """The content of the page, without traces; by default the baseline is the first configuration."""
     estimates = [item.estimate(ENERGY) for item in run.configurations]
     is_measured = any(estimate.values or estimate.all_attempts for estimate in estimates)
     headline = ENERGY if is_measured else THROUGHPUT
@@ -281,7 +277,6 @@ def values_by_setting(settings: Sequence[Mapping[str, str]]) -> dict[str, tuple[
 
 
 def grid_axes(values: Mapping[str, tuple[str, ...]], settings: Sequence[Mapping[str, str]]) -> tuple[str, ...] | None:
-    """The settings that vary, first the two with the most combinations; None where there are no two."""
     varied = _without_doubles({key: found for key, found in values.items() if 1 < len(found) <= AXIS_MOST}, settings)
     if len(varied) < 2:
         return None
@@ -298,7 +293,6 @@ def grid_axes(values: Mapping[str, tuple[str, ...]], settings: Sequence[Mapping[
 
 
 def _without_doubles(varied: Mapping[str, tuple[str, ...]], settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """The settings without those that vary exactly as another does: a backend, and an option that only it has."""
     kept: dict[frozenset[frozenset[int]], str] = {}
     for key in sorted(varied, key=lambda name: (NOT_GIVEN in varied[name], name)):
         parts: dict[str, set[int]] = {}

@@ -47,8 +47,6 @@ class _Square:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Two settings as axes with their values in order, and the range of the metric."""
-
     across: str
     up: str
     columns: tuple[str, ...]
@@ -158,7 +156,6 @@ def _square(square: _Square | None, x: float, y: float, hatch: str, scale: Scale
 
 
 def _short(key: str) -> str:
-    """The setting's name without its section (a backend)."""
     return key.rpartition(".")[2]
 
 

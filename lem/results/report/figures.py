@@ -205,10 +205,7 @@ def _bar(begin: float, y: float, end: float) -> str:
 
 
 def _paged(heading: str, entries: Sequence[Entry], draw: Callable[[str, _Rows, float], Plot]) -> list[Markup]:
-    """The plot of the first configurations, and those of the others folded away behind it.
-
-    `draw` gets the suffix of the figure's name, each configuration with its height, and the lower end of the drawing.
-    """
+    """The plot of the first configurations, and those of the others folded away behind it."""
     parts = []
     for at in range(0, len(entries), _PER_PLOT):
         page = entries[at : at + _PER_PLOT]
@@ -274,7 +271,6 @@ def _cycles_label(entry: Entry, metric: Metric) -> str:
 
 
 def _reach(metric: Metric, entries: Sequence[Entry]) -> float:
-    """The largest difference in percent that is drawn to scale."""
     found = [1.0]
     for entry in entries:
         centre, span = entry.centre(metric), entry.span(metric)

@@ -23,8 +23,6 @@ Place = tuple[float, float]  # x and y on the drawing
 
 
 class Markup(str):
-    """Text that is markup already and is not escaped again."""
-
     __slots__ = ()
 
 
@@ -46,7 +44,6 @@ def number_text(value: float) -> str:
 
 
 def tag(name: str, /, *children: str, **attributes: str | float | None) -> Markup:
-    """An element; `class_` is the attribute `class`, `data_v` is `data-v`; None leaves an attribute out."""
     parts = [name]
     for key, value in attributes.items():
         if value is not None:
@@ -83,7 +80,6 @@ class Cell:
         return self.text if isinstance(self.text, Markup) else escape(self.text)
 
     def render(self, *, is_sortable: bool) -> Markup:
-        """The element, without optional end tag and quotes: a large page has tens of thousands of cells."""
         if not self.is_number:
             return Markup(f"<td class={'t' if self.content else 'none'}>{self.content}")
         if not is_sortable:
@@ -104,14 +100,12 @@ def number_cell(
 
 
 def decimals_of(values: Iterable[float | None]) -> int | None:
-    """How many decimals all numbers of a column get; None when they differ so much that each needs its own."""
     known = [value for value in values if value is not None and value > 0]
     is_alike = known and max(known) <= 30 * min(known)
     return max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(known)))) if is_alike else None
 
 
 def interval_cell(estimate: Estimate, decimals: int | None, *, is_estimate: bool) -> Cell:
-    """The geometric mean, and below each other its t interval, the bootstrap interval and the combined uncertainty."""
     t_log, bootstrap, every = estimate.t_log, estimate.bootstrap, estimate.all_attempts
     notes: list[Markup] = []
     if every is not None and every.geometric_mean is not None:
@@ -139,7 +133,6 @@ def interval_cell(estimate: Estimate, decimals: int | None, *, is_estimate: bool
 
 
 def _interval(low: float | None, high: float | None, decimals: int | None) -> str:
-    """Both ends, with more decimals where they would look equal."""
     if low is None or high is None:
         return "none"
     more = decimals
@@ -215,8 +208,6 @@ _STEPS = (1.0, 2.0, 5.0, 10.0)
 
 @dataclass(frozen=True)
 class Scale:
-    """A scale from `low` at `begin` to `high` at `end`; low < high, and low > 0 where it is logarithmic."""
-
     low: float
     high: float
     begin: float
@@ -253,7 +244,6 @@ class Scale:
 
 
 def fitting_scale(values: Iterable[float], begin: float, end: float, *, is_from_zero: bool = False) -> Scale:
-    """A scale that holds all values with a little room; logarithmic where they differ by much, unless from zero."""
     known = list(values)
     low, high = min(known), max(known)
     if not is_from_zero and low > 0 and high / low > _LOG_FROM:
@@ -344,7 +334,6 @@ def horizontal_axis(scale: Scale, y: float, top: float, label: str, *, count: in
 
 
 def vertical_axis(scale: Scale, x: float, right: float, label: str, *, count: int = 6, rise: float = 10) -> Markup:
-    """The axis at the left of a plot with grid lines to `right`, its name `rise` above it."""
     ticks = [(scale(value), tick_text(value)) for value in scale.ticks(count)]
     grid = marks((spot(x, y, f"H{number_text(right)}") for y, _ in ticks), "grid")
     labels = [text(x - 6, y + 4, shown, anchor="end") for y, shown in ticks]
@@ -352,7 +341,6 @@ def vertical_axis(scale: Scale, x: float, right: float, label: str, *, count: in
 
 
 def row_labels(rows: Sequence[tuple[int, str, float]], right: float) -> Markup:
-    """Number and name at the left of each row (number, name, y), whose drawing begins at `right`."""
     numbers = (text(0, y + 4, str(number)) for number, _, y in rows)
     names = (text(0, y + 4, label) for _, label, y in rows if label)
     keys = tag("g", *numbers, class_="keys", transform="translate(22)")

@@ -55,8 +55,6 @@ def _listed(values: Iterable[str]) -> str:
 
 
 def _fact(name: str, section: str = "environment") -> Callable[[Record], str]:
-    """A field of a section, or of each GPU, or why it is not known; empty without a GPU."""
-
     def read(record: Record) -> str:
         owners = record.gpus if section == "gpus" else (getattr(record, section),)
         return _listed(_known_or_why(owner, name) for owner in owners)

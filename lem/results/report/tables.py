@@ -97,7 +97,6 @@ def _members(members: Sequence[Entry], report: Report) -> str:
 
 
 def _problems(report: Report) -> Markup:
-    """What was left out, by name: a page that is silent about damage looks complete."""
     problems = report.run.problems
     if not problems:
         return Markup()
@@ -184,7 +183,6 @@ def _ratio(entry: Entry, metric: Metric, comparison: Comparison) -> Cell:
 
 
 def _badged(shown: str, entry: Entry) -> Markup:
-    """The first cell that says which configuration it is, and below it what weakens its numbers."""
     configuration = entry.configuration
     badges = [
         (configuration.n_failed, f"{configuration.n_failed} failed", "bad"),
@@ -226,8 +224,6 @@ def _explanations(report: Report) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _OfGpus:
-    """A figure of all GPUs of a record together."""
-
     heading: str
     of_one: Callable[[Gpu], float | None]
     fold: Callable[[list[float]], float]
