@@ -8,18 +8,16 @@ DEMO_ENV := build/demo-env
 DEMO_PYTHON ?= $(DEMO_ENV)/bin/python
 PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
-EQUIVALENCE_ARGS ?=
 CAMPAIGN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-containers sdist test test-long equivalence lint audit format bench clean distclean test-env demo-env FORCE
+.PHONY: help demo demo-containers sdist test test-long lint audit format bench clean distclean test-env demo-env FORCE
 
 help:
 	@echo 'make demo       run a small campaign with a real transformer on this machine, and show the table'
 	@echo 'make demo-containers  run PyTorch and vLLM in containers, on the lab (Debian 12, root; tests/lab/README.md)'
 	@echo 'make test       run every test that this machine can run, and list the others'
 	@echo 'make test-long  run the tests that take minutes each, which make test leaves out'
-	@echo 'make equivalence  compare this tree with the first build (EQUIVALENCE_ARGS=--live: run campaigns too)'
 	@echo 'make lem.pyz    build the program as one file'
 	@echo 'make sdist      pack everything that git tracks into build/dist: the program, the tests, the zip builder'
 	@echo 'make lint       ruff and mypy; yamllint, ansible-lint and systemd-analyze for the fleet'
@@ -70,9 +68,6 @@ test: test-env
 
 test-long: test-env
 	$(TEST_PYTHON) -m pytest -m long $(PYTEST_ARGS)
-
-equivalence: test-env
-	$(TEST_PYTHON) -m tests.equivalence $(EQUIVALENCE_ARGS)
 
 lint: test-env
 	$(TEST_PYTHON) -m ruff check

@@ -23,7 +23,7 @@ from lem.base.process import below, list_processes
 from tests.bench.host import campaign_text, in_turn
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Level, PowerSignal, Trace
-from tests.equivalence.builds import OLD_COMMIT, ROOT, Build, build_of, old_build
+from tests.bench.builds import OLD_COMMIT, ROOT, Build, build_of, old_build
 from tests.processes import wait_for
 
 PAIRS, SECONDS = 4.0, 20.0

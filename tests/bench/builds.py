@@ -1,4 +1,4 @@
-"""The two programs that are compared: lem.pyz as the old commit builds it, and as another tree does."""
+"""The programs that benchmarks compare: lem.pyz as the first build (524ec81) makes it, and as another tree does."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD_COMMIT = "524ec812cc1bf80f2de91037c5c71a564ab2e100"
-BUILD = ROOT / "build" / "equivalence"
+BUILD = ROOT / "build" / "bench"
 WHEELS = ROOT / "build" / "vendor"
 
 
-class HarnessError(Exception):
+class BuildError(Exception):
     """Why there is nothing to compare."""
 
 
@@ -40,14 +40,14 @@ def old_build() -> Build:
     """The build of the old commit, made once.
 
     Raises:
-        HarnessError: the commit is not in this repository, or its build failed.
+        BuildError: the commit is not in this repository, or its build failed.
     """
     folder = BUILD / f"old-{OLD_COMMIT[:7]}"
     tree = folder / "tree"
     if not tree.exists():
         archive = subprocess.run(["git", "-C", str(ROOT), "archive", OLD_COMMIT], capture_output=True, check=False)
         if archive.returncode != 0:
-            raise HarnessError(
+            raise BuildError(
                 f"commit {OLD_COMMIT[:7]} is not available here, so there is no old build to compare with; "
                 "fetch the complete history (git fetch --unshallow)\n"
                 f"git: {archive.stderr.decode(errors='replace').strip()}"
@@ -63,11 +63,11 @@ def build_of(tree: Path, zip_path: Path) -> Build:
     """The zip of a tree, built by that tree's own tool.
 
     Raises:
-        HarnessError: the build failed.
+        BuildError: the build failed.
     """
     zip_path.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(tree / "lem.pyz-build" / "build.py"), f"--output={zip_path}", f"--cache={WHEELS}"]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode != 0:
-        raise HarnessError(f"{tree}: lem.pyz could not be built\n{built.stdout}{built.stderr}")
+        raise BuildError(f"{tree}: lem.pyz could not be built\n{built.stdout}{built.stderr}")
     return Build(zip_path, tree)
