@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lem.base.process import below, list_processes
+from tests.bench.builds import OLD_COMMIT, ROOT, Build, build_of, old_build
 from tests.bench.host import campaign_text, in_turn
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Level, PowerSignal, Trace
-from tests.bench.builds import OLD_COMMIT, ROOT, Build, build_of, old_build
 from tests.processes import wait_for
 
 PAIRS, SECONDS = 4.0, 20.0

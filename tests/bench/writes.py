@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.host import TIMEOUT_S, campaign_text
 from tests.bench.builds import BUILD, OLD_COMMIT, ROOT, Build, build_of, old_build
+from tests.bench.host import TIMEOUT_S, campaign_text
 
 # design.md: of a change, its line in the journal; of a snapshot, the file and then the folder of its name.
 REQUIRED_SYNCS = 1
