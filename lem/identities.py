@@ -94,6 +94,11 @@ def _total_tok(record: Any) -> Any:
     return record.work.input_tok + record.work.output_tok
 
 
+def _over_tried(work: Any) -> float | None:
+    tried = work.requests_ok + work.requests_failed
+    return work.requests_good / tried if tried else None
+
+
 def _sum_of(gpus: Any) -> float | None:
     each = [gpu.energy_j for gpu in gpus]
     return None if not each or None in each else sum(each)
@@ -139,6 +144,11 @@ _IDENTITIES: Final[tuple[tuple[str, str, Callable[[Any], float | None]], ...]] =
         "throughput.good_requests_per_s",
         "requests_good / window_s",
         lambda it: None if it.work.requests_good is None else it.work.requests_good / it.window.window_s,
+    ),
+    (
+        "throughput.good_requests_ratio",
+        "requests_good / (requests_ok + requests_failed)",
+        lambda it: None if it.work.requests_good is None else _over_tried(it.work),
     ),
     ("energy.gpu_energy_j", "the sum of energy_j of the GPUs", lambda it: _sum_of(it.gpus)),
     ("energy.gpu_energy_j", "gpu_energy_net_j + idle_net_power_w x window_s", _gross_j),

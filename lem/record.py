@@ -219,6 +219,7 @@ class Throughput(Section):
     total_tok_per_s: float | None
     requests_per_s: float | None
     good_requests_per_s: float | None = None  # goodput
+    good_requests_ratio: float | None = None  # of all requests, failed ones included
     tok_per_step: float | None = None  # tokens of a request in one step of the engine, its first step left out
     draft_accepted_ratio: float | None = None  # accepted draft tokens over `num_tokens` of every step
 
@@ -350,7 +351,7 @@ class Record:
             return section
 
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 ITL_REPLACED = Reason.of("itl_replaced")
 _NO_ITL: Final = {
@@ -383,7 +384,7 @@ def decode_record(document: Any) -> Record:
     values = {name: value for name, value in document.items() if name != "schema_version"}
     if isinstance(version, bool) or version not in range(1, SCHEMA_VERSION + 1):
         raise RecordError(f"schema_version is {shown(version)}, this lem reads 1 to {SCHEMA_VERSION}")
-    # Version 1 has sentences without their codes; version 3 has more fields than those before, but no `itl_s`.
+    # Version 1 has sentences without their codes; later ones have more fields, but since version 3 no `itl_s`.
     if isinstance(latency := values.get("latency"), dict) and "itl_s" not in latency:
         values["latency"] = {**latency, **_NO_ITL}
     try:

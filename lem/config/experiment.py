@@ -198,13 +198,32 @@ class DecoderConfig(Section):
             yield Problem(("do_sample",), "conflicts with temperature 0, which is greedy; remove one of them")
 
 
+SLO_LIMITS = ("ttft_ms", "tpot_ms", "e2e_ms")
+
+
 @dataclass(frozen=True)
 class SloConfig(Section):
-    """Service levels: a request is good if it meets all that are given."""
+    """Service levels: a request is good if it meets all that are given.
+
+    They change no measurement, only what is counted in it: results are counted again when they change.
+    """
 
     ttft_ms: float | None = option(None, "Time to the first token, at most.", above=0, unit="ms")
     tpot_ms: float | None = option(None, "Time per output token after the first, at most.", above=0, unit="ms")
     e2e_ms: float | None = option(None, "End-to-end latency, at most.", above=0, unit="ms")
+    attainment_pct: float = option(
+        99.0, "Share of good requests that a load must reach to keep the SLO, for the knee.", above=0, max=100, unit="%"
+    )
+
+    @property
+    def limits_ms(self) -> dict[str, float]:
+        """Those that are given, by name."""
+        found = {name: getattr(self, name) for name in SLO_LIMITS}
+        return {name: limit for name, limit in found.items() if limit is not None}
+
+    def check(self) -> Iterator[Problem]:
+        if self.changed() and not self.limits_ms:
+            yield Problem(("attainment_pct",), f"has no effect without a limit: {', '.join(SLO_LIMITS)}")
 
 
 @dataclass(frozen=True)
@@ -218,10 +237,13 @@ class TrafficConfig(Section, switch="enabled"):
     target_qps: float = option(1.0, "Mean arrivals (poisson, constant).", above=0, unit="requests/s")
     concurrency: int = option(1, "Requests in flight (closed).", min=1, unit="requests")
     seed: int | None = option(None, "Seed of the arrivals, of which each cycle draws others; null: random_seed.", min=0)
+    burstiness: float = option(
+        1.0, "Shape of the gamma gaps between arrivals (poisson); below 1 burstier.", min=0.01, max=1000, is_added=True
+    )
     allow_overload: bool = option(
         False, "Accept a queue that grows throughout the window (poisson, constant).", is_added=True
     )
-    slo: SloConfig = option(SloConfig(), "Service levels, for goodput and energy per good request.", is_added=True)
+    slo: SloConfig = option(SloConfig(), "Service levels, for goodput and the knee.", identity=False)
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ _PARAMETERS_IN_NAME = re.compile(r"(?<![0-9a-z.])([0-9]+(?:\.[0-9]+)?)(b|m)(?![a
 
 _UNUSED_BY_MODE: Mapping[str, tuple[str, ...]] = {
     "poisson": ("concurrency",),
-    "constant": ("concurrency", "seed"),
-    "closed": ("target_qps", "seed", "allow_overload"),
+    "constant": ("concurrency", "seed", "burstiness"),
+    "closed": ("target_qps", "seed", "burstiness", "allow_overload"),
 }
 _SWITCHED = ("traffic_simulation", "warmup", "baseline", "timeseries")  # sections that `enabled` switches off
 

@@ -54,6 +54,7 @@ _NAMES: Mapping[str, str] = {
     "traffic_simulation.target_qps": "request_rate rate query_rate qps",
     "traffic_simulation.concurrency": "concurrency max_concurrency",
     "traffic_simulation.mode": "rate_type arrival_pattern profile",
+    "traffic_simulation.burstiness": "burstiness arrival_smoothness",
     "traffic_simulation.slo": "goodput",
     "chat_template": "apply_chat_template use_chat_template",
     "warmup.min_prompts execution.warmup_prompts": "num_warmups n_warmup warmup_request_count num_warmup_requests "
@@ -129,7 +130,6 @@ _ADVICE: Mapping[str, str] = {
     "lem warms up by prompts: warmup.min_prompts, warmup.max_prompts": "warmup_duration",
     "prompts keep the order of their source, unless prompts.shuffle is true": "dataset_order data_sampler "
     "dataset_sampling_strategy",
-    "lem measures arrivals as poisson or constant": "burstiness arrival_smoothness",
     "put its options into vllm itself": "vllm.engine",
     "put its options into decoder": "vllm.sampling sampling_params generation_config",
     "only the backend pytorch has beam_search": "vllm.beam_search",

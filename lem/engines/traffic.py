@@ -20,20 +20,26 @@ class TrafficPlan:
     seed: int | str  # of the arrival times
     min_window_s: float
     ramp_limit_s: float  # the longest ramp before the window
+    burstiness: float = 1.0  # of `poisson`, see `arrival_offsets_s`
 
     @property
     def is_open(self) -> bool:
         return self.mode != "closed"
 
 
-def arrival_offsets_s(mode: str, target_qps: float, rng: random.Random) -> Iterator[float]:
-    """Seconds from the start to each arrival, without end: evenly spaced, or a Poisson process (exponential gaps)."""
+def arrival_offsets_s(mode: str, target_qps: float, rng: random.Random, burstiness: float = 1.0) -> Iterator[float]:
+    """Seconds from the start to each arrival, without end: evenly spaced, or a Poisson process (exponential gaps).
+
+    With another burstiness than 1, gaps have a gamma distribution of that shape and the same mean, as in `vllm bench`.
+    Another `target_qps` scales the same gaps.
+    """
     if mode == "constant":
         for index in itertools.count():
             yield index / target_qps
     elapsed_s = 0.0
     while True:
-        elapsed_s -= math.log(1 - rng.random()) / target_qps
+        gap = -math.log(1 - rng.random()) if burstiness == 1 else rng.gammavariate(burstiness, 1 / burstiness)
+        elapsed_s += gap / target_qps
         yield elapsed_s
 
 
@@ -53,7 +59,7 @@ class WindowRule:
         self._prompts = prompts
         self._begin_ns = begin_ns
         self._peak = self._answered = self._answered_inside = self._succeeded = 0
-        self._offsets_s = arrival_offsets_s(plan.mode, plan.target_qps, random.Random(plan.seed))
+        self._offsets_s = arrival_offsets_s(plan.mode, plan.target_qps, random.Random(plan.seed), plan.burstiness)
         self._next_ns = self._draw_next()
 
     @property

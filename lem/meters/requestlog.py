@@ -27,7 +27,7 @@ _MODES = (CLOSED_BATCH, *OPEN_LOOP, "closed")
 REQUESTS_FILENAME = "requests.jsonl.gz"
 _SCHEMA_VERSION = 1
 _MOST_B = GIB  # a damaged or hostile file must not fill the memory
-_HEAD = ("traffic_mode", "opened_ns", "closed_ns", "prompts", "passes_ns")
+_HEAD = ("traffic_mode", "opened_ns", "closed_ns", "prompts", "passes_ns", "burstiness")
 _ROW = ("prompt", "input_tok", "output_tok", "padding_tok", "arrived_ns", "started_ns", "finished_ns")
 
 
@@ -86,6 +86,7 @@ class RequestLog:
     prompts: int  # in the prompt set
     requests: tuple[Request, ...]  # pass by pass; under traffic also those of the ramp, and those never finished
     passes_ns: tuple[tuple[int, ...], ...] = ()  # begin and end of each pass over the prompt set; () under traffic
+    burstiness: float = 1.0  # of poisson arrivals: the shape of the gamma gaps between them
 
     @property
     def is_batch(self) -> bool:
@@ -163,18 +164,25 @@ class RequestLog:
     @cached_property
     def steady_tolerance(self) -> float:
         """By how much the halves of a steady window may differ in power or throughput, over their mean."""
-        # Under traffic, chance alone moves work from one half to the other: a request brings its tokens with either
-        # sign, which adds their squares, and only one window in 1,000 exceeds 3.29 standard deviations. If arrivals do
-        # not vary, only lengths do, and the edges of the halves may cut off two requests.
+        # Under traffic, chance alone moves work from one half to the other, and only one window in 1,000 exceeds 3.29
+        # standard deviations. Lengths vary, and so does the number of arrivals, by `arrival_variance` of their mean.
+        # If arrivals do not vary, the edges of the halves may still cut off two requests.
         if self.is_batch or not self.tokens_ns:
             return STEADY_TOLERANCE
         moved = [first - second for first, second in self._tokens_by_half if first or second]
-        if self.traffic_mode == "poisson":
-            variance = math.fsum(it**2 for it in moved)
-        else:
-            usual = math.fsum(map(abs, moved)) / len(moved)
-            variance = math.fsum((abs(it) - usual) ** 2 for it in moved) + 2 * usual**2
+        usual = math.fsum(map(abs, moved)) / len(moved)
+        varying = max(2.0, self.arrival_variance * len(moved)) if self.traffic_mode == "poisson" else 2.0
+        variance = math.fsum((abs(it) - usual) ** 2 for it in moved) + varying * usual**2
         return max(STEADY_TOLERANCE, UNSTEADY_SIGMAS * math.sqrt(variance) / (len(self.tokens_ns) / 2))
+
+    @property
+    def arrival_variance(self) -> float:
+        """Variance over mean of the number of random arrivals: 1 of a Poisson process.
+
+        With gamma gaps 1 / shape, the square of their coefficient of variation (Cox, "Renewal Theory", 1962, section
+        3.3: long counts of a renewal process).
+        """
+        return 1 / self.burstiness
 
     @cached_property
     def _tokens_by_half(self) -> tuple[tuple[int, int], ...]:
@@ -230,9 +238,9 @@ def _read_head(document: Any) -> RequestLog:
     version = document.pop("schema_version", None) if isinstance(document, dict) else None
     if version != _SCHEMA_VERSION:
         raise ValueError(f"schema_version {version!r:.40}, this lem reads {_SCHEMA_VERSION}")
-    log = decode(RequestLog, {**document, "requests": []}, "window")
+    log = decode(RequestLog, {"burstiness": 1.0, **document, "requests": []}, "window")
     edges = [log.opened_ns, *itertools.chain.from_iterable(log.passes_ns), log.closed_ns]
-    if log.traffic_mode not in _MODES or log.prompts < 1 or any(len(item) != 2 for item in log.passes_ns):
+    if log.traffic_mode not in _MODES or log.prompts < 1 or not log.burstiness > 0 or any(len(item) != 2 for item in log.passes_ns):
         raise ValueError("impossible window")
     if sorted(edges) != edges or not -MOST < edges[0] <= edges[-1] < MOST:
         raise ValueError("its times are out of order")

@@ -30,7 +30,7 @@ class WorkFindings:
 
 
 def describe_work(log: RequestLog, config: ExperimentConfig) -> WorkFindings:
-    good = _count_good(log, config.traffic_simulation.slo)
+    good, tried = _count_good(log, config.traffic_simulation.slo), len(log.completed) + len(log.failures)
     return WorkFindings(
         window={
             "traffic_mode": log.traffic_mode,
@@ -51,6 +51,9 @@ def describe_work(log: RequestLog, config: ExperimentConfig) -> WorkFindings:
             total_tok_per_s=_rate(log, log.input_tok + log.output_tok),
             requests_per_s=_rate(log, len(log.completed)),
             good_requests_per_s=good if good.value is None else _rate(log, good.value),
+            good_requests_ratio=(
+                good if good.value is None else known(good.value / tried if tried else None, "no_request")
+            ),
             **_steps(log, config),
         ),
         latency=latency_of(log.completed),
@@ -122,10 +125,9 @@ def latency_of(requests: Sequence[Request]) -> Latency:
 
 def _count_good(log: RequestLog, slo: SloConfig) -> Measured[int]:
     """The completed requests that met every given limit; TPOT is met by a request of one token, which has none."""
-    if not slo.changed():
+    if not slo.limits_ms:
         return known(None, "no_slo")
-    needs_times = slo.ttft_ms is not None or slo.tpot_ms is not None
-    if needs_times and any(item.output_tok and item.token_times_ns is None for item in log.completed):
+    if slo.limits_ms.keys() - {"e2e_ms"} and any(item.output_tok and item.token_times_ns is None for item in log.completed):
         return known(None, "tokens_not_observed")
     return Measured(sum(_is_within(item, slo) for item in log.completed))
 
@@ -134,9 +136,8 @@ def _is_within(item: Request, slo: SloConfig) -> bool:
     found_ns: dict[str, float] = {"e2e_ms": item.e2e_ns}
     if item.token_times_ns:
         found_ns |= {"ttft_ms": item.ttft_ns, "tpot_ms": item.tpot_ns or 0}
-    limits = {name: limit for name, limit in slo.to_dict().items() if limit is not None}
     # A request without any token never had a first one.
-    return all(found_ns.get(name, math.inf) <= limit * NS_PER_MS for name, limit in limits.items())
+    return all(found_ns.get(name, math.inf) <= limit * NS_PER_MS for name, limit in slo.limits_ms.items())
 
 
 # --- steps of the engine
@@ -212,18 +213,23 @@ def unfit_reasons(log: RequestLog, *, allows_overload: bool) -> tuple[Reason, ..
 
 
 def load_warnings(log: RequestLog) -> tuple[Reason, ...]:
-    """That more was offered than the engine could do: by more than a tenth, and two deviations of a Poisson count."""
+    """That more was offered than the engine could do: by more than a tenth, and two deviations of the arrivals."""
     arrived, finished = log.arrived, len(log.finished)
-    if log.traffic_mode in OPEN_LOOP and arrived - finished > max(0.1 * arrived, 2 * math.sqrt(arrived)):
+    if log.traffic_mode in OPEN_LOOP and arrived - finished > max(0.1 * arrived, _chance(log)):
         return (Reason.of("load_too_high", arrived=arrived, finished=finished),)
     return ()
+
+
+def _chance(log: RequestLog) -> float:
+    """Two standard deviations of the number of arrivals."""
+    return 2 * math.sqrt(log.arrival_variance * log.arrived)
 
 
 def _growth(log: RequestLog) -> tuple[int, int] | None:
     """The unfinished requests at both edges, if their number grew throughout the window; None if it did not."""
     # The queue is sampled at completions only, because an engine that takes requests in batches lets them pile up
     # between batches. The shortest queue in each third of the window must grow, and the growth over the whole window
-    # must exceed two standard deviations of a Poisson count. With fewer than three completions, the queues at the two
+    # must exceed two standard deviations of the arrivals. With fewer than three completions, the queues at the two
     # edges must differ by more than the requests that were in the engine.
     if log.traffic_mode not in OPEN_LOOP:
         return None
@@ -234,7 +240,7 @@ def _growth(log: RequestLog) -> tuple[int, int] | None:
         return bisect_right(arrived_ns, at_ns) - bisect_right(finished_ns, at_ns)
 
     edges = unfinished(log.opened_ns), unfinished(log.closed_ns)
-    noise = 2 * math.sqrt(log.arrived)
+    noise = _chance(log)
     moments = [unfinished(at_ns) for at_ns in finished_ns if log.is_inside(at_ns)]
     if len(moments) < 3:
         return edges if edges[1] - edges[0] > max(noise, _in_flight(log)["in_flight_peak"]) else None

@@ -228,6 +228,7 @@ def _measure(
             seed=arrival_seed,
             min_window_s=min_window_s,
             ramp_limit_s=max(min_window_s, RAMP_STEPS * (warmup.step_s or 0.0)),
+            burstiness=traffic.burstiness,
         )
         report = _at_intervals(metering.reporter, clock, "{} requests")
         return metering.measure_steady(lambda: measure_traffic(engine, requests, plan, clock, report))

@@ -286,6 +286,7 @@ class TrafficQueue:
             closed_ns=closed_ns,
             prompts=len(self._prompts),
             requests=(*(item.request for item in self._answered), *unanswered),
+            burstiness=self._plan.burstiness if self._plan.mode == "poisson" else 1.0,
         )
         outputs = (item for item in self._answered if item.request.is_good)
         counting = tuple(item for item in outputs if window.is_inside(item.request.finished_ns))

@@ -125,7 +125,7 @@ def _drop(section: str, name: str) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda document: document.update(schema_version=4), "schema_version is 4, this lem reads 1 to 3"),
+        (lambda document: document.update(schema_version=5), "schema_version is 5, this lem reads 1 to 4"),
         (lambda document: document.pop("schema_version"), "schema_version is None"),
         (lambda document: document.pop("window"), "record: missing window"),
         (lambda document: document.update(colour="red"), "record: unknown 'colour'"),
@@ -204,6 +204,15 @@ def test_a_damaged_value_of_any_length_makes_a_short_message() -> None:
 
 
 RECORDED = Path(__file__).parents[1] / "recorded" / "h200" / "attempt" / "result.json"
+
+
+def test_a_record_of_version_3_has_no_share_of_good_requests() -> None:
+    document = json.loads(json.dumps({**encode_record(make_record()), "schema_version": 3}))
+    for suffix in ("", "_null_reason", "_null_reason_coded"):
+        document["throughput"].pop(f"good_requests_ratio{suffix}", None)
+    throughput = decode_record(document).throughput
+    assert throughput.good_requests_ratio is None
+    assert throughput.null_reasons["good_requests_ratio"].code == "not_recorded"
 
 
 def test_itl_of_older_records_is_read_and_no_longer_written() -> None:

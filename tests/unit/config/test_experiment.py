@@ -174,6 +174,8 @@ def test_round_trip(options: dict[str, Any]):
         ({"measurement": {"grid_g_per_kwh": 300.0, "pue": 1.2, "price_per_kwh": 0.3}}, False, False),
         ({"baseline": {"cache_ttl_sec": 1.0}}, False, False),
         ({"warmup": {"timeout_seconds": 5.0}}, False, False),
+        ({"traffic_simulation": {"enabled": False, "slo": {"ttft_ms": 200, "attainment_pct": 90}}}, False, False),
+        ({"traffic_simulation": {"enabled": False, "burstiness": 0.5}}, True, False),
         ({"pytorch": {}}, False, False),
         ({"decoder": {"preset": "standard", "top_p": 1.0}}, False, False),
         ({"random_seed": 1}, True, False),

@@ -55,6 +55,18 @@ def test_counting_noise_of_poisson_traffic_does_not_make_a_window_unsteady() -> 
     assert window_of("constant", [*early, *late]).steady.value is False
 
 
+def test_burstier_arrivals_allow_larger_differences_between_halves_and_larger_queues() -> None:
+    log = window_of("poisson", [*range(0, 480, 10), *range(500, 980, 20)], lengths=(5, 15))
+    bursty = dataclasses.replace(log, burstiness=0.25)
+    spread, count = 72 * 5**2, 72 * 10**2  # of lengths, and of the number of arrivals
+    assert log.steady_tolerance == pytest.approx(3.2905 * math.sqrt(spread + count) / 360)
+    assert bursty.steady_tolerance == pytest.approx(3.2905 * math.sqrt(spread + 4 * count) / 360)
+    queue = dataclasses.replace(served(10, 7.5, seconds=20), traffic_mode="poisson")
+    assert codes((*unfit_reasons(queue, allows_overload=False), *load_warnings(queue))) == ["queue_grew", "load_too_high"]
+    calm = dataclasses.replace(queue, burstiness=0.25)
+    assert (unfit_reasons(calm, allows_overload=False), load_warnings(calm)) == ((), ())
+
+
 def test_under_regular_arrivals_only_lengths_are_noise() -> None:
     found = window_of("constant", [*range(0, 480, 10), *range(500, 980, 10)], lengths=(5, 15))
     assert found.steady_tolerance == pytest.approx(3.2905 * math.sqrt(96 * 5**2 + 2 * 10**2) / 480)
@@ -196,6 +208,7 @@ def test_a_good_request_meets_every_given_limit(limits: dict[str, float], good: 
     found = describe_work(traffic(fast, late, slow, failed, silent, outside), slo(**limits))
     assert found.work["requests_good"].value == good
     assert found.throughput.good_requests_per_s == pytest.approx(good)  # in a second
+    assert found.throughput.good_requests_ratio == pytest.approx(good / 5)
     assert (found.work["requests_ok"], found.work["requests_failed"]) == (4, 1)
 
 
@@ -206,7 +219,8 @@ def test_goodput_without_limits_or_without_the_times_it_needs_is_absent() -> Non
     ):
         found = describe_work(log, chosen)
         assert found.work["requests_good"].null_reason.code == code
-        assert found.throughput.null_reasons["good_requests_per_s"].code == code
+        reasons = found.throughput.null_reasons
+        assert {reasons[name].code for name in ("good_requests_per_s", "good_requests_ratio")} == {code}
     assert describe_work(traffic(untimed(2)), slo(e2e_ms=100)).work["requests_good"].value == 1
 
 
@@ -287,6 +301,18 @@ def everything() -> RequestLog:
         dataclasses.replace(untimed(0), error="key sekret refused"),
         Request(0, 3, arrived_ns=900 * MS),
     )
+
+
+def test_a_log_of_an_earlier_lem_has_no_burstiness(tmp_path: Path) -> None:
+    path = tmp_path / "requests.jsonl.gz"
+    write_requests(path, dataclasses.replace(everything(), burstiness=0.5), lambda text: text)
+    assert read_requests(path).burstiness == 0.5
+    text = gzip.decompress(path.read_bytes()).decode()
+    path.write_bytes(gzip.compress(text.replace(',"burstiness":0.5', "").encode()))
+    assert read_requests(path) == everything()
+    path.write_bytes(gzip.compress(text.replace(":0.5", ":0.0").encode()))
+    with pytest.raises(RequestLogError, match="impossible window"):
+        read_requests(path)
 
 
 def test_a_log_is_read_as_it_was_written_and_its_errors_are_redacted(tmp_path: Path) -> None:

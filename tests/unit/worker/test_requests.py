@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 import threading
@@ -217,6 +218,18 @@ def test_poisson_arrivals_have_the_rate_and_the_spread_of_exponential_gaps() -> 
     gaps = [later - earlier for earlier, later in itertools.pairwise(offsets)]
     assert statistics.fmean(gaps) == pytest.approx(0.2, rel=0.03)
     assert statistics.stdev(gaps) == pytest.approx(0.2, rel=0.05)
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 4.0])
+def test_gaps_of_bursty_arrivals_have_the_rate_and_the_spread_of_a_gamma_distribution(burstiness: float) -> None:
+    def gaps(qps: float) -> list[float]:
+        offsets = arrival_offsets_s("poisson", qps, random.Random(7), burstiness)
+        return [after - before for before, after in itertools.pairwise(itertools.islice(offsets, 20_000))]
+
+    found = gaps(5.0)
+    assert statistics.fmean(found) == pytest.approx(0.2, rel=0.05)
+    assert statistics.stdev(found) == pytest.approx(0.2 / math.sqrt(burstiness), rel=0.05)
+    assert gaps(10.0)[:100] == pytest.approx([gap / 2 for gap in found[:100]]), "another rate scales the same gaps"
 
 
 def test_closed_loop_window_opens_after_one_turn_and_closes_under_load() -> None:
