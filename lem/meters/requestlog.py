@@ -240,7 +240,8 @@ def _read_head(document: Any) -> RequestLog:
         raise ValueError(f"schema_version {version!r:.40}, this lem reads {_SCHEMA_VERSION}")
     log = decode(RequestLog, {"burstiness": 1.0, **document, "requests": []}, "window")
     edges = [log.opened_ns, *itertools.chain.from_iterable(log.passes_ns), log.closed_ns]
-    if log.traffic_mode not in _MODES or log.prompts < 1 or not log.burstiness > 0 or any(len(item) != 2 for item in log.passes_ns):
+    is_possible = log.traffic_mode in _MODES and log.prompts > 0 and log.burstiness > 0
+    if not is_possible or any(len(item) != 2 for item in log.passes_ns):
         raise ValueError("impossible window")
     if sorted(edges) != edges or not -MOST < edges[0] <= edges[-1] < MOST:
         raise ValueError("its times are out of order")

@@ -62,7 +62,10 @@ def test_burstier_arrivals_allow_larger_differences_between_halves_and_larger_qu
     assert log.steady_tolerance == pytest.approx(3.2905 * math.sqrt(spread + count) / 360)
     assert bursty.steady_tolerance == pytest.approx(3.2905 * math.sqrt(spread + 4 * count) / 360)
     queue = dataclasses.replace(served(10, 7.5, seconds=20), traffic_mode="poisson")
-    assert codes((*unfit_reasons(queue, allows_overload=False), *load_warnings(queue))) == ["queue_grew", "load_too_high"]
+    assert codes((*unfit_reasons(queue, allows_overload=False), *load_warnings(queue))) == [
+        "queue_grew",
+        "load_too_high",
+    ]
     calm = dataclasses.replace(queue, burstiness=0.25)
     assert (unfit_reasons(calm, allows_overload=False), load_warnings(calm)) == ((), ())
 
