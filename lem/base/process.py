@@ -29,6 +29,7 @@ PROC = Path("/proc")
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")  # in which the kernel counts CPU time (USER_HZ)
 _ENDED = "ZX"  # the states of a zombie and of a process that is being removed
 _SMALL_B = 4096
+_LISTEN = "0A"  # TCP_LISTEN, as /proc/net/tcp shows it
 
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
@@ -248,6 +249,23 @@ def read_small(path: Path | str) -> bytes:
         return os.read(descriptor, _SMALL_B)
     finally:
         os.close(descriptor)
+
+
+def find_listeners(port: int, proc: Path = PROC) -> tuple[ProcessId, ...]:
+    """The processes that listen on a TCP port, as far as this user may see whose sockets they are."""
+    inodes = set()
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):  # a kernel without IPv6
+            rows = (line.split() for line in (proc / "net" / name).read_text().splitlines()[1:])
+            inodes |= {row[9] for row in rows if row[3] == _LISTEN and int(row[1].rpartition(":")[2], 16) == port}
+    wanted, found = {f"socket:[{inode}]" for inode in inodes}, []
+    for pid in numbered(proc) if wanted else ():
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            folder = f"{proc}/{pid}/fd"
+            if any(os.readlink(f"{folder}/{name}") in wanted for name in os.listdir(folder)):  # noqa: PTH115, PTH208
+                stat = read_stat(pid, proc)
+                found += [ProcessId(pid, stat.started_ticks)] if stat is not None else []
+    return tuple(found)
 
 
 def descendants(pid: int) -> tuple[int, ...]:

@@ -12,9 +12,11 @@ LOCK_FOLDER_VARIABLE: Final = "LEM_LOCK_DIR"
 CACHE_VARIABLE: Final = "LEM_CACHE_DIR"
 # Set by the host for a worker in a container, where killing `docker compose exec` leaves what it started.
 MARK_VARIABLE: Final = "LEM_WORKER_MARK"
+# Set by the host for a worker whose server is a container: the command that runs it, and its address, in JSON.
+SERVICE_VARIABLE: Final = "LEM_SERVICE"
 
 # What lem reads from the environment; another LEM_ name is a typing error that would silently do nothing.
-VARIABLES: Final = frozenset({DATASETS_VARIABLE, LOCK_FOLDER_VARIABLE, CACHE_VARIABLE, MARK_VARIABLE})
+VARIABLES: Final = frozenset({DATASETS_VARIABLE, LOCK_FOLDER_VARIABLE, CACHE_VARIABLE, MARK_VARIABLE, SERVICE_VARIABLE})
 
 MODEL_CACHE_VARIABLE: Final = "LEM_MODEL_CACHE"
 READ_ONLY_VARIABLE: Final = "LEM_MODEL_CACHE_READ_ONLY"

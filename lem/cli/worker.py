@@ -34,6 +34,8 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tdp", type=float, metavar="W", help="design power of all CPU packages (--sampler)")
     add("--pulse", type=float, metavar="S", help="put pulses of work of S seconds on the first GPU")
     add("--tether", nargs=argparse.REMAINDER, metavar="WORD", help="run this lem command until stdin is closed")
+    add("--service", nargs=argparse.REMAINDER, metavar="WORD", help="run a compose service as if it were this process")
+    add("--end-containers", metavar="MARK", help="once stdin is closed, remove the containers with this mark")
     parser.set_defaults(run=run)
 
 
@@ -49,6 +51,10 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         return ExitCode.EXPERIMENT_FAILED if end_marked(args.end_marked) else ExitCode.OK
     if args.tether is not None:
         return run_tethered(args.tether)
+    if args.service is not None or args.end_containers is not None:
+        from lem.orchestration import served
+
+        return served.run_service(args.service) if args.service else served.end_containers(args.end_containers)
     if not args.engine:
         from lem.worker.supervisor import supervise
 

@@ -505,6 +505,11 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
         return self.streaming and self.backend != "server"
 
     @property
+    def has_running_engine(self) -> bool:
+        """Whether lem starts no engine, so that cycles share one load: that of `server.url`."""
+        return isinstance(self.section, ServerConfig) and self.section.url is not None
+
+    @property
     def uses_dataset(self) -> bool:
         """Whether prompts come from a data set, which is resolved where its package is."""
         return self.dataset is not None or isinstance(self.prompts, HuggingFacePrompts)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from lem.base import durable
-from lem.base.errors import OptionRefused
+from lem.base.errors import EngineError, OptionRefused
+from lem.config.backends import ServerConfig
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import look_up, model_error
 
 TOKENIZER, ADAPTER, DRAFTER = "tokenizer", "adapter", "drafter"
+_CONNECT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -53,4 +58,31 @@ def named_models(config: ExperimentConfig) -> dict[str, NamedModel]:
         ADAPTER: NamedModel("model.adapter", model.adapter or "", "adapter_config.json"),
         DRAFTER: NamedModel(f"{config.backend}.{option}", look_up(config.section, option) or "", "config.json"),
     }
-    return {what: item for what, item in found.items() if item.name}
+    # A server finds its model itself.
+    wanted = (TOKENIZER,) if config.backend == "server" else tuple(found)
+    return {what: item for what, item in found.items() if item.name and what in wanted}
+
+
+def find_server_problem(config: ExperimentConfig) -> EngineError | None:
+    """Why a server cannot be started here, or is not there; None also where a service is the server."""
+    section = config.section
+    if not isinstance(section, ServerConfig):
+        return None
+    if section.command is not None:
+        program = section.command[0]
+        if shutil.which(program, path=section.env.get("PATH")) is not None:
+            return None
+        hint = "install it, put its folder on PATH, or name server.service, in whose container it is"
+        return EngineError(f"server.command: {program}: no such program", hint, kind="option", is_permanent=True)
+    if section.url is None:
+        return None
+    parts = urlsplit(section.url)
+    try:
+        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        socket.create_connection(address, _CONNECT_S).close()
+    except OSError as error:
+        text = f"server.url: {section.url} does not answer: {error.strerror or error}"
+        return EngineError(
+            text, "start the server, or let lem start it: server.command", kind="model", is_permanent=True
+        )
+    return None

@@ -67,6 +67,7 @@ class EngineReport:
     compile_s: float | None = None  # part of the load spent on compiling; None if nothing was compiled
     checks_s: float = 0.0  # part of the load spent on a trial run and on hashing the weights
     longest_tok: int | None = None  # the most tokens of prompt and output together; None if it does not say
+    load_id: str = ""  # of a server that was running already: the same for as long as it runs
 
 
 OnProgress = Callable[[int], None]

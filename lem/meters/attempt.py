@@ -43,7 +43,7 @@ _GUARDS: Final = {
 }
 
 _NOT_WANTED = Reason.of("energy_off")
-_LEAVE_AT_AUTO = "leave measurement.energy at auto; energy is then null in the record, with this reason"
+LEAVE_AT_AUTO = "leave measurement.energy at auto; energy is then null in the record, with this reason"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def choose_sources(
         gpu_method, why_no_gpu = choose_gpu_method(chosen, is_watched=config.timeseries.enabled)
     if wanted == "nvml" and gpu_method != EnergySource.COUNTER:
         why_no_counter = f"the energy counter cannot be read: {_counter_errors(chosen)}"
-        raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or why_no_counter}", _LEAVE_AT_AUTO)
+        raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or why_no_counter}", LEAVE_AT_AUTO)
     cpu_method, why_no_cpu = _cpu_method(wanted, header, user_tdp_w)
     is_external = config.measurement.external_csv is not None
     # The CPU's energy counts only for an experiment on the CPU, or if the user asks for it by name.
@@ -208,7 +208,7 @@ def _cpu_method(wanted: str, header: SampleHeader, tdp_w: float | None) -> tuple
     error = header.rapl_error
     why = Reason.of("sampler_reports", error=error) if error else Reason.of("no_package")
     if wanted == EnergySource.RAPL:
-        raise MeterRefused(f"measurement.energy: rapl: {why}", _LEAVE_AT_AUTO)
+        raise MeterRefused(f"measurement.energy: rapl: {why}", LEAVE_AT_AUTO)
     return None, why
 
 

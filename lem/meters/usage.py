@@ -166,22 +166,31 @@ class _Growth(Generic[_Key]):
 
 class _Engine:
     def __init__(self, roots: Roots, pid: int, now_ns: int) -> None:
-        self.limits = Limits(roots, pid)
-        self.limits.throttled_s()
+        self.limits: tuple[Limits, ...] = ()
         self.throttled_s = self.stopped_s = 0.0
         self.looked_ns = now_ns
+        self._roots = roots
         self._proc = roots.proc
-        self._pid = pid
+        self._tops: tuple[int, ...] = ()
         self._run: _Growth[tuple[int, int]] = _Growth()
         self._wait: _Growth[tuple[int, int]] = _Growth()
         self._cpu: _Growth[int] = _Growth()
+        self.add(pid)
+
+    def add(self, *pids: int) -> None:
+        """Count these processes and those below them too; they share a cgroup."""
+        self._tops += pids
+        for limits in (Limits(self._roots, pid) for pid in pids[:1]):
+            limits.throttled_s()
+            self.limits += (limits,)
         self.find_processes()
 
     def find_processes(self) -> None:
         """Find its processes again, since it may have started some, and its supervisor, which is lem's."""
         processes = list_processes(self._proc)
-        self.pids = (self._pid, *below(self._pid, processes)) if self._pid in processes else ()
-        self._supervisor = (processes[self._pid].parent,) if self._pid in processes else ()
+        tops = [pid for pid in self._tops if pid in processes]
+        self.pids = tuple(dict.fromkeys(pid for top in tops for pid in (top, *below(top, processes))))
+        self._supervisor = tuple(processes[pid].parent for pid in self._tops[:1] if pid in processes)
         self.threads_due_ns = 0
 
     def cpu_s(self) -> float:
@@ -210,7 +219,8 @@ class _Engine:
 
     def is_stopped(self) -> bool:
         stats = (read_stat(pid, self._proc) for pid in self.pids)
-        return any(stat is not None and stat.state in _STOPPED for stat in stats) or self.limits.is_frozen
+        is_stopped = any(stat is not None and stat.state in _STOPPED for stat in stats)
+        return is_stopped or any(limits.is_frozen for limits in self.limits)
 
 
 class UsageMeter:
@@ -221,9 +231,15 @@ class UsageMeter:
         self._lem: _Growth[int] = _Growth()
         self._engine: _Engine | None = None
 
-    def watch(self, pid: int) -> None:
-        """Count for the engine whose processes are this one and those below it, from 0 on."""
+    def watch(self, pid: int, *others: int) -> None:
+        """Count for the engine whose processes are these and those below them, from 0 on."""
         self._engine, self._lem = _Engine(self._roots, pid, self._clock.monotonic_ns()), _Growth()
+        self.also_watch(*others)
+
+    def also_watch(self, *pids: int) -> None:
+        """Count for processes too that the engine has started elsewhere, as in a container."""
+        if self._engine is not None:
+            self._engine.add(*pids)
 
     def find_processes(self) -> None:
         if self._engine is not None:
@@ -245,7 +261,7 @@ class UsageMeter:
             return row
         found = ((pid, read_stat(pid, self._roots.proc)) for pid in self._lem_pids)
         self._lem.add({pid: stat.cpu_s for pid, stat in found if stat is not None})
-        engine.throttled_s += engine.limits.throttled_s()
+        engine.throttled_s += sum(limits.throttled_s() for limits in engine.limits)
         threads_s = self._thread_times_s(engine)
         return dataclasses.replace(
             row,

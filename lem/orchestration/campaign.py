@@ -231,10 +231,10 @@ class CampaignRunner(Context):
     def _find_environment(self, experiments: Sequence[Experiment]) -> dict[str, Any]:
         """Versions, driver and GPUs of the workers, by name; UserError with all that keeps experiments from running."""
         environment, found = dict[str, Any](), preflight.Findings(experiments)
-        backends = dict.fromkeys(item.backend for item in experiments)
+        places = {item.place: item.backend for item in experiments}
         found.look_here()
         try:
-            self.executor.prepare(backends)
+            self.executor.prepare(places)
         except UserError as error:
             if not found.problems:
                 raise
@@ -242,12 +242,13 @@ class CampaignRunner(Context):
         if self.executor.name == "docker":  # no container is started in vain
             preflight.refuse(found.problems)
         try:
-            for backend in backends:
-                worker = self.executor.worker_for(backend)
+            for place, backend in places.items():
+                worker = self.executor.worker_for(place)
                 worker.open(self.stop)
-                environment.update({f"{backend}.{name}": value for name, value in worker.environment.items()})
+                label = place.rstrip(":")
+                environment.update({f"{label}.{name}": value for name, value in worker.environment.items()})
                 if found.look_for_engine(self.executor.name, backend, worker.environment):
-                    found.ask(backend, worker, find_secrets(os.environ), self.stop)
+                    found.ask(place, worker, find_secrets(os.environ), self.stop)
         except WorkerUnavailable as error:  # nothing has run yet: the host is unfit, no experiment has failed
             raise UserError(error.message, error.hint) from error
         preflight.refuse(found.problems)
@@ -284,7 +285,7 @@ class CampaignRunner(Context):
                 config_path=item.config_path,
                 config_hash=item.config_hash,
                 backend=item.backend,
-                container=item.backend if self.executor.name == "docker" else None,
+                container=item.container if self.executor.name == "docker" else None,
                 cycle_index=item.cycle_index,
                 order_index=item.order_index,
                 host=self.host,

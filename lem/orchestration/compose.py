@@ -23,6 +23,7 @@ from lem.base.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, MODEL_CAC
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import demo_python
 from lem.orchestration.docker import (
+    MARK_LABEL,
     OVERRIDE_NAME,
     PROFILES_VARIABLE,
     PYZ_FOLDER,
@@ -32,6 +33,7 @@ from lem.orchestration.docker import (
     Service,
 )
 from lem.orchestration.packing import provide_pyz
+from lem.worker.guardian import new_mark
 
 _logger = logging.getLogger(__name__)
 
@@ -240,6 +242,8 @@ class ComposeProject:
     # UUIDs of the GPUs of a service; () for none; a service that is missing keeps those of the file.
     gpus_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
+    servers: frozenset[str] = frozenset()  # the services that are servers themselves: no worker runs in them
+    mark: str = field(default_factory=new_mark)  # on the containers of servers
 
     def prepare(self, names: Sequence[str]) -> Compose:
         """Find or make everything that the named services need; nothing is started.
@@ -262,12 +266,20 @@ class ComposeProject:
         with contextlib.suppress(OSError):
             cache = Path(base.env.get(MODEL_CACHE_VARIABLE) or "~/.cache/huggingface")
             cache.expanduser().mkdir(parents=True, exist_ok=True)
-        overrides = {name: self._service_override(name, pyz, version, engine) for name in names}
+        overrides = {
+            name: self._server_override(name) if name in self.servers else self._service_override(name, pyz, engine)
+            for name in names
+        }
         for name in names:
-            if not base.services[name].is_idle:  # it would run a server, which holds the GPU beside lem's own engine
+            overrides[name] |= self._gpu_override(name, version)
+            if name in self.servers:
+                if base.services[name].url is None:
+                    message = f"service {name} is a server, but publishes no port under a fixed number"
+                    raise ContainerError(message, 'such as ports: ["127.0.0.1:8080:8080"]', kind="compose_file")
+            elif not base.services[name].is_idle:  # it would run a server, which holds the GPU beside lem's own engine
                 _logger.warning("%s: lem runs its own engine in the container, and not the service's command", name)
                 overrides[name] |= {"entrypoint": ["sleep"], "command": ["infinity"]}
-        text = _override_text({"services": overrides, "volumes": _existing_volumes(base, version)})
+        text = override_text({"services": overrides, "volumes": _existing_volumes(base, version)})
         prepared = replace(base, files=(*base.files, self._write(OVERRIDE_NAME, text)), pyz=PYZ_FOLDER / pyz.name)
         services = prepared.services  # Compose refuses an invalid combination here, before anything is started
         prepared.images.update(_image_ids(prepared, [services[name] for name in names]))
@@ -320,9 +332,20 @@ class ComposeProject:
             found[MODEL_CACHE_VARIABLE] = str(Path(cache).expanduser().absolute())
         return found
 
-    def _service_override(
-        self, name: str, pyz: Path, version: tuple[int, ...], engine: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _server_override(self, name: str) -> dict[str, Any]:
+        """A server keeps its user, its command and its folders; one that died is not to come back unseen."""
+        mounts = [mount.to_compose() for mount in without_nested((*self.mounts, *self.mounts_of.get(name, ())))]
+        return {"pull_policy": "never", "restart": "no", "labels": {MARK_LABEL: self.mark}, "volumes": mounts}
+
+    def _gpu_override(self, name: str, version: tuple[int, ...]) -> dict[str, Any]:
+        gpus = self.gpus_of.get(name)
+        # In older versions only LEM_GPU_IDS, which the packaged file uses, selects GPUs.
+        if gpus is None or version < _REPLACES_LISTS:
+            return {}
+        device = {"driver": "nvidia", "device_ids": list(gpus), "capabilities": ["gpu"]}
+        return {"deploy": {"resources": {"reservations": {f"devices{_REPLACED}": [device] if gpus else []}}}}
+
+    def _service_override(self, name: str, pyz: Path, engine: Mapping[str, Any]) -> dict[str, Any]:
         user = _user_name()
         environment = {"HOME": CONTAINER_HOME, "USER": user, "LOGNAME": user}
         mounts = [Mount(pyz.parent, str(PYZ_FOLDER)), Mount.in_place(self.results_dir, is_read_only=False)]
@@ -340,11 +363,6 @@ class ComposeProject:
         }
         if _has_security_option(engine, "userns"):  # else no user inside could write to the results folder
             found["userns_mode"] = "host"
-        gpus = self.gpus_of.get(name)
-        # In older versions only LEM_GPU_IDS, which the packaged file uses, selects GPUs.
-        if gpus is not None and version >= _REPLACES_LISTS:
-            device = {"driver": "nvidia", "device_ids": list(gpus), "capabilities": ["gpu"]}
-            found["deploy"] = {"resources": {"reservations": {f"devices{_REPLACED}": [device] if gpus else []}}}
         return found
 
 
@@ -373,7 +391,7 @@ def _existing_volumes(compose: Compose, version: tuple[int, ...]) -> dict[str, A
     }
 
 
-def _override_text(document: Mapping[str, Any]) -> str:
+def override_text(document: Mapping[str, Any]) -> str:
     text = json.dumps(document, indent=2, ensure_ascii=False)
     # JSON is YAML, except that a dollar sign would begin a variable.
     text = re.sub(rf'{_REPLACED}": ', '": !override ', text.replace("$", "$$"))

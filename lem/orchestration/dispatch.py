@@ -175,6 +175,10 @@ class Worker:
     # The process above all those of the engine, by its number where the worker runs.
     engine: process.ProcessId | None = field(default=None, init=False)
 
+    def server_pids(self) -> tuple[int, ...]:
+        """The processes of its server, if that is not below its engine process."""
+        return ()
+
     @property
     def is_open(self) -> bool:
         """Whether a worker was started and is not known to be lost."""
@@ -351,11 +355,11 @@ class Executor(Protocol):
 
     name: str  # `local` or `docker`, as in the record
 
-    def worker_for(self, backend: str) -> Worker:
-        """The worker that runs this backend's experiments: the same one until `close`."""
+    def worker_for(self, place: str) -> Worker:
+        """The worker of a place (`Experiment.place`): the same one until `close`."""
 
-    def prepare(self, backends: Collection[str]) -> None:
-        """Find or make what the workers of these backends need, with nothing started; UserError if it is missing."""
+    def prepare(self, places: Collection[str]) -> None:
+        """Find or make what the workers of these places need, with nothing started; UserError if it is missing."""
 
     def stop(self) -> None:
         """End every worker with its engine."""
@@ -386,10 +390,10 @@ class LocalExecutor:
         self.python = found
         self._worker = Worker((*own_command(found), "worker"))
 
-    def worker_for(self, backend: str) -> Worker:  # noqa: ARG002 - one worker for all
+    def worker_for(self, place: str) -> Worker:  # noqa: ARG002 - one worker for all
         return self._worker
 
-    def prepare(self, backends: Collection[str]) -> None:
+    def prepare(self, places: Collection[str]) -> None:
         """Nothing: what its Python has is known once the worker runs."""
 
     def stop(self) -> None:

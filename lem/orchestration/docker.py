@@ -24,6 +24,7 @@ OLDEST_COMPOSE = (2, 17)
 PYZ_FOLDER = PurePosixPath("/opt/lem")  # in every container
 OVERRIDE_NAME = "docker-compose.lem.yml"  # the last file of each project that lem starts
 PROFILES_VARIABLE = "COMPOSE_PROFILES"
+MARK_LABEL = "lem.mark"  # of the containers of servers
 _QUOTED_WIDTH = 400  # characters of the client's output in a message
 _INSTALL_COMPOSE = "install Docker Compose 2.17 or newer: apt-get install docker-compose-plugin, or docker-compose-v2"
 
@@ -32,7 +33,8 @@ INSTALL_TOOLKIT = (
 )
 CPU_OVERRIDE = "add docker/docker-compose.cpu.yml as the last compose file"
 ONE_SERVICE_EACH = (
-    "each backend runs in the service of its name; for lem's own file: `lem compose > lem-compose.yml`, then"
+    "each backend runs in the service of its name, a server in that of server.service; for lem's own file:"
+    " `lem compose > lem-compose.yml`, then"
     " --compose-file lem-compose.yml"
 )
 
@@ -201,6 +203,16 @@ class Docker:
         counts = [value for name, value in pairwise(words) if name == "oom_kill"]
         return int(counts[0]) if counts and counts[0].isdecimal() else 0
 
+    def remove_marked(self, mark: str, service: str | None = None) -> bool:
+        """Kill and remove the containers with a mark, or that of one service; whether there were any."""
+        which = [f"label={MARK_LABEL}={mark}"]
+        which += [] if service is None else [f"label=com.docker.compose.service={service}"]
+        filters = [word for text in which for word in ("--filter", text)]
+        found = self.call("ps", "--all", "--quiet", *filters).stdout.split()
+        if found:
+            self.call("rm", "--force", "--volumes", *found)
+        return bool(found)
+
     def pids(self, container: str) -> frozenset[int]:
         finished = self.call("top", container, "-o", "pid")
         return frozenset(int(line) for line in finished.stdout.split() if line.isdecimal())
@@ -233,6 +245,8 @@ class Service:
     profiles: tuple[str, ...] = ()  # one of which has to be enabled
     is_idle: bool = True  # its container waits for commands, as far as its file shows
     is_built: bool = False  # the compose file says how to build its image
+    command: tuple[str, ...] | None = None  # None: that of its image
+    url: str | None = None  # where this machine reaches it; None if it publishes no port under a fixed number
 
     @property
     def how_to_get(self) -> str:
@@ -349,9 +363,21 @@ def _decode_state(item: Any) -> ContainerState:
 def _service(name: str, item: Mapping[str, Any]) -> Service:
     image = decode_hint(str | None, item.get("image"), "image")
     profiles = decode_hint(tuple[str, ...] | None, item.get("profiles"), "profiles")
-    command = " ".join(decode_hint(list[str] | None, item.get("command"), "command") or ())
+    words = decode_hint(tuple[str, ...] | None, item.get("command"), "command")
+    command = " ".join(words or ())
     is_idle = bool(item.get("entrypoint")) or "sleep" in command or "tail" in command
-    return Service(name, image, _has_gpu(item), profiles or (), is_idle, is_built="build" in item)
+    url = _published(decode_hint(list[Mapping[str, Any]] | None, item.get("ports"), "ports") or ())
+    return Service(name, image, _has_gpu(item), profiles or (), is_idle, "build" in item, words, url)
+
+
+def _published(ports: Sequence[Mapping[str, Any]]) -> str | None:
+    """The address of the first TCP port that is published under a fixed number."""
+    for port in ports:
+        host, number = str(port.get("host_ip") or "0.0.0.0"), str(port.get("published") or "")  # noqa: S104
+        if number.isdecimal() and port.get("protocol", "tcp") == "tcp":
+            host = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104
+            return f"http://{f'[{host}]' if ':' in host else host}:{number}"
+    return None
 
 
 def how_to_get(image: str) -> str:

@@ -8,17 +8,20 @@ import functools
 import logging
 import os
 import socket
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lem.base.clock import utc_now, utc_text
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, LockedError, UserError
+from lem.base.launch import own_command
 from lem.base.reasons import Reason
+from lem.base.variables import SERVICE_VARIABLE
 from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
 from lem.meters.machine import GpuFacts, named_gpus, visible_gpus
-from lem.meters.nvml import GpuReading, find_gpus
+from lem.meters.nvml import GpuReading, find_gpus, read_gpus
 from lem.orchestration import dispatch
 from lem.orchestration.compose import (
     PROJECT_VARIABLE,
@@ -33,8 +36,9 @@ from lem.orchestration.dispatch import Outcome
 from lem.orchestration.docker import ContainerError, Docker, describe
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
 from lem.orchestration.packing import provide_pyz
-from lem.orchestration.plan import Plan
+from lem.orchestration.plan import ON_HOST, Plan
 from lem.orchestration.schedule import StopRequest, Timeouts
+from lem.orchestration.served import keeper, service_variable
 from lem.orchestration.status import Observer
 from lem.record import RESULT_FILE, RecordError, read_record, write_record
 from lem.worker.channel import LOADING_PHASES, RunRequest
@@ -124,15 +128,63 @@ class ContainerWorker(dispatch.Worker):
         return EngineError(f"{error.message}; {describe(state)}", hint, kind=error.kind)
 
 
+class HostWorker(dispatch.Worker):
+    """A worker on this machine beside those in containers; one may hold the server that it measures."""
+
+    def __init__(self, executor: DockerExecutor, place: str) -> None:
+        self._executor, self._place = executor, place
+        self._service = place.removeprefix(ON_HOST)
+        env = dict(os.environ)
+        if self._service:
+            env[SERVICE_VARIABLE] = service_variable(executor.compose, self._service, executor.project.mark)
+        super().__init__((*own_command(sys.executable), "worker"), env=env)
+
+    def run(
+        self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: StopRequest | None = None
+    ) -> Outcome:
+        self._executor.make_way(self._place, stop)
+        outcome = super().run(dataclasses.replace(request, image=self._image), on_event, timeouts, stop)
+        if self.engine is None:
+            self._end_server()
+        return outcome
+
+    def _open(self, stop: StopRequest | None, timeout_s: float) -> dispatch.WorkerConnection:
+        connection = super()._open(stop, timeout_s)
+        self.environment = {**self.environment, **({"image": self._image} if self._service else {})}
+        return connection
+
+    def kill(self) -> None:
+        super().kill()
+        self._end_server()
+
+    def server_pids(self) -> tuple[int, ...]:
+        with contextlib.suppress(ContainerError):
+            return tuple(self._executor.pids(self._service)) if self._service else ()
+        return ()
+
+    @property
+    def _image(self) -> str | None:
+        return self._executor.compose.images.get(self._service)
+
+    def _end_server(self) -> None:
+        """Remove the container that an engine process was killed too fast to remove."""
+        if self._service:
+            with contextlib.suppress(ContainerError):
+                self._executor.compose.remove_marked(self._executor.project.mark, self._service)
+
+
 class DockerExecutor(ContainerManager):
-    """Workers in one compose project, each backend in the service of its name; the first starts all containers."""
+    """Workers in one compose project, each backend in the service of its name; the first starts all containers.
+
+    Beside them, workers on this machine, for servers that are services themselves, or not in containers at all.
+    """
 
     name = "docker"
 
     def __init__(
         self,
         project: ComposeProject,
-        backends: Sequence[str],  # all that will be needed
+        backends: Sequence[str],  # the places (`Experiment.place`) that will be needed
         campaign: CampaignConfig,
         gpu_uuids: Mapping[str, str],  # by the number of a GPU on this host
         free_timeout_s: float = 30.0,  # for the GPU to become free after its engine has ended
@@ -143,22 +195,36 @@ class DockerExecutor(ContainerManager):
         self._campaign = campaign
         self._free_timeout_s = free_timeout_s
         self._made: dict[str, ContainerWorker] = {}
+        self._beside: dict[str, HostWorker] = {}
         self._held: contextlib.ExitStack | None = None  # lock and containers, once they are started
 
-    def worker_for(self, backend: str) -> ContainerWorker:
+    def worker_for(self, place: str) -> ContainerWorker | HostWorker:
         """ContainerError if something is missing or does not start, LockedError if another campaign has the project."""
         if self._held is None:
             self._held = self._start()
-        if backend not in self._made:
-            self._made[backend] = self.worker_in(backend, functools.partial(ContainerWorker, self, backend))
-        return self._made[backend]
+        if place.startswith(ON_HOST):
+            if place not in self._beside:
+                self._beside[place] = HostWorker(self, place)
+            return self._beside[place]
+        if place not in self._made:
+            self._made[place] = self.worker_in(place, functools.partial(ContainerWorker, self, place))
+        return self._made[place]
+
+    def prepare(self, backends: Collection[str]) -> None:
+        super().prepare(services_of(backends))
+
+    @property
+    def _workers_here(self) -> Mapping[str, ContainerWorker | HostWorker]:
+        return {**self._made, **self._beside}
 
     def _start(self) -> contextlib.ExitStack:
         with contextlib.ExitStack() as held:
             held.enter_context(self._locked())
             self.prepare(self.backends)  # whatever is missing is reported before there is anything to take down
+            if self.project.servers:
+                held.enter_context(keeper(self.compose, self.project.mark))
             try:  # recreated, since a container that an earlier run left may be in any state
-                self.start_services(self.backends, recreate=True)
+                self.start_services([place for place in self.backends if ON_HOST not in place], recreate=True)
             except BaseException:
                 with contextlib.suppress(Interrupted):  # a second signal does not replace the error
                     self.teardown(TEARDOWN_S)
@@ -172,17 +238,18 @@ class DockerExecutor(ContainerManager):
         return hold_locks([LockTarget(path, f"compose project {self.project.name}", is_shared=True)], holder)
 
     def stop(self) -> None:
-        for worker in self._made.values():
+        for worker in self._workers_here.values():
             worker.stop()
-            worker.is_stale = self._campaign.cold_start.restart_container
+        for container in self._made.values():
+            container.is_stale = self._campaign.cold_start.restart_container
 
     def kill(self) -> None:
-        for worker in self._made.values():
+        for worker in self._workers_here.values():
             worker.kill()
 
     def close(self) -> None:
         held, self._held = self._held, None
-        for known in (self._made, self._workers, self.restarts):
+        for known in (self._made, self._beside, self._workers, self.restarts):
             known.clear()
         try:
             if held is not None:
@@ -226,9 +293,10 @@ class DockerExecutor(ContainerManager):
 
     def make_way(self, service: str, stop: StopRequest | None) -> None:
         """Unload the engines of the other workers until none is on the GPU of a service; an error if one stays."""
-        others = [name for name, worker in self._made.items() if name != service and worker.is_open]
-        for name in others:
-            self._made[name].unload(stop)
+        open_ones = {name: item for name, item in self._workers_here.items() if name != service and item.is_open}
+        for worker in open_ones.values():
+            worker.unload(stop)
+        others = [name for name in open_ones if name in self._made]  # on this machine nothing outlives an engine
         if not others or not self.has_gpu(service) or self._becomes_free(service, others, stop):
             return
         for name in others:
@@ -238,8 +306,14 @@ class DockerExecutor(ContainerManager):
             message = f"the GPU of {service} is still in use by the containers of {', '.join(others)} after a restart"
             raise InfrastructureError(message, "if a process hangs in the driver, reset the GPU or reboot")
 
+    def has_gpu(self, service: str) -> bool:
+        name = service.removeprefix(ON_HOST)
+        return bool(self.gpu_uuids) if not name else super().has_gpu(name)
+
     def try_to_read_gpus(self, service: str) -> GpuReading | None:
         """None if the container does not answer; it is recovered when its worker is opened."""
+        if service.startswith(ON_HOST):
+            return read_gpus()
         try:
             return self.read_gpus(service)
         except ContainerError as error:
@@ -298,12 +372,21 @@ def choose_executor(
     """
     if wanted == "docker" and python is not None:
         raise UserError("--python requires the local executor", "omit --python or --executor docker")
-    backends, is_local = _backends(plan), wanted == "local" or python is not None
-    if is_local:
+    places, is_local = _places(plan), wanted == "local" or python is not None
+    backends, served = services_of(places), [item.container for item in plan.experiments if item.is_served_inside]
+    if served and is_local:
+        raise UserError(f"server.service: {served[0]} requires containers", "use --executor docker")
+    if not backends and wanted == "docker":
+        hint = "server.service runs a command in a container; omit --executor docker to run it here"
+        raise UserError("--executor docker: no experiment runs in a container", hint)
+    if is_local or not backends:
         _warn_of_container_options(campaign)
-        reason = "requested"
+        reason = "requested" if is_local else "chosen: no experiment runs in a container"
+        is_local = True
     elif wanted == "docker":
         reason = "requested"
+    elif served:
+        reason = f"chosen: server.service: {served[0]} needs it"
     elif campaign.cold_start.restart_container:
         reason = "chosen: cold_start.restart_container needs it"
     elif campaign.io.compose_file is not None or campaign.io.env_file is not None:
@@ -322,8 +405,13 @@ def choose_executor(
     )
 
 
-def _backends(plan: Plan) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(item.backend for item in plan.experiments))
+def _places(plan: Plan) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(item.place for item in plan.experiments))
+
+
+def services_of(places: Iterable[str]) -> tuple[str, ...]:
+    """The compose services of places, with those that are servers."""
+    return tuple(dict.fromkeys(name for place in places if (name := place.removeprefix(ON_HOST))))
 
 
 def _what_is_installed(backends: Sequence[str], environ: Mapping[str, str]) -> tuple[bool, str]:
@@ -363,18 +451,27 @@ def docker_executor(
     campaign: CampaignConfig, plan: Plan, project: ComposeProject, gpus: Sequence[GpuFacts] | None = None
 ) -> DockerExecutor:
     """The containers of a campaign, none of them started; `gpus` are those of this host, None asks NVML."""
-    backends = _backends(plan)
+    places = _places(plan)
+    backends, servers = services_of(places), {name.removeprefix(ON_HOST) for name in places if ON_HOST in name} - {""}
+    if both := servers.intersection(places):
+        hint = "name two services, or give all experiments of this one a command, or none"
+        raise UserError(f"server.service: {both.pop()} is to be a server itself, and to run a command", hint)
     # A number has the same meaning as for a local engine.
     visible = visible_gpus(find_gpus() if gpus is None else gpus, project.environ)
     uuids = {str(number): gpu.uuid for number, gpu in enumerate(visible)}
-    configs = {name: [item.config for item in plan.configurations if item.backend == name] for name in backends}
+    configs = {name: [item.config for item in plan.configurations if item.container == name] for name in backends}
+    for name in servers:
+        if len({config.gpus for config in configs[name]}) > 1:
+            hint = "use a service for each, or server.command, whose {gpus} is filled in"
+            raise UserError(f"server.service: {name}: its container cannot have other GPUs in each experiment", hint)
     gpus_of = {name: _gpus_named([item.gpus for item in items], visible) for name, items in configs.items()}
     project = dataclasses.replace(
         project,
         mounts_of={name: local_mounts(items) for name, items in configs.items()},
         gpus_of={name: uuids for name, uuids in gpus_of.items() if uuids is not None},
+        servers=frozenset(servers),
     )
-    return DockerExecutor(project, backends, campaign, uuids)
+    return DockerExecutor(project, places, campaign, uuids)
 
 
 def campaign_project(

@@ -33,9 +33,10 @@ from lem.meters.rapl import find_rapl
 from lem.meters.samples import PART_FILENAME, CpuUse, GpuSample, PartReader, Row, SampleLog, SampleLogError, read_tail
 from lem.meters.usage import HERE, find_by_namespace, read_cpu_times
 from lem.orchestration.dispatch import Worker
+from lem.orchestration.served import find_server
 from lem.orchestration.status import Event
 from lem.record import Record
-from lem.worker.channel import FIRST_PHASE, RunRequest
+from lem.worker.channel import FIRST_PHASE, LOADED_PHASE, RunRequest
 from lem.worker.children import SamplerProcess, interval_ms
 
 _logger = logging.getLogger(__name__)
@@ -159,11 +160,17 @@ class Attendance:
     sampler: SamplerProcess | None = None  # the host's own
 
     _usage: deque[CpuUse] = field(default_factory=lambda: deque(maxlen=2))  # the last two readings
+    _served: set[int] = field(default_factory=set)  # processes of the server that are watched
 
     def follow(self, event: Event, worker: Worker) -> Event:
         if event.kind == "phase" and self.sampler is not None:
             if event.data["phase"] == FIRST_PHASE and (pid := _find_engine(worker)) is not None:
-                self.sampler.watch(pid)
+                self._served.update(self.request.server_pids or worker.server_pids())
+                self.sampler.watch(pid, *self._served)
+            elif event.data["phase"] == LOADED_PHASE:
+                began = [pid for pid in worker.server_pids() if pid not in self._served]
+                self._served.update(began)
+                self.sampler.also_watch(*began)
             self.sampler.set_interval(interval_ms(self.request.config, event.data["phase"]))
         if event.kind == "progress" and self.request.samples_path is not None:
             rows = read_tail(Path(self.request.samples_path))
@@ -217,23 +224,27 @@ class HostMeters:
     def attending(self, config: ExperimentConfig, request: RunRequest) -> Iterator[Attendance]:
         """An attempt with a sampler beside it within the block; a UserError when that cannot be started."""
         # A worker in a container samples by itself what this host may not be able to see.
-        visible = () if self.gpu_error is not None else visible_gpus(find_gpus(), self.environ)
+        server_pids, why_not = find_server(config, self.environ)
+        is_unread = self.gpu_error is not None or why_not is not None
+        visible = () if is_unread else visible_gpus(find_gpus(), self.environ)
         gpus = tuple(gpu.uuid for gpu in named_gpus(config.gpus, visible))
         ttl_s = config.baseline.cache_ttl_sec
         known = self.book.known(gpus, request.engine_key, ttl_s=ttl_s, now_s=self.monotonic())
         baselines = {source: dataclasses.asdict(item) for source, item in known.items()}
-        request = dataclasses.replace(request, baselines=baselines)
+        request = dataclasses.replace(request, baselines=baselines, server_pids=server_pids)
         path = Path(request.result_dir) / PART_FILENAME
         is_wanted = config.measurement.energy != "none" or config.timeseries.enabled
-        if is_wanted and (gpus or self.rapl_error is None or is_estimate(config.measurement.energy)):
+        is_here = is_wanted and why_not is None
+        if is_here and (gpus or self.rapl_error is None or is_estimate(config.measurement.energy)):
             request = dataclasses.replace(request, samples_path=str(path), sampled_gpus=gpus)
             interval = interval_ms(request.config, "prepare")
             with self._sampling(path, gpus, interval, config.measurement.cpu_tdp_w) as sampler:
                 yield Attendance(request, sampler)
             return
-        is_due = is_wanted and request.executor == "docker" and not gpus and config.gpus != ()
+        is_due = is_here and request.executor == "docker" and not gpus and config.gpus != ()
         named = {"gpu": self.gpu_error, "rapl": self.rapl_error}
         errors = {name: why for name, error in named.items() if (why := error if is_wanted else _NOT_WANTED)}
+        errors |= {"server": why_not} if why_not is not None else {}
         has_usage = is_wanted and not is_due and self.usage_error is None
         samples_path = str(path) if is_due or has_usage else None
         request = dataclasses.replace(

@@ -14,6 +14,7 @@ from lem.base.durable import BALANCED, GROUPED, INTERLEAVED, SHUFFLED
 from lem.base.errors import ConfigurationError, UserError
 from lem.base.reasons import Reason
 from lem.config import rules
+from lem.config.backends import ServerConfig
 from lem.config.campaign_config import (
     CampaignConfig,
     CampaignExecutionConfig,
@@ -35,6 +36,8 @@ from lem.results.configurations import ListedConfiguration
 from lem.worker.prompts import BUNDLED, resolve_on_host
 
 GapKind = Literal["configuration", "cycle"]
+# Begins the place of a worker that is on this machine whatever the executor; no service has such a name.
+ON_HOST = "server:"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,24 @@ class Experiment:
     @property
     def backend(self) -> str:
         return self.config.backend
+
+    @property
+    def place(self) -> str:
+        """Where its worker runs: a compose service where backends run in containers, or ON_HOST and its server."""
+        section = self.config.section
+        if not isinstance(section, ServerConfig):
+            return self.backend
+        return section.service if section.command and section.service else f"{ON_HOST}{section.service or ''}"
+
+    @property
+    def container(self) -> str | None:
+        """The compose service that its engine needs, where backends run in containers; None for none."""
+        return self.place.removeprefix(ON_HOST) or None
+
+    @property
+    def is_served_inside(self) -> bool:
+        """Whether it needs a container, since `server.service` names one."""
+        return isinstance(self.config.section, ServerConfig) and self.config.section.service is not None
 
     @property
     def requested(self) -> dict[str, Any]:
@@ -193,12 +214,14 @@ class Plan:
     def loads(self) -> list[bool]:
         """Whether each experiment loads an engine rather than reuse that of the one before."""
         # One engine is resident at a time. With `reuse: cycle` it is kept for the next experiment of the same cycle and
-        # engine key, with `campaign` also across cycles, with `none` and under a cold start never.
+        # engine key, with `campaign` also across cycles, with `none` and under a cold start never. A server that runs
+        # already is never loaded.
         items, reuse = self.experiments, self.execution.reuse
-        if reuse == "none" or self.is_cold:
-            return [True] * len(items)
         engines = [(item.engine_key, item.cycle_index if reuse == "cycle" else 0) for item in items]
-        return [True, *(one != two for one, two in itertools.pairwise(engines))] if items else []
+        others = [True, *(one != two for one, two in itertools.pairwise(engines))] if items else []
+        if reuse == "none" or self.is_cold:
+            others = [True] * len(items)
+        return [is_load and not item.config.has_running_engine for item, is_load in zip(items, others, strict=True)]
 
     def gap_kinds(self) -> list[GapKind | None]:
         """The gap before each experiment; None before the first."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from lem.base.errors import EngineError, UserError
 from lem.base.units import format_duration, plural, some_of
+from lem.config.backends import ServerConfig
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import demo_python
 from lem.engines.named import NamedModel, named_models
@@ -51,7 +52,7 @@ class Findings:
             config = item.config
             named, lengths = named_models(config), {} if allows_more(config) else sure_lengths(config)
             needed = (*named.values(), *lengths.items())
-            key = (config.backend, config.model, needed, config.dataset, config.prompts)
+            key = (item.place, config.model, needed, config.dataset, config.prompts, _server_of(config))
             self._groups.setdefault(key, []).append(item)
         self._names: dict[tuple[str, str], dict[str, None]] = {}
 
@@ -102,9 +103,9 @@ class Findings:
         self.add(text, hint, those)
         return False
 
-    def ask(self, backend: str, worker: Worker, secrets: Mapping[str, str], stop: StopRequest) -> None:
-        """Ask the worker of a backend for what this host does not have; what it could not find out is only logged."""
-        groups = [group for group in self._groups.values() if group[0].backend == backend and _is_to_ask(group[0])]
+    def ask(self, place: str, worker: Worker, secrets: Mapping[str, str], stop: StopRequest) -> None:
+        """Ask the worker of a place for what this host does not have; what it could not find out is only logged."""
+        groups = [group for group in self._groups.values() if group[0].place == place and _is_to_ask(group[0])]
         if not groups:
             return
         check = channel.Check(tuple(group[0].config.to_dict() for group in groups), secrets)
@@ -131,8 +132,15 @@ def _check_lengths(config: ExperimentConfig, model: NamedModel) -> None:
         check_lengths(config, folder)
 
 
+def _server_of(config: ExperimentConfig) -> tuple[object, ...]:
+    section = config.section
+    return (section.command, section.env.get("PATH"), section.url) if isinstance(section, ServerConfig) else ()
+
+
 def _is_to_ask(item: Experiment) -> bool:
     """Whether a configuration names more than folders that this host has."""
+    if any(_server_of(item.config)):
+        return True
     try:
         return item.config.uses_dataset or any(it.find_folder() is None for it in named_models(item.config).values())
     except EngineError:  # reported by this host

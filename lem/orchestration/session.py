@@ -33,7 +33,7 @@ from lem.orchestration.manifest import (
     CampaignManifestEntry,
     ManifestManager,
 )
-from lem.orchestration.plan import Experiment, GapKind, Plan
+from lem.orchestration.plan import ON_HOST, Experiment, GapKind, Plan
 from lem.orchestration.resume import RunOptions, forget_lost_results, interrupt_entry
 from lem.orchestration.schedule import AllFailed, CampaignOutcome, Countdown, Stopped, StopRequest, Timeouts
 from lem.orchestration.status import Event, Observer
@@ -208,7 +208,9 @@ class Session:
             if stopped is not None:
                 return stopped
             self._check_health(index, gaps[index])
-            is_kept = index + 1 < len(order) and not loads[index + 1]
+            following = order[index + 1] if index + 1 < len(order) else None
+            is_kept = following is not None and not loads[index + 1] and following.place == experiment.place
+            is_kept = is_kept or experiment.config.has_running_engine
             has_result = self._run_experiment(experiment, keep_engine=is_kept, gap=gap)
             if self.plan.is_cold:
                 self.context.executor.stop()
@@ -363,7 +365,7 @@ class Session:
             silence_s=execution.silence_timeout_seconds,
         )
         try:
-            worker = self.context.executor.worker_for(experiment.backend)
+            worker = self.context.executor.worker_for(experiment.place)
             with self.context.meters.attending(experiment.config, request) as attendance:
 
                 def pass_on(event: Event) -> None:
@@ -400,7 +402,7 @@ class Session:
             draw=self._draw_of(experiment),
             gap_s=None if gap is None else gap.gap_s,
             gap_end_code=None if gap is None else gap.code,
-            executor=self.context.executor.name,
+            executor="local" if experiment.place.startswith(ON_HOST) else self.context.executor.name,
             secrets=self.secrets,
         )
 

@@ -21,6 +21,7 @@ PROTOCOL_VERSION = 3
 # `load_timeout_seconds` bounds these; `experiment_timeout_seconds` the others: idle, warmup, window, cooldown, write.
 LOAD_PHASE = "load"  # skipped when the engine is reused
 FIRST_PHASE = "prepare"
+LOADED_PHASE = "idle"  # the first with an engine
 LOADING_PHASES = (FIRST_PHASE, LOAD_PHASE)
 # A longer line is garbage, not a message; prompts travel as files.
 MAX_LINE_B = 8 * MIB
@@ -60,7 +61,9 @@ class RunRequest(Message, kind="run"):
     samples_path: str | None = None  # the sampler's log as the worker sees it; None where nothing is sampled
     is_worker_sampling: bool = False  # the host cannot read the meters, so the worker starts the sampler
     sampled_gpus: tuple[str, ...] = ()  # UUIDs
-    meter_errors: Mapping[str, str] = field(default_factory=dict)  # why the host cannot read the meter "gpu" or "rapl"
+    server_pids: tuple[int, ...] = ()  # of a server that was running already, as the sampler numbers them
+    # Why the host cannot read the meter "gpu" or "rapl"; "server": why neither measures the server.
+    meter_errors: Mapping[str, str] = field(default_factory=dict)
     baselines: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # `Baselines` by `energy_source`
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # {"HF_TOKEN": …}; never in argv or a file
 

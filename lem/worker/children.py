@@ -163,8 +163,13 @@ class SamplerProcess:
     def set_interval(self, interval_ms: int) -> None:
         self._order(f"interval {interval_ms}")
 
-    def watch(self, pid: int) -> None:
-        self._order(f"watch {pid}")
+    def watch(self, *pids: int) -> None:
+        """The engine is these processes, as the sampler numbers them, and those below them."""
+        self._order(f"watch {' '.join(map(str, pids))}")
+
+    def also_watch(self, *pids: int) -> None:
+        if pids:
+            self._order(f"also {' '.join(map(str, pids))}")
 
     def _order(self, order: str) -> None:
         if not self._stdin.closed:

@@ -51,7 +51,7 @@ def start_guarded(control_fd: int, message_fd: int) -> None:
     except Exception:  # noqa: BLE001 - the top of a program
         traceback.print_exc()
     finally:
-        _end_as(code)
+        end_as(code)
 
 
 def _guard(control_fd: int, engine_pid: int) -> int:
@@ -102,7 +102,7 @@ def _drain(wakeup: int) -> None:
             pass
 
 
-def _end_as(code: int) -> NoReturn:
+def end_as(code: int) -> NoReturn:
     if code < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the engine's core is the one of interest
         with contextlib.suppress(OSError, ValueError):  # KILL and STOP cannot be set, and need not be

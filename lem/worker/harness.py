@@ -24,6 +24,7 @@ from lem.base.units import NS_PER_S
 from lem.base.variables import TOKEN_VARIABLE
 from lem.config.experiment import ExperimentConfig, WarmupConfig
 from lem.engines.common import load_engine
+from lem.engines.named import find_server_problem, named_models
 from lem.engines.protocol import Completion, Engine, TokenRequest
 from lem.engines.traffic import TrafficPlan
 from lem.meters.requestlog import REQUESTS_FILENAME, write_requests
@@ -79,8 +80,8 @@ class ResidentEngine:
             engine.close()
             raise
         load_s = seconds_between(started_ns, self._clock.monotonic_ns()) - report.checks_s - (report.compile_s or 0.0)
-        self._engine, self._engine_key, self._load_id = engine, engine_key, uuid.uuid4().hex[:16]
-        return Residence(engine, report, load_s, self._load_id)
+        self._engine, self._engine_key, self._load_id = engine, engine_key, report.load_id or uuid.uuid4().hex[:16]
+        return Residence(engine, report, None if report.load_id else load_s, self._load_id)
 
     def unload(self) -> None:
         engine, self._engine, self._engine_key, self.own_pids = self._engine, None, None, None
@@ -100,7 +101,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     requested = _read_requested(folder)
     with _refusing("option"):
         config = ExperimentConfig.from_dict(request.config)
-    is_resident = engine.is_resident(request.engine_key)
+    is_resident = engine.is_resident(request.engine_key) or config.has_running_engine
     metering = open_metering(request, config, is_resident=is_resident, clock=clock, reporter=reporter)
     prompts = _resolve_prompts(config, folder, request)
 
@@ -144,13 +145,16 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
 
 def find_problems(config: ExperimentConfig, secrets: Mapping[str, str]) -> Iterator[EngineError]:
     """Why an attempt would end before its window, as far as that shows without a load; not permanent if uncertain."""
-    try:
-        from lem.engines import checkpoints
-    except (ImportError, OSError, RuntimeError) as error:
-        text = f"transformers cannot be imported by {sys.executable}: {error}"
-        yield EngineError(text, "check that the versions of the packages are compatible", is_permanent=True)
-    else:
-        yield from checkpoints.find_problems(config, secrets.get(TOKEN_VARIABLE) or None)
+    if (problem := find_server_problem(config)) is not None:
+        yield problem
+    if named_models(config):
+        try:
+            from lem.engines import checkpoints
+        except (ImportError, OSError, RuntimeError) as error:
+            text = f"transformers cannot be imported by {sys.executable}: {error}"
+            yield EngineError(text, "check that the versions of the packages are compatible", is_permanent=True)
+        else:
+            yield from checkpoints.find_problems(config, secrets.get(TOKEN_VARIABLE) or None)
     if config.uses_dataset:
         try:
             check_dataset(config, os.environ, secrets)

@@ -22,7 +22,15 @@ from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.meters import samples
-from lem.meters.attempt import AttemptLog, Baselines, Sources, choose_sources, span_of, without_still_counters
+from lem.meters.attempt import (
+    LEAVE_AT_AUTO,
+    AttemptLog,
+    Baselines,
+    Sources,
+    choose_sources,
+    span_of,
+    without_still_counters,
+)
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.external import LEAST_READINGS, LONGEST_WINDOW_S, ExternalReadings, is_short_of, read_external
@@ -86,8 +94,12 @@ def open_metering(
     baselines = {by: Baselines(**fields) for by, fields in request.baselines.items() if config.baseline.enabled}
     metering = Metering(path, nothing, config, baselines, clock, reporter)
     metering.gpu_error = None if request.is_worker_sampling else request.meter_errors.get("gpu")
-    if not is_resident:
-        metering.foreign = metering.find_processes()
+    metering.elsewhere = request.meter_errors.get("server")
+    if metering.elsewhere is not None and config.measurement.energy not in ("auto", "none"):
+        raise MeterRefused(f"measurement.energy: {config.measurement.energy}: {metering.elsewhere}", LEAVE_AT_AUTO)
+    if not is_resident or request.server_pids:
+        there, own = metering.find_processes(), frozenset(request.server_pids)
+        metering.foreign = {uuid: tuple(pid for pid in pids if pid not in own) for uuid, pids in there.items()}
     metering.choose([gpu.uuid for gpu in metering.read().header.gpus])
     return metering
 
@@ -102,6 +114,7 @@ class Metering:
     reporter: Reporter
     foreign: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # {uuid: pids} of before the engine's load
     gpu_error: str | None = None  # why the host cannot read GPUs
+    elsewhere: str | None = None  # why no meter here measures the server that answers
     marks: list[Mark] = field(default_factory=list)
     own_pids: frozenset[int] | None = None  # the engine's as the sampler numbers them; None while unknown
     sources: Sources = field(init=False)  # what gives the energy; chosen again when the engine reports its GPUs
@@ -117,6 +130,9 @@ class Metering:
         except (OSError, samples.SampleLogError) as error:
             reason = durable.reason_of(error) if isinstance(error, OSError) else error
             raise EngineError(f"{self.path}: the samples cannot be read: {reason}", kind="meter") from error
+        if (why := self.elsewhere) is not None:
+            header = dataclasses.replace(log.header, gpus=(), zones=(), gpu_error=why, rapl_error=why, cpu_tdp_w=None)
+            return dataclasses.replace(log, header=header, rapl=())
         if log.header.gpus or self.gpu_error is None:
             return log
         # A sampler without GPUs does not know why there are none.

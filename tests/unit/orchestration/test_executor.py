@@ -26,6 +26,7 @@ from lem.orchestration.compose import ComposeProject, find_compose_files
 from lem.orchestration.dispatch import LocalExecutor, Outcome
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.executor import (
+    ContainerWorker,
     DockerExecutor,
     ExecutorChoice,
     campaign_project,
@@ -167,6 +168,7 @@ def test_gpus_are_named_by_uuid_inside(
 ) -> None:
     place.fake.change(services={"pytorch": service}, gpus={"pytorch": reading()})
     worker = place.executor().worker_for("pytorch")
+    assert isinstance(worker, ContainerWorker)
     assert worker.adapt(place.rig.request("one", backend="pytorch", gpus=gpus)).config["gpus"] == seen
 
 

@@ -1,0 +1,187 @@
+"""Servers that lem does not start as its own processes: services of a compose file, and those that run already."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from urllib.parse import urlsplit
+
+from lem.base import durable, process
+from lem.base.errors import UserError
+from lem.base.launch import own_command
+from lem.config.backends import ServerConfig
+from lem.config.experiment import ExperimentConfig
+from lem.orchestration.compose import override_text
+from lem.orchestration.container import UP_TIMEOUT_S
+from lem.orchestration.docker import Compose, Docker, explain
+from lem.worker.guardian import end_as
+
+_LOGS_S = 2.0  # for the last lines of a container that has ended
+_RELAYS = ("docker-proxy", "rootlessport")  # what listens where a container publishes a port
+_LOOK_S, _LOOKS, _KEEPER_S = 0.5, 4, 30.0
+
+# A service as the command of a server: an engine process starts and ends it as any other (`worker --service`)
+
+
+def service_variable(compose: Compose, service: str, mark: str, environ: Mapping[str, str] = os.environ) -> str:
+    """The value of SERVICE_VARIABLE: the command to which names of variables, `--` and options are added."""
+    found = compose.services[service]
+    words = found.command
+    if words is None:
+        shown = compose.call("image", "inspect", "--format", "{{json .Config.Cmd}}", compose.images[service])
+        words = tuple(json.loads(shown.stdout or "null") or ()) if shown.code == 0 else ()
+    # The worker inherits all else, so that no secret of this user is in argv.
+    env = {name: value for name, value in compose.env.items() if environ.get(name) != value}
+    spec = {"service": service, "words": compose.arguments(), "command": words, "mark": mark, "env": env}
+    command = (*own_command(sys.executable), "worker", "--service", json.dumps(spec))
+    return json.dumps({"command": command, "url": found.url})
+
+
+def run_service(arguments: Sequence[str]) -> int:
+    """The exit code of a service's new container, whose log this process prints; it is removed at the end."""
+    spec, (names, words) = json.loads(arguments[0]), _parted(arguments[1:])
+    docker, service = Docker({**os.environ, **spec["env"]}), spec["service"]
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, _leave)
+    code = 0
+    try:
+        with durable.scratch_folder(Path(tempfile.gettempdir())) as folder:
+            changes: dict[str, Any] = {"command": [*spec["command"], *words]} if words else {}
+            changes |= {"environment": dict.fromkeys(names)} if names else {}  # null: the value that compose has
+            override = folder / "options.yml"
+            override.write_text(override_text({"services": {service: changes}}), encoding="utf-8")
+            more = ("--file", str(override)) if changes else ()
+            begun_s = time.time()
+            up = (*spec["words"], *more, "up", "--detach", "--no-build", "--force-recreate", service)
+            finished = docker.call(*up, timeout_s=UP_TIMEOUT_S)
+            if finished.code != 0:
+                raise explain(finished, f"starting {service}")
+        shown = docker.call(*spec["words"], "ps", "--all", "--quiet", service)
+        code = _follow(docker, shown.stdout.strip(), service, begun_s)
+    finally:
+        docker.remove_marked(spec["mark"], service)
+    if code > 128:
+        end_as(128 - code)
+    return code
+
+
+def _parted(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], words[cut + 1 :]
+
+
+def _leave(signum: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + signum)
+
+
+def _follow(docker: Docker, container: str, service: str, begun_s: float) -> int:
+    """The exit code of a container, once it has ended; until then its log is copied to stdout and stderr."""
+    logs = process.spawn(("docker", "logs", "--follow", container), env=docker.env, streams=(process.DEVNULL, 1, 2))
+    waiting = process.spawn(
+        ("docker", "wait", container), env=docker.env, streams=(process.DEVNULL, process.PIPE, process.DEVNULL)
+    )
+    try:
+        printed, _ = waiting.communicate()
+        try:
+            logs.wait(_LOGS_S)
+        except process.TimeoutExpired:
+            process.kill_group(logs.pid)
+        code = int(printed) if printed.strip().isdigit() else 128 + signal.SIGKILL  # it was removed
+        text = f"the container of {service} {process.describe_exit(128 - code if code > 128 else code)}"
+        if docker.was_out_of_memory(container, begun_s, time.time()):
+            text += "; it ran out of memory"
+        os.write(2, f"{text}\n".encode())
+        return code
+    finally:
+        for child in (logs, waiting):
+            if child.poll() is None:
+                process.kill_group(child.pid)
+
+
+@contextlib.contextmanager
+def keeper(compose: Compose, mark: str) -> Iterator[None]:
+    """A process that removes the containers with a mark after the block, also if this process is killed in it."""
+    command = (*own_command(sys.executable), "worker", "--end-containers", mark)
+    child = process.spawn(command, env=compose.env, streams=(process.PIPE, process.DEVNULL, process.DEVNULL))
+    try:
+        yield
+    finally:
+        child.communicate(b".")
+
+
+def end_containers(mark: str) -> int:
+    """Wait for the end of stdin, which is that of the host; then remove what it left, whoever else was killed."""
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    looks = 1 if os.read(0, 1) else _LOOKS  # a host that was killed may have left an engine that creates one right now
+    docker, deadline, left = Docker(os.environ), time.monotonic() + _KEEPER_S, looks
+    while left and time.monotonic() < deadline:
+        left = looks if docker.remove_marked(mark) else left - 1
+        time.sleep(_LOOK_S if left else 0)
+    return 0
+
+
+# A server that runs already (`server.url`)
+
+
+def find_server(config: ExperimentConfig, environ: Mapping[str, str]) -> tuple[tuple[int, ...], str | None]:
+    """The processes of a server that runs already, or why no meter of this machine measures them."""
+    section = config.section
+    if not isinstance(section, ServerConfig) or section.url is None:
+        return (), None
+    parts = urlsplit(section.url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    if not _is_here(host):
+        return (), f"the server runs on another machine ({host})"
+    listeners = [item.pid for item in process.find_listeners(port)]
+    names = {stat.name for pid in listeners if (stat := process.read_stat(pid)) is not None}
+    if listeners and not names.isdisjoint(_RELAYS):
+        return _in_container(port, environ)
+    groups = {os.getpgid(pid) for pid in listeners} - {os.getpgid(0)}
+    others = [pid for pid in process.list_processes() if _group_of(pid) in groups]
+    tops = dict.fromkeys((*listeners, *others))
+    found = tuple(dict.fromkeys(pid for top in tops for pid in (top, *process.descendants(top))))
+    return found, None if found else f"no process that listens on port {port} is visible to this user"
+
+
+def _in_container(port: int, environ: Mapping[str, str]) -> tuple[tuple[int, ...], str | None]:
+    docker, pids = Docker(environ), frozenset[int]()
+    try:
+        for container in docker.call("ps", "--quiet", "--filter", f"publish={port}").stdout.split():
+            pids |= docker.pids(container)
+    except UserError:
+        pids = frozenset()
+    return tuple(pids), None if pids else f"the container that publishes port {port} was not found"
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return None
+
+
+def _is_here(host: str) -> bool:
+    """Whether an address is one of this machine: only such a one can be bound."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+    except OSError:
+        return False
+    for family, kind, number, _name, address in found:
+        with socket.socket(family, kind, number) as probe:
+            try:
+                probe.bind(address)
+            except OSError:
+                continue
+            return True
+    return False
