@@ -174,8 +174,6 @@ class Machine(Section):
 
 @dataclass(frozen=True)
 class Interference(Section):
-    """What kept the engine from the CPU in the window, and who else used it; ratios are 0 when they are negligible."""
-
     wait_ratio: float | None = None  # of the time its threads were ready or ran: without a CPU
     wait_by_others_ratio: float | None = None  # the same without the competition of its own threads
     foreign_ratio: float | None = None  # CPU time of programs other than the engine and lem, of all busy CPU time

@@ -22,7 +22,6 @@ class Clock:
         return time.monotonic_ns()
 
     def asleep_s(self) -> float:
-        """For how long the machine was suspended so far: CLOCK_BOOTTIME goes on then, CLOCK_MONOTONIC does not."""
         readings = []
         for _ in range(_READINGS):
             before_ns, boot_ns = time.monotonic_ns(), time.clock_gettime_ns(time.CLOCK_BOOTTIME)
@@ -52,7 +51,6 @@ class StepWatch:
         self._ahead_s = self._measure()
 
     def describe_step(self) -> str:
-        """How the time of day was moved since the last call, for a person; empty if it was not."""
         before_s, self._ahead_s = self._ahead_s, self._measure()
         step_s = self._ahead_s - before_s
         if abs(step_s) < _LEAST_STEP_S:

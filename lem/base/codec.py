@@ -125,7 +125,6 @@ def _is_good(value: Any, kinds: Collection[type]) -> bool:
 
 
 def decode_row(kind: type[T], values: Sequence[Any]) -> T:
-    """The dataclass of these values, in the order of its fields; DecodeError for a wrong number, type or size."""
     found, good = tuple(map(type, values)), _GOOD_ROWS.setdefault(kind, set())
     name = kind.__name__
     if found not in good:
@@ -354,7 +353,6 @@ def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
 
 @functools.cache
 def _plain_types(kind: Any) -> Mapping[str, frozenset[type]]:
-    """For each field the types of values that are good as they are."""
     scalars = {*_NAMES, types.NoneType}
     return {
         name: frozenset(scalars.intersection(typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)))

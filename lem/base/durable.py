@@ -101,7 +101,6 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def open_regular(path: Path, most_b: float = math.inf) -> BinaryIO:
-    """Open a regular file to read; OSError if it is larger, or a FIFO or device, which may never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     found = os.fstat(descriptor)
     if stat.S_ISREG(found.st_mode) and found.st_size <= most_b:
@@ -113,7 +112,6 @@ def open_regular(path: Path, most_b: float = math.inf) -> BinaryIO:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a regular file; OSError if it cannot be read, or is larger than 1 GiB."""
     with open_regular(path, MOST_B) as stream:
         return stream.read()
 
@@ -185,7 +183,6 @@ def parse_json(data: bytes) -> Any:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its missing parents, their names safe against a power cut."""
     missing: list[Path] = []
     while not folder.is_dir():
         missing.append(folder)
@@ -224,7 +221,6 @@ def name_folder(folder: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut, where its file system can."""
     sys.audit("lem.fsync_dir", str(folder))
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -248,7 +244,6 @@ def reason_of(error: OSError) -> str:
 
 
 def remedy_for(error: OSError, option: str | None = None) -> str:
-    """A hint at the remedy; `option` is the one that names the folder."""
     with_option = f" with {option}" if option else ""
     if error.errno in DISK_FULL:
         return f"free some space, or name a folder on another disk{with_option}"

@@ -63,7 +63,6 @@ def shorten(text: str, width: int) -> str:
 
 
 def escaped(text: str) -> str:
-    """`text` with control characters but newline and tab as JSON escapes; a JSON document stays the same one."""
     return text if text.isascii() and text.isprintable() else _CONTROLS.sub(lambda it: json.dumps(it[0])[1:-1], text)
 
 

@@ -182,7 +182,6 @@ _FAULTS = _ILLEGAL | {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGAB
 
 
 def would_repeat(code: int, *, is_loading: bool) -> bool:
-    """Whether the same work would end a process in the same way again, from an exit code of `subprocess`."""
     return -code in (_FAULTS if is_loading else _ILLEGAL)
 
 
@@ -219,7 +218,6 @@ class ProcessStat:
 
 
 def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
-    """None for a process that is gone, or hidden from this user."""
     try:
         text = read_small(f"{proc}/{pid}/stat").decode(errors="replace")
     except OSError:

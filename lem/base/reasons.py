@@ -383,7 +383,6 @@ class Reason:
         return (self.code, *sorted(texts))
 
     def worded(self, texts: Mapping[str, str]) -> str:
-        """The sentence from another table than `TEXTS`, as earlier versions wrote it into records."""
         return texts[self.code].format(**self.data)
 
     def __str__(self) -> str:

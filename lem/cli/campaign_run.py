@@ -176,7 +176,6 @@ class CampaignCommand:
             self._console.line(text)
 
     def _acknowledge(self) -> None:
-        """Confirm a signal at once: the running experiment may take seconds to stop."""
         self._service.stopping()
         if self._args.quiet:
             return

@@ -119,7 +119,6 @@ def answer(words: Sequence[str]) -> Iterator[str]:
 
 
 def _reached(words: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Action | None]:
-    """The parser of the command that the words lead to, and the option whose value comes next."""
     parser = make_parser([word for word in words if word in COMMANDS][:1])
     option: argparse.Action | None = None
     for word in words:
@@ -133,7 +132,6 @@ def _reached(words: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Ac
 
 
 def _described(action: argparse.Action | None) -> Mapping[str, str]:
-    """The choices of an argument; commands without help are internal."""
     if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
         return {choice.dest: choice.help or "" for choice in action._choices_actions}  # noqa: SLF001
     return {} if action is None else {str(it): "" for it in action.choices or () if it != "words"}

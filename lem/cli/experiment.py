@@ -89,7 +89,6 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 
 def _as_campaign(loaded: Loaded[ExperimentConfig], args: argparse.Namespace, state: str) -> tuple[CampaignConfig, Plan]:
-    """The experiment as a campaign of one configuration, without gaps and with a temporary manifest."""
     config, mapping = loaded.config, loaded.source.mapping
     file = None if args.file is None else Path(args.file)
     name = config.config_name or (Path(config.model.name).resolve().name or "experiment" if file is None else file.stem)

@@ -170,7 +170,6 @@ def _help(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line; UserError where it is invalid, SystemExit once help or the version is printed."""
     arguments = arguments or ["help"]
     named = next((word for word in arguments if not word.startswith("-")), None)
     if named is not None and named not in COMMANDS:
@@ -231,7 +230,6 @@ def make_parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    """Accept the common options before and after the command and its subcommand."""
     # argparse has no public way to list the options of a parser.
     taken = parser._option_string_actions  # noqa: SLF001
     common = (

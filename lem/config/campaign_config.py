@@ -324,7 +324,6 @@ class CampaignIOConfig(Section):
 
     @property
     def manifest_path(self) -> Path:
-        """The manifest in the state folder; a run puts the campaign's own folder between the two."""
         return Path(self.state_dir) / self.manifest_filename
 
 
@@ -423,7 +422,6 @@ def _fill_named(out: dict[str, Any], key: str, default: Section) -> None:
 
 
 def fill_sample_size(out: dict[str, Any], num_samples: int) -> None:
-    """Set the number of prompts where none is given; without prompts, take that many like those of the bundled set."""
     for key in ("dataset", "prompts"):
         if isinstance(out.get(key), dict):
             out[key].setdefault("sample_size", num_samples)

@@ -120,7 +120,6 @@ def simple(value: Any) -> Any:
 
 
 def as_written(resolved: Any, tree: Any = None) -> Any:
-    """A copy of plain data in which text that is expanded, or is in `tree` at its place, is as it was written."""
     expanded = next((item for item in (tree, resolved) if isinstance(item, Expanded)), None)
     if expanded is not None:
         return expanded.written
@@ -234,8 +233,6 @@ class BoolKind(Kind):
 
 
 class NumberKind(Kind):
-    """A finite number within bounds; a whole float such as 1e3 is an integer."""
-
     def __init__(self, item: Option, kind: type[int] | type[float]) -> None:
         super().__init__(item)
         self.type = kind

@@ -74,7 +74,6 @@ class Source:
 
     @property
     def unexpanded(self) -> dict[str, Any]:
-        """The mapping as it was written, with `${VAR}` unexpanded, for records."""
         written: dict[str, Any] = as_written(self.mapping)
         return written
 
@@ -130,8 +129,6 @@ def _without_secrets(located: Located) -> Located:
 
 @dataclass(frozen=True)
 class ListedExperiment:
-    """An experiment from `configs` or `experiments` of a campaign, not yet validated."""
-
     mapping: Mapping[str, Any]  # its options, defaults of the campaign included; text from `${VAR}` is `Expanded`
     source: Source  # where they come from
     path: FilePath | None  # its file; None for one written in the campaign
@@ -225,7 +222,6 @@ class _Loader:
     environ: Mapping[str, str]
 
     def read(self, path: FilePath, section: type[Section]) -> tuple[Source, Located]:
-        """A file over those it inherits from, over the preset, and what is wrong whatever the options are."""
         documents: list[Document] = []
         found: Located = []
         following: FilePath | None = path

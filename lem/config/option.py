@@ -26,7 +26,6 @@ def option(
     max: float | None = None,  # noqa: A002
     **rest: Any,
 ) -> Any:
-    """A dataclass field that declares an option; `above` and `below` are exclusive limits, the rest as in `Option`."""
     limits = zip(kinds.LIMITS, (min, rest.pop("above", None), max, rest.pop("below", None)), strict=True)
     bounds = {word: limit for word, limit in limits if limit is not None}
     declaration = kinds.Option(default, description, bounds, **rest)
@@ -86,7 +85,6 @@ class Section:
 
     @classmethod
     def read(cls, value: Any, path: kinds.Path, sink: kinds.Sink) -> Any:
-        """The section in a mapping, or INVALID with the problems noted; of a part, the mapping itself."""
         value = cls.written_out(value)
         if not isinstance(value, Mapping):
             wanted = "a mapping" if cls.shorthand is None else f"a {cls.shorthand} or a mapping"
@@ -334,7 +332,6 @@ def is_secret(section: type[Section], path: kinds.Path) -> bool:
 
 
 def redacted(section: type[Section], path: kinds.Path) -> kinds.Path:
-    """The path up to the first name in it that is no name, but text of a secret."""
     for length, part in enumerate(path):
         if isinstance(part, str) and is_secret(section, path[: length + 1]):
             above = find_option(section, ".".join(name for name in path[:length] if isinstance(name, str)))

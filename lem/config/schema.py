@@ -74,7 +74,6 @@ class _Builder:
         return schema
 
     def _of_experiments(self, section: type[Section], item: kinds.Option) -> dict[str, Any] | None:
-        """What a campaign says of its experiments: axes, overrides, and the experiment itself."""
         if section is CampaignGridConfig and item.name == "shared":
             return self._named(ExperimentConfig, is_axis=True)
         if section is CampaignGridConfig and item.name == "backend_overrides":

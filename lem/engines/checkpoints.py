@@ -147,7 +147,6 @@ def text_shape(shape: Any) -> Any:
 
 
 def positions_of(shape: Any) -> int | None:
-    """The longest sequence that a model of this configuration has positions for; None if it does not say."""
     positions = getattr(text_shape(shape), "max_position_embeddings", None)
     return int(positions) if isinstance(positions, int) and positions > 0 else None
 
@@ -166,7 +165,6 @@ _OTHER_BUILDERS = (
 
 
 def builder_of(shape: Any) -> Any:
-    """What loads a model of this configuration: AutoModelForCausalLM, unless only another class knows it."""
     usual, kind = transformers.AutoModelForCausalLM, type(shape)
     has_own_code = "AutoModelForCausalLM" in (getattr(shape, "auto_map", None) or {})
     if has_own_code or kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or getattr(shape, "is_encoder_decoder", False):
@@ -247,7 +245,6 @@ def fetch_all(
 
 
 def _fetch(source: Source, token: str | None, option: str, ignored: Sequence[str]) -> Source:
-    """The source with all its files fetched but the ignored ones; _OTHER_WEIGHTS only count beside safetensors."""
     if source.commit is None:
         return source
     if ignored == _OTHER_WEIGHTS and not hub_constants.HF_HUB_OFFLINE:

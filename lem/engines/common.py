@@ -134,7 +134,6 @@ def raised_as(explain: Callable[[BaseException], EngineError]) -> Iterator[None]
 
 
 def shortened(message: BaseException | str) -> str:
-    """The start of an engine's message on one line; the name of an error without a message."""
     return shorten(" ".join(str(message).split()) or type(message).__name__, _MAX_TEXT)
 
 
@@ -176,13 +175,11 @@ def extra_of(config: ExperimentConfig, name: str = "extra") -> dict[str, Any]:
 
 
 def given_options(section: Section, options: Iterable[str]) -> dict[str, Any]:
-    """{dotted option: value} of those that are not left to the engine."""
     values = {name: look_up(section, name) for name in options}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def engine_keywords(given: Mapping[str, Any], arguments: Arguments) -> dict[str, Any]:
-    """The engine's arguments for these options, with keywords in place of its configurations."""
     keywords: dict[str, Any] = {}
     for name, value in given.items():
         outer, _, inner = arguments[name][0].rpartition(".")
@@ -191,7 +188,6 @@ def engine_keywords(given: Mapping[str, Any], arguments: Arguments) -> dict[str,
 
 
 def effective_values(configuration: Any, arguments: Arguments) -> dict[str, Any]:
-    """{option: value} as the loaded engine has it, as JSON."""
     return {name: plain(look_up(configuration, *(places[1:] or places))) for name, places in arguments.items()}
 
 
@@ -248,7 +244,6 @@ def _is_same(requested: Any, found: Any) -> bool:
 
 
 def look_up(arguments: Any, *places: str) -> Any:
-    """The value at the first of these dotted places that exists; None if there is none."""
     for place in places:
         value = arguments
         for name in place.split("."):
@@ -264,7 +259,6 @@ def field_names(kind: Any) -> frozenset[str]:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON; None if it has no short form."""
     if isinstance(value, enum.Enum):
         return value.name
     if value is None or isinstance(value, (bool, int, float, str)):

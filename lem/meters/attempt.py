@@ -250,7 +250,6 @@ class AttemptLog:
 
     @cached_property
     def why_no_dram(self) -> Reason | None:
-        """Why the memory has no energy counter, so that the rest counts without it; None if it has."""
         if "dram" in self.sources.reasons:
             return self.sources.reasons["dram"]
         for place, zone in enumerate(self.log.header.zones):
@@ -339,7 +338,6 @@ class AttemptLog:
         return ()
 
     def window_j(self, curve: Curve, share: float | None, name: str = names.WINDOW) -> float:
-        """The energy of a window by one curve; `share` is its part of a power at rest that was measured before."""
         closed = self._closed(curve, share, name)
         return curve.between_j(self._marked(name)) if closed is None else curve.closed_j(closed)
 
@@ -389,7 +387,6 @@ def without_still_counters(log: SampleLog, window: Span | None = None) -> Sample
 
 
 def _still_s(log: SampleLog, place: int, window: Span | None) -> float:
-    """For how long the counter of a GPU was read without a change, where that is too long; else 0."""
     rows = [row for row in log.counters if row.gpu == place]
     alive_ns = max((row.at_ns for row in log.loads[-1:]), default=0)
     failures_ns = [row.at_ns for row in log.errors if row.meter == gpu_meter(place, "counter")]

@@ -56,8 +56,6 @@ class ClosedWindow:
 
 @dataclass(frozen=True)
 class Hole:
-    """A stretch over which a curve says nothing, and why."""
-
     span: Span
     reason: Reason
 
@@ -72,8 +70,6 @@ class _View:
 
 @dataclass(frozen=True)
 class Curve:
-    """Energy since some moment, at knots."""
-
     what: str  # the meter, in reasons
     earliest_ns: tuple[int, ...]  # each knot lies between this and `latest_ns`
     at_ns: tuple[float, ...]  # the best guess
@@ -124,7 +120,6 @@ class Curve:
         return self.between_j(span) / span.seconds
 
     def guard_power_w(self, guard: Span) -> float | None:
-        """The power between the last two knots that lie wholly in the guard; None with fewer than two."""
         inside = self._inside(guard)
         return self._power_w(inside[-2], inside[-1]) if len(inside) > 1 else None
 

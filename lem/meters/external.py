@@ -158,8 +158,6 @@ class _Fit:
 
 
 class _Grid:
-    """The sum of some curves at equal distances, where all of them are known."""
-
     def __init__(self, curves: Sequence[Curve]) -> None:
         self.first_ns = max(math.ceil(curve.at_ns[0]) for curve in curves)
         self.last_ns = last_ns = min(math.floor(curve.at_ns[-1]) for curve in curves)

@@ -111,7 +111,6 @@ def _of_section(name: str, recorded: Any, recomputed: Any) -> Iterator[Differenc
 def _energy_pairs(
     record: Record, config: ExperimentConfig, log: SampleLog, raw: RawData, work: Work
 ) -> tuple[list[Difference], tuple[str, ...]]:
-    """The figures that follow from samples, and what could not be compared."""
     marks = raw.marks
     log = without_still_counters(log, span_of(marks, names.WINDOW))
     uuids, idle = record.environment.gpu_uuids, record.idle

@@ -148,7 +148,6 @@ class RequestLog:
 
     @cached_property
     def steady(self) -> Measured[bool]:
-        """Whether its halves are alike."""
         # Halves of the passes and not extremes: the slowest and the fastest of a hundred short passes always differ.
         if self.is_batch and len(self.passes_ns) < 2:
             return known(None, "one_pass")
@@ -220,7 +219,6 @@ def _dump(value: Any) -> str:
 
 
 def read_requests(path: Path, most_b: int = _MOST_B) -> RequestLog:
-    """The log in a file; raises OSError, or RequestLogError: no such log, or more than `most_b` unpacked."""
     try:
         # Tokens of one batch have the same times, which shrink further than rows of meters.
         with contextlib.closing(durable.unpacked_lines(path, most_b, free_b=64 * MIB)) as lines:

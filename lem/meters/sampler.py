@@ -211,7 +211,6 @@ class GpuWatch:
         return []
 
     def _read(self, what: str, rows: list[Row]) -> Any:
-        """What the meter reads; None if it cannot, with the row about it, if any, added to `rows`."""
         if self._is_lost or what in self._hopeless:
             return None
         try:

@@ -65,7 +65,6 @@ class GpuHeader:
 
     @property
     def label(self) -> str:
-        """For people: `GPU 1`, by NVML's index, else its UUID."""
         return self.uuid if self.index is None else f"GPU {self.index}"
 
 
@@ -250,7 +249,6 @@ class PartReader:
         self._log: SampleLog | None = None
 
     def read(self) -> SampleLog:
-        """The log as far as it is whole by now; raises OSError, and SampleLogError: no sample log, or no header yet."""
         with durable.open_regular(self._path) as file:
             file.seek(self._offset)
             data = file.read()
@@ -285,7 +283,6 @@ def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
 
 
 def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[Mark, ...]]:
-    """A finished log and its marks; raises OSError, or SampleLogError: no such log, or more than `most_b` unpacked."""
     rows = _Rows(path, first=2)
     try:
         with contextlib.closing(durable.unpacked_lines(path, most_b, free_b=MIB)) as lines:

@@ -187,7 +187,6 @@ def _save_image(name: str, file: Path) -> BundledImage:
 
 
 def _image_ids(saved: Path) -> dict[str, str | None]:
-    """The image's id once it is loaded, by store: the digest of its configuration, or (containerd) of its manifest."""
     with tarfile.open(saved) as archive:
         images, index = (_member(archive, name) for name in ("manifest.json", "index.json"))
     config = _of_first(images, "Config")

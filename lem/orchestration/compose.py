@@ -148,8 +148,6 @@ def describe_files(paths: Sequence[Path]) -> str:
 
 @dataclass(frozen=True)
 class Mount:
-    """A folder or file of this machine in a container."""
-
     source: Path  # absolute
     target: str
     is_read_only: bool = True
@@ -164,7 +162,6 @@ class Mount:
         return {**mount, "bind": {"create_host_path": False}}
 
     def covers(self, other: Mount) -> bool:
-        """Whether all of another mount is visible through this one, at the same place."""
         if other.target == self.target:
             return other.source == self.source and not self.is_read_only
         if not Path(other.target).is_relative_to(self.target) or other.is_read_only != self.is_read_only:

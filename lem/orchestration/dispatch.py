@@ -58,7 +58,6 @@ class Outcome:
 
 
 def outcome_of(request: RunRequest, message: Result | Failure) -> Outcome:
-    """The outcome in a worker's `result` or `error`; a ChannelError when it is about another experiment."""
     if message.exp_id is None and isinstance(message, Failure):  # the worker could not read the request
         raise ChannelError(message.message)
     if message.exp_id != request.exp_id:
@@ -70,7 +69,6 @@ def outcome_of(request: RunRequest, message: Result | Failure) -> Outcome:
 
 
 def event_of(request: RunRequest, message: Message) -> Event | None:
-    """The event in a worker's message; None when it is not about this experiment."""
     if isinstance(message, channel.Heartbeat):
         return Event("tick")
     if isinstance(message, channel.Phase) and message.exp_id == request.exp_id:
@@ -82,8 +80,6 @@ def event_of(request: RunRequest, message: Message) -> Event | None:
 
 
 class WorkerConnection:
-    """A running worker process; every wait here has a deadline."""
-
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         """Start the worker; a UserError when the program does not exist or cannot be started."""
         # A file, not a pipe: it is not read between experiments, and a worker must never have to wait for a reader.
@@ -96,7 +92,6 @@ class WorkerConnection:
         self._messages: deque[Message] = deque()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message; `receive` finds out when the worker is gone."""
         with contextlib.suppress(BrokenPipeError):
             self._outbox.put(message)
 
@@ -132,7 +127,6 @@ class WorkerConnection:
         return self._child.poll() is not None
 
     def hang_up(self) -> None:
-        """Close the worker's stdin, which makes it end its engine and itself."""
         self._outbox.drop()
         self._stdin.close()
 
@@ -144,7 +138,6 @@ class WorkerConnection:
             return None
 
     def stderr_tail(self) -> str:
-        """The end of what the worker, or the program that opens it, printed on stderr."""
         size = os.fstat(self._stderr.fileno()).st_size
         data = os.pread(self._stderr.fileno(), _STDERR_TAIL_B, max(0, size - _STDERR_TAIL_B))
         return data.decode("utf-8", "replace").strip()
@@ -181,11 +174,9 @@ class Worker:
 
     @property
     def is_open(self) -> bool:
-        """Whether a worker was started and is not known to be lost."""
         return self._connection is not None
 
     def open(self, stop: StopRequest | None = None, timeout_s: float = OPEN_TIMEOUT_S) -> None:
-        """Start the worker, unless it runs; WorkerUnavailable or UserError when it cannot be started."""
         if not self.is_open:
             self._open(stop, timeout_s)
 
@@ -236,7 +227,6 @@ class Worker:
             raise
 
     def unload(self, stop: StopRequest | None = None, timeout_s: float = UNLOAD_TIMEOUT_S) -> None:
-        """End the engine's process; a worker that does not manage is ended itself, as when a stop is requested."""
         self._ask({"type": "unload"}, (channel.Unloaded,), stop, timeout_s)
 
     def check(

@@ -152,7 +152,6 @@ class Docker:
         return found
 
     def _check_is_here(self) -> None:
-        """ContainerError if the context or DOCKER_HOST names another machine, which has none of this one's folders."""
         finished = self.call("context", "inspect", "--format", "{{.Name}} {{.Endpoints.docker.Host}}")
         name, _, endpoint = finished.stdout.strip().partition(" ")
         host = urlsplit(endpoint).hostname or "localhost"
@@ -338,7 +337,6 @@ class Compose(Docker):
 
 
 def decode_states(text: str) -> tuple[ContainerState, ...]:
-    """The output of `ps --format json`: one array before Compose 2.21, one object per line since."""
     lines = [text] if text.lstrip().startswith("[") else filter(str.strip, text.splitlines())
     try:
         documents = [found for line in lines if (found := json.loads(line)) is not None]
@@ -387,7 +385,6 @@ def how_to_get(image: str) -> str:
 
 
 def _has_gpu(service: Mapping[str, Any]) -> bool:
-    """Whether a resolved service asks for a GPU, in any of Compose's ways; ValueError if it is no service."""
     found = service
     for key in ("deploy", "resources", "reservations"):
         found = decode_hint(Mapping[str, Any] | None, found.get(key), key) or {}

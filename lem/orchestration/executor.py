@@ -336,7 +336,6 @@ class DockerExecutor(ContainerManager):
 
 
 def _mark_invalid(path: Path, reason: Reason) -> None:
-    """Make a result invalid; one that cannot be read is a failed attempt anyway."""
     try:
         record = read_record(path)
         reasons = (*record.validity.invalid_reasons, reason)
@@ -347,8 +346,6 @@ def _mark_invalid(path: Path, reason: Reason) -> None:
 
 
 class ExecutorChoice(NamedTuple):
-    """The chosen executor, which is made when it is needed."""
-
     name: str  # docker, local
     make: Callable[[], dispatch.Executor]
     describe: Callable[[], str]  # where, and why; may call docker

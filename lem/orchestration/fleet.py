@@ -207,7 +207,6 @@ exec {run} --shard "$((SLURM_ARRAY_TASK_ID + 1))/{n_parts}"
 def slurm_script(
     plan: FleetPlan, path: Path, lem: Sequence[str], container: Sequence[str], options: Sequence[str]
 ) -> str:
-    """A batch script for sbatch(1) that runs each part of a stored plan as a task of a job array."""
     merged = [*lem, "merge", plan.results_dir, "--output", "merged", "--plan", str(path)]
     words = [*lem, "campaign", *plan.arguments, "--plan", str(path), "--executor", "local", "--yes"]
     partition = "".join(f" {shlex.quote(option)}" for option in options if option.startswith("--partition="))

@@ -40,8 +40,6 @@ NO_MODEL = Reason.of("no_model")
 
 @dataclass(frozen=True)
 class GridValidationIssue:
-    """Something about one configuration: `error` filters it, `warning` goes with it; `why` is its reason in codes."""
-
     config_desc: str
     reason: str
     severity: str = "error"
@@ -54,8 +52,6 @@ class GridValidationIssue:
 
 @dataclass(frozen=True)
 class GridExpansionResult:
-    """A grid after validation."""
-
     valid_configs: tuple[dict[str, Any], ...]  # as they were given to the validation
     filtered_configs: tuple[GridValidationIssue, ...]  # an error for each one left out
     warnings: tuple[GridValidationIssue, ...]  # about valid ones; there may be several for one
@@ -130,7 +126,6 @@ def _reloads(option: Option) -> bool:
 
 
 def _layer_of(key: str) -> Callable[[Mapping[str, Any], Any], dict[str, Any]]:
-    """A function that lays a value of an axis over a copy of a configuration."""
     found = find_option(ExperimentConfig, key)
     if found is None or found.kind.sections:
         return lambda config, value: put(ExperimentConfig, config, key, value)
@@ -149,7 +144,6 @@ def _with_leaf(config: Mapping[str, Any], parts: tuple[str, ...], value: Any) ->
 
 
 def _finished(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy that shares nothing, with a model that has only a name written as its name, as people do."""
     out: dict[str, Any] = _plain(config)
     model = out.get("model")
     if isinstance(model, dict) and model.keys() == {"name"}:
@@ -167,7 +161,6 @@ def validate_campaign_grid(config_dicts: Sequence[dict[str, Any]]) -> GridExpans
 def validate_named(
     named: Sequence[tuple[str, Mapping[str, Any]]], gpus: Sequence[Gpu] | None = None
 ) -> tuple[Sequence[ExperimentConfig | None], tuple[GridValidationIssue, ...], tuple[GridValidationIssue, ...]]:
-    """The configurations, None for one that was filtered; an error for each of these; and warnings."""
     configs: list[ExperimentConfig | None] = []
     filtered: list[GridValidationIssue] = []
     warnings: list[GridValidationIssue] = []
@@ -355,7 +348,6 @@ def _joined_columns(config: ExperimentConfig) -> dict[str, Any]:
 
 @functools.cache
 def generator_version() -> str:
-    """A hash of a sample of synthetic prompts, which changes with their generator."""
     digest = hashlib.sha256()
     for distribution in ("fixed", "uniform", "lognormal"):
         plan = SyntheticPrompts(input_tokens=64, output_tokens=64, sample_size=32, seed=42, distribution=distribution)

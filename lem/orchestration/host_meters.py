@@ -73,7 +73,6 @@ class BaselineBook:
             self._put(_Place(gpus, engine_key, source), idle.idle_loaded_power_w, idle.idle_loaded_temp_c, now_s)
 
     def known(self, gpus: Sequence[str], engine_key: str, *, ttl_s: float, now_s: float) -> dict[str, Baselines]:
-        """The baselines of these devices that are not older than `ttl_s`, by what measured them (`energy_source`)."""
         found = {}
         for source in dict.fromkeys(place.source for place in self._entries):
             fresh = {}

@@ -54,7 +54,6 @@ _FACTS_WITHIN_B = 65536
 
 
 def find_fact(path: Path, name: str) -> str | None:
-    """`run_id`, `campaign_name` or another text of the snapshot there, from its beginning alone; None when unknown."""
     try:
         with durable.open_regular(path) as stream:
             start = stream.read(_FACTS_WITHIN_B)

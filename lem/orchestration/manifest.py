@@ -153,7 +153,6 @@ class CampaignManifest:
         return [entry for entry in self.experiments if entry.status == status]
 
     def get_entry(self, exp_id: str) -> CampaignManifestEntry:
-        """Raises KeyError for an unknown name."""
         places: dict[str, int] = self.__dict__.setdefault("_places", {})
         place = places.get(exp_id, len(self.experiments))
         if place >= len(self.experiments) or self.experiments[place].exp_id != exp_id:  # the list has changed
@@ -206,7 +205,6 @@ def decode_manifest(data: bytes) -> CampaignManifest:
 
 
 def _add_digests(values: Mapping[str, Any]) -> None:
-    """Bring attempts of version 1 up to date; what is not one is left for `decode` to refuse."""
     entries = values.get("experiments")
     for entry in entries if isinstance(entries, list) else ():
         attempts = entry.get("attempts") if isinstance(entry, dict) else None

@@ -77,7 +77,6 @@ def _protect(folder: Path) -> None:
 
 
 def _is_program(path: Path, data: bytes) -> bool:
-    """Whether a file has exactly these bytes, and no other user can have it open for writing."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:  # missing, a link, or not readable: it is written again
@@ -112,7 +111,6 @@ def _package_members(folder: Path, prefix: str) -> dict[str, bytes]:
 
 
 def _vendored_members(name: str) -> dict[str, bytes]:
-    """An installed pure module as in lem.pyz; {} if it is not installed, so that there is no NVML."""
     module = sys.modules.get(name)
     spec = module.__spec__ if module is not None else importlib.util.find_spec(name)
     if spec is None or spec.origin is None:

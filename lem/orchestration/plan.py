@@ -79,13 +79,11 @@ class Experiment:
 
     @property
     def requested(self) -> dict[str, Any]:
-        """The configuration as it was written, `${VAR}` unexpanded, for records."""
         written: dict[str, Any] = as_written(self.config_dict)
         return written
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """The configuration with every default and its name in this campaign, `${VAR}` unexpanded, for records."""
         given = canonical(ExperimentConfig, self.config_dict)
         resolved: dict[str, Any] = as_written(self.config.to_dict(), given)
         return resolved if resolved["config_name"] else {**resolved, "config_name": self.config_name}
@@ -212,7 +210,6 @@ class Plan:
         return replace(self, campaign=replace(self.campaign, execution=execution), experiments=experiments, given=given)
 
     def loads(self) -> list[bool]:
-        """Whether each experiment loads an engine rather than reuse that of the one before."""
         # One engine is resident at a time. With `reuse: cycle` it is kept for the next experiment of the same cycle and
         # engine key, with `campaign` also across cycles, with `none` and under a cold start never. A server that runs
         # already is never loaded.
@@ -285,7 +282,6 @@ def build_plan(
     source: Source | None = None,  # the campaign's: its options win over the experiments' own, and it locates problems
     gpus: Sequence[Gpu] | None = None,  # of the host that will run it, for warnings; None when unknown
 ) -> Plan:
-    """The experiments that a campaign names and those of its grid; ConfigurationError for unusable prompts."""
     candidates = _collect(campaign, listed, preset or {}, source)
     configs, filtered, warnings = grid.validate_named([(item.name, item.config_dict) for item in candidates], gpus)
     valid = [(item, config) for item, config in zip(candidates, configs, strict=True) if config is not None]

@@ -57,7 +57,6 @@ class Findings:
         self._names: dict[tuple[str, str], dict[str, None]] = {}
 
     def add(self, message: str, hint: str, those: Iterable[Experiment] | None = None) -> None:
-        """A problem, of all configurations if not of those."""
         names = [item.config_name for item in (self._all if those is None else those)]
         self._names.setdefault((message, hint), {}).update(dict.fromkeys(names))
 
@@ -71,7 +70,6 @@ class Findings:
         return f"{len(names)} of {plural(len(self._all), 'configuration')}: {some_of(names, _SHOWN)}"
 
     def look_here(self) -> None:
-        """Look for the folders of models and data sets on this host."""
         for group in self._groups.values():
             config = group[0].config
             models = named_models(config)
@@ -170,7 +168,6 @@ def lines_of(problem: Problem) -> tuple[str, ...]:
 
 
 def refuse(problems: Sequence[Problem]) -> None:
-    """A UserError with all problems, if there are any."""
     if len(problems) == 1:
         raise UserError(lines_of(problems[0])[0], problems[0].hint)
     if problems:

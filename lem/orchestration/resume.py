@@ -80,7 +80,6 @@ def check_own_folders(manifest_path: Path, repository: Repository, campaign_name
 
 
 def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOptions) -> CampaignManifest | None:
-    """The manifest to go on with, None to start afresh; UserError where it cannot ask about an unfinished one."""
     manifest = None if options.resume is False else manager.load_strict(campaign_id)
     if manifest is None:
         return None
@@ -116,7 +115,6 @@ def new_run_id(repository: Repository, manifest_path: Path, now: datetime) -> st
 def update_manifest(
     manifest: CampaignManifest, plan: Plan, planned: Sequence[CampaignManifestEntry], repository: Repository
 ) -> list[str]:
-    """Bring a manifest up to date with the plan (`planned` has its new entries) and the results; notes for a person."""
     notes = []
     known_hash, change = manifest.config_hash, apply_plan(manifest, planned, plan.config_hash)
     manifest.shuffle_seed = plan.shuffle_seed
@@ -352,7 +350,6 @@ def run_of(manifest: CampaignManifest, repository: Repository) -> Run:
 
 
 def needs_cycle(run: Run, rule: StoppingRule, cycles: int) -> tuple[bool, str]:
-    """Whether another cycle is needed after that many, by all whole results of the run, and why, for a person."""
     found, goal = measure_precision(run, rule), rule.target.goal if rule.target else ""
     details = f"({found.metric}, t intervals at {percent(rule.alpha)})"
     without = [f"{name} ({reason})" for name, reason in found.without.items()]

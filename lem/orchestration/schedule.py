@@ -49,7 +49,6 @@ class StopRequest:
         return self.signum is not None
 
     def fileno(self) -> int:
-        """A descriptor that becomes readable when a stop is requested, and stays so."""
         return self._reader
 
     def wait(self, seconds: float) -> bool:
@@ -252,7 +251,6 @@ class Countdown:
         self._work_s = self._expected_s()
 
     def after(self, event: Event, now_s: float) -> float | None:
-        """The seconds left after an event; None before the first result."""
         if self._gap is not None and event.kind not in ("gap", "tick", "note"):
             kept_s = now_s - self._gap[1]
             self._gap_share.add(kept_s / self._gap[0])

@@ -143,7 +143,6 @@ class Session:
         return CampaignOutcome(self.manifest, stopped, error, self.context.stop.signum)
 
     def why_stop(self, deadline_s: float | None) -> Stopped | None:
-        """Why no further experiment may begin now; None when it may."""
         if self.context.stop.is_set():
             return Stopped.SIGNAL
         return Stopped.DEADLINE if deadline_s is not None and self.context.monotonic() >= deadline_s else None
@@ -152,7 +151,6 @@ class Session:
         self._pass_on(Event(kind, data=data))
 
     def save(self, entry: CampaignManifestEntry | None = None) -> None:
-        """Write the manifest, or the change of one entry; an InfrastructureError when it cannot be written."""
         with self._saving():
             if entry is None or self._has_new_note:
                 self.manager.save(self.manifest)
@@ -293,7 +291,6 @@ class Session:
     def _settle(
         self, who: Mapping[str, Any], entry: CampaignManifestEntry, tries: Sequence[Measurement], elapsed_s: float
     ) -> bool:
-        """Write down what the attempts came to; whether there is a result."""
         last = tries[-1]
         results = [item for item in tries if item.record is not None]
         best = next((item for item in results if item.attempt.valid), results[-1] if results else last)

@@ -100,7 +100,6 @@ class Activity:
 
     @property
     def moment(self) -> tuple[Any, ...]:
-        """What does not change from one second to the next."""
         return (self.doing, self.since, self.exp_id, self.config_name, self.phase, self.stopped, self.message)
 
 

@@ -235,7 +235,6 @@ class EarlierTimes(NamedTuple):
 
 
 def earlier_times(records: Iterable[Record]) -> EarlierTimes:
-    """How long the experiments of a campaign took."""
     # A record knows its load, warm-up and window. The time around them (baselines, guards, prompts) follows from the
     # start of the next experiment; where there is none, the median of the others is taken.
     known = list(records)

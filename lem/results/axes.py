@@ -232,7 +232,6 @@ class Key:
         return None if table is None else len(self.columns) + len(columns) - len(table.columns)
 
     def tables(self, columns: Sequence[Column], width: int | None = None, title: str = "") -> list[Table]:
-        """A table with a row for each configuration: number, name, axes, and these columns."""
         # Where it is too wide, axes become headings between the rows; else a table of names and axes comes first.
         beside = self._table(columns, width)
         if beside is not None:

@@ -46,7 +46,6 @@ _PLAIN_SETTINGS = ("backend", "model", "precision", "traffic", "engine", "GPU")
 def render_text(
     comparison: Comparison, *, has_budget: bool = False, is_colour: bool = False, width: int = WIDTH
 ) -> str:
-    """The comparison as text; with `has_budget`, also the uncertainty of each ratio of energies by cause."""
     content = _Content(comparison)
     doc = Doc(width, is_colour=is_colour)
 

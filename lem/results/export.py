@@ -180,7 +180,6 @@ def _dotted(prefix: str, mapping: Mapping[str, Any]) -> Iterator[tuple[str, _Cel
 
 
 def _flat(name: str, value: Any, why: str) -> Iterator[tuple[str, _Cell]]:
-    """A value, or each one in it, under dotted names; only lists whose values are of one kind stay lists."""
     if isinstance(value, (list, tuple)):
         items = [item.text if isinstance(item, Reason) else item for item in value]
         if any(isinstance(item, (Mapping, list, tuple)) for item in items):

@@ -51,7 +51,6 @@ class Metric:
 
     @property
     def lower_label(self) -> str:
-        """An abbreviation keeps its capitals."""
         return self.label if self.label[:2].isupper() else self.label[0].lower() + self.label[1:]
 
     @property
@@ -210,7 +209,6 @@ _SHORT_LABELS = {"energy_per_output_tok_j": "J/tok", "output_tok_per_s": "tok/s"
 
 
 def short_label(metric: Metric) -> str:
-    """A few letters to head a column, for others their label in short lines: `J/tok`, `TTFT p50`."""
     if metric.percentile is not None:
         return f"{metric.field.removesuffix('_s').upper()} {metric.percentile}"
     return _SHORT_LABELS.get(metric.name) or "\n".join(textwrap.wrap(metric.heading, _SHORT_WIDTH))
@@ -263,7 +261,6 @@ def used_cycles(attempts: Cycles) -> Cycles:
 
 
 def distinct(records: Iterable[Record]) -> tuple[Record, ...]:
-    """The records without identical duplicates, which two copies of one folder give."""
     kept: dict[ResultKey, list[Record]] = {}
     for record in records:
         same = kept.setdefault(record.identity.key, [])

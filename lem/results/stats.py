@@ -122,7 +122,6 @@ class Effect:
         return ratio_of(self.log_ratio - half), ratio_of(self.log_ratio + half)
 
     def _half_width(self, confidence: float) -> float:
-        """On logs; 0 where the standard error is unknown."""
         return student_t_quantile((1 + confidence) / 2, self.df or 1) * (self.std_error or 0.0)
 
     def _tail(self, distance: float) -> float | None:
@@ -204,7 +203,6 @@ class Gate:
         return math.log1p(self.threshold)  # the same to both sides
 
     def claim(self, effect: Effect) -> tuple[float, Verdict] | None:
-        """The most certain of the three verdicts and its one-sided p value; None where the error is unknown."""
         if self.metric.is_higher_better:  # count so that more is worse
             effect = dataclasses.replace(effect, log_ratio=-effect.log_ratio)
         worse, not_better = effect.p_above(self.bound), effect.p_above(-self.bound)

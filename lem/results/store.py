@@ -125,7 +125,6 @@ class Repository:
     """
 
     def __init__(self, results_dir: Path, campaign: str, part: str = "") -> None:
-        """Nothing is read or written yet; UserError where `campaign`, the slug of its name, cannot name a folder."""
         self.folder = results_dir / check_name(campaign, "campaign")
         self._part = part and check_name(part, "part")
         self._indexes: dict[Path, Index] = {}
@@ -235,7 +234,6 @@ def experiment_folder_name(exp_id: str, host: str) -> str:
 
 
 def count_failed(scan: Scan, listing: Listing | None = None) -> dict[str, int]:
-    """Per name of a listed configuration, how many experiments have attempts but no whole result."""
     identities = [item.record.identity for item in scan.results]
     whole = {(identity.run_id, identity.experiment_id) for identity in identities}
     names = {configuration_of(identity.experiment_id): identity.config_name for identity in identities}

@@ -36,7 +36,6 @@ def student_t_cdf(t: float, df: float) -> float:
 
 @functools.cache
 def student_t_quantile(probability: float, df: float) -> float:
-    """The t that a Student t variable with `df` degrees of freedom stays below with `probability`."""
     if not 0 < probability < 1:
         raise ValueError(f"expected a probability between 0 and 1, got {probability}")
     if probability == 0.5:

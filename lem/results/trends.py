@@ -96,7 +96,6 @@ def trend_of(
 
 
 def without_means(values: Sequence[float], *groupings: Sequence[Hashable]) -> list[float]:
-    """The values less the means of each grouping, subtracted in turn until nothing is left of them."""
     left = list(values)
     for _ in range(100 if len(groupings) > 1 else 1):
         before = left
@@ -172,7 +171,6 @@ def autocorrelation_notes(found: Sequence[tuple[str, Autocorrelation]]) -> Itera
 
 
 def _cycle_means(run: Run, metric: Metric) -> dict[_Cycle, tuple[float, float]]:
-    """By cycle, in order: the mean place of its experiments, and the mean log of their values over their usual ones."""
     rows = _values(run, metric)
     logs = without_means([math.log(value) for *_, value in rows], [name for name, *_ in rows])
     cycles: dict[_Cycle, list[tuple[int, float]]] = {}

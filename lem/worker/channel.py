@@ -206,7 +206,6 @@ class LineBuffer:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The lines that `data` completes, blank ones left out; ChannelError for one longer than any message."""
         self._buffer += data
         lines: list[bytes] = []
         if b"\n" in data:

@@ -21,8 +21,6 @@ from lem.worker.channel import Outbox
 
 
 class EndStep(enum.IntEnum):
-    """How to end an engine process; when it is still there after the step's patience, the next step follows."""
-
     QUIT = 1  # ask it to unload and leave
     TERM = 2  # signal its whole group
     HANG_UP = 3  # close the control pipe: the guardian kills all that came from it
@@ -63,7 +61,6 @@ class EngineChild:
                 self.control.put(message)
 
     def end(self, step: EndStep, now: float) -> None:
-        """Start to end it with this step, or go on to it when an earlier one is under way."""
         if self.step is not None and self.step >= step:
             return
         if step is EndStep.QUIT:

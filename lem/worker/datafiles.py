@@ -70,7 +70,6 @@ def sliced(rows: Iterable[Row], split: str) -> Iterable[Row]:
 
 
 def files_of_split(place: Path, split: str, subset: str | None, usual: tuple[str, str | None]) -> tuple[Path, ...]:
-    """The files of a split in a data set's own folder, or the one file that the data set is."""
     wanted, (usual_split, usual_subset) = split_name(split), usual
     if place.is_file():
         if suffix_of(place) not in _READERS:
@@ -158,7 +157,6 @@ def _whole(chosen: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _splits_of_card(folder: Path, subset: str | None) -> dict[str, list[Path]] | None:
-    """The data files by split as the `configs` at the top of README.md name them; None where it names none."""
     card = folder / "README.md"
     if not card.is_file():
         return None

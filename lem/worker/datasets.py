@@ -62,7 +62,6 @@ def choice_of(config: ExperimentConfig) -> DatasetChoice:
 def choice_of_name(
     name: str, subset: str | None = None, split: str | None = None, column: str | None = None
 ) -> DatasetChoice:
-    """All of a data set, by alias or hub name; what is given wins over the alias, which its hub name means too."""
     alias = DATASET_ALIASES.get(name) or _BY_HUB_NAME.get(name)
     given = () if column is None else (column,)
     if alias is None:

@@ -163,7 +163,6 @@ def find_problems(config: ExperimentConfig, secrets: Mapping[str, str]) -> Itera
 
 
 def _read_requested(folder: Path) -> Mapping[str, Any]:
-    """The configuration as the user wrote it, `${VAR}` unexpanded, from the `config.json` that the host wrote."""
     path = folder / CONFIG_FILE
     try:
         requested = durable.read_sealed(path).get("requested")
@@ -373,7 +372,6 @@ def warm_up(
 
 
 def variation_of(costs: Sequence[float], window_size: int) -> float:
-    """Standard deviation / mean of the last `window_size` values; infinite for fewer."""
     last = costs[-window_size:]
     mean = statistics.fmean(last) if last else 0.0
     return statistics.stdev(last) / mean if len(last) == window_size and mean > 0 else math.inf

@@ -235,7 +235,6 @@ class Metering:
         return measured
 
     def measure_prefill(self, run: Callable[[], MeasuredWindow]) -> None:
-        """Mark passes over the prompts for their prefill alone, with guards of their own."""
         measured = self._between_guards(measurement.PREFILL_GUARD_BEFORE, run, measurement.PREFILL_GUARD_AFTER)
         self.marks += [Mark(measurement.PREFILL, *edges) for edges in measured.passes_ns]
 
@@ -337,7 +336,6 @@ class Metering:
         return without_still_counters(log, span_of(self.marks, measurement.WINDOW))
 
     def _choose_again(self) -> None:
-        """Choose after the window, in which a counter may have stood still: then there is no going back."""
         try:
             self.choose(self._gpu_uuids)
         except MeterRefused as error:

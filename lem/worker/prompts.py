@@ -158,7 +158,6 @@ def resolve_on_host(config: ExperimentConfig, folder: Path | None = None, *, dra
 
 
 def as_measured(prompts: Sequence[Prompt], config: ExperimentConfig) -> tuple[Prompt, ...]:
-    """The prompts; without a chat template, each conversation as its text alone."""
     if config.is_templated:
         return tuple(prompts)
 

@@ -193,7 +193,6 @@ def _redact(value: Any, words: Sequence[str]) -> Any:
 
 
 def read_host(root: Path = Path("/")) -> dict[str, Any]:
-    """The fields of `Environment` about the machine; `root` is where `etc`, `proc` and `sys` are."""
     distribution = _find(root / "etc/os-release", ("PRETTY_NAME",), "=")
     cpu = _find(root / "proc/cpuinfo", ("model name", "Model", "cpu model"), ":")  # x86; Raspberry and others; MIPS
     memory = _find(root / "proc/meminfo", ("MemTotal",), ":")

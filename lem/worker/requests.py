@@ -69,7 +69,6 @@ def encode_prompts(
 
 
 def _encode(prompt: Prompt, engine: Engine, limit: int, template: str | None) -> tuple[tuple[int, ...], int]:
-    """The token ids of a prompt, and how many there were to be: more than the limit, if it has to be cut."""
     parts = ("", prompt.prompt, "")
     if template is not None:
         messages = prompt.messages or ({"role": "user", "content": prompt.prompt},)
@@ -194,8 +193,6 @@ def serve_all(engine: Engine, requests: Sequence[TokenRequest]) -> list[Completi
 
 
 class PreparedQueue:
-    """A `RequestQueue` that is full at the start and closed. Thread-safe."""
-
     def __init__(self, requests: Sequence[TokenRequest]) -> None:
         self.completions: list[Completion] = []
         self._lock = threading.Lock()

@@ -107,7 +107,6 @@ class BatchRunner:
         return failed + [Completion(request.index, (), started_ns, now_ns, error=problem) for request in fitting]
 
     def try_out(self, batch: Sequence[TokenRequest]) -> Any:
-        """The whole output of `generate`, cache included; raises EngineRaised."""
         config = engine_settings({**self.settings, "return_dict_in_generate": True}, *_bounds(batch))
         return self._call(batch, config, None)[0]
 
@@ -199,7 +198,6 @@ def engine_settings(settings: Mapping[str, Any], maximum: int, minimum: int) -> 
 
 
 def _is_of_callback(error: BaseException) -> bool:
-    """Whether it comes from lem's own code that `generate` calls back: the clock and the bounds of rows."""
     if isinstance(error, (MemoryError, RuntimeError)):
         return False  # the device fails wherever it is used
     _caught, *called = traceback.walk_tb(error.__traceback__)

@@ -143,7 +143,6 @@ def cut_output(generated: Sequence[int], max_tokens: int, end_ids: Set[int]) -> 
 
 
 def is_assisted(section: PyTorchConfig) -> bool:
-    """Whether tokens are drafted, by an assistant or from n-grams of the prompt, before the model checks them."""
     return section.assisted_generation.model is not None or section.assisted_generation.num_tokens is not None
 
 
@@ -187,7 +186,6 @@ def generation_settings(config: ExperimentConfig, tokens: SpecialTokens, device:
 
 
 def assistant_settings(config: ExperimentConfig) -> dict[str, Any]:
-    """Arguments of the GenerationConfig of an assistant."""
     # With `num_tokens` the assistant drafts exactly that many tokens at each step: no schedule changes their number,
     # and it does not stop early when it is unsure of itself (transformers' own threshold is 0.4).
     drafted_tok = section_of(config, PyTorchConfig).assisted_generation.num_tokens
@@ -271,7 +269,6 @@ def _refused_extra(section: PyTorchConfig, facts: EngineFacts) -> Iterator[tuple
 
 
 def _need_of(name: str, section: PyTorchConfig) -> str | None:
-    """The option without which transformers silently ignores an argument; None if it is set."""
     cache = section.cache_implementation or ""
     has_model = section.assisted_generation.model is not None
     if name == "max_cache_len" and "static" not in cache:

@@ -334,7 +334,6 @@ def _rows(model: Any) -> int:
 
 
 def _own_settings(model: Any) -> dict[str, Any]:
-    """What the model's generation config sets besides special tokens, as JSON values."""
     try:
         values: dict[str, Any] = model.generation_config.to_diff_dict()
     except (AttributeError, ValueError) as error:

@@ -73,8 +73,6 @@ _SECRETS = ("token", "key", "secret")
 
 @dataclass(frozen=True)
 class EngineFacts(Signature):
-    """The installed TensorRT-LLM; the arguments of LLM are the fields of its LlmArgs."""
-
     sampling_arguments: frozenset[str]  # the fields of SamplingParams
     has_penalties: bool  # its sampler has repetition penalties
 
@@ -244,7 +242,6 @@ _DEFAULT_TYPE = "bfloat16"
 
 
 def documents_of(folder: Path) -> dict[str, Any]:
-    """The JSON files that describe a checkpoint, by name; without those that are missing or not JSON."""
     found = {}
     for name, sections in _FILES.items():
         path = folder / name

@@ -299,7 +299,6 @@ class Server:
 
 
 def _message_of(error: BaseException) -> str:
-    """What the engine says about one request; raises EngineRaised if it is about more than that."""
     if isinstance(error, _REJECTIONS):
         return shortened(error)
     raise EngineRaised(error) from error

@@ -104,8 +104,6 @@ _LEVELS = 3
 
 @dataclass(frozen=True)
 class EngineFacts(Signature):
-    """The installed vLLM: the fields of its EngineArgs, and where it runs."""
-
     device: str  # what this build runs on: cpu, cuda, …
     environment: Mapping[str, str] = field(default_factory=dict)  # variables that vLLM reads and that are set
 
@@ -160,7 +158,6 @@ def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def effective_sampling(made: Any, settings: Mapping[str, Any], facts: EngineFacts) -> dict[str, Any]:
-    """The fields in effect of SamplingParams, `made` with these settings; raises OptionRefused if vLLM changed one."""
     for name, requested in settings.items():
         found = getattr(made, name)
         is_all_tokens = name == "top_k" and {requested, found} <= {-1, 0}

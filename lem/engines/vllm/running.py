@@ -116,7 +116,6 @@ class StepLoop:
         thread.join()
 
     def _finish(self, done: int, on_progress: OnProgress) -> list[Completion]:
-        """The completions of the requests that the engine has, `done` others being complete."""
         completions: list[Completion] = []
         while self._streams:
             completions += self._step()
@@ -124,7 +123,6 @@ class StepLoop:
         return completions
 
     def _add(self, request: TokenRequest, *, is_observed: bool, salt: str | None = None) -> Completion | None:
-        """Submit a request; its completion if it has failed already."""
         now_ns, prompt_tok, output_tok = self.clock(), len(request.token_ids), request.max_output_tokens
         if prompt_tok + output_tok > self.longest:
             wanted = f"{prompt_tok} prompt tokens and {output_tok} output tokens"
@@ -162,8 +160,6 @@ class StepLoop:
 
 
 class _Desk:
-    """Between the thread that takes requests in and the one that calls the engine."""
-
     def __init__(self, arrivals: RequestQueue, answers: queue.Queue[Any] | None) -> None:
         self.failure: Exception | None = None  # why no more requests can be taken in
         self._arrivals = arrivals
@@ -199,7 +195,6 @@ class _Desk:
             return arrived
 
     def can_step(self) -> bool:
-        """Whether requests that arrive during a step do not wait for its end."""
         with self._changed:
             return self._has_answer()
 
@@ -289,7 +284,6 @@ def _explain_end(error: BaseException, output: str, facts: EngineFacts, *, is_lo
 
 
 def explain_request_failure(words: str, config: ExperimentConfig, facts: EngineFacts) -> OptionRefused:
-    """The error for options under which vLLM takes no request, with vLLM's own words."""
     words = shortened(words)
     parameter = _PARAMETER.search(words)
     text = parameter["name"] if parameter else words.lower()
@@ -308,7 +302,6 @@ def explain_run_failure(error: BaseException, output: str, facts: EngineFacts) -
 
 
 def _cause(error: BaseException, output: str) -> tuple[str, str]:
-    """Name and text of the cause of an error, from what was printed if the error itself does not contain it."""
     name, words = type(error).__name__, str(error)
     if _ELSEWHERE.search(words):
         lines = (_ERROR_LINE.match(line.strip()) for line in output.splitlines())
@@ -323,7 +316,6 @@ def _cause(error: BaseException, output: str) -> tuple[str, str]:
 
 
 def _options_behind(words: str, config: ExperimentConfig) -> tuple[str, str]:
-    """The options whose names or texts are in the words of an error, and all options that were set."""
     usual = options.given_options(ExperimentConfig.from_dict({"model": config.model.name, "backend": "vllm"}))
     sampling = common.given_options(config.section, options.SAMPLING_OPTIONS)
     extra = {f"extra.{name}": value for name, value in common.extra_of(config).items()}

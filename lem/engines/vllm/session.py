@@ -274,7 +274,6 @@ def _find_facts() -> EngineFacts:
 
 
 def _check_sampling(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:
-    """The fields of SamplingParams in effect; vLLM must neither reject nor change one."""
     settings = options.sampling_settings(config)
     try:
         made = SamplingParams(**settings)

@@ -40,8 +40,6 @@ _NAMED = 3  # configurations that a sentence of the verdict names
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of the measurement, in seconds from the begin of the first; what was not read in it is None."""
-
     name: str
     begin_s: float
     end_s: float
@@ -243,7 +241,6 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
 
 
 def _lost_settings(run: Run) -> Mapping[str, Mapping[str, Any]]:
-    """The options of configurations without any whole result, from the `config.json` beside what is missing."""
     known = {configuration_of(record.identity.experiment_id) for record in run.records}
     found: dict[str, Mapping[str, Any]] = {}
     for problem in run.problems:

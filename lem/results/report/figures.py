@@ -108,7 +108,6 @@ def _points(workload: int, entries: Iterable[Entry], across: _Axis, up: _Axis) -
 
 
 def _fronts(best: Sequence[_Point]) -> Iterator[str]:
-    """Who is on each frontier, by workload where there are several."""
     fronts: dict[int, list[_Point]] = {}
     for point in best:
         fronts.setdefault(point.workload, []).append(point)
@@ -343,7 +342,6 @@ _Percentiles = Mapping[str, float]
 
 
 def latency_section(report: Report) -> Markup:
-    """A plot for each kind that any configuration has, and why the others are missing."""
     parts, absences = [], []
     for short, name in READABLE_LATENCIES.items():
         kind = f"{short}_s"
@@ -365,7 +363,6 @@ def _distributions(entry: Entry, kind: str) -> list[Distribution]:
 
 
 def _percentiles(entry: Entry, kind: str) -> _Percentiles:
-    """The mean over the cycles of each percentile that all of them have."""
     found: dict[str, float] = {}
     for level in ("mean", *_LEVELS):
         values = [getattr(item, level) for item in _distributions(entry, kind)]

@@ -38,7 +38,6 @@ def join(parts: Iterable[str], separator: str = "") -> Markup:
 
 
 def number_text(value: float) -> str:
-    """A coordinate with at most one decimal, as short as possible."""
     text = f"{value:.1f}".removesuffix(".0")
     return "0" if text == "-0" else text
 
@@ -69,8 +68,6 @@ def details(summary: str, *content: Markup, is_open: bool = False) -> Markup:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table, unless it is a plain text or a whole number."""
-
     text: str  # escaped unless it is markup
     value: float | None = None  # what a number is sorted by; None sorts last
     is_number: bool = False  # aligned right and compared as a number
@@ -188,7 +185,6 @@ def _card_class(head: Sequence[str]) -> str:
 
 
 def card_labels(page: str) -> str:
-    """The style that names the cells of cards by the headings of their columns, once for equal tables."""
     rules = {
         f".{name} tbody tr>:nth-child({column})::before{{content:{_css_text(html.unescape(text))}}}": None
         for name, heads in _HEADS.findall(page)
@@ -319,7 +315,6 @@ def shade(share: float) -> tuple[str, str]:
 
 
 def horizontal_axis(scale: Scale, y: float, top: float, label: str, *, count: int = 6) -> Markup:
-    """The axis below a plot at `y` with grid lines up to `top`; ticks without room are left out."""
     grid, labels = [], []
     free_from = -math.inf
     for value in scale.ticks(count):
