@@ -13,13 +13,16 @@ from lem.base.errors import Interrupted, UserError
 from lem.cli.report import make_report
 from lem.cli.selection import resolve_run, write_file
 from lem.config.campaign_config import CampaignConfig, slug_of
+from lem.config.experiment import SloConfig
 from lem.config.load import Loaded, load_campaign
+from lem.meters.recompute import recount
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.executor import EXECUTORS, choose_executor
 from lem.orchestration.plan import Plan, plan_campaign
 from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import StopRequest
 from lem.orchestration.status import Event
+from lem.results.configurations import Reading
 from lem.results.run import Run, read_run
 
 
@@ -81,7 +84,8 @@ class Campaign:
             raise outcome.error
         if outcome.signum is not None:
             raise Interrupted(outcome.signum)
-        return read_run(Path(config.io.results_dir), config.slug, str(outcome.manifest.run_id))
+        reading = Reading(recount=recount)
+        return read_run(Path(config.io.results_dir), config.slug, str(outcome.manifest.run_id), reading=reading)
 
 
 def load(path: str | PathLike[str]) -> Campaign:
@@ -94,7 +98,12 @@ def load(path: str | PathLike[str]) -> Campaign:
 
 
 def read(
-    results_dir: str | PathLike[str], campaign: str, run: str | None = None, *, rates: Mapping[str, float] | None = None
+    results_dir: str | PathLike[str],
+    campaign: str,
+    run: str | None = None,
+    *,
+    rates: Mapping[str, float] | None = None,
+    slo: Mapping[str, float] | None = None,
 ) -> Run:
     """The results of a run of a campaign.
 
@@ -103,12 +112,15 @@ def read(
         run: the ID of the run or the beginning of it; by default the last run.
         rates: `grid_g_per_kwh`, `pue` and `price_per_kwh`, by which emissions and cost are computed; by default those
             of the campaign.
+        slo: `ttft_ms`, `tpot_ms`, `e2e_ms` and `attainment_pct`, by which good requests are counted; by default those
+            of the campaign.
 
     Raises:
         LemError: no such campaign or run, or more than one.
     """
     slug = slug_of(campaign)
-    found = resolve_run(Path(results_dir), slug, run).read(rates=rates)
+    reading = Reading(rates or {}, None if slo is None else SloConfig.from_dict(slo), recount)
+    found = resolve_run(Path(results_dir), slug, run).read(reading=reading)
     owners = {record.identity.campaign_name for record in found.records}
     if owners and campaign not in (slug, *owners):  # as `a b` where the results are those of `a-b`
         raise UserError(f"no campaign {campaign!r}: {found.folder} belongs to campaign {min(owners)!r}")

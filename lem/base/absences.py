@@ -45,6 +45,7 @@ NULL_TEXTS: Mapping[str, str] = {
     "steps_merged": "{tok:d} tokens came at one time, and a step brings at most {most:d}",
     "answers_too_short": "no answer is longer than one step with all its drafted tokens",
     "no_slo": "no service level is given (traffic_simulation.slo)",
+    "requests_unread": "the service levels changed, and the requests cannot be counted again: {error}",
     "experts_uncounted": "the experts that a token uses cannot be counted in this model",
     "too_few_observations": "needs {needed:d} observations, there are {n:d}",
     # Which meters there are.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Generic, TypeVar
 
 from lem.base.reasons import Reason
@@ -169,6 +169,12 @@ class Section:
     @classmethod
     def absent(cls: type[_Section], reason: Reason) -> _Section:
         return cls(null_reasons={item.name: reason for item in fields(cls) if item.name != "null_reasons"})
+
+    def having(self: _Section, **others: Measured[Any]) -> _Section:
+        """The section with other values of these fields, or other reasons why they have none."""
+        reasons = {name: why for name, why in self.null_reasons.items() if name not in others}
+        reasons |= {name: item.null_reason for name, item in others.items() if item.null_reason is not None}
+        return replace(self, **{name: item.value for name, item in others.items()}, null_reasons=reasons)
 
     def measured(self, name: str) -> Measured[Any]:
         return known(getattr(self, name), self.why_none(name))

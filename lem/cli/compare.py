@@ -21,6 +21,7 @@ from lem.results.compare import (
     unmeasured,
 )
 from lem.results.comparison import comparison_document, render_markdown, render_text
+from lem.results.configurations import Reading
 from lem.results.metrics import parse_comparable
 from lem.results.run import Configuration, Run
 from lem.results.stats import parse_gates
@@ -90,7 +91,7 @@ class _Target(NamedTuple):
 def _compare(args: argparse.Namespace, asked: Mapping[str, Any]) -> Comparison:
     targets = _targets(args.results_dir, args.targets)
     runs = list(dict.fromkeys(target.where for target in targets))
-    found = [_read(item, selection.rates_of(args)) for item in runs]
+    found = [_read(item, selection.reading_of(args)) for item in runs]
     if len(runs) == 1:
         if args.anchor or args.anchor_tolerance != _DEFAULT_TOLERANCE:
             raise UserError("--anchor requires two runs", "omit it: within one run, cycles are the pairs")
@@ -157,8 +158,8 @@ def _run_with(runs: Sequence[selection.SelectedRun], names: Sequence[str], resul
     raise UserError(f"{listed} are configurations of {campaigns}", "name the campaign first: lem compare CAMPAIGN A B")
 
 
-def _read(item: selection.SelectedRun, rates: Mapping[str, float]) -> Run:
-    found = item.read(rates=rates)
+def _read(item: selection.SelectedRun, reading: Reading) -> Run:
+    found = item.read(reading=reading)
     if not found.records:
         raise UserError(f"run {item.run_id} of {item.campaign}: no complete result", f"see `lem check {item.run_id}`")
     return found

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     if args.json and args.output == "-":
         raise UserError("--json and --output - both write to stdout", "Write the page to a file: --output FILE.")
     chosen = selection.resolve_run(args.results_dir, args.campaign)
-    results = chosen.read(rates=selection.rates_of(args))
+    results = chosen.read(reading=selection.reading_of(args))
     text = make_report(results, None if args.baseline is None else results.select(args.baseline))
     selection.list_problems(err, selection.damaged(results.problems), lead="left out: ", rest="the page lists them")
     if args.output == "-":

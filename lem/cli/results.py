@@ -80,9 +80,9 @@ def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     item, exp_ids = selection.resolve_experiments(args.results_dir, args.id)
     if exp_ids is not None:
-        _show_experiments(args, item.scan(args.state_dir, rates=selection.rates_of(args)), exp_ids, out, err)
+        _show_experiments(args, item.scan(args.state_dir, reading=selection.reading_of(args)), exp_ids, out, err)
         return
-    found = item.read(args.state_dir, rates=selection.rates_of(args))
+    found = item.read(args.state_dir, reading=selection.reading_of(args))
     if args.json:
         write_json(out, {**run_document(found), "problems": selection.problem_documents(found.problems)})
     else:
@@ -98,7 +98,7 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     found: dict[Path, StoredResult] = {}
     problems: dict[Path, Problem] = {}
     for item, exp_ids in wanted:
-        results, others = _chosen(item.scan(rates=selection.rates_of(args)), exp_ids)
+        results, others = _chosen(item.scan(reading=selection.reading_of(args)), exp_ids)
         found |= {it.path: it for it in results}
         problems |= {it.path: it for it in others}
     text = _table_of(args, found.values())

@@ -8,7 +8,7 @@ import functools
 import logging
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -19,9 +19,10 @@ from lem.base.doc import printable
 from lem.base.errors import UserError, did_you_mean
 from lem.base.units import some_of
 from lem.config.campaign_config import CampaignConfig
-from lem.config.experiment import MeasurementConfig
+from lem.config.experiment import MeasurementConfig, SloConfig
 from lem.config.option import declared, is_secret
 from lem.config.scalars import resolve_plain
+from lem.meters.recompute import recount
 from lem.orchestration.journal import find_fact
 from lem.orchestration.status import (
     CampaignStatus,
@@ -33,6 +34,8 @@ from lem.orchestration.status import (
     state_folders,
 )
 from lem.record import RATES
+from lem.results.axes import parse_settings
+from lem.results.configurations import Reading
 from lem.results.run import Run, read_run
 from lem.results.store import (
     Digests,
@@ -104,14 +107,25 @@ def add_rates(parser: argparse._ActionsContainer) -> None:
         kind = functools.partial(checked, functools.partial(_rate, name))
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="NUMBER", help=text)
 
+    text = "count good requests by these (ttft_ms=200,tpot_ms=50; default: traffic_simulation.slo of the campaign)"
+    parser.add_argument("--slo", type=functools.partial(checked, _slo), metavar="LIMITS", help=text)
+
+
+def _slo(text: str) -> SloConfig:
+    settings = parse_settings(text)
+    if settings is None:
+        raise ValueError(f"expected LIMIT=NUMBER,LIMIT=NUMBER, got {text!r}")
+    return SloConfig.from_dict({name: resolve_plain(value) for name, value in settings.items()})
+
 
 def _rate(name: str, text: str) -> float:
     found: float = getattr(MeasurementConfig.from_dict({name: resolve_plain(text)}), name)
     return found
 
 
-def rates_of(args: argparse.Namespace) -> dict[str, float]:
-    return {name: value for name in RATES if (value := getattr(args, name)) is not None}
+def reading_of(args: argparse.Namespace) -> Reading:
+    rates = {name: value for name in RATES if (value := getattr(args, name)) is not None}
+    return Reading(rates, args.slo, recount)
 
 
 def add_repeated(parser: argparse._ActionsContainer, name: str, metavar: str, text: str, kind: Any = str) -> None:
@@ -131,17 +145,16 @@ class SelectedRun:
     campaign: str
     run_id: str
 
-    def scan(self, state_dir: Path = STATE_DIR, *, rates: Mapping[str, float] | None = None) -> Scan:
+    def scan(self, state_dir: Path = STATE_DIR, *, reading: Reading | None = None) -> Scan:
         digests = _digests(self._statuses(state_dir))
-        return Repository(self.results_dir, self.campaign).scan(self.run_id, digests=digests, rates=rates)
+        return Repository(self.results_dir, self.campaign).scan(self.run_id, digests=digests, reading=reading)
 
-    def read(
-        self, state_dir: Path = STATE_DIR, *, is_checked: bool = False, rates: Mapping[str, float] | None = None
-    ) -> Run:
+    def read(self, state_dir: Path = STATE_DIR, *, is_checked: bool = False, reading: Reading | None = None) -> Run:
         statuses = self._statuses(state_dir)
         digests = _digests(statuses)
         place = self.results_dir, self.campaign, self.run_id
-        run = read_run(*place, is_checked=is_checked, digests=digests, rates=rates)
+        reading = reading or Reading(recount=recount)
+        run = read_run(*place, is_checked=is_checked, digests=digests, reading=reading)
         if not statuses:
             return run
         whole = {record.identity.experiment_id for record in run.records}

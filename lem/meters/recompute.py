@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lem.base import measurement as names
-from lem.base.measurement import EnergySource, Measured, Section
-from lem.config.experiment import ExperimentConfig
+from lem.base.measurement import EnergySource, Measured, Section, known
+from lem.config.experiment import ExperimentConfig, SloConfig
 from lem.meters.attempt import AttemptLog, Baselines, choose_sources, span_of, without_still_counters
 from lem.meters.energy import EnergyFindings, efficiency_of, measure
 from lem.meters.external import ExternalReadings
-from lem.meters.requestlog import RequestLog
+from lem.meters.requestlog import REQUESTS_FILENAME, RequestLog, RequestLogError, read_requests
 from lem.meters.samples import Mark, SampleLog
-from lem.meters.work import WorkFindings, describe_work
+from lem.meters.work import WorkFindings, count_good, describe_work, goodput_of
 from lem.record import RATES, Record, Work, carbon_of
 
 # The same sums over the same rows differ by rounding at most.
@@ -74,6 +75,22 @@ def recompute(record: Record, config: ExperimentConfig, raw: RawData) -> Recompu
     pairs += _prompts_pair(record, raw.prompts_sha256)
     pairs = [item for item in pairs if item.recorded is not None or item.recomputed is not None]
     return Recomputed(len(pairs), tuple(item for item in pairs if not _is_same(item.recorded, item.recomputed)), notes)
+
+
+def recount(result: Path, record: Record, slo: SloConfig) -> Mapping[str, Section]:
+    """The sections of a record in which other service levels change figures; `result` is its file."""
+    try:
+        good = count_good(read_requests(result.with_name(REQUESTS_FILENAME)), slo)
+    except (OSError, RequestLogError) as error:
+        good = known(None, "requests_unread", error=str(error))
+    work = record.work.having(requests_good=good)
+    tried = work.requests_ok + work.requests_failed
+    per_good = efficiency_of(record.energy.primary_j, work).measured("energy_per_good_request_j")
+    return {
+        "work": work,
+        "throughput": record.throughput.having(**goodput_of(good, tried, record.window.window_s)),
+        "efficiency": record.efficiency.having(energy_per_good_request_j=per_good),
+    }
 
 
 def _prompts_pair(record: Record, sha256: str | None) -> Iterator[Difference]:

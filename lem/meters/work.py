@@ -30,7 +30,7 @@ class WorkFindings:
 
 
 def describe_work(log: RequestLog, config: ExperimentConfig) -> WorkFindings:
-    good, tried = _count_good(log, config.traffic_simulation.slo), len(log.completed) + len(log.failures)
+    good = count_good(log, config.traffic_simulation.slo)
     return WorkFindings(
         window={
             "traffic_mode": log.traffic_mode,
@@ -50,10 +50,7 @@ def describe_work(log: RequestLog, config: ExperimentConfig) -> WorkFindings:
             output_tok_per_s=_rate(log, log.output_tok),
             total_tok_per_s=_rate(log, log.input_tok + log.output_tok),
             requests_per_s=_rate(log, len(log.completed)),
-            good_requests_per_s=good if good.value is None else _rate(log, good.value),
-            good_requests_ratio=(
-                good if good.value is None else known(good.value / tried if tried else None, "no_request")
-            ),
+            **goodput_of(good, len(log.completed) + len(log.failures), log.window_s),
             **_steps(log, config),
         ),
         latency=latency_of(log.completed),
@@ -123,7 +120,19 @@ def latency_of(requests: Sequence[Request]) -> Latency:
 # --- goodput
 
 
-def _count_good(log: RequestLog, slo: SloConfig) -> Measured[int]:
+def goodput_of(good: Measured[int], tried: int, window_s: float) -> dict[str, Measured[float]]:
+    """Goodput, and the share of good requests among all, failed ones included: fields of `Throughput`."""
+    if good.value is None:
+        return dict.fromkeys(
+            ("good_requests_per_s", "good_requests_ratio"), known(None, good.null_reason or "no_reason")
+        )
+    return {
+        "good_requests_per_s": known(good.value / window_s if window_s > 0 else None, "window_too_short"),
+        "good_requests_ratio": known(good.value / tried if tried else None, "no_request"),
+    }
+
+
+def count_good(log: RequestLog, slo: SloConfig) -> Measured[int]:
     """The completed requests that met every given limit; TPOT is met by a request of one token, which has none."""
     if not slo.limits_ms:
         return known(None, "no_slo")

@@ -174,6 +174,7 @@ class Plan:
                 item.config_hash,
                 item.config_name,
                 {name: rate for name in RATES if (rate := getattr(item.config.measurement, name)) is not None},
+                item.config.traffic_simulation.slo.changed(),
             )
             for item in self.given
         )

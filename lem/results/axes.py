@@ -97,9 +97,13 @@ _LEFT_OUT = frozenset({
 })  # fmt: skip
 
 
+_SLO = "traffic_simulation.slo"
+
+
 @functools.cache
 def rates_and_limits() -> frozenset[str]:
-    return frozenset(name for name, item, _ in walk(ExperimentConfig) if item.is_dropped)
+    """Options that are no setting, since they change no measurement."""
+    return frozenset(name for name, item, _ in walk(ExperimentConfig) if item.is_dropped or name.startswith(_SLO))
 
 
 def headline_settings(record: Record) -> dict[str, str]:

@@ -1,23 +1,28 @@
-"""The configurations of a run as its campaign last had them: their labels, and the rates of energy.
+"""The configurations of a run as its campaign last had them: their labels, rates of energy, and service levels.
 
-A configuration is identified by its hash. Its name is only a label, and prices and carbon figures change no
-measurement: both may change after a result was written. So a list of the current ones lies in the run's folder, and
-results are read with it.
+A configuration is identified by its hash. Its name is only a label, and prices, carbon figures and service levels
+change no measurement: all may change after a result was written. So a list of the current ones lies in the run's
+folder, and results are read with it.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lem.base import durable
-from lem.base.codec import decode
+from lem.base.codec import complete, decode
 from lem.base.durable import make_folder
+from lem.base.measurement import Section
+from lem.base.reasons import Reason
+from lem.config.experiment import SloConfig
+from lem.config.kinds import ConfigProblems
 from lem.record import Identity, Record, carbon_of
 
 CONFIGURATIONS_FILE = "configurations.json"
@@ -29,6 +34,7 @@ class ListedConfiguration:
     config_hash: str
     config_name: str
     rates: Mapping[str, float] = field(default_factory=dict)  # those of `RATES` that are set
+    slo: Mapping[str, float | None] | None = None  # what is not a default; None in lists of an earlier lem
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,18 @@ class _List:
 
 Listing = Mapping[str, ListedConfiguration]
 """By hash, in the order of the campaign."""
+
+Recount = Callable[[Path, Record, SloConfig], Mapping[str, Section]]
+"""The sections that service levels change, of the record in a file; `lem.meters.recompute.recount`."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What results are read by besides what was measured; what is not given is the campaign's."""
+
+    rates: Mapping[str, float] = field(default_factory=dict)
+    slo: SloConfig | None = None
+    recount: Recount | None = None  # without it service levels are those of the measurement
 
 
 def write_listing(run_folder: Path, listed: Sequence[ListedConfiguration], numbered: Sequence[str] = ()) -> None:
@@ -64,7 +82,8 @@ def read_numbered(run_folder: Path) -> tuple[str, ...]:
 
 def _read(run_folder: Path) -> _List | None:
     def decoded(found: Mapping[str, Any]) -> _List:
-        return decode(_List, {name: found.get(name, []) for name in ("configurations", "numbered")}, "list")
+        document = {name: found.get(name, []) for name in ("configurations", "numbered")}
+        return decode(_List, complete(_List, document, Reason.of("not_recorded")), "list")
 
     without = "names are those that the results were measured under"
     if (run_folder / CONFIGURATIONS_FILE).exists():
@@ -118,10 +137,43 @@ def group_of(identity: Identity) -> tuple[str, str]:
     return identity.config_hash, identity.host if identity.config_name.endswith(f" @ {identity.host}") else ""
 
 
-def with_rates(record: Record, listing: Listing | None, own: Mapping[str, float]) -> Record:
+def slo_of(record: Record) -> SloConfig | None:
+    """The service levels that its good requests were counted by; None where they were written as `${VAR}`."""
+    traffic = record.requested.get("traffic_simulation")
+    found = traffic.get("slo") if isinstance(traffic, Mapping) else None
+    options = found.items() if isinstance(found, Mapping) else ()
+    return _slo(tuple((name, value) for name, value in options if isinstance(value, (int, float, str))))
+
+
+@functools.lru_cache(64)  # few in thousands of records
+def _slo(options: tuple[tuple[str, Any], ...]) -> SloConfig | None:
+    try:
+        return SloConfig.from_dict(dict(options))
+    except ConfigProblems:
+        return None
+
+
+def as_read(path: Path, record: Record, listing: Listing | None, reading: Reading) -> Record:
+    """The record in a file with the emissions, cost and goodput that it is read by."""
     listed = listing.get(record.identity.config_hash) if listing else None
-    given: dict[str, Any] = {**(listed.rates if listed else {}), **own}
+    slo = SloConfig.from_dict(listed.slo) if reading.slo is None and listed and listed.slo is not None else reading.slo
+    if reading.recount is not None and slo is not None and slo != slo_of(record):
+        record = _by_slo(path, record, slo, reading.recount)
+    given: dict[str, Any] = {**(listed.rates if listed else {}), **reading.rates}
     if all(getattr(record.carbon, name) == value for name, value in given.items()):
         return record
     rates = dataclasses.replace(record.carbon, **given)
     return record.with_sections(carbon=carbon_of(record.energy.primary_j, rates))
+
+
+def _by_slo(path: Path, record: Record, slo: SloConfig, recount: Recount) -> Record:
+    counted = functools.cache(lambda: recount(path, record, slo))  # when it is asked for: it reads every request
+    before = slo_of(record)
+    changed = () if before and before.limits_ms == slo.limits_ms else ("work", "throughput", "efficiency")
+    traffic = record.requested.get("traffic_simulation")
+    requested = {
+        **record.requested,
+        "traffic_simulation": {**(traffic if isinstance(traffic, Mapping) else {}), "slo": slo.changed()},
+    }
+    read = {"requested": requested}.get
+    return Record.lazily(lambda name: counted()[name] if name in changed else read(name) or getattr(record, name))

@@ -21,7 +21,7 @@ from lem.results.bootstrap import (
     bootstrap_ci,
     log_t_interval,
 )
-from lem.results.configurations import Listing, group_of, numbers_of, read_listing, read_numbered
+from lem.results.configurations import Listing, Reading, group_of, numbers_of, read_listing, read_numbered
 from lem.results.export import cell_text, make_table
 from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric
 from lem.results.stats import CONFIDENCE
@@ -388,11 +388,11 @@ def read_run(
     *,
     is_checked: bool = False,
     digests: Digests | None = None,
-    rates: Mapping[str, float] | None = None,
+    reading: Reading | None = None,
 ) -> Run:
     """The results of a run, as `Repository.scan` has them; UserError for a name that cannot name a folder."""
     repository = Repository(results_dir, campaign)
-    scan = repository.scan(run_id, is_checked=is_checked, digests=digests, rates=rates or {})
+    scan = repository.scan(run_id, is_checked=is_checked, digests=digests, reading=reading or Reading())
     listing = read_listing(repository.run_folder(run_id))
     return make_run(
         [item.record for item in scan.results],

@@ -22,7 +22,7 @@ from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
 from lem.base.units import MIB
 from lem.record import CONFIG_FILE, LOG_FILE, RESULT_FILE, Identity, Record, RecordError
-from lem.results.configurations import Listing, labels_of, read_listing, with_rates
+from lem.results.configurations import Listing, Reading, as_read, labels_of, read_listing
 from lem.results.index import AlteredError, Found, Index, describe_altered, record_result
 
 _logger = logging.getLogger(__name__)
@@ -184,22 +184,21 @@ class Repository:
         *,
         is_checked: bool = False,
         digests: Digests | None = None,
-        rates: Mapping[str, float] | None = None,
+        reading: Reading | None = None,
     ) -> Scan:
         """Everything in the campaign's folder, or in one run of it; damage is a value and never raised."""
         # Each result is taken from the index of its run while its file has the same size, time and inode. With
         # `is_checked`, its digest must be the same, too. A result that has none of the `digests` is altered. Each
-        # configuration has its current label. With `rates`, emissions and cost are by them, else by those that the
-        # campaign has now; without, as recorded.
+        # configuration has its current label. Without a `reading`, everything else is as recorded.
         if run_id is None:
             found = list(_nested(self.folder, lambda run: _run_items(run, run.name, is_checked=is_checked)))
         else:
             found = list(_run_items(self.run_folder(run_id), run_id, is_checked=is_checked))
         found = [_compared(item, digests or {}) if isinstance(item, StoredResult) else item for item in found]
-        results = self._labelled([item for item in found if isinstance(item, StoredResult)], rates)
+        results = self._labelled([item for item in found if isinstance(item, StoredResult)], reading)
         return Scan(results, tuple(item for item in found if isinstance(item, Problem)))
 
-    def _labelled(self, results: Sequence[StoredResult], rates: Mapping[str, float] | None) -> tuple[StoredResult, ...]:
+    def _labelled(self, results: Sequence[StoredResult], reading: Reading | None) -> tuple[StoredResult, ...]:
         runs: dict[str, list[Identity]] = {}
         for item in results:
             runs.setdefault(item.record.identity.run_id, []).append(item.record.identity)
@@ -211,8 +210,8 @@ class Repository:
             label = labels[identity.run_id][identity.config_hash, identity.host]
             if label != identity.config_name:
                 record = record.with_sections(identity=dataclasses.replace(identity, config_name=label))
-            if rates is not None:
-                record = with_rates(record, listings[identity.run_id], rates)
+            if reading is not None:
+                record = as_read(item.path, record, listings[identity.run_id], reading)
             found.append(item if record is item.record else dataclasses.replace(item, record=record))
         return tuple(found)
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from lem.base import durable
-from lem.meters.requestlog import REQUESTS_FILENAME
+from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
 from lem.meters.samples import FINISHED_FILENAME, write_finished
 from lem.record import PROMPTS_FILE, Record, read_record, write_record
+from lem.results.configurations import ListedConfiguration, write_listing
 from lem.results.store import Repository
 from lem.worker.channel import RunRequest
 from lem.worker.harness import ResidentEngine, run_experiment
@@ -139,7 +140,7 @@ def run(results_dir: Path, **options: Any) -> Path:
     identity = {**dataclasses.asdict(make_record(run_id=RUN).identity), "config_name": "small"}
     del identity["start_utc"], identity["lem_version"]
     folder = Repository(results_dir, "demo").prepare_attempt(RUN, identity["experiment_id"]).path
-    durable.write_json(folder / "config.json", {"requested": {}, "resolved": chosen.to_dict()})
+    durable.write_json(folder / "config.json", {"requested": options, "resolved": chosen.to_dict()})
     write_prompts(folder, [Prompt(f"prompt number {number}") for number in range(12)])
     backend = TimedBackend(SteppedClock(), width=2)
     engine = ResidentEngine(backend.load, backend.clock)
@@ -160,6 +161,39 @@ def test_every_figure_of_the_requests_is_recomputed_where_nothing_was_sampled(
     assert found["compared"] == (6 + 5 + 6 + 5 * 5 if options else 6 + 4 + 4 + 4 * 5)
     assert out.splitlines()[-1] == f"1 of 1 results agree with their raw data ({found['compared']} figures recomputed)"
     assert (record.work.requests_good is not None) == bool(options)
+
+
+def test_good_requests_are_counted_by_the_limits_of_the_reader_else_of_the_campaign(tmp_path: Path) -> None:
+    path = run(tmp_path, **TRAFFIC) / "result.json"
+    record, before = read_record(path), path.read_bytes()
+    log = read_requests(path.with_name(REQUESTS_FILENAME))
+    e2e_ms = sorted(item.e2e_ns / 1e6 for item in log.completed)
+    limit_ms, tried = e2e_ms[len(e2e_ms) // 3], record.work.requests_ok + record.work.requests_failed
+    met = sum(item <= limit_ms for item in e2e_ms)
+    assert record.work.requests_good != met
+
+    def exported(*words: str) -> list[str]:
+        columns = "requests_good,good_requests_per_s,good_requests_ratio"
+        found = run_lem("results", "export", "demo", "--results-dir", str(tmp_path), "--columns", columns, *words)
+        return found.out.splitlines()[1].split(",")
+
+    listed = ListedConfiguration(record.identity.config_hash, "small", {}, {"e2e_ms": limit_ms})
+    write_listing(tmp_path / "demo" / RUN, [listed])
+    figures = met, met / record.window.window_s, met / tried
+    assert [float(text) for text in exported()] == pytest.approx(figures)
+    assert exported("--slo", "e2e_ms=1e9")[0::2] == [str(record.work.requests_ok), "1.0"]
+    assert exported("--slo", "ttft_ms=30,e2e_ms=900")[0] == str(record.work.requests_good), "as it was measured"
+    assert recompute("demo", "--results-dir", str(tmp_path)).code == 0, "compares with what was recorded"
+    assert path.read_bytes() == before
+    write_listing(tmp_path / "demo" / RUN, [dataclasses.replace(listed, slo={})])
+    assert exported() == ["", "", ""]
+    path.with_name(REQUESTS_FILENAME).unlink()
+    (row,) = json.loads(run_lem("results", "export", "demo", "--results-dir", str(tmp_path), "--format", "json", "--slo",
+                                "e2e_ms=5").out)  # fmt: skip
+    assert row["requests_good"] is None
+    assert REQUESTS_FILENAME in row["null_reasons"]["requests_good"]
+    for refused in ("ttft_ms=0", "ttft=5", "ttft_ms", "attainment_pct=90"):
+        assert run_lem("results", "show", "demo", "--slo", refused).code == 2
 
 
 @pytest.mark.parametrize(

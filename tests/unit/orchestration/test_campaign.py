@@ -23,7 +23,7 @@ from lem.orchestration.resume import RunOptions
 from lem.record import read_record, write_record
 from lem.results.check import check_run
 from lem.results.compare import compare_configurations
-from lem.results.configurations import CONFIGURATIONS_FILE
+from lem.results.configurations import CONFIGURATIONS_FILE, Reading, read_listing, slo_of
 from lem.results.run import read_run
 from lem.results.store import Repository
 from lem.worker.prompts import resolve_on_host
@@ -160,9 +160,22 @@ def test_nothing_is_measured_again_after_a_change_of_timeouts_prices_or_cache_li
     assert place.manifest().is_complete
     assert _notes(place)[-1].startswith("Resuming: 0 remaining (4 completed")
     assert {record.carbon.price_per_kwh for record in _read(place).records} == {0.3}
-    assert {record.carbon.price_per_kwh for record in _read(place, rates={"price_per_kwh": 0.4}).records} == {0.4}
+    own = Reading({"price_per_kwh": 0.4})
+    assert {record.carbon.price_per_kwh for record in _read(place, reading=own).records} == {0.4}
     recorded = {read_record(path).carbon.price_per_kwh for path in _results(place)}
     assert recorded == {None}  # what the worker wrote is as it was
+
+
+def test_nothing_is_measured_again_after_a_change_of_service_levels(place):
+    served = {"traffic_simulation.enabled": [True], "traffic_simulation.slo": [{"ttft_ms": 200.0}]}
+    place.run(shared=served)
+    levels = {"ttft_ms": 100.0, "attainment_pct": 90.0}
+    place.run(options=RESUME, shared={**served, "traffic_simulation.slo": [levels]})
+    assert place.requests == []
+    assert [item.slo for item in read_listing(_read(place).folder).values()] == [levels, levels]
+    recounted = Reading(recount=lambda *_: {})
+    assert {slo_of(record).ttft_ms for record in _read(place, reading=recounted).records} == {100.0}
+    assert {slo_of(record).ttft_ms for record in _read(place).records} == {None}  # as the double recorded it
 
 
 def test_a_campaign_of_the_first_build_whose_hashes_held_prices_and_timeouts_goes_on(place):
