@@ -188,8 +188,8 @@ def test_good_requests_are_counted_by_the_limits_of_the_reader_else_of_the_campa
     write_listing(tmp_path / "demo" / RUN, [dataclasses.replace(listed, slo={})])
     assert exported() == ["", "", ""]
     path.with_name(REQUESTS_FILENAME).unlink()
-    (row,) = json.loads(run_lem("results", "export", "demo", "--results-dir", str(tmp_path), "--format", "json", "--slo",
-                                "e2e_ms=5").out)  # fmt: skip
+    words = ("--results-dir", str(tmp_path), "--format", "json", "--slo", "e2e_ms=5")
+    (row,) = json.loads(run_lem("results", "export", "demo", *words).out)
     assert row["requests_good"] is None
     assert REQUESTS_FILENAME in row["null_reasons"]["requests_good"]
     for refused in ("ttft_ms=0", "ttft=5", "ttft_ms", "attainment_pct=90"):
