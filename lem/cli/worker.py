@@ -24,7 +24,7 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "`lem worker`: the side of lem next to the engine; started by `lem campaign`, not by people."
     add = parser.add_argument
     add("--engine", action="store_true", help="run as the engine process of a worker")
-    add("--control-fd", type=int, metavar="N", help="descriptor of the control pipe (--engine)")
+    add("--control-fd", type=int, metavar="N", help="descriptor of the control pipe (--engine, --program)")
     add("--message-fd", type=int, metavar="N", help="descriptor of the message pipe (--engine)")
     add("--end-marked", metavar="MARK", help="kill what is left of the worker with this mark")
     add("--sampler", action="store_true", help="run as the process that samples the meters")
@@ -36,6 +36,7 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tether", nargs=argparse.REMAINDER, metavar="WORD", help="run this lem command until stdin is closed")
     add("--service", nargs=argparse.REMAINDER, metavar="WORD", help="run a compose service as if it were this process")
     add("--end-containers", metavar="MARK", help="once stdin is closed, remove the containers with this mark")
+    add("--program", nargs=argparse.REMAINDER, metavar="WORD", help="run this program until the control pipe hangs up")
     parser.set_defaults(run=run)
 
 
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         from lem.orchestration import served
 
         return served.run_service(args.service) if args.service else served.end_containers(args.end_containers)
+    if args.program is not None:
+        return run_guarded(args.control_fd, args.program)
     if not args.engine:
         from lem.worker.supervisor import supervise
 
@@ -79,6 +82,19 @@ def _run_sampler(args: argparse.Namespace, err: TextIO) -> int:
         raise UserError(f"--interval-ms {args.interval_ms}: {expected}", "the default is 100")
     options = sampler.SamplerOptions(args.output, tuple(args.gpu), args.interval_ms, args.tdp)
     return sampler.run_sampler_process(options, err)
+
+
+def run_guarded(control_fd: int, words: Sequence[str]) -> int:
+    """Run a program under a guardian once a byte has come from the control pipe; the guardian ends as it does."""
+    start_guarded(control_fd)
+    if not os.read(control_fd, 1):
+        return ExitCode.OK
+    os.set_inheritable(control_fd, False)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and programs inherit that
+    try:
+        os.execvp(words[0], [*words])  # noqa: S606 - without a shell
+    except OSError as error:
+        raise UserError(f"{words[0]}: cannot be started: {error.strerror}") from error
 
 
 GRACE_S = 20.0

@@ -35,7 +35,7 @@ _RESCAN_S = 0.1
 _ABANDONED_CODE = 128 + signal.SIGKILL
 
 
-def start_guarded(control_fd: int, message_fd: int) -> None:
+def start_guarded(control_fd: int, *others: int) -> None:
     """Return in the engine process; the process that called becomes its guardian and does not return."""
     # To be called before there are threads, and before anything is imported that a guardian does not need. `control_fd`
     # is the read end of the pipe whose only write end the supervisor holds.
@@ -46,7 +46,8 @@ def start_guarded(control_fd: int, message_fd: int) -> None:
         return
     code = _ABANDONED_CODE
     try:
-        os.close(message_fd)
+        for descriptor in others:
+            os.close(descriptor)
         code = _guard(control_fd, engine_pid)
     except Exception:  # noqa: BLE001 - the top of a program
         traceback.print_exc()

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from lem.base import process
+from lem.base.launch import own_command
 from tests.processes import Marker, children_of, wait_for, wait_until_ended
 from tests.worker_rig import RawWorker, Rig
 
 ROOT = Path(__file__).resolve().parents[3]
+TIMEOUT_S = 60
 HANG = {"at": "generate", "do": "hang"}
 HOLD_GIL = {"at": "generate", "do": "hold_gil"}
 STUBBORN = {"at": "generate", "do": "ignore_term"}
@@ -140,3 +142,41 @@ def test_the_guardian_imports_only_what_it_needs():
     modules = {"base": "doc errors launch log process units variables", "cli": "main worker", "worker": "guardian"}
     expected = [f"lem.{package}.{name}" for package, names in modules.items() for name in names.split()]
     assert found.stdout.split() == sorted(["lem", *(f"lem.{package}" for package in modules), *expected])
+
+
+def test_a_guarded_program_waits_for_a_byte_and_leaves_nothing_when_the_control_pipe_hangs_up():
+    marker = Marker()
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    words = ("sh", "-c", "setsid sleep 1000 & echo started; sleep 1000")
+    command = (*own_command(sys.executable), "worker", "--control-fd", str(reader), "--program", *words)
+    child = process.spawn(command, env=marker.environ(), pass_fds=(reader,))
+    os.close(reader)
+    os.write(writer, b"x")
+    assert process.pipes(child)[1].read(7) == b"started"
+
+    os.close(writer)
+
+    assert child.wait(TIMEOUT_S) == 128 + signal.SIGKILL
+    assert marker.survivors() == ()
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 7", 7), ("kill -SEGV $$", -signal.SIGSEGV)])
+def test_a_guarded_program_ends_as_the_program_does(script: str, code: int):
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    command = (*own_command(sys.executable), "worker", "--control-fd", str(reader), "--program", "sh", "-c", script)
+    child = process.spawn(command, pass_fds=(reader,))
+    os.close(reader)
+    os.write(writer, b"x")
+
+    assert child.wait(TIMEOUT_S) == code
+    os.close(writer)
+
+
+def test_a_guarded_program_does_not_start_without_its_byte():
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    command = (*own_command(sys.executable), "worker", "--control-fd", str(reader), "--program", "echo", "started")
+    child = process.spawn(command, pass_fds=(reader,))
+    os.close(reader)
+    os.close(writer)
+
+    assert child.communicate(timeout=TIMEOUT_S)[0] == b""
