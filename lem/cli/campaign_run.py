@@ -23,15 +23,8 @@ from lem.base.doc import screen_of
 from lem.base.durable import reason_of
 from lem.base.errors import ExitCode, Interrupted, LemError, UserError
 from lem.base.units import hash_label
+from lem.cli import progress
 from lem.cli.fleet import FleetPart
-from lem.cli.progress import (
-    LineProgress,
-    StatusProgress,
-    campaign_logger,
-    choose_progress,
-    write_json_event,
-    write_output,
-)
 from lem.cli.selection import folder_options, without_secret
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.campaign import CampaignRunner
@@ -72,8 +65,8 @@ class CampaignCommand:
         self._stop = StopRequest()
         self._service = ServiceManager.of()
         self._observers: list[Observer] = [
-            choose_progress(self._console, out, is_json=args.json, is_quiet=self._is_quiet),
-            StatusProgress(self._service),
+            progress.choose_progress(self._console, out, is_json=args.json, is_quiet=self._is_quiet),
+            progress.StatusProgress(self._service),
         ]
         self._notification: Notification | None = None
         self._has_waited = False
@@ -137,7 +130,7 @@ class CampaignCommand:
             outcome = runner.run(deadline_s=deadline_s)
         except LemError as error:
             if self._is_quiet:  # otherwise only the terminal shows it
-                campaign_logger.info("error: %s", error.message)
+                progress.campaign_logger.info("error: %s", error.message)
             if self._has_waited and not isinstance(error, Interrupted):
                 self._notify(error)
             raise
@@ -158,7 +151,7 @@ class CampaignCommand:
         for line in closing_lines(repository, outcome, self._console):
             self._console.line(line)
             if self._is_quiet:
-                campaign_logger.info("%s", line)
+                progress.campaign_logger.info("%s", line)
         return outcome
 
     def _notify(self, ended: CampaignOutcome | LemError) -> None:
@@ -213,8 +206,8 @@ class CampaignCommand:
             raise UserError(f"{path}: {reason_of(error)}", "set another io.state_dir") from error
         if not self._args.quiet and not self._args.json:
             self._console.line(f"quiet: logging to {path}")
-        self._observers.append(LineProgress(None))
-        campaign_logger.info("%s", self._job.plan.summary)
+        self._observers.append(progress.LineProgress(None))
+        progress.campaign_logger.info("%s", self._job.plan.summary)
         try:
             yield
         finally:
@@ -242,9 +235,9 @@ def exit_code_of_outcome(outcome: CampaignOutcome) -> ExitCode:
 def show_results(repository: Repository, outcome: CampaignOutcome, out: TextIO, *, is_json: bool) -> None:
     summary = run_of(outcome.manifest, repository)
     if is_json:
-        write_json_event(out, "summary", utc_now(), **run_document(summary))
+        progress.write_json_event(out, "summary", utc_now(), **run_document(summary))
     elif summary.configurations:
-        write_output(out, render_run(summary, **screen_of(out)))
+        progress.write_output(out, render_run(summary, **screen_of(out)))
 
 
 def closing_lines(repository: Repository, outcome: CampaignOutcome, console: log.Console) -> Iterator[str]:

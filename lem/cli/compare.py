@@ -11,15 +11,8 @@ from lem.base.doc import screen_of, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.units import parse_percentage
 from lem.cli import selection
+from lem.results import compare
 from lem.results.along import compare_along
-from lem.results.compare import (
-    Anchor,
-    Comparison,
-    compare_configurations,
-    compare_runs,
-    gate_code,
-    unmeasured,
-)
 from lem.results.comparison import comparison_document, render_markdown, render_text
 from lem.results.configurations import Reading
 from lem.results.metrics import parse_comparable
@@ -67,7 +60,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     comparison = _compare(args, {"metrics": metrics, "gates": gates, "is_whole": args.json})
     problems = [problem for read in comparison.runs for problem in read.problems]
     selection.list_problems(err, selection.damaged(problems))
-    code = gate_code(comparison, is_lenient=args.lenient)
+    code = compare.gate_code(comparison, is_lenient=args.lenient)
     if args.json:
         document = {**comparison_document(comparison), "problems": selection.problem_documents(problems)}
         write_json(out, {**document, "exit_code": int(code)})
@@ -78,7 +71,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         if len(comparison.runs) == 1:
             args.next = ["report", comparison.runs[0].campaign_name, *selection.folder_options(args.results_dir)]
     if code is ExitCode.USAGE:
-        names = dict.fromkeys(row.metric.name for row in unmeasured(comparison))
+        names = dict.fromkeys(row.metric.name for row in compare.unmeasured(comparison))
         raise UserError(f"gate on a metric that was not measured: {', '.join(names)}", "gate one that both sides have")
     return int(code)
 
@@ -88,7 +81,7 @@ class _Target(NamedTuple):
     configuration: str | None = None  # None for the whole run
 
 
-def _compare(args: argparse.Namespace, asked: Mapping[str, Any]) -> Comparison:
+def _compare(args: argparse.Namespace, asked: Mapping[str, Any]) -> compare.Comparison:
     targets = _targets(args.results_dir, args.targets)
     runs = list(dict.fromkeys(target.where for target in targets))
     found = [_read(item, selection.reading_of(args)) for item in runs]
@@ -100,15 +93,15 @@ def _compare(args: argparse.Namespace, asked: Mapping[str, Any]) -> Comparison:
                 raise UserError("--by compares all configurations of a run", "name the campaign alone")
             return compare_along(found[0], args.by, args.baseline, **asked)
         baseline, others = _sides(found[0], [item.configuration for item in targets], args.baseline)
-        return compare_configurations(found[0], baseline, others, **asked)
+        return compare.compare_configurations(found[0], baseline, others, **asked)
     if args.baseline or args.by:
         what = "--baseline" if args.baseline else "--by"
         raise UserError(f"{what} requires a single run", "of two runs, the first is the baseline")
     before, after = found
     names = [item.configuration for item in targets]
     chosen = (before.select(names[0]), after.select(names[1])) if names[0] and names[1] else None
-    anchor = Anchor(args.anchor, _tolerance(args.anchor_tolerance))
-    return compare_runs(before, after, chosen=chosen, anchor=anchor, **asked)
+    anchor = compare.Anchor(args.anchor, _tolerance(args.anchor_tolerance))
+    return compare.compare_runs(before, after, chosen=chosen, anchor=anchor, **asked)
 
 
 def _targets(results_dir: Path, words: Sequence[str]) -> list[_Target]:

@@ -17,30 +17,10 @@ from lem.base.clock import utc_now
 from lem.base.doc import Column, columns, printable, terminal_width, text_width, wrapped, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.units import format_duration, parse_percentage, plain, plural, some_of
-from lem.cli.selection import (
-    HIDDEN,
-    add_json,
-    add_repeated,
-    checked,
-    damaged,
-    folder_options,
-    list_problems,
-    problem_documents,
-    typed_again,
-)
+from lem.cli import selection
 from lem.config.campaign_config import CampaignConfig
+from lem.orchestration import fleet
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
-from lem.orchestration.fleet import (
-    CONTAINERS,
-    container_command,
-    costs_of,
-    make_fleet_plan,
-    matching,
-    parse_shard,
-    part_of_plan,
-    replan,
-    slurm_script,
-)
 from lem.orchestration.manifest import SKIPPED, ManifestManager
 from lem.orchestration.plan import Plan
 from lem.orchestration.resume import new_run_id
@@ -67,17 +47,19 @@ def store_plan(
     if args.plan is None:
         state_folder = Path(campaign.io.state_dir) / campaign.slug
         run_id = new_run_id(repository, state_folder / campaign.io.manifest_filename, utc_now())
-        made = make_fleet_plan(plan, hosts, run_id, is_replicated=args.replicate, measured_by_config=measured_by_config)
+        made = fleet.make_fleet_plan(
+            plan, hosts, run_id, is_replicated=args.replicate, measured_by_config=measured_by_config
+        )
     else:
         stored = merge.read_plan(args.plan)
-        plan = matching(plan, stored)
+        plan = fleet.matching(plan, stored)
         scan = repository.scan(stored.run_id)
         identities = [item.record.identity for item in scan.results]
         present = {(identity.host, identity.experiment_id) for identity in identities}
-        made = replan(stored, hosts, present, costs_of(plan.configurations, measured_by_config))
-    words = typed_again(args, *_PLAN_OPTIONS)
+        made = fleet.replan(stored, hosts, present, fleet.costs_of(plan.configurations, measured_by_config))
+    words = selection.typed_again(args, *_PLAN_OPTIONS)
     words = words[words.index("campaign") + 1 :]
-    arguments = () if any(HIDDEN in word for word in words) else tuple(words)
+    arguments = () if any(selection.HIDDEN in word for word in words) else tuple(words)
     made = dataclasses.replace(made, arguments=arguments, results_dir=campaign.io.results_dir)
     merge.write_plan(args.write_plan, made)
     if args.json:
@@ -126,9 +108,9 @@ def own_part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart]:
         raise UserError(text, "add --write-plan PLAN, or omit them")
     if args.plan is not None and args.shard is None:
         raise UserError("--plan requires --shard I/N", "the first of two hosts is --shard 1/2")
-    index, count = parse_shard(args.shard)
+    index, count = fleet.parse_shard(args.shard)
     stored = None if args.plan is None else merge.read_plan(args.plan)
-    part = part_of_plan(plan, index, count, stored)
+    part = fleet.part_of_plan(plan, index, count, stored)
     if stored is None:
         own = FleetPart(folder=f"part-{index}-of-{count}")
     else:
@@ -164,10 +146,10 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, required=True, metavar="DIR", help="results folder to merge into")
     add("--campaign", metavar="NAME", help="the campaign, if the folders hold several")
     add("--plan", type=Path, metavar="PLAN", help="stored plan: merge only its run, and list what is missing")
-    kind = partial(checked, parse_percentage)
+    kind = partial(selection.checked, parse_percentage)
     text = "largest difference of a host from the median of all hosts in the plan's anchor (default: 5%%)"
     add("--anchor-tolerance", type=kind, default=0.05, metavar="PERCENT%", help=text)
-    add_json(parser)
+    selection.add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -201,9 +183,9 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
             lines += wrapped(f"missing: {some_of(missing, _SHOWN)}", width)
         counts = f"{plural(len(gathered.results), 'result')} of {plural(len(matrix.hosts), 'host')}"
         out.write("\n".join([*lines, f"{counts} in {args.output}, {new} of them new"]) + "\n")
-        list_problems(err, gathered.problems, lead="left out: ")
-        args.next = ["check", gathered.campaign, *folder_options(args.output)]
-    is_partial = matrix.missing or anchor.outliers or damaged(gathered.problems)
+        selection.list_problems(err, gathered.problems, lead="left out: ")
+        args.next = ["check", gathered.campaign, *selection.folder_options(args.output)]
+    is_partial = matrix.missing or anchor.outliers or selection.damaged(gathered.problems)
     return ExitCode.EXPERIMENT_FAILED if is_partial else ExitCode.OK
 
 
@@ -242,7 +224,7 @@ def _document(gathered: merge.Gathered, matrix: merge.Matrix, anchor: merge.Anch
         },
         "lacking": [{"host": host, "exp_id": exp_id} for host, exp_id in matrix.missing],
         "anchor": dataclasses.asdict(anchor),
-        "problems": problem_documents(gathered.problems),
+        "problems": selection.problem_documents(gathered.problems),
         "foreign_runs": list(gathered.foreign_runs),
     }
 
@@ -267,9 +249,9 @@ def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gres", metavar="RESOURCES", help="resources of each task, such as gpu:1")
     add("--time", metavar="TIME", help="time limit of each task (default: twice the expected time, where it is known)")
     add("--python", default="python3", metavar="PROGRAM", help="Python interpreter with the engines (default: python3)")
-    add("--container", choices=CONTAINERS, help="run each part in a container of this runtime")
+    add("--container", choices=fleet.CONTAINERS, help="run each part in a container of this runtime")
     add("--image", metavar="IMAGE", help="with --container: its image")
-    add_repeated(slurm, "--sbatch", "OPTION", "another option of sbatch, such as --sbatch=--account=lab")
+    selection.add_repeated(slurm, "--sbatch", "OPTION", "another option of sbatch, such as --sbatch=--account=lab")
     slurm.set_defaults(run=_slurm)
 
 
@@ -293,8 +275,8 @@ def _slurm(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
             f"{program} is not visible in the container", "copy lem.pyz to this folder, and run it from here"
         )
     lem = [args.python, *(["-m", "lem"] if program.name == "__main__.py" else [str(program)])]
-    run = container_command(args.container, args.image) if args.container else []
-    out.write(slurm_script(plan, args.plan, lem, run, [*given, *args.sbatch]))
+    run = fleet.container_command(args.container, args.image) if args.container else []
+    out.write(fleet.slurm_script(plan, args.plan, lem, run, [*given, *args.sbatch]))
 
 
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -302,10 +284,10 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     making = actions.add_parser("make", help="make a bundle: DIR/lem-airgap-VERSION")
     making.add_argument("folder", type=Path, metavar="DIR", help="folder to make it in")
-    add_repeated(making, "--image", "NAME", "image in the local Docker engine")
-    add_repeated(making, "--model", "DIR", "model folder", Path)
-    add_repeated(making, "--deb", "FILE", "Debian package", Path)
-    add_repeated(making, "--wheel", "FILE", "Python wheel", Path)
+    selection.add_repeated(making, "--image", "NAME", "image in the local Docker engine")
+    selection.add_repeated(making, "--model", "DIR", "model folder", Path)
+    selection.add_repeated(making, "--deb", "FILE", "Debian package", Path)
+    selection.add_repeated(making, "--wheel", "FILE", "Python wheel", Path)
     making.add_argument("--sign-key", type=Path, metavar="KEY", help="private SSH key that signs the bundle")
     making.set_defaults(run=_make)
     verifying = actions.add_parser("verify", help="verify the checksums and the signature of a bundle")
@@ -315,7 +297,7 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     verifying.add_argument("--identity", metavar="NAME", help="expected signer")
     verifying.set_defaults(run=_verify)
     for action in (making, verifying):
-        add_json(action)
+        selection.add_json(action)
 
 
 def _make(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:

@@ -34,19 +34,10 @@ from lem.orchestration.status import (
     state_folders,
 )
 from lem.record import RATES
+from lem.results import store
 from lem.results.axes import parse_settings
 from lem.results.configurations import Reading
 from lem.results.run import Run, read_run
-from lem.results.store import (
-    Digests,
-    Problem,
-    Repository,
-    Scan,
-    describe_future,
-    experiment_names,
-    folder_names,
-    in_order,
-)
 
 _logger = logging.getLogger(__name__)
 
@@ -145,9 +136,9 @@ class SelectedRun:
     campaign: str
     run_id: str
 
-    def scan(self, state_dir: Path = STATE_DIR, *, reading: Reading | None = None) -> Scan:
+    def scan(self, state_dir: Path = STATE_DIR, *, reading: Reading | None = None) -> store.Scan:
         digests = _digests(self._statuses(state_dir))
-        return Repository(self.results_dir, self.campaign).scan(self.run_id, digests=digests, reading=reading)
+        return store.Repository(self.results_dir, self.campaign).scan(self.run_id, digests=digests, reading=reading)
 
     def read(self, state_dir: Path = STATE_DIR, *, is_checked: bool = False, reading: Reading | None = None) -> Run:
         statuses = self._statuses(state_dir)
@@ -180,20 +171,20 @@ class SelectedRun:
         return [item for item in found if item.manifest is not None and item.manifest.run_id == self.run_id]
 
 
-def _digests(statuses: Iterable[CampaignStatus]) -> Digests:
+def _digests(statuses: Iterable[CampaignStatus]) -> store.Digests:
     return {key: digest for status in statuses for key, digest in digests_of(status.manifest).items()}
 
 
 def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
     return tuple(
         SelectedRun(results_dir, campaign, run_id)
-        for campaign in folder_names(results_dir)
-        for run_id in in_order(folder_names(results_dir / campaign))
+        for campaign in store.folder_names(results_dir)
+        for run_id in store.in_order(store.folder_names(results_dir / campaign))
     )
 
 
 def _last(runs: Sequence[SelectedRun]) -> SelectedRun:
-    future = describe_future(runs[-1].run_id, utc_now())
+    future = store.describe_future(runs[-1].run_id, utc_now())
     if future:
         _logger.warning("%s", future)
     return runs[-1]
@@ -231,7 +222,7 @@ def resolve_experiments(results_dir: Path, wanted: str) -> tuple[SelectedRun, fr
     candidates: list[tuple[str, SelectedRun, str | None]] = []
     for item in runs:
         candidates.append((item.run_id, item, None))
-        for exp_id in experiment_names(results_dir / item.campaign / item.run_id):
+        for exp_id in store.experiment_names(results_dir / item.campaign / item.run_id):
             candidates += [(exp_id, item, exp_id), (f"{item.run_id}/{exp_id}", item, exp_id)]
     found = [candidate for candidate in candidates if candidate[0] == wanted]
     found = found or [candidate for candidate in candidates if wanted and candidate[0].startswith(wanted)]
@@ -264,15 +255,17 @@ def ambiguous(wanted: str, names: Iterable[str]) -> UserError:
     return UserError(f"{wanted!r} is ambiguous: {some_of(sorted(names), 5)}", "use a full name")
 
 
-def problem_documents(problems: Iterable[Problem]) -> list[dict[str, str]]:
+def problem_documents(problems: Iterable[store.Problem]) -> list[dict[str, str]]:
     return [{"path": str(item.path), "kind": item.kind, "message": item.message} for item in problems]
 
 
-def damaged(problems: Iterable[Problem]) -> list[Problem]:
+def damaged(problems: Iterable[store.Problem]) -> list[store.Problem]:
     return [problem for problem in problems if problem.kind != "missing"]
 
 
-def list_problems(err: TextIO, problems: Sequence[Problem], *, lead: str = "", rest: str = "--json lists all") -> None:
+def list_problems(
+    err: TextIO, problems: Sequence[store.Problem], *, lead: str = "", rest: str = "--json lists all"
+) -> None:
     texts = (f"{lead}{problem.kind}: {problem.path}: {problem.message}" for problem in problems[:_PROBLEMS_SHOWN])
     err.writelines(printable(text) + "\n" for text in texts)
     if len(problems) > _PROBLEMS_SHOWN:

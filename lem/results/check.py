@@ -17,6 +17,7 @@ from lem.base.measurement import (
 from lem.base.reasons import Reason, alike
 from lem.base.units import percent, plain, plural, some_of
 from lem.record import Record
+from lem.results import trends
 from lem.results.comparability import LENGTH_TOLERANCE, environment_changes, find_obstacles
 from lem.results.compare import exclusion_reason, find_effect
 from lem.results.findings import INTERFERENCE, NO_EFFECT, NO_RESUME, NOTES, SAME_WORK, WEAK, Finding
@@ -25,20 +26,6 @@ from lem.results.run import REPLAYED, SHARED_LOAD, Configuration, Run
 from lem.results.stats import AUTOCORRELATION_SOUGHT, CONFIDENCE, UNPLANNED, cycles_to_settle
 from lem.results.stopping import MOST_CYCLES
 from lem.results.student import POWER
-from lem.results.trends import (
-    BLOCKS,
-    FALSE_ALARMS,
-    SAME_ORDER,
-    WATCHED,
-    Drift,
-    autocorrelation_of_cycles,
-    drift_of,
-    is_chance,
-    is_same_order,
-    position_effect,
-    ran_apart,
-    ran_later,
-)
 
 # An interval wider than this cannot show a difference of a few percent.
 _WIDE = 0.05
@@ -158,7 +145,9 @@ def _unsteady(run: Run) -> Found:
     used = [record for item in run.with_results for record in item.used]
     moved = [record for record in used if record.validity.steady is False]
     open_loop = [record for record in used if record.window.traffic_mode != "closed_batch"]
-    if all(record in open_loop for record in moved) and is_chance(len(moved), len(open_loop), UNSTEADY_BY_CHANCE):
+    if all(record in open_loop for record in moved) and trends.is_chance(
+        len(moved), len(open_loop), UNSTEADY_BY_CHANCE
+    ):
         return
     yield from _of_results("unsteady", Reason.of("window_moved"), lambda item: item.validity.steady is False)(run)
 
@@ -211,34 +200,34 @@ def _warnings(run: Run) -> Found:
 
 
 def _drift(run: Run) -> Found:
-    for metric in WATCHED:
-        yield from _moves("drift", metric, drift_of(run, metric))
+    for metric in trends.WATCHED:
+        yield from _moves("drift", metric, trends.drift_of(run, metric))
 
 
-def _moves(kind: str, metric: Metric, drift: Drift | None) -> Found:
+def _moves(kind: str, metric: Metric, drift: trends.Drift | None) -> Found:
     if drift is not None and drift.is_found:
         about = {"metric": metric.label, "moved": drift.moved, "interval": drift.interval}
-        yield _finding(kind, Reason.of(kind, **about, rate=percent(FALSE_ALARMS)))
+        yield _finding(kind, Reason.of(kind, **about, rate=percent(trends.FALSE_ALARMS)))
 
 
 def _order(run: Run) -> Found:
-    if later := ran_later(run):
-        yield _finding("grouped", BLOCKS, [item.name for item in later])
+    if later := trends.ran_later(run):
+        yield _finding("grouped", trends.BLOCKS, [item.name for item in later])
         return
-    if is_same_order(run):
-        yield _finding("same_order", SAME_ORDER)
+    if trends.is_same_order(run):
+        yield _finding("same_order", trends.SAME_ORDER)
         return
     metric = run.primary_metric
-    yield from _moves("order_effect", metric, position_effect(run, metric))
+    yield from _moves("order_effect", metric, trends.position_effect(run, metric))
 
 
 def _autocorrelation(run: Run) -> Found:
     metric = run.primary_metric
-    found = autocorrelation_of_cycles(run, metric)
+    found = trends.autocorrelation_of_cycles(run, metric)
     if found is not None:
         data = {"lag_1": found.lag_1, "n": found.n, "sought": AUTOCORRELATION_SOUGHT, "power": percent(found.power)}
-        reason = Reason.of("autocorrelation", metric=metric.label, rate=percent(FALSE_ALARMS), **data)
-        yield _finding("autocorrelation", reason, is_weak=found.p_value < FALSE_ALARMS)
+        reason = Reason.of("autocorrelation", metric=metric.label, rate=percent(trends.FALSE_ALARMS), **data)
+        yield _finding("autocorrelation", reason, is_weak=found.p_value < trends.FALSE_ALARMS)
 
 
 def _wide_intervals(run: Run) -> Found:
@@ -263,7 +252,7 @@ def _pairs(run: Run) -> Found:
 def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Finding | None:
     effect, reason = find_effect(metric, lower, upper)
     level = 1 - (1 - CONFIDENCE) * min(lower.share, upper.share)
-    interval = effect.interval(level) if effect and not reason and not ran_apart(lower, upper) else None
+    interval = effect.interval(level) if effect and not reason and not trends.ran_apart(lower, upper) else None
     if effect is None or interval is None or not interval[0] <= 1 <= interval[1]:
         return None
     further = cycles_to_settle(effect, 0.0, 1 - (1 - level) / UNPLANNED)

@@ -17,21 +17,10 @@ from lem.base.measurement import Measured
 from lem.base.reasons import Reason, alike
 from lem.base.units import plain, some_of
 from lem.record import Record
+from lem.results import stats
 from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
 from lem.results.metrics import METRICS, Metric
 from lem.results.run import NO_INTERVAL, Configuration, Run, make_run
-from lem.results.stats import (
-    Effect,
-    Gate,
-    Judgement,
-    Verdict,
-    anchored_effect,
-    holm,
-    judge,
-    log_ratio,
-    paired_effect,
-    ratio_of,
-)
 from lem.results.trends import BLOCKS, ran_apart
 from lem.results.uncertainty import Causes, Combined, of_effect, over_anchor, ratio_causes
 
@@ -45,20 +34,20 @@ NO_ANCHOR = Reason.of("no_anchor")
 _NOT_ASKED = Reason.of("not_asked")
 
 _Sides = tuple[Configuration, Configuration]
-_Found = tuple[Effect | None, Reason | None]
+_Found = tuple[stats.Effect | None, Reason | None]
 
 
 @dataclass(frozen=True)
 class Row:
     metric: Metric
     means: tuple[float | None, float | None]  # geometric means of baseline and other
-    effect: Effect | None  # other over baseline; None with `reason`
+    effect: stats.Effect | None  # other over baseline; None with `reason`
     interval: tuple[float, float] | None = None  # of the ratio: all of the comparison hold together with 95 %
     raw_ratio: float | None = None  # of the means, where `effect` is taken over an anchor
     all_attempts_ratio: float | None = None  # over every attempt, invalid ones too, where it differs
     reason: Reason | None = None  # why there is no effect, no interval, or no verdict
     p_adjusted: float | None = None  # two-sided, of no difference, after Holm and for the tests before
-    judgement: Judgement | None = None
+    judgement: stats.Judgement | None = None
     combined: Measured[Combined] | None = None  # of an energy's ratio: the spread of cycles and the meter together
 
     @property
@@ -99,7 +88,7 @@ class Comparison:
     runs: tuple[Run, ...]  # one, or two of which the second is compared with the first
     pairs: tuple[Pair, ...]  # all with the same baseline when there is one run
     metrics: tuple[Metric, ...]  # in the order in which they are shown
-    gates: tuple[Gate, ...]
+    gates: tuple[stats.Gate, ...]
     anchor: Anchor | None = None  # of two runs; None for one
     along: Along | None = None  # then the sides of each pair are `Pooled`
     missing: tuple[str, ...] = ()  # what could not be compared: configurations without a result or a counterpart
@@ -141,11 +130,11 @@ def unmeasured(comparison: Comparison) -> list[Row]:
 def gate_code(comparison: Comparison, *, is_lenient: bool = False) -> ExitCode:
     """The exit code of the gates: a confirmed regression, else a metric that was not measured, else undecided."""
     verdicts = {row.judgement.verdict for pair in comparison.pairs for row in pair.rows if row.judgement}
-    if Verdict.WORSE in verdicts:
+    if stats.Verdict.WORSE in verdicts:
         return ExitCode.REGRESSION
     if unmeasured(comparison):
         return ExitCode.USAGE
-    is_open = Verdict.INCONCLUSIVE in verdicts or not verdicts or comparison.missing
+    is_open = stats.Verdict.INCONCLUSIVE in verdicts or not verdicts or comparison.missing
     return ExitCode.INCONCLUSIVE if comparison.gates and is_open and not is_lenient else ExitCode.OK
 
 
@@ -155,7 +144,7 @@ def compare_configurations(
     others: Sequence[Configuration],
     *,
     metrics: Sequence[Metric] = (),
-    gates: Sequence[Gate] = (),
+    gates: Sequence[stats.Gate] = (),
     is_whole: bool = False,
 ) -> Comparison:
     """Each of `others` against `baseline`, within cycles; `is_whole` adds all comparable metrics, without verdicts."""
@@ -171,7 +160,7 @@ def compare_runs(
     chosen: _Sides | None = None,
     anchor: Anchor = _DEFAULT_ANCHOR,
     metrics: Sequence[Metric] = (),
-    gates: Sequence[Gate] = (),
+    gates: Sequence[stats.Gate] = (),
     is_whole: bool = False,
 ) -> Comparison:
     """The configurations of two runs over an anchor, or the `chosen` pair; UserError if there is no common anchor."""
@@ -181,7 +170,7 @@ def compare_runs(
     pairs = tuple(_pair_across(pair, anchors, (*shown, *further), anchor.tolerance) for pair in matched)
     found = replace(anchor, name="")
     if anchors is not None:
-        ratios = {it.name: ratio_of(value) for it in shown if (value := _raw(it, *anchors)) is not None}
+        ratios = {it.name: stats.ratio_of(value) for it in shown if (value := _raw(it, *anchors)) is not None}
         found = Anchor(anchors[0].name, anchor.tolerance, ratios)
     missing += [] if chosen else without_result(before, after)
     return finished(Comparison((before, after), pairs, shown, tuple(gates), found, missing=tuple(missing)))
@@ -213,7 +202,7 @@ def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -
     usable = [cycle for cycle in shared if min(below[cycle], above[cycle]) > 0]
     if not usable:
         return None, Reason.of("no_ratio")
-    effect = paired_effect([above[cycle] for cycle in usable], [below[cycle] for cycle in usable])
+    effect = stats.paired_effect([above[cycle] for cycle in usable], [below[cycle] for cycle in usable])
     if not effect.is_representable():
         return None, Reason.of("out_of_range")
     if len(usable) > 1 and (baseline.is_load_shared or other.is_load_shared):
@@ -259,7 +248,7 @@ def without_result(*runs: Run) -> list[str]:
 
 
 def metrics_to_show(
-    metrics: Sequence[Metric], gates: Sequence[Gate], configurations: Sequence[Configuration], *, is_whole: bool
+    metrics: Sequence[Metric], gates: Sequence[stats.Gate], configurations: Sequence[Configuration], *, is_whole: bool
 ) -> tuple[tuple[Metric, ...], tuple[Metric, ...]]:
     asked = tuple(dict.fromkeys((*(gate.metric for gate in gates), *metrics)))
     usual = tuple(metric for metric in METRICS if metric.is_headline)
@@ -314,10 +303,10 @@ def _pair_across(sides: _Sides, anchors: _Sides | None, metrics: Sequence[Metric
             causes = over_anchor(*(ratio_causes(metric, anchor.used, item.used) for item, anchor in pairs))
             row = _row(metric, sides, _over_anchor(metric, sides, others, tolerance), blocking, causes=causes)
         else:
-            effect = None if raw is None else Effect(raw, None, None, (before.n_cycles, after.n_cycles))
+            effect = None if raw is None else stats.Effect(raw, None, None, (before.n_cycles, after.n_cycles))
             why = _why_unmeasured(metric, *sides) or (_OWN_ANCHOR if anchors else NO_ANCHOR)
             row = _row(metric, sides, (effect, why))
-        rows.append(replace(row, raw_ratio=None if raw is None else ratio_of(raw)))
+        rows.append(replace(row, raw_ratio=None if raw is None else stats.ratio_of(raw)))
     return Pair(before, after, obstacles, tuple(rows))
 
 
@@ -330,7 +319,7 @@ def _over_anchor(metric: Metric, sides: _Sides, anchors: _Sides, tolerance: floa
     raw, moved = _raw(metric, *anchors), None
     if raw is not None and abs(raw) > math.log1p(tolerance):
         moved = Reason.of("anchor_moved", name=anchors[0].name, ratio=math.exp(raw), most_percent=100 * tolerance)
-    return anchored_effect(later, earlier), why_earlier or why_later or moved
+    return stats.anchored_effect(later, earlier), why_earlier or why_later or moved
 
 
 def _find_anchor(before: Run, after: Run, name: str, chosen: _Sides | None) -> _Sides | None:
@@ -382,7 +371,7 @@ def _match(before: Run, after: Run, anchors: _Sides | None) -> tuple[list[_Sides
 
 def _raw(metric: Metric, before: Configuration, after: Configuration) -> float | None:
     below, above = before.estimate(metric).value, after.estimate(metric).value
-    return log_ratio(above, below) if below and above else None
+    return stats.log_ratio(above, below) if below and above else None
 
 
 def finished(comparison: Comparison) -> Comparison:
@@ -394,11 +383,11 @@ def finished(comparison: Comparison) -> Comparison:
     gates = {gate.metric: gate for gate in comparison.gates}
     found = ((index, row.effect.p_value) for index, row in enumerate(rows) if row.effect and not row.reason)
     p_values = {index: p_value for index, p_value in found if p_value is not None}
-    holms = holm(list(p_values.values()))
+    holms = stats.holm(list(p_values.values()))
     scale = SIGNIFICANCE / comparison.alpha  # so that a p value below `SIGNIFICANCE` is one below what is left
     adjusted = {index: min(1.0, scale * p_value) for index, p_value in zip(p_values, holms, strict=True)}
     questions = [(gates[row.metric], row.effect, row.reason) for row in rows if row.metric in gates]
-    judged = iter(judge(questions, confidence=1 - comparison.alpha))
+    judged = iter(stats.judge(questions, confidence=1 - comparison.alpha))
     done = (
         replace(
             row,

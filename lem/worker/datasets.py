@@ -14,15 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lem.base import durable
+from lem.base import durable, variables
 from lem.base.reasons import Reason
-from lem.base.variables import (
-    DATASETS_VARIABLE,
-    DOWNLOAD_ONCE,
-    HUB_FOLDER_VARIABLE,
-    TOKEN_VARIABLE,
-    is_cache_read_only,
-)
 from lem.config.experiment import DATASET_ALIASES, DatasetConfig, ExperimentConfig, HuggingFacePrompts
 from lem.worker.datafiles import SUFFIXES, Row, files_of_split, prompts_error, read_rows, sliced, split_name
 from lem.worker.prompts import ResolvedPrompts, as_measured, fingerprint, seed_of_draw, taken_from
@@ -84,7 +77,7 @@ def resolve_dataset(
         rows = sliced(read_rows(files), choice.split)
         source = {"kind": "local", "path": ", ".join(str(file) for file in files), "revision": None}
     else:
-        rows, revision = _load_from_hub(choice, secrets.get(TOKEN_VARIABLE))
+        rows, revision = _load_from_hub(choice, secrets.get(variables.TOKEN_VARIABLE))
         source = {"kind": "hub", "revision": revision}
     drawn, warnings = _draw(rows, choice, draw)
     prompts = as_measured(drawn, config)
@@ -99,7 +92,7 @@ def check_dataset(config: ExperimentConfig, environ: Mapping[str, str], secrets:
     if find_files(choice, environ):
         resolve_dataset(config, environ, secrets)
     else:
-        _load_from_hub(choice, secrets.get(TOKEN_VARIABLE), is_check=True)
+        _load_from_hub(choice, secrets.get(variables.TOKEN_VARIABLE), is_check=True)
 
 
 # Local files
@@ -115,13 +108,13 @@ def find_files(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[Path,
     own = durable.in_home(choice.name)
     if choice.name == choice.hub_name and _is_there(own):
         return files_of_split(own, choice.split, choice.subset, usual)
-    setting = environ.get(DATASETS_VARIABLE)
+    setting = environ.get(variables.DATASETS_VARIABLE)
     if not setting:
         return ()
     folder = Path(setting)
     if not folder.is_dir():
         hint = "set it to a folder of data sets, or unset it"
-        raise prompts_error(f"{DATASETS_VARIABLE}={setting}: no such folder", hint)
+        raise prompts_error(f"{variables.DATASETS_VARIABLE}={setting}: no such folder", hint)
     names = (choice.name, choice.hub_name)
     forms = [name.replace("/", mark) for name in names for mark in ("/", "__", "--")]
     forms += [name.rpartition("/")[2] for name in names]
@@ -142,7 +135,7 @@ def _is_there(path: Path) -> bool:
 
 def is_in_hub_cache(choice: DatasetChoice, environ: Mapping[str, str]) -> bool:
     cache_home = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    home = Path(environ.get(HUB_FOLDER_VARIABLE) or Path(cache_home) / "huggingface")
+    home = Path(environ.get(variables.HUB_FOLDER_VARIABLE) or Path(cache_home) / "huggingface")
     cache = Path(environ.get("HF_HUB_CACHE") or home / "hub")
     return any((cache / f"datasets--{choice.hub_name.replace('/', '--')}" / "snapshots").glob("*/*"))
 
@@ -154,7 +147,8 @@ def _load_from_hub(
         import datasets
     except ImportError as error:
         message = f"data set {choice.name}: the `datasets` package is not installed in the engine's Python"
-        hint = f"pip install datasets there, or put a copy of {choice.hub_name} into the folder of {DATASETS_VARIABLE}"
+        folder = f"the folder of {variables.DATASETS_VARIABLE}"
+        hint = f"pip install datasets there, or put a copy of {choice.hub_name} into {folder}"
         raise prompts_error(message, hint) from error
     name, split = choice.hub_name, choice.split
     files = {split_name(split): DATA_FILES[name]} if name in DATA_FILES else None
@@ -172,8 +166,10 @@ def _load_from_hub(
             may_pass = isinstance(error, ConnectionError) and not datasets.config.HF_HUB_OFFLINE
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             message = f"data set {choice.name} ({name}, split {split}): {first_line}"
-            check = DOWNLOAD_ONCE if is_cache_read_only() else "check name, subset, split and network"
-            hint = f"{check}; or put a copy into the folder of {DATASETS_VARIABLE}"
+            check = (
+                variables.DOWNLOAD_ONCE if variables.is_cache_read_only() else "check name, subset, split and network"
+            )
+            hint = f"{check}; or put a copy into the folder of {variables.DATASETS_VARIABLE}"
             raise prompts_error(message, hint, is_permanent=not may_pass) from error
     if is_check:
         _check_split(choice, found.info.splits or found.config.data_files)

@@ -29,16 +29,7 @@ from lem.config.experiment import (
     SyntheticPrompts,
 )
 from lem.record import PROMPTS_FILE, TEMPLATE_FILE
-from lem.worker.shapes import (
-    ROWS_TO_LOOK_AT,
-    TEXT_COLUMNS,
-    Prompt,
-    as_json,
-    bound_of,
-    json_of,
-    prompt_of_record,
-    usable_columns,
-)
+from lem.worker import shapes
 
 # Half the chosen length to one and a half times it.
 UNIFORM_SPREAD = 0.5
@@ -74,14 +65,14 @@ def seed_of_draw(seed: int, draw: int) -> int | str:
     return seed if draw == 0 else f"{seed}/{draw}"
 
 
-def generate(plan: SyntheticPrompts, draw: int = 0) -> tuple[Prompt, ...]:
+def generate(plan: SyntheticPrompts, draw: int = 0) -> tuple[shapes.Prompt, ...]:
     """Made-up prompts, no two alike, of which each has its length in tokens and at least as many words."""
     rng = random.Random(seed_of_draw(plan.seed, draw))
-    made: list[Prompt] = []
+    made: list[shapes.Prompt] = []
     for index in range(plan.sample_size):
         length = _draw_length(plan.input_tokens, plan.distribution, rng)
         output = None if plan.output_tokens is None else _draw_length(plan.output_tokens, plan.distribution, rng)
-        made.append(Prompt(_text(index, length, rng), length, output))
+        made.append(shapes.Prompt(_text(index, length, rng), length, output))
     return tuple(made)
 
 
@@ -126,7 +117,7 @@ class PromptError(ConfigurationError):
 
 @dataclass(frozen=True)
 class ResolvedPrompts:
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[shapes.Prompt, ...]
     source: Mapping[str, Any]  # for the record: kind, path or name, revision, sha256, count, and what chose them
     warnings: tuple[Reason, ...] = ()
 
@@ -157,32 +148,32 @@ def resolve_on_host(config: ExperimentConfig, folder: Path | None = None, *, dra
     return ResolvedPrompts(prompts, {"kind": kind, "name": kind, **contents, **parameters})
 
 
-def as_measured(prompts: Sequence[Prompt], config: ExperimentConfig) -> tuple[Prompt, ...]:
+def as_measured(prompts: Sequence[shapes.Prompt], config: ExperimentConfig) -> tuple[shapes.Prompt, ...]:
     if config.is_templated:
         return tuple(prompts)
 
-    def joined(item: Prompt) -> Prompt:
+    def joined(item: shapes.Prompt) -> shapes.Prompt:
         return replace(item, messages=(), tools=(), taken_from=f"{item.taken_from}, joined without roles")
 
     return tuple(joined(item) if item.messages else item for item in prompts)
 
 
-def taken_from(prompts: Iterable[Prompt]) -> dict[str, str]:
+def taken_from(prompts: Iterable[shapes.Prompt]) -> dict[str, str]:
     counts = Counter(item.taken_from for item in prompts if item.taken_from is not None)
     parts = [name if len(counts) == 1 else f"{name} ({count})" for name, count in sorted(counts.items())]
     return {"taken_from": "; ".join(parts)} if parts else {}
 
 
-def fingerprint(prompts: Iterable[Prompt]) -> str:
-    lines = (_line(as_json(replace(item, taken_from=None))) for item in prompts)
+def fingerprint(prompts: Iterable[shapes.Prompt]) -> str:
+    lines = (_line(shapes.as_json(replace(item, taken_from=None))) for item in prompts)
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
-    durable.write_bytes(folder / PROMPTS_FILE, b"".join(_line(as_json(item)) for item in prompts))
+def write_prompts(folder: Path, prompts: Sequence[shapes.Prompt]) -> None:
+    durable.write_bytes(folder / PROMPTS_FILE, b"".join(_line(shapes.as_json(item)) for item in prompts))
 
 
-def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
+def read_prompt_file(path: Path) -> tuple[shapes.Prompt, ...]:
     """The prompts of a text file, one a line, or of JSON, also packed (`.gz`); PromptError names each bad line."""
     text, unit = _read_text(path), ":"
     parse: Callable[[Any], Any] = str
@@ -193,8 +184,8 @@ def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
         raise PromptError(f"{path}: the file is empty", "write one prompt per line")
     if suffix_of(path) in JSON_SUFFIXES:
         rows, parse, unit = _json_rows(path, text, rows)
-    columns = usable_columns(_parsed(rows[:ROWS_TO_LOOK_AT], parse))
-    prompts: list[Prompt] = []
+    columns = shapes.usable_columns(_parsed(rows[: shapes.ROWS_TO_LOOK_AT], parse))
+    prompts: list[shapes.Prompt] = []
     problems: list[str] = []
     for number, row in enumerate(rows, start=1):
         try:
@@ -224,14 +215,14 @@ def _parsed(rows: Iterable[Any], parse: Callable[[Any], Any]) -> Iterator[Any]:
 
 def list_of_json(text: str) -> list[Any] | None:
     try:
-        document = json_of(text)
+        document = shapes.json_of(text)
     except json.JSONDecodeError as error:
         with contextlib.suppress(ValueError):
-            json_of(text.lstrip().split("\n", 1)[0])
+            shapes.json_of(text.lstrip().split("\n", 1)[0])
             return None
         raise ValueError(f"line {error.lineno}: not JSON: {error.msg}") from error
     if isinstance(document, dict):
-        if any(document.get(name) is not None for name in ("body", *TEXT_COLUMNS)):
+        if any(document.get(name) is not None for name in ("body", *shapes.TEXT_COLUMNS)):
             return [document]  # a single row
         lists = [value for value in document.values() if isinstance(value, list)]
         document = lists[0] if len(lists) == 1 else None
@@ -291,20 +282,20 @@ def _parse_line(line: str) -> Any:
     if not line.strip():
         raise ValueError("the line is blank")
     try:
-        return json_of(line)
+        return shapes.json_of(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
 
 
-def _prompt_of(row: Any, columns: Sequence[str]) -> Prompt:
-    prompt = prompt_of_record(row, usual=columns)
+def _prompt_of(row: Any, columns: Sequence[str]) -> shapes.Prompt:
+    prompt = shapes.prompt_of_record(row, usual=columns)
     if not isinstance(row, dict):
         return prompt
     origin = row.get("taken_from", prompt.taken_from)
     return replace(
         prompt,
-        input_tokens=bound_of(row, "input_tokens"),
-        output_tokens=bound_of(row, "output_tokens") or prompt.output_tokens,
+        input_tokens=shapes.bound_of(row, "input_tokens"),
+        output_tokens=shapes.bound_of(row, "output_tokens") or prompt.output_tokens,
         taken_from=origin if isinstance(origin, str) else None,
     )
 
