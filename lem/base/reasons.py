@@ -168,6 +168,38 @@ _NEW_TEXTS: Mapping[str, str] = {
     "sampler_starved": (
         "the sampler did not run for {pause_s:.1f} s in the window or at its edge, expected at most {most_s:.1f} s"
     ),
+    # Why a request to a server failed, and what is said of one that did not.
+    "server_unreachable": "cannot connect: {error}",
+    "server_refused": "the server answered with HTTP {status:d}: {message}",
+    "server_busy": "the server answered with HTTP {status:d}, and asks to retry after {wait}: {message}",
+    "server_redirects": "the server answered with HTTP {status:d} and names another URL: {location}",
+    "server_not_http": "the server does not speak HTTP/1.1: {found}",
+    "server_other_type": "the server answered with {kind} instead of text/event-stream: {message}",
+    "server_reset": "the connection broke: {error}",
+    "server_closed": "the server closed the connection before the end of its answer, after {received:d} bytes",
+    "server_hung": "the server sent nothing for {silence_s:g} s",
+    "server_too_slow": "the answer was not complete after {total_s:g} s",
+    "server_too_long": "the server sent more than an answer may have: {found}",
+    "server_bad_event": "an event of the stream is not a JSON object: {found}",
+    "server_error_event": "the server reported an error in the stream: {message}",
+    "server_no_end": "the stream ended without data: [DONE]",
+    "server_no_usage": "the stream ended without usage, so its tokens cannot be counted",
+    "server_empty": "the answer has no tokens",
+    "server_cut": "the server cut the answer at {found:d} of {most:d} tokens, as at the context limit",
+    "server_other_length": "the answer has {found:d} tokens, expected {least:d} to {most:d}",
+    "server_usage_differs": "the answer has {ids:d} tokens by their ids, and {usage:d} by its usage",
+    "server_cached": "{cached:d} tokens of the prompt were served from the prefix cache",
+    # How well the load client kept up.
+    "client_bound": "the load client was the bottleneck: {why}",
+    "client_shared_reads": "{share:.1%} of the events with tokens waited for the same read as the one before",
+    "client_busy": "it was busy for {share:.0%} of the window",
+    "client_concurrency": "it kept {reached:.4g} of {asked:.4g} requests in flight",
+    "client_late": "it sent requests {late_ms:.3g} ms after their time",
+    "client_waited": "it waited for a CPU for {share:.1%} of the window, and times of tokens include that",
+    "client_user_stamps": (
+        "the kernel gives no arrival times (TLS, or no SO_TIMESTAMPNS): tokens were stamped when they were read"
+    ),
+    "client_clock_set": "the time of day was set during the load: tokens were stamped when they were read",
     # What makes a window's work unfit.
     "none_completed": "no request was completed in the window; {arrived:d} arrived",
     "queue_grew": (
