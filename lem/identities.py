@@ -74,7 +74,7 @@ def _impossible(record: Any) -> Iterator[str]:
     if validity.valid == bool(validity.invalid_reasons):
         yield f"validity.valid is {validity.valid} with {len(validity.invalid_reasons)} invalid_reasons"
     prompts = work.prompt_source.get("count")
-    requests = work.requests_ok + work.requests_failed
+    requests = (work.requests_ok or 0) + (work.requests_failed or 0)
     if window.traffic_mode == "closed_batch" and type(prompts) is int and requests != prompts * window.window_repeats:
         yield f"work: {requests} requests, but {prompts} prompts x {window.window_repeats} repeats"
     for name in _LATENCIES:
@@ -90,12 +90,8 @@ def _is_same(found: float, expected: float) -> bool:
     return math.isclose(found, expected, rel_tol=_TOLERANCE)
 
 
-def _total_tok(record: Any) -> Any:
-    return record.work.input_tok + record.work.output_tok
-
-
 def _over_tried(work: Any) -> float | None:
-    tried = work.requests_ok + work.requests_failed
+    tried = (work.requests_ok or 0) + (work.requests_failed or 0)
     return work.requests_good / tried if tried else None
 
 
@@ -116,14 +112,18 @@ def _phases_j(energy: Any) -> float | None:
     return None if None in parts else sum(parts)
 
 
-def _per(record: Any, count: int) -> float | None:
+def _rate(record: Any, count: int | None) -> float | None:
+    return None if count is None else count / record.window.window_s
+
+
+def _per(record: Any, count: int | None) -> float | None:
     total_j = record.energy.primary_j.value
     return total_j / count if total_j is not None and count else None
 
 
-def _over(count: int, record: Any) -> float | None:
+def _over(count: int | None, record: Any) -> float | None:
     total_j = record.energy.primary_j.value
-    return count / total_j if total_j else None
+    return count / total_j if total_j and count is not None else None
 
 
 def _at_site(record: Any, per_kwh: float | None) -> float | None:
@@ -133,17 +133,17 @@ def _at_site(record: Any, per_kwh: float | None) -> float | None:
 
 # Each figure, what it is computed from, and how; nothing is compared where one of them has no value.
 _IDENTITIES: Final[tuple[tuple[str, str, Callable[[Any], float | None]], ...]] = (
-    ("throughput.output_tok_per_s", "output_tok / window_s", lambda it: it.work.output_tok / it.window.window_s),
+    ("throughput.output_tok_per_s", "output_tok / window_s", lambda it: _rate(it, it.work.output_tok)),
     (
         "throughput.total_tok_per_s",
         "(input_tok + output_tok) / window_s",
-        lambda it: _total_tok(it) / it.window.window_s,
+        lambda it: _rate(it, it.work.total_tok),
     ),
-    ("throughput.requests_per_s", "requests_ok / window_s", lambda it: it.work.requests_ok / it.window.window_s),
+    ("throughput.requests_per_s", "requests_ok / window_s", lambda it: _rate(it, it.work.requests_ok)),
     (
         "throughput.good_requests_per_s",
         "requests_good / window_s",
-        lambda it: None if it.work.requests_good is None else it.work.requests_good / it.window.window_s,
+        lambda it: _rate(it, it.work.requests_good),
     ),
     (
         "throughput.good_requests_ratio",
@@ -154,7 +154,7 @@ _IDENTITIES: Final[tuple[tuple[str, str, Callable[[Any], float | None]], ...]] =
     ("energy.gpu_energy_j", "gpu_energy_net_j + idle_net_power_w x window_s", _gross_j),
     ("energy.primary_j.value", "prefill_energy_j + decode_energy_j", lambda it: _phases_j(it.energy)),
     ("efficiency.energy_per_output_tok_j", "energy / output_tok", lambda it: _per(it, it.work.output_tok)),
-    ("efficiency.energy_per_total_tok_j", "energy / (input_tok + output_tok)", lambda it: _per(it, _total_tok(it))),
+    ("efficiency.energy_per_total_tok_j", "energy / (input_tok + output_tok)", lambda it: _per(it, it.work.total_tok)),
     ("efficiency.energy_per_request_j", "energy / requests_ok", lambda it: _per(it, it.work.requests_ok)),
     (
         "efficiency.energy_per_good_request_j",

@@ -71,7 +71,7 @@ class Validity(Section):
 
 @dataclass(frozen=True)
 class Window(Section):
-    traffic_mode: str  # `closed_batch`, `poisson`, `constant` or `closed`
+    traffic_mode: str  # `closed_batch`, `poisson`, `constant`, `closed`, or `program`
     window_s: float
     window_repeats: int  # runs of the prompt set; under traffic, requests completed over prompts, rounded down
     warmup_s: float | None
@@ -109,6 +109,11 @@ class Energy(Section):
     uncertainty_budget_j: Mapping[str, float] | None = None  # it by cause, which add up as squares
     net_uncertainty_j: float | None = None  # the same of `gpu_energy_net_j`
     net_uncertainty_budget_j: Mapping[str, float] | None = None
+
+    @property
+    def total_j(self) -> float | None:
+        """`primary_j` as a field, for metrics."""
+        return self.primary_j.value
 
     @property
     def primary_j(self) -> Measured[float]:
@@ -201,14 +206,18 @@ class Idle(Section):
 class Work(Section):
     """What was done in the window. Tokens are counted from ids; padding is never input."""
 
-    requests_ok: int
-    requests_failed: int
-    input_tok: int
-    output_tok: int
+    requests_ok: int | None  # None, as the next three, for a program that does not report it
+    requests_failed: int | None
+    input_tok: int | None
+    output_tok: int | None
     padding_tok: int | None  # padding that the engine computed beside the input
-    token_source: str  # `engine_ids` or `retokenized`
+    token_source: str  # `engine_ids`, `retokenized`, or `program`: as a measured program reports them
     prompt_source: Mapping[str, Any]  # where the prompts came from: kind, revision, sha256, count, and the draw
     requests_good: int | None = None  # completed requests that met `traffic_simulation.slo`
+
+    @property
+    def total_tok(self) -> int | None:
+        return None if self.input_tok is None or self.output_tok is None else self.input_tok + self.output_tok
 
 
 @dataclass(frozen=True)

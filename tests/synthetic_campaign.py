@@ -438,6 +438,9 @@ def _make_requests(record: Record, window: Mark, prompts: int) -> RequestLog:
     length_ns = window.closed_ns - window.opened_ns
     edges_ns = [window.opened_ns + length_ns * place // repeats for place in range(repeats + 1)]
     passes_ns = tuple(itertools.pairwise(edges_ns))
+    assert work.requests_ok
+    assert work.input_tok is not None
+    assert work.output_tok is not None
     input_tok, steps = work.input_tok // work.requests_ok, work.output_tok // work.requests_ok
     requests: list[Request] = []
     for begin_ns, end_ns in passes_ns:

@@ -28,6 +28,10 @@ NULL_TEXTS: Mapping[str, str] = {
     "no_gpu_in_use": "no GPU in use",
     "own_processes_unknown": "the engine's own processes are unknown",
     "gpus_unseen": "the sampler does not see the GPUs in use",
+    # A program that `lem measure` runs.
+    "program_unseen": "a program is measured as a whole: lem does not see its requests",
+    "work_not_given": "the program was not asked for it (lem measure --work)",
+    "work_unreadable": "{file}: {problem}",
     # Throughput and latency.
     "window_too_short": "the window was too short for the clock",
     "one_pass": "one pass over the prompt set: nothing to compare it with",

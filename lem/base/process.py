@@ -215,6 +215,7 @@ class ProcessStat:
     parent: int
     cpu_s: float  # user and system time of all its threads, ended ones included
     started_ticks: int
+    ended_s: float = 0.0  # the same of its children that have ended, and of theirs
 
 
 def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
@@ -227,7 +228,8 @@ def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
         start, end = text.index("(") + 1, text.rindex(")")
         fields = text[end + 2 :].split()
         cpu_s = (int(fields[11]) + int(fields[12])) * TICK_S
-        return ProcessStat(text[start:end], fields[0], int(fields[1]), cpu_s, int(fields[19]))
+        ended_s = (int(fields[13]) + int(fields[14])) * TICK_S
+        return ProcessStat(text[start:end], fields[0], int(fields[1]), cpu_s, int(fields[19]), ended_s)
     except (ValueError, IndexError):
         return None
 

@@ -168,6 +168,7 @@ _NEW_TEXTS: Mapping[str, str] = {
     "sampler_starved": (
         "the sampler did not run for {pause_s:.1f} s in the window or at its edge, expected at most {most_s:.1f} s"
     ),
+    "program_failed": "the program {how}",
     # Why a request to a server failed, and what is said of one that did not.
     "server_unreachable": "cannot connect: {error}",
     "server_refused": "the server answered with HTTP {status:d}: {message}",

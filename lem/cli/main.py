@@ -27,6 +27,7 @@ from lem.base.variables import COMPOSE_VARIABLES, VARIABLES
 COMMANDS: Mapping[str, str] = {
     "campaign": "run a campaign file, or several experiment files as one campaign",
     "experiment": "run one experiment",
+    "measure": "measure any program: what it draws, and its energy per unit of work",
     "status": "show the state of campaigns, running or crashed",
     "check": "list what weakens a campaign's numbers, with remedies",
     "config": "check, show and write configuration files",

@@ -18,7 +18,7 @@ from lem.base.errors import ExitCode, MeterRefused, UserError
 from lem.base.units import format_quantity, plural, some_of
 from lem.cli import selection
 from lem.config.campaign_config import slug_of
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import ExperimentConfig, MeteredConfig, ProgramConfig
 from lem.meters.external import read_external
 from lem.meters.recompute import Difference, RawData, Recomputed, has_energy, has_requests, recompute
 from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
@@ -228,11 +228,11 @@ def recompute_result(result: StoredResult) -> Outcome:
     return Outcome(result, "agrees" if found.agrees else "differs", "; ".join(found.notes), found)
 
 
-def _read_config(folder: Path) -> ExperimentConfig:
+def _read_config(folder: Path) -> MeteredConfig:
     resolved = durable.read_sealed(folder / CONFIG_FILE).get("resolved")
     if not isinstance(resolved, dict):
         raise ValueError(f"{folder / CONFIG_FILE}: no resolved configuration in it")
-    return ExperimentConfig.from_dict(resolved)
+    return (ProgramConfig if "command" in resolved else ExperimentConfig).from_dict(resolved)
 
 
 # Output

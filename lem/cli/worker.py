@@ -25,7 +25,7 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--engine", action="store_true", help="run as the engine process of a worker")
     add("--control-fd", type=int, metavar="N", help="descriptor of the control pipe (--engine, --program)")
-    add("--message-fd", type=int, metavar="N", help="descriptor of the message pipe (--engine)")
+    add("--message-fd", type=int, metavar="N", help="descriptor of the message pipe (--engine, --program)")
     add("--end-marked", metavar="MARK", help="kill what is left of the worker with this mark")
     add("--sampler", action="store_true", help="run as the process that samples the meters")
     add("--output", type=Path, metavar="FILE", help="the log to create (--sampler)")
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
         return served.run_service(args.service) if args.service else served.end_containers(args.end_containers)
     if args.program is not None:
-        return run_guarded(args.control_fd, args.program)
+        return run_guarded(args.control_fd, args.message_fd, args.program)
     if not args.engine:
         from lem.worker.supervisor import supervise
 
@@ -89,17 +89,28 @@ def _run_sampler(args: argparse.Namespace, err: TextIO) -> int:
     return sampler.run_sampler_process(options, err)
 
 
-def run_guarded(control_fd: int, words: Sequence[str]) -> int:
-    """Run a program under a guardian once a byte has come from the control pipe; the guardian ends as it does."""
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as shells have it
+
+
+def run_guarded(control_fd: int, message_fd: int | None, words: Sequence[str]) -> int:
+    """Run a program under a guardian once a byte has come from the control pipe; the guardian ends as it does.
+
+    One byte goes through the message pipe, if there is one, when both are there; it is closed when the guardian ends.
+    """
     start_guarded(control_fd)
+    if message_fd is not None:
+        os.set_inheritable(message_fd, False)
+        os.write(message_fd, b"!")
     if not os.read(control_fd, 1):
         return ExitCode.OK
     os.set_inheritable(control_fd, False)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and programs inherit that
+    for signum in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(signum, signal.SIG_DFL)  # Python ignores them, and programs inherit that
     try:
         os.execvp(words[0], [*words])  # noqa: S606 - without a shell
     except OSError as error:
-        raise UserError(f"{words[0]}: cannot be started: {error.strerror}") from error
+        os.write(2, f"lem: {words[0]}: {error.strerror}\n".encode())
+        return _NOT_FOUND if isinstance(error, FileNotFoundError) else _NOT_EXECUTABLE
 
 
 GRACE_S = 20.0

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 from lem.base.measurement import SHORT_WINDOW_S, EnergySource, is_estimate
 from lem.config.backends import (
@@ -551,6 +551,32 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
             for name, sources in ENGINE_LENGTHS[self.backend].items()
         }
 
+
+PROGRAM = "program"  # in place of a backend, in records of `lem measure`
+
+
+@dataclass(frozen=True)
+class ProgramConfig(Section):
+    """A program that `lem measure` runs, and how it is measured."""
+
+    command: tuple[str, ...] = option(REQUIRED, "The program and its arguments.", min_items=1)
+    work: tuple[str, ...] = option((), "Files in which it reports its work.", identity=False)
+    whole_machine: bool = option(False, "Count what every process of this machine does as the program's.")
+    gpus: tuple[str, ...] | None = option(
+        None,
+        "GPUs by index or UUID; null is all that the program sees.",
+        check=_check_gpu,
+        form="index or UUID",
+        is_unique=True,
+    )
+    baseline: BaselineConfig = option(BaselineConfig(), "Power at rest.")
+    timeseries: TimeseriesConfig = option(TimeseriesConfig(), "Samples over time.")
+    measurement: MeasurementConfig = option(MeasurementConfig(), "The meters.")
+
+    traffic_simulation: ClassVar[TrafficConfig] = TrafficConfig()
+
+
+MeteredConfig = ExperimentConfig | ProgramConfig
 
 _DEFAULTS: Mapping[str, Any] = {backend: section() for backend, section in SECTIONS.items()}
 

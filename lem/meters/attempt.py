@@ -16,7 +16,7 @@ from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergyScope, EnergySource, Measured, is_cpu_source, is_estimate, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import MeteredConfig
 from lem.meters.curve import (
     ClosedWindow,
     Curve,
@@ -75,7 +75,7 @@ class Sources:
 
 
 def choose_sources(
-    config: ExperimentConfig,
+    config: MeteredConfig,
     header: SampleHeader,
     gpu_uuids: Sequence[str],
     *,

@@ -279,17 +279,22 @@ def efficiency_of(energy_j: Measured[float], work: Work) -> Efficiency:
     if total_j is None:
         return Efficiency.of(**{item.name: energy_j for item in fields(Efficiency) if item.name != "null_reasons"})
 
-    def per(count: int, what: str) -> Measured[float]:
-        return known(total_j / count if count else None, "no_work", what=what)
+    def per(name: str, what: str) -> Measured[float]:
+        count = getattr(work, name)
+        why = work.null_reasons.get(name) if count is None else None
+        return known(total_j / count if count else None, why or Reason.of("no_work", what=what))
 
     return Efficiency.of(
-        energy_per_output_tok_j=per(work.output_tok, "output tokens"),
-        energy_per_total_tok_j=per(work.input_tok + work.output_tok, "tokens"),
-        energy_per_request_j=per(work.requests_ok, "completed requests"),
+        energy_per_output_tok_j=per("output_tok", "output tokens"),
+        energy_per_total_tok_j=per("total_tok", "tokens"),
+        energy_per_request_j=per("requests_ok", "completed requests"),
         energy_per_good_request_j=(
             known(None, work.why_none("requests_good"))
             if work.requests_good is None
-            else per(work.requests_good, "good requests")
+            else per("requests_good", "good requests")
         ),
-        output_tok_per_j=known(work.output_tok / total_j if total_j else None, "zero_energy"),
+        output_tok_per_j=known(
+            work.output_tok / total_j if total_j and work.output_tok is not None else None,
+            work.null_reasons.get("output_tok") or Reason.of("zero_energy"),
+        ),
     )

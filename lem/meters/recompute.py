@@ -11,7 +11,7 @@ from typing import Any
 
 from lem.base import measurement as names
 from lem.base.measurement import EnergySource, Measured, Section, known
-from lem.config.experiment import ExperimentConfig, SloConfig
+from lem.config.experiment import ExperimentConfig, MeteredConfig, ProgramConfig, SloConfig
 from lem.meters.attempt import AttemptLog, Baselines, choose_sources, span_of, without_still_counters
 from lem.meters.energy import EnergyFindings, efficiency_of, measure
 from lem.meters.external import ExternalReadings
@@ -60,12 +60,12 @@ class RawData:
     prompts_sha256: str | None = None
 
 
-def recompute(record: Record, config: ExperimentConfig, raw: RawData) -> Recomputed:
+def recompute(record: Record, config: MeteredConfig, raw: RawData) -> Recomputed:
     """The figures that follow from the raw data beside those of the record; MeterRefused if they do not fit."""
     work = record.work
     notes: tuple[str, ...] = ()
     pairs: list[Difference] = []
-    if raw.requests is not None:
+    if raw.requests is not None and isinstance(config, ExperimentConfig):
         done = describe_work(raw.requests, config)
         pairs += _work_pairs(record, done)
         work = dataclasses.replace(work, null_reasons={}, **{name: _value(item) for name, item in done.work.items()})
@@ -126,12 +126,14 @@ def _of_section(name: str, recorded: Any, recomputed: Any) -> Iterator[Differenc
 
 
 def _energy_pairs(
-    record: Record, config: ExperimentConfig, log: SampleLog, raw: RawData, work: Work
+    record: Record, config: MeteredConfig, log: SampleLog, raw: RawData, work: Work
 ) -> tuple[list[Difference], tuple[str, ...]]:
     marks = raw.marks
     log = without_still_counters(log, span_of(marks, names.WINDOW))
     uuids, idle = record.environment.gpu_uuids, record.idle
     load = None if record.validity.engine_reused else span_of(marks, names.LOAD)
+    if isinstance(config, ProgramConfig):
+        load = None if config.whole_machine else span_of(marks, names.WINDOW)
     # Processes that were there before the engine was loaded are not the engine's.
     before = [row for row in log.processes if load is not None and row.at_ns <= load.opened_ns]
     foreign = {log.header.gpus[row.gpu].uuid: row.pids for row in before}
@@ -155,7 +157,7 @@ def _energy_pairs(
 
 
 def has_requests(record: Record) -> bool:
-    return record.window.why_none("in_flight_mean").code != "not_recorded"
+    return record.window.why_none("in_flight_mean").code not in ("not_recorded", "program_unseen")
 
 
 def has_energy(record: Record) -> bool:
@@ -168,7 +170,7 @@ def has_energy(record: Record) -> bool:
     )
 
 
-def _pairs(record: Record, config: ExperimentConfig, found: EnergyFindings, work: Work) -> Iterator[Difference]:
+def _pairs(record: Record, config: MeteredConfig, found: EnergyFindings, work: Work) -> Iterator[Difference]:
     primary_j = found.energy.primary_j
     sections: list[tuple[str, Section, Section]] = [
         ("energy", record.energy, found.energy),

@@ -174,7 +174,8 @@ class _Engine:
         self._tops: tuple[int, ...] = ()
         self._run: _Growth[tuple[int, int]] = _Growth()
         self._wait: _Growth[tuple[int, int]] = _Growth()
-        self._cpu: _Growth[int] = _Growth()
+        self._cpu_s = 0.0
+        self._cpu_before_s: float | None = None
         self.add(pid)
 
     def add(self, *pids: int) -> None:
@@ -194,9 +195,12 @@ class _Engine:
         self.threads_due_ns = 0
 
     def cpu_s(self) -> float:
-        found = ((pid, read_stat(pid, self._proc)) for pid in (*self.pids, *self._supervisor))
-        self._cpu.add({pid: stat.cpu_s for pid, stat in found if stat is not None})
-        return self._cpu.total_s
+        """That of a process which ends passes to the one that waits for it."""
+        found = (read_stat(pid, self._proc) for pid in (*self.pids, *self._supervisor))
+        now_s = sum(stat.cpu_s + stat.ended_s for stat in found if stat is not None)
+        self._cpu_before_s = now_s if self._cpu_before_s is None else self._cpu_before_s
+        self._cpu_s = max(self._cpu_s, now_s - self._cpu_before_s)
+        return self._cpu_s
 
     def thread_times_s(self) -> tuple[float, float] | None:
         """How long its threads ran, and waited for a CPU, since the first call; None if the kernel does not count."""

@@ -21,7 +21,7 @@ from lem.base.errors import in_brackets
 from lem.base.reasons import Reason
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig
-from lem.config.experiment import ENGINE_LENGTHS, ExperimentConfig, SyntheticPrompts
+from lem.config.experiment import ENGINE_LENGTHS, ExperimentConfig, MeteredConfig, SyntheticPrompts
 from lem.config.kinds import ConfigProblems, Expanded, Items, Option, Problem, dotted
 from lem.config.option import canonical, declared, find_option, put
 from lem.config.rules import Gpu
@@ -356,7 +356,7 @@ def generator_version() -> str:
     return digest.hexdigest()[:CONFIG_HASH_LENGTH]
 
 
-def config_hash(config: ExperimentConfig, prompts: Mapping[str, Any], *, is_first: bool = False) -> str:
+def config_hash(config: MeteredConfig, prompts: Mapping[str, Any], *, is_first: bool = False) -> str:
     """16 hex digits over all that can change an experiment's numbers; with `is_first`, as the first build had it."""
     settings = {key: value for key, value in config.identity(is_first=is_first).items() if key not in _PROMPT_KEYS}
     return _digest({"config": settings, "prompts": prompts})

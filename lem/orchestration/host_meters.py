@@ -24,7 +24,7 @@ from lem.base.errors import UserError
 from lem.base.launch import own_command
 from lem.base.measurement import is_estimate, is_gpu_source
 from lem.base.units import NS_PER_S
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import MeteredConfig
 from lem.meters.attempt import Baselines
 from lem.meters.interference import interference_now
 from lem.meters.machine import named_gpus, visible_gpus
@@ -220,7 +220,7 @@ class HostMeters:
         return cls(gpu_error, find_rapl().explained, usage_error, environ)
 
     @contextlib.contextmanager
-    def attending(self, config: ExperimentConfig, request: RunRequest) -> Iterator[Attendance]:
+    def attending(self, config: MeteredConfig, request: RunRequest) -> Iterator[Attendance]:
         """An attempt with a sampler beside it within the block; a UserError when that cannot be started."""
         # A worker in a container samples by itself what this host may not be able to see.
         server_pids, why_not = find_server(config, self.environ)

@@ -20,7 +20,7 @@ from lem.base import durable, process
 from lem.base.errors import UserError
 from lem.base.launch import own_command
 from lem.config.backends import ServerConfig
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import ExperimentConfig, MeteredConfig
 from lem.orchestration.compose import override_text
 from lem.orchestration.container import UP_TIMEOUT_S
 from lem.orchestration.docker import Compose, Docker, explain
@@ -134,9 +134,9 @@ def end_containers(mark: str) -> int:
 # A server that runs already (`server.url`)
 
 
-def find_server(config: ExperimentConfig, environ: Mapping[str, str]) -> tuple[tuple[int, ...], str | None]:
+def find_server(config: MeteredConfig, environ: Mapping[str, str]) -> tuple[tuple[int, ...], str | None]:
     """The processes of a server that runs already, or why no meter of this machine measures them."""
-    section = config.section
+    section = config.section if isinstance(config, ExperimentConfig) else None
     if not isinstance(section, ServerConfig) or section.url is None:
         return (), None
     parts = urlsplit(section.url)

@@ -18,7 +18,7 @@ from lem.record import Record, RecordError, ResultKey, decode_record
 from lem.results.axes import find_axes
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.compare import Row, compare_configurations, find_effect
-from lem.results.metrics import METRICS, Metric, distinct, parse_metric
+from lem.results.metrics import METRICS, PROGRAM_METRICS, Metric, distinct, parse_metric
 from lem.results.run import NO_INTERVAL, SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, carbon_basis, make_run
 from lem.results.stats import CONFIDENCE, Autocorrelation, Verdict, check_confidence
 from lem.results.stopping import StoppingRule, Target, gate_of
@@ -80,7 +80,7 @@ def configuration_document(configuration: Configuration) -> dict[str, Any]:
         "is_load_shared": configuration.is_load_shared,
         "no_interval_reason": NO_INTERVAL.text if configuration.is_load_shared else None,
     }
-    for metric in METRICS:
+    for metric in (*METRICS, *(PROGRAM_METRICS if configuration.is_program else ())):
         document.setdefault(metric.group, {})[metric.name] = _estimate_document(configuration.estimate(metric))
     return document
 

@@ -153,7 +153,7 @@ def _unsteady(run: Run) -> Found:
 
 
 def _work(run: Run) -> Found:
-    measured = [item for item in run.with_results if item.used]
+    measured = [item for item in run.with_results if item.used and not item.is_program]
     free = tuple(item.name for item in measured if item.used[0].requested.get("ignore_eos") is not True)
     by_limit: dict[object, dict[str, float]] = {}
     for item in measured:
@@ -321,8 +321,8 @@ def _rest_spread(configuration: Configuration) -> float:
 
 
 def _length(records: Sequence[Record]) -> float:
-    requests = sum(item.work.requests_ok for item in records)
-    return sum(item.work.output_tok for item in records) / requests if requests else 0.0
+    requests = sum(item.work.requests_ok or 0 for item in records)
+    return sum(item.work.output_tok or 0 for item in records) / requests if requests else 0.0
 
 
 def _names(records: Iterable[Record]) -> tuple[str, ...]:

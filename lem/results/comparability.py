@@ -116,11 +116,16 @@ def _cards(*sides: Sequence[Record]) -> tuple[str, str] | None:
 
 
 def _lengths(*sides: Sequence[Record]) -> tuple[float, float] | None:
-    lengths = [[it.work.output_tok / it.work.requests_ok for it in side if it.work.requests_ok] for side in sides]
+    lengths = [[length for it in side if (length := _answer_tok(it)) is not None] for side in sides]
     if not all(lengths):
         return None
     before, after = map(statistics.fmean, lengths)
     return None if abs(before - after) <= LENGTH_TOLERANCE * max(before, after) else (before, after)
+
+
+def _answer_tok(record: Record) -> float | None:
+    work = record.work
+    return work.output_tok / work.requests_ok if work.requests_ok and work.output_tok is not None else None
 
 
 def _libraries(*sides: Sequence[Record]) -> tuple[str, str] | None:
@@ -207,7 +212,8 @@ def _load(record: Record) -> dict[str, Any]:
 def workload_of(record: Record) -> str:
     """The workload for a person: `poisson, target_qps 2, synthetic 1f3a09bc, 128 tokens per answer`."""
     load = [f"{name} {value}" for name, value in _load(record).items()]
-    length = f"{plain(record.work.output_tok / max(record.work.requests_ok, 1), '.3g')} tokens per answer"
+    length_tok = _answer_tok(record)
+    length = "" if length_tok is None else f"{plain(length_tok, '.3g')} tokens per answer"
     return ", ".join(filter(None, [record.window.traffic_mode.replace("_", " "), *load, _prompts(record), length]))
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lem.base import units
+from lem.base import process, units
 from lem.base.doc import Column, Doc, columns
 from lem.base.log import WIDTH
 from lem.base.measurement import ENERGY_COUNTED, Distribution
 from lem.config.backends import ENERGY_SCORE_RULES
-from lem.config.experiment import DATASET_ALIASES
+from lem.config.experiment import DATASET_ALIASES, PROGRAM
 from lem.record import Energy, Gpu, Record
 from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES
 
@@ -28,16 +29,54 @@ def render_record(record: Record, *, is_colour: bool = False, width: int = WIDTH
     for label, text in _facts(record):
         doc.text(text, lead=label.ljust(_LABEL_WIDTH))
     doc.block()
-    _add_latency(doc, record)
-    doc.block()
+    if record.identity.backend != PROGRAM:
+        _add_latency(doc, record)
+        doc.block()
     for reason in record.validity.warnings:
         doc.labelled("warning: ", reason.text, "yellow")
     return doc.render()
 
 
+def _facts_of_program(record: Record) -> Iterable[tuple[str, str]]:
+    work, environment = record.work, record.environment
+    yield "command", shlex.join(map(str, record.requested.get("command", ())))
+    yield "ended", process.describe_exit(environment.engine_effective.get("exit_code", 0))
+    yield "time", units.format_duration(record.window.window_s)
+    names = {"requests_ok": "requests", "input_tok": "tokens in", "output_tok": "tokens out"}
+    parts = [f"{count} {words}" for name, words in names.items() if (count := getattr(work, name)) is not None]
+    yield "work", ", ".join(parts) or _measured(work, "output_tok", str)
+
+
 def _facts(record: Record) -> Iterable[tuple[str, str]]:
-    validity, window, work, environment = record.validity, record.window, record.work, record.environment
+    validity = record.validity
     yield "valid", "yes" if validity.valid else "no: " + "; ".join(map(str, validity.invalid_reasons))
+    is_program = record.identity.backend == PROGRAM
+    yield from (_facts_of_program if is_program else _facts_of_engine)(record)
+    if not is_program or record.throughput.requests_per_s is not None or record.throughput.output_tok_per_s is not None:
+        yield "throughput", _throughput(record)
+    yield "energy", _energy(record)
+    if (energy_j := record.energy.primary_j.value) is not None:
+        yield "uncertainty", _uncertainty(record.energy, energy_j, "energy_uncertainty_j", "uncertainty_budget_j")
+    if (net_j := record.energy.gpu_energy_net_j) is not None:
+        spread = _uncertainty(record.energy, net_j, "net_uncertainty_j", "net_uncertainty_budget_j")
+        yield "net of idle", f"{units.format_energy(net_j)}, {spread}"
+    elif (why := record.energy.why_none("gpu_energy_net_j")).code == "net_shifted":
+        yield "net of idle", f"not measured: {why}"
+    disturbed = record.interference
+    if disturbed.wait_ratio is not None and disturbed.foreign_ratio is not None:
+        waited, others = units.percent(disturbed.wait_ratio), units.percent(disturbed.foreign_ratio)
+        yield "CPU", f"waited for {waited} of its time; other programs were {others} of the load"
+    if (carbon := _carbon(record)) is not None:
+        yield "carbon", carbon
+    if not is_program:
+        yield "memory", _measured(record.compute, "peak_memory_b", units.format_bytes)
+    yield "machine", _disclosed(MACHINE_SETTINGS + MACHINE_STATE, record)
+    for gpu in record.gpus:
+        yield "GPU", f"{gpu.name} {gpu.uuid}: {_disclosed(GPU_SETTINGS, gpu)}"
+
+
+def _facts_of_engine(record: Record) -> Iterable[tuple[str, str]]:
+    validity, window, work, environment = record.validity, record.window, record.work, record.environment
     yield "model", f"{record.identity.model} on {record.identity.backend}"
     yield "engine", f"{environment.engine_name} {environment.engine_version} on {environment.device}"
     if validity.engine_reused:
@@ -60,25 +99,6 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     good = "" if work.requests_good is None else f", {work.requests_good} good"
     requests = f"{work.requests_ok} requests{good}, {work.requests_failed} failed"
     yield "work", f"{requests}; {work.input_tok} tokens in, {work.output_tok} out ({work.token_source})"
-    yield "throughput", _throughput(record)
-    yield "energy", _energy(record)
-    if (energy_j := record.energy.primary_j.value) is not None:
-        yield "uncertainty", _uncertainty(record.energy, energy_j, "energy_uncertainty_j", "uncertainty_budget_j")
-    if (net_j := record.energy.gpu_energy_net_j) is not None:
-        spread = _uncertainty(record.energy, net_j, "net_uncertainty_j", "net_uncertainty_budget_j")
-        yield "net of idle", f"{units.format_energy(net_j)}, {spread}"
-    elif (why := record.energy.why_none("gpu_energy_net_j")).code == "net_shifted":
-        yield "net of idle", f"not measured: {why}"
-    disturbed = record.interference
-    if disturbed.wait_ratio is not None and disturbed.foreign_ratio is not None:
-        waited, others = units.percent(disturbed.wait_ratio), units.percent(disturbed.foreign_ratio)
-        yield "CPU", f"waited for {waited} of its time; other programs were {others} of the load"
-    if (carbon := _carbon(record)) is not None:
-        yield "carbon", carbon
-    yield "memory", _measured(record.compute, "peak_memory_b", units.format_bytes)
-    yield "machine", _disclosed(MACHINE_SETTINGS + MACHINE_STATE, record)
-    for gpu in record.gpus:
-        yield "GPU", f"{gpu.name} {gpu.uuid}: {_disclosed(GPU_SETTINGS, gpu)}"
 
 
 # What can change the numbers and is not what was asked for, as found before the experiment: the section of the record,
@@ -154,6 +174,8 @@ def _energy(record: Record) -> str:
         return f"not measured: {energy_j.null_reason}"
     parts = [units.format_energy(energy_j.value) + (" (an estimate)" if energy_j.is_estimate else "")]
     parts += [f"{units.plain(per_tok, '.4g')} J per output token"] if per_tok is not None else []
+    if record.identity.backend == PROGRAM and (per_request := record.efficiency.energy_per_request_j) is not None:
+        parts.append(f"{units.plain(per_request, '.4g')} J per request")
     per_thousand_wh, _ = SCORE.read(record)
     if per_thousand_wh is not None and is_of_energy_score(record):
         parts.append(f"{units.plain(per_thousand_wh, '.4g')} Wh per 1,000 prompts")

@@ -20,14 +20,14 @@ from lem.record import Record, ResultKey
 class Per:
     name: str  # as in the name of a metric: `energy_per_output_tok_j`
     noun: str
-    count: Callable[[Record], int]
+    count: Callable[[Record], int | None]
 
 
 _OUTPUT_TOK = Per("output_tok", "output token", lambda record: record.work.output_tok)
 _INPUT_TOK = Per("input_tok", "input token", lambda record: record.work.input_tok)
-_TOK = Per("total_tok", "token", lambda record: record.work.input_tok + record.work.output_tok)
+_TOK = Per("total_tok", "token", lambda record: record.work.total_tok)
 _REQUEST = Per("request", "request", lambda record: record.work.requests_ok)
-_TRIED = Per("request", "request", lambda record: record.work.requests_ok + record.work.requests_failed)
+_TRIED = Per("request", "request", lambda record: (record.work.requests_ok or 0) + (record.work.requests_failed or 0))
 _LOAD = Per("load", "engine load", lambda _: 1)
 _WARMUP_PROMPT = Per("prompt", "warm-up prompt", lambda record: record.window.warmup_prompts)
 
@@ -76,10 +76,15 @@ class Metric:
             return getattr(value, self.percentile), value.null_reasons.get(self.percentile)
         if self.per is not None:
             if not (count := self.per.count(record)):
-                return None, Reason.of("no_work", what=f"{self.per.noun}s")
+                return None, _why_uncounted(record) or Reason.of("no_work", what=f"{self.per.noun}s")
             value /= count
         # Of larger ones, sums are no floating-point numbers.
         return (self.factor * value, None) if abs(value) < 1e300 else (None, Reason.of("out_of_range"))
+
+
+def _why_uncounted(record: Record) -> Reason | None:
+    """Why a program's work is not known; None where it is, and of other records."""
+    return next((why for name, why in record.work.null_reasons.items() if name in ("output_tok", "requests_ok")), None)
 
 
 # Every latency that a record can have, in the order in which they are shown.
@@ -178,8 +183,14 @@ METRICS: tuple[Metric, ...] = (
     *(metric for kind, words in LATENCIES.items() for metric in _latencies(kind, words)),
 )
 
+# Of a run of a program, which is the same work each time.
+PROGRAM_METRICS = (
+    Metric(*("window_s", "time", "s", "window", "window_s", "Time per run"), is_comparable=False),
+    _energy("total_j", "J", "Energy per run", section="energy", is_comparable=False),
+)
+
 METRIC_BY_NAME: Mapping[str, Metric] = {
-    metric.name: metric for metric in (*METRICS, *_latencies("itl", READABLE_LATENCIES["itl"]))
+    metric.name: metric for metric in (*METRICS, *PROGRAM_METRICS, *_latencies("itl", READABLE_LATENCIES["itl"]))
 }
 
 # Short names of what people compare most.
@@ -200,6 +211,7 @@ SHORT_NAMES = {name: alias for alias, name in _ALIASES.items()}
 # What grows with the work in a window, and what to compare instead. Fields that a metric divides are not listed.
 _INSTEAD: Mapping[str, tuple[str, ...]] = {
     "gpu_energy_j": ("energy_per_output_tok_j", "energy_per_total_tok_j", "energy_per_request_j"),
+    "total_j": ("energy_per_output_tok_j", "energy_per_request_j"),
     "window_s": ("output_tok_per_s", "requests_per_s"),
 }
 

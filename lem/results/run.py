@@ -13,6 +13,7 @@ from typing import Any
 
 from lem.base.measurement import ENERGY_COUNTED, Measured, is_estimate, is_gpu_source
 from lem.base.reasons import Reason
+from lem.config.experiment import PROGRAM
 from lem.record import Record, ResultKey
 from lem.results import axes, metrics
 from lem.results.bootstrap import (
@@ -134,6 +135,11 @@ class Configuration:
     def run_id(self) -> str:
         """The run of its first result; empty when there is none."""
         return self.records[0].identity.run_id if self.records else ""
+
+    @property
+    def is_program(self) -> bool:
+        """Whether these are runs of a program that `lem measure` metered."""
+        return bool(self.records) and self.records[0].identity.backend == PROGRAM
 
     @cached_property
     def attempts(self) -> Cycles:

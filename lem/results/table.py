@@ -12,7 +12,7 @@ from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_dec
 from lem.results.axes import Key
 from lem.results.bootstrap import bootstrap_coverage_label, coverage_notes
 from lem.results.detail import SCORE, is_of_energy_score
-from lem.results.metrics import METRIC_BY_NAME, Metric
+from lem.results.metrics import METRIC_BY_NAME, PROGRAM_METRICS, Metric
 from lem.results.run import (
     ENERGY,
     REPLAYED,
@@ -56,7 +56,7 @@ class _RunTable:
     def render(self, *, has_budget: bool) -> str:
         self._heading()
         is_scored = any(is_of_energy_score(record) for item in self._configurations for record in item.records)
-        for metric in (THROUGHPUT, ENERGY, *([SCORE] if is_scored else []), *_GOODPUT):
+        for metric in (*self._of_program, THROUGHPUT, ENERGY, *([SCORE] if is_scored else []), *_GOODPUT):
             self._estimates(metric)
         self._outcomes()
         if has_budget:
@@ -67,6 +67,11 @@ class _RunTable:
         if self._run.is_single_cycle:
             self._doc.lines([SINGLE_CYCLE])
         return self._doc.render()
+
+    @property
+    def _of_program(self) -> Sequence[Metric]:
+        is_program = any(item.is_program for item in self._configurations)
+        return (*PROGRAM_METRICS, METRIC_BY_NAME["energy_per_request_j"]) if is_program else ()
 
     def _heading(self) -> None:
         run = self._run
@@ -150,7 +155,8 @@ class _RunTable:
                 "Energy: board sensors are off by up to ±5 % per card: compare configurations on one card, not cards."
             )
         has_slo = any(record.work.requests_good is not None for it in self._configurations for record in it.used)
-        for metric in (*_LATENCIES.values(), THROUGHPUT, ENERGY, *(_GOODPUT if has_slo else ())):
+        of_engine = (*_LATENCIES.values(), THROUGHPUT, ENERGY, *(_GOODPUT if has_slo else ()))
+        for metric in self._of_program[1:] or of_engine:
             notes += self._gaps(metric)
         self._doc.block()
         for note in notes:

@@ -108,7 +108,8 @@ def common_causes(metric: Metric, records: Sequence[Record]) -> Measured[Causes]
 def _budget_of(metric: Metric, energy: Energy) -> tuple[float | None, Measured[Mapping[str, float]]]:
     if metric.field == "gpu_energy_net_j":
         return energy.gpu_energy_net_j, energy.measured("net_uncertainty_budget_j")
-    if metric.section == "energy" and metric.field not in parts_of_source(energy.energy_source or ""):
+    parts = ("total_j", *parts_of_source(energy.energy_source or ""))
+    if metric.section == "energy" and metric.field not in parts:
         return None, known(None, "accuracy_unknown")
     return energy.primary_j.value, energy.measured("uncertainty_budget_j")
 

@@ -168,6 +168,10 @@ class SamplerProcess:
         if pids:
             self._order(f"also {' '.join(map(str, pids))}")
 
+    def find_processes(self) -> None:
+        """What is watched may have started others."""
+        self._order("find")
+
     def _order(self, order: str) -> None:
         if not self._stdin.closed:
             # The pipe is full only when the sampler has hung through thousands of orders.

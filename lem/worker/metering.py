@@ -20,7 +20,7 @@ from lem.base.errors import EngineError, MeterRefused
 from lem.base.measurement import WINDOW_UPDATES, EnergySource, Measured, is_cpu_source, is_gpu_source, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import MeteredConfig, ProgramConfig
 from lem.meters import samples
 from lem.meters.attempt import (
     LEAVE_AT_AUTO,
@@ -72,7 +72,7 @@ class Reporter(Protocol):
 
 
 def open_metering(
-    request: RunRequest, config: ExperimentConfig, *, is_resident: bool, clock: Clock, reporter: Reporter
+    request: RunRequest, config: MeteredConfig, *, is_resident: bool, clock: Clock, reporter: Reporter
 ) -> Metering:
     """The meters, once the sampler writes; MeterRefused, or EngineError of kind `meter` if it does not write."""
     if config.measurement.external_csv is not None:
@@ -108,7 +108,7 @@ def open_metering(
 class Metering:
     path: Path | None  # what the sampler writes; None where nothing is sampled
     nothing: SampleHeader  # the header of the empty log where nothing is sampled
-    config: ExperimentConfig
+    config: MeteredConfig
     known_baselines: Mapping[str, Baselines]  # what the host knows of power at rest, by `energy_source`
     clock: Clock
     reporter: Reporter
@@ -180,6 +180,11 @@ class Metering:
         self._rest(duration_s - SETTLE_WINDOW_S, text)
         self.marks.append(Mark(measurement.IDLE_LOADED, settled_ns, self.clock.monotonic_ns()))
         self._rest(self._guard_s, text)
+
+    def rest_before(self) -> None:
+        """As `rest_bare` for a program, outside of which nothing is loaded: both powers at rest are the same."""
+        self.rest_bare()
+        self.marks += [dataclasses.replace(mark, name=measurement.IDLE_LOADED) for mark in self.marks]
 
     def rest_after(self) -> None:
         if self._has_rest:
@@ -293,7 +298,9 @@ class Metering:
     def find_processes(self) -> dict[str, tuple[int, ...]]:
         """{uuid: pids} of the processes that compute on the sampled GPUs, as seen from now on."""
         # The sampler reads them once a second. What it saw before may be an engine that has ended since, or may miss
-        # one that has begun.
+        # one that has begun. None is another program's where the whole machine is measured.
+        if isinstance(self.config, ProgramConfig) and self.config.whole_machine:
+            return {}
         if self.read().header.gpus:
             self._catch_up(self.clock.monotonic_ns(), is_loads=True)  # loads are written right after the processes
         return _processes_of(self.read())

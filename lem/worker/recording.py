@@ -20,7 +20,7 @@ from lem.base.errors import EngineError
 from lem.base.measurement import MAX_FAILED_RATIO, Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import KIB
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import ExperimentConfig, MeteredConfig
 from lem.config.kinds import dotted
 from lem.config.option import leaves
 from lem.engines.protocol import Engine, EngineReport
@@ -213,7 +213,7 @@ def describe_environment(
     request: RunRequest,
     host: Mapping[str, Any],
     report: EngineReport,
-    config: ExperimentConfig,
+    config: MeteredConfig,
     surroundings: Mapping[str, Measured[tuple[str, ...]]],
 ) -> Environment:
     versions = {"python": platform.python_version(), **report.versions}
@@ -234,7 +234,7 @@ def describe_environment(
         weights_sha256=known(report.weights_sha256, "weight_files_not_reported"),
         **surroundings,
         engine_effective=report.effective,
-        engine_differs=differing_options(config, report.effective),
+        engine_differs=differing_options(config, report.effective) if isinstance(config, ExperimentConfig) else {},
     )
 
 

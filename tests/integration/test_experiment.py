@@ -44,7 +44,7 @@ def test_an_experiment_shows_its_result_and_where_it_lies(rig):
     assert "valid       yes\n" in ended.out
     path = rig.folder / ended.out.splitlines()[-1]
     assert path.match("out/c/*/*/attempt-1/result.json")
-    assert decode_record(json.loads(path.read_text())).work.output_tok > 0
+    assert decode_record(json.loads(path.read_text())).work.output_tok
     assert sorted(item.name for item in rig.folder.iterdir() if item.is_dir()) == ["out"]
 
 
@@ -57,7 +57,7 @@ def test_an_experiment_without_a_file_is_measured_and_suggests_the_next_command(
     assert ended.code == 0, ended.err
     path = rig.folder / ended.out.splitlines()[-1]
     assert path.match("out/none/*/*/attempt-1/result.json")
-    assert decode_record(json.loads(path.read_text())).work.output_tok > 0
+    assert decode_record(json.loads(path.read_text())).work.output_tok
     assert ended.err.splitlines()[-1].endswith("-m lem check none --results-dir out")
 
 

@@ -238,7 +238,7 @@ def test_a_value_of_zero_has_no_ratio(tmp_path: Path) -> None:
     for path in folder.rglob("result.json"):
         record = read_record(path)
         is_bad = record.identity.config_name == VLLM.name and record.identity.cycle_index == 2
-        good = 0 if is_bad else record.work.requests_ok
+        good = 0 if is_bad else record.work.requests_ok or 0
         work = dataclasses.replace(record.work, requests_good=good, null_reasons={})
         per_s, whys = good / record.window.window_s, dict(record.throughput.null_reasons)
         whys.pop("good_requests_per_s")

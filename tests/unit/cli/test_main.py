@@ -215,6 +215,7 @@ def test_the_short_option_o_has_two_meanings_and_no_third() -> None:
     assert {name: action.option_strings for name, action in _options(make_parser())} == {
         "campaign": ["--results-dir", "-o"],
         "experiment": ["--results-dir", "-o"],
+        "measure": ["--results-dir", "-o"],
         "report": ["--output", "-o"],
         "results export": ["--output", "-o"],
     }

@@ -95,7 +95,7 @@ def test_record_and_result_have_the_energy_that_counts_with_its_source_and_scope
     assert (found.source, found.scope, found.null_reason) == (source, scope, None)
     assert found.is_estimate == (source == "tdp_estimate")
     assert found.value is not None
-    assert record.efficiency.energy_per_request_j == found.value / record.work.requests_ok
+    assert record.efficiency.energy_per_request_j == found.value / (record.work.requests_ok or 1)
     (line,) = (text for text in render_record(record, width=200).splitlines() if text.startswith("energy"))
     assert units.format_energy(found.value) in line
     assert line.endswith(f"by {source}")
