@@ -31,7 +31,7 @@ NULL_TEXTS: Mapping[str, str] = {
     # A program that `lem measure` runs.
     "program_unseen": "a program is measured as a whole: lem does not see its requests",
     "work_not_given": "the program was not asked for it (lem measure --work)",
-    "work_unreadable": "{file}: {problem}",
+    "work_unreadable": "the work of the program is not in {file}: {problem}",
     # Throughput and latency.
     "window_too_short": "the window was too short for the clock",
     "one_pass": "one pass over the prompt set: nothing to compare it with",

@@ -291,7 +291,7 @@ class _Sampler:
         return int(min(schedule.next_ns for schedule in schedules))
 
     def obey(self, order: str) -> list[Row]:
-        """Follow an order: `interval N` (ms) begins a phase, `watch PID…` is the engine, `also PID…` its server, `find` more."""
+        """Follow an order: `interval N` (ms) begins a phase, `watch PID…` is the engine, `also PID…` its server."""
         word, _, value = order.strip().partition(" ")
         now_ns = self._clock.monotonic_ns()
         if word == "interval" and value.isdecimal() and is_interval(int(value)):
@@ -302,7 +302,7 @@ class _Sampler:
             (self._usage.watch if word == "watch" else self._usage.also_watch)(*map(int, pids))
             self._looks = _Schedule(now_ns, _LOOK_MS)
             return self._with_polled([*self._read_usage()])
-        if order.strip() == "find":
+        if order.strip() == "find":  # what is watched may have started others
             self._usage.find_processes()
             return []
         return self._complaints.of("orders", now_ns, f"not understood: {order.strip()}")
