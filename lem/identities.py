@@ -74,7 +74,7 @@ def _impossible(record: Any) -> Iterator[str]:
     if validity.valid == bool(validity.invalid_reasons):
         yield f"validity.valid is {validity.valid} with {len(validity.invalid_reasons)} invalid_reasons"
     prompts = work.prompt_source.get("count")
-    requests = (work.requests_ok or 0) + (work.requests_failed or 0)
+    requests = work.tried
     if window.traffic_mode == "closed_batch" and type(prompts) is int and requests != prompts * window.window_repeats:
         yield f"work: {requests} requests, but {prompts} prompts x {window.window_repeats} repeats"
     for name in _LATENCIES:
@@ -91,8 +91,7 @@ def _is_same(found: float, expected: float) -> bool:
 
 
 def _over_tried(work: Any) -> float | None:
-    tried = (work.requests_ok or 0) + (work.requests_failed or 0)
-    return work.requests_good / tried if tried else None
+    return work.requests_good / work.tried if work.tried else None
 
 
 def _sum_of(gpus: Any) -> float | None:

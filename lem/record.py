@@ -216,6 +216,10 @@ class Work(Section):
     requests_good: int | None = None  # completed requests that met `traffic_simulation.slo`
 
     @property
+    def tried(self) -> int:
+        return (self.requests_ok or 0) + (self.requests_failed or 0)
+
+    @property
     def total_tok(self) -> int | None:
         return None if self.input_tok is None or self.output_tok is None else self.input_tok + self.output_tok
 

@@ -84,7 +84,7 @@ def recount(result: Path, record: Record, slo: SloConfig) -> Mapping[str, Sectio
     except (OSError, RequestLogError) as error:
         good = known(None, "requests_unread", error=str(error))
     work = record.work.having(requests_good=good)
-    tried = work.requests_ok + work.requests_failed
+    tried = work.tried
     per_good = efficiency_of(record.energy.primary_j, work).measured("energy_per_good_request_j")
     return {
         "work": work,

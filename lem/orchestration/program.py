@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from lem.base import __version__, process
 from lem.base.clock import Clock, seconds_between, utc_text
@@ -53,6 +53,7 @@ from lem.worker.metering import Metering, Reporter, open_metering
 from lem.worker.recording import describe_environment, read_host
 from lem.worker.window import MeasuredWindow
 
+_Section = TypeVar("_Section", bound=Section)
 _UNSEEN = Reason.of("program_unseen")
 _START_TIMEOUT_S = 30.0
 # How long the program may take to end after the signal that lem got, and its guardian to kill what is left of it.
@@ -243,9 +244,7 @@ class Measurer:
         unseen: Measured[Any] = known(None, _UNSEEN)
         failed = (Reason.of("program_failed", how=process.describe_exit(run.code)),) if run.code else ()
         invalid = (*failed, *energy.invalid_reasons)
-        work = Work.of(
-            **{"padding_tok": unseen, "requests_good": unseen, "token_source": PROGRAM, "prompt_source": {}, **run.work}
-        )
+        work = _unseen_but(Work, token_source=PROGRAM, **run.work)
 
         def rate(name: str) -> Measured[float]:
             count = getattr(work, name)
@@ -271,25 +270,19 @@ class Measurer:
                 engine_reused=False,
                 engine_load_id=uuid.uuid4().hex[:16],
             ),
-            window=Window.of(
-                traffic_mode=PROGRAM,
-                window_s=window_s,
-                window_repeats=1,
-                warmup_prompts=0,
-                **dict.fromkeys(_UNSEEN_OF_WINDOW, unseen),
-            ),
+            window=_unseen_but(Window, traffic_mode=PROGRAM, window_s=window_s, window_repeats=1, warmup_prompts=0),
             energy=energy.energy,
             gpus=energy.gpus,
             idle=energy.idle,
             work=work,
-            throughput=Throughput.of(
+            throughput=_unseen_but(
+                Throughput,
                 output_tok_per_s=rate("output_tok"),
                 total_tok_per_s=rate("total_tok"),
                 requests_per_s=rate("requests_ok"),
-                **dict.fromkeys(("good_requests_per_s", "tok_per_step", "draft_accepted_ratio"), unseen),
             ),
-            latency=Latency.of(**_absent(Latency), itl_s=known(None, ITL_REPLACED)),
-            compute=Compute.of(**_absent(Compute)),
+            latency=_unseen_but(Latency, itl_s=known(None, ITL_REPLACED)),
+            compute=_unseen_but(Compute),
             efficiency=efficiency_of(energy.energy.primary_j, work),
             carbon=carbon_of(energy.energy.primary_j, self.config.measurement),
             environment=describe_environment(run.request, run.host, report, self.config, run.surroundings),
@@ -299,14 +292,11 @@ class Measurer:
         )
 
 
-def _absent(section: type[Section]) -> dict[str, Measured[Any]]:
-    return {item.name: known(None, _UNSEEN) for item in fields(section) if item.name not in ("null_reasons", "itl_s")}
-
-
-_UNSEEN_OF_WINDOW = (
-    *("warmup_s", "load_s", "compile_s", "gap_s", "gap_end_reason"),
-    *("in_flight_mean", "in_flight_peak", "fill_drain_ratio"),
-)
+def _unseen_but(section: type[_Section], **seen: Any) -> _Section:
+    unseen: dict[str, Any] = {
+        item.name: known(None, _UNSEEN) for item in fields(section) if item.name != "null_reasons"
+    }
+    return section.of(**{**unseen, **seen})
 
 
 def _version_of(name: str) -> str:

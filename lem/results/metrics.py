@@ -27,7 +27,7 @@ _OUTPUT_TOK = Per("output_tok", "output token", lambda record: record.work.outpu
 _INPUT_TOK = Per("input_tok", "input token", lambda record: record.work.input_tok)
 _TOK = Per("total_tok", "token", lambda record: record.work.total_tok)
 _REQUEST = Per("request", "request", lambda record: record.work.requests_ok)
-_TRIED = Per("request", "request", lambda record: (record.work.requests_ok or 0) + (record.work.requests_failed or 0))
+_TRIED = Per("request", "request", lambda record: record.work.tried)
 _LOAD = Per("load", "engine load", lambda _: 1)
 _WARMUP_PROMPT = Per("prompt", "warm-up prompt", lambda record: record.window.warmup_prompts)
 
