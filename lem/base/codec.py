@@ -19,9 +19,8 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lem.base.absences import NULL_TEXTS
 from lem.base.log import shorten
-from lem.base.reasons import V1_TEXTS, Reason, formats_of, parsed
+from lem.base.reasons import NULL_TEXTS, V1_TEXTS, Reason, formats_of, parsed
 
 T = TypeVar("T")
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from lem.base.absences import NULL_TEXTS
 from lem.base.codec import recognise
-from lem.base.reasons import TEXTS, V1_TEXTS, Reason, alike
+from lem.base.reasons import NULL_TEXTS, TEXTS, V1_TEXTS, Reason, alike
 from lem.record import Record, RecordError, decode_record, encode_record, read_record
 from lem.results.check import check_run
 from lem.results.run import make_run
