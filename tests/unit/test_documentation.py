@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lem.base.errors import UserError
+from lem.base.reasons import TEXTS
 from lem.cli.main import make_parser
 from lem.config import introspection
 from lem.config.load import load_campaign, load_experiment
@@ -78,7 +79,7 @@ def test_every_file_that_is_shown_is_valid(page: Path, tmp_path: Path) -> None:
 @functools.cache
 def messages() -> tuple[str, ...]:
     """Every text in the program, with an ellipsis for what is filled in."""
-    found = []
+    found = list(TEXTS.values())
     for path in sorted((ROOT / "lem").rglob("*.py")):
         if "_vendor" not in path.parts:
             found += [_text(node) for node in ast.walk(ast.parse(path.read_bytes())) if _is_text(node)]
