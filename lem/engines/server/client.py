@@ -28,6 +28,7 @@ class Target:
     url: str  # http or https, with the path that requests are sent to
     headers: Mapping[str, str] = field(default_factory=dict)  # beside Host and those of the body
     warm_path: str | None = None  # fetched once on every connection before the load; its answer does not matter
+    keeps_alive: bool = True  # False: a connection for each request, which is then timed from before it is made
     needs_done: bool = True  # `data: [DONE]` ends an answer
     needs_usage: bool = True
     keeps_texts: bool = True  # False: replies have no texts, which saves memory

@@ -54,7 +54,7 @@ _SALT = SALT.encode()
 class _Link:
     """A connection."""
 
-    __slots__ = ("exchange", "opened_ns", "receive", "sock", "state", "uses")
+    __slots__ = ("exchange", "has_waited", "opened_ns", "receive", "sock", "state", "uses")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -62,6 +62,7 @@ class _Link:
         self.state = "connecting"  # then `handshake` (TLS), and `open`
         self.exchange: Exchange | None = None
         self.uses = 0
+        self.has_waited = False  # without a request, so that the server may have given it up
         self.opened_ns = time.monotonic_ns()
 
 
@@ -137,6 +138,7 @@ class Loop:
 
     def _request(self, method: str, path: str, body: bytes) -> bytes:
         lines = [f"{method} {path} HTTP/1.1", f"Host: {self._netloc}", "Accept: text/event-stream"]
+        lines += [] if self._target.keeps_alive else ["Connection: close"]
         lines += ["Accept-Encoding: identity", *(f"{name}: {value}" for name, value in self._target.headers.items())]
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"] if body else []
         return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + body
@@ -154,7 +156,7 @@ class Loop:
         """Send the next request of a closed loop, if there is one, on this connection or another."""
         if self._is_over(now_ns):
             if link is not None:
-                self._idle.append(link)
+                self._rest(link)
             return
         self._start(None, link)
 
@@ -172,6 +174,8 @@ class Loop:
         if link is not None:
             return self._send(link, exchange)
         self._waiting.append(exchange)
+        if not self._target.keeps_alive:
+            exchange.sent_ns = time.monotonic_ns()
         if sum(it.state != "open" for it in self._links.values()) < len(self._waiting):
             self._open_link()
         return None
@@ -181,7 +185,7 @@ class Loop:
         if _SALT in data:
             data = data.replace(_SALT, _SALT[:-8] + b"%08d" % exchange.turn)
         link.exchange = exchange
-        exchange.sent_ns = time.monotonic_ns()
+        exchange.sent_ns = exchange.sent_ns or time.monotonic_ns()
         exchange.unsent = memoryview(data)
         self._send_more(link, exchange)
 
@@ -212,6 +216,8 @@ class Loop:
         _allow_files(wanted)
         if self._address is None:
             self._find_address()
+        if not self._target.keeps_alive:
+            return
         while len(self._links) < wanted:
             self._open_link()
         until_ns = time.monotonic_ns() + round(self._target.connect_s * NS_PER_S)
@@ -235,7 +241,10 @@ class Loop:
         except (OSError, UnicodeError) as error:
             raise EngineError(f"{where}: cannot connect: {_text_of(error)}", "is the server running?") from error
         self._address = (sock.family, sock.getpeername())
-        self._adopt(sock)
+        if self._target.keeps_alive:
+            self._adopt(sock)
+        else:
+            sock.close()
 
     def _open_link(self) -> None:
         family, address = self._address or (socket.AF_INET, None)
@@ -285,7 +294,11 @@ class Loop:
         if self._waiting:
             self._send(link, self._waiting.popleft())
         else:
-            self._idle.append(link)
+            self._rest(link)
+
+    def _rest(self, link: _Link) -> None:
+        link.has_waited = True
+        self._idle.append(link)
 
     def _refuse(self, link: _Link, error: str) -> None:
         self._error = error
@@ -386,7 +399,7 @@ class Loop:
         exchange = link.exchange
         if exchange is None:
             return self._drop(link)
-        if exchange.raw or not link.uses or exchange.tries or exchange.call == _WARM:
+        if exchange.raw or not link.has_waited or exchange.tries or exchange.call == _WARM:
             return self._end(link, exchange, reason)
         self._drop(link)
         exchange.restart()
@@ -397,21 +410,18 @@ class Loop:
         exchange.lost = reason
         link.exchange = None
         link.uses += 1
-        if reason is None and exchange.framing.keeps_alive and exchange.unsent is None:
-            if self._waiting:
-                self._send(link, self._waiting.popleft())
-                link_left = None
-            else:
-                link_left = link
-        else:
+        link.has_waited = True
+        free: _Link | None = link
+        keeps_alive = self._target.keeps_alive and exchange.framing.keeps_alive
+        if reason is not None or not keeps_alive or exchange.unsent is not None:
             self._drop(link)
-            link_left = None
-            if exchange.call != _WARM and len(self._idle) < _SPARE_LINKS:
+            free = None
+            if self._target.keeps_alive and exchange.call != _WARM and len(self._idle) < _SPARE_LINKS:
                 self._open_link()
         if exchange.call != _WARM:
-            self._finish(exchange, link_left)
-        elif link_left is not None:
-            self._idle.append(link_left)
+            self._finish(exchange, free)
+        elif free is not None:
+            self._rest(free)
 
     def _finish(self, exchange: Exchange, link: _Link | None = None) -> None:
         """A request is finished, and its connection free if it is given."""

@@ -28,7 +28,8 @@ from lem.engines.server.stream import (
 )
 
 # Beyond these the client decides the figures; calibrated by `python -m tests.bench client`.
-MOST_SHARED = 0.01  # of the reads with tokens
+MOST_SHARED = 0.01  # of the events with tokens; a server may send two at once, so only where reads are late as well
+MOST_LAG_US = 1000.0  # at p99
 MOST_BUSY = 0.7  # of a core
 MOST_MISSED = 0.01  # of the concurrency asked for
 MOST_LATE = 0.01  # of TTFT
@@ -217,7 +218,7 @@ class _Tally:
         check = self.check
         asked, reached = check.concurrency_asked, check.concurrency_reached
         why = None
-        if self._shared > MOST_SHARED * self._token_reads:
+        if self._shared > MOST_SHARED * self._token_reads and (check.lag_p99_us or 0) > MOST_LAG_US:
             why = Reason.of("client_shared_reads", share=self._shared / self._token_reads)
         elif check.busy_share > MOST_BUSY:
             why = Reason.of("client_busy", share=check.busy_share)

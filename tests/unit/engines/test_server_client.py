@@ -365,7 +365,7 @@ def test_ids_that_got_lost_leave_the_count_to_usage() -> None:
 def test_a_kept_connection_that_the_server_closed_is_replaced() -> None:
     def once(talk: Talk) -> None:
         """Keep the connection, and close it when the next request comes."""
-        if len(server.requests) in (2, 4):
+        if len(server.requests) in (1, 3):
             talk.reset()
         else:
             talk.answer(*GOOD)
@@ -488,6 +488,18 @@ def test_two_loads_of_one_client_use_the_same_connections() -> None:
         second = client.run_all([Call("{}", 3)] * 3, 2, lambda _: None)
     assert (len(first.replies), len(second.replies)) == (2, 3)
     assert second.check.connections == 0
+
+
+def test_each_request_has_a_connection_of_its_own_where_none_is_kept_alive() -> None:
+    with ScriptedServer(says(*GOOD)) as server:
+        target = Target(server.url, keeps_alive=False, warm_path="/health")
+        with LoadClient(target) as client:
+            result = client.run_all([Call("{}", 3)] * 5, 2, lambda _: None)
+
+    assert [reply.error for reply in result.replies] == [None] * 5
+    assert len(server.requests) == result.check.connections == 5
+    assert all(b"\r\nConnection: close\r\n" in request for request in server.requests)
+    assert server.connections == 6  # with the one that showed that there is a server
 
 
 def test_texts_are_left_out_when_they_are_not_wanted() -> None:
