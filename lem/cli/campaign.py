@@ -143,7 +143,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
         return None
     choice = choose_executor(args.executor, campaign, plan, python=args.python, part=part.folder)
     job = Job(campaign, plan, choice, rule, part)
-    check_supported(campaign, job.choice.name)
+    check_supported(plan, job.choice.name, rule)
     if not args.dry_run:
         if not args.quiet:
             facts = PlannedPower.of(plan, _earlier_results(plan)).facts()
@@ -246,6 +246,8 @@ def render_plan(
     if budget_s is not None:
         facts["budget"] = f"{format_duration(budget_s)}, {_fitting(plan, durations, budget_s)}"
     facts["runs on"] = job.choice.describe()
+    if servers := dict.fromkeys(text for item in plan.experiments if (text := item.server) is not None):
+        facts["servers"] = "; ".join(servers)
     facts["results in"] = f"{campaign.io.results_dir}/{campaign.slug}"
     if job.part.folder:
         facts["part"] = f"{job.part.folder}, a folder in that of the run"
@@ -273,7 +275,8 @@ class PlannedPower:
     def of(cls, plan: Plan, earlier: Sequence[Record], gates: Sequence[Gate] = ()) -> PlannedPower:
         cycles, n_pairs = plan.execution.cycles, len(plan.configurations) - 1
         reason = Reason.of("one_cycle") if cycles == 1 else None
-        reason = NO_INTERVAL if plan.execution.reuse == "campaign" and not plan.is_cold else reason
+        is_shared = plan.execution.reuse == "campaign" or any(it.config.has_running_engine for it in plan.experiments)
+        reason = NO_INTERVAL if is_shared and not plan.is_cold else reason
         reason = BLOCKS if plan.execution.structure == GROUPED else reason
         reason = reason if n_pairs else Reason.of("nothing_to_compare")
         metrics = [gate.metric for gate in gates] or [ENERGY, THROUGHPUT]
@@ -426,6 +429,10 @@ def _fitting(plan: Plan, durations: ExpectedDurations, budget_s: float) -> str:
     return f"enough to start about {started} of {len(plan.experiments)} experiments; --resume runs the rest"
 
 
+def _load_text(item: Experiment, is_load: bool, _gap_s: float) -> str:
+    return "running" if item.config.has_running_engine else "load" if is_load else "reuse"
+
+
 def _order(plan: Plan, width: int) -> Iterator[str]:
     numbers = {item.config_hash: number for number, item in enumerate(plan.given, 1)}
     cycles: dict[int, list[tuple[Experiment, bool, float]]] = {}
@@ -435,7 +442,7 @@ def _order(plan: Plan, width: int) -> Iterator[str]:
     shown = steps[:_ORDER_SHOWN]
     table = [
         Column("backend", tuple(item.backend for item, *_ in shown), is_text=True),
-        Column("engine", tuple("load" if is_load else "reuse" for _, is_load, _ in shown), is_text=True),
+        Column("engine", tuple(_load_text(*step) for step in shown), is_text=True),
         Column("gap before", tuple(format_duration(gap_s) if gap_s else ABSENT for *_, gap_s in shown)),
     ]
     names = [f"{numbers[item.config_hash]} {item.config_name}" for item, *_ in shown]

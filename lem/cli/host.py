@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,13 +27,26 @@ from lem.cli.selection import add_json, add_repeated, add_results_dir
 from lem.config.backends import PRESETS, find_preset
 from lem.config.experiment import DATASET_ALIASES
 from lem.config.introspection import render_yaml
+from lem.config.load import load_campaign
 from lem.meters.capabilities import PULSE_S, Capabilities, CpuCapability, Pulses, find_capabilities
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.machine import keep_lag
 from lem.meters.nvml import GpuReading, GpuState, open_nvml, read_gpus
 from lem.orchestration.compose import packaged_compose_file
-from lem.orchestration.doctor import FAILED, OK, SKIPPED, WARNING, Host, Verdict, examine
+from lem.orchestration.doctor import (
+    CHECKS,
+    FAILED,
+    FOR_CONTAINERS,
+    OK,
+    SKIPPED,
+    WARNING,
+    Host,
+    Verdict,
+    examine,
+    host_of,
+)
 from lem.orchestration.locks import Holder, gpu_locks, hold_locks
+from lem.orchestration.plan import plan_campaign
 from lem.worker.datasets import DatasetChoice, choice_of_name, find_files, is_in_hub_cache
 
 _WIDEST_DOCTOR = 100
@@ -46,6 +59,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
         "Check that this host can run campaigns in containers. Exit code 0 if it can, else 2; the last line"
         " says whether --executor local works."
     )
+    parser.add_argument("file", nargs="?", metavar="FILE", help="campaign whose services and servers must be available")
     add_repeated(parser, "--backend", "NAME", "backend that must be available")
     add_repeated(parser, "--compose-file", "FILE", "compose file")
     parser.add_argument("--env-file", type=Path, metavar="FILE", help="environment file for compose")
@@ -56,19 +70,26 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_doctor(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     host = Host(Path.cwd(), tuple(args.compose_file), args.env_file, tuple(args.backend), args.results_dir)
-    verdict = examine(host)
+    names, what = None, "campaigns in containers"
+    if args.file is not None:
+        given, what = host, "this campaign"
+        host = host_of(plan_campaign(load_campaign(args.file)))
+        files, env_file = given.compose_files or host.compose_files, given.env_file or host.env_file
+        host = replace(host, compose_files=files, env_file=env_file)
+        names = CHECKS if host.backends else CHECKS.keys() - FOR_CONTAINERS
+    verdict = examine(host, names)
     if args.json:
         checks = [{"name": name, **asdict(item)} for name, item in verdict.findings.items()]
         executors = list(verdict.executors)
         write_json(out, {"schema_version": 1, "ok": not verdict.failed, "executors": executors, "checks": checks})
     else:
         width = min(terminal_width(out), _WIDEST_DOCTOR)
-        out.write(_as_text(verdict, is_colour=log.is_colour_wanted(out), width=width))
+        out.write(_as_text(verdict, what, is_colour=log.is_colour_wanted(out), width=width))
         args.next = ["config", "new", ">", "campaign.yaml"] if verdict.executors else ()
     return ExitCode.USAGE if verdict.failed else ExitCode.OK
 
 
-def _as_text(verdict: Verdict, *, is_colour: bool, width: int) -> str:
+def _as_text(verdict: Verdict, what: str, *, is_colour: bool, width: int) -> str:
     name_width = max(map(len, verdict.findings)) + 2
     indent = " " * (name_width + _STATUS_WIDTH)
     lines = []
@@ -78,7 +99,7 @@ def _as_text(verdict: Verdict, *, is_colour: bool, width: int) -> str:
         lines += [first.replace(status, paint(status, _STYLES[item.status], is_colour=is_colour), 1), *rest]
         if item.remedy and item.status != "ok":
             lines += wrapped(item.remedy, width, f"{indent}→ ")
-    failed, conclusion = ", ".join(verdict.failed), "this host can run campaigns in containers"
+    failed, conclusion = ", ".join(verdict.failed), f"this host can run {what}"
     if failed:
         conclusion = f"cannot run campaigns: {failed}"
         if verdict.executors:

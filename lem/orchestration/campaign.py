@@ -12,7 +12,6 @@ from typing import Any
 
 from lem.base.clock import utc_text
 from lem.base.errors import InfrastructureError, Interrupted, UserError
-from lem.config.campaign_config import CampaignConfig
 from lem.config.load import complete_campaign
 from lem.meters.machine import named_gpus, visible_gpus
 from lem.meters.nvml import find_gpus
@@ -90,7 +89,7 @@ class CampaignRunner(Context):
     def check(self) -> None:
         """Check that results can be written and every backend has its engine; raises UserError, or Interrupted."""
         plan = self._planned()
-        check_supported(self.campaign, self.executor.name)
+        check_supported(plan, self.executor.name)
         self.repository.check_writable()
         find_secrets(os.environ)  # raises for one that cannot be used
         with self._workers():
@@ -99,7 +98,7 @@ class CampaignRunner(Context):
     def run(self, *, deadline_s: float | None = None) -> CampaignOutcome:
         """Run until done, or until `deadline_s` of `monotonic`; raises UserError, LockedError and Interrupted."""
         plan, until = self._planned(), self.options.until
-        check_supported(self.campaign, self.executor.name)
+        check_supported(plan, self.executor.name, until)
         if until is not None:
             resume.check_rule(self.campaign, until)
             plan = plan.with_cycles(until.least_cycles)
@@ -294,7 +293,21 @@ class CampaignRunner(Context):
         ]
 
 
-def check_supported(campaign: CampaignConfig, executor_name: str) -> None:
+def check_supported(plan: Plan, executor_name: str, rule: StoppingRule | None = None) -> None:
+    """Refuse, with a UserError, what these experiments cannot have: containers, or loads of their own."""
+    campaign = plan.campaign
     if campaign.cold_start.restart_container and executor_name != "docker":
         message = "cold_start.restart_container requires containers, but these experiments run in this Python"
         raise UserError(message, "use cold_start.force_cold_start, which starts a new worker for each experiment")
+    if executor_name != "docker" and (inside := [item for item in plan.experiments if item.is_served_inside]):
+        hint = "use `lem campaign` with --executor docker, or omit server.service to run server.command here"
+        raise UserError(f"server.service: {inside[0].container} requires containers", hint)
+    wanted = {
+        "cold_start": plan.is_cold,
+        "execution.reuse: none": plan.execution.reuse == "none",
+        "--until": rule is not None,
+    }
+    for option in (name for name, is_set in wanted.items() if is_set):
+        if any(item.config.has_running_engine for item in plan.experiments):
+            message = f"{option} needs a new load in each cycle, but server.url names a server that runs already"
+            raise UserError(message, "let lem start it: server.command or server.service")

@@ -26,6 +26,7 @@ from lem.orchestration.docker import (
     MARK_LABEL,
     OVERRIDE_NAME,
     PROFILES_VARIABLE,
+    PUBLISH_HINT,
     PYZ_FOLDER,
     Compose,
     ContainerError,
@@ -271,8 +272,8 @@ class ComposeProject:
             overrides[name] |= self._gpu_override(name, version)
             if name in self.servers:
                 if base.services[name].url is None:
-                    message = f"service {name} is a server, but publishes no port under a fixed number"
-                    raise ContainerError(message, 'such as ports: ["127.0.0.1:8080:8080"]', kind="compose_file")
+                    message = f"service {name} publishes no port under a fixed number"
+                    raise ContainerError(message, PUBLISH_HINT, kind="compose_file")
             elif not base.services[name].is_idle:  # it would run a server, which holds the GPU beside lem's own engine
                 _logger.warning("%s: lem runs its own engine in the container, and not the service's command", name)
                 overrides[name] |= {"entrypoint": ["sleep"], "command": ["infinity"]}

@@ -32,6 +32,7 @@ INSTALL_TOOLKIT = (
     "install the NVIDIA Container Toolkit, then: nvidia-ctk runtime configure --runtime=docker and restart"
 )
 CPU_OVERRIDE = "add docker/docker-compose.cpu.yml as the last compose file"
+PUBLISH_HINT = 'publish one, such as ports: ["127.0.0.1:8080:8080"]'
 ONE_SERVICE_EACH = (
     "each backend runs in the service of its name, a server in that of server.service; for lem's own file:"
     " `lem compose > lem-compose.yml`, then"

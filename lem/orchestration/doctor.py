@@ -16,12 +16,22 @@ from lem.base.clock import Clock
 from lem.base.errors import UserError
 from lem.base.measurement import INTERFERENCE_FROM, EnergySource
 from lem.base.units import GIB, some_of
+from lem.engines.named import find_server_problem
 from lem.meters.capabilities import Capabilities, CpuCapability, find_capabilities
 from lem.meters.nvml import GpuReading, open_nvml, read_gpus
 from lem.meters.rapl import POWERCAP
 from lem.meters.usage import HERE, Limits, Roots, watch_machine
 from lem.orchestration.compose import ComposeProject, compose_variables, describe_files, find_compose_files
-from lem.orchestration.docker import CPU_OVERRIDE, INSTALL_TOOLKIT, ContainerError, Docker, Service
+from lem.orchestration.docker import (
+    CPU_OVERRIDE,
+    INSTALL_TOOLKIT,
+    PUBLISH_HINT,
+    ContainerError,
+    Docker,
+    Service,
+)
+from lem.orchestration.plan import ON_HOST, Experiment, Plan
+from lem.orchestration.served import find_server
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 
@@ -57,7 +67,7 @@ class Verdict:
     @property
     def executors(self) -> tuple[str, ...]:
         """Those that can work here; which engines the local Python has is not checked."""
-        return ("docker",) * (not self.failed) + ("local",) * (_FOR_CONTAINERS.issuperset(self.failed))
+        return ("docker",) * (not self.failed) + ("local",) * (FOR_CONTAINERS.issuperset(self.failed))
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Host:
     backends: tuple[str, ...] = ()  # that the campaign needs; () for any one of the compose file's
     results_dir: Path = Path("results")
     state_dir: Path = Path(".state")
+    experiments: tuple[Experiment, ...] = ()  # of the campaign, one of each configuration
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
     device_folder: Path = Path("/dev")
     rapl_root: Path = POWERCAP
@@ -122,6 +133,15 @@ class Host:
     @property
     def _variables(self) -> Mapping[str, str]:
         return compose_variables(self.compose_files, self.env_file, self.folder, self.environ)
+
+
+def host_of(plan: Plan) -> Host:
+    """This machine for a campaign."""
+    io, items = plan.campaign.io, plan.configurations
+    env_file = None if io.env_file is None else Path(io.env_file).absolute()
+    services = tuple(dict.fromkeys(item.container for item in items if item.container is not None))
+    folders = Path(io.results_dir), Path(io.state_dir)
+    return Host(Path.cwd(), io.compose_file or (), env_file, services, *folders, experiments=items)
 
 
 def examine(host: Host, names: Collection[str] | None = None) -> Verdict:
@@ -179,6 +199,25 @@ def _check_images(host: Host) -> Finding:
     ways = ", ".join(item.how_to_get for item in missing)
     remedy = f"run {ways}, or load it; a campaign needs only the images of its backends"
     return Finding(WARNING if is_enough else FAILED, f"missing: {names}", remedy)
+
+
+def _check_servers(host: Host) -> Finding:
+    found = [item for item in host.experiments if item.server is not None]
+    if not found:
+        return Finding(SKIPPED, "no campaign with backend server was given")
+    unread = []
+    for item in found:
+        if item.place.startswith(ON_HOST):
+            if (problem := find_server_problem(item.config)) is not None:
+                return Finding(FAILED, problem.message, problem.hint)
+            unread += [why] if (why := find_server(item.config, host.environ)[1]) is not None else []
+            hidden = [it.name for it in host.needed if it.name == item.container and it.url is None]
+            if hidden:
+                return Finding(FAILED, f"service {hidden[0]} publishes no port under a fixed number", PUBLISH_HINT)
+    text = "; ".join(dict.fromkeys(str(item.server) for item in found))
+    if unread:
+        return Finding(WARNING, f"{text}; energy will be null: {unread[0]}", "run lem on its machine, as its user")
+    return Finding(OK, text)
 
 
 def _check_driver(host: Host) -> Finding:
@@ -292,6 +331,7 @@ CHECKS: Mapping[str, Callable[[Host], Finding]] = {
         OK, f"{describe_files(host.files)}: {', '.join(item.name for item in host.needed)}"
     ),
     "images": _check_images,
+    "servers": _check_servers,
     "driver": _check_driver,
     "gpu_runtime": _check_gpu_runtime,
     "gpu_processes": _check_foreign_processes,
@@ -303,4 +343,4 @@ CHECKS: Mapping[str, Callable[[Host], Finding]] = {
     "clock": lambda _host: _check_clock(),
 }
 # What the local executor does not need.
-_FOR_CONTAINERS = frozenset({"engine", "compose", "compose_file", "images", "gpu_runtime"})
+FOR_CONTAINERS = frozenset({"engine", "compose", "compose_file", "images", "gpu_runtime"})

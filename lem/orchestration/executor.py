@@ -8,7 +8,6 @@ import functools
 import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,7 @@ from typing import Any, NamedTuple
 
 from lem.base.clock import utc_now, utc_text
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, LockedError, UserError
-from lem.base.launch import own_command
 from lem.base.reasons import Reason
-from lem.base.variables import SERVICE_VARIABLE
 from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
 from lem.meters.machine import GpuFacts, named_gpus, visible_gpus
 from lem.meters.nvml import GpuReading, find_gpus, read_gpus
@@ -38,7 +35,7 @@ from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder,
 from lem.orchestration.packing import provide_pyz
 from lem.orchestration.plan import ON_HOST, Plan
 from lem.orchestration.schedule import StopRequest, Timeouts
-from lem.orchestration.served import keeper, service_variable
+from lem.orchestration.served import HostWorker, keeper
 from lem.orchestration.status import Observer
 from lem.record import RESULT_FILE, RecordError, read_record, write_record
 from lem.worker.channel import LOADING_PHASES, RunRequest
@@ -128,51 +125,6 @@ class ContainerWorker(dispatch.Worker):
         return EngineError(f"{error.message}; {describe(state)}", hint, kind=error.kind)
 
 
-class HostWorker(dispatch.Worker):
-    """A worker on this machine beside those in containers; one may hold the server that it measures."""
-
-    def __init__(self, executor: DockerExecutor, place: str) -> None:
-        self._executor, self._place = executor, place
-        self._service = place.removeprefix(ON_HOST)
-        env = dict(os.environ)
-        if self._service:
-            env[SERVICE_VARIABLE] = service_variable(executor.compose, self._service, executor.project.mark)
-        super().__init__((*own_command(sys.executable), "worker"), env=env)
-
-    def run(
-        self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: StopRequest | None = None
-    ) -> Outcome:
-        self._executor.make_way(self._place, stop)
-        outcome = super().run(dataclasses.replace(request, image=self._image), on_event, timeouts, stop)
-        if self.engine is None:
-            self._end_server()
-        return outcome
-
-    def _open(self, stop: StopRequest | None, timeout_s: float) -> dispatch.WorkerConnection:
-        connection = super()._open(stop, timeout_s)
-        self.environment = {**self.environment, **({"image": self._image} if self._service else {})}
-        return connection
-
-    def kill(self) -> None:
-        super().kill()
-        self._end_server()
-
-    def server_pids(self) -> tuple[int, ...]:
-        with contextlib.suppress(ContainerError):
-            return tuple(self._executor.pids(self._service)) if self._service else ()
-        return ()
-
-    @property
-    def _image(self) -> str | None:
-        return self._executor.compose.images.get(self._service)
-
-    def _end_server(self) -> None:
-        """Remove the container that an engine process was killed too fast to remove."""
-        if self._service:
-            with contextlib.suppress(ContainerError):
-                self._executor.compose.remove_marked(self._executor.project.mark, self._service)
-
-
 class DockerExecutor(ContainerManager):
     """Workers in one compose project, each backend in the service of its name; the first starts all containers.
 
@@ -204,7 +156,7 @@ class DockerExecutor(ContainerManager):
             self._held = self._start()
         if place.startswith(ON_HOST):
             if place not in self._beside:
-                self._beside[place] = HostWorker(self, place)
+                self._beside[place] = HostWorker(self, place, self.make_way)
             return self._beside[place]
         if place not in self._made:
             self._made[place] = self.worker_in(place, functools.partial(ContainerWorker, self, place))
@@ -371,8 +323,6 @@ def choose_executor(
         raise UserError("--python requires the local executor", "omit --python or --executor docker")
     places, is_local = _places(plan), wanted == "local" or python is not None
     backends, served = services_of(places), [item.container for item in plan.experiments if item.is_served_inside]
-    if served and is_local:
-        raise UserError(f"server.service: {served[0]} requires containers", "use --executor docker")
     if not backends and wanted == "docker":
         hint = "server.service runs a command in a container; omit --executor docker to run it here"
         raise UserError("--executor docker: no experiment runs in a container", hint)

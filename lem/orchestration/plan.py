@@ -73,6 +73,18 @@ class Experiment:
         return self.place.removeprefix(ON_HOST) or None
 
     @property
+    def server(self) -> str | None:
+        """Which server it measures, in words; None where lem runs the engine itself."""
+        section = self.config.section
+        if not isinstance(section, ServerConfig):
+            return None
+        if section.url is not None:
+            return f"{section.url}, which runs already: cycles share its load, so there is no interval"
+        if section.command is None:
+            return f"service {section.service}, a new container for each load"
+        return f"{section.command[0]}, {f'in service {section.service}' if section.service else 'on this machine'}"
+
+    @property
     def is_served_inside(self) -> bool:
         """Whether it needs a container, since `server.service` names one."""
         return isinstance(self.config.section, ServerConfig) and self.config.section.service is not None

@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lem.base.errors import EngineError, UserError
@@ -29,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 _SHOWN = 3
 # What containers need before they are started, of the checks of `lem doctor`.
-_OF_CONTAINERS = ("engine", "compose", "compose_file", "images")
+_OF_CONTAINERS = ("engine", "compose", "compose_file", "images", "servers")
 # Gaps that are suggested where nothing can end them early, in seconds.
 _SHORT_CONFIG_GAP_S, _SHORT_CYCLE_GAP_S = 10, 30
 
@@ -147,16 +146,14 @@ def _is_to_ask(item: Experiment) -> bool:
 
 def foresee(plan: Plan, executor: str, python: str | None) -> list[Problem]:
     """As far as it shows with nothing started: what keeps a plan from running, for a dry run."""
-    found, io = Findings(plan.experiments), plan.campaign.io
+    found = Findings(plan.experiments)
     found.look_here()
     backends = tuple(dict.fromkeys(item.backend for item in plan.experiments))
-    if executor == "docker":
-        env_file = None if io.env_file is None else Path(io.env_file).absolute()
-        host = doctor.Host(Path.cwd(), io.compose_file or (), env_file, backends)
-        for item in doctor.examine(host, _OF_CONTAINERS).findings.values():
-            if item.status == doctor.FAILED:
-                found.add(item.message, item.remedy)
-    elif python is None:
+    host = doctor.host_of(plan)
+    for item in doctor.examine(host, _OF_CONTAINERS if executor == "docker" else ("servers",)).findings.values():
+        if item.status == doctor.FAILED:
+            found.add(item.message, item.remedy)
+    if executor != "docker" and python is None:
         for backend in backends:
             found.look_for_engine(executor, backend, probe_environment())
     return found.problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,22 +20,79 @@ from urllib.parse import urlsplit
 from lem.base import durable, process
 from lem.base.errors import UserError
 from lem.base.launch import own_command
+from lem.base.variables import SERVICE_VARIABLE
 from lem.config.backends import ServerConfig
 from lem.config.experiment import ExperimentConfig, MeteredConfig
+from lem.orchestration import dispatch
 from lem.orchestration.compose import override_text
-from lem.orchestration.container import UP_TIMEOUT_S
-from lem.orchestration.docker import Compose, Docker, explain
+from lem.orchestration.container import UP_TIMEOUT_S, ContainerManager
+from lem.orchestration.docker import Compose, ContainerError, Docker, explain
+from lem.orchestration.plan import ON_HOST
+from lem.orchestration.schedule import StopRequest, Timeouts
+from lem.orchestration.status import Observer
+from lem.worker.channel import RunRequest
 from lem.worker.guardian import end_as
 
 _LOGS_S = 2.0  # for the last lines of a container that has ended
 _RELAYS = ("docker-proxy", "rootlessport")  # what listens where a container publishes a port
 _LOOK_S, _LOOKS, _KEEPER_S = 0.5, 4, 30.0
 
+
+class HostWorker(dispatch.Worker):
+    """A worker on this machine beside those in containers; a container may be its server."""
+
+    def __init__(
+        self, manager: ContainerManager, place: str, make_way: Callable[[str, StopRequest | None], None]
+    ) -> None:
+        self._manager, self._place, self._make_way = manager, place, make_way
+        self._service, env = place.removeprefix(ON_HOST), dict(os.environ)
+        if self._service:
+            env[SERVICE_VARIABLE] = service_variable(manager.compose, self._service, manager.project.mark)
+        super().__init__((*own_command(sys.executable), "worker"), env=env)
+
+    def run(
+        self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: StopRequest | None = None
+    ) -> dispatch.Outcome:
+        self._make_way(self._place, stop)
+        outcome = super().run(dataclasses.replace(request, image=self._image), on_event, timeouts, stop)
+        if self.engine is None:
+            self._end_server()
+        return outcome
+
+    def _open(self, stop: StopRequest | None, timeout_s: float) -> dispatch.WorkerConnection:
+        connection = super()._open(stop, timeout_s)
+        self.environment = {**self.environment, **({"image": self._image} if self._service else {})}
+        return connection
+
+    def unload(self, stop: StopRequest | None = None, timeout_s: float = dispatch.UNLOAD_TIMEOUT_S) -> None:
+        super().unload(stop, timeout_s)
+        self._end_server()
+
+    def kill(self) -> None:
+        super().kill()
+        self._end_server()
+
+    def server_pids(self) -> tuple[int, ...]:
+        with contextlib.suppress(ContainerError):
+            return tuple(self._manager.pids(self._service)) if self._service else ()
+        return ()
+
+    @property
+    def _image(self) -> str | None:
+        return self._manager.compose.images.get(self._service)
+
+    def _end_server(self) -> None:
+        """Remove the container that an engine process was killed too fast to remove."""
+        with contextlib.suppress(ContainerError):
+            if self._service:
+                self._manager.compose.remove_marked(self._manager.project.mark, self._service)
+
+
 # A service as the command of a server: an engine process starts and ends it as any other (`worker --service`)
 
 
 def service_variable(compose: Compose, service: str, mark: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The value of SERVICE_VARIABLE: the command to which names of variables, `--` and options are added."""
+    """The value of SERVICE_VARIABLE: the command to which `NAME,NAME…` of variables and then options are added."""
     found = compose.services[service]
     words = found.command
     if words is None:
@@ -49,7 +107,7 @@ def service_variable(compose: Compose, service: str, mark: str, environ: Mapping
 
 def run_service(arguments: Sequence[str]) -> int:
     """The exit code of a service's new container, whose log this process prints; it is removed at the end."""
-    spec, (names, words) = json.loads(arguments[0]), _parted(arguments[1:])
+    spec, names, words = json.loads(arguments[0]), arguments[1].split(",") if arguments[1] else (), arguments[2:]
     docker, service = Docker({**os.environ, **spec["env"]}), spec["service"]
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, _leave)
@@ -73,11 +131,6 @@ def run_service(arguments: Sequence[str]) -> int:
     if code > 128:
         end_as(128 - code)
     return code
-
-
-def _parted(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    cut = words.index("--") if "--" in words else len(words)
-    return words[:cut], words[cut + 1 :]
 
 
 def _leave(signum: int, _frame: FrameType | None) -> None:
@@ -147,7 +200,7 @@ def find_server(config: MeteredConfig, environ: Mapping[str, str]) -> tuple[tupl
     names = {stat.name for pid in listeners if (stat := process.read_stat(pid)) is not None}
     if listeners and not names.isdisjoint(_RELAYS):
         return _in_container(port, environ)
-    groups = {os.getpgid(pid) for pid in listeners} - {os.getpgid(0)}
+    groups = {_group_of(pid) for pid in listeners} - {None, os.getpgid(0)}
     others = [pid for pid in process.list_processes() if _group_of(pid) in groups]
     tops = dict.fromkeys((*listeners, *others))
     found = tuple(dict.fromkeys(pid for top in tops for pid in (top, *process.descendants(top))))

@@ -49,7 +49,7 @@ WEAK: Mapping[str, str] = {
         "the sensors of A100 and H100 sample only part of the time: trust the counter; elsewhere see sample_gap_max_s"
     ),
     "estimate": "make RAPL readable (lem doctor shows how), or use an external meter (measurement.external_csv)",
-    "shared_loads": "set execution.reuse: cycle, which reloads engines in every cycle",
+    "shared_loads": "set execution.reuse: cycle, which reloads engines in every cycle; server.command for server.url",
     "replayed": "measure again (--fresh): every cycle then draws arrivals of its own",
     "output_lengths": SAME_WORK,
     "not_comparable": "measure them the same way, or compare only those measured the same way",

@@ -132,7 +132,7 @@ class Metering:
             raise EngineError(f"{self.path}: the samples cannot be read: {reason}", kind="meter") from error
         if (why := self.elsewhere) is not None:
             header = dataclasses.replace(log.header, gpus=(), zones=(), gpu_error=why, rapl_error=why, cpu_tdp_w=None)
-            return dataclasses.replace(log, header=header, rapl=())
+            return SampleLog(header, loads=log.loads, usage=log.usage, clocks=log.clocks)
         if log.header.gpus or self.gpu_error is None:
             return log
         # A sampler without GPUs does not know why there are none.

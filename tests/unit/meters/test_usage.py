@@ -263,3 +263,19 @@ def test_a_real_process_is_watched_and_its_stop_is_seen() -> None:
         child.wait()
     meter.find_processes()
     assert meter.read().own_s is None
+
+
+def test_a_server_that_runs_elsewhere_counts_from_when_it_is_named(machine: Machine) -> None:
+    meter = UsageMeter(FakeClock(), machine.roots, (LEM,))
+    meter.watch(GUARDIAN, OTHER)  # it ran before: what it used until now is not the engine's
+    meter.read()
+    machine.processes[OTHER].cpu_s += 4.0
+    machine.processes[33] = Process(OTHER, cpu_s=1.0, threads_s={33: (1.0, 0.0)})
+    machine.write()
+    assert meter.read().own_s == pytest.approx(4.0)
+    meter.find_processes()
+    assert meter.read().own_s == pytest.approx(5.0)
+    machine.processes[34] = Process(1, cpu_s=2.5, threads_s={34: (2.5, 0.0)})
+    machine.write()
+    meter.also_watch(34)  # a container that has begun since
+    assert meter.read().own_s == pytest.approx(7.5)
