@@ -15,7 +15,7 @@ from lem.base import process
 from lem.base.clock import seconds_between
 from lem.base.codec import pack
 from lem.base.reasons import Reason
-from lem.base.units import NS_PER_S, NS_PER_US
+from lem.base.units import NS_PER_MS, NS_PER_S, NS_PER_US
 from lem.engines.server.client import Call, ClientCheck, Target, count_tokens
 from lem.engines.server.stream import (
     Answer,
@@ -28,14 +28,14 @@ from lem.engines.server.stream import (
 )
 
 # Beyond these the client decides the figures; calibrated by `python -m tests.bench client`.
-MOST_SHARED = 0.01  # of the events with tokens; a server may send two at once, so only where reads are late as well
-MOST_LAG_US = 1000.0  # at p99
+MOST_SHARED = 0.01  # of the events with tokens
 MOST_BUSY = 0.7  # of a core
 MOST_MISSED = 0.01  # of the concurrency asked for
 MOST_LATE = 0.01  # of TTFT
 MOST_WAITED = 0.05  # of the window, without stamps of the kernel
 _MOST_STEP_NS = 50 * NS_PER_US  # of the time of day against the monotonic clock within a load
 _MOST_LAGS = 50_000
+_LATE_NS = NS_PER_MS  # a read after its stamp
 
 
 class Exchange:
@@ -133,7 +133,8 @@ class _Tally:
         self._lags_ns = array("q")
         self._late_ns: list[int] = []
         self._ttft_ns: list[int] = []
-        self._reads = self._token_reads = self._shared = self._unstamped = self._in_flight_ns = 0
+        self._reads = self._chunks = self._unstamped = self._in_flight_ns = 0
+        self._shared, self._late = [0, 0], [0, 0]  # reads that were prompt, and late: with several events, and all
 
     def reply(self, exchange: Exchange, call: Call, target: Target) -> list[Any]:
         times_ns = self._times(exchange)
@@ -177,16 +178,26 @@ class _Tally:
         if sent_ns is not None:
             self._in_flight_ns += max(0, min(finished_ns or closed_ns, closed_ns) - max(sent_ns, opened_ns))
         times_ns, seen_ns = arrivals.times_ns, exchange.seen_ns
-        self._reads += len(seen_ns)
-        self._token_reads += len(answer.at_ns)
-        self._shared += arrivals.shared
-        if times_ns is not seen_ns:
-            lags_ns = [seen - at for at, seen in zip(times_ns, seen_ns, strict=True) if at != seen]
-            self._unstamped += len(seen_ns) - len(lags_ns)
-            first, end = bisect.bisect_left(seen_ns, opened_ns), bisect.bisect_right(seen_ns, closed_ns)
-            self._lags_ns.extend(lags_ns[first:end] if len(lags_ns) == len(seen_ns) else lags_ns)
-        else:
-            self._unstamped += len(seen_ns)
+        lags_ns = [seen - at for at, seen in zip(times_ns, seen_ns, strict=True)]
+        late = sum(lag > _LATE_NS for lag in lags_ns)
+        late_shared = sum(lags_ns[read] > _LATE_NS for read in arrivals.shared)
+        self._reads += len(lags_ns)
+        self._chunks += len(answer.at_ns)
+        self._late = [self._late[0] + len(lags_ns) - late, self._late[1] + late]
+        self._shared = [self._shared[0] + len(arrivals.shared) - late_shared, self._shared[1] + late_shared]
+        self._unstamped += lags_ns.count(0)
+        first, end = bisect.bisect_left(seen_ns, opened_ns), bisect.bisect_right(seen_ns, closed_ns)
+        self._lags_ns.extend(filter(None, lags_ns[first:end]))
+
+    @property
+    def _spoiled(self) -> float:
+        """Reads that the client let several events wait for.
+
+        A server may send two events at once, which share a read however prompt it is: then as many late reads are
+        shared as prompt ones. What is above that is the client's doing.
+        """
+        by_server = self._shared[0] / self._late[0] if self._late[0] else 0.0
+        return self._shared[1] - by_server * self._late[1]
 
     @property
     def check(self) -> ClientCheck:
@@ -203,7 +214,8 @@ class _Tally:
             lag_p50_us=_quantile_us(lags_ns, 50),
             lag_p99_us=_quantile_us(lags_ns, 99),
             reads=self._reads,
-            shared_reads=self._shared,
+            shared_reads=sum(self._shared),
+            late_shared_reads=self._shared[1],
             unstamped_reads=self._unstamped,
             concurrency_asked=load.concurrency,
             concurrency_reached=self._in_flight_ns / window_ns,
@@ -218,8 +230,8 @@ class _Tally:
         check = self.check
         asked, reached = check.concurrency_asked, check.concurrency_reached
         why = None
-        if self._shared > MOST_SHARED * self._token_reads and (check.lag_p99_us or 0) > MOST_LAG_US:
-            why = Reason.of("client_shared_reads", share=self._shared / self._token_reads)
+        if self._spoiled > MOST_SHARED * self._chunks:
+            why = Reason.of("client_shared_reads", share=self._spoiled / self._chunks)
         elif check.busy_share > MOST_BUSY:
             why = Reason.of("client_busy", share=check.busy_share)
         elif asked is not None and reached < (1 - MOST_MISSED) * asked:

@@ -165,9 +165,9 @@ class Arrivals:
     def __init__(self, sizes: Sequence[int], times_ns: Sequence[int]) -> None:
         self.ends = tuple(itertools.accumulate(sizes))
         self.times_ns = times_ns
-        self.shared = 0  # reads with more than one event that brought tokens
+        self.shared: list[int] = []  # the places of reads with more than one event that brought tokens
         self._read = 0
-        self._used = (-1, False)  # the last read with such an event, and whether it is counted as shared
+        self._used = -1  # the last read with such an event
 
     def of(self, end: int) -> int:
         """The time of the byte in front of `end`; to be asked in order, once for each event with tokens."""
@@ -175,10 +175,9 @@ class Arrivals:
         while ends[read] < end:
             read += 1
         self._read = read
-        used, is_counted = self._used
-        if used == read and not is_counted:
-            self.shared += 1
-        self._used = (read, used == read)
+        if self._used == read and self.shared[-1:] != [read]:
+            self.shared.append(read)
+        self._used = read
         return self.times_ns[read]
 
 

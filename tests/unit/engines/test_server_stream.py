@@ -137,7 +137,7 @@ def test_an_event_has_the_time_of_its_last_byte() -> None:
     _, answer = read_answer(bytearray(b"".join(pieces)), arrivals)
 
     assert list(answer.at_ns) == [30, 40, 50]
-    assert arrivals.shared == 0
+    assert arrivals.shared == []
 
 
 def test_events_that_share_a_read_are_counted() -> None:
@@ -152,4 +152,4 @@ def test_events_that_share_a_read_are_counted() -> None:
     _, answer = read_answer(bytearray(b"".join(pieces) + LAST_CHUNK), arrivals)
 
     assert list(answer.at_ns) == [10, 20, 20, 20, 30, 30]
-    assert arrivals.shared == 2
+    assert arrivals.shared == [1, 2]
