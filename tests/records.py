@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lem.base.codec import recognise
-from lem.base.measurement import PROMPTS_NEEDED, Distribution, EnergySource, is_gpu_source
+from lem.base.measurement import PROMPTS_NEEDED, Distribution, EnergySource, is_gpu_source, known
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig, MeasurementConfig
 from lem.meters.energy import EnergyFindings, efficiency_of
 from lem.meters.requestlog import RequestLog
-from lem.meters.work import describe_work
+from lem.meters.work import describe_work, goodput_of
 from lem.orchestration.grid import experiment_id
 from lem.record import (
     ITL_REPLACED,
@@ -145,6 +145,23 @@ def make_record(**fields: Any) -> Record:
         extra_metadata={"note": "Grüße"},
     )
     return completed(record)
+
+
+def under_load(record: Record, load: float, good: int | None, mode: str = "poisson", **options: Any) -> Record:
+    """The record as of traffic at that load, of whose requests so many met a limit on TTFT."""
+    named = {"closed": "concurrency"}.get(mode, "target_qps")
+    traffic = {"enabled": True, "mode": mode, named: load, "slo": {"ttft_ms": 200}, **options}
+    counted, work = known(good, "tokens_not_observed"), record.work
+    rates = goodput_of(counted, work.requests_ok + work.requests_failed, record.window.window_s)
+    return completed(
+        dataclasses.replace(
+            record,
+            requested={**record.requested, "traffic_simulation": traffic},
+            window=dataclasses.replace(record.window, traffic_mode=mode),
+            work=work.having(requests_good=counted),
+            throughput=record.throughput.having(**rates),
+        )
+    )
 
 
 def _window(window_s: float) -> Window:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 
 from lem.base.doc import NAMES_SHOWN, Column, Doc, printable
 from lem.base.log import WIDTH
@@ -12,6 +13,7 @@ from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_dec
 from lem.results.axes import Key
 from lem.results.bootstrap import bootstrap_coverage_label, coverage_notes
 from lem.results.detail import SCORE, is_of_energy_score
+from lem.results.load import GOOD_SHARE, find_series, knee_notes, knee_tables, share_text
 from lem.results.metrics import METRIC_BY_NAME, PROGRAM_METRICS, Metric
 from lem.results.run import (
     ENERGY,
@@ -52,6 +54,7 @@ class _RunTable:
         self._key = Key(numbers, settings, names)
         self._has_key = False  # a table showed it
         self._every: list[str] = []  # what the estimates over all attempts are
+        self._series = find_series(run.with_results)
 
     def render(self, *, has_budget: bool) -> str:
         self._heading()
@@ -59,6 +62,9 @@ class _RunTable:
         for metric in (*self._of_program, THROUGHPUT, ENERGY, *([SCORE] if is_scored else []), *_GOODPUT):
             self._estimates(metric)
         self._outcomes()
+        for table in knee_tables(self._series):
+            self._doc.block()
+            self._doc.table(table)
         if has_budget:
             self._budgets()
         self._notes()
@@ -137,6 +143,9 @@ class _RunTable:
             for heading, metric in (_NET | _LATENCIES).items()
             if self._has(metric)
         ]
+        if self._has(GOOD_SHARE):
+            shares = ([*item.values(GOOD_SHARE).values()] for item in configurations)
+            beside.append(Column("good", tuple(share_text(fmean(each)) if each else ABSENT for each in shares)))
         counts = [
             Column("valid", tuple(str(len(item.records) - item.n_invalid) for item in configurations)),
             Column("invalid", tuple(str(item.n_invalid) for item in configurations)),
@@ -145,7 +154,7 @@ class _RunTable:
         self._table([*beside, *counts], "Results")
 
     def _notes(self) -> None:
-        notes = [*self._interval_notes(), *self._every]
+        notes = [*self._interval_notes(), *self._every, *knee_notes(self._series)]
         if any(map(self._has, _LATENCIES.values())):
             notes.append("Latency: median over the requests of a cycle, geometric mean over the cycles.")
         if any(map(self._has, _NET.values())):

@@ -12,6 +12,7 @@ seeded. For independent cycles, where 95 % and 5 % are claimed, coverage must be
 from __future__ import annotations
 
 import argparse
+import heapq
 import itertools
 import math
 import random
@@ -24,9 +25,10 @@ from typing import Any
 
 from lem.base.durable import STRUCTURES
 from lem.base.measurement import UNSTEADY_BY_CHANCE
+from lem.config.experiment import SloConfig
 from lem.engines.traffic import arrival_offsets_s
 from lem.meters.requestlog import Request, RequestLog
-from lem.meters.work import latency_of, percentile
+from lem.meters.work import count_good, latency_of, percentile
 from lem.orchestration.resume import make_rule, needs_cycle
 from lem.record import Record
 from lem.results.aggregation import Sensitivity
@@ -46,6 +48,7 @@ from lem.results.compare import (
     compare_configurations,
     compare_runs,
 )
+from lem.results.load import Bracket, Knee, find_series
 from lem.results.metrics import parse_metric
 from lem.results.run import Configuration, Run, make_run
 from lem.results.stats import Gate, Verdict, anchored_effect, paired_effect, parse_gate
@@ -54,6 +57,7 @@ from lem.results.student import POWER
 from lem.results.trends import WATCHED, autocorrelation_of_cycles, drift_of, is_chance, position_effect
 from tests.bench.interference import make_model, run_campaign
 from tests.bench.simulation import TRUE_ENERGY_J, Simulated
+from tests.records import make_record, under_load
 
 N_CAMPAIGNS, N_REAL = 4000, 20
 ENERGY, THROUGHPUT = parse_metric("energy"), parse_metric("throughput")
@@ -454,6 +458,54 @@ def traffic_figures(log: RequestLog) -> tuple[float, ...]:
     return found.p50, p95, found.mean, log.output_tok / log.window_s
 
 
+# --- the knee of a sweep over loads
+
+
+LIMIT_S, SPEED_SD = 1.4, 0.1
+SWEEPS = {"5 loads": (2.0, 3.0, 4.0, 5.0, 6.0), "17 loads": tuple(2 + 0.25 * step for step in range(17))}
+
+
+def knee(n: int) -> Iterator[Figure]:
+    """Windows of 60 s of Poisson arrivals at a queue with 4 servers, as fast in each cycle as its engine load is."""
+    fine = [2 + 0.1 * step for step in range(41)]
+    knees = sorted(bracket_of(-seed, fine)[0] for seed in range(1, min(n, 400) + 1))
+    truth = knees[len(knees) // 2]
+    for name, loads in SWEEPS.items():
+        pool = [bracket_of(seed, loads) for seed in range(1, min(n, 1000) + 1)]
+        rng = random.Random(name)
+        for cycles in (3, 5, 10):
+            found = [Knee(tuple(rng.choices(pool, k=cycles))) for _ in range(n)]
+            hits = [it.interval is not None and it.interval[0] <= truth < it.interval[1] for it in found]
+            share, claim = share_of(hits), found[0].coverage or 0.0
+            title = f"interval of the knee, {name}, {cycles} cycles"
+            yield Figure(title, share, f"≥ {100 * claim:.1f} %", share >= claim - _SLACK)
+
+
+def bracket_of(seed: int, loads: Sequence[float]) -> Bracket:
+    """What one cycle shows of the knee; its engine is as fast at every load, and gets the same arrivals, scaled."""
+    service_s = SERVICE_S * math.exp(random.Random(f"speed/{seed}").gauss(0, SPEED_SD))
+    records = []
+    for load in loads:
+        log = window_at(seed, load, service_s)
+        record = make_record(config_name=f"load{load}", n_requests=len(log.completed))
+        records.append(under_load(record, load, count_good(log, SloConfig(e2e_ms=1000 * LIMIT_S)).value))
+    (series,) = find_series(make_run(records).with_results)
+    assert series.knee is not None
+    return series.knee.brackets[0]
+
+
+def window_at(seed: int, qps: float, service_s: float) -> RequestLog:
+    requests, free_s = [], [0.0] * SERVERS
+    for offset_s in arrival_offsets_s("poisson", qps, random.Random(f"knee/{seed}")):
+        begin_s = max(offset_s, heapq.heappop(free_s))
+        heapq.heappush(free_s, begin_s + service_s)
+        arrived_ns, begin_ns, end_ns = (round(1e9 * at_s) for at_s in (offset_s, begin_s, begin_s + service_s))
+        requests.append(Request(0, 8, 1, 0, arrived_ns, begin_ns, end_ns))
+        if offset_s > 80:
+            return RequestLog("poisson", 20 * 10**9, 80 * 10**9, 1, tuple(requests))
+    raise AssertionError("arrivals have no end")
+
+
 # --- exempt
 
 
@@ -476,6 +528,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Figure]]] = {
     "sequential": sequential,
     "trends": trends,
     "traffic": traffic,
+    "knee": knee,
     "exempt": exempt,
 }
 

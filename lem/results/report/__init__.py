@@ -13,6 +13,7 @@ from lem.base.units import plural
 from lem.results.report.content import Report
 from lem.results.report.context import heatmap_section, order_section, traces_section
 from lem.results.report.figures import cycles_section, latency_section, pareto_section
+from lem.results.report.load import load_section
 from lem.results.report.plot import Markup, card_labels, join, tag
 from lem.results.report.provenance import environment_section, methods_section
 from lem.results.report.tables import results_section, validity_section
@@ -21,6 +22,7 @@ _SECTIONS = (
     ("validity", "Validity", validity_section),
     ("results", "Results", results_section),
     ("pareto", "Energy against speed", pareto_section),
+    ("load", "Energy against load", load_section),
     ("cycles", "Every cycle", cycles_section),
     ("grid-map", "Across the grid", heatmap_section),
     ("traces", "Power and temperature over time", traces_section),
@@ -59,8 +61,8 @@ def render_report(report: Report) -> str:
 def _body(report: Report) -> Iterator[Markup]:
     titles = {name: title for name, title, _ in _SECTIONS}
     if not report.has_energy:
-        titles["pareto"] = "Throughput against latency"
-    made = {name: make(report) for name, _, make in _SECTIONS}
+        titles |= {"pareto": "Throughput against latency", "load": "Throughput against load"}
+    made = {name: content for name, _, make in _SECTIONS if (content := make(report))}
     empty = [name for name, content in made.items() if not _CONTENT.search(content)]
     if empty:  # each of them says in a sentence why
         titles["absent"], made["absent"] = "Not on this page", join(map(made.pop, empty))
