@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -162,6 +163,35 @@ def under_load(record: Record, load: float, good: int | None, mode: str = "poiss
             throughput=record.throughput.having(**rates),
         )
     )
+
+
+def load_sweep(knees: Mapping[int, float], loads: Sequence[float], cycles: int = 3, **options: Any) -> list[Record]:
+    """Records of loads around the knee of each width; twice above it the queue grows, and the result is invalid."""
+    found: list[Record] = []
+    for cycle, (width, knee), load in itertools.product(range(cycles), knees.items(), loads):
+        name = f"width={width}-load={load:g}"
+        rate, is_grown = 20.0 * min(load, knee), load > 2 * knee
+        chosen = {"fp_precision": "float16", "vllm": {"max_num_seqs": width}}
+        found.append(
+            under_load(
+                make_record(
+                    config_name=name,
+                    cycle=cycle,
+                    order=len(found),
+                    n_requests=200,
+                    requested=chosen,
+                    output_tok_per_s=rate,
+                    is_valid=not is_grown,
+                    ttft_p50_s=0.05,
+                    energy_per_output_tok_j=(0.2 + 0.8 / min(load, knee)) * (1 + 0.01 * cycle),
+                    invalid_reasons=(Reason.of("queue_grew", before=3, after=90).text,) if is_grown else (),
+                ),
+                load,
+                200 if load <= knee else 150 - cycle,
+                **options,
+            )
+        )
+    return found
 
 
 def _window(window_s: float) -> Window:

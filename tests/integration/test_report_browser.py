@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lem.cli.main import main
+from lem.results.report import render_report
+from lem.results.report.content import compose
+from lem.results.run import make_run
 from tests.browser import axe_violations, browser, opened
+from tests.records import load_sweep
 from tests.synthetic_campaign import Campaign, Configuration, sweep
 
 if TYPE_CHECKING:
@@ -75,7 +79,11 @@ def chromium() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The report of each campaign."""
-    return {name: write_report(made, tmp_path_factory.mktemp(name)) for name, made in CAMPAIGNS.items()}
+    found = {name: write_report(made, tmp_path_factory.mktemp(name)) for name, made in CAMPAIGNS.items()}
+    found["loads"] = tmp_path_factory.mktemp("loads") / "report.html"
+    records = load_sweep({width: width / 2.5 for width in range(4, 13)}, (0.5, 1, 2, 4, 8))
+    found["loads"].write_text(render_report(compose(make_run(records))), encoding="utf-8")
+    return found
 
 
 def write_report(campaign: Campaign, folder: Path) -> Path:
@@ -112,7 +120,7 @@ PLOTS = """() => [...document.querySelectorAll("svg[role=img]")].map(svg => [
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
-@pytest.mark.parametrize("name", CAMPAIGNS)
+@pytest.mark.parametrize("name", [*CAMPAIGNS, "loads"])
 def test_a_page_fetches_nothing_fits_its_window_and_is_accessible(
     name: str, width: int, scheme: str, pages: dict[str, Path], chromium: Browser
 ) -> None:
