@@ -153,7 +153,7 @@ def under_load(record: Record, load: float, good: int | None, mode: str = "poiss
     named = {"closed": "concurrency"}.get(mode, "target_qps")
     traffic = {"enabled": True, "mode": mode, named: load, "slo": {"ttft_ms": 200}, **options}
     counted, work = known(good, "tokens_not_observed"), record.work
-    rates = goodput_of(counted, work.requests_ok + work.requests_failed, record.window.window_s)
+    rates = goodput_of(counted, work.tried, record.window.window_s)
     return completed(
         dataclasses.replace(
             record,
