@@ -48,6 +48,11 @@ class Identity:
     shuffle_seed: int | None  # None when the order was not shuffled
     start_utc: str
     lem_version: str
+    node: str = ""  # the machine that measured, which need not be the plan's host; empty in results of older builds
+
+    @property
+    def machine(self) -> str:
+        return self.node or self.host
 
     @property
     def key(self) -> ResultKey:

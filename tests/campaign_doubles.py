@@ -214,7 +214,7 @@ class Place:
     """A folder, and what ran there: events, worker, clock."""
 
     def __init__(self, folder: Path, *, signal_at_s: float = float("inf")) -> None:
-        self.folder = folder
+        self.folder, self.node = folder, "here"
         self.clock = FakeClock()
         self.stop = FakeStop(self.clock, signal_at_s)
         self.events: list[Event] = []
@@ -239,6 +239,7 @@ class Place:
             now=self.clock.now,
             monotonic=self.clock.monotonic,
             host="here",
+            node=self.node,
             **more,
         )
         runner.meters = HostMeters("no driver", "no powercap", "no process is watched")

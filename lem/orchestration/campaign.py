@@ -27,6 +27,7 @@ from lem.orchestration.systemd import find_secrets
 from lem.results.configurations import write_listing
 from lem.results.stopping import StoppingRule, next_stage, read_stopping_rule, write_stopping_rule
 from lem.results.store import describe_future
+from lem.worker.recording import read_host
 
 __all__ = ["CampaignExperiment", "CampaignRunner", "check_supported"]
 
@@ -131,6 +132,9 @@ class CampaignRunner(Context):
         with contextlib.ExitStack() as stack, self._workers():
             remaining = self.apply_resume_filter(manifest, plan.experiments)
             self._check_environment(manifest, remaining)
+            if len(manifest.get_remaining()) > len(remaining):  # cycles that start over may need other backends, too
+                remaining = self.apply_resume_filter(manifest, plan.experiments)
+                self._check_environment(manifest, remaining)
             with manager.saving(UserError, "free some space or make the folder writable"):
                 write_configs(plan.configurations)
                 if known is not None and rule is not None:
@@ -229,7 +233,8 @@ class CampaignRunner(Context):
 
     def _find_environment(self, experiments: Sequence[Experiment]) -> dict[str, Any]:
         """Versions, driver and GPUs of the workers, by name; UserError with all that keeps experiments from running."""
-        environment, found = dict[str, Any](), preflight.Findings(experiments)
+        environment: dict[str, Any] = {resume.NODE: self.node, "cpu": read_host()["cpu"]} if experiments else {}
+        found = preflight.Findings(experiments)
         places = {item.place: item.backend for item in experiments}
         found.look_here()
         try:
@@ -266,7 +271,7 @@ class CampaignRunner(Context):
         return ManifestManager(self._state_folder / self.campaign.io.manifest_filename, now=self.now)
 
     def _holder(self) -> Holder:
-        return Holder(os.getpid(), self.host, self.campaign.campaign_name, utc_text(self.now()))
+        return Holder(os.getpid(), self.node, self.campaign.campaign_name, utc_text(self.now()))
 
     def _new_manifest(self, plan: Plan) -> CampaignManifest:
         campaign, new = self.campaign, self._new_entries(plan.experiments)

@@ -173,7 +173,7 @@ def container_command(runtime: str, image: str) -> list[str]:
     folder, name = '"$PWD"', shlex.quote(image)
     return {
         "apptainer": ["apptainer", "exec", "--nv", "--bind", folder, "--pwd", folder, name],
-        "podman": ["podman", "run", "--rm", "--device=nvidia.com/gpu=all", "--ipc=host", "--network=host",
+        "podman": ["podman", "run", "--rm", "--device=nvidia.com/gpu=all", "--ipc=host", "--network=host", "--uts=host",
                    f"--volume={folder}:{folder}", f"--workdir={folder}", name],
         "pyxis": ["srun", f"--container-image={name}", f"--container-mounts={folder}:{folder}",
                   f"--container-workdir={folder}"],

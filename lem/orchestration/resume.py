@@ -16,7 +16,7 @@ from typing import Any
 from lem.base.clock import utc_text
 from lem.base.durable import GROUPED, read_sealed, sha256_of
 from lem.base.errors import UserError
-from lem.base.units import percent, some_of
+from lem.base.units import percent, plural, some_of
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
 from lem.orchestration.grid import config_hash, make_run_id, prompts_fingerprint
@@ -45,6 +45,8 @@ from lem.worker.prompts import resolve_on_host
 _logger = logging.getLogger(__name__)
 
 INTERRUPTED = "interrupted"
+OTHER_NODE = "measured on another node; its cycle started over"
+NODE = "node"  # in the environment: the name of the machine
 REMOVED = "removed from the campaign file"
 BEGUN_BEFORE = "An older lem began this campaign: its order stays {}, and its cycles share their arrivals and prompts"
 CHOOSE_HINT = "use --resume to continue it, or --fresh to set it aside and start over"
@@ -191,8 +193,11 @@ def reconcile(
 def _reconcile_entry(entry: CampaignManifestEntry, results: Sequence[Attempt]) -> str | None:
     was_completed, was_running = entry.status == COMPLETED, entry.status == RUNNING
     digests = {attempt.number: attempt.result_sha256 for attempt in entry.attempts}
+    left = {attempt.number for attempt in entry.attempts if attempt.error == OTHER_NODE}
     # One that was changed since it was measured is no result, neither now nor at the next resume.
-    results = [item for item in results if digests.get(item.number) in (None, item.result_sha256)]
+    results = [
+        item for item in results if item.number not in left and digests.get(item.number) in (None, item.result_sha256)
+    ]
     if was_completed and any(result.result_path == entry.result_path for result in results):
         _add_digests(entry, results)
         return None
@@ -292,17 +297,52 @@ def apply_plan(manifest: CampaignManifest, planned: Iterable[CampaignManifestEnt
 def adopt_environment(
     manifest: CampaignManifest, current: Mapping[str, Any], *, is_change_allowed: bool, now: datetime
 ) -> tuple[str, ...]:
-    """How the environment differs from the manifest's, which takes it over; UserError unless that is allowed."""
-    known = manifest.environment
-    changed = [name for name, value in current.items() if name in known and known[name] != value]
+    """How the environment differs from the manifest's, which takes it over; UserError unless that is allowed.
+
+    On another node of the same kind, the cycle that is not finished starts over.
+    """
+    known, has_results = manifest.environment, any(entry.result_path for entry in manifest.experiments)
+    node = current.get(NODE, known.get(NODE))
+    before = known.get(NODE, node)
+    kinds = (known, current) if node == before else (_kind_of(known), _kind_of(current))
+    changed = [name for name, value in kinds[1].items() if name in kinds[0] and kinds[0][name] != value]
     lines = tuple(f"{name}: {_show(known[name])} before, {_show(current[name])} now" for name in changed)
-    if changed and any(entry.result_path for entry in manifest.experiments):
+    if changed and has_results:
         if not is_change_allowed:
+            what = "the environment has changed since this campaign began"
             hint = "restore it, start over with --fresh, or record the change with --allow-environment-change"
-            raise UserError("the environment has changed since this campaign began: " + "; ".join(lines), hint)
+            if node != before:
+                what = f"node {node} is of another kind than {before}, where this campaign was measured"
+                hint = "resume it on a node of the same kind, or start over with --fresh"
+            raise UserError(f"{what}: {'; '.join(lines)}", hint)
         manifest.notes.append({"at": utc_text(now), "kind": "environment_change", "changes": list(lines)})
+    if node != before and has_results:
+        again = start_cycles_over(manifest)
+        note = {"at": utc_text(now), "kind": "node_change", "before": before, "now": node, "again": again}
+        manifest.notes.append(note)
+        text = f"node: {before} before, {node} now, where each cycle that was not finished starts over"
+        lines = (*lines, f"{text} ({plural(len(again), 'result')} measured again)" if again else text)
     manifest.environment = {**known, **current}
     return lines
+
+
+def _kind_of(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What nodes of the same kind have in common: no name, and no card's own number."""
+    found = {name: value for name, value in environment.items() if name != NODE and not name.endswith(".gpus")}
+    limits = {name: value for name, value in found.items() if name.endswith(".power_limits")}
+    return found | {name: sorted(item.partition(" ")[2] for item in value) for name, value in limits.items()}
+
+
+def start_cycles_over(manifest: CampaignManifest) -> list[str]:
+    """Make the completed experiments of cycles that are not finished pending again; their names."""
+    unfinished = {entry.cycle_index for entry in manifest.get_remaining()}
+    again = [entry for entry in manifest.get_by_status(COMPLETED) if entry.cycle_index in unfinished]
+    for entry in again:
+        for attempt in entry.attempts:
+            if attempt.result_path is not None:
+                entry.put_attempt(dataclasses.replace(attempt, result_path=None, valid=None, error=OTHER_NODE))
+        entry.status, entry.error, entry.result_path, entry.completed_at = PENDING, OTHER_NODE, None, None
+    return [entry.exp_id for entry in again]
 
 
 def _show(value: Any) -> str:

@@ -63,7 +63,8 @@ class Context:
     options: RunOptions = field(default_factory=RunOptions)  # for the next run
     now: Callable[[], datetime] = utc_now
     monotonic: Callable[[], float] = time.monotonic  # in seconds
-    host: str = field(default_factory=socket.gethostname)  # its name in records
+    host: str = field(default_factory=socket.gethostname)  # its name in records, which a stored plan may give
+    node: str = field(default_factory=socket.gethostname)  # the machine itself
     part: str = ""  # of a campaign on several hosts, which may share a file system: the name of its folders
 
     @functools.cached_property  # what they learn of the devices holds for every run
@@ -386,6 +387,7 @@ class Session:
                 "campaign_name": manifest.campaign_name,
                 "run_id": str(manifest.run_id),
                 "host": self.context.host,
+                "node": self.context.node,
                 "backend": experiment.backend,
                 "model": experiment.resolved["model"]["name"],
                 "cycle_index": experiment.cycle_index,

@@ -259,7 +259,7 @@ def earlier_times(records: Iterable[Record]) -> EarlierTimes:
 def _around(records: Sequence[Record]) -> dict[ResultKey, float]:
     runs: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        runs.setdefault((record.identity.run_id, record.identity.host), []).append(record)
+        runs.setdefault((record.identity.run_id, record.identity.machine), []).append(record)
     found = {}
     for members in runs.values():
         for record, following in pairwise(sorted(members, key=lambda item: item.identity.start_utc)):

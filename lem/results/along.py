@@ -67,8 +67,8 @@ def compare_along(
     others = [item for item in axes if item is not axis and item not in own]
     by_value: dict[str, dict[tuple[str, ...], Configuration]] = {}
     for index, item in enumerate(known):
-        hosts = sorted({record.identity.host for record in item.records})  # what several hosts ran is several ones
-        key = (*(other.values[index] for other in others), *hosts)
+        machines = sorted({record.identity.machine for record in item.records})  # each has configurations of its own
+        key = (*(other.values[index] for other in others), *machines)
         by_value.setdefault(axis.values[index], {})[key] = item
     first = axis.values[0] if first is None else first
     if first not in by_value:

@@ -23,7 +23,7 @@ from lem.base.measurement import Section
 from lem.base.reasons import Reason
 from lem.config.experiment import SloConfig
 from lem.config.kinds import ConfigProblems
-from lem.record import Identity, Record, carbon_of
+from lem.record import Identity, Record, ResultKey, carbon_of
 
 CONFIGURATIONS_FILE = "configurations.json"
 _SCHEMA_VERSION = 1
@@ -108,16 +108,29 @@ def numbers_of(numbered: Sequence[str], listing: Listing | None, known: Sequence
     return found
 
 
-def labels_of(identities: Iterable[Identity], listing: Listing | None) -> dict[tuple[str, str], str]:
-    """The label of each configuration of a run, by hash and host; no two have the same."""
+def superseded(identities: Iterable[Identity]) -> frozenset[ResultKey]:
+    """The results of a run that another node measured before the cycle started over on the node of the last attempt."""
+    attempts: dict[tuple[str, str], list[Identity]] = {}
+    for identity in identities:
+        attempts.setdefault((identity.host, identity.experiment_id), []).append(identity)
+    last = {key: max(found, key=lambda item: item.attempt).machine for key, found in attempts.items()}
+    return frozenset(item.key for key, found in attempts.items() for item in found if item.machine != last[key])
+
+
+def labels_of(identities: Sequence[Identity], listing: Listing | None) -> dict[tuple[str, str], str]:
+    """The label of each configuration of a run, by hash and machine; no two have the same."""
     # It is the current name, without a list the last one. One that the campaign has no more is named as removed, and
-    # one that several hosts ran has a label for each host.
+    # one that several hosts ran, or several nodes of a host, has a label for each.
     last: dict[str, Identity] = {}
-    hosts: dict[str, set[str]] = {}
+    nodes: dict[str, set[str]] = {}
+    hosts: dict[str, dict[str, str]] = {}
+    for identity in identities:
+        nodes.setdefault(identity.host, set()).add(identity.machine)
     for identity in identities:
         if identity.start_utc >= last.setdefault(identity.config_hash, identity).start_utc:
             last[identity.config_hash] = identity
-        hosts.setdefault(identity.config_hash, set()).add(identity.host)
+        place = identity.host if len(nodes[identity.host]) == 1 else identity.machine
+        hosts.setdefault(identity.config_hash, {})[identity.machine] = place
     names = {digest: identity.config_name for digest, identity in last.items()}
     if listing is not None:
         names = {
@@ -127,14 +140,19 @@ def labels_of(identities: Iterable[Identity], listing: Listing | None) -> dict[t
     counts = collections.Counter(names.values())
     unique = {digest: name if counts[name] == 1 else f"{name} {digest[:8]}" for digest, name in names.items()}
     return {
-        (digest, host): f"{unique[digest]} @ {host}" if len(them) > 1 else unique[digest]
+        (digest, machine): f"{unique[digest]} @ {place}" if len(them) > 1 else unique[digest]
         for digest, them in hosts.items()
-        for host in them
+        for machine, place in them.items()
     }
 
 
+def bare_name(identity: Identity) -> str:
+    """The name without the machine that `labels_of` added."""
+    return identity.config_name.removesuffix(f" @ {identity.host}").removesuffix(f" @ {identity.machine}")
+
+
 def group_of(identity: Identity) -> tuple[str, str]:
-    return identity.config_hash, identity.host if identity.config_name.endswith(f" @ {identity.host}") else ""
+    return identity.config_hash, identity.machine if bare_name(identity) != identity.config_name else ""
 
 
 def slo_of(record: Record) -> SloConfig | None:

@@ -18,7 +18,7 @@ from lem.base.errors import UserError
 from lem.base.units import ABSENT, plain, plural, some_of
 from lem.record import RESULT_FILE, Record, ResultKey, read_record
 from lem.results import store
-from lem.results.configurations import read_listing, read_numbered, write_listing
+from lem.results.configurations import bare_name, read_listing, read_numbered, write_listing
 from lem.results.metrics import Metric
 from lem.results.run import ENERGY, THROUGHPUT
 from lem.results.stopping import read_stopping_rule, write_stopping_rule
@@ -247,7 +247,7 @@ def completeness(gathered: Gathered, plan: FleetPlan | None) -> Matrix:
         identity = item.record.identity
         key = (identity.host, identity.experiment_id)
         present[key] = present.get(key, False) or item.record.validity.valid
-        planned[key] = identity.config_name.removesuffix(f" @ {identity.host}")
+        planned[key] = bare_name(identity)
     if plan is not None:
         names = {item.exp_id: item.config_name for item in plan.experiments}
         planned = {(host.name, exp_id): names[exp_id] for host in plan.hosts for exp_id in host.exp_ids}

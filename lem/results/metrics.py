@@ -285,7 +285,7 @@ def by_cycle(records: Iterable[Record]) -> Cycles:
     cycles: dict[Cycle, list[Record]] = {}
     for record in records:
         identity = record.identity
-        cycles.setdefault((identity.run_id, identity.host, identity.cycle_index), []).append(record)
+        cycles.setdefault((identity.run_id, identity.machine, identity.cycle_index), []).append(record)
     return dict(sorted(cycles.items()))
 
 

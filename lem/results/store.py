@@ -22,7 +22,7 @@ from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
 from lem.base.units import MIB
 from lem.record import CONFIG_FILE, LOG_FILE, RESULT_FILE, Identity, Record, RecordError
-from lem.results.configurations import Listing, Reading, as_read, labels_of, read_listing
+from lem.results.configurations import Listing, Reading, as_read, labels_of, read_listing, superseded
 from lem.results.index import AlteredError, Found, Index, describe_altered, record_result
 
 _logger = logging.getLogger(__name__)
@@ -199,21 +199,43 @@ class Repository:
         return Scan(results, tuple(item for item in found if isinstance(item, Problem)))
 
     def _labelled(self, results: Sequence[StoredResult], reading: Reading | None) -> tuple[StoredResult, ...]:
+        results = _with_nodes(results)
         runs: dict[str, list[Identity]] = {}
         for item in results:
             runs.setdefault(item.record.identity.run_id, []).append(item.record.identity)
         listings = {run_id: read_listing(self.run_folder(run_id)) for run_id in runs}
-        labels = {run_id: labels_of(identities, listings[run_id]) for run_id, identities in runs.items()}
+        left_out = frozenset().union(*map(superseded, runs.values()))
+        counted = {run_id: [item for item in every if item.key not in left_out] for run_id, every in runs.items()}
+        labels = {run_id: labels_of(identities, listings[run_id]) for run_id, identities in counted.items()}
         found = []
         for item in results:
             identity, record = item.record.identity, item.record
-            label = labels[identity.run_id][identity.config_hash, identity.host]
+            if identity.key in left_out:
+                continue
+            label = labels[identity.run_id][identity.config_hash, identity.machine]
             if label != identity.config_name:
                 record = record.with_sections(identity=dataclasses.replace(identity, config_name=label))
             if reading is not None:
                 record = as_read(item.path, record, listings[identity.run_id], reading)
             found.append(item if record is item.record else dataclasses.replace(item, record=record))
         return tuple(found)
+
+
+def _with_nodes(results: Sequence[StoredResult]) -> list[StoredResult]:
+    """Results of an older build, which names no node, are taken to be of the first that a later one names."""
+    first: dict[tuple[str, str], str] = {}
+    for identity in sorted((item.record.identity for item in results), key=lambda item: item.start_utc):
+        if identity.node:
+            first.setdefault((identity.run_id, identity.host), identity.node)
+    found = []
+    for item in results:
+        identity = item.record.identity
+        node = identity.node or first.get((identity.run_id, identity.host), "")
+        if node != identity.node:
+            record = item.record.with_sections(identity=dataclasses.replace(identity, node=node))
+            item = dataclasses.replace(item, record=record)  # noqa: PLW2901
+        found.append(item)
+    return found
 
 
 def digest_key(identity: Identity) -> DigestKey:

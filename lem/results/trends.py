@@ -176,7 +176,7 @@ def _cycle_means(run: Run, metric: Metric) -> dict[_Cycle, tuple[float, float]]:
     cycles: dict[_Cycle, list[tuple[int, float]]] = {}
     for (_, record, _), log in zip(rows, logs, strict=True):
         identity = record.identity
-        key = (identity.run_id, identity.host, identity.cycle_index)
+        key = (identity.run_id, identity.machine, identity.cycle_index)
         cycles.setdefault(key, []).append((identity.order_index, log))
     return {
         key: (statistics.fmean(place for place, _ in found), statistics.fmean(log for _, log in found))

@@ -103,7 +103,7 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
 
 def _identity(found: Findings) -> Identity:
     start_utc = utc_text(found.start_utc, "milliseconds")
-    values = {**found.request.identity, "start_utc": start_utc, "lem_version": __version__}
+    values = {"node": "", **found.request.identity, "start_utc": start_utc, "lem_version": __version__}
     known = {item.name for item in dataclasses.fields(Identity)}
     if strange := sorted(known ^ values.keys()):
         raise EngineError(f"run: identity: missing or unknown: {', '.join(strange)}", kind="channel")

@@ -36,8 +36,8 @@ from lem.worker.children import EndStep, EngineChild, SamplerProcess, interval_m
 
 def probe_environment() -> dict[str, Any]:
     """Versions, devices and their settings by name, as JSON values, as far as a resume compares them."""
-    # They are `python`, each engine distribution, `driver`, `gpus` (UUIDs), `power_limits` and the CPU's `governor`. A
-    # distribution, driver or governor that is not there is None.
+    # They are `python`, each engine distribution, `driver`, `gpus` (UUIDs), `gpu_models`, `power_limits` and the CPU's
+    # `governor`. A distribution, driver or governor that is not there is None.
     distributions = sorted({name for names in BACKEND_DISTRIBUTIONS.values() for name in names})
     versions: dict[str, str | None] = dict.fromkeys(distributions)
     for distribution in distributions:
@@ -45,11 +45,13 @@ def probe_environment() -> dict[str, Any]:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[distribution] = importlib.metadata.version(name)
                 break
+    gpus = find_gpus()
     return {
         "python": platform.python_version(),
         **versions,
         "driver": read_gpus().driver,
-        "gpus": sorted(gpu.uuid for gpu in find_gpus()),
+        "gpus": sorted(gpu.uuid for gpu in gpus),
+        "gpu_models": sorted(gpu.name for gpu in gpus),
         "power_limits": [f"{uuid} {limit_w:g} W" for uuid, limit_w in sorted(power_limits_w().items())],
         "governor": read_machine(Path("/proc"), Path("/sys")).governor,
     }

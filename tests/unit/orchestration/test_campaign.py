@@ -306,6 +306,61 @@ def test_a_resume_under_another_environment_is_refused_unless_the_change_is_allo
     assert manifest.notes[0]["changes"] == ["pytorch.torch: 2.13.0 before, 2.14.0 now"]
 
 
+# Stops in the second of three cycles, of which one experiment is completed.
+IN_SECOND = {FOUR: ["ok", UserError("gone")]}
+THREE = {"cycles": 3}
+
+
+def test_on_another_node_of_the_same_kind_the_unfinished_cycle_starts_over_and_nodes_are_not_pooled(place):
+    gpu = {"gpus": ["GPU-1"], "gpu_models": ["H200"], "power_limits": ["GPU-1 700 W"]}
+    place.run(IN_SECOND, execution=THREE, environment={**ENVIRONMENT, **gpu})
+    assert place.asked() == [(FOUR, 1, 1), (EIGHT, 1, 1), (EIGHT, 2, 1), (FOUR, 2, 1)]
+    assert place.manifest().completed_count == 3
+    place.node = "there"
+    gpu = {**gpu, "gpus": ["GPU-2"], "power_limits": ["GPU-2 700 W"]}
+    place.run(options=RESUME, execution=THREE, environment={**ENVIRONMENT, **gpu})
+    assert place.asked() == [(EIGHT, 2, 2), (FOUR, 2, 2), (EIGHT, 3, 1), (FOUR, 3, 1)]
+    manifest = place.manifest()
+    (note,) = manifest.notes
+    assert (note["kind"], note["before"], note["now"]) == ("node_change", "here", "there")
+    assert [manifest.get_entry(exp_id).config_name for exp_id in note["again"]] == [EIGHT]
+    assert {item.identity["node"] for item in place.requests} == {"there"}
+    found = read_run(place.folder / "results", "demo", manifest.run_id)
+    cycles = {item.name: [record.identity.cycle_index for record in item.records] for item in found.configurations}
+    assert cycles == {
+        f"{FOUR} @ here": [0],
+        f"{FOUR} @ there": [1, 2],
+        f"{EIGHT} @ here": [0],
+        f"{EIGHT} @ there": [1, 2],
+    }
+    place.run(options=RESUME, execution=THREE, environment={**ENVIRONMENT, **gpu})
+    assert (place.asked(), place.manifest().notes) == ([], [note])
+
+
+def test_what_another_node_measured_of_a_cycle_that_started_over_is_not_adopted_again(place):
+    place.run(IN_SECOND, execution=THREE)
+    place.node = "there"
+    place.run({EIGHT: [UserError("gone")]}, options=RESUME, execution=THREE)
+    place.run(options=RESUME, execution=THREE)
+    assert place.asked() == [(EIGHT, 2, 3), (FOUR, 2, 2), (EIGHT, 3, 1), (FOUR, 3, 1)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"driver": "999"}, {"power_limits": ["GPU-2 500 W"]}, {"gpu_models": ["H100"]}],
+    ids=lambda it: next(iter(it)),
+)
+def test_a_node_of_another_kind_is_refused(place, other):
+    gpu = {"driver": "580", "gpus": ["GPU-1"], "gpu_models": ["H200"], "power_limits": ["GPU-1 700 W"]}
+    place.run(IN_SECOND, execution=THREE, environment={**ENVIRONMENT, **gpu})
+    before = _manifest_path(place).read_bytes()
+    place.node = "there"
+    with pytest.raises(UserError, match="node there is of another kind than here") as caught:
+        place.run(options=RESUME, execution=THREE, environment={**ENVIRONMENT, **gpu, "gpus": ["GPU-2"], **other})
+    assert next(iter(other)) in caught.value.message
+    assert _manifest_path(place).read_bytes() == before
+
+
 def test_a_fresh_start_that_is_refused_leaves_the_old_manifest_in_place(place):
     place.run(GONE)
     before = _manifest_path(place).read_bytes()
