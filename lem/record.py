@@ -52,7 +52,8 @@ class Identity:
 
     @property
     def machine(self) -> str:
-        return self.node or self.host
+        """One node of a host, which may move from one to another; unique in a run."""
+        return self.host if self.node in ("", self.host) else f"{self.host} on {self.node}"
 
     @property
     def key(self) -> ResultKey:

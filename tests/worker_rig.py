@@ -42,6 +42,7 @@ IDENTITY: Mapping[str, Any] = {
     "campaign_name": "test",
     "run_id": "20260101T000000Z-0000",
     "host": "here",
+    "node": "here",
     "backend": "pytorch",
     "model": "none",
     "cycle_index": 0,

@@ -148,7 +148,7 @@ def labels_of(identities: Sequence[Identity], listing: Listing | None) -> dict[t
 
 def bare_name(identity: Identity) -> str:
     """The name without the machine that `labels_of` added."""
-    return identity.config_name.removesuffix(f" @ {identity.host}").removesuffix(f" @ {identity.machine}")
+    return identity.config_name.removesuffix(f" @ {identity.machine}").removesuffix(f" @ {identity.host}")
 
 
 def group_of(identity: Identity) -> tuple[str, str]:

@@ -233,7 +233,7 @@ def _with_nodes(results: Sequence[StoredResult]) -> list[StoredResult]:
         node = identity.node or first.get((identity.run_id, identity.host), "")
         if node != identity.node:
             record = item.record.with_sections(identity=dataclasses.replace(identity, node=node))
-            item = dataclasses.replace(item, record=record)  # noqa: PLW2901
+            item = dataclasses.replace(item, record=record)
         found.append(item)
     return found
 

@@ -329,9 +329,9 @@ def test_on_another_node_of_the_same_kind_the_unfinished_cycle_starts_over_and_n
     cycles = {item.name: [record.identity.cycle_index for record in item.records] for item in found.configurations}
     assert cycles == {
         f"{FOUR} @ here": [0],
-        f"{FOUR} @ there": [1, 2],
+        f"{FOUR} @ here on there": [1, 2],
         f"{EIGHT} @ here": [0],
-        f"{EIGHT} @ there": [1, 2],
+        f"{EIGHT} @ here on there": [1, 2],
     }
     place.run(options=RESUME, execution=THREE, environment={**ENVIRONMENT, **gpu})
     assert (place.asked(), place.manifest().notes) == ([], [note])
