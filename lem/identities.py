@@ -133,17 +133,9 @@ def _at_site(record: Any, per_kwh: float | None) -> float | None:
 # Each figure, what it is computed from, and how; nothing is compared where one of them has no value.
 _IDENTITIES: Final[tuple[tuple[str, str, Callable[[Any], float | None]], ...]] = (
     ("throughput.output_tok_per_s", "output_tok / window_s", lambda it: _rate(it, it.work.output_tok)),
-    (
-        "throughput.total_tok_per_s",
-        "(input_tok + output_tok) / window_s",
-        lambda it: _rate(it, it.work.total_tok),
-    ),
+    ("throughput.total_tok_per_s", "(input_tok + output_tok) / window_s", lambda it: _rate(it, it.work.total_tok)),
     ("throughput.requests_per_s", "requests_ok / window_s", lambda it: _rate(it, it.work.requests_ok)),
-    (
-        "throughput.good_requests_per_s",
-        "requests_good / window_s",
-        lambda it: _rate(it, it.work.requests_good),
-    ),
+    ("throughput.good_requests_per_s", "requests_good / window_s", lambda it: _rate(it, it.work.requests_good)),
     (
         "throughput.good_requests_ratio",
         "requests_good / (requests_ok + requests_failed)",
@@ -155,11 +147,7 @@ _IDENTITIES: Final[tuple[tuple[str, str, Callable[[Any], float | None]], ...]] =
     ("efficiency.energy_per_output_tok_j", "energy / output_tok", lambda it: _per(it, it.work.output_tok)),
     ("efficiency.energy_per_total_tok_j", "energy / (input_tok + output_tok)", lambda it: _per(it, it.work.total_tok)),
     ("efficiency.energy_per_request_j", "energy / requests_ok", lambda it: _per(it, it.work.requests_ok)),
-    (
-        "efficiency.energy_per_good_request_j",
-        "energy / requests_good",
-        lambda it: _per(it, it.work.requests_good or 0),
-    ),
+    ("efficiency.energy_per_good_request_j", "energy / requests_good", lambda it: _per(it, it.work.requests_good or 0)),
     ("efficiency.output_tok_per_j", "output_tok / energy", lambda it: _over(it.work.output_tok, it)),
     ("carbon.co2e_g", "energy x pue x grid_g_per_kwh", lambda it: _at_site(it, it.carbon.grid_g_per_kwh)),
     ("carbon.cost", "energy x pue x price_per_kwh", lambda it: _at_site(it, it.carbon.price_per_kwh)),

@@ -15,13 +15,7 @@ from lem.meters import window
 from lem.meters.attempt import AttemptLog, measured, need
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.external import External, ExternalReadings, measure_external
-from lem.meters.interference import (
-    describe_interference,
-    holes,
-    interference_warnings,
-    refuse_foreign,
-    waited_too_long,
-)
+from lem.meters.interference import describe_interference, holes, interference_warnings, refuse_foreign, waited_too_long
 from lem.meters.machine import MachineFacts
 from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.uncertainty import budget_j, counter_lag_s, net_budget_j, net_energy_j

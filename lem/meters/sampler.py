@@ -66,14 +66,7 @@ class SamplerOptions:
     tdp_w: float | None = None  # design power of all CPU packages, as the user gives it
 
 
-def run_sampler(
-    options: SamplerOptions,
-    nvml: Any,
-    clock: Clock,
-    owner: SamplerOwner,
-    *,
-    roots: Roots = HERE,
-) -> None:
+def run_sampler(options: SamplerOptions, nvml: Any, clock: Clock, owner: SamplerOwner, *, roots: Roots = HERE) -> None:
     with _created(options.output) as descriptor:
         sampler = _Sampler(options, nvml, clock, roots)
         _append(options.output, descriptor, [samples.encode_header(sampler.header)])

@@ -120,11 +120,7 @@ def net_budget_j(gross: Mapping[str, float], net_j: float, idle: Idle, window_s:
     half_w = names.REST_TOLERANCE * rest_w
     if before_w is not None and after_w is not None:
         half_w = abs(after_w - before_w) / 2
-    return {
-        **gross,
-        names.SENSOR: _SENSOR * abs(net_j) / _RECTANGLE,
-        "idle_shift": half_w * window_s / _RECTANGLE,
-    }
+    return {**gross, names.SENSOR: _SENSOR * abs(net_j) / _RECTANGLE, "idle_shift": half_w * window_s / _RECTANGLE}
 
 
 def _placement_j(curve: Curve, at_ns: int) -> float:

@@ -15,12 +15,7 @@ from lem.base.errors import ConfigurationError, UserError
 from lem.base.reasons import Reason
 from lem.config import rules
 from lem.config.backends import ServerConfig
-from lem.config.campaign_config import (
-    CampaignConfig,
-    CampaignExecutionConfig,
-    fill_sample_size,
-    with_campaign_defaults,
-)
+from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, fill_sample_size, with_campaign_defaults
 from lem.config.experiment import NO_TEMPLATE, OWN_TEMPLATE, ExperimentConfig, FilePrompts
 from lem.config.kinds import Problem, as_written
 from lem.config.load import ListedExperiment, Loaded, Source, encode_config

@@ -275,11 +275,7 @@ def pair_within(baseline: Configuration, other: Configuration, metrics: Sequence
 
 
 def _row(
-    metric: Metric,
-    sides: _Sides,
-    found: _Found,
-    blocking: Reason | None = None,
-    causes: Measured[Causes] | None = None,
+    metric: Metric, sides: _Sides, found: _Found, blocking: Reason | None = None, causes: Measured[Causes] | None = None
 ) -> Row:
     effect, reason = found
     means = (sides[0].estimate(metric).value, sides[1].estimate(metric).value)

@@ -16,12 +16,7 @@ from lem.base.reasons import Reason
 from lem.config.experiment import PROGRAM
 from lem.record import Record, ResultKey
 from lem.results import axes, metrics
-from lem.results.bootstrap import (
-    BootstrapResult,
-    LogTInterval,
-    bootstrap_ci,
-    log_t_interval,
-)
+from lem.results.bootstrap import BootstrapResult, LogTInterval, bootstrap_ci, log_t_interval
 from lem.results.configurations import Listing, Reading, group_of, numbers_of, read_listing, read_numbered
 from lem.results.export import cell_text, make_table
 from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric

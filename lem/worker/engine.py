@@ -23,18 +23,7 @@ from lem.base.errors import DISK_FULL, REPEATING, EngineError, LemError
 from lem.config.experiment import ExperimentConfig
 from lem.record import RESULT_FILE, Record, write_record
 from lem.worker import channel
-from lem.worker.channel import (
-    READ_B,
-    Check,
-    Failure,
-    LineBuffer,
-    Message,
-    Phase,
-    Problem,
-    Progress,
-    Result,
-    RunRequest,
-)
+from lem.worker.channel import READ_B, Check, Failure, LineBuffer, Message, Phase, Problem, Progress, Result, RunRequest
 from lem.worker.harness import ResidentEngine, find_problems, run_experiment
 from lem.worker.metering import Reporter
 

@@ -21,13 +21,7 @@ from lem.base.errors import ConfigurationError
 from lem.base.reasons import Reason
 from lem.base.units import MIB
 from lem.config import experiment
-from lem.config.experiment import (
-    NO_TEMPLATE,
-    OWN_TEMPLATE,
-    ExperimentConfig,
-    FilePrompts,
-    SyntheticPrompts,
-)
+from lem.config.experiment import NO_TEMPLATE, OWN_TEMPLATE, ExperimentConfig, FilePrompts, SyntheticPrompts
 from lem.record import PROMPTS_FILE, TEMPLATE_FILE
 from lem.worker import shapes
 
