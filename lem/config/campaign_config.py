@@ -57,11 +57,15 @@ MAX_EXPERIMENTS = 100_000
 
 
 def generate_campaign_id(name: str) -> str:
+    """The first 8 hex digits of the MD5 of a campaign's name."""
     return hashlib.md5(durable.utf8(name), usedforsecurity=False).hexdigest()[:8]
 
 
 def slug_of(name: str) -> str:
-    """The name in `[a-z0-9][a-z0-9_-]*`, for files, units and projects; its campaign id if empty or too long."""
+    """The name in the letters `[a-z0-9][a-z0-9_-]*`, for files, units and projects.
+
+    A name that leaves nothing, or is too long, gets its campaign id.
+    """
     slug = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")
     if not slug:
         return f"campaign-{generate_campaign_id(name)}"
@@ -80,6 +84,8 @@ def _check_duration(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class CampaignGridConfig(Section):
+    """Experiments as the product of axes: backends, models, shared options, and options of each backend."""
+
     backends: tuple[str, ...] = option(
         REQUIRED, "The backends to run.", choices=BACKENDS, min_items=1, is_unique=True, takes_scalar=True
     )
@@ -181,6 +187,8 @@ def _unknown_axis(backends: Sequence[str], parts: Sequence[str], path: Location,
 
 @dataclass(frozen=True)
 class CampaignExplicitExperiment(Section, alternative=ExperimentConfig):
+    """One experiment: a file with overrides, or the experiment itself written in place."""
+
     config: str | None = option(None, "Experiment file, relative to the campaign file.")
     overrides: Mapping[str, Any] = option({}, "Options that override the file, nested or with dotted names.")
     inline: Mapping[str, Any] | None = option(
@@ -198,6 +206,7 @@ class CampaignExplicitExperiment(Section, alternative=ExperimentConfig):
 
     @staticmethod
     def nest_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The overrides with dotted names nested."""
         out: dict[str, Any] = {}
         for key, value in overrides.items():
             out = put(ExperimentConfig, out, key, value)
@@ -220,6 +229,8 @@ class CampaignExplicitExperiment(Section, alternative=ExperimentConfig):
 
 @dataclass(frozen=True)
 class CampaignExecutionConfig(Section):
+    """How often, in which order, and how long to wait."""
+
     cycles: int = option(3, "Runs of every experiment; intervals need at least 3.", min=1, max=20)
     structure: str = option(
         BALANCED,
@@ -258,6 +269,8 @@ class CampaignExecutionConfig(Section):
 
 @dataclass(frozen=True)
 class CampaignScheduleConfig(Section):
+    """When to start."""
+
     at: str | None = option(None, "Time of day on the host.", check=_check_time, form="a time HH:MM")
     days: tuple[str, ...] | None = option(
         None, "Days; null is any.", choices=(*_WEEKDAYS, *_DAY_GROUPS), takes_scalar=True, min_items=1
@@ -269,12 +282,15 @@ class CampaignScheduleConfig(Section):
 
     @property
     def weekdays(self) -> frozenset[int]:
+        """The days as `datetime.weekday()` counts them, 0 for Monday; all of them when none is named."""
         names = {day for name in self.days or _WEEKDAYS for day in _DAY_GROUPS.get(name, (name,))}
         return frozenset(_WEEKDAYS.index(name) for name in names)
 
 
 @dataclass(frozen=True)
 class CampaignHealthCheckConfig(Section):
+    """Checks of the containers between experiments."""
+
     enabled: bool = option(True, "Check the containers.")
     interval_experiments: int = option(0, "Experiments between checks; 0: once per cycle.", min=0, unit="experiments")
     gpu_memory_threshold_pct: float = option(
@@ -286,12 +302,16 @@ class CampaignHealthCheckConfig(Section):
 
 @dataclass(frozen=True)
 class CampaignColdStartConfig(Section):
+    """A cold start for every experiment."""
+
     force_cold_start: bool = option(False, "End the worker after each experiment.")
     restart_container: bool = option(False, "Recreate the container too.")
 
 
 @dataclass(frozen=True)
 class CampaignDaemonConfig(Section, switch="enabled"):
+    """Repeated runs."""
+
     enabled: bool = option(False, "Repeat the campaign.")
     at: str | None = option(None, "Time of day of the first run.", check=_check_time, form="a time HH:MM")
     interval: str | None = option(
@@ -302,15 +322,19 @@ class CampaignDaemonConfig(Section, switch="enabled"):
 
     @property
     def interval_seconds(self) -> float | None:
+        """The interval in seconds; None when unset."""
         return None if self.interval is None else units.parse_duration(self.interval)
 
     @property
     def total_duration_seconds(self) -> float | None:
+        """The total duration in seconds; None when unset."""
         return None if self.total_duration is None else units.parse_duration(self.total_duration)
 
 
 @dataclass(frozen=True)
 class CampaignIOConfig(Section):
+    """Files and folders, relative to the working directory."""
+
     results_dir: str = option("results", "Folder of results.")
     configs_dir: str = option("configs", "Folder of the experiments that a grid generates.")
     state_dir: str = option(".state", "Folder of the manifest and the log.")
@@ -324,11 +348,14 @@ class CampaignIOConfig(Section):
 
     @property
     def manifest_path(self) -> Path:
+        """The manifest in the state folder; a run puts the campaign's own folder between the two."""
         return Path(self.state_dir) / self.manifest_filename
 
 
 @dataclass(frozen=True)
 class CampaignNotificationConfig(Section):
+    """Messages when a campaign ends."""
+
     webhook_url: str | None = option(None, "Where to post JSON.", check=check_url, form="a URL", secret=True)
     on: tuple[str, ...] = option(
         ("complete", "failure"), "When to post.", choices=("complete", "failure"), takes_scalar=True
@@ -337,6 +364,8 @@ class CampaignNotificationConfig(Section):
 
 @dataclass(frozen=True)
 class CampaignConfig(Section, aliases={"model_name": "model", "sample_size": "num_samples"}):
+    """A campaign, validated and with every default filled in."""
+
     campaign_name: str = option(REQUIRED, "Name of the campaign; file and unit names derive from it.")
     model: ModelConfig | None = option(None, "Model of experiments without one.")
     dataset: DatasetConfig | None = option(None, "Dataset of experiments without prompts.")
@@ -365,16 +394,20 @@ class CampaignConfig(Section, aliases={"model_name": "model", "sample_size": "nu
 
     @property
     def campaign_id(self) -> str:
+        """See `generate_campaign_id`."""
         return generate_campaign_id(self.campaign_name)
 
     @property
     def slug(self) -> str:
+        """As `slug_of`."""
         return slug_of(self.campaign_name)
 
     def get_config_paths(self) -> list[Path]:
+        """The experiment files as written, those of `configs` first."""
         return [Path(name) for name in (*self.configs, *(entry.config for entry in self.experiments if entry.config))]
 
     def get_config_names(self) -> list[str]:
+        """The names of the experiment files, without folder and ending."""
         return [path.stem for path in self.get_config_paths()]
 
 
@@ -390,7 +423,11 @@ _DEFAULTS_OF = {  # options of a campaign, and those of an experiment that they 
 def with_campaign_defaults(
     campaign: CampaignConfig, experiment: Mapping[str, Any], forced: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The experiment with the campaign's values filled in; those that are `forced` win over its own."""
+    """The experiment, as a plain mapping, with the campaign's model, dataset, num_samples and warm-up filled in.
+
+    Args:
+        forced: options of the campaign by dotted name, given on the command line: they win over the experiment's own.
+    """
     out = canonical(ExperimentConfig, experiment)
     for key, options in _DEFAULTS_OF.items():
         if any(name == key or name.startswith(f"{key}.") for name in forced):

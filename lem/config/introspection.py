@@ -37,15 +37,24 @@ def get_campaign_params() -> dict[str, dict[str, Any]]:
 
 
 def get_campaign_grid_params() -> dict[str, dict[str, Any]]:
+    """Every option of a grid by dotted name (`grid.backends`), as `get_campaign_params`."""
     return _describe_all(CampaignGridConfig, "grid")
 
 
 def get_campaign_health_check_params() -> dict[str, dict[str, Any]]:
+    """Every option of the health check by dotted name, as `get_campaign_params`."""
     return _describe_all(CampaignHealthCheckConfig, "health_check")
 
 
 def get_experiment_params(backend: str | None = None) -> dict[str, dict[str, Any]]:
-    """Every option of an experiment, or those a backend honours; ConfigurationError if the backend is unknown."""
+    """Every option of an experiment by dotted name, as `get_campaign_params`.
+
+    Args:
+        backend: leave out options that this backend does not honour; None keeps the options of all.
+
+    Raises:
+        ConfigurationError: the backend is unknown.
+    """
     if backend is not None and backend not in BACKENDS:
         raise ConfigurationError(f"unknown backend {backend!r}", f"one of: {', '.join(BACKENDS)}")
     found = _describe_all(ExperimentConfig)

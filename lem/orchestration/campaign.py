@@ -36,45 +36,65 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CampaignExperiment(Experiment):
+    """An experiment of the plan and, once there is one, its entry in the manifest."""
+
     manifest_entry: CampaignManifestEntry | None = None
 
     @classmethod
     def of(cls, item: Experiment, entry: CampaignManifestEntry | None = None) -> CampaignExperiment:
+        """An experiment with its entry."""
         return cls(**{**vars(item), "manifest_entry": entry})
 
 
 @dataclass
 class CampaignRunner(Context):
-    """Plans a campaign, unless a plan is given, and runs it, once or again and again."""
+    """Plans a campaign and runs it, once or again and again.
+
+    Attributes:
+        plan: the experiments; made from the campaign when not given.
+    """
 
     plan: Plan | None = None
     _is_reserved: bool = field(default=False, init=False)
 
     def generate_execution_order(self) -> list[CampaignExperiment]:
+        """Every experiment of every cycle, in the order to run."""
         return [CampaignExperiment.of(item) for item in self._planned().experiments]
 
     def generate_execution_order_from_grid(self) -> list[CampaignExperiment]:
-        """The same for the grid alone; ConfigurationError for prompts that cannot be used."""
+        """The same for the grid alone; [] without a grid.
+
+        Raises:
+            ConfigurationError: prompts that cannot be used.
+        """
         if self.campaign.grid is None:
             return []
         plan = build_plan(replace(self.campaign, configs=(), experiments=()))
         return [CampaignExperiment.of(item) for item in plan.experiments]
 
     def create_manifest(self, execution_order: Sequence[Experiment]) -> CampaignManifest:
+        """A new manifest with a new run_id, not yet saved."""
         return self._new_manifest(replace(self._planned(), experiments=tuple(execution_order)))
 
     def apply_resume_filter(
         self, manifest: CampaignManifest, execution_order: Sequence[Experiment]
     ) -> list[CampaignExperiment]:
+        """The experiments that are still to run, in order, each with its manifest entry."""
         remaining = {entry.exp_id: entry for entry in manifest.get_remaining()}
         return [CampaignExperiment.of(one, remaining[one.exp_id]) for one in execution_order if one.exp_id in remaining]
 
     def should_cold_start(self) -> bool:
+        """Whether every experiment gets a worker of its own."""
         return self._planned().is_cold
 
     @contextlib.contextmanager
     def reserved(self) -> Iterator[None]:
-        """Hold the campaign's lock; UserError if its folder is not writable, LockedError if another process runs it."""
+        """Hold the campaign's lock within the block, so that no other process runs it between two runs either.
+
+        Raises:
+            UserError: the state folder cannot be written.
+            LockedError: another process runs the campaign.
+        """
         with hold_locks([campaign_lock(self._state_folder, self.campaign.campaign_name)], self._holder()):
             self._is_reserved = True
             try:
@@ -83,12 +103,21 @@ class CampaignRunner(Context):
                 self._is_reserved = False
 
     def settle_opening(self) -> None:
-        """Decide now, within `reserved`, how the next run begins; raises as `choose_manifest`."""
+        """Decide now, and ask now, how the next run is to begin; to be called within `reserved`.
+
+        Raises:
+            UserError: as `choose_manifest`.
+        """
         manifest = self._choose_manifest(self._manager())
         self.options = replace(self.options, resume=manifest is not None)
 
     def check(self) -> None:
-        """Check that results can be written and every backend has its engine; raises UserError, or Interrupted."""
+        """Check that the campaign can run here: results can be written, and every backend has its engine.
+
+        Raises:
+            UserError: it cannot.
+            Interrupted: a stop was requested.
+        """
         plan = self._planned()
         check_supported(plan, self.executor.name)
         self.repository.check_writable()
@@ -97,7 +126,16 @@ class CampaignRunner(Context):
             self._find_environment(plan.experiments)
 
     def run(self, *, deadline_s: float | None = None) -> CampaignOutcome:
-        """Run until done, or until `deadline_s` of `monotonic`; raises UserError, LockedError and Interrupted."""
+        """How the run ended; results and manifest are on disk.
+
+        Args:
+            deadline_s: no experiment begins after it, on the clock of `monotonic`.
+
+        Raises:
+            UserError: it cannot begin: folders, manifest, environment, no backend.
+            LockedError: another campaign runs, under this name or on these GPUs.
+            Interrupted: a stop was requested before it began, or a second time.
+        """
         plan, until = self._planned(), self.options.until
         check_supported(plan, self.executor.name, until)
         if until is not None:

@@ -212,13 +212,16 @@ class ContainerManager:
         return ContainerError(message + (f"; it printed: {printed}" if printed else ""), error.hint, kind=error.kind)
 
     def state(self, service: str) -> ContainerState | None:
+        """The container of a service, running or not; None if there is none."""
         return self.compose.states().get(service)
 
     def pids(self, service: str) -> frozenset[int]:
+        """The processes in a service's container as the host numbers them."""
         state = self.state(service)
         return frozenset() if state is None else self.compose.pids(state.container_id)
 
     def has_gpu(self, service: str) -> bool:
+        """Whether a GPU is reserved for a service."""
         if service not in self.compose.services:
             raise ContainerError(f"no such service: {service}", kind="service")
         return self.compose.services[service].has_gpu
@@ -300,6 +303,7 @@ class ContainerManager:
             _logger.warning("%s: processes of its worker may still run: %s", service, error.message)
 
     def read_gpus(self, service: str) -> GpuReading:
+        """What NVML reports inside a running service; ContainerError if the service does not answer."""
         doing = f"asking {service}"
         finished = self.compose.call(*self._exec_words(service, "gpus", "--json"), timeout_s=PROBE_TIMEOUT_S)
         if finished.code != 0:

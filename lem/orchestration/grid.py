@@ -40,6 +40,8 @@ NO_MODEL = Reason.of("no_model")
 
 @dataclass(frozen=True)
 class GridValidationIssue:
+    """Something about one configuration: `error` filters it, `warning` goes with it; `why` is its reason in codes."""
+
     config_desc: str
     reason: str
     severity: str = "error"
@@ -47,6 +49,7 @@ class GridValidationIssue:
 
     @classmethod
     def of(cls, config_desc: str, *why: Reason, severity: str = "error") -> GridValidationIssue:
+        """An issue for one or more reasons."""
         return cls(config_desc, "; ".join(item.text for item in why), severity, why)
 
 
@@ -59,6 +62,7 @@ class GridExpansionResult:
 
     @property
     def summary(self) -> str:
+        """`Generated 48 experiments (12 filtered: tensorrt needs float16 or bfloat16 × 12). 6 have warnings.`"""
         reasons = "; ".join(f"{reason} × {count}" for reason, count in count_reasons(self.filtered_configs))
         filtered = f"{len(self.filtered_configs)} filtered" + (f": {reasons}" if reasons else "")
         warned = len({issue.config_desc for issue in self.warnings})
@@ -74,10 +78,16 @@ def count_reasons(issues: Iterable[GridValidationIssue]) -> list[tuple[str, int]
 def expand_campaign_grid(
     grid: CampaignGridConfig, base_config: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Every combination of backends × models × shared axes × the backend's overrides, not yet validated."""
-    # A list is an axis, anything else a fixed value; an option that is itself a list takes a list of lists. Axes whose
-    # change needs another engine load vary slowest, so that equal engines lie together; then the first axis. Of the
-    # backends' sections in `base_config` each experiment gets its own alone.
+    """Every combination of backends × models × shared axes × the backend's overrides, not yet validated.
+
+    A list is an axis, anything else a fixed value; an option that is itself a list takes a list of lists. Dotted keys
+    nest, and an override is a field of its backend's section. Axes whose change needs another engine load vary
+    slowest, so that configurations with equal engines lie together; beyond that the first axis varies slowest.
+
+    Args:
+        base_config: values for every experiment, which axes win over; of the backends' sections each experiment gets
+            its own backend's alone.
+    """
     configs = []
     for backend in grid.backends:
         own = {key: value for key, value in (base_config or {}).items() if key == backend or key not in BACKENDS}
@@ -152,6 +162,7 @@ def _finished(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def validate_campaign_grid(config_dicts: Sequence[dict[str, Any]]) -> GridExpansionResult:
+    """Which configurations are experiments; the others with the reason why not."""
     named = list(zip(name_configurations(config_dicts), config_dicts, strict=True))
     configs, filtered, warnings = validate_named(named)
     valid = [item for item, config in zip(config_dicts, configs, strict=True) if config is not None]

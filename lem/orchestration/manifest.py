@@ -79,10 +79,12 @@ class CampaignManifestEntry:
         self.__dict__.pop("_line", None)
 
     def put_attempt(self, attempt: Attempt) -> None:
+        """Add an attempt, or put it in the place of the one with its number."""
         others = [item for item in self.attempts if item.number != attempt.number]
         self.attempts = tuple(sorted([*others, attempt], key=lambda item: item.number))
 
     def encode(self) -> bytes:
+        """The entry as one line of JSON, encoded again only after a change."""
         line: bytes | None = self.__dict__.get("_line")
         if line is None:
             values = {name: self.__dict__[name] for name in _ENTRY_NAMES}
@@ -128,31 +130,43 @@ class CampaignManifest:
 
     @property
     def completed_count(self) -> int:
+        """Experiments with a result."""
         return len(self.get_by_status(COMPLETED))
 
     @property
     def failed_count(self) -> int:
+        """Experiments that failed."""
         return len(self.get_by_status(FAILED))
 
     @property
     def pending_count(self) -> int:
+        """Experiments that have not started."""
         return len(self.get_by_status(PENDING))
 
     @property
     def is_complete(self) -> bool:
+        """Every one is completed or skipped."""
         return all(entry.status in (COMPLETED, SKIPPED) for entry in self.experiments)
 
     @property
     def progress_fraction(self) -> float:
+        """Completed over total, 0.0 of nothing."""
         return self.completed_count / self.total_experiments if self.total_experiments else 0.0
 
     def get_remaining(self) -> list[CampaignManifestEntry]:
+        """Pending and failed experiments, in order."""
         return [entry for entry in self.experiments if entry.status in (PENDING, FAILED)]
 
     def get_by_status(self, status: str) -> list[CampaignManifestEntry]:
+        """The experiments with that status, in order."""
         return [entry for entry in self.experiments if entry.status == status]
 
     def get_entry(self, exp_id: str) -> CampaignManifestEntry:
+        """The entry of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
         places: dict[str, int] = self.__dict__.setdefault("_places", {})
         place = places.get(exp_id, len(self.experiments))
         if place >= len(self.experiments) or self.experiments[place].exp_id != exp_id:  # the list has changed
@@ -164,7 +178,13 @@ class CampaignManifest:
             raise KeyError(f"campaign {self.campaign_name} has no experiment {exp_id}") from None
 
     def update_entry(self, exp_id: str, **fields: Any) -> CampaignManifestEntry:
-        """Change an entry in memory, or nothing: KeyError, AttributeError (a field) or ValueError (a status)."""
+        """The entry of that name, with those fields changed; in memory, `ManifestManager.save` writes it.
+
+        Raises:
+            KeyError: no such experiment.
+            AttributeError: no such field; nothing is changed.
+            ValueError: no such status; nothing is changed.
+        """
         entry = self.get_entry(exp_id)
         checked = {name: _checked(name, value) for name, value in fields.items()}
         for name, value in checked.items():
@@ -218,7 +238,11 @@ JOURNALED_FROM = 200
 
 
 class ManifestManager:
-    """The manifest's files: the snapshot, and for a long plan the journal of the changes since."""
+    """The manifest's files: the snapshot, and for a long plan the journal of the changes since.
+
+    Before a changed status is written, it raises the audit event `lem.transition` (exp_id, old, new; see
+    `sys.audit`), so that a test can stop the program there.
+    """
 
     # Before a changed status is written, it raises the audit event `lem.transition` (exp_id, old, new; see
     # `sys.audit`), so that a test can stop the program there.
@@ -233,20 +257,28 @@ class ManifestManager:
         self._own: frozenset[str] | None = None
 
     def exists(self) -> bool:
+        """Whether there is a file, whole or not."""
         return self.manifest_path.exists()
 
     def create_manifest(
         self, campaign_id: str, campaign_name: str, config_hash: str, experiments: Iterable[CampaignManifestEntry]
     ) -> CampaignManifest:
+        """A new manifest, not yet saved."""
         entries = list(experiments)
         now = utc_text(self._now())
         return CampaignManifest(campaign_id, campaign_name, now, now, config_hash, len(entries), entries)
 
     def check_config_changed(self, manifest: CampaignManifest, current_config_hash: str) -> bool:
+        """Whether the campaign is another than the one in the manifest."""
         return manifest.config_hash != current_config_hash
 
     def save(self, manifest: CampaignManifest) -> None:
-        """Write the snapshot, whole or not at all; OSError, or LockedError if another process has written it."""
+        """Write the snapshot, whole or not at all, and make its folder when there is none.
+
+        Raises:
+            OSError: as `durable.write_bytes`; the earlier manifest is still there.
+            LockedError: another process has written the manifest meanwhile.
+        """
         for entry in manifest.experiments:
             self._announce(entry)
         manifest.updated_at = utc_text(self._now())
@@ -262,7 +294,11 @@ class ManifestManager:
         self._journal.begin(snapshot)
 
     def save_entry(self, manifest: CampaignManifest, entry: CampaignManifestEntry) -> None:
-        """Write the change of one entry, in the same time for any length of plan; raises as `save`."""
+        """Write the change of one entry, which in a long plan takes as long as in a short one.
+
+        Raises:
+            OSError, LockedError: as `save`.
+        """
         is_short = len(manifest.experiments) < JOURNALED_FROM
         if is_short or not self._journal.has_begun or self._journal.size_b > self._snapshot_b:
             self.save(manifest)
@@ -275,6 +311,7 @@ class ManifestManager:
         self._journal.append(b'{"at": ' + _encode(manifest.updated_at) + b', "entry": ' + entry.encode() + b"}")
 
     def settle(self, manifest: CampaignManifest) -> None:
+        """Write the snapshot unless all changes are in it; raises as `save`."""
         if self._journal.size_b or not self._journal.has_begun:
             self.save(manifest)
 
@@ -295,6 +332,7 @@ class ManifestManager:
 
     @contextlib.contextmanager
     def saving(self, kind: type[LemError], remedy: str) -> Iterator[None]:
+        """Turn a write that fails within the block into an error of that kind."""
         try:
             yield
         except OSError as error:
@@ -302,7 +340,11 @@ class ManifestManager:
             raise kind(f"cannot write {where}: {reason}", remedy) from error
 
     def load(self, campaign_id: str | None = None) -> CampaignManifest | None:
-        """The manifest; None without one and, with a warning, for one that is broken or of another `campaign_id`."""
+        """The manifest; None when there is none, and, with a warning in the log, when it is broken.
+
+        Args:
+            campaign_id: take another campaign's manifest for a broken one.
+        """
         try:
             return self.load_strict(campaign_id)
         except UserError as error:
@@ -310,7 +352,11 @@ class ManifestManager:
             return None
 
     def load_strict(self, campaign_id: str | None = None) -> CampaignManifest | None:
-        """The manifest, None without one; UserError if it is unreadable, broken, or of another `campaign_id`."""
+        """The manifest; None when there is none.
+
+        Raises:
+            UserError: it is unreadable, truncated, of another schema, or of another campaign than `campaign_id`.
+        """
         try:
             manifest = self._read()
         except FileNotFoundError:
@@ -348,7 +394,11 @@ class ManifestManager:
         return manifest
 
     def set_aside(self) -> Path | None:
-        """Rename the manifest, under the campaign's lock and overwriting nothing; the new path, None without one."""
+        """Rename the manifest to make room for a fresh start; the new path, or None when there was no manifest.
+
+        Nothing is overwritten: the new name contains the time, and a number when that name is taken. To be called
+        under the campaign's lock.
+        """
         self._own = frozenset()
         if not self.exists():
             return None
@@ -370,6 +420,7 @@ class ManifestManager:
         return target
 
     def remove_leftovers(self) -> None:
+        """Remove temporary files of a process that was killed while saving; to be called under the campaign's lock."""
         for path in self.manifest_path.parent.glob(f"{durable.TEMPORARY_PREFIX}*"):
             path.unlink(missing_ok=True)
 

@@ -27,18 +27,7 @@ from lem.results.student import cycles_needed, power_of, smallest_difference
 from lem.results.trends import change_of
 from lem.results.uncertainty import combined_document
 
-__all__ = [
-    "EarlierTimes",
-    "Precision",
-    "Sensitivity",
-    "aggregate_campaign_results",
-    "configuration_document",
-    "earlier_sensitivity",
-    "earlier_times",
-    "measure_precision",
-    "row_document",
-    "run_document",
-]
+__all__ = ["aggregate_campaign_results"]
 
 SCHEMA_VERSION = 1
 
@@ -52,8 +41,14 @@ def aggregate_campaign_results(
     cycle, the `bootstrap` interval of the mean and the `t_log` interval of the geometric mean. Only valid attempts
     count, and of each cycle the last of them.
 
-    `results` are per configuration those of all cycles and attempts: records, or documents as in `result.json`; None
-    is an experiment that failed without a result. Raises RecordError, or ValueError: a confidence outside (0, 1).
+    Args:
+        results: per configuration its results of all cycles and attempts: records, or documents as `result.json`
+            holds them; None is an experiment that failed without a result.
+        confidence: of both intervals.
+
+    Raises:
+        RecordError: a document that is not a whole record.
+        ValueError: a confidence outside (0, 1).
     """
     check_confidence(confidence)
     documents = {}

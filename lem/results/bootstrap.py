@@ -78,9 +78,14 @@ class LogTInterval:
 def bootstrap_ci(
     samples: Iterable[float], n_iterations: int = 1000, confidence: float = CONFIDENCE, seed: int = 42
 ) -> BootstrapResult:
-    """The mean with its percentile bootstrap interval; ValueError for NaN, an infinity, no samples or iterations."""
-    # The means of `n_iterations` resamples are sorted; the interval runs between their (1 ± confidence) / 2 quantiles,
-    # interpolated linearly between neighbours. [Efron and Tibshirani 1993, An Introduction to the Bootstrap, ch. 13]
+    """The mean of `samples` with its percentile bootstrap interval; the same arguments give the same interval.
+
+    The means of `n_iterations` resamples are sorted; the interval runs between their (1 ± confidence) / 2 quantiles,
+    interpolated linearly between neighbours. [Efron and Tibshirani 1993, An Introduction to the Bootstrap, ch. 13]
+
+    Raises:
+        ValueError: no samples, a sample that is NaN or infinite, no iterations, a confidence outside (0, 1).
+    """
     values = _checked(samples)
     check_confidence(confidence)
     if n_iterations < 1:
@@ -107,9 +112,14 @@ def bootstrap_ci(
 def compute_metric_ci(
     values: Iterable[float | None], metric_name: str = "", confidence: float = CONFIDENCE
 ) -> dict[str, Any]:
-    """The fields of `bootstrap_ci` as JSON values, with the metric's name; raises ValueError."""
-    # A None is a value that was not measured: it is left out and counted in `n_missing`. With nothing measured every
-    # estimate is None and `n_samples` is 0, so a table over many metrics needs no exception.
+    """The fields of `bootstrap_ci` as JSON values, with the metric's name.
+
+    A None is a value that was not measured: it is left out and counted in `n_missing`. With nothing measured every
+    estimate is None and `n_samples` is 0, so a table over many metrics needs no exception.
+
+    Raises:
+        ValueError: a value that is NaN or infinite, a confidence outside (0, 1).
+    """
     given = list(values)
     samples = [value for value in given if value is not None]
     named = {"metric": metric_name, "n_missing": len(given) - len(samples)}
@@ -121,8 +131,14 @@ def compute_metric_ci(
 
 
 def log_t_interval(samples: Iterable[float], confidence: float = CONFIDENCE) -> LogTInterval:
-    """The geometric mean with its t interval on log values; ValueError for no samples, NaN or an infinity."""
-    # A sample of zero or less has no logarithm, and dropping it would bias the estimate: there is none then.
+    """The geometric mean of `samples` with its t interval on log values.
+
+    A sample of zero or less has no logarithm, and dropping it would bias the estimate: there is no estimate then, and a
+    warning says why.
+
+    Raises:
+        ValueError: no samples, a sample that is NaN or infinite, a confidence outside (0, 1).
+    """
     check_confidence(confidence)
     values = _checked(samples)
     n = len(values)
@@ -141,7 +157,10 @@ def log_t_interval(samples: Iterable[float], confidence: float = CONFIDENCE) -> 
 
 
 def bootstrap_coverage_label(n_samples: int, confidence: float = CONFIDENCE) -> str | None:
-    """The true coverage in words: `75 %`, or `75 to 84 %` between two simulated sizes; None where it is unknown."""
+    """The true coverage of the bootstrap interval in words: `75 %`, or `75 to 84 %` between two simulated sizes.
+
+    None where it is unknown; the simulation was of a nominal 95 %.
+    """
     percent = {size: round(100 * coverage) for size, coverage in BOOTSTRAP_COVERAGE.items()}
     below = max((size for size in percent if size <= n_samples), default=None)
     above = min((size for size in percent if size >= n_samples), default=None)
