@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import pkgutil
 import shutil
 import stat
 import sys
@@ -180,6 +181,11 @@ def parse_json(data: bytes) -> Any:
         return json.loads(data.decode("utf-8"))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def packaged_text(package: str, name: str) -> str:
+    """A text file of lem's own beside the modules of a package, in the zip too."""
+    return (pkgutil.get_data(package, name) or b"").decode()
 
 
 def make_folder(folder: Path) -> None:

@@ -9,31 +9,32 @@ The format in a template gives the type of its data: `{n:d}` an integer, `{x:.3f
 from __future__ import annotations
 
 import functools
-import pkgutil
 import re
 import string
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from lem.base.durable import packaged_text
 from lem.base.units import plain
 
 _Thing = TypeVar("_Thing")
 
 
-def _read_tables() -> Mapping[str, Mapping[str, str]]:
+def read_tables(package: str, name: str) -> Mapping[str, Mapping[str, str]]:
+    """Sentences by code, by section of a file of the package: `[section]`, then lines of `code: sentence`."""
     tables: dict[str, dict[str, str]] = {}
     table: dict[str, str] = {}
-    for line in (pkgutil.get_data("lem.base", "reasons.txt") or b"").decode().splitlines():
+    for line in packaged_text(package, name).splitlines():
         if line.startswith("["):
             table = tables[line.strip("[]")] = {}
         elif line and not line.startswith("#"):
-            code, _, sentence = line.partition(": ")
-            table[code] = sentence
+            code, _, sentence = line.partition(":")
+            table[code] = sentence.strip()
     return tables
 
 
-V1_TEXTS, _NEW_TEXTS, NULL_TEXTS = _read_tables().values()
+V1_TEXTS, _NEW_TEXTS, NULL_TEXTS = read_tables("lem.base", "reasons.txt").values()
 TEXTS: Mapping[str, str] = {**V1_TEXTS, **_NEW_TEXTS, **NULL_TEXTS}
 
 _NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")

@@ -11,8 +11,7 @@ from lem.base.errors import ExitCode
 from lem.base.log import WIDTH
 from lem.base.units import plural, some_of
 from lem.cli.selection import add_json, add_results_dir, add_state_dir, folder_options, resolve_run
-from lem.results.check import check_run
-from lem.results.findings import Finding
+from lem.results.check import Finding, check_run
 from lem.results.run import Run
 
 SCHEMA_VERSION = 1

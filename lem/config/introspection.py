@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lem.base.durable import packaged_text
 from lem.base.errors import ConfigurationError
 from lem.base.log import WIDTH
 from lem.config import kinds
@@ -123,44 +124,10 @@ def render_text(params: Mapping[str, Entry]) -> str:
     return "\n".join(blocks)
 
 
-_PAGE_START = """\
-# Configuration reference
-
-<!-- Written by `lem config fields --markdown`; edit the declarations in lem/config instead. -->
-
-A campaign or an experiment is a YAML file. The command line wins over the file, the file over the preset,
-the preset over the default. Unknown keys, values out of bounds and duplicate keys are errors. `${VAR}`
-and `${VAR:-default}` expand in text; `_extends: base.yaml` inherits another file.
-
-## In an editor
-
-With a JSON Schema, an editor checks as you type, completes names and values, and shows what an option does. The schema
-covers the axes of a grid, dotted names and overrides, too:
-
-```sh
-lem config schema > lem-campaign.json
-lem config schema experiment > lem-experiment.json
-```
-
-Name it in the first line of a file, relative to the file:
-
-```
-# yaml-language-server: $schema=lem-campaign.json
-```
-
-That works in editors with yaml-language-server (tested with version 1.25), such as VS Code with the YAML extension.
-In a hook or in CI, run `check-jsonschema --schemafile lem-campaign.json my.yaml` (tested with 0.39). A schema cannot
-find everything: `lem config validate` also checks the rules between options, the files that are named, and `${VAR}`.
-check-jsonschema merges `<<` before it looks at the schema, whereas `lem` refuses merge keys.
-
-## Campaign
-"""
-
-
 def render_page() -> str:
     params = get_experiment_params()
     lines = [
-        _PAGE_START,
+        packaged_text("lem.config", "configuration.md"),
         *_table(get_campaign_params()),
         "\n## Experiment\n\n`model: gpt2`, `model: {name: gpt2}` and `model_name: gpt2` mean the same.\n",
         *_table({key: entry for key, entry in params.items() if key.partition(".")[0] not in BACKENDS}),

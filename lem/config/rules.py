@@ -94,14 +94,6 @@ def _without(names: tuple[str, ...], sections: tuple[str, ...]) -> tuple[str, ..
     return tuple(name for name in names if not f"{name}.".startswith(within))
 
 
-def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in options.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def parameters_by_name(name: str) -> float | None:
     found = _PARAMETERS_IN_NAME.findall(name.rpartition("/")[2])
     if not found:

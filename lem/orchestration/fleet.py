@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from lem.base.durable import packaged_text
 from lem.base.errors import UserError
 from lem.base.units import plural
 from lem.config.campaign_config import slug_of
@@ -180,37 +181,13 @@ def container_command(runtime: str, image: str) -> list[str]:
     }[runtime]  # fmt: skip
 
 
-_SLURM = """\
-#!/bin/bash
-# Runs the {count} of {plan} as tasks of an array. Everything is in the
-# folder in which the job is submitted; all nodes must see it.
-#   bash SCRIPT               submits the array, and a merge that waits for it
-#   sbatch SCRIPT             submits the array alone
-#   sbatch --array=2 SCRIPT   runs one part again: the third, since tasks count from 0
-# A part that was cancelled, preempted or requeued is resumed.
-#SBATCH --job-name={name}
-#SBATCH --array=0-{last}
-#SBATCH --requeue
-#SBATCH --open-mode=append
-{options}
-set -euo pipefail
-if [ -z "${{SLURM_ARRAY_TASK_ID-}}" ]; then
-    job=$(sbatch --parsable "$0")
-    exec sbatch --dependency="afterany:${{job%%;*}}" --job-name={name}-merge{merge_options} --wrap={merge}
-fi
-# The part of a task does not depend on how many tasks the array has.
-# exec: a signal to the batch script (scancel --batch) reaches lem itself.
-exec {run} --shard "$((SLURM_ARRAY_TASK_ID + 1))/{n_parts}"
-"""
-
-
 def slurm_script(
     plan: FleetPlan, path: Path, lem: Sequence[str], container: Sequence[str], options: Sequence[str]
 ) -> str:
     merged = [*lem, "merge", plan.results_dir, "--output", "merged", "--plan", str(path)]
     words = [*lem, "campaign", *plan.arguments, "--plan", str(path), "--executor", "local", "--yes"]
     partition = "".join(f" {shlex.quote(option)}" for option in options if option.startswith("--partition="))
-    return _SLURM.format(
+    return packaged_text("lem.orchestration", "slurm.txt").format(
         count=plural(len(plan.hosts), "part"),
         plan=path.name,
         name=f"lem-{slug_of(plan.campaign_name)}",

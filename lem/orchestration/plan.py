@@ -17,9 +17,9 @@ from lem.config import rules
 from lem.config.backends import ServerConfig
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, fill_sample_size, with_campaign_defaults
 from lem.config.experiment import NO_TEMPLATE, OWN_TEMPLATE, ExperimentConfig, FilePrompts
-from lem.config.kinds import Problem, as_written
+from lem.config.kinds import Problem, as_written, dotted
 from lem.config.load import ListedExperiment, Loaded, Source, encode_config
-from lem.config.option import canonical
+from lem.config.option import canonical, leaves
 from lem.config.rules import Gpu
 from lem.config.yamlfile import FileProblems
 from lem.meters.nvml import find_gpus
@@ -433,7 +433,7 @@ def _cells_that_cannot_differ(given: Sequence[Experiment]) -> Iterator[GridValid
     for item in given:
         config = item.config
         reasons = [grid.coded(found)] if (found := rules.width_warning(config, item.n_prompts)) else []
-        options = dict(rules.flat(config.identity()))
+        options = {dotted(path): value for path, value in leaves(config.identity())}
         key = json.dumps([item.prompts, rules.effective(config, options, item.n_prompts)])
         other = seen.setdefault(key, options)
         if other is not options:

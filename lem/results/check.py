@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from lem.base import measurement
 from lem.base.measurement import (
@@ -14,13 +15,12 @@ from lem.base.measurement import (
     UNSTEADY_BY_CHANCE,
     WINDOW_UPDATES,
 )
-from lem.base.reasons import Reason, alike
+from lem.base.reasons import Reason, alike, read_tables
 from lem.base.units import percent, plain, plural, some_of
 from lem.record import Record
 from lem.results import trends
 from lem.results.comparability import LENGTH_TOLERANCE, environment_changes, find_obstacles
 from lem.results.compare import exclusion_reason, find_effect
-from lem.results.findings import INTERFERENCE, NO_EFFECT, NO_RESUME, NOTES, SAME_WORK, WEAK, Finding
 from lem.results.metrics import Metric
 from lem.results.run import REPLAYED, SHARED_LOAD, Configuration, Run
 from lem.results.stats import AUTOCORRELATION_SOUGHT, CONFIDENCE, UNPLANNED, cycles_to_settle
@@ -45,6 +45,44 @@ _COVERED = _REST_MOVED | {
 }  # fmt: skip
 # How large interference was, in the data of its reason.
 _EXTENTS = frozenset({"share", "starved_s", "stopped_s", "suspended_s", "pause_s"})
+
+# What to do about each kind of finding: of those that make numbers or verdicts unreliable, and of the others.
+_WEAK, _NOTES = (
+    {kind: text.format(short_s=SHORT_WINDOW_S, most_cycles=MOST_CYCLES) for kind, text in table.items()}
+    for table in read_tables("lem.results", "remedies.txt").values()
+)
+_NO_EFFECT = "ignore_eos was set but had no effect: the log.txt of the experiment may show why"
+_ALONE = (
+    "end the other programs (lem doctor names them) or raise the CPU limit, and reserve the machine while it measures"
+)
+_STOPPED = "do not stop or pause the engine while it is measured: signals, debuggers, docker pause"
+_SUSPENDED = "keep the machine from suspending, as with systemd-inhibit"
+# What kept an engine from its work, as warnings and invalid results have it, with what to do about it.
+INTERFERENCE: Mapping[str, str] = {
+    "engine_waited_too_long": _ALONE,
+    "engine_waited": _ALONE,
+    "foreign_cpu": _ALONE,
+    "engine_starved": _ALONE,
+    "sampler_starved": _ALONE,
+    "engine_stopped": _STOPPED,
+    "host_suspended": _SUSPENDED,
+}
+
+_NO_RESUME = "no manifest in the state folder (--state-dir) continues this run: a new run measures all of it"
+
+
+@dataclass(frozen=True)
+class Finding:
+    kind: str  # a short stable word
+    is_weak: bool  # numbers or verdicts are unreliable because of it; else it is something to know about them
+    reason: Reason
+    remedy: str
+    configurations: tuple[str, ...] = ()  # those it concerns; () for the campaign as a whole
+
+    @property
+    def text(self) -> str:
+        """In words; those of other programs, which warnings pass on, may end in a full stop."""
+        return self.reason.text.rstrip(".") if self.kind == "warning" else self.reason.text
 
 
 Found = Iterable[Finding]
@@ -79,8 +117,8 @@ def _of_configurations(kind: str, size: Callable[[Configuration], float], what: 
 def _finding(
     kind: str, reason: Reason, whom: Iterable[str] = (), *, is_weak: bool | None = None, remedy: str | None = None
 ) -> Finding:
-    weak = kind in WEAK if is_weak is None else is_weak
-    return Finding(kind, weak, reason, {**WEAK, **NOTES}[kind] if remedy is None else remedy, tuple(whom))
+    weak = kind in _WEAK if is_weak is None else is_weak
+    return Finding(kind, weak, reason, {**_WEAK, **_NOTES}[kind] if remedy is None else remedy, tuple(whom))
 
 
 def _interference(run: Run) -> Found:
@@ -101,15 +139,15 @@ def _extent(why: Reason) -> float:
 
 
 def _missing(run: Run) -> Found:
-    more = run.remedy or NO_RESUME
+    more = run.remedy or _NO_RESUME
     damaged = [f"{item.path} ({item.kind})" for item in run.problems if item.kind != "missing"]
     if damaged:
         reason = Reason.of("results_damaged", named=some_of(damaged, _DAMAGE_SHOWN))
-        yield _finding("damaged", reason, remedy=f"{WEAK['damaged']}; {more}")
+        yield _finding("damaged", reason, remedy=f"{_WEAK['damaged']}; {more}")
     for kind, code, counts in (("failed", "results_missing", run.failed), ("unfinished", "results_left", run.left)):
         if counts:
             reason = Reason.of(code, experiments=plural(sum(counts.values()), "experiment"))
-            yield _finding(kind, reason, counts, remedy="; ".join(filter(None, (WEAK[kind], more))))
+            yield _finding(kind, reason, counts, remedy="; ".join(filter(None, (_WEAK[kind], more))))
     if not run.records:
         yield _finding("no_results", Reason.of("no_results"))
 
@@ -164,9 +202,9 @@ def _work(run: Run) -> Found:
         if high <= (1 + LENGTH_TOLERANCE) * low:
             continue
         is_alike = False
-        code, remedy = "free_lengths_differ", SAME_WORK
+        code, remedy = "free_lengths_differ", _WEAK["output_lengths"]
         if not any(name in free for name in lengths):
-            code, remedy = "lengths_differ", NO_EFFECT
+            code, remedy = "lengths_differ", _NO_EFFECT
         yield _finding("output_lengths", Reason.of(code, low=low, high=high), lengths, remedy=remedy)
     if free and is_alike:
         yield _finding("output_lengths", Reason.of("free_lengths"), free, is_weak=False)

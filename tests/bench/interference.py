@@ -22,7 +22,7 @@ from pathlib import Path
 
 import lem
 from lem.record import Record
-from lem.results.findings import INTERFERENCE
+from lem.results.check import INTERFERENCE
 from tests.lab.places import Places
 
 ROOT = Path(__file__).resolve().parents[2]

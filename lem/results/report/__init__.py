@@ -6,9 +6,9 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator
-from importlib import resources
 
 from lem.base import __version__
+from lem.base.durable import packaged_text
 from lem.base.units import plural
 from lem.results.report.content import Report
 from lem.results.report.context import heatmap_section, order_section, traces_section
@@ -39,8 +39,8 @@ def render_report(report: Report) -> str:
     """The page as text; the same content gives the same text."""
     # It fetches nothing: its content security policy forbids everything but its own style sheet and script, which are
     # named by their hashes.
-    body = tag("body", *_body(report), tag("script", script := _asset("script.js")))
-    style = Markup(_asset("style.css") + card_labels(body))
+    body = tag("body", *_body(report), tag("script", script := Markup(packaged_text(__name__, "script.js"))))
+    style = Markup(packaged_text(__name__, "style.css") + card_labels(body))
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -93,11 +93,6 @@ def _heading(report: Report) -> Iterator[Markup]:
     ]
     yield tag("h1", run.campaign_name or "Campaign")
     yield tag("p", " · ".join(facts), class_="facts")
-
-
-def _asset(name: str) -> Markup:
-    """A file beside this module, in the zip too; it is lem's own, so it needs no escaping."""
-    return Markup(resources.files("lem.results.report").joinpath(name).read_text(encoding="utf-8"))
 
 
 def _hash(text: str) -> str:

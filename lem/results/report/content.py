@@ -15,11 +15,10 @@ from lem.base.doc import SEPARATORS, name_tokens, printable, text_width
 from lem.base.units import format_quantity, plural, some_of
 from lem.record import Record
 from lem.results.axes import settings_without_record, with_one_width
-from lem.results.check import check_run
+from lem.results.check import Finding, check_run
 from lem.results.comparability import share_workload
 from lem.results.compare import Comparison, compare_configurations
 from lem.results.comparison import best_of, headline_of, remarks_of
-from lem.results.findings import Finding
 from lem.results.metrics import Metric
 from lem.results.report.plot import GROUPS_MAX, Markup, escape
 from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run, estimate_note

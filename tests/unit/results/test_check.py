@@ -4,8 +4,7 @@ from pathlib import Path
 import pytest
 
 from lem.base.reasons import TEXTS, Reason, formats_of
-from lem.results.check import check_run
-from lem.results.findings import INTERFERENCE
+from lem.results.check import INTERFERENCE, check_run
 from lem.results.run import make_run
 from lem.results.store import Problem
 from lem.results.trends import position_effect
