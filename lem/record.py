@@ -217,7 +217,7 @@ class Work(Section):
     input_tok: int | None
     output_tok: int | None
     padding_tok: int | None  # padding that the engine computed beside the input
-    token_source: str  # `engine_ids`, `retokenized`, or `program`: as a measured program reports them
+    token_source: str  # `engine_ids`, `retokenized`, or as a server (`usage`) or a measured program (`program`) reports
     prompt_source: Mapping[str, Any]  # where the prompts came from: kind, revision, sha256, count, and the draw
     requests_good: int | None = None  # completed requests that met `traffic_simulation.slo`
 
@@ -349,6 +349,7 @@ class Record:
     extra_metadata: Mapping[str, Any] = field(default_factory=dict)
     interference: Interference = field(default_factory=lambda: Interference.absent(_NOT_RECORDED))
     machine: Machine = field(default_factory=lambda: Machine.absent(_NOT_RECORDED))
+    served: Mapping[str, Any] = field(default_factory=dict)  # of a server: what its client and it itself report
 
     @classmethod
     def lazily(cls, load: Callable[[str], Any]) -> Record:

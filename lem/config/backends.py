@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lem.base.errors import ConfigurationError, did_you_mean
+from lem.base.variables import GPU_VARIABLE
 from lem.config.dialects import DIALECTS, Dialect
 from lem.config.kinds import Problem, check_url
 from lem.config.option import Matching, Section, declared, option
@@ -247,8 +248,6 @@ class TensorRTConfig(Section, reloads=True):
 def _check_server_url(text: str) -> str | None:
     if (complaint := check_url(text)) is not None:
         return complaint
-    if text.lower().startswith("https:"):
-        return "the load client speaks plain HTTP; name the server itself, or a local proxy that adds TLS"
     parts = urllib.parse.urlsplit(text)
     return "expected a URL without ? and #" if parts.query or parts.fragment else None
 
@@ -267,7 +266,7 @@ _SET_FIELDS: Mapping[str, str] = {
     **dict.fromkeys(("model", "prompt", "messages", "stream", "stream_options"), "lem"),
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "n_predict"), "max_output_tokens"),
     **dict.fromkeys(("min_tokens", "ignore_eos"), "ignore_eos and min_output_tokens"),
-    **dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "seed"), "decoder and random_seed"),
+    **dict.fromkeys(("temperature", "top_p", "top_k", "seed"), "decoder and random_seed"),
     **dict.fromkeys(("repetition_penalty", "repeat_penalty"), "decoder.repetition_penalty"),
     **dict.fromkeys(("return_token_ids", "return_tokens", "cache_salt", "cache_prompt"), "lem"),
     **dict.fromkeys(("n", "best_of", "stop", "echo"), "lem, which asks for one whole answer"),
@@ -323,7 +322,8 @@ class ServerConfig(Section, reloads=True, exclusive=("command", "url")):
                 yield Problem((name,), "has no effect with url: that server is already running", is_about_key=True)
         yield from self._check_command()
         for name in self.env:
-            if (complaint := _check_variable(name)) is not None:
+            complaint = "set gpus instead" if name == GPU_VARIABLE else _check_variable(name)
+            if complaint is not None:
                 yield Problem(("env", name), complaint, is_about_key=True)
         for name in self.request:
             if name in _SET_FIELDS:

@@ -24,8 +24,20 @@ class Dialect:
     ids: Mapping[str, Any] = field(default_factory=dict)  # fields that make it return the ids of tokens
     # Fields that keep a prompt out of the prefix cache; {salt} is replaced by a text that no other window has.
     uncached: Mapping[str, Any] = field(default_factory=dict)
-    tokenize: str | None = None  # the field of /tokenize's body that holds the text; None without that path
-    decoded: str = ""  # the field of /detokenize's answer with the text
+    cache_option: str | None = None  # the option of its command that, if it is true, asks for that cache
+    # The fields of /tokenize's body with the text and with the flag for special tokens; None without that path.
+    tokenize: tuple[str, str] | None = None
+    completion_path: str = "/v1/completions"
+    ends_with_done: bool = True  # a stream ends with `data: [DONE]`
+    keeps_alive: bool = True  # an idle connection costs it nothing
+    length_field: str = "max_tokens"
+    no_top_k: int = 0  # the value of its top_k that is off
+    info_path: str | None = None  # JSON of its settings
+    version_fields: tuple[str, ...] = ("version",)  # in the answers to /version and to info_path
+    # {option of its command: dotted place of its value in the answer to info_path}, where the names differ.
+    settings: Mapping[str, str] = field(default_factory=dict)
+    # {what is counted: the Prometheus counter}
+    counters: Mapping[str, str] = field(default_factory=dict)
 
     def field_of(self, option: str) -> str | None:
         """The field of the body for one of lem's options; None if the server does not honour it."""
@@ -51,8 +63,14 @@ DIALECTS: Mapping[str, Dialect] = {
         takes_ids=True,
         ids={"return_token_ids": True},
         uncached={"cache_salt": "{salt}"},
-        tokenize="prompt",
-        decoded="prompt",
+        cache_option="enable-prefix-caching",
+        tokenize=("prompt", "add_special_tokens"),
+        counters={
+            "input_tok": "vllm:prompt_tokens_total",
+            "cached_tok": "vllm:prompt_tokens_cached_total",
+            "output_tok": "vllm:generation_tokens_total",
+            "preemptions": "vllm:num_preemptions_total",
+        },
     ),
     "llamacpp": Dialect(
         "llama.cpp",
@@ -67,9 +85,23 @@ DIALECTS: Mapping[str, Dialect] = {
         },
         width="parallel",
         takes_ids=True,
+        # Its native path: that of OpenAI returns no ids.
+        ids={"return_tokens": True},
+        completion_path="/completion",
+        ends_with_done=False,
+        keeps_alive=False,  # each connection has one of a few threads for as long as it is open
+        length_field="n_predict",
         uncached={"cache_prompt": False},
-        tokenize="content",
-        decoded="content",
+        cache_option="cache-prompt",
+        tokenize=("content", "add_special"),
+        info_path="/props",
+        version_fields=("build_info",),
+        settings={"parallel": "total_slots", "alias": "model_alias", "model": "model_path"},
+        counters={
+            "input_tok": "llamacpp:prompt_tokens_total",
+            "cached_tok": "llamacpp:prompt_tokens_cached_total",
+            "output_tok": "llamacpp:tokens_predicted_total",
+        },
     ),
     # A seed has an effect only with deterministic inference, which is not the default.
     "sglang": Dialect(
@@ -79,6 +111,13 @@ DIALECTS: Mapping[str, Dialect] = {
         fields={**_VLLM_FIELDS, "random_seed": None},
         width="max_running_requests",
         takes_ids=True,
+        no_top_k=-1,
+        info_path="/get_server_info",
+        counters={
+            "input_tok": "sglang:prompt_tokens_total",
+            "cached_tok": "sglang:cached_tokens_total",
+            "output_tok": "sglang:generation_tokens_total",
+        },
     ),
     "tensorrt": Dialect(
         "trtllm-serve",
@@ -88,6 +127,6 @@ DIALECTS: Mapping[str, Dialect] = {
         width="max_batch_size",
         takes_ids=True,
     ),
-    "tgi": Dialect("text-generation-inference", "/health", "/metrics", width="max_batch_size"),
-    "ollama": Dialect("Ollama", "/api/version"),
+    "tgi": Dialect("text-generation-inference", "/health", "/metrics", width="max_batch_size", info_path="/info"),
+    "ollama": Dialect("Ollama", "/api/version", info_path="/api/version"),
 }

@@ -421,7 +421,7 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     def _check_server(self, section: ServerConfig) -> Iterator[Problem]:
         if section.command is None and section.url is None and section.service is None:
             yield Problem.of("server", "no_server", is_about_key=True)
-        if section.api == "chat" and self.chat_template != OWN_TEMPLATE:
+        if self.is_chat and self.chat_template != OWN_TEMPLATE:
             yield Problem.of("chat_template", "server_templates")
         for name, untouched in _SERVER_DECIDES.items():
             if attrgetter(name)(self) != untouched:
@@ -455,6 +455,11 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     def is_templated(self) -> bool:
         """Whether the prompts are made from messages by a chat template, so that these are kept."""
         return self.chat_template != NO_TEMPLATE
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a server gets the messages themselves, and applies its own template."""
+        return isinstance(self.section, ServerConfig) and self.section.api == "chat"
 
     @property
     def parallel_degree(self) -> int:

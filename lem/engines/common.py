@@ -26,7 +26,7 @@ from lem.config.option import Section
 from lem.engines.protocol import Completion, Engine, OnProgress, RequestQueue, TokenRequest, say_nothing
 
 # Each module has `load`, see `protocol.Engine`. It imports the engine when it is called, never before.
-BACKEND_MODULES = MappingProxyType({name: f"lem.engines.{name}" for name in ("pytorch", "vllm", "tensorrt")})
+BACKEND_MODULES = MappingProxyType({name: f"lem.engines.{name}" for name in ("pytorch", "vllm", "tensorrt", "server")})
 # The packages each needs, so that a host can be checked before anything is measured.
 BACKEND_DISTRIBUTIONS = MappingProxyType(
     {"pytorch": ("torch", "transformers"), "vllm": ("vllm",), "tensorrt": ("tensorrt_llm",)}

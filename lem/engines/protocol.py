@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
+from lem.engines.traffic import TrafficPlan
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,9 @@ class TokenRequest:
     token_ids: tuple[int, ...]  # the prompt, without padding
     max_output_tokens: int
     min_output_tokens: int = 0
+    # Of a chat whose template the server applies: the fields of the body in place of the prompt, as JSON. The ids are
+    # those of its texts.
+    conversation: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class Completion:
     token_times_ns: tuple[int, ...] | None = None  # one per output token; None if the engine does not time them
     error: str | None = None
     padding_tok: int | None = None  # computed in front of the prompt to fill its batch; None if unknown
+    # Of a server, which counts tokens itself; ids may be missing.
+    input_tok: int | None = None
+    counted_tok: int | None = None  # of the output
+    text: str | None = None
+
+    @property
+    def output_tok(self) -> int:
+        return len(self.output_ids) if self.counted_tok is None else self.counted_tok
 
 
 class RequestQueue(Protocol):
@@ -136,3 +148,47 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model and the device memory."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request of steady traffic, as its client saw it. Times are CLOCK_MONOTONIC nanoseconds."""
+
+    prompt: int  # its place in the prompt set
+    arrived_ns: int  # open loop: as scheduled; closed loop: when it was sent
+    completion: Completion | None  # None if it was never sent, or not answered
+    error: str | None = None  # why it was not answered; None if it was never sent
+
+
+@dataclass(frozen=True)
+class Drive:
+    """Steady traffic by a client that opens and closes the window itself."""
+
+    opened_ns: int
+    closed_ns: int
+    has_turned_over: bool
+    arrivals: tuple[Arrival, ...]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the client and the server say about a window."""
+
+    token_source: str
+    facts: Mapping[str, Any]  # JSON values, for the record
+    warnings: tuple[Reason, ...] = ()
+    invalid_reasons: tuple[Reason, ...] = ()
+
+
+@runtime_checkable
+class Driven(Protocol):
+    """An engine behind a load client, which is a process of its own."""
+
+    def drive(self, requests: Sequence[TokenRequest], plan: TrafficPlan, on_progress: OnProgress) -> Drive:
+        """Steady traffic over the requests; raises EngineError: the client or the server has failed."""
+
+    def begin_window(self) -> None:
+        """What is observed from here on is of the window."""
+
+    def observed(self) -> Observed:
+        """Since `begin_window`."""

@@ -166,7 +166,8 @@ class CampaignRunner(Context):
             rule = next_stage(kept, rule, resume.tested_cycles(known), plan.execution.cycles)
             notes = resume.update_manifest(known, plan, self._new_entries(plan.experiments), self.repository)
             notes += [] if known.structure else [resume.BEGUN_BEFORE.format(plan.execution.structure)]
-        secrets = find_secrets(os.environ)  # one that cannot be used is an error before anything is written
+        # One that cannot be used is an error before anything is written.
+        secrets = find_secrets(os.environ, plan.secret_names)
         with contextlib.ExitStack() as stack, self._workers():
             remaining = self.apply_resume_filter(manifest, plan.experiments)
             self._check_environment(manifest, remaining)

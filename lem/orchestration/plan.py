@@ -13,6 +13,7 @@ from lem.base import durable
 from lem.base.durable import BALANCED, GROUPED, INTERLEAVED, SHUFFLED
 from lem.base.errors import ConfigurationError, UserError
 from lem.base.reasons import Reason
+from lem.base.variables import TOKEN_VARIABLE
 from lem.config import rules
 from lem.config.backends import ServerConfig
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, fill_sample_size, with_campaign_defaults
@@ -143,6 +144,12 @@ class Plan:
         """The prompts of configurations that name none, where the widest runs more than the usual 32 at once."""
         before = {item.config_hash for item in self.given_before}
         return next((item.n_prompts for item in self.given if item.config_hash not in before), None)
+
+    @property
+    def secret_names(self) -> tuple[str, ...]:
+        """The environment variables that the workers get without their values being written or shown."""
+        keys = (getattr(item.config.section, "api_key_env", None) for item in self.given)
+        return (TOKEN_VARIABLE, *dict.fromkeys(filter(None, keys)))
 
     @property
     def config_hash(self) -> str:

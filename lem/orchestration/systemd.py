@@ -12,7 +12,7 @@ import socket
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,22 @@ _VARIABLE = "NOTIFY_SOCKET"  # sd_notify(3)
 _CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"  # systemd.exec(5), LoadCredential=
 
 
-def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    folder, value = environ.get(_CREDENTIALS_VARIABLE), environ.get(TOKEN_VARIABLE, "")
-    if folder and not value:
-        path = Path(folder, TOKEN_VARIABLE)
-        try:
-            value = durable.read_bytes(path).decode("utf-8").strip()
-        except FileNotFoundError:
-            return {}
-        except (OSError, UnicodeDecodeError) as error:
-            reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8 text"
-            raise UserError(f"credential {path}: {reason}") from error
-    return {TOKEN_VARIABLE: value} if value else {}
+def find_secrets(environ: Mapping[str, str], names: Iterable[str] = (TOKEN_VARIABLE,)) -> dict[str, str]:
+    """The secrets that are set, by name; the environment wins over a credential of systemd."""
+    folder = environ.get(_CREDENTIALS_VARIABLE)
+    found = {name: environ.get(name, "") or _credential(folder, name) for name in names}
+    return {name: value for name, value in found.items() if value}
+
+
+def _credential(folder: str | None, name: str) -> str:
+    path = Path(folder or "", name)
+    try:
+        return durable.read_bytes(path).decode("utf-8").strip() if folder else ""
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"credential {path}: {reason}") from error
 
 
 class ServiceManager:

@@ -25,7 +25,7 @@ from lem.base.variables import TOKEN_VARIABLE
 from lem.config.experiment import ExperimentConfig, WarmupConfig
 from lem.engines.common import load_engine
 from lem.engines.named import find_server_problem, named_models
-from lem.engines.protocol import Completion, Engine, TokenRequest
+from lem.engines.protocol import Completion, Driven, Engine, TokenRequest
 from lem.engines.traffic import TrafficPlan
 from lem.meters.requestlog import REQUESTS_FILENAME, write_requests
 from lem.record import CONFIG_FILE, OUTPUTS_FILE, PROMPTS_FILE, Record
@@ -111,6 +111,11 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     with metering.during(measurement.LOAD) if not is_resident else contextlib.nullcontext():
         residence = engine.ensure(config, request.engine_key, request.secrets)
     loaded = residence.engine
+    if isinstance(loaded, Driven):
+        # Only the configuration says on which GPUs a server runs.
+        gpus = tuple(gpu.uuid for gpu in metering.read().header.gpus)
+        report = dataclasses.replace(residence.report, gpu_uuids=gpus, device="cuda" if gpus else "cpu")
+        residence = residence._replace(report=report)
     metering.choose(residence.report.gpu_uuids)
 
     reporter.phase("idle")
@@ -125,8 +130,11 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     engine.own_pids = metering.find_own_processes(engine.own_pids)
     reporter.phase("window")
     loaded.reset_peak_memory()
+    if isinstance(loaded, Driven):
+        loaded.begin_window()
     measured = _measure(loaded, requests, config, warmup, metering, _seed_of_arrivals(config, request))
     peak_b = loaded.peak_memory_b()
+    served = loaded.observed() if isinstance(loaded, Driven) else None
     reporter.phase("cooldown")
     if request.keep_engine:
         metering.rest_after()
@@ -138,7 +146,8 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
         _write_outputs(folder, measured.outputs, loaded.decode)
     seen = metering.surroundings(residence.report.gpu_uuids)
     found = Findings(
-        request, config, requested, start_utc, residence, prompts, warnings, warmup, measured, peak_b, energy, seen
+        *(request, config, requested, start_utc, residence, prompts, warnings, warmup, measured, peak_b, energy, seen),
+        served,
     )
     return compose_record(found, host)
 
@@ -196,8 +205,8 @@ def _template(
     engine: Engine, config: ExperimentConfig, folder: Path, prompts: ResolvedPrompts
 ) -> tuple[str | None, Mapping[str, Any]]:
     source = {"chat_template": config.chat_template}
-    if not config.is_templated:
-        return None, source
+    if not config.is_templated or config.is_chat:
+        return None, {**source, **({"applied_by": "server"} if config.is_chat else {})}
     with _refusing("prompts"):
         given = read_template(config, folder)
     template = engine.chat_template(given, has_tools=any(prompt.tools for prompt in prompts.prompts))
@@ -279,7 +288,7 @@ def _write_outputs(folder: Path, outputs: Sequence[Answer], decode: Callable[[Se
             "input_tok": output.request.input_tok,
             "output_tok": output.request.output_tok,
             "output_ids": list(output.output_ids),
-            "text": decode(output.output_ids),
+            "text": decode(output.output_ids) if output.text is None else output.text,
         }
         for output in outputs
     ]

@@ -22,8 +22,8 @@ from lem.base.reasons import Reason
 from lem.base.units import KIB
 from lem.config.experiment import ExperimentConfig, MeteredConfig
 from lem.config.kinds import dotted
-from lem.config.option import leaves
-from lem.engines.protocol import Engine, EngineReport
+from lem.config.option import declared, leaves, plain
+from lem.engines.protocol import Engine, EngineReport, Observed
 from lem.meters.energy import EnergyFindings, efficiency_of
 from lem.meters.nvml import read_gpus
 from lem.meters.work import describe_work, unfit_reasons
@@ -67,14 +67,16 @@ class Findings:
     peak_memory_b: int | None
     energy: EnergyFindings
     surroundings: Mapping[str, Measured[tuple[str, ...]]]  # `vbios` and `other_gpu_processes`
+    served: Observed | None = None  # of a server and its client
 
 
 def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
     """The record, redacted; EngineError of kind `channel` if the host left out part of the identity."""
     request, measured, energy = found.request, found.measured, found.energy
     done = describe_work(measured, found.config)
-    source = {**found.prompts.source, "draw": request.draw}
-    work = Work.of(**done.work, token_source="engine_ids", prompt_source=source)  # noqa: S106
+    source, served = {**found.prompts.source, "draw": request.draw}, found.served
+    token_source = "engine_ids" if served is None else served.token_source
+    work = Work.of(**done.work, token_source=token_source, prompt_source=source)
     # The user's metadata as written: a reference to the environment stays a reference.
     metadata = found.requested.get("extra_metadata")
     composed = Record(
@@ -95,6 +97,7 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
         extra_metadata=metadata if isinstance(metadata, dict) else found.config.extra_metadata,
         interference=energy.interference,
         machine=energy.machine,
+        served={} if served is None else served.facts,
     )
     # An engine's message or an option may have carried a secret anywhere.
     words = sorted(filter(None, request.secrets.values()), key=len, reverse=True)
@@ -117,7 +120,8 @@ def _validity(found: Findings) -> Validity:
     is_invalid = failed > MAX_FAILED_RATIO * total
     no_output = (Reason.of("no_output"),) if measured.completed and not measured.output_tok else ()
     unfit = unfit_reasons(measured, allows_overload=found.config.traffic_simulation.allow_overload)
-    invalid = (*(failures if is_invalid else ()), *no_output, *unfit, *energy.invalid_reasons)
+    served = found.served or Observed("", {})
+    invalid = (*(failures if is_invalid else ()), *no_output, *unfit, *served.invalid_reasons, *energy.invalid_reasons)
     # The window was one state when throughput and, where it is known, power were.
     moved = abs(energy.power_change or 0.0) >= measured.steady_tolerance
     unsteady = [what for what, is_it in (("throughput", measured.steady.value is False), ("power", moved)) if is_it]
@@ -127,6 +131,7 @@ def _validity(found: Findings) -> Validity:
         *found.encoding_warnings,
         *warmup.warnings,
         *measured.warnings,
+        *served.warnings,
         *(() if is_invalid else failures),
         *((Reason.of("unsteady", what=" and ".join(unsteady)),) if unsteady else ()),
         *energy.warnings,
@@ -259,9 +264,9 @@ def differing_options(config: ExperimentConfig, effective: Mapping[str, Any]) ->
     """{dotted option: [requested, effective]} of the options that the engine reports with another value."""
     # An option left to the engine differs from nothing. Nor does a default that does not apply (effective None), such
     # as top_p under greedy decoding: the user did not ask for it.
-    least = ExperimentConfig.from_dict({"model": config.model.name, "backend": config.backend})
-    # With the options of a backend section that was left out.
-    wanted, defaults = (_flatten({**it.to_dict(), it.backend: it.section.to_dict()}) for it in (config, least))
+    defaults = _flatten({name: plain(item.default) for name, item in declared(ExperimentConfig).items()})
+    defaults |= _flatten({config.backend: type(config.section)().to_dict()})
+    wanted = _flatten({**config.to_dict(), config.backend: config.section.to_dict()})  # also a section left out
     found = _flatten(effective)
     return {
         name: [value, found[name]]

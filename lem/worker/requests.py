@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import random
 import threading
 from collections import deque
@@ -23,7 +24,7 @@ from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
-from lem.engines.protocol import Completion, Engine, TokenRequest
+from lem.engines.protocol import Completion, Drive, Driven, Engine, TokenRequest
 from lem.engines.traffic import TrafficPlan, WindowRule
 from lem.meters.requestlog import Request
 from lem.meters.work import load_warnings
@@ -47,7 +48,10 @@ def encode_prompts(
     total, limit = len(prompts), config.max_input_tokens
     for index, prompt in enumerate(prompts):
         try:
-            ids, wanted_tok = _encode(prompt, engine, limit, template)
+            if config.is_chat:
+                ids, wanted_tok, conversation = _converse(prompt, engine, limit)
+            else:
+                (ids, wanted_tok), conversation = _encode(prompt, engine, limit, template), ""
         except EngineError as error:
             if error.kind != "prompts":
                 raise
@@ -57,7 +61,7 @@ def encode_prompts(
         wanted = config.max_output_tokens if prompt.output_tokens is None else prompt.output_tokens
         bounded += wanted > config.max_output_tokens
         most = min(wanted, config.max_output_tokens)
-        requests.append(TokenRequest(index, ids[:limit], most, min(config.min_output_tokens, most)))
+        requests.append(TokenRequest(index, ids[:limit], most, min(config.min_output_tokens, most), conversation))
     warnings = []
     if cut:
         warnings.append(Reason.of("prompts_cut", cut=cut, total=total, limit=limit))
@@ -75,8 +79,7 @@ def _encode(prompt: Prompt, engine: Engine, limit: int, template: str | None) ->
         parts = engine.render(messages, prompt.tools, template)
     ids = tuple(engine.encode("".join(parts), is_whole=template is None))
     if not ids:
-        hint = "remove it: the model's tokenizer gives no tokens for it"
-        raise _prompts_error(f"it has no tokens: {prompt.prompt[:60]!r}", hint)
+        raise _without_tokens(prompt)
     wanted = len(ids) if prompt.input_tokens is None else prompt.input_tokens
     if prompt.input_tokens is None and (template is None or wanted <= limit):
         return ids, wanted
@@ -93,6 +96,29 @@ def _encode(prompt: Prompt, engine: Engine, limit: int, template: str | None) ->
     length = max(min(wanted, limit), 1 if template is None else fixed_tok + 1)
     text = itertools.islice(itertools.cycle(body), max(0, length - fixed_tok))
     return (*head, *text, *tail)[:length], wanted
+
+
+def _converse(prompt: Prompt, engine: Engine, limit: int) -> tuple[tuple[int, ...], int, str]:
+    """As `_encode`, of a chat: its texts without the template of the server, which is not counted; and its fields."""
+    messages = [dict(item) for item in prompt.messages or ({"role": "user", "content": prompt.prompt},)]
+    last = max(index for index, item in enumerate(messages) if item["role"] == "user")
+    texts = [tuple(engine.encode(str(item["content"] or ""), is_whole=False)) for item in messages]
+    body = texts[last]
+    if not body:
+        raise _without_tokens(prompt)
+    fixed_tok = sum(map(len, texts)) - len(body)
+    wanted = fixed_tok + len(body) if prompt.input_tokens is None else prompt.input_tokens
+    room_tok = max(1, min(wanted, limit) - fixed_tok)
+    if room_tok != len(body):
+        texts[last] = tuple(itertools.islice(itertools.cycle(body), room_tok))
+        messages[last]["content"] = engine.decode(texts[last])
+    fields = {"messages": messages, **({"tools": [dict(tool) for tool in prompt.tools]} if prompt.tools else {})}
+    return tuple(itertools.chain.from_iterable(texts)), wanted, json.dumps(fields)
+
+
+def _without_tokens(prompt: Prompt) -> EngineError:
+    hint = "remove it: the model's tokenizer gives no tokens for it"
+    return _prompts_error(f"it has no tokens: {prompt.prompt[:60]!r}", hint)
 
 
 def check_lengths(requests: Sequence[TokenRequest], longest_tok: int | None) -> None:
@@ -157,7 +183,7 @@ class DisjointRequests:
             drawn = next((choice for choice in choices if choice not in self._measured), drawn)
         self.is_disjoint = self.is_disjoint and drawn not in self._measured
         self._made.add(drawn)
-        return replace(shape, index=next(self._indices), token_ids=drawn)
+        return replace(shape, index=next(self._indices), token_ids=drawn, conversation="")
 
 
 def _shape_of(request: TokenRequest) -> tuple[int, int, int]:
@@ -179,6 +205,8 @@ def measure_traffic(
     # loop) or answer (closed loop) as many requests as there are prompts. Then nothing more is handed out, and what the
     # engine is working on is finished. `report` gets the number of requests completed so far. Raises EngineError: the
     # engine failed, or answered a request twice, or one that it did not have.
+    if isinstance(engine, Driven):
+        return _driven_window(engine.drive(requests, plan, report), requests, plan)
     queue = TrafficQueue(requests, plan, clock, report)
     engine.serve(queue)
     engine.synchronize()
@@ -190,6 +218,45 @@ def serve_all(engine: Engine, requests: Sequence[TokenRequest]) -> list[Completi
     queue = PreparedQueue(requests)
     engine.serve(queue)
     return queue.completions
+
+
+def _driven_window(drive: Drive, requests: Sequence[TokenRequest], plan: TrafficPlan) -> MeasuredWindow:
+    answered, unanswered = [], []
+    for item in drive.arrivals:
+        input_tok, completion = len(requests[item.prompt].token_ids), item.completion
+        if completion is None:
+            unanswered.append(Request(item.prompt, input_tok, arrived_ns=item.arrived_ns, error=item.error))
+        else:
+            check_completion(completion)
+            found = as_request(item.prompt, input_tok, item.arrived_ns, completion)
+            answered.append(Answer(found, completion.output_ids, completion.text))
+    turned = () if drive.has_turned_over else (Reason.of("ramp_cut_short", ramp_s=plan.ramp_limit_s),)
+    return _window(plan, (drive.opened_ns, drive.closed_ns), len(requests), answered, unanswered, turned)
+
+
+def _window(
+    plan: TrafficPlan,
+    edges_ns: tuple[int, int],
+    prompts: int,
+    answered: Sequence[Answer],
+    unanswered: Sequence[Request],
+    warnings: Sequence[Reason],
+) -> MeasuredWindow:
+    is_untimed = any(
+        it.request.is_good and it.request.output_tok and it.request.token_times_ns is None for it in answered
+    )
+    window = MeasuredWindow(
+        traffic_mode=plan.mode,
+        opened_ns=edges_ns[0],
+        closed_ns=edges_ns[1],
+        prompts=prompts,
+        requests=(*(item.request for item in answered), *unanswered),
+        burstiness=plan.burstiness if plan.mode == "poisson" else 1.0,
+    )
+    outputs = (item for item in answered if item.request.is_good)
+    counting = tuple(item for item in outputs if window.is_inside(item.request.finished_ns))
+    untimed = (Reason.of("tokens_untimed"),) if is_untimed else ()
+    return replace(window, outputs=counting, warnings=(*warnings, *untimed, *load_warnings(window)))
 
 
 class PreparedQueue:
@@ -274,20 +341,8 @@ class TrafficQueue:
             for request in self._in_flight.values()
         ]
         unanswered += [self._unanswered(request, None) for request in self._waiting]
-        is_untimed = any(it.is_good and it.output_tok and it.token_times_ns is None for it, _ in self._answered)
-        warnings = [] if self._rule.has_turned_over else [Reason.of("ramp_cut_short", ramp_s=self._plan.ramp_limit_s)]
-        warnings += [Reason.of("tokens_untimed")] if is_untimed else []
-        window = MeasuredWindow(
-            traffic_mode=self._plan.mode,
-            opened_ns=opened_ns,
-            closed_ns=closed_ns,
-            prompts=len(self._prompts),
-            requests=(*(item.request for item in self._answered), *unanswered),
-            burstiness=self._plan.burstiness if self._plan.mode == "poisson" else 1.0,
-        )
-        outputs = (item for item in self._answered if item.request.is_good)
-        counting = tuple(item for item in outputs if window.is_inside(item.request.finished_ns))
-        return replace(window, outputs=counting, warnings=(*warnings, *load_warnings(window)))
+        turned = [] if self._rule.has_turned_over else [Reason.of("ramp_cut_short", ramp_s=self._plan.ramp_limit_s)]
+        return _window(self._plan, (opened_ns, closed_ns), len(self._prompts), self._answered, unanswered, turned)
 
     def _unanswered(self, request: TokenRequest, error: str | None) -> Request:
         arrived_ns, number = self._arrived_ns[request.index], request.index % len(self._prompts)

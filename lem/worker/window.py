@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError
 from lem.base.reasons import Reason
-from lem.engines.protocol import Completion, Engine, TokenRequest
+from lem.engines.protocol import Completion, Driven, Engine, TokenRequest
 from lem.meters.requestlog import CLOSED_BATCH, Request, RequestLog
 
 
@@ -18,6 +18,7 @@ class Answer(NamedTuple):
 
     request: Request
     output_ids: tuple[int, ...]
+    text: str | None = None  # where it is known without decoding the ids
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class MeasuredWindow(RequestLog):
 def as_request(prompt: int, input_tok: int, arrived_ns: int | None, completion: Completion) -> Request:
     return Request(
         prompt,
-        input_tok,
-        len(completion.output_ids),
+        input_tok if completion.input_tok is None else completion.input_tok,
+        completion.output_tok,
         completion.padding_tok,
         arrived_ns,
         completion.started_ns,
@@ -43,8 +44,8 @@ def as_request(prompt: int, input_tok: int, arrived_ns: int | None, completion: 
 def check_completion(completion: Completion) -> None:
     """Raise EngineError for impossible times: other than one per token, or an end before the start."""
     times = completion.token_times_ns
-    if completion.error is None and times is not None and len(times) != len(completion.output_ids):
-        what = f"{len(times)} times for {len(completion.output_ids)} tokens"
+    if completion.error is None and times is not None and len(times) != completion.output_tok:
+        what = f"{len(times)} times for {completion.output_tok} tokens"
         raise EngineError(f"request {completion.index}: the backend gave {what}")
     if completion.finished_ns < completion.started_ns:
         raise EngineError(f"request {completion.index}: the backend reports an end before the start")
@@ -68,7 +69,7 @@ def measure_batch(
     # EngineError: the engine failed, or did not answer each request once.
     passes: list[_Pass] = []
     engine.synchronize()
-    opened_ns = begin_ns = clock.monotonic_ns()
+    begin_ns = clock.monotonic_ns()
     while True:
         before = len(passes) * len(requests)
         completions = engine.generate(
@@ -78,9 +79,15 @@ def measure_batch(
         )
         engine.synchronize()
         end_ns = clock.monotonic_ns()
+        if isinstance(engine, Driven) and completions:
+            # Before and after, the client prepares its requests and reads their answers.
+            begin_ns = max(begin_ns, min(item.started_ns for item in completions))
+            end_ns = min(end_ns, max(item.finished_ns for item in completions))
         passes.append(_Pass(begin_ns, end_ns, completions))
         # A set that fails as a whole fails fast: repeating it would only fill the window with failures.
-        if seconds_between(opened_ns, end_ns) >= min_window_s or all(item.error is not None for item in completions):
+        if seconds_between(passes[0].begin_ns, end_ns) >= min_window_s or all(
+            item.error is not None for item in completions
+        ):
             break
         begin_ns = end_ns
     return _add_up(requests, passes)
@@ -106,7 +113,9 @@ def _add_up(requests: Sequence[TokenRequest], passes: Sequence[_Pass]) -> Measur
         for item in passes
         for completion in item.completions
     ]
-    first_pass = [Answer(request, it.output_ids) for it, request in everything[: len(requests)] if request.is_good]
+    first_pass = [
+        Answer(request, it.output_ids, it.text) for it, request in everything[: len(requests)] if request.is_good
+    ]
     return MeasuredWindow(
         traffic_mode=CLOSED_BATCH,
         opened_ns=passes[0].begin_ns,

@@ -43,6 +43,7 @@ ENGINES = {
     r"lem\.engines\.checkpoints": {"huggingface_hub", "safetensors", "torch", "transformers"},
     r"lem\.engines\.vllm(\.\w+)?": {"torch", "vllm"},
     r"lem\.engines\.tensorrt(\.\w+)?": {"tensorrt_llm", "torch"},
+    r"lem\.engines\.server\.tokens": {"transformers"},
 }
 THIRD_PARTY = {
     **ENGINES,

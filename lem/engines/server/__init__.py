@@ -1,0 +1,15 @@
+"""The server backend: any server that speaks the completions or chat API of OpenAI, driven by a load client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lem.config.experiment import ExperimentConfig
+from lem.engines.protocol import Engine
+
+
+def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
+    """See `Engine`."""
+    from lem.engines.server.session import Session
+
+    return Session(config, secrets)

@@ -39,6 +39,7 @@ def problems(tree: dict[str, Any]) -> list[str]:
         {"service": "llamacpp", "options": {"parallel": 4}, "env": {"A": "b", "N": 1}},
         {"url": "http://127.0.0.1:8000"},
         {"url": "http://127.0.0.1:8000/v1"},
+        {"url": "https://models.example/v1"},
     ],
 )
 def test_a_server_has_one_form(server: dict[str, Any]) -> None:
@@ -56,7 +57,6 @@ def test_a_server_has_one_form(server: dict[str, Any]) -> None:
         ({"command": ["vllm", "serve", "{model}"]}, "server.command"),
         ({"command": [*COMMAND, "--api-key", "s"]}, "server.command"),
         ({"command": []}, "server.command"),
-        ({"url": "https://h"}, "server.url"),
         ({"url": "http://h?a=b"}, "server.url"),
         ({"url": "http://user:word@h"}, "server.url"),
         ({"command": COMMAND, "options": {"port": 8000}}, "server.options.port"),
@@ -64,6 +64,7 @@ def test_a_server_has_one_form(server: dict[str, Any]) -> None:
         ({"command": COMMAND, "options": {"--seed": 1}}, "server.options.--seed"),
         ({"command": COMMAND, "options": {"max_num_seqs": 1, "max-num-seqs": 2}}, "server.options.max-num-seqs"),
         ({"command": COMMAND, "env": {"A B": "c"}}, "server.env.A B"),
+        ({"command": COMMAND, "env": {"CUDA_VISIBLE_DEVICES": "1"}}, "server.env.CUDA_VISIBLE_DEVICES"),
         ({"command": COMMAND, "request": {"temperature": 0}}, "server.request.temperature"),
         ({"command": COMMAND, "request": {"n": 2}}, "server.request.n"),
         ({"command": COMMAND, "ready_path": "health"}, "server.ready_path"),
