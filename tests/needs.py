@@ -181,6 +181,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "chromium": Need(_chromium, is_mandatory=True),
         "gcc": Need(_gcc, is_mandatory=True),
         "slurm": Need(_slurm, is_mandatory=True),
+        "podman": Need(partial(_program, "podman"), is_mandatory=False),
         "zsh": Need(partial(_program, "zsh"), is_mandatory=False),
         "fish": Need(partial(_program, "fish"), is_mandatory=False),
         "yaml-language-server": Need(_language_server, is_mandatory=False),

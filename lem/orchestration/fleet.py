@@ -174,7 +174,9 @@ def container_command(runtime: str, image: str) -> list[str]:
     folder, name = '"$PWD"', shlex.quote(image)
     return {
         "apptainer": ["apptainer", "exec", "--nv", "--bind", folder, "--pwd", folder, name],
-        "podman": ["podman", "run", "--rm", "--device=nvidia.com/gpu=all", "--ipc=host", "--network=host", "--uts=host",
+        # Unlike the others, it passes no variables, and knows no GPU unless CDI is set up.
+        "podman": ["podman", "run", "--rm", "$([ ! -e /dev/nvidiactl ] || echo --device=nvidia.com/gpu=all)",
+                   "--ipc=host", "--network=host", "--uts=host", "--env=HF_*", "--env=LEM_*", "--env=SLURM_*",
                    f"--volume={folder}:{folder}", f"--workdir={folder}", name],
         "pyxis": ["srun", f"--container-image={name}", f"--container-mounts={folder}:{folder}",
                   f"--container-workdir={folder}"],

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.campaign_rig import CampaignRig, campaign_text
+from tests.campaign_rig import ROOT, CampaignRig, campaign_text
 from tests.processes import wait_for
-
-pytestmark = pytest.mark.needs("slurm")
 
 PATIENCE_S = 300
 _CONFIGURATION = """\
@@ -113,6 +113,7 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
         rig.marker.kill()
 
 
+@pytest.mark.needs("slurm")
 def test_an_array_whose_tasks_were_cancelled_and_requeued_ends_with_a_complete_merge(slurm: Slurm) -> None:
     rig, hold = slurm.rig, slurm.rig.folder / "hold"
     hold.touch()
@@ -151,3 +152,66 @@ def test_an_array_whose_tasks_were_cancelled_and_requeued_ends_with_a_complete_m
     identities = [record.identity for record in rig.records()]
     assert len({(item.host, item.experiment_id) for item in identities}) == len(identities) == 21
     assert {item.host for item in identities} == {"part-1", "part-2", "part-3", "part-4"}
+
+
+_STORAGE = """\
+[storage]
+driver = "overlay"
+graphroot = "{folder}/images"
+runroot = "{folder}/run"
+"""
+# A machine that may not raise limits refuses those that podman sets.
+_ENGINE = """\
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
+"""
+_IMAGE = """\
+FROM lem-lab-base
+COPY doubles /opt/doubles
+ENV PYTHONPATH=/opt/doubles
+"""
+
+
+@pytest.mark.long
+@pytest.mark.needs("lab", "podman")
+def test_a_part_runs_in_an_image_with_podman(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    rig = CampaignRig(tmp_path / "work", campaign_text(outputs=(4, 8), cycles=2))
+    storage, engine = tmp_path / "storage.conf", tmp_path / "containers.conf"
+    storage.write_text(_STORAGE.format(folder=tmp_path))
+    engine.write_text(_ENGINE)
+    environ = {**os.environ, "CONTAINERS_STORAGE_CONF": str(storage), "CONTAINERS_CONF": str(engine)}
+
+    def run(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, cwd=rig.folder, env=environ, text=True, capture_output=True, check=True, **more)
+
+    try:
+        base = subprocess.run(["docker", "save", "lem-lab-base"], capture_output=True, check=True).stdout
+        subprocess.run(["podman", "load"], env=environ, input=base, capture_output=True, check=True)
+        (tmp_path / "image").mkdir()
+        shutil.copytree(ROOT / "tests/doubles", tmp_path / "image/doubles")
+        for name in ("torch", "transformers"):  # lem looks for them before it begins
+            (tmp_path / f"image/doubles/{name}-1.dist-info").mkdir()
+            metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
+            (tmp_path / f"image/doubles/{name}-1.dist-info/METADATA").write_text(metadata)
+        (tmp_path / "image/Containerfile").write_text(_IMAGE)
+        run("podman", "build", "--tag", "engine", str(tmp_path / "image"))
+        run(sys.executable, str(ROOT / "lem.pyz-build/build.py"), "--output", "lem.pyz")
+        run(sys.executable, "lem.pyz", "campaign", "c.yaml", "--write-plan", "plan.json", "--parts", "2")
+        words = ("fleet", "slurm", "plan.json", "--container", "podman", "--image", "localhost/engine")
+        (rig.folder / "job.sbatch").write_text(run(sys.executable, "lem.pyz", *words).stdout)
+        for task in ("0", "1"):  # as Slurm runs them
+            subprocess.run(
+                ["bash", "job.sbatch"], cwd=rig.folder, env={**environ, "SLURM_ARRAY_TASK_ID": task}, check=True
+            )
+        merge = ("merge", "results", "--output", "merged", "--plan", "plan.json", "--anchor-tolerance=1e9%", "--json")
+        document = json.loads(run(sys.executable, "lem.pyz", *merge).stdout)
+        assert document["lacking"] == []
+        identities = [record.identity for record in rig.records()]
+        assert {(item.host, item.node) for item in identities} == {
+            ("part-1", socket.gethostname()),
+            ("part-2", socket.gethostname()),
+        }
+        assert {record.environment.versions["python"] for record in rig.records()} == {"3.11.2"}
+    finally:
+        subprocess.run(["podman", "system", "reset", "--force"], env=environ, capture_output=True, check=False)
