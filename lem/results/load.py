@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from lem.base.doc import Column, Table
 from lem.base.reasons import Reason
-from lem.base.units import ABSENT, format_quantity, percent, plain
-from lem.config.experiment import SLO_LIMITS, SloConfig, TrafficConfig
+from lem.base.units import ABSENT, format_quantity, percent
+from lem.config.experiment import SloConfig, TrafficConfig
 from lem.config.option import declared
 from lem.record import Record
 from lem.results.axes import find_axes
@@ -29,7 +29,7 @@ KNEE_NOTE: Final = (
 )
 # Reasons that the load is the cause of; a result that is invalid for others says nothing about it.
 _OVERLOADED: Final = frozenset({"queue_grew", "requests_failed"})
-_TRAFFIC = "traffic_simulation"
+_LIMITS: Final = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "e2e_ms": "end-to-end latency"}
 
 Bracket = tuple[float, float]
 """The highest load that kept the SLO (0 if none did), and the lowest that did not (inf if all did)."""
@@ -41,9 +41,15 @@ class Knee:
     is_independent: bool = True  # whether the cycles are replicates
 
     @property
+    def median(self) -> Bracket:
+        """Of an even number of cycles the lower one, which was measured."""
+        low, high = (statistics.median_low(ends) for ends in zip(*self.brackets, strict=True))
+        return low, high
+
+    @property
     def load(self) -> float | None:
-        """The median over the cycles, of an even number the lower one, which was tried; None if it is below all."""
-        return statistics.median_low([low for low, _ in self.brackets]) or None
+        """None if it is below all that were tried."""
+        return self.median[0] or None
 
     @property
     def coverage(self) -> float | None:
@@ -53,38 +59,31 @@ class Knee:
 
     @property
     def interval(self) -> Bracket | None:
-        """0 is below every load that was tried, inf beyond; between the two ends nothing was tried or decided."""
         # The order statistics of a rank from either end contain the median of any distribution (David and Nagaraja,
         # "Order Statistics", 2003, section 7.1). The knee of a cycle is known between two loads, which only widens it.
         if self.coverage is None:
             return None
-        lows, highs = (sorted(ends) for ends in zip(*self.brackets, strict=True))
-        rank = _rank(len(self.brackets))
+        (lows, highs), rank = (sorted(ends) for ends in zip(*self.brackets, strict=True)), _rank(len(self.brackets))
         return lows[rank - 1], highs[-rank]
 
     @property
     def censored(self) -> Reason | None:
-        """Why the knee is no number between two loads that were tried."""
-        if self.load is None:
-            return Reason.of("knee_below", load=self._first_broken)
-        return Reason.of("knee_beyond", load=self.load) if self._first_broken == math.inf else None
-
-    @property
-    def _first_broken(self) -> float:
-        return statistics.median_low([high for _, high in self.brackets])
+        """Why the knee is not between two loads that were tried."""
+        low, high = self.median
+        if not low:
+            return Reason.of("knee_below", load=high)
+        return Reason.of("knee_beyond", load=low) if high == math.inf else None
 
     @property
     def text(self) -> str:
-        if self.load is None:
-            return f"< {plain(self._first_broken, '.4g')}"
-        return f"{'≥ ' if self.censored else ''}{plain(self.load, '.4g')}"
+        return f"{self.load:g}" if self.censored is None else span_text(self.median)
 
-    @property
-    def interval_text(self) -> str:
-        low, high = self.interval or (0.0, math.inf)
-        if low and high < math.inf:
-            return f"{plain(low, '.4g')} – {plain(high, '.4g')}"
-        return f"≥ {plain(low, '.4g')}" if low else f"< {plain(high, '.4g')}" if high < math.inf else "–"
+
+def span_text(span: Bracket | None) -> str:
+    low, high = span or (0.0, math.inf)
+    if high == math.inf:
+        return f"≥ {low:g}" if low else ABSENT
+    return f"{low:g} – {high:g}" if low else f"< {high:g}"
 
 
 def _rank(n: int) -> int:
@@ -106,10 +105,6 @@ class Series:
     def unit(self) -> str:
         return declared(TrafficConfig)[self.option].unit or ""
 
-    @property
-    def loads(self) -> tuple[float, ...]:
-        return tuple(load for load, _ in self.levels)
-
     @cached_property
     def slo(self) -> SloConfig | None:
         """The service levels that its good requests were counted by; None where there are none, or several."""
@@ -120,36 +115,31 @@ class Series:
     @cached_property
     def knee(self) -> Knee | None:
         """None without service levels, or where no cycle shows whether a load kept them."""
-        if self.slo is None:
-            return None
-        cycles = sorted({cycle for _, item in self.levels for cycle in item.attempts})
-        found = [bracket for cycle in cycles if (bracket := self._bracket(cycle, self.slo)) is not None]
-        is_shared = any(item.is_load_shared for _, item in self.levels)
-        return Knee(tuple(found), not is_shared) if found else None
+        cycles = sorted({cycle for _, item in self.levels for cycle in item.attempts}) if self.slo else []
+        found = tuple(bracket for cycle in cycles if (bracket := self._bracket(cycle)) is not None)
+        return Knee(found, not any(item.is_load_shared for _, item in self.levels)) if found else None
 
-    def _bracket(self, cycle: Cycle, slo: SloConfig) -> Bracket | None:
-        known = {load: kept for load, item in self.levels if (kept := _keeps(item, cycle, slo)) is not None}
+    def _bracket(self, cycle: Cycle) -> Bracket | None:
+        least = self.slo.attainment_pct / 100 if self.slo else 1.0
+        known = {load: kept for load, item in self.levels if (kept := _keeps(item, cycle, least)) is not None}
         high = min((load for load, kept in known.items() if not kept), default=math.inf)
         return (max((load for load in known if load < high), default=0.0), high) if known else None
 
     @property
     def at_knee(self) -> Configuration | None:
-        """The configuration that ran at the knee."""
         load = self.knee.load if self.knee else None
         return next((item for each, item in self.levels if each == load), None)
 
 
-def _keeps(item: Configuration, cycle: Cycle, slo: SloConfig) -> bool | None:
+def _keeps(item: Configuration, cycle: Cycle, least: float) -> bool | None:
     """Whether enough requests were good, and the queue did not grow; None where no result of the cycle shows it."""
-    least = slo.attainment_pct / 100
     used = item.cycles.get(cycle, ())
+    if not used:
+        return False if any(_is_overloaded(record, least) for record in item.attempts.get(cycle, ())) else None
     if any(reason.code == "load_too_high" for record in used for reason in record.validity.warnings):
         return False
-    shares = [GOOD_SHARE.read(record)[0] for record in used]
-    known = [share for share in shares if share is not None]
-    if known and len(known) == len(shares):
-        return statistics.fmean(known) >= least
-    return False if not used and any(_is_overloaded(it, least) for it in item.attempts.get(cycle, ())) else None
+    shares = [share for record in used if (share := GOOD_SHARE.read(record)[0]) is not None]
+    return statistics.fmean(shares) >= least if len(shares) == len(used) else None
 
 
 def _is_overloaded(record: Record, least: float) -> bool:
@@ -157,11 +147,35 @@ def _is_overloaded(record: Record, least: float) -> bool:
     return codes <= _OVERLOADED and ("queue_grew" in codes or (share is not None and share < least))
 
 
-def slo_text(slo: SloConfig) -> str:
-    """`99 % of requests have TTFT ≤ 200 ms and TPOT ≤ 50 ms`."""
-    limits = [f"{name[:-3].upper().replace('E2E', 'end-to-end')} ≤ {slo.limits_ms[name]:g} ms" for name in SLO_LIMITS
-              if name in slo.limits_ms]  # fmt: skip
-    return f"{slo.attainment_pct:g} % of requests have {' and '.join(limits)}"
+def find_series(configurations: Iterable[Configuration]) -> tuple[Series, ...]:
+    """The configurations with results under traffic that are equal but for their load, where there are several."""
+    groups: dict[tuple[Any, ...], dict[float, Configuration]] = {}
+    for item in configurations:
+        if item.records and (load := _load_of(item.records[0])) is not None:
+            option = load[0]
+            key = option, group_of(item.records[0].identity)[1], frozenset(_others(item, option).items())
+            groups.setdefault(key, {})[load[1]] = item
+    found = [(key[0], sorted(levels.items())) for key, levels in groups.items() if len(levels) > 1]
+    axes = find_axes([_others(levels[0][1], option) for option, levels in found])
+    labels = [", ".join(axis.of(place) for axis in axes) for place in range(len(found))]
+    if len(found) > 1:
+        labels = [label or levels[0][1].name for label, (_, levels) in zip(labels, found, strict=True)]
+    return tuple(Series(option, label, tuple(it)) for (option, it), label in zip(found, labels, strict=True))
+
+
+def _load_of(record: Record) -> tuple[str, float] | None:
+    traffic, option = record.requested.get("traffic_simulation"), "target_qps"
+    if record.window.traffic_mode == "closed_batch" or not isinstance(traffic, dict):
+        return None
+    if record.window.traffic_mode == "closed":
+        option = "concurrency"
+    load: Any = traffic.get(option, declared(TrafficConfig)[option].default)
+    is_number = isinstance(load, (int, float)) and not isinstance(load, bool)  # and not `${VAR}`
+    return (option, float(load)) if is_number and load > 0 else None
+
+
+def _others(item: Configuration, option: str) -> dict[str, str]:
+    return {label: value for label, value in item.settings.items() if label != f"traffic_simulation.{option}"}
 
 
 def share_text(share: float) -> str:
@@ -169,61 +183,24 @@ def share_text(share: float) -> str:
     return f"{math.floor(1000 * share + 1e-9) / 10:g} %"
 
 
-def find_series(configurations: Iterable[Configuration]) -> tuple[Series, ...]:
-    """The configurations with results under traffic that are equal but for their load, where there are several."""
-    groups: dict[tuple[Any, ...], dict[float, Configuration]] = {}
-    for item in configurations:
-        if not item.records:
-            continue
-        option = "concurrency" if item.records[0].window.traffic_mode == "closed" else "target_qps"
-        load = _load_of(item.records[0], option)
-        if load is not None:
-            key = option, group_of(item.records[0].identity)[1], frozenset(_others(item, option).items())
-            groups.setdefault(key, {})[load] = item
-    found = [(key[0], sorted(levels.items())) for key, levels in groups.items() if len(levels) > 1]
-    labels = _labels([(option, levels[0][1]) for option, levels in found])
-    return tuple(Series(option, label, tuple(it)) for (option, it), label in zip(found, labels, strict=True))
-
-
-def _load_of(record: Record, option: str) -> float | None:
-    if record.window.traffic_mode == "closed_batch":
-        return None
-    traffic = record.requested.get(_TRAFFIC)
-    load: Any = traffic.get(option, declared(TrafficConfig)[option].default) if isinstance(traffic, dict) else None
-    is_number = isinstance(load, (int, float)) and not isinstance(load, bool)  # and not `${VAR}`
-    return float(load) if is_number and load > 0 else None
-
-
-def _others(item: Configuration, option: str) -> dict[str, str]:
-    return {label: value for label, value in item.settings.items() if label != f"{_TRAFFIC}.{option}"}
-
-
-def _labels(firsts: Sequence[tuple[str, Configuration]]) -> list[str]:
-    if len(firsts) < 2:
-        return [""] * len(firsts)
-    axes = find_axes([_others(item, option) for option, item in firsts])
-    return [", ".join(axis.of(place) for axis in axes) or item.name for place, (_, item) in enumerate(firsts)]
-
-
 def knee_tables(found: Iterable[Series]) -> Iterator[Table]:
     """A table of knees for each kind of load and service levels."""
-    by_title: dict[str, list[tuple[Series, Knee]]] = {}
+    by_title: dict[str, list[tuple[str, ...]]] = {}
     for item in found:
-        if item.knee is not None and item.slo is not None:
-            title = f"Knee: highest {item.option} ({item.unit}) at which {slo_text(item.slo)}"
-            by_title.setdefault(title, []).append((item, item.knee))
-    for title, members in by_title.items():
-        knees, at_knee = [knee for _, knee in members], [item.at_knee for item, _ in members]
-        energies = [None if item is None else item.estimate(ENERGY).value for item in at_knee]
-        table = [
-            Column("knee", tuple(knee.text for knee in knees)),
-            Column("interval", tuple(knee.interval_text for knee in knees)),
-            Column("covers", tuple(f"≥ {percent(it)}" if (it := knee.coverage) else ABSENT for knee in knees)),
-            Column("cycles", tuple(str(len(knee.brackets)) for knee in knees)),
-            Column("#", tuple(ABSENT if item is None else str(item.number) for item in at_knee)),
-            Column("J/tok", tuple(map(format_quantity, energies))),
-        ]
-        yield Table("configurations", tuple(item.label or "all" for item, _ in members), tuple(table), title)
+        if (knee := item.knee) is None or item.slo is None:
+            continue
+        limits = " and ".join(f"{_LIMITS[name]} ≤ {limit:g} ms" for name, limit in item.slo.limits_ms.items())
+        levels = f"{item.slo.attainment_pct:g} % of requests have {limits}"
+        at_knee, covers = item.at_knee, f"≥ {percent(knee.coverage)}" if knee.coverage else ABSENT
+        place = (ABSENT, ABSENT)
+        if at_knee is not None:
+            place = str(at_knee.number), format_quantity(at_knee.estimate(ENERGY).value)
+        row = (item.label or "all", knee.text, span_text(knee.interval), covers, str(len(knee.brackets)), *place)
+        by_title.setdefault(f"Knee: highest {item.option} ({item.unit}) at which {levels}", []).append(row)
+    for title, rows in by_title.items():
+        names, *cells = zip(*rows, strict=True)
+        heads = ("knee", "interval", "covers", "cycles", "#", "J/tok")
+        yield Table("configurations", names, tuple(map(Column, heads, cells)), title)
 
 
 def knee_notes(found: Sequence[Series]) -> Iterator[str]:
@@ -235,18 +212,10 @@ def knee_notes(found: Sequence[Series]) -> Iterator[str]:
 
 
 def series_document(series: Series) -> dict[str, Any]:
-    """The series as JSON values."""
-    knee, slo = series.knee, series.slo
-    low, high = (knee.interval if knee else None) or (0.0, math.inf)
-    return {
-        "option": f"{_TRAFFIC}.{series.option}",
-        "unit": series.unit,
-        "label": series.label,
-        "loads": list(series.loads),
-        "numbers": [item.number for _, item in series.levels],
-        "slo": slo and {**slo.limits_ms, "attainment_pct": slo.attainment_pct},
-        "knee": knee
-        and {
+    knee, slo, document = series.knee, series.slo, None
+    if knee is not None:
+        low, high = knee.interval or (0.0, math.inf)
+        document = {
             "load": knee.load,
             "number": series.at_knee.number if series.at_knee else None,
             "censored": knee.censored and knee.censored.text,
@@ -255,7 +224,14 @@ def series_document(series: Series) -> dict[str, Any]:
             "ci_upper": high if high < math.inf else None,
             "least_coverage": knee.coverage,
             "method": "order statistics of the knees of the cycles",
-            "cycles": [{"kept": kept or None, "broken": broken if broken < math.inf else None}
-                       for kept, broken in knee.brackets],
-        },
-    }  # fmt: skip
+            "cycles": [{"kept": it or None, "broken": end if end < math.inf else None} for it, end in knee.brackets],
+        }
+    return {
+        "option": f"traffic_simulation.{series.option}",
+        "unit": series.unit,
+        "label": series.label,
+        "loads": [load for load, _ in series.levels],
+        "numbers": [item.number for _, item in series.levels],
+        "slo": slo and {**slo.limits_ms, "attainment_pct": slo.attainment_pct},
+        "knee": document,
+    }

@@ -12,7 +12,7 @@ import pytest
 from lem.base.reasons import Reason
 from lem.record import Record
 from lem.results.aggregation import run_document
-from lem.results.load import Knee, Series, find_series, slo_text
+from lem.results.load import Knee, Series, find_series, knee_tables, span_text
 from lem.results.run import make_run
 from tests.records import make_record, under_load
 
@@ -41,6 +41,10 @@ def only_series(records: Iterator[Record] | Sequence[Record]) -> Series:
     return series
 
 
+def loads_of(series: Series) -> tuple[float, ...]:
+    return tuple(load for load, _ in series.levels)
+
+
 def knee_of(*cycles: Mapping[float, int | None]) -> Knee:
     knee = only_series(records_of(cycles)).knee
     assert knee is not None
@@ -55,7 +59,7 @@ def test_the_knee_is_the_median_over_cycles_of_the_highest_load_that_keeps_the_s
     assert (knee.load, knee.interval) == (2, (1, 4))
     assert knee.censored is None
     assert knee.coverage == pytest.approx(0.75)
-    assert (knee.text, knee.interval_text) == ("2", "1 – 4")
+    assert (knee.text, span_text(knee.interval)) == ("2", "1 – 4")
     assert knee_of(usual, early).load == 1, "of two the lower one, since nothing was measured in between"
 
 
@@ -63,7 +67,7 @@ def test_a_knee_beyond_or_below_every_load_is_no_number() -> None:
     beyond, below = knee_of({1: GOOD, 2: GOOD}, {1: GOOD, 2: GOOD}), knee_of({1: BAD, 2: BAD}, {1: BAD, 2: GOOD})
     assert beyond.censored is not None
     assert (beyond.censored.code, beyond.censored.data, beyond.text) == ("knee_beyond", {"load": 2}, "≥ 2")
-    assert (beyond.interval, beyond.interval_text) == ((2, math.inf), "≥ 2")
+    assert (beyond.interval, span_text(beyond.interval)) == ((2, math.inf), "≥ 2")
     assert below.censored is not None
     assert (below.censored.code, below.censored.data, below.load, below.text) == (
         "knee_below",
@@ -71,9 +75,9 @@ def test_a_knee_beyond_or_below_every_load_is_no_number() -> None:
         None,
         "< 1",
     )
-    assert (below.interval, below.interval_text) == ((0, 1), "< 1")
+    assert (below.interval, span_text(below.interval)) == ((0, 1), "< 1")
     between = knee_of({1: GOOD, 2: BAD}, {1: BAD, 2: BAD}, {1: GOOD, 2: GOOD})
-    assert (between.load, between.interval, between.interval_text) == (1, (0, math.inf), "–")
+    assert (between.load, between.interval, span_text(between.interval)) == (1, (0, math.inf), "–")
 
 
 @pytest.mark.parametrize(("n", "rank", "coverage"), [(2, 1, 0.5), (5, 1, 0.9375), (6, 1, 0.96875), (9, 2, 0.9609375)])
@@ -85,7 +89,7 @@ def test_the_interval_covers_95_percent_where_the_cycles_allow_it(n: int, rank: 
 
 def test_cycles_that_are_no_replicates_have_a_knee_without_an_interval() -> None:
     one = knee_of({1: GOOD, 2: BAD})
-    assert (one.load, one.interval, one.interval_text, one.coverage) == (1, None, "–", None)
+    assert (one.load, one.interval, span_text(one.interval), one.coverage) == (1, None, "–", None)
     shared = [
         dataclasses.replace(item, validity=dataclasses.replace(item.validity, engine_load_id="the same"))
         for item in records_of([{1: GOOD, 2: BAD}] * 3)
@@ -121,8 +125,9 @@ def test_requests_without_observed_times_have_no_knee() -> None:
 def test_the_share_that_a_load_needs_is_an_option() -> None:
     lenient = only_series(records_of([{1: GOOD, 2: BAD, 4: 79}], slo={"ttft_ms": 200, "attainment_pct": 80}))
     assert lenient.knee == Knee(((2, 4),))
-    assert lenient.slo is not None
-    assert slo_text(lenient.slo) == "80 % of requests have TTFT ≤ 200 ms"
+    (table,) = knee_tables([lenient])
+    assert table.title == "Knee: highest target_qps (requests/s) at which 80 % of requests have TTFT ≤ 200 ms"
+    assert [column.cells for column in table.columns] == [("2",), ("–",), ("–",), ("1",), ("2",), ("–",)]
 
 
 def test_a_series_is_what_differs_only_in_its_load() -> None:
@@ -130,7 +135,7 @@ def test_a_series_is_what_differs_only_in_its_load() -> None:
     closed = [record_at(load, 0, GOOD, name="closed", mode="closed") for load in (1, 2)]
     alone = [record_at(1, 0, GOOD, name="alone", mode="constant"), make_record(config_name="batch")]
     found = find_series(make_run([*open_loop, *closed, *alone]).with_results)
-    assert sorted((item.option, item.loads, item.unit) for item in found) == [
+    assert sorted((item.option, loads_of(item), item.unit) for item in found) == [
         ("concurrency", (1, 2), "requests"),
         ("target_qps", (1, 4), "requests/s"),
         ("target_qps", (1, 4), "requests/s"),
@@ -144,9 +149,9 @@ def test_a_load_that_is_left_at_its_default_is_a_load_and_an_unknown_one_is_none
     without = {**records[0].requested["traffic_simulation"]}
     del without["target_qps"]
     records[0] = dataclasses.replace(records[0], requested={**records[0].requested, "traffic_simulation": without})
-    assert only_series(records).loads == (1, 2, 4)
+    assert loads_of(only_series(records)) == (1, 2, 4)
     later = under_load(records[2], "${QPS}", GOOD)  # type: ignore[arg-type]
-    assert only_series([*records[:2], later]).loads == (1, 2)
+    assert loads_of(only_series([*records[:2], later])) == (1, 2)
 
 
 def test_series_and_knees_are_in_the_document_of_a_run() -> None:
