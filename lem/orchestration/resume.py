@@ -19,6 +19,7 @@ from lem.base.errors import UserError
 from lem.base.units import percent, plural, some_of
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
+from lem.meters.recompute import recount
 from lem.orchestration.grid import config_hash, make_run_id, prompts_fingerprint
 from lem.orchestration.journal import find_fact
 from lem.orchestration.manifest import (
@@ -36,7 +37,7 @@ from lem.orchestration.manifest import (
 from lem.orchestration.plan import Plan
 from lem.record import CONFIG_FILE
 from lem.results.aggregation import measure_precision
-from lem.results.configurations import read_listing, read_numbered
+from lem.results.configurations import Reading, read_listing, read_numbered
 from lem.results.run import Run, make_run
 from lem.results.stopping import LEAST_CYCLES, MOST_CYCLES, StoppingRule, Target, read_stopping_rule
 from lem.results.store import Repository, folder_names
@@ -377,7 +378,7 @@ def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
 def run_of(manifest: CampaignManifest, repository: Repository) -> Run:
     run_id = str(manifest.run_id)
     planned = {entry.exp_id for entry in manifest.experiments if entry.status != SKIPPED}
-    records = (item.record for item in repository.scan(run_id).results)
+    records = (item.record for item in repository.scan(run_id, reading=Reading(recount=recount)).results)
     return make_run(
         [record for record in records if record.identity.experiment_id in planned],
         failed=Counter(entry.config_name for entry in manifest.get_by_status(FAILED)),

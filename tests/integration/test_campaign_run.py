@@ -77,6 +77,38 @@ def test_every_cycle_draws_arrivals_and_prompts_that_its_configurations_share_an
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_sweep_has_a_knee_by_the_service_levels_of_now_without_measuring_again(rig):
+    def written(e2e_ms: float) -> None:
+        traffic = {"enabled": "true", "allow_overload": "true", "target_qps": "100, 200", "mode": "constant"}
+        lines = [f"    traffic_simulation.{name}: [{value}]\n" for name, value in traffic.items()]
+        lines += [f"    traffic_simulation.slo: [{{e2e_ms: {e2e_ms}}}]\n"]
+        text = campaign_text(outputs=(4,), cycles=1).replace("    gpus:", f"{''.join(lines)}    gpus:")
+        rig.write(text.replace("0.01", "0.5"))
+
+    def shown(*words: str) -> str:
+        command = [sys.executable, "-m", "lem", *words]
+        done = subprocess.run(command, check=False, cwd=rig.folder, env=rig.environ(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    written(60_000)
+    assert rig.run("--yes").code == 0
+    before = rig.results()
+    (series,) = json.loads(shown("results", "show", "demo", "--json"))["series"]
+    assert (series["loads"], series["knee"]["censored_code"]) == ([100, 200], "knee_beyond")
+    written(0.000_001)
+    resumed = rig.run("--yes", "--resume")
+    assert (resumed.code, rig.results()) == (0, before), resumed.err
+    assert "< 100" in resumed.out
+    (series,) = json.loads(shown("results", "show", "demo", "--json"))["series"]
+    assert (series["slo"]["e2e_ms"], series["knee"]["censored_code"]) == (0.000_001, "knee_below")
+    (series,) = json.loads(shown("results", "show", "demo", "--json", "--slo", "e2e_ms=60000"))["series"]
+    assert series["knee"]["load"] == 200
+    shown("report", "demo", "-o", "page.html")
+    assert 'id="load-good-target_qps-1"' in (rig.folder / "page.html").read_text()
+    shown("verify", "demo")
+
+
 def test_each_engine_process_of_a_cold_campaign_is_a_new_one_in_a_new_worker(rig):
     rig.write(campaign_text(cycles=1))
     rules = [{"at": "load", "do": "shell", "command": "echo $PPID >> pids"}]
