@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         lines = [f"{answer.get('start', 'data: ')}{json.dumps(event)}\n\n" for event in answer["events"]]
         for line in [*lines, *(["data: [DONE]\n\n"] if answer.get("done", True) else [])]:
+            time.sleep(self.server.options.token_s)
             self.wfile.write(b"%x\r\n%s\r\n" % (len(line.encode()), line.encode()))
         with self.server.lock:
             self.server.answered += 1
@@ -83,7 +85,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, options: argparse.Namespace) -> None:
-        super().__init__(("127.0.0.1", options.port), Handler)
+        super().__init__((options.host, options.port), Handler)
         self.options = options
         self.answers = json.loads((SERVERS / f"{options.dialect}.json").read_text(encoding="utf-8"))
         self.lock = threading.Lock()
@@ -94,6 +96,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--dialect", default="vllm")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--token-s", type=float, default=0.0, help="pause before each event")
     parser.add_argument("--log", help="file for the bodies of requests for answers")
     parser.add_argument("--key", help="the variable with the key that is required")
     parser.add_argument("--ready-after", type=int, default=0, help="looks that are answered with 503 first")

@@ -86,7 +86,8 @@ class Session(TextSession):
         elif spec := os.environ.get(SERVICE_VARIABLE):
             service = json.loads(spec)
             options = running.option_words(section.options)
-            url, words = service["url"], [*service["command"], ",".join(section.env), *options]
+            names = (*section.env, *filter(None, (section.api_key_env,)))
+            url, words = service["url"], [*service["command"], ",".join(names), *options]
         else:
             text = "server.service without a command requires containers"
             raise OptionRefused(text, "use lem campaign with --executor docker")
@@ -193,6 +194,7 @@ class Session(TextSession):
             warm_path=section.ready_path or dialect.ready_path,
             needs_done=not is_native,
             needs_usage=not is_native,
+            keeps_alive=dialect.keeps_alive,
         )
         if self._client is not None:
             self._client.close()
