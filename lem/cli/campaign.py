@@ -73,8 +73,7 @@ def add_campaign_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where to run and write")
     add_flags(where, CampaignConfig, _RESULTS)
     where.add_argument("--executor", choices=EXECUTORS, default="auto", help="where experiments run")
-    text = "Python interpreter with the engines, for the local executor"
-    where.add_argument("--python", metavar="PROGRAM", help=text)
+    where.add_argument("--python", metavar="PROGRAM", help="Python interpreter with the engines, for --executor local")
     add_flags(where, CampaignConfig, _COMPOSE)
     _add_control(parser.add_argument_group("starting and stopping"))
     _add_fleet(parser.add_argument_group("several hosts"))
@@ -118,9 +117,8 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
     if args.gate and not args.dry_run:
-        raise UserError(
-            "--gate requires --dry-run", "after the campaign, use `lem compare CAMPAIGN --gate METRIC=PERCENT%`"
-        )
+        remedy = "after the campaign, use `lem compare CAMPAIGN --gate METRIC=PERCENT%`"
+        raise UserError("--gate requires --dry-run", remedy)
     gates = parse_gates(args.gate)
     loaded = _load(args)
     rule = _rule(args, loaded.config)
@@ -215,8 +213,7 @@ def render_findings(plan: Plan, *, is_colour: bool = False) -> str:
 
 
 def _reasons(label: str, reasons: Sequence[tuple[str, int]]) -> Iterator[str]:
-    for reason, count in reasons[:_REASONS_SHOWN]:
-        yield f"{label} {reason}" + (f" × {count}" if count > 1 else "")
+    yield from (f"{label} {reason}" + f" × {count}" * (count > 1) for reason, count in reasons[:_REASONS_SHOWN])
     if len(reasons) > _REASONS_SHOWN:
         yield f"{label} and {len(reasons) - _REASONS_SHOWN} more reasons"
 
@@ -279,7 +276,8 @@ class PlannedPower:
         reason = NO_INTERVAL if is_shared and not plan.is_cold else reason
         reason = BLOCKS if plan.execution.structure == GROUPED else reason
         reason = reason if n_pairs else Reason.of("nothing_to_compare")
-        metrics = [gate.metric for gate in gates] or [ENERGY, THROUGHPUT]
+        thresholds = {gate.metric: gate.threshold for gate in gates}
+        metrics = [*thresholds] or [ENERGY, THROUGHPUT]
         measured = {item.metric: item for it in metrics if (item := earlier_sensitivity(earlier, it)) is not None}
         is_load_shared = sum(plan.loads()) <= cycles
         found = [
@@ -287,7 +285,6 @@ class PlannedPower:
             for metric in metrics
             if metric in measured or gates or not measured
         ]
-        thresholds = {gate.metric: gate.threshold for gate in gates}
         return cls(cycles, n_pairs * len(found), tuple(found), thresholds, reason)
 
     def facts(self) -> dict[str, str]:
@@ -322,8 +319,7 @@ class PlannedPower:
         }
 
     def _metric_document(self, item: Sensitivity) -> dict[str, Any]:
-        where = {"pairs": item.n_pairs, "run_ids": list(item.run_ids)}
-        origin = {"metric": item.metric.name, "spread": item.spread, **where}
+        origin = {"metric": item.metric.name, "spread": item.spread, "pairs": item.n_pairs, "run_ids": [*item.run_ids]}
         if self.reason is not None:
             return origin
         n, cycles, gate = self.n_comparisons, self.cycles, self.gates.get(item.metric)
@@ -402,10 +398,8 @@ def expected_document(plan: Plan, durations: ExpectedDurations) -> dict[str, Any
 
 def _expected(plan: Plan, durations: ExpectedDurations, about: str = "about ") -> str:
     expected = plan.expected_time(durations)
-    usual = "gaps at most"
-    if expected.gaps_s < expected.most_gaps_s:
-        usual = f"gaps {format_duration(expected.gaps_s)}, at most"
-    gaps = f"{usual} {format_duration(expected.most_gaps_s)}" if expected.most_gaps_s else "no gaps"
+    early = f" {format_duration(expected.gaps_s)}," if expected.gaps_s < expected.most_gaps_s else ""
+    gaps = f"gaps{early} at most {format_duration(expected.most_gaps_s)}" if expected.most_gaps_s else "no gaps"
     if expected.measured_s is None or expected.loading_s is None or expected.total_s is None:
         return f"unknown before the first run; {gaps}"
     guess = "" if expected.is_complete else ", partly estimated from other configurations"

@@ -34,16 +34,15 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-    """A check that a text matches a regular expression of both Python and JSON Schema, which is `wanted` in words."""
-
-    pattern: str
-    wanted: str
+    pattern: str  # a regular expression of both Python and JSON Schema
+    wanted: str  # the same in words
 
     def __call__(self, text: str) -> str | None:
         return None if re.fullmatch(self.pattern, text) else f"expected {self.wanted}, got {text!r}"
 
 
 S = TypeVar("S", bound="Section")
+T = TypeVar("T")
 
 
 class Section:
@@ -213,7 +212,13 @@ class VariantKind(SectionKind):
         return kinds.INVALID if best.problems else dict(value)
 
 
-def _declare(section: type[Any]) -> Mapping[str, kinds.Option]:
+def _of_class(function: Callable[[type[Any]], T]) -> Callable[[type[Any]], T]:
+    # `functools.cache`, cast, since mypy takes the hash of a class for that of its instances.
+    return typing.cast("Callable[[type[Any]], T]", functools.cache(function))
+
+
+@_of_class
+def declared(section: type[Any]) -> Mapping[str, kinds.Option]:
     hints = typing.get_type_hints(section)
     options: dict[str, kinds.Option] = {}
     for field in dataclasses.fields(section):
@@ -226,10 +231,6 @@ def _declare(section: type[Any]) -> Mapping[str, kinds.Option]:
         of_field: dict[str, Any] = {"name": field.name, "kind": kind, "is_nullable": is_nullable, "reload": reload}
         options[field.name] = dataclasses.replace(item, **of_field)
     return options
-
-
-# The options of a section by name, in order. Cast, since mypy takes the hash of a class for that of its instances.
-declared = typing.cast("Callable[[type[Any]], Mapping[str, kinds.Option]]", functools.cache(_declare))
 
 
 def _read_given(
@@ -297,13 +298,10 @@ def _chosen(section: type[Section], mapping: Any) -> set[str]:
     return {str(name) for name in (*found, named) if isinstance(name, str)}
 
 
-def _list_names(section: type[Section]) -> frozenset[str]:
+@_of_class
+def _names(section: type[Section]) -> frozenset[str]:
     leaves = [name.split(".") for name, _, _ in walk(section)]
     return frozenset(".".join(parts[:end]) for parts in leaves for end in range(1, len(parts) + 1))
-
-
-# The dotted names of all options below a section, and of the sections between.
-_names = typing.cast("Callable[[type[Any]], frozenset[str]]", functools.cache(_list_names))
 
 
 def check_partial(section: type[Section], mapping: Any, chosen: Collection[str] = ()) -> tuple[kinds.Problem, ...]:
@@ -312,12 +310,10 @@ def check_partial(section: type[Section], mapping: Any, chosen: Collection[str] 
     return tuple(sink.problems)
 
 
-def _list_secrets(section: type[Section]) -> tuple[str, ...]:
+@_of_class
+def secrets_of(section: type[Section]) -> tuple[str, ...]:
+    """The dotted names of the options that are never shown."""
     return tuple(name for name, item, _ in walk(section) if item.secret)
-
-
-# The dotted names of the options that are never shown.
-secrets_of = typing.cast("Callable[[type[Any]], tuple[str, ...]]", functools.cache(_list_secrets))
 
 
 def is_secret(section: type[Section], path: kinds.Path) -> bool:

@@ -171,7 +171,6 @@ class Mount:
 
 
 def without_nested(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
-    """The mounts without those that another one covers."""
     kept = list(dict.fromkeys(mounts))
     return tuple(item for item in kept if not any(other.covers(item) for other in kept if other != item))
 
@@ -226,8 +225,6 @@ def _linked(folder: Path) -> Iterator[Mount]:
 
 @dataclass(frozen=True)
 class ComposeProject:
-    """A compose project; nothing is read or started before a method is called."""
-
     name: str
     files: tuple[Path, ...]  # absolute, or PACKAGED; later ones override earlier ones
     state_folder: Path  # for the override, and the packaged compose file if that is used
@@ -295,7 +292,6 @@ class ComposeProject:
             return replace(self, state_folder=scratch).as_written(None, {}).with_services(names).services
 
     def existing(self) -> Compose:
-        """The project as an earlier start left it, to check it and take it down."""
         # Without any file Compose finds the containers by the name of the project.
         found = tuple(path for path in (*self._paths(), self.state_folder / OVERRIDE_NAME) if path.is_file())
         return self._compose(found, self._variables(None, {}))
@@ -369,7 +365,6 @@ def _has_security_option(engine: Mapping[str, Any], name: str) -> bool:
 
 
 def _user_inside(engine: Mapping[str, Any]) -> tuple[int, int]:
-    """Who owns this user's files in a container: root, if the engine itself runs without root's rights."""
     return (0, 0) if _has_security_option(engine, "rootless") else (os.getuid(), os.getgid())
 
 
@@ -397,7 +392,6 @@ def override_text(document: Mapping[str, Any]) -> str:
 
 
 def _image_ids(docker: Docker, services: Sequence[Service]) -> dict[str, str]:
-    """The ids of the images by service; ContainerError that names every one that is missing."""
     for service in services:
         if service.image is None:
             message = f"service {service.name} has no `image`"

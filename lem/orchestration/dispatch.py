@@ -50,8 +50,6 @@ class WorkerSilent(WorkerUnavailable):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one attempt ended, by the worker's report. The measurement itself is in `result.json`."""
-
     error: EngineError | None = None  # None: there is a result
     phase: str | None = None  # in which it failed
     log_tail: str = ""  # the last lines that the engine printed, for an error
@@ -156,8 +154,6 @@ class WorkerConnection:
 
 @dataclass(eq=False, repr=False)  # the environment may hold secrets
 class Worker:
-    """One worker process and the channel to it; opened when it is needed, and again after it was lost."""
-
     command: Sequence[str]
     _: KW_ONLY
     env: Mapping[str, str] | None = None
@@ -261,7 +257,6 @@ class Worker:
         return answers
 
     def stop(self) -> str:
-        """End the worker and its engine: end of file, TERM, and KILL for what is left; returns the log's last lines."""
         connection, log_tail = self._connection, ""
         if connection is None:
             return log_tail
@@ -341,8 +336,6 @@ class Worker:
 
 
 class Executor(Protocol):
-    """Where experiments run."""
-
     name: str  # `local` or `docker`, as in the record
 
     def worker_for(self, place: str) -> Worker:
@@ -402,7 +395,6 @@ class LocalExecutor:
 
 
 def _outlast(engine: process.ProcessId) -> None:
-    """Return when an engine process is gone, whose guardian ends it by itself; kill its group if it does not."""
     deadline = time.monotonic() + KILL_TIMEOUT_S
     while engine.is_running():
         if time.monotonic() >= deadline:

@@ -66,14 +66,11 @@ class Verdict:
 
     @property
     def executors(self) -> tuple[str, ...]:
-        """Those that can work here; which engines the local Python has is not checked."""
         return ("docker",) * (not self.failed) + ("local",) * (FOR_CONTAINERS.issuperset(self.failed))
 
 
 @dataclass(frozen=True)
 class Host:
-    """This machine, and what a campaign would use of it; each fact is looked up once."""
-
     folder: Path  # where relative paths start
     compose_files: tuple[str, ...] = ()
     env_file: Path | None = None
@@ -117,13 +114,11 @@ class Host:
 
     @functools.cached_property
     def capabilities(self) -> Capabilities:
-        """The energy meters; each counter is watched for a moment."""
         with open_nvml() as nvml:
             return find_capabilities(nvml, Clock(), probe_s=PROBE_S, rapl_root=self.rapl_root)
 
     @property
     def has_gpu_device(self) -> bool:
-        """Whether the kernel has an NVIDIA GPU, also if NVML cannot reach it."""
         return bool(self.gpus.gpus) or any(self.device_folder.glob("nvidia[0-9]*"))
 
     @property
@@ -145,7 +140,6 @@ def host_of(plan: Plan) -> Host:
 
 
 def examine(host: Host, names: Collection[str] | None = None) -> Verdict:
-    """The outcome of the checks, or of those named; a problem that fails several of them is reported by the first."""
     findings: dict[str, Finding] = {}
     reported_by: dict[Finding, str] = {}
     for name, look in CHECKS.items():

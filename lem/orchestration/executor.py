@@ -210,12 +210,10 @@ class DockerExecutor(ContainerManager):
             self._compose = None
 
     def clear(self) -> None:
-        """Remove the containers of the project, unless another campaign uses it."""
         with contextlib.suppress(LockedError), self._locked():
             self.teardown(TEARDOWN_S)
 
     def look_after(self, tell: Callable[[str], None]) -> None:
-        """Recover every container that is not healthy, or raise an error; never call it while one measures."""
         health = self._campaign.health_check
         for service, worker in self._made.items():
             status = self.check_health(service, health.gpu_memory_threshold_pct)
@@ -231,7 +229,6 @@ class DockerExecutor(ContainerManager):
             tell(f"{service} is healthy again")
 
     def recover(self, service: str) -> None:
-        """Restart the container of a service until it is healthy; an error if restarts run out or are off."""
         health = self._campaign.health_check
         limit = health.max_restarts if health.restart_on_failure else 0
         status = self.check_and_recover(service, health.gpu_memory_threshold_pct, limit)
@@ -362,7 +359,6 @@ def services_of(places: Iterable[str]) -> tuple[str, ...]:
 
 
 def _what_is_installed(backends: Sequence[str], environ: Mapping[str, str]) -> tuple[bool, str]:
-    """Whether to run in this Python, since it has all backends or there are no containers; and why."""
     found = probe_environment()
     listed = [f"{name} ({', '.join(items)})" for name in backends if (items := missing_distributions(name, found))]
     if not listed:
@@ -397,7 +393,6 @@ def _images(project: ComposeProject, backends: Sequence[str]) -> str:
 def docker_executor(
     campaign: CampaignConfig, plan: Plan, project: ComposeProject, gpus: Sequence[GpuFacts] | None = None
 ) -> DockerExecutor:
-    """The containers of a campaign, none of them started; `gpus` are those of this host, None asks NVML."""
     places = _places(plan)
     backends, servers = services_of(places), {name.removeprefix(ON_HOST) for name in places if ON_HOST in name} - {""}
     if both := servers.intersection(places):
@@ -424,7 +419,6 @@ def docker_executor(
 def campaign_project(
     campaign: CampaignConfig, folder: Path, environ: Mapping[str, str], part: str = ""
 ) -> ComposeProject:
-    """The compose project of a campaign; `folder` is where relative paths start."""
     io = campaign.io
     env_file = None if io.env_file is None else (folder / io.env_file).absolute()
     environ = compose_variables(io.compose_file, env_file, folder, environ)

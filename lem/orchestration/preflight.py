@@ -41,8 +41,6 @@ class Problem:
 
 
 class Findings:
-    """What keeps experiments from running: each problem once, with the configurations that have it."""
-
     def __init__(self, experiments: Iterable[Experiment]) -> None:
         self._all = {item.config_hash: item for item in experiments}.values()
         # Configurations that need the same models, data and positions.
@@ -84,7 +82,6 @@ class Findings:
                     self.add(error.message, error.hint, group)
 
     def look_for_engine(self, executor: str, backend: str, environment: Mapping[str, Any]) -> bool:
-        """Whether the packages of a backend are where it is to run."""
         missing = missing_distributions(backend, environment)
         if not missing:
             return True
@@ -101,7 +98,6 @@ class Findings:
         return False
 
     def ask(self, place: str, worker: Worker, secrets: Mapping[str, str], stop: StopRequest) -> None:
-        """Ask the worker of a place for what this host does not have; what it could not find out is only logged."""
         groups = [group for group in self._groups.values() if group[0].place == place and _is_to_ask(group[0])]
         if not groups:
             return

@@ -91,7 +91,6 @@ class Measurement:
 
     @property
     def reason_to_try_again(self) -> str | None:
-        """Why another attempt may end differently; None when it would not, or there is a valid result."""
         if self.error is not None:
             return None if self.error.is_permanent else self.error.message
         if self.record is None or self.record.validity.valid:
@@ -220,7 +219,6 @@ class Session:
         return None
 
     def _check_that_some_may_work(self, last: Experiment) -> None:
-        """AllFailed once every configuration has failed in the same way, as the last experiment did."""
         planned = {item.config_hash for item in self.plan.configurations}
         if self._has_result or not planned <= self._failures.keys() or len(set(self._failures.values())) > 1:
             return
@@ -229,7 +227,6 @@ class Session:
         raise AllFailed(message, f"repair the cause, {_CONTINUE}")
 
     def _keep_gap(self, kind: GapKind | None, deadline_s: float | None) -> GapOutcome | None:
-        """The gap since the last window; an attempt that reached none adds nothing to it."""
         if kind is None or self._rest.is_enough(self.plan.gap_cap_s(kind)):
             return self._rest.gap
         cap_s, monotonic = self.plan.gap_cap_s(kind) - self._rest.rested_s, self.context.monotonic
@@ -243,7 +240,6 @@ class Session:
         return self._rest.gap
 
     def _wait(self, seconds: float) -> bool:
-        """Sleep, and report from time to time how long still; whether a stop was requested."""
         until_s = self.context.monotonic() + seconds
         while (left_s := until_s - self.context.monotonic()) > 0:
             self.report("tick", left_s=left_s)
@@ -411,7 +407,6 @@ class Session:
 
 
 def _write_prompts(experiment: Experiment, folder: AttemptFolder, draw: int) -> None:
-    """Write what the host knows of the prompts; a UserError when they are not those of the plan."""
     config = experiment.config
     resolved, template = resolve_on_host(config, draw=draw), read_template(config)
     if prompts_fingerprint(config, resolved) != experiment.prompts:
