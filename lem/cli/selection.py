@@ -8,7 +8,7 @@ import functools
 import logging
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -17,12 +17,12 @@ from lem.base import durable
 from lem.base.clock import utc_now
 from lem.base.doc import printable
 from lem.base.errors import UserError, did_you_mean
+from lem.base.measurement import Section
 from lem.base.units import some_of
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import MeasurementConfig, SloConfig
 from lem.config.option import declared, is_secret
 from lem.config.scalars import resolve_plain
-from lem.meters.recompute import recount
 from lem.orchestration.journal import find_fact
 from lem.orchestration.status import (
     CampaignStatus,
@@ -33,7 +33,7 @@ from lem.orchestration.status import (
     remainder_of,
     state_folders,
 )
-from lem.record import RATES
+from lem.record import RATES, Record
 from lem.results import store
 from lem.results.axes import parse_settings
 from lem.results.configurations import Reading
@@ -112,6 +112,12 @@ def _slo(text: str) -> SloConfig:
 def _rate(name: str, text: str) -> float:
     found: float = getattr(MeasurementConfig.from_dict({name: resolve_plain(text)}), name)
     return found
+
+
+def recount(result: Path, record: Record, slo: SloConfig) -> Mapping[str, Section]:
+    from lem.meters.recompute import recount as count  # 14 modules that few commands need
+
+    return count(result, record, slo)
 
 
 def reading_of(args: argparse.Namespace) -> Reading:
