@@ -39,6 +39,8 @@ Beside others, in ABBA pairs, for some minutes on a machine that does nothing el
   the sampler and the heartbeats of the first build, and other tools on meters whose joules are known (as root):
     {python} -m tests.bench.sampler
     {python} -m tests.bench.peers
+  the load clients of vLLM, AIPerf and guidellm on a server whose truth is known (their environments: see the module):
+    {python} -m tests.bench.client
   vLLM's own offline benchmark, once the lab is up:
     {lab}/environments/vllm/bin/python -m tests.bench.offline {lab}/models/demo"""
 

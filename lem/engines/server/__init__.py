@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from lem.config.experiment import ExperimentConfig
-from lem.engines.protocol import Engine
+if TYPE_CHECKING:  # the load client is started often, and needs nothing of these
+    from lem.config.experiment import ExperimentConfig
+    from lem.engines.protocol import Engine
 
 
 def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:

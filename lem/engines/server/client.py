@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -140,8 +141,9 @@ class LoadClient:
     def __init__(self, target: Target) -> None:
         """Start it. Raises UserError: it cannot be started."""
         self._keeps_texts = target.keeps_texts
-        streams = (process.PIPE, process.PIPE, sys.stderr.fileno())
-        self._child = process.spawn((*own_command(sys.executable), "worker", "--load"), streams=streams)
+        command, streams = (*own_command(sys.executable), "worker", "--load"), (process.PIPE, process.PIPE, 2)
+        # Answers that grow side by side would leave holes in a heap (glibc, mallopt(3)).
+        self._child = process.spawn(command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384"}, streams=streams)
         self._orders, output = process.pipes(self._child)
         self._lines = open(output.fileno(), "rb", closefd=False)  # noqa: SIM115 - buffered, kept by the object
         self._order(encode(target, "target"))

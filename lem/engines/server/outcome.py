@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import os
-import statistics
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -237,7 +236,7 @@ class _Tally:
         elif asked is not None and reached < (1 - MOST_MISSED) * asked:
             why = Reason.of("client_concurrency", reached=reached, asked=asked)
         elif self._late_ns and self._ttft_ns and sum(self._late_ns) > MOST_LATE * sum(self._ttft_ns):
-            late_ms = statistics.fmean(self._late_ns) / 1000 / NS_PER_US
+            late_ms = sum(self._late_ns) / len(self._late_ns) / NS_PER_MS
             why = Reason.of("client_late", late_ms=late_ms)
         elif check.stamp_source == "user" and check.waited_share > MOST_WAITED:
             why = Reason.of("client_waited", share=check.waited_share)
