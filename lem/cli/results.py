@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from lem.base.doc import Column, columns, printable, screen_of, terminal_width, write_json
 from lem.base.errors import ExitCode
@@ -148,7 +148,7 @@ def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     results, problems = _chosen(item.scan(), exp_ids)
     outcomes = [recompute_result(result) for result in results]
     if args.json:
-        documents = [_document_of(outcome) for outcome in outcomes]
+        documents = [{**outcome.which, **outcome.document} for outcome in outcomes]
         write_json(out, {"results": documents, "problems": selection.problem_documents(problems)})
     else:
         _write_outcomes(out, outcomes)
@@ -165,17 +165,6 @@ def _counts(run: Run) -> dict[str, int]:
         "invalid": len(run.records) - valid,
         "failed": sum(run.failed.values()),
         "left": sum(run.left.values()),
-    }
-
-
-def _document_of(outcome: Outcome) -> dict[str, Any]:
-    identity = outcome.result.record.identity
-    return {
-        "experiment_id": identity.experiment_id,
-        "config_name": identity.config_name,
-        "attempt": identity.attempt,
-        "path": str(outcome.result.path),
-        **outcome.document,
     }
 
 

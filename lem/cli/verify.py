@@ -79,6 +79,12 @@ class Outcome:
         return self.recomputed.compared if self.recomputed else 0
 
     @property
+    def which(self) -> dict[str, Any]:
+        identity = self.result.record.identity
+        named = {name: getattr(identity, name) for name in ("experiment_id", "config_name", "attempt")}
+        return {**named, "path": str(self.result.path)}
+
+    @property
     def document(self) -> dict[str, Any]:
         figures = {"compared": self.compared, "differences": [asdict(item) for item in self.differences]}
         return {"status": self.status, "message": self.message, **figures}
@@ -243,19 +249,16 @@ def shown(value: Any) -> str:
 
 
 def _document(found: Sequence[Verified], problems: Sequence[Problem], counts: Counter[Verdict]) -> dict[str, Any]:
-    results = []
-    for item in found:
-        result, identity = item.outcome.result, item.outcome.result.record.identity
-        results.append({
-            "experiment_id": identity.experiment_id,
-            "config_name": identity.config_name,
-            "attempt": identity.attempt,
-            "path": str(result.path),
+    results = [
+        {
+            **item.outcome.which,
             "verdict": item.verdict.value,
-            "sha256": result.sha256,
+            "sha256": item.outcome.result.sha256,
             "digests": {name: "agrees" if is_same else "differs" for name, is_same in item.digests.items()},
             "figures": item.outcome.document,
-        })  # fmt: skip
+        }
+        for item in found
+    ]
     return {
         "schema_version": SCHEMA_VERSION,
         "counts": {verdict.value: counts[verdict] for verdict in Verdict},
