@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from lem.base import log
 from lem.base.clock import utc_now, utc_text
 from lem.base.doc import screen_of, write_json
-from lem.base.errors import ExitCode, Interrupted, UserError
+from lem.base.errors import ExitCode, Interrupted, MeterRefused, UserError
 from lem.cli.config import add_flags, given_flags
 from lem.cli.selection import add_json, add_repeated, checked, folder_options
 from lem.config.campaign_config import generate_campaign_id, slug_of
@@ -91,6 +91,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
                 results.append(result)
     except Interrupted as interrupted:
         signum = interrupted.signum
+    except MeterRefused as error:
+        raise UserError(error.message, error.hint) from error
     finally:
         console.close()
     found = make_run([item.record for item in results], campaign_name=name, run_id=run_id)

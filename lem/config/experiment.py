@@ -564,7 +564,7 @@ PROGRAM = "program"  # in place of a backend, in records of `lem measure`
 class ProgramConfig(Section):
     """A program that `lem measure` runs, and how it is measured."""
 
-    command: tuple[str, ...] = option(REQUIRED, "The program and its arguments.", min_items=1)
+    command: tuple[Any, ...] = option(REQUIRED, "The program and its arguments, which may be empty.", min_items=1)
     work: tuple[str, ...] = option((), "Files in which it reports its work.", identity=False)
     whole_machine: bool = option(False, "Count what every process of this machine does as the program's.")
     gpus: tuple[str, ...] | None = option(

@@ -1,0 +1,256 @@
+"""`lem measure` around real programs: NVML's double follows them, a fake powercap tree stands in for RAPL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lem
+from lem.base import measurement
+from lem.meters.samples import FINISHED_FILENAME, read_finished
+from lem.record import Record, decode_record, read_record
+from tests.campaign_rig import ROOT, Ended, Running
+from tests.command_rig import run_lem
+from tests.doubles.nvml.library import NvmlDouble
+from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Trace
+from tests.doubles.powercap import Powercap, Zone
+from tests.processes import Marker
+
+UUID = "GPU-11111111-2222-3333-4444-555555555555"
+IDLE_W, BUSY_W = 80.0, 350.0
+WORK = {"completed": 40, "failed": 0, "total_input_tokens": 4000, "total_output_tokens": 2500, "duration": 1.4}
+
+# Loads the GPU for a moment, of whose processes it then is one, and reports what it did.
+PROGRAM = """
+import json, os, sys, time
+load, held, work, seconds = sys.argv[1:5]
+def say(state):
+    with open(load, "a") as stream:
+        stream.write(f"{time.monotonic_ns()} {state}\\n")
+with open(held, "w") as stream:
+    stream.write(f"process {os.getpid()} 1000000\\n")
+print("to stdout", flush=True)
+print("to stderr", file=sys.stderr, flush=True)
+say(1)
+until = time.monotonic() + float(seconds)
+while time.monotonic() < until:
+    time.sleep(0.01)
+say(0)
+os.unlink(held)
+if work:
+    with open(work, "w") as stream:
+        json.dump(%r, stream)
+"""
+
+
+@dataclass
+class Rig:
+    folder: Path
+    marker: Marker = field(default_factory=Marker)
+
+    @property
+    def trace(self) -> Trace:
+        load = Load(str(self.folder / "load"), IDLE_W, BUSY_W)
+        return Trace(1, (GpuTrace(uuid=UUID, load=load, counter=Counter(period_s=0.02)),))
+
+    def start(self, *words: str, before: Sequence[str] = (), double: NvmlDouble | None = None) -> Running:
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("LEM")}
+        environ = {
+            **plain,
+            **self.marker.environ(),
+            "PYTHONPATH": str(ROOT),
+            "LEM_LOCK_DIR": str(self.folder / "locks"),
+        }
+        environ |= double.variables() if double else {}
+        # Other tests may run beside it.
+        limits = ("--max-wait-pct", "100", "--max-foreign-pct", "100")
+        command = [*before, sys.executable, "-m", "lem", "measure", *limits, *words]
+        return Running(command, self.folder, environ)
+
+    def measure(self, *words: str, **more: Any) -> Ended:
+        return self.start(*words, **more).wait()
+
+    def on_gpu(self, *options: str, work: str = "", seconds: float = 1.4, held_by: Sequence[int] = ()) -> Ended:
+        (self.folder / "load").touch()
+        double = NvmlDouble(self.folder / "nvml", (str(self.folder / "held"),))
+        double.say(*self.trace.lines(), *(f"process {pid} 1000000" for pid in held_by))
+        program = [sys.executable, "-c", PROGRAM % WORK, "load", "held", work, str(seconds)]
+        return self.measure("--baseline", "1", *options, "--", *program, double=double)
+
+    def results(self) -> list[tuple[Path, Record]]:
+        found = [(path, read_record(path)) for path in (self.folder / "results").rglob("result.json")]
+        return sorted(found, key=lambda item: item[1].identity.order_index)
+
+    def true_j(self, path: Path) -> float:
+        _, marks = read_finished(path.with_name(FINISHED_FILENAME))
+        (window,) = ((mark.opened_ns, mark.closed_ns) for mark in marks if mark.name == measurement.WINDOW)
+        return self.trace.after_load({0: (self.folder / "load").read_text()}).energy_j(*window)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    found = Rig(tmp_path)
+    yield found
+    found.marker.kill()
+
+
+@pytest.mark.needs("gcc")
+def test_runs_of_a_program_are_metered_with_an_interval_and_per_unit_of_its_work(rig: Rig) -> None:
+    ended = rig.on_gpu("-r", "3", "--name", "bench", "--work", "out.json", work="out.json")
+    assert ended.code == 0, ended.err
+    assert ended.out == 3 * "to stdout\n"
+    assert ended.err.count("to stderr\n") == 3
+    assert rig.marker.survivors() == ()
+    results = rig.results()
+    assert [record.identity.cycle_index for _, record in results] == [0, 1, 2]
+    for path, record in results:
+        assert record.validity.valid, record.validity.invalid_reasons
+        assert record.energy.energy_source == "nvml_counter"
+        assert record.energy.gpu_energy_j == pytest.approx(rig.true_j(path), rel=0.02)
+        assert record.idle.idle_bare_power_w == pytest.approx(IDLE_W, rel=0.02)
+        assert record.idle.idle_loaded_post_power_w == pytest.approx(IDLE_W, rel=0.02)
+        assert record.environment.other_gpu_processes == ()
+        assert record.environment.engine_effective == {"exit_code": 0}
+        work = record.work
+        assert (work.requests_ok, work.input_tok, work.output_tok) == (40, 4000, 2500)
+        assert record.efficiency.energy_per_output_tok_j == pytest.approx((record.energy.gpu_energy_j or 0) / 2500)
+    run = lem.read(rig.folder / "results", "bench")
+    (found,) = run.configurations
+    per_run, per_tok = found.estimate("total_j"), found.estimate("energy_per_output_tok_j")
+    assert (per_run.n, per_tok.n) == (3, 3)
+    assert per_run.value is not None
+    assert (per_run.low or 0) <= per_run.value <= (per_run.high or 0)
+    assert per_tok.value == pytest.approx(per_run.value / 2500)
+    verified = run_lem("verify", rig.folder / "results" / "bench")
+    assert verified.code == 0, verified.out
+    for command in (("results", "show"), ("check",), ("results", "export"), ("results", "recompute")):
+        assert run_lem(*command, "bench", "--results-dir", rig.folder / "results").code in (0, 4), command
+    report = ("report", "bench", "--results-dir", rig.folder / "results", "--output", rig.folder / "report.html")
+    assert run_lem(*report).code == 0
+
+
+@pytest.mark.needs("gcc")
+def test_a_gpu_that_another_program_uses_is_measured_only_with_the_whole_machine(rig: Rig) -> None:
+    assert rig.on_gpu("--name", "shared", held_by=(1,)).code == 0
+    assert rig.on_gpu("--name", "whole", "--whole-machine", held_by=(1,)).code == 0
+    (_, shared), (_, whole) = sorted(rig.results(), key=lambda item: item[1].identity.config_name)
+    assert shared.energy.why_none("gpu_energy_j").code == "gpu_shared"
+    assert whole.validity.valid, whole.validity.invalid_reasons
+    assert whole.energy.gpu_energy_j is not None
+    assert shared.identity.config_hash != whole.identity.config_hash
+    for name in ("shared", "whole"):
+        assert run_lem("verify", rig.folder / "results" / name).code == 0
+
+
+@pytest.mark.needs("gcc")
+def test_a_file_that_the_run_did_not_write_tells_nothing_of_its_work(rig: Rig) -> None:
+    (rig.folder / "out.json").write_text(json.dumps(WORK))
+    ended = rig.on_gpu("--work", "out.json")
+    assert ended.code == 1
+    ((_, record),) = rig.results()
+    assert record.validity.valid
+    assert record.energy.gpu_energy_j is not None
+    assert record.work.output_tok is None
+    assert record.work.why_none("output_tok").code == "work_unreadable"
+    assert record.efficiency.why_none("energy_per_output_tok_j").code == "work_unreadable"
+
+
+@pytest.mark.parametrize(("script", "code", "recorded"), [("exit 3", 3, 3), ("kill -KILL $$", 137, -9)])
+def test_a_program_that_fails_passes_its_exit_code_on_and_is_not_run_again(
+    rig: Rig, script: str, code: int, recorded: int
+) -> None:
+    ended = rig.measure("-r", "2", "--no-idle", "--", "sh", "-c", script)
+    assert ended.code == code
+    ((_, record),) = rig.results()
+    assert [reason.code for reason in record.validity.invalid_reasons] == ["program_failed"]
+    assert record.environment.engine_effective == {"exit_code": recorded}
+    assert record.work.requests_ok is None
+    assert record.work.why_none("requests_ok").code == "work_not_given"
+
+
+def test_with_json_stdout_is_one_document(rig: Rig) -> None:
+    ended = rig.measure("--json", "--no-idle", "--", "echo", "hello")
+    assert ended.code == 0, ended.err
+    assert "hello\n" in ended.err
+    document = json.loads(ended.out)
+    assert document["exit_code"] == 0
+    (result,) = document["results"]
+    record = decode_record(result["record"])
+    assert record.requested["command"] == ["echo", "hello"]
+    assert document["summary"]["configurations"][0]["time"]["window_s"]["n"] == 1
+
+
+@pytest.mark.parametrize(("signum", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129), ("KILL", -9)])
+def test_nothing_is_left_of_a_program_when_lem_is_ended(rig: Rig, signum: str, code: int) -> None:
+    # Deaf to TERM, and with a child in a session of its own.
+    script = "trap '' TERM INT; setsid sh -c 'trap \"\" TERM INT; echo begun >&2; while :; do sleep 1; done'"
+    running = rig.start("-r", "2", "--no-idle", "--", "sh", "-c", script)
+    running.wait_for_text("begun")
+    running.send(getattr(signal, f"SIG{signum}"))
+    assert running.wait().code == code
+    assert rig.marker.survivors() == ()
+    assert rig.results() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ((), 2),
+        (("--", "no-such-program"), 2),
+        (("-r", "0", "--", "true"), 2),
+        (("--gpu", "7", "--", "true"), 2),
+        (("--work", "a.json:images", "--", "true"), 2),
+        (("--work", "a.json", "--work", "b.json:tokens", "--", "true"), 2),
+        (("--energy", "nvml", "--", "true"), 2),
+    ],
+)
+def test_what_cannot_take_effect_is_refused_before_the_program_runs(rig: Rig, words: Sequence[str], code: int) -> None:
+    ended = rig.measure("--no-idle", *words)
+    assert ended.code == code, ended.err
+    assert ended.err.startswith("error: ")
+    assert rig.results() == []
+
+
+@contextmanager
+def advancing(tree: Powercap) -> Iterator[None]:
+    """The counters of a powercap tree go on within the block."""
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(0.02):
+            tree.update(time.monotonic_ns())
+
+    tree.make(time.monotonic_ns())
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_program_on_the_cpu_is_metered_by_rapl(rig: Rig) -> None:
+    begins_ns = time.monotonic_ns()
+    zone = Zone("intel-rapl:0", "package-0", ((0, 20.0),), begins_ns=begins_ns)
+    mount = ("unshare", "--mount", "sh", "-c", f'mount --bind {rig.folder}/class /sys/class && exec "$@"', "sh")
+    with advancing(Powercap(rig.folder / "class" / "powercap", (zone,))):
+        program = [sys.executable, "-c", "import time; time.sleep(3)"]
+        ended = rig.measure("--baseline", "3", "--", *program, before=mount)
+    assert ended.code == 0, ended.err
+    ((path, record),) = rig.results()
+    assert record.energy.energy_source == "rapl"
+    assert record.energy.cpu_package_energy_j == pytest.approx(20 * record.window.window_s, rel=0.05)
+    assert record.idle.idle_bare_power_w == pytest.approx(20, rel=0.05)
+    assert run_lem("verify", path).code == 0
