@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Mapping
-from pathlib import Path as FilePath
 from typing import Any, TextIO
 
 from lem.base import log
@@ -49,8 +49,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     fields.add_argument("--backend", metavar="NAME", help="only the options that this backend honours")
     fields.add_argument("--markdown", action="store_true", help="print the page docs/configuration.md")
     fields.set_defaults(run=_fields)
-    convert = actions.add_parser("convert", help="write a file of LLenergyMeasure as a campaign to stdout")
-    convert.add_argument("file", metavar="FILE", help="a campaign, study or experiment of LLenergyMeasure")
+    convert = actions.add_parser("convert", help="write a file or command line of another tool as a campaign")
+    text = "a file of LLenergyMeasure, AIPerf, guidellm or vLLM bench, or a command line: vllm bench serve …"
+    convert.add_argument("file", nargs=argparse.REMAINDER, metavar="FILE", help=text)
     convert.set_defaults(run=_convert)
     for action in (validate, show, fields):
         add_json(action)
@@ -203,13 +204,16 @@ def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
 def _convert(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     from lem.config.convert import convert
 
-    tree, notes = convert(FilePath(args.file))
+    words = args.file[1:] if args.file[:1] == ["--"] else args.file
+    if not words:
+        raise ConfigurationError("expected a file or a command line", "see `lem config convert --help`")
+    tree, notes = convert(words)
     loaded = complete_campaign(CampaignConfig.from_dict(tree))
     plan = build_plan(loaded.config, loaded.listed, preset={}, source=loaded.source)
     if not plan.experiments:
         filtered = "; ".join(f"{reason} × {count}" for reason, count in plan.filtered_by_reason)
-        raise ConfigurationError(f"{args.file}: no valid experiment is left: {filtered}")
-    head = [f"Converted from {args.file}. Check it with: lem config validate FILE"]
+        raise ConfigurationError(f"{words[0]}: no valid experiment is left: {filtered}")
+    head = [f"Converted from {shlex.join(words)}. Check it with: lem config validate FILE"]
     if notes:
         head += ["", "Left out:", *(f"  {note}" for note in notes)]
     out.write("".join(f"# {line}".rstrip() + "\n" for line in head) + "\n" + introspection.render_yaml(tree, {}))

@@ -1,4 +1,4 @@
-"""Files of other tools as campaigns for lem: those of LLenergyMeasure, in both of its forms.
+"""Files of other tools as campaigns for lem: those of LLenergyMeasure, in both of its forms, and of load generators.
 
 The first form has campaigns and experiments, which lem's own resemble; the second has studies with a `sweep`. Names and
 values are those of `lem.config.terms`; `_RULES` has what depends on more than a name.
@@ -13,6 +13,7 @@ from typing import Any
 
 from lem.base.errors import ConfigurationError
 from lem.base.log import shorten
+from lem.config import benchmarks
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import BUNDLED_INPUT_TOKENS, DATASET_ALIASES, ExperimentConfig
@@ -107,17 +108,28 @@ _RULES: Mapping[str, Rule] = {
 }
 
 
-def convert(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """A campaign as plain data, and a line for each key that has no counterpart; ConfigurationError for other files."""
+def convert(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A campaign as plain data, and a line for each key that has no counterpart; ConfigurationError for other files.
+
+    The words are the path of a file, or a command line of a tool that loads servers.
+    """
+    path = Path(words[0])
+    if (tool := benchmarks.tool_of(words)) is not None:
+        options = dict(benchmarks.read_words(words))
+        named = [options.pop(key) for key in benchmarks.FILES[tool] if key in options]
+        return _benchmark(path, tool, options | ({"below": read_mapping(str(named[0]))} if named else {}))
+    found = read_mapping(path)
+    if (tool := benchmarks.tool_of_file(found)) is not None:
+        return _benchmark(path, tool, found)
     # The first form began with `decoder_config` for `decoder`, and so on.
-    options = {key.removesuffix("_config"): value for key, value in read_mapping(path).items()}
+    options = {key.removesuffix("_config"): value for key, value in found.items()}
     known = {*declared(CampaignConfig), *declared(ExperimentConfig), *_FIRST, *_SECOND}
     unknown = [key for key in options if key not in known]
     if not _SUBJECTS & set(options) or 2 * len(unknown) > len(options):
         shown = ", ".join(map(repr, (unknown or list(options))[:5]))
         raise ConfigurationError(
-            f"{path}: expected a file of LLenergyMeasure, got the keys {shown}",
-            "it converts campaigns, studies and experiments of LLenergyMeasure",
+            f"{path}: expected a file of LLenergyMeasure, AIPerf, guidellm or vLLM bench, got the keys {shown}",
+            "give a campaign, study, experiment or scenario, or a command line of the last three",
         )
     converter = _Converter(path)
     if "campaign_name" in options:
@@ -127,6 +139,15 @@ def convert(path: Path) -> tuple[dict[str, Any], list[str]]:
         campaign = {"campaign_name": str(options.get("config_name", path.stem)), "experiments": [experiment]}
     else:
         campaign = converter.study(options)
+    return converter.without_problems(CampaignConfig, campaign), list(dict.fromkeys(converter.notes))
+
+
+def _benchmark(path: Path, tool: str, options: Options) -> tuple[dict[str, Any], list[str]]:
+    converter = _Converter(path)
+    campaign, notes = benchmarks.convert_benchmark(tool, dict(options), path.stem)
+    for note in notes:
+        converter.note(*note)
+    campaign["experiments"] = [converter.without_problems(ExperimentConfig, it) for it in campaign["experiments"]]
     return converter.without_problems(CampaignConfig, campaign), list(dict.fromkeys(converter.notes))
 
 

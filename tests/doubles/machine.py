@@ -15,6 +15,7 @@ _NS = 1_000_000_000
 class Process:
     parent: int
     cpu_s: float = 0.0
+    ended_s: float = 0.0  # of children that it waited for
     state: str = "S"
     threads_s: dict[int, tuple[float, float]] = field(default_factory=dict)  # tid: (run, waited)
     cgroup: str = "0::/lem.slice/engine"
@@ -55,8 +56,8 @@ class Machine:
 
     def _write_process(self, folder: Path, pid: int, process: Process) -> None:
         (folder / "task").mkdir(parents=True, exist_ok=True)
-        user, system = round(process.cpu_s * TICKS_PER_S), 0
-        fields = [process.state, process.parent, *[0] * 9, user, system, *[0] * 6, process.started_ticks, 0]
+        user, system, ended = round(process.cpu_s * TICKS_PER_S), 0, round(process.ended_s * TICKS_PER_S)
+        fields = [process.state, process.parent, *[0] * 9, user, system, ended, *[0] * 5, process.started_ticks, 0]
         text = f"{pid} ({process.name}) {' '.join(map(str, fields))}\n"
         (folder / "stat").write_text(text, encoding="ascii")
         (folder / "cgroup").write_text(f"{process.cgroup}\n", encoding="ascii")

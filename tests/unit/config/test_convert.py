@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from lem.config.convert import convert
 from tests.command_rig import run_lem
+from tests.documentation import ROOT
 
 FIRST_EXPERIMENT = """\
 schema_version: "3.0.0"
@@ -124,7 +126,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_an_experiment_of_the_first_form(folder: Path) -> None:
-    tree, notes = convert(folder / "first.yaml")
+    tree, notes = convert([str(folder / "first.yaml")])
     assert tree["campaign_name"] == "short-answers"
     assert tree["experiments"] == [
         {
@@ -147,7 +149,7 @@ def test_an_experiment_of_the_first_form(folder: Path) -> None:
 
 
 def test_a_campaign_of_the_first_form(folder: Path) -> None:
-    tree, notes = convert(folder / "campaign.yaml")
+    tree, notes = convert([str(folder / "campaign.yaml")])
     assert tree["dataset"] == {"name": "ai_energy_score"}
     assert tree["schedule"] == {"at": "03:00", "days": ["sat"]}
     assert tree["execution"] == {"cycles": 4, "structure": "grouped", "config_gap_seconds": 5}
@@ -180,7 +182,7 @@ def test_a_campaign_of_the_first_form(folder: Path) -> None:
 
 
 def test_an_experiment_of_the_second_form(folder: Path) -> None:
-    tree, notes = convert(folder / "second.yaml")
+    tree, notes = convert([str(folder / "second.yaml")])
     assert tree["campaign_name"] == "second"
     assert tree["experiments"] == [
         {
@@ -217,7 +219,7 @@ def test_an_experiment_of_the_second_form(folder: Path) -> None:
 
 
 def test_a_study(folder: Path) -> None:
-    tree, notes = convert(folder / "study.yaml")
+    tree, notes = convert([str(folder / "study.yaml")])
     assert tree["campaign_name"] == "batch and precision"
     assert (tree["dataset"], tree["num_samples"]) == ({"name": "alpaca"}, 8)
     assert tree["grid"] == {
@@ -245,7 +247,7 @@ def test_a_study(folder: Path) -> None:
 
 def test_an_experiment_of_the_second_form_has_the_defaults_of_its_tool(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text("model: example/a\nbackend: vllm\n", encoding="utf-8")
-    (one,) = convert(tmp_path / "e.yaml")[0]["experiments"]
+    (one,) = convert([str(tmp_path / "e.yaml")])[0]["experiments"]
     assert one["fp_precision"] == "bfloat16"
     assert one["dataset"] == {"name": "ai_energy_score", "sample_size": 100}
 
@@ -265,7 +267,7 @@ BEAMS = {"beam_search.enabled": [True], "beam_search.num_beams": [2, 4]}
 )
 def test_the_backends_of_a_sweep(tmp_path: Path, sweep: str, backends: list[str], overrides: Any) -> None:
     (tmp_path / "s.yaml").write_text(f"model: example/a\nsweep: {sweep}\n", encoding="utf-8")
-    grid = convert(tmp_path / "s.yaml")[0]["grid"]
+    grid = convert([str(tmp_path / "s.yaml")])[0]["grid"]
     assert grid["backends"] == backends
     if overrides is not None:
         assert grid.get("backend_overrides", {}) == overrides
@@ -274,7 +276,7 @@ def test_the_backends_of_a_sweep(tmp_path: Path, sweep: str, backends: list[str]
 def test_of_two_keys_that_mean_the_same_one_wins_and_the_other_is_named(tmp_path: Path) -> None:
     text = "model: a\nbackend: vllm\nvllm: {sampling: {max_tokens: 9}}\nmax_output_tokens: 5\n"
     (tmp_path / "e.yaml").write_text(text, encoding="utf-8")
-    tree, notes = convert(tmp_path / "e.yaml")
+    tree, notes = convert([str(tmp_path / "e.yaml")])
     assert tree["experiments"][0]["max_output_tokens"] == 9
     assert notes == ["max_output_tokens: 5  (vllm.sampling.max_tokens wins)"]
 
@@ -289,7 +291,7 @@ def test_of_two_keys_that_mean_the_same_one_wins_and_the_other_is_named(tmp_path
 )
 def test_a_dotted_name_is_that_of_a_section(tmp_path: Path, written: str, option: Any, value: Any) -> None:
     (tmp_path / "e.yaml").write_text(f"model: a\nadapter: b\nbatch_size: 2\n{written}\n", encoding="utf-8")
-    (experiment,) = convert(tmp_path / "e.yaml")[0]["experiments"]
+    (experiment,) = convert([str(tmp_path / "e.yaml")])[0]["experiments"]
     assert experiment[option[0]][option[1]] == value
 
 
@@ -300,7 +302,7 @@ def test_what_is_converted_is_valid(folder: Path, name: str) -> None:
     converted = folder / "converted.yaml"
     converted.write_text(out, encoding="utf-8")
     assert run_lem("config", "validate", str(converted)).code == 0
-    tree, notes = convert(folder / f"{name}.yaml")
+    tree, notes = convert([str(folder / f"{name}.yaml")])
     assert yaml.safe_load(out) == tree
     assert [line.removeprefix("#   ") for line in out.splitlines() if line.startswith("#   ")] == notes
 
@@ -308,7 +310,10 @@ def test_what_is_converted_is_valid(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("services: {vllm: {image: x}}\n", "expected a file of LLenergyMeasure, got the keys 'services'"),
+        (
+            "services: {vllm: {image: x}}\n",
+            "expected a file of LLenergyMeasure, AIPerf, guidellm or vLLM bench, got the keys 'services'",
+        ),
         ("model: a\nport: 8000\ndtype: half\nhost: b\n", "got the keys 'port', 'dtype', 'host'"),
         ("n: 5\nprecision: bf16\n", "got the keys 'n', 'precision'"),
         ("- model: a\n", "expected a mapping (key: value) at the top level, got a list"),
@@ -339,3 +344,173 @@ def test_who_runs_such_a_file_is_told_how_to_convert_it(folder: Path, name: str)
 def test_one_name_of_another_tool_is_no_reason_to_convert_a_file(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text("model: a\nprecision: fp16\n", encoding="utf-8")
     assert "convert" not in run_lem("config", "validate", str(tmp_path / "e.yaml")).err
+
+
+RANDOM = "--dataset-name random --random-input-len 900 --random-output-len 50 --num-prompts 20"
+CLOSED = {"enabled": True, "mode": "closed"}
+
+
+def loads_of(*words: str) -> tuple[list[dict[str, Any]], list[str]]:
+    tree, notes = convert(words)
+    return tree["experiments"], notes
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", None),
+        ("--request-rate inf", None),
+        ("--request-rate 4", {"enabled": True, "mode": "poisson", "target_qps": 4}),
+        ("--request-rate=4 --burstiness 0.5", {"enabled": True, "mode": "poisson", "target_qps": 4, "burstiness": 0.5}),
+        ("--max-concurrency 8", {**CLOSED, "concurrency": 8}),
+        (
+            "--max-concurrency 8 --goodput ttft:200 e2el:900",
+            {**CLOSED, "concurrency": 8, "slo": {"ttft_ms": 200, "e2e_ms": 900}},
+        ),
+    ],
+)
+def test_the_traffic_of_vllm_bench(line: str, expected: Any) -> None:
+    ((experiment,), notes) = loads_of(*f"vllm bench serve --model gpt2 {RANDOM} {line}".split())
+    assert experiment.get("traffic_simulation") == expected
+    assert notes == []
+    assert experiment["server"] == {"url": "http://127.0.0.1:8000", "api": "completions", "engine": "vllm"}
+    assert experiment["prompts"] == {"type": "synthetic", "input_tokens": 900, "sample_size": 20}
+    assert (experiment["max_input_tokens"], experiment["max_output_tokens"]) == (900, 50)
+
+
+def test_what_lem_cannot_do_alike_is_named() -> None:
+    line = "vllm bench serve --model gpt2 --request-rate 2 --max-concurrency 9 --goodput x:1 --ramp-up-strategy linear"
+    ((experiment,), notes) = loads_of(*line.split())
+    assert [note.split(":")[0] for note in notes] == ["goodput.x", "concurrency", "ramp_up_strategy"]
+    assert experiment["traffic_simulation"]["target_qps"] == 2
+
+
+def test_a_result_of_vllm_bench_becomes_the_benchmark_that_made_it() -> None:
+    ((experiment,), _) = loads_of(str(ROOT / "tests/recorded/peers/vllm.json"))
+    assert experiment["model"]["name"] == "tiny"
+    assert experiment["prompts"] == {"type": "synthetic", "input_tokens": 26, "sample_size": 8}
+    assert experiment["max_output_tokens"] == 16
+
+
+def test_a_sweep_of_vllm_starts_a_server_for_each_set_of_options(tmp_path: Path) -> None:
+    (tmp_path / "serve.json").write_text('[{"max_num_seqs": 8}, {"max_num_seqs": 64}]')
+    (tmp_path / "bench.json").write_text('{"low": {"request_rate": 1}, "high": {"request_rate": 5}}')
+    commands = ("--serve-cmd", "vllm serve gpt2 --dtype float16", "--bench-cmd", "vllm bench serve --model gpt2")
+    files = ("--serve-params", str(tmp_path / "serve.json"), "--bench-params", str(tmp_path / "bench.json"))
+    tree, notes = convert(["vllm", "bench", "sweep", "serve", *commands, *files, "--num-runs", "4"])
+    assert notes == []
+    assert tree["execution"] == {"cycles": 4}
+    found = [
+        (it["server"]["options"]["max_num_seqs"], it["traffic_simulation"]["target_qps"]) for it in tree["experiments"]
+    ]
+    assert found == [(8, 1), (8, 5), (64, 1), (64, 5)]
+    assert tree["experiments"][0]["server"]["command"] == [
+        "vllm",
+        "serve",
+        "gpt2",
+        "--dtype",
+        "float16",
+        "--port",
+        "{port}",
+    ]
+
+
+AIPERF = """\
+schemaVersion: "2.0"
+randomSeed: 5
+multiRun: {numRuns: 4, cooldownSeconds: 7}
+benchmark:
+  model: gpt2
+  endpoint: {url: "http://h:81/v1/chat/completions", type: chat, streaming: true}
+  dataset: {type: synthetic, entries: 30, prompts: {isl: {mean: 300, stddev: 20}, osl: 40}}
+  phases:
+    - {name: warmup, type: concurrency, requests: 9, concurrency: 2, excludeFromResults: true}
+    - {name: profiling, type: gamma, rate: 3.0, smoothness: 2.0, duration: 60}
+  slos: {time_to_first_token: 150}
+"""
+
+
+def test_a_file_of_aiperf(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(AIPERF)
+    tree, notes = convert([str(tmp_path / "a.yaml")])
+    (experiment,) = tree["experiments"]
+    assert experiment["server"] == {"url": "http://h:81", "api": "chat"}
+    assert experiment["prompts"] == {"type": "synthetic", "input_tokens": 300, "sample_size": 30}
+    traffic = {"enabled": True, "mode": "poisson", "target_qps": 3.0, "burstiness": 2.0, "slo": {"ttft_ms": 150}}
+    assert experiment["traffic_simulation"] == traffic
+    assert experiment["warmup"]["min_prompts"] == 9
+    assert experiment["measurement"] == {"min_window_sec": 60}
+    assert (experiment["random_seed"], experiment["max_output_tokens"]) == (5, 40)
+    assert tree["execution"] == {"cycles": 4, "config_gap_seconds": 7}
+    assert [note.split(":")[0] for note in notes] == [
+        "isl.stddev",
+        "benchmark.warmup.type",
+        "benchmark.warmup.concurrency",
+    ]
+
+
+def test_a_command_line_of_aiperf_with_several_concurrencies() -> None:
+    line = (
+        "aiperf profile -m gpt2 -u h:9 --endpoint-type completions --concurrency 1,8 --isl 30 --osl 6 --num-requests 64"
+    )
+    experiments, notes = loads_of(*line.split())
+    assert [it["traffic_simulation"] for it in experiments] == [
+        {**CLOSED, "concurrency": 1},
+        {**CLOSED, "concurrency": 8},
+    ]
+    assert [it["config_name"] for it in experiments] == ["concurrency-1", "concurrency-8"]
+    assert experiments[0]["server"] == {"url": "http://h:9", "api": "completions"}
+    assert experiments[0]["prompts"]["sample_size"] == 64
+    assert notes == []
+
+
+SCENARIO = {
+    "spec": {
+        "backend": {"kind": "openai_http", "request_format": "/v1/chat/completions"},
+        "profile": {"kind": "concurrent"},
+        "data": [{"kind": "synthetic_text", "prompt_tokens": 700, "output_tokens": 80, "turns": 3}],
+        "constraints": [{"kind": "max_duration", "seconds": 45}],
+    },
+    "benchmarks": [{"profile.streams": 2}, {"profile.streams": 20}],
+}
+
+
+def test_a_scenario_of_guidellm_with_the_server_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps(SCENARIO))
+    backend = "kind=openai_http,target=http://h:7,model=gpt2"
+    experiments, notes = loads_of("guidellm", "run", "--scenario", str(tmp_path / "s.json"), "--backend", backend)
+    assert [it["traffic_simulation"]["concurrency"] for it in experiments] == [2, 20]
+    first = experiments[0]
+    assert (first["model"], first["server"]) == ({"name": "gpt2"}, {"url": "http://h:7", "api": "chat"})
+    assert (first["max_input_tokens"], first["max_output_tokens"]) == (700, 80)
+    assert first["measurement"] == {"min_window_sec": 45}
+    assert notes[0].startswith("data.turns: 3")
+
+
+GUIDELLM_NOW = """\
+guidellm run --backend kind=openai_http,target=h:7,model=gpt2 --profile kind=constant,rate=1,2.5
+--data kind=synthetic_text,prompt_tokens=20,output_tokens=5 --constraint kind=max_requests,count=9
+"""
+GUIDELLM_BEFORE = """\
+guidellm benchmark --target h:7 --model gpt2 --rate-type constant --rate 1,2.5 --max-requests 9
+--data prompt_tokens=20,output_tokens=5
+"""
+
+
+@pytest.mark.parametrize("line", [GUIDELLM_NOW, GUIDELLM_BEFORE])
+def test_command_lines_of_guidellm_of_now_and_before(line: str) -> None:
+    experiments, _ = loads_of(*line.split())
+    traffic = {"enabled": True, "mode": "constant"}
+    assert [it["traffic_simulation"] for it in experiments] == [{**traffic, "target_qps": rate} for rate in (1, 2.5)]
+    assert experiments[0]["prompts"] == {"type": "synthetic", "input_tokens": 20, "sample_size": 9}
+
+
+def test_converted_loads_are_valid_campaigns(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(AIPERF)
+    lines = [f"vllm bench serve --model gpt2 {RANDOM} --ignore-eos".split(), [str(tmp_path / "a.yaml")]]
+    for number, words in enumerate(lines):
+        code, out, err = run_lem("config", "convert", *words)
+        assert code == 0, err
+        converted = tmp_path / f"{number}.yaml"
+        converted.write_text(out, encoding="utf-8")
+        assert run_lem("config", "validate", converted).code == 0

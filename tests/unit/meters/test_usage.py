@@ -116,6 +116,19 @@ def test_a_process_that_the_engine_starts_is_found_when_a_phase_begins(machine: 
     assert (row.own_s, row.run_s, row.wait_s) == (2.0, 2.0, 1.0)
 
 
+def test_time_of_processes_that_have_ended_is_the_engines_once(machine: Machine) -> None:
+    meter = watching(machine, FakeClock())
+    machine.processes[CORE].cpu_s += 2.0
+    machine.write()
+    assert meter.read().own_s == pytest.approx(2.0)
+    machine.processes[ENGINE].ended_s += machine.processes.pop(CORE).cpu_s  # one that was seen
+    machine.write()
+    assert meter.read().own_s == pytest.approx(2.0)
+    machine.processes[ENGINE].ended_s += 3.0  # and one that came and went between two readings
+    machine.write()
+    assert meter.read().own_s == pytest.approx(5.0)
+
+
 def test_without_an_engine_only_the_machine_is_known(machine: Machine) -> None:
     meter = UsageMeter(FakeClock(), machine.roots, (LEM,))
     assert meter.read() == CpuUse(100_000_000_000, meter.read().asleep_s, 500.0, 1000.0, 0.0)
