@@ -10,7 +10,7 @@ from lem.cli.main import COMMANDS, make_parser
 from lem.cli.selection import RESULTS_DIR
 from lem.results.store import folder_names
 
-_FILES = ("FILE", "PLAN", "PROGRAM")
+_FILES = ("FILE", "PLAN", "PROGRAM", "[KIND=]FILE[:FIELD]")
 _RESULTS = ("CAMPAIGN", "ID", "TARGET")
 
 _HOW = """\

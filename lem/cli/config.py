@@ -66,10 +66,13 @@ def add_flags(parser: argparse._ActionsContainer, section: type[Section], flags:
         item = find_option(section, key)
         assert item is not None, key  # noqa: S101 - a typing error in a table
         kind = item.kind
-        metavar = "DIR" if key.endswith("_dir") else "FILE" if key.endswith("_file") else "NAME"
+        metavar = "DIR" if key.endswith("_dir") else "FILE" if key.endswith(("_file", "_csv")) else "NAME"
         how: dict[str, Any] = {"metavar": metavar}
         if isinstance(kind, NumberKind):
-            how = {"type": kind.type, "metavar": "N" if kind.type is int else "S"}
+            letter = (
+                "N" if kind.type is int else {"s": "S", "W": "W", "%": "PCT", "ms": "MS"}.get(item.unit or "", "NUMBER")
+            )
+            how = {"type": kind.type, "metavar": letter}
         elif isinstance(kind, ChoiceKind):
             how = {"choices": item.choices}
         elif isinstance(kind, BoolKind):

@@ -49,7 +49,9 @@ _FLAGS = {
     "measurement.external_csv": ("--external-csv", "a file with readings of an external meter"),
     "measurement.max_wait_pct": ("--max-wait-pct", "most of its time that it may wait for a CPU (default: 20)"),
     "measurement.max_foreign_pct": ("--max-foreign-pct", "most CPU time of other programs (default: 20)"),
-    **{f"measurement.{name}": (f"--{name.replace('_', '-')}", "for emissions and cost") for name in RATES},
+    "measurement.grid_g_per_kwh": ("--grid-g-per-kwh", "carbon intensity of the grid, for emissions"),
+    "measurement.pue": ("--pue", "power usage effectiveness of the site, for emissions and cost"),
+    "measurement.price_per_kwh": ("--price-per-kwh", "price of energy, for cost"),
     "timeseries.sample_interval_ms": ("--sample-interval-ms", "time between samples of a GPU (default: 100)"),
     "timeseries.save": ("--save-samples", "keep the samples beside the result (default: yes)"),
 }
@@ -176,7 +178,7 @@ def _show(args: argparse.Namespace, found: Run, results: list[StoredResult], out
         documents = [{"path": str(item.path), "record": encode_record(item.record)} for item in results]
         summary = run_document(found) if results else None
         write_json(out, {"run_id": found.run_id, "exit_code": code, "results": documents, "summary": summary})
-    elif not args.quiet and results:
+    elif results:
         is_one = args.runs == 1
         text = render_record(results[0].record, **screen_of(out)) if is_one else render_run(found, **screen_of(out))
         out.write(text + "\n" + "".join(f"{item.path}\n" for item in results))

@@ -580,6 +580,13 @@ class ProgramConfig(Section):
 
     traffic_simulation: ClassVar[TrafficConfig] = TrafficConfig()
 
+    def check(self) -> Iterator[Problem]:
+        wanted = self.measurement
+        if wanted.cpu_tdp_w is not None and not is_estimate(wanted.energy):
+            yield Problem.of("measurement.cpu_tdp_w", "tdp_unused", energy=wanted.energy)
+        if self.whole_machine and wanted.max_foreign_pct != MeasurementConfig().max_foreign_pct:
+            yield Problem(("measurement", "max_foreign_pct"), "has no effect with whole_machine")
+
 
 MeteredConfig = ExperimentConfig | ProgramConfig
 

@@ -74,7 +74,8 @@ class Rig:
         }
         environ |= double.variables() if double else {}
         # Other tests may run beside it.
-        limits = ("--max-wait-pct", "100", "--max-foreign-pct", "100")
+        limits = ["--max-wait-pct", "100"]
+        limits += [] if "--whole-machine" in words else ["--max-foreign-pct", "100"]
         command = [*before, sys.executable, "-m", "lem", "measure", *limits, *words]
         return Running(command, self.folder, environ)
 
@@ -213,6 +214,7 @@ def test_nothing_is_left_of_a_program_when_lem_is_ended(rig: Rig, signum: str, c
         (("--work", "a.json:images", "--", "true"), 2),
         (("--work", "a.json", "--work", "b.json:tokens", "--", "true"), 2),
         (("--energy", "nvml", "--", "true"), 2),
+        (("--cpu-tdp-w", "90", "--", "true"), 2),
     ],
 )
 def test_what_cannot_take_effect_is_refused_before_the_program_runs(rig: Rig, words: Sequence[str], code: int) -> None:
