@@ -107,6 +107,8 @@ def main() -> int:
     parser.add_argument("--signal", type=int, help="end by this signal")
     parser.add_argument("--child", action="store_true", help="start a process in a session of its own")
     parser.add_argument("--max-num-seqs", type=int)
+    parser.add_argument("--enable-prefix-caching", action="store_true")
+    parser.add_argument("--cache-prompt", action="store_true")
     options = parser.parse_args()
     if options.say:
         print(options.say, file=sys.stderr)

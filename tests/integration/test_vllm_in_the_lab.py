@@ -15,7 +15,8 @@ from tests.lab.places import Places
 from tests.needs import RAN_ELSEWHERE
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITE = ("test_vllm_backend.py", "test_vllm_options.py", "test_vllm_processes.py", "test_vllm_architectures.py")
+NAMES = ("backend", "options", "processes", "architectures", "served")
+SUITE = tuple(f"test_vllm_{name}.py" for name in NAMES)
 TIMEOUT_S = 1800
 
 # The lab's own packages come first; what it lacks is found in those of this environment.

@@ -204,11 +204,16 @@ def test_a_repeated_prompt_has_a_salt_of_its_own_unless_the_cache_is_asked_for(s
     assert len(set(salts)) == len(salts) == len(drive.arrivals)
 
 
-def test_no_salt_where_the_prefix_cache_is_asked_for(tmp_path: Path) -> None:
-    config = experiment(tmp_path, "vllm", server={"url": "http://127.0.0.1:9", "command": None})
-    assert config.server is not None  # the option is one of a command, which the double does not know
-    words = option_words({"enable_prefix_caching": True, "seed": 3})
-    assert words == ["--enable-prefix-caching", "--seed", "3"]
+@pytest.mark.parametrize(
+    ("dialect", "option", "field"),
+    [("vllm", "enable_prefix_caching", "cache_salt"), ("llamacpp", "cache-prompt", "cache_prompt")],
+)
+def test_the_prefix_cache_is_left_alone_where_it_is_asked_for(
+    start: Start, tmp_path: Path, dialect: str, option: str, field: str
+) -> None:
+    engine = start(dialect, server={"options": {option: True}})
+    engine.generate(REQUESTS[:1], observe_tokens=False)
+    assert field not in bodies(tmp_path)[0]
 
 
 def test_traffic_is_driven_by_the_client(start: Start) -> None:
