@@ -222,6 +222,13 @@ class Work(Section):
     requests_good: int | None = None  # completed requests that met `traffic_simulation.slo`
 
     @property
+    def why_uncounted(self) -> Reason | None:
+        """Why a program's work is not known; None where it is."""
+        return next(
+            (why for name in ("output_tok", "input_tok", "requests_ok") if (why := self.null_reasons.get(name))), None
+        )
+
+    @property
     def tried(self) -> int:
         return (self.requests_ok or 0) + (self.requests_failed or 0)
 

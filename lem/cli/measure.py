@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
-from lem.base import log
+from lem.base import log, process
 from lem.base.clock import utc_now, utc_text
 from lem.base.doc import screen_of, write_json
 from lem.base.errors import ExitCode, Interrupted, MeterRefused, UserError
@@ -148,7 +148,7 @@ def _prepare(args: argparse.Namespace, command: list[str], stop: StopRequest, re
         write_listing(folder, [ListedConfiguration(digest, name, rates)])
     resolved = ProgramConfig.from_dict({**config.to_dict(), "gpus": [gpu.uuid for gpu in named]})
     # Several runs cannot share what is read from stdin; with --json, stdout has one document.
-    streams = (os.open(os.devnull, os.O_RDONLY) if args.runs > 1 else 0, 2 if args.json else 1, 2)
+    streams = (process.DEVNULL if args.runs > 1 else 0, 2 if args.json else 1, 2)
     ids = {"campaign_id": generate_campaign_id(name), "run_id": run_id, "config_hash": digest}
     identity = {"campaign_name": name, "config_name": name, **ids}
     return Measurer(command, resolved, requested, args.work, identity, repository, streams, stop, reporter)

@@ -218,6 +218,8 @@ def _vllm(given: _Given, notes: list[tuple[str, Any, str]]) -> Options:
     kind = str(given.take("backend", "endpoint_type", default="openai"))
     dataset, path = str(given.take("dataset_name", default="random")), given.take("dataset_path")
     is_random = dataset == "random"
+    if dataset in DATASET_ALIASES and path is not None:
+        notes.append(("dataset_path", path, f"{dataset} comes from the hub, or from LEM_DATASETS_DIR"))
     outputs = ("output_len", f"{dataset}_output_len")
     rate = given.take("request_rate")
     return {
@@ -261,7 +263,10 @@ def _aiperf(given: _Given, notes: list[tuple[str, Any, str]]) -> Options:
     phases = given.take("benchmark.phases", default=[])
     for phase in phases if isinstance(phases, list) else [{"name": "profiling", **phases}]:
         is_warmup = phase.get("name") == "warmup" or phase.get("excludeFromResults")
-        given.left.setdefault("benchmark", {})["warmup" if is_warmup else "profiling"] = {
+        place = "warmup" if is_warmup else "profiling"
+        if given.take(f"benchmark.{place}") is not None:
+            notes.append((f"benchmark.{place}", "several phases", "only the last is converted"))
+        given.left.setdefault("benchmark", {})[place] = {
             key: value for key, value in phase.items() if key not in ("name", "excludeFromResults")
         }
     lengths = [
@@ -278,14 +283,16 @@ def _aiperf(given: _Given, notes: list[tuple[str, Any, str]]) -> Options:
     kind = given.take("benchmark.profiling.type", "arrival_pattern", "request_rate_mode", default="poisson")
     extra = _pairs(given.take("extra_inputs", "benchmark.endpoint.extra"))
     swept = {key: given.take(f"sweep.parameters.{key}") for key in ("rate", "concurrency")}
-    given.take("schemaVersion", "benchmark.dataset.type", "sweep.type", "benchmark.endpoint.streaming", "streaming")
+    given.take("schemaVersion", "sweep.type", "benchmark.endpoint.streaming", "streaming")
+    dataset = given.take("benchmark.dataset.type", default="synthetic")
+    notes += [("dataset.type", dataset, NO_COUNTERPART)] if dataset not in ("synthetic", "file", "public") else []
     model = given.take("benchmark.model", "benchmark.models", "model", "model_names", "m")
     entries = given.take("benchmark.dataset.entries", "num_dataset_entries", "num_prompts")
     requests = given.take("benchmark.profiling.requests", "request_count", "num_requests")
     return {
-        "name": model[0] if isinstance(model, list) else model,
+        "name": _first("model", model, notes),
         "tokenizer": given.take("tokenizer", "benchmark.tokenizer.name"),
-        "url": given.take("benchmark.endpoint.url", "benchmark.endpoint.urls", "url", "u", default="localhost:8000"),
+        "url": _first("url", given.take("benchmark.endpoint.url", "benchmark.endpoint.urls", "url", "u"), notes),
         "path": given.take("benchmark.endpoint.path", "endpoint", "custom_endpoint"),
         "api": given.take("benchmark.endpoint.type", "endpoint_type", default="chat"),
         "source": _source(
@@ -319,6 +326,14 @@ def _listed(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
+def _first(key: str, found: Any, notes: list[tuple[str, Any, str]]) -> Any:
+    """The first of several, with a note about the others."""
+    if not isinstance(found, list):
+        return found
+    notes += [(key, found[1:], "only the first is converted")] if found[1:] else []
+    return found[0] if found else None
+
+
 def _pairs(found: Any) -> Options:
     """`key:value`, several of these, or a mapping."""
     if isinstance(found, Mapping):
@@ -335,7 +350,7 @@ def _guidellm(given: _Given, notes: list[tuple[str, Any, str]]) -> Options:
     spec.take("metadata", "spec")
     backend = {**_section(below.get("spec", below).get("backend")), **_section(spec.take("backend"))}
     profile = _section(spec.take("profile"))
-    data = _section(spec.take("data"))
+    data = _section(_first("data", spec.take("data"), notes))
     limits = {str(item.pop("kind", "")): item for item in map(_section, _each(spec.take("constraints", "constraint")))}
     overrides = [item.get("profile.streams", item.get("profile.rate")) for item in spec.take("benchmarks", default=[])]
     kind = spec.take("rate_type", default=profile.pop("kind", "sweep"))
@@ -382,13 +397,12 @@ def _each(found: Any) -> list[Any]:
 
 
 def _section(found: Any) -> Options:
-    """A mapping, the first of several, or `kind=…,key=value`; commas without a key continue a list."""
-    first = found[0] if isinstance(found, list) and found else found
-    if isinstance(first, Mapping):
-        return dict(first)
+    """A mapping, or `kind=…,key=value`; commas without a key continue a list."""
+    if isinstance(found, Mapping):
+        return dict(found)
     out: Options = {}
     key = "kind"
-    for part in str(first).split(",") if first else ():
+    for part in str(found).split(",") if found else ():
         name, sign, value = part.partition("=")
         key = name if sign else key
         item = resolve_plain(value if sign else part)

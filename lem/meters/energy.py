@@ -275,7 +275,7 @@ def efficiency_of(energy_j: Measured[float], work: Work) -> Efficiency:
 
     def per(name: str, what: str) -> Measured[float]:
         count = getattr(work, name)
-        why = work.null_reasons.get(name) if count is None else None
+        why = work.null_reasons.get(name, work.why_uncounted) if count is None else None
         return known(total_j / count if count else None, why or Reason.of("no_work", what=what))
 
     return Efficiency.of(

@@ -49,7 +49,7 @@ from lem.record import (
 from lem.results.store import Repository, StoredResult, stopping_campaign
 from lem.worker.channel import RunRequest
 from lem.worker.children import interval_ms
-from lem.worker.metering import Metering, Reporter, open_metering
+from lem.worker.metering import Reporter, open_metering
 from lem.worker.recording import describe_environment, read_host
 from lem.worker.window import MeasuredWindow
 
@@ -86,9 +86,8 @@ class Program:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for descriptor in (self._control, self._message):
-            with contextlib.suppress(OSError):  # closed already
-                os.close(descriptor)
+        os.close(self._control)
+        os.close(self._message)
         self.code()
 
     def begin(self) -> None:
@@ -218,7 +217,9 @@ class Measurer:
             window = metering.measure_closed(run)
             follow("cooldown")
             metering.rest_after()
-            metering.own_pids = self._own_pids(metering, own_pids)
+            if self.config.whole_machine:
+                own_pids = {pid for row in metering.read().processes for pid in row.pids}
+            metering.own_pids = frozenset(own_pids)
             energy = metering.close(folder, window)
             # Not earlier: the guardian's entry in /proc, by which the sampler counts, stays until it is reaped.
             code = program.code()
@@ -234,11 +235,6 @@ class Measurer:
             yield process.descendants(program.pid)
             wait_s = max(_TICK_S, _WALK_SHARE * (time.monotonic() - begin_s))
 
-    def _own_pids(self, metering: Metering, found: set[int]) -> frozenset[int]:
-        if self.config.whole_machine:
-            found = {pid for row in metering.read().processes for pid in row.pids}
-        return frozenset(found)
-
     def _compose(self, run: _Run) -> Record:
         energy, window_s = run.energy, seconds_between(run.opened_ns, run.closed_ns)
         unseen: Measured[Any] = known(None, _UNSEEN)
@@ -248,7 +244,8 @@ class Measurer:
 
         def rate(name: str) -> Measured[float]:
             count = getattr(work, name)
-            return known(None if count is None else count / window_s, work.null_reasons.get(name, _UNSEEN))
+            why = work.null_reasons.get(name) or work.why_uncounted or _UNSEEN
+            return known(None if count is None else count / window_s, why)
 
         report = EngineReport(
             engine_name=Path(self.command[0]).name,

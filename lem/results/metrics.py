@@ -76,15 +76,10 @@ class Metric:
             return getattr(value, self.percentile), value.null_reasons.get(self.percentile)
         if self.per is not None:
             if not (count := self.per.count(record)):
-                return None, _why_uncounted(record) or Reason.of("no_work", what=f"{self.per.noun}s")
+                return None, record.work.why_uncounted or Reason.of("no_work", what=f"{self.per.noun}s")
             value /= count
         # Of larger ones, sums are no floating-point numbers.
         return (self.factor * value, None) if abs(value) < 1e300 else (None, Reason.of("out_of_range"))
-
-
-def _why_uncounted(record: Record) -> Reason | None:
-    """Why a program's work is not known; None where it is, and of other records."""
-    return next((why for name, why in record.work.null_reasons.items() if name in ("output_tok", "requests_ok")), None)
 
 
 # Every latency that a record can have, in the order in which they are shown.
