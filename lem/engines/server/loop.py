@@ -90,12 +90,12 @@ class Loop:
         self._waiting: deque[Exchange] = deque()
         self._refused = 0  # connections in a row
         self._error = os.strerror(errno.ETIMEDOUT)  # of the last one
-        self._begin((), None, 0)
+        self._begin((), None)
 
-    def _begin(self, calls: Sequence[Call], plan: TrafficPlan | None, concurrency: int) -> None:
+    def _begin(self, calls: Sequence[Call], plan: TrafficPlan | None) -> None:
         self._requests = [self._request("POST", self._path, call.body.encode()) for call in calls]
         self._plan = plan
-        self._concurrency = concurrency
+        self._is_open = plan is not None and plan.is_open
         self._exchanges: list[Exchange] = []
         self._in_flight = self._finished = self._connections = self._reconnects = 0
         self._next_ns = self._reported_ns = self._sweep_ns = self._swept_ns = self._reads = 0
@@ -106,46 +106,52 @@ class Loop:
 
     def run(self, calls: Sequence[Call], plan: TrafficPlan | None, concurrency: int) -> None:
         """One load, to its end; raises EngineError."""
-        self._begin(calls, plan, concurrency)
-        is_open = plan is not None and plan.is_open
-        self._prepare(_OPEN_LINKS if is_open else concurrency)
+        self._begin(calls, plan)
+        self._prepare(_OPEN_LINKS if self._is_open else concurrency)
         gc.collect()
         gc.freeze()
         gc.disable()
         try:
-            ahead_ns = realtime_ahead_ns()
-            begun = Usage()
-            if plan is not None:
-                self._rule = WindowRule(plan, len(calls), begun.at_ns)
-            for _ in range(0 if is_open else concurrency):
-                self._go_on(time.monotonic_ns())
-            while not self._is_finished():
-                self._step()
-            ended, ahead_after_ns = Usage(), realtime_ahead_ns()
+            for kind, value in conclude(self._measure(concurrency), calls, self._target):
+                self._tell(kind, value)
+        except EngineError:
+            for link in list(self._links.values()):
+                self._drop(link)
+            self._waiting.clear()
+            raise
         finally:
             gc.enable()
             gc.unfreeze()
-        rule = self._rule
-        load = Load(
+
+    def _measure(self, concurrency: int) -> Load:
+        begun, ahead_ns, plan = Usage(), realtime_ahead_ns(), self._plan
+        rule = self._rule = None if plan is None else WindowRule(plan, len(self._requests), begun.at_ns)
+        for _ in range(0 if self._is_open else concurrency):
+            self._go_on(time.monotonic_ns())
+        while self._in_flight or not (rule is None or rule.is_over(time.monotonic_ns())):
+            self._step()
+        ended, last_ns = Usage(), max((it.last_ns for it in self._exchanges), default=begun.at_ns)
+        return Load(
             exchanges=self._exchanges,
             opened_ns=begun.at_ns if rule is None else rule.opened_ns or begun.at_ns,
-            closed_ns=max((it.last_ns for it in self._exchanges), default=0) if rule is None else rule.closed_ns or 0,
+            closed_ns=last_ns if rule is None else rule.closed_ns or last_ns,
             has_turned_over=rule is None or rule.has_turned_over,
-            ahead_ns=(ahead_ns, ahead_after_ns),
+            ahead_ns=(ahead_ns, realtime_ahead_ns()),
             used=(self._opening or begun, self._closing or ended),
-            concurrency=None if is_open or plan is None else concurrency,
+            concurrency=None if self._is_open or plan is None else concurrency,
             connections=self._connections,
             reconnects=self._reconnects,
         )
-        for kind, value in conclude(load, calls, self._target):
-            self._tell(kind, value)
 
     # Requests
 
     def _request(self, method: str, path: str, body: bytes) -> bytes:
         lines = [f"{method} {path} HTTP/1.1", f"Host: {self._netloc}", "Accept: text/event-stream"]
         lines += [] if self._target.keeps_alive else ["Connection: close"]
-        lines += ["Accept-Encoding: identity", *(f"{name}: {value}" for name, value in self._target.headers.items())]
+        lines += [
+            "Accept-Encoding: identity",
+            *(f"{name}: {value.strip()}" for name, value in self._target.headers.items()),
+        ]
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"] if body else []
         return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + body
 
@@ -154,9 +160,6 @@ class Loop:
         if self._rule is None:
             return len(self._exchanges) >= len(self._requests)
         return self._rule.is_over(now_ns)
-
-    def _is_finished(self) -> bool:
-        return self._in_flight == 0 and (self._rule is None or self._rule.is_over(time.monotonic_ns()))
 
     def _go_on(self, now_ns: int, link: _Link | None = None) -> None:
         """Send the next request of a closed loop, if there is one, on this connection or another."""
@@ -196,15 +199,14 @@ class Loop:
         self._send_more(link, exchange)
 
     def _send_more(self, link: _Link, exchange: Exchange) -> None:
-        unsent, was_begun = exchange.unsent, exchange.unsent is not None and exchange.body_sent_ns is not None
+        unsent, was_begun = exchange.unsent, exchange.body_sent_ns is not None
         if unsent is None:
             return
         try:
             unsent = unsent[link.sock.send(unsent) :]
         except OSError as error:
-            if not _is_pending(error):
-                self._lose(link, Reason.of("server_reset", error=_text_of(error)))
-                return
+            if not _is_pending(error):  # the next event of the connection is its end
+                unsent = unsent[:0]
         exchange.body_sent_ns = time.monotonic_ns()
         exchange.unsent = unsent if len(unsent) else None
         if exchange.unsent is not None or was_begun:
@@ -218,6 +220,7 @@ class Loop:
 
     def _prepare(self, concurrency: int) -> None:
         """Open the connections and use each once."""
+        self._dispatch(self._epoll.poll(0, _MOST_EVENTS))  # those that the server has closed
         wanted = concurrency + _SPARE_LINKS
         _allow_files(wanted)
         if self._address is None:
@@ -303,8 +306,10 @@ class Loop:
             self._rest(link)
 
     def _rest(self, link: _Link) -> None:
+        if not self._target.keeps_alive:
+            return self._drop(link)
         link.has_waited = True
-        self._idle.append(link)
+        return self._idle.append(link)
 
     def _refuse(self, link: _Link, error: str) -> None:
         self._error = error
@@ -335,7 +340,7 @@ class Loop:
         wait_ns = max(0, self._next_ns - now_ns)
         if self._rests and wait_ns > _REST_NS:
             time.sleep(_REST_NS / NS_PER_S)
-        if wait_ns < _PRECISE_NS and self._plan is not None and self._plan.is_open:
+        if wait_ns < _PRECISE_NS and self._is_open:
             select.select([self._epoll], [], [], wait_ns / NS_PER_S)
             ready = self._epoll.poll(0, _MOST_EVENTS)
         else:
@@ -441,7 +446,7 @@ class Loop:
             is_done = b"[DONE]" in exchange.raw[-64:] or not self._target.needs_done
             self._rule.answer(now_ns, is_good=exchange.is_whole and exchange.framing.status == 200 and is_done)
             self._advance(now_ns)
-        if self._plan is None or not self._plan.is_open:
+        if not self._is_open:
             self._go_on(now_ns, link)
         elif link is not None:
             self._release(link)
@@ -457,7 +462,8 @@ class Loop:
             self._closing = Usage()
             # Nothing more is handed out.
             self._in_flight -= len(self._waiting)
-            self._waiting.clear()
+            while self._waiting:
+                self._waiting.popleft().restart()
 
     def _tick(self, now_ns: int) -> None:
         if self._rule is not None:
@@ -470,10 +476,9 @@ class Loop:
         if now_ns >= self._reported_ns + _REPORT_NS:
             self._reported_ns = now_ns
             self._tell("progress", self._finished)
-        is_open = self._rule is not None and self._plan is not None and self._plan.is_open
-        self._next_ns = min(self._sweep_ns, self._rule.next_ns) if is_open and self._rule else self._sweep_ns
-        if self._rule is not None and self._rule.is_over(now_ns):
-            self._next_ns = self._sweep_ns
+        self._next_ns = self._sweep_ns
+        if self._is_open and self._rule is not None and not self._rule.is_over(now_ns):
+            self._next_ns = min(self._sweep_ns, self._rule.next_ns)
 
     def _sweep(self, now_ns: int) -> None:
         """Give up what takes too long, and see whether the loop may rest."""

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from lem.base.log import escaped, shorten
@@ -52,10 +52,6 @@ class Framing:
         self._is_http_11 = False
         self._left: int | None = None  # bytes of a body of known length; None: it ends with the connection
         self._is_in_trailers = False
-
-    @property
-    def has_head(self) -> bool:
-        return self.status is not None
 
     @property
     def keeps_alive(self) -> bool:
@@ -169,16 +165,17 @@ class Arrivals:
         self._read = 0
         self._used = -1  # the last read with such an event
 
-    def of(self, end: int) -> int:
-        """The time of the byte in front of `end`; to be asked in order, once for each event with tokens."""
-        read, ends = self._read, self.ends
-        while ends[read] < end:
-            read += 1
-        self._read = read
-        if self._used == read and self.shared[-1:] != [read]:
-            self.shared.append(read)
-        self._used = read
-        return self.times_ns[read]
+    def of_all(self, ends: Iterable[int]) -> Iterator[int]:
+        """The times of the bytes in front of each end; to be asked in order, once for each event with tokens."""
+        read, used, read_ends, times_ns = self._read, self._used, self.ends, self.times_ns
+        for end in ends:
+            while read_ends[read] < end:
+                read += 1
+            if read == used and self.shared[-1:] != [read]:
+                self.shared.append(read)
+            used = read
+            yield times_ns[read]
+        self._read, self._used = read, used
 
 
 class Answer:
@@ -194,8 +191,8 @@ class Answer:
         self.error: Reason | None = None
         self.sliced = 0  # events that were not parsed one by one
 
-    def take(self, data: bytes, arrived_ns: Callable[[], int]) -> bool:
-        """Take the data of an event; whether it brought tokens."""
+    def take(self, data: bytes, arrivals: Arrivals, end: int) -> bool:
+        """Take the data of an event that ends there; whether it brought tokens."""
         if data.strip() == b"[DONE]":
             self.is_done = True
             return False
@@ -218,7 +215,7 @@ class Answer:
         self.finish_reason = event.finish_reason or self.finish_reason
         if not event.text and not event.ids:
             return False
-        self.at_ns.append(arrived_ns())
+        self.at_ns.extend(arrivals.of_all((end,)))
         self.texts.append(event.text)
         self.ids.append(event.ids)
         return True
@@ -340,20 +337,22 @@ def _make_pattern(data: bytes) -> re.Pattern[bytes] | None:
 
 def _slice(raw: bytearray, at: int, pattern: re.Pattern[bytes], arrivals: Arrivals, answer: Answer) -> int:
     """Take the chunks from `at` on that fit the pattern; where the first other one begins."""
+    ends, texts, all_ids = array("q"), answer.texts, answer.ids
     for match in pattern.finditer(raw, at):
         size, event, text, ids = match.groups()
-        if match.start() != at or int(size, 16) != len(event):
-            break
-        try:
-            decoded = text.decode()
-        except UnicodeDecodeError:
+        end = at + len(size) + 2 + len(event)
+        if match.end(2) != end or int(size, 16) != len(event):
             break
         if text or ids:
-            answer.at_ns.append(arrivals.of(match.end(2)))
-            answer.texts.append(decoded)
-            answer.ids.append(tuple(map(int, ids.split(b","))) if ids.strip() else ())
+            try:
+                texts.append(text.decode())
+            except UnicodeDecodeError:
+                break
+            ends.append(end)
+            all_ids.append(tuple(map(int, ids.split(b","))) if ids.strip() else ())
+        at = end + 2
         answer.sliced += 1
-        at = match.end()
+    answer.at_ns.extend(arrivals.of_all(ends))
     return at
 
 
@@ -368,7 +367,7 @@ def read_answer(raw: bytearray, arrivals: Arrivals, *, slices: bool = True) -> t
         nonlocal data, kind
         if data and kind.strip() == b"error":
             answer.take_error(b"\n".join(data))
-        elif data and answer.take(whole := b"\n".join(data), lambda: arrivals.of(end)) and slices:
+        elif data and answer.take(whole := b"\n".join(data), arrivals, end) and slices:
             pattern = _pattern_of(whole)
             if pattern is not None and framing.is_chunked and end == line_end:
                 framing.at = _slice(raw, framing.at, pattern, arrivals, answer)
