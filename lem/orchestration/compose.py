@@ -60,8 +60,8 @@ _IN_ENV_FILES = (_FILES_VARIABLE, _SEPARATOR_VARIABLE, PROFILES_VARIABLE, PROJEC
 
 # The first version in which an override can replace a list instead of extending it (the !override tag).
 _REPLACES_LISTS = (2, 24, 4)
-# The end of a key whose value has the tag `!override`, since JSON has no tags.
-_REPLACED = "!override"
+# The end of a key whose value has this tag, since JSON has no tags.
+_REPLACED, _REMOVED = "!override", "!reset"
 
 # Options that name a folder to write to.
 _WRITTEN = frozenset({"engine_cache_dir", "download_dir"})
@@ -337,7 +337,9 @@ class ComposeProject:
         if gpus is None or version < _REPLACES_LISTS:
             return {}
         device = {"driver": "nvidia", "device_ids": list(gpus), "capabilities": ["gpu"]}
-        return {"deploy": {"resources": {"reservations": {f"devices{_REPLACED}": [device] if gpus else []}}}}
+        # Compose 2.26 refuses an empty list as soon as another file follows this one.
+        devices = {f"devices{_REPLACED}": [device]} if gpus else {f"devices{_REMOVED}": None}
+        return {"deploy": {"resources": {"reservations": devices}}}
 
     def _service_override(self, name: str, pyz: Path, engine: Mapping[str, Any]) -> dict[str, Any]:
         user = _user_name()
@@ -387,7 +389,7 @@ def _existing_volumes(compose: Compose, version: tuple[int, ...]) -> dict[str, A
 def override_text(document: Mapping[str, Any]) -> str:
     text = json.dumps(document, indent=2, ensure_ascii=False)
     # JSON is YAML, except that a dollar sign would begin a variable.
-    text = re.sub(rf'{_REPLACED}": ', '": !override ', text.replace("$", "$$"))
+    text = re.sub(rf'({_REPLACED}|{_REMOVED})": ', r'": \1 ', text.replace("$", "$$"))
     return f"# Written by lem at every start of a campaign; it overrides the compose file.\n{text}\n"
 
 

@@ -298,7 +298,8 @@ def override(fake: FakeDocker, folder: Path, environ: dict[str, str] | None = No
 
 def as_service(text: str) -> dict[str, Any]:
     """The service in an override without its comment and its tag, which JSON does not have."""
-    document: dict[str, Any] = json.loads(text.partition("\n")[2].replace("!override ", ""))["services"]["vllm"]
+    plain = re.sub("!(override|reset) ", "", text.partition("\n")[2])
+    document: dict[str, Any] = json.loads(plain)["services"]["vllm"]
     return document
 
 
@@ -307,22 +308,27 @@ ONE, TWO = {"vllm": ("GPU-1",)}, {"vllm": ("GPU-1", "GPU-2")}
 
 
 @pytest.mark.parametrize(
-    ("version", "gpus_of", "devices"),
+    ("version", "gpus_of", "tag", "devices"),
     [
-        ("2.24.4", TWO, [{**NVIDIA, "device_ids": ["GPU-1", "GPU-2"]}]),
-        ("5.0.0", ONE, [{**NVIDIA, "device_ids": ["GPU-1"]}]),
-        ("5.0.0", {"vllm": ()}, []),
-        ("5.0.0", {}, None),
+        ("2.24.4", TWO, "!override", [{**NVIDIA, "device_ids": ["GPU-1", "GPU-2"]}]),
+        ("5.0.0", ONE, "!override", [{**NVIDIA, "device_ids": ["GPU-1"]}]),
+        ("5.0.0", {"vllm": ()}, "!reset", None),
+        ("5.0.0", {}, "", None),
         # An older version cannot replace a list; there only LEM_GPU_IDS counts.
-        ("2.24.3", ONE, None),
+        ("2.24.3", ONE, "", None),
     ],
 )
 def test_known_gpus_replace_those_of_the_file(
-    fake: FakeDocker, tmp_path: Path, version: str, gpus_of: dict[str, tuple[str, ...]], devices: list[Any] | None
+    fake: FakeDocker,
+    tmp_path: Path,
+    version: str,
+    gpus_of: dict[str, tuple[str, ...]],
+    tag: str,
+    devices: list[Any] | None,
 ) -> None:
     fake.change(compose=version)
     text = override(fake, tmp_path, gpus_of=gpus_of)
-    assert ("!override" in text) is (devices is not None)
+    assert re.findall(r'"devices": (\S+)', text) == [tag] * bool(tag)
     reserved = as_service(text).get("deploy", {}).get("resources", {}).get("reservations", {})
     assert reserved.get("devices") == devices
 
