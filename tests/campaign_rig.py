@@ -88,8 +88,8 @@ class Running:
         """Send it, and nobody else, a signal."""
         self.process.send_signal(signum)
 
-    def wait(self) -> Ended:
-        code = self.process.wait(RUN_TIMEOUT_S)
+    def wait(self, timeout_s: float = RUN_TIMEOUT_S) -> Ended:
+        code = self.process.wait(timeout_s)
         ended = Ended(code, self.out, self.err)
         self._out.close()
         self._err.close()

@@ -21,7 +21,7 @@ from tests.lab.engine import engine_version, own_engine, remove_containers, remo
 from tests.lab.environments import provide_environment, provide_gguf, provide_model, remove_folder
 from tests.lab.image import RECIPE, image_recipe, provide_image, remove_image
 from tests.lab.packages import install_packages, provide_compose, remove_compose
-from tests.lab.places import COMPOSE_FILES, MODELS, Places
+from tests.lab.places import LAB_COMPOSE_FILES, MODELS, Places
 from tests.lab.state import lacking, report
 
 ENGINE_PACKAGES = ("docker.io", "iptables")
@@ -134,7 +134,7 @@ def _status(places: Places, _options: argparse.Namespace) -> int:
 def _env(places: Places, _options: argparse.Namespace) -> int:
     for name, value in places.variables().items():
         print(f"export {name}={shlex.quote(value)}")
-    print(f"export COMPOSE_FILE={shlex.quote(':'.join(map(str, COMPOSE_FILES)))}")
+    print(f"export COMPOSE_FILE={shlex.quote(':'.join(map(str, LAB_COMPOSE_FILES)))}")
     return 0
 
 

@@ -18,6 +18,7 @@ SOCKET = Path("/var/run/docker.sock")
 BACKENDS = ("pytorch", "vllm", "llamacpp")
 MODELS = ("tiny", "demo")
 COMPOSE_FILES = (ROOT / "docker/docker-compose.yml", ROOT / "docker/docker-compose.cpu.yml")
+LAB_COMPOSE_FILES = (*COMPOSE_FILES, RECIPES / "docker-compose.lab.yml")
 
 # Python of Debian 12 looks here on its own, also with -I; so no PYTHONPATH and no .pth file is needed.
 PACKAGES_TARGET = "/usr/local/lib/python3.11/dist-packages"
@@ -65,8 +66,11 @@ class Places:
             "LEM_PYTORCH_IMAGE": BASE_IMAGE,
             "LEM_VLLM_IMAGE": BASE_IMAGE,
             "LEM_TENSORRT_IMAGE": BASE_IMAGE,
+            "LEM_LLAMACPP_IMAGE": BASE_IMAGE,
             "LEM_PYTORCH_PACKAGES": str(self.packages("pytorch")),
             "LEM_VLLM_PACKAGES": str(self.packages("vllm")),
+            "LAB_LLAMACPP_PACKAGES": str(self.packages("llamacpp")),
+            "LAB_LLAMACPP_SERVER": str(RECIPES / "llama_server.py"),
             "LEM_CPU_PACKAGES_TARGET": PACKAGES_TARGET,
             "LEM_MODEL_CACHE": str(self.models),
         }

@@ -18,6 +18,8 @@ from typing import Any
 from tests.lab.places import RECIPES, Places
 from tests.processes import wait_for
 
+LLAMA_SERVER = RECIPES / "llama_server.py"
+VLLM_MODULE = "vllm.entrypoints.openai.api_server"
 READY_TIMEOUT_S = 180.0
 END_TIMEOUT_S = 30.0
 ASK_TIMEOUT_S = 60.0
@@ -32,14 +34,14 @@ VLLM_ENVIRONMENT = {
 
 def llama_server(places: Places, size: str = "tiny") -> list[str]:
     """llama.cpp's server; `{port}` is to be replaced, options may follow."""
-    program = [str(places.environment("llamacpp") / "bin/python"), str(RECIPES / "llama_server.py")]
+    program = [str(places.environment("llamacpp") / "bin/python"), str(LLAMA_SERVER)]
     return [*program, "--model", str(places.gguf(size)), "--threads", "1", "--port", "{port}"]
 
 
 def vllm_serve(places: Places, size: str = "tiny") -> list[str]:
     """vLLM's server; `{port}` is to be replaced, options may follow."""
     python, model = places.environment("vllm") / "bin/python", places.models / size
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", "{port}"]
+    command = [str(python), "-m", VLLM_MODULE, "--model", str(model), "--port", "{port}"]
     return [*command, "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
 
 

@@ -8,7 +8,7 @@ from tests.lab.engine import engine_version, own_engine
 from tests.lab.environments import is_filled
 from tests.lab.image import RECIPE, image_recipe
 from tests.lab.packages import compose_version
-from tests.lab.places import BACKENDS, BASE_IMAGE, COMPOSE_FILES, MODELS, Places
+from tests.lab.places import BACKENDS, BASE_IMAGE, LAB_COMPOSE_FILES, MODELS, Places
 
 
 def lacking(places: Places) -> tuple[str, ...]:
@@ -43,5 +43,5 @@ def report(places: Places) -> tuple[str, ...]:
         f"image     {BASE_IMAGE} (recipe {image_recipe()})",
         *(f"{backend:<9} {places.packages(backend)}" for backend in BACKENDS),
         f"models    {places.models}",
-        f"files     {', '.join(map(str, COMPOSE_FILES))}",
+        f"files     {', '.join(map(str, LAB_COMPOSE_FILES))}",
     )

@@ -15,7 +15,7 @@ import yaml
 from lem.base.durable import write_json
 from lem.base.process import identify
 from tests.lab.engine import RECORD, own_engine
-from tests.lab.places import BACKENDS, COMPOSE_FILES, MODELS, Places
+from tests.lab.places import BACKENDS, COMPOSE_FILES, LAB_COMPOSE_FILES, MODELS, Places
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120
@@ -54,8 +54,8 @@ def test_status_of_an_empty_folder_names_what_is_missing(tmp_path: Path) -> None
 def test_variables_are_those_of_the_compose_files(tmp_path: Path) -> None:
     finished = lab(tmp_path / "with blank", "env")
     exported = dict(re.findall(r"^export (\w+)=(.*)$", finished.stdout, re.MULTILINE))
-    assert exported.pop("COMPOSE_FILE") == f"{BASE}:{OVERLAY}"
-    used = set(re.findall(r"\$\{(LEM_\w+)", BASE.read_text("utf-8") + OVERLAY.read_text("utf-8")))
+    assert exported.pop("COMPOSE_FILE") == ":".join(map(str, LAB_COMPOSE_FILES))
+    used = {name for path in LAB_COMPOSE_FILES for name in re.findall(r"\$\{(\w+)", path.read_text("utf-8"))}
     assert set(exported) <= used
     assert exported["LEM_MODEL_CACHE"] == f"'{tmp_path}/with blank/models'"
 
@@ -90,10 +90,10 @@ def test_service_is_a_place_to_exec_into_and_no_more(name: str) -> None:
     assert device == {"driver": "nvidia", "device_ids": ["${LEM_GPU_IDS:-0}"], "capabilities": ["gpu"]}
 
 
-@pytest.mark.parametrize("path", COMPOSE_FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", LAB_COMPOSE_FILES, ids=lambda path: path.name)
 def test_mounts_are_never_made_by_the_engine(path: Path) -> None:
     services = compose(path)["services"]
-    mounts = [mount for service in services.values() for mount in service["volumes"]]
+    mounts = [mount for service in services.values() for mount in service.get("volumes", ())]
     assert mounts
     for mount in mounts:
         assert mount["type"] == "bind"
@@ -103,20 +103,20 @@ def test_mounts_are_never_made_by_the_engine(path: Path) -> None:
 
 
 def test_overlay_takes_the_gpu_from_every_service() -> None:
-    overlay = compose(OVERLAY)["services"]
-    assert set(overlay) == set(compose(BASE)["services"])
-    for service in overlay.values():
+    base, overlay = compose(BASE)["services"], compose(OVERLAY)["services"]
+    assert set(overlay) == set(base)
+    for name, service in overlay.items():
         assert service["deploy"]["resources"]["reservations"] == "RESET"
-        assert service["healthcheck"] == "RESET"
+        assert ("healthcheck" in base[name]) == (service.get("healthcheck") == "RESET")
 
 
-@pytest.mark.parametrize("path", COMPOSE_FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", LAB_COMPOSE_FILES, ids=lambda path: path.name)
 def test_every_variable_is_explained_at_the_top(path: Path) -> None:
     def head(file: Path) -> str:
         return re.split(r"^\w", file.read_text("utf-8"), maxsplit=1, flags=re.MULTILINE)[0]
 
     text = path.read_text(encoding="utf-8")
-    top = head(BASE) + head(path)
+    top = head(BASE) + head(OVERLAY) + head(path)
     used = set(re.findall(r"\$\{(\w+)", text))
     assert used
     assert {name for name in used if name not in top} == set()
