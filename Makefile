@@ -15,7 +15,7 @@ CAMPAIGN_ARGS ?=
 
 help:
 	@echo 'make demo       run a small campaign with a real transformer on this machine, and show the table'
-	@echo 'make demo-containers  run PyTorch and vLLM in containers, on the lab (Debian 12, root; tests/lab/README.md)'
+	@echo 'make demo-containers  run PyTorch, vLLM and servers in containers, on the lab (Debian 12, root; tests/lab/README.md)'
 	@echo 'make test       run every test that this machine can run, and list the others'
 	@echo 'make test-long  run the tests that take minutes each, which make test leaves out'
 	@echo 'make lem.pyz    build the program as one file'
@@ -46,12 +46,13 @@ demo: lem.pyz demo-env
 	$(DEMO_PYTHON) examples/make_demo_model.py build/demo-model
 	$(DEMO_PYTHON) lem.pyz campaign examples/demo.yaml --executor local --fresh --yes
 
-# The lab is Docker with CPU builds of both engines; the first setup takes some minutes.
+# The lab is Docker with CPU builds of the engines; the first setup takes some minutes.
 demo-containers: lem.pyz demo-env
 	$(DEMO_PYTHON) examples/make_demo_model.py build/demo-model
 	$(PYTHON) -m tests.lab up
-	eval "$$($(PYTHON) -m tests.lab env)" && \
-	  $(PYTHON) lem.pyz campaign examples/two-backends.yaml --executor docker --fresh --yes $(CAMPAIGN_ARGS)
+	eval "$$($(PYTHON) -m tests.lab env)" && for name in two-backends vllm-serve llama-server; do \
+	  $(PYTHON) lem.pyz campaign examples/$$name.yaml --executor docker --fresh --yes $(CAMPAIGN_ARGS) || exit; \
+	done
 
 # An environment that the user names is not changed.
 demo-env:
