@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lem.base.durable import reason_of
 from lem.base.errors import ConfigurationError
 from lem.config.experiment import DATASET_ALIASES
 from lem.config.option import leaves
 from lem.config.scalars import resolve_plain
 
 Options = dict[str, Any]
+Notes = list[tuple[str, Any, str]]
+"""What lem cannot do alike: the key, its value, and why."""
 
 # Service levels of vLLM bench and of AIPerf, whose inter-token latency is one figure for each request.
 _LEVELS = {
@@ -100,13 +103,10 @@ def _add(found: Options, name: str, text: str) -> None:
     found[name] = value if before is True else [*(before if isinstance(before, list) else [before]), value]
 
 
-def convert_benchmark(tool: str, options: Options, name: str) -> tuple[Options, list[tuple[str, Any, str]]]:
-    """A campaign as plain data; and what lem cannot do alike: the key, its value, and why."""
-    if {"total_input_tokens", "total_output_tokens", "completed"} <= options.keys():  # a result of vLLM bench
-        requests = options["completed"] or 1
-        lengths = {f"{key}_len": round(options[f"total_{key}_tokens"] / requests) for key in ("input", "output")}
-        options = {**{key: options[key] for key in _OF_RESULT if key in options}, **lengths}
-    given, notes = _Given(options), list[tuple[str, Any, str]]()
+def convert_benchmark(tool: str, options: Options, name: str) -> tuple[Options, Notes]:
+    if "completed" in options:  # a result of vLLM bench
+        options = _of_result(options)
+    given, notes = _Given(options), Notes()
     sweep = _sweep(given)
     experiments: list[Options] = []
     load: Options = {}
@@ -120,11 +120,24 @@ def convert_benchmark(tool: str, options: Options, name: str) -> tuple[Options, 
             one = {**load, **({axis: value} if axis else {})}
             experiments.append({**label, **experiment, **_traffic(one, notes)})
         notes += [(key, value, NO_COUNTERPART) for key, value in part.left.items() if sweep]
-    around = {"cycles": load.get("cycles"), "config_gap_seconds": load.get("gap_s")}
-    execution = {key: value for key, value in around.items() if value is not None}
+    execution = _known(cycles=load.get("cycles"), config_gap_seconds=load.get("gap_s"))
     tree = {"campaign_name": name, "experiments": experiments, **({"execution": execution} if execution else {})}
     notes += [(".".join(map(str, path)), value, NO_COUNTERPART) for path, value in leaves(given.left) if value != {}]
     return tree, notes
+
+
+def _known(**options: Any) -> Options:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _of_result(result: Options) -> Options:
+    """The options behind a result file of vLLM bench; the lengths are means."""
+    requests, lengths = result["completed"], Options()
+    for key in ("input", "output"):
+        total = result.get(f"total_{key}_tokens")
+        if isinstance(total, int) and isinstance(requests, int) and requests > 0:
+            lengths[f"{key}_len"] = round(total / requests)
+    return {**{key: result[key] for key in _OF_RESULT if key in result}, **lengths}
 
 
 def _sweep(given: _Given) -> list[_Given]:
@@ -141,45 +154,58 @@ def _sweep(given: _Given) -> list[_Given]:
 
 def _parameters(path: str | None) -> list[Options]:
     """The sets in such a file, a list or a mapping by name."""
-    found = [{}] if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    return list(found.values()) if isinstance(found, dict) else found
+    try:
+        found = [{}] if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {reason_of(error)}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: expected JSON: {error}") from error
+    return _mappings(list(found.values()) if isinstance(found, dict) else found)
+
+
+def _mappings(found: Any) -> list[Options]:
+    return [dict(item) for item in (found if isinstance(found, list) else [found]) if isinstance(item, Mapping)]
 
 
 def _work(load: Options) -> Options:
     """The options of an experiment but for the server and the traffic."""
-    out: Options = {"model": {key: load[key] for key in ("name", "tokenizer") if load.get(key)}}
-    source, output_tok = load.get("source", {}), load.get("output_tok")
-    out["dataset" if "name" in source else "prompts"] = source
-    if isinstance(tok := source.get("input_tokens"), int) and tok > 512:
-        out["max_input_tokens"] = tok  # else longer prompts are cut
-    out |= {} if output_tok is None else {"max_output_tokens": output_tok}
-    if load.get("ignore_eos"):
-        out |= {"ignore_eos": True, **({} if output_tok is None else {"min_output_tokens": output_tok})}
-    decoder = {**({} if load.get("engine") else {"top_k": 0}), **load.get("decoder", {})}  # OpenAI's API has no top_k
-    named = {"random_seed": load.get("seed"), "decoder": decoder}
-    out |= {key: value for key, value in named.items() if value not in (None, {})}
-    if load.get("warmups") is not None:
-        out["warmup"] = {"min_prompts": load["warmups"], "max_prompts": max(50, load["warmups"])}
-    if load.get("duration_s") is not None:
-        out["measurement"] = {"min_window_sec": load["duration_s"]}
-    return out
+    source, output_tok, input_tok = load["source"], load["output_tok"], load["source"].get("input_tokens")
+    has_eos, warmups = not load["ignore_eos"], load.get("warmups")
+    # OpenAI's API has no top_k.
+    decoder = {**({} if load.get("engine") else {"top_k": 0}), **load.get("decoder", {})}
+    return {
+        "model": _known(name=load["name"], tokenizer=load["tokenizer"]),
+        "dataset" if "name" in source else "prompts": source,
+        **_known(
+            max_input_tokens=input_tok if isinstance(input_tok, int) and input_tok > 512 else None,  # else they are cut
+            max_output_tokens=output_tok,
+            min_output_tokens=None if has_eos else output_tok,
+            ignore_eos=None if has_eos else True,
+            random_seed=load["seed"],
+            decoder=decoder or None,
+            warmup={"min_prompts": warmups, "max_prompts": max(50, warmups)} if isinstance(warmups, int) else None,
+            measurement=None if load.get("duration_s") is None else {"min_window_sec": load["duration_s"]},
+        ),
+    }
 
 
 def _server(load: Options) -> Options:
     url, path = str(load.get("url") or "http://127.0.0.1:8000"), str(load.get("path") or "")
-    parts = urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+    except ValueError as error:
+        raise ConfigurationError(f"{url}: expected a URL: {error}") from error
     is_chat = "chat" in f"{path} {parts.path} {load.get('api') or ''}"
     out: Options = {"url": f"{parts.scheme}://{parts.netloc}", "api": "chat" if is_chat else "completions"}
     if load.get("command"):
         out = {"command": load["command"], "options": load.get("options") or {}, "api": out["api"]}
-    named = {"engine": load.get("engine"), "served_name": load.get("served"), "request": load.get("request")}
-    return out | {key: value for key, value in named.items() if value}
+    return out | _known(engine=load.get("engine"), served_name=load.get("served"), request=load.get("request") or None)
 
 
-def _traffic(load: Options, notes: list[tuple[str, Any, str]]) -> Options:
+def _traffic(load: Options, notes: Notes) -> Options:
     rate, concurrency = load.get("rate"), load.get("concurrency")
     slo = {"slo": load["slo"]} if load.get("slo") else {}
-    if rate is not None and math.isfinite(float(rate)):
+    if rate is not None and rate not in ("inf", math.inf):
         if concurrency is not None:
             notes.append(("concurrency", concurrency, "requests that arrive at a rate have no such limit in lem"))
         mode, burstiness = load.get("arrival", "poisson"), load.get("burstiness")
@@ -192,7 +218,7 @@ def _traffic(load: Options, notes: list[tuple[str, Any, str]]) -> Options:
     return {}
 
 
-def _levels(found: Any, notes: list[tuple[str, Any, str]]) -> Options:
+def _levels(found: Any, notes: Notes) -> Options:
     """Service levels from `ttft:200`, several of these, or a mapping."""
     pairs = _pairs(found.split() if isinstance(found, str) else found)
     notes += [(f"goodput.{key}", value, NO_COUNTERPART) for key, value in pairs.items() if key not in _LEVELS]
@@ -200,20 +226,19 @@ def _levels(found: Any, notes: list[tuple[str, Any, str]]) -> Options:
 
 
 def _source(given: _Given, *, path: Any, count: Any, input_tok: Any, alias: Any = None, hub: Any = None) -> Options:
-    size = {} if count is None else {"sample_size": count}
+    size = _known(sample_size=count)
     named = str(alias or "").lower().replace("-", "_")
     if hub is not None:
-        parts = {"split": given.take("hf_split", "split"), "subset": given.take("hf_subset", "subset")}
-        found = {key: value for key, value in parts.items() if value is not None}
-        return {"type": "huggingface", "dataset": str(hub), **found, **size}
+        parts = _known(split=given.take("hf_split", "split"), subset=given.take("hf_subset", "subset"))
+        return {"type": "huggingface", "dataset": str(hub), **parts, **size}
     if named in DATASET_ALIASES and (path is None or named == "sharegpt"):
         return {"name": named, **size}
     if path is not None:
         return {"type": "file", "path": str(path), **size}
-    return {"type": "synthetic", **({} if input_tok is None else {"input_tokens": input_tok}), **size}
+    return {"type": "synthetic", **_known(input_tokens=input_tok), **size}
 
 
-def _vllm(given: _Given, notes: list[tuple[str, Any, str]]) -> Options:
+def _vllm(given: _Given, notes: Notes) -> Options:
     host, port = given.take("host", default="127.0.0.1"), given.take("port", default=8000)
     kind = str(given.take("backend", "endpoint_type", default="openai"))
     dataset, path = str(given.take("dataset_name", default="random")), given.take("dataset_path")
@@ -221,7 +246,6 @@ def _vllm(given: _Given, notes: list[tuple[str, Any, str]]) -> Options:
     if dataset in DATASET_ALIASES and path is not None:
         notes.append(("dataset_path", path, f"{dataset} comes from the hub, or from LEM_DATASETS_DIR"))
     outputs = ("output_len", f"{dataset}_output_len")
-    rate = given.take("request_rate")
     return {
         "cycles": given.take("cycles"),
         "name": given.take("model", "model_id", "m"),
@@ -242,8 +266,8 @@ def _vllm(given: _Given, notes: list[tuple[str, Any, str]]) -> Options:
         "output_tok": given.take(*outputs, default=128 if is_random else None),
         "ignore_eos": given.take("ignore_eos"),
         "seed": given.take("seed", default=0),
-        "decoder": _sampling(given),
-        "rate": None if rate in ("inf", math.inf) else rate,
+        "decoder": _known(**{name: given.take(name) for name in _SAMPLING}),
+        "rate": given.take("request_rate"),
         "burstiness": given.take("burstiness"),
         "concurrency": given.take("max_concurrency"),
         "slo": _levels(given.take("goodput"), notes),
@@ -252,16 +276,10 @@ def _vllm(given: _Given, notes: list[tuple[str, Any, str]]) -> Options:
     }
 
 
-def _sampling(given: _Given) -> Options:
-    found = {name: given.take(name) for name in _SAMPLING}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _aiperf(given: _Given, notes: list[tuple[str, Any, str]]) -> Options:
+def _aiperf(given: _Given, notes: Notes) -> Options:
     """Its command line, or its file, whose names are nested."""
     given.left = {**given.take("below", default={}), **given.left}
-    phases = given.take("benchmark.phases", default=[])
-    for phase in phases if isinstance(phases, list) else [{"name": "profiling", **phases}]:
+    for phase in _mappings(given.take("benchmark.phases")):
         is_warmup = phase.get("name") == "warmup" or phase.get("excludeFromResults")
         place = "warmup" if is_warmup else "profiling"
         if given.take(f"benchmark.{place}") is not None:
@@ -326,7 +344,7 @@ def _listed(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def _first(key: str, found: Any, notes: list[tuple[str, Any, str]]) -> Any:
+def _first(key: str, found: Any, notes: Notes) -> Any:
     """The first of several, with a note about the others."""
     if not isinstance(found, list):
         return found
@@ -342,17 +360,18 @@ def _pairs(found: Any) -> Options:
     return {key: resolve_plain(value) for key, _, value in (str(word).partition(":") for word in words)}
 
 
-def _guidellm(given: _Given, notes: list[tuple[str, Any, str]]) -> Options:
+def _guidellm(given: _Given, notes: Notes) -> Options:
     """Its scenario with `spec`, and the flat one of earlier versions, or the command lines of both."""
     below = given.take("below", default={})
-    spec = _Given({**below, **below.get("spec", {}), **given.left, **(given.left.pop("spec", None) or {})})
+    inner, own = _section(below.get("spec")), _section(given.left.pop("spec", None))
+    spec = _Given({**below, **inner, **given.left, **own})
     given.left = spec.left
     spec.take("metadata", "spec")
-    backend = {**_section(below.get("spec", below).get("backend")), **_section(spec.take("backend"))}
-    profile = _section(spec.take("profile"))
+    backend = {**_section(inner.get("backend")), **_section(_first("backend", spec.take("backend"), notes))}
+    profile = _section(_first("profile", spec.take("profile"), notes))
     data = _section(_first("data", spec.take("data"), notes))
     limits = {str(item.pop("kind", "")): item for item in map(_section, _each(spec.take("constraints", "constraint")))}
-    overrides = [item.get("profile.streams", item.get("profile.rate")) for item in spec.take("benchmarks", default=[])]
+    overrides = [item.get("profile.streams", item.get("profile.rate")) for item in _mappings(spec.take("benchmarks"))]
     kind = spec.take("rate_type", default=profile.pop("kind", "sweep"))
     level = overrides or _listed(spec.take("rate", default=profile.pop("streams", profile.pop("rate", None))))
     is_rate = kind in ("constant", "poisson", "async")
@@ -410,7 +429,7 @@ def _section(found: Any) -> Options:
     return out
 
 
-_READERS: Mapping[str, Callable[[_Given, list[tuple[str, Any, str]]], Options]] = {
+_READERS: Mapping[str, Callable[[_Given, Notes], Options]] = {
     "vllm": _vllm,
     "aiperf": _aiperf,
     "guidellm": _guidellm,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ KINDS: Mapping[str, str] = {
     "requests": "requests_ok",
     "failed": "requests_failed",
 }
+_MOST = 2**53  # whole numbers up to it are exact as floats
 _NOT_GIVEN = Reason.of("work_not_given")
 
 
@@ -104,22 +104,23 @@ def _read(source: WorkSource, stamp: tuple[int, ...]) -> tuple[Mapping[str, Any]
         return {name: known(None, why) for name in source.counted}, None
 
 
-def _count_all(document: Any, source: WorkSource) -> dict[str, int]:
+def _count_all(document: Any, source: WorkSource) -> Mapping[str, int]:
     if source.kind:
         return {KINDS[source.kind]: _whole(document, source.field)}
-    for recognise in _KNOWN:
-        fields = recognise(document)
-        if fields is not None:
-            found = {name: _whole(document, field) for name, field in fields.items() if isinstance(field, str)}
-            return {**found, **{name: item for name, item in fields.items() if isinstance(item, int)}}
+    if (counted := _llama_bench(document)) is not None:
+        return counted
+    for required, fields in _KNOWN if isinstance(document, dict) else ():
+        if required <= document.keys():
+            there = {name: field for name, field in fields.items() if field.partition(".")[0] in document}
+            return {name: _whole(document, field) for name, field in there.items()}
     raise WorkError("no result file of vLLM bench, guidellm, AIPerf or llama-bench; name the field: FILE:FIELD")
 
 
 def _whole(document: Any, field: str) -> int:
     """The sum of the numbers at a dotted path, which goes through every item of a list; WorkError without any."""
     values = list(_numbers(document, field.split("."), field))
-    total = math.fsum(values)
-    if not values or not math.isfinite(total) or total < 0 or total != round(total):
+    total = sum(values)
+    if not values or total != round(total):
         raise WorkError(f"{field}: expected a count, got {total if values else 'an empty list'}")
     return round(total)
 
@@ -133,57 +134,55 @@ def _numbers(value: Any, path: Sequence[str], field: str) -> Iterator[float]:
         if not isinstance(value, (dict, list)) or (key not in value if isinstance(value, dict) else key >= len(value)):
             raise WorkError(f"there is no field {field}")
         yield from _numbers(value[key], path[1:], field)
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise WorkError(f"{field}: expected a number, got {json.dumps(value)[:40]}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _MOST:
+        raise WorkError(f"{field}: expected a count, got {value!s:.40}")
     else:
         yield value
 
 
-# Each: the field for each count of a file that it recognises, or the count; None for other files. Only requests that
-# were answered count, and their tokens.
+# By what a file of a benchmark is recognised, and its fields. Only requests that were answered count, and their tokens.
+_GUIDELLM = "benchmarks.metrics"
+_KNOWN: Sequence[tuple[frozenset[str], Mapping[str, str]]] = (
+    (frozenset({"num_requests", "total_num_tokens", "elapsed_time"}), {"requests_ok": "num_requests"}),
+    (
+        frozenset({"completed", "total_output_tokens", "total_input_tokens"}),
+        {
+            "requests_ok": "completed",
+            "requests_failed": "failed",
+            "input_tok": "total_input_tokens",
+            "output_tok": "total_output_tokens",
+        },
+    ),
+    (
+        frozenset({"benchmarks"}),
+        {
+            "requests_ok": f"{_GUIDELLM}.request_totals.successful",
+            "requests_failed": f"{_GUIDELLM}.request_totals.errored",
+            "input_tok": f"{_GUIDELLM}.prompt_token_count.successful.total_sum",
+            "output_tok": f"{_GUIDELLM}.output_token_count.successful.total_sum",
+        },
+    ),
+    (
+        frozenset({"request_count", "total_output_tokens"}),
+        {
+            "requests_ok": "request_count.avg",
+            "requests_failed": "error_request_count.avg",
+            "input_tok": "total_isl.avg",
+            "output_tok": "total_output_tokens.avg",
+        },
+    ),
+)
 
 
-def _vllm_bench(document: Any) -> Mapping[str, str | int] | None:
-    if not isinstance(document, dict):
-        return None
-    if {"num_requests", "total_num_tokens", "elapsed_time"} <= document.keys():  # vllm bench throughput
-        return {"requests_ok": "num_requests"}
-    if not {"completed", "total_output_tokens", "total_input_tokens"} <= document.keys():
-        return None
-    fields = {"requests_ok": "completed", "input_tok": "total_input_tokens", "output_tok": "total_output_tokens"}
-    return fields | ({"requests_failed": "failed"} if "failed" in document else {})
-
-
-def _guidellm(document: Any) -> Mapping[str, str | int] | None:
-    if not isinstance(document, dict) or not isinstance(document.get("benchmarks"), list):
-        return None
-    metrics = "benchmarks.metrics"
-    return {
-        "requests_ok": f"{metrics}.request_totals.successful",
-        "requests_failed": f"{metrics}.request_totals.errored",
-        "input_tok": f"{metrics}.prompt_token_count.successful.total_sum",
-        "output_tok": f"{metrics}.output_token_count.successful.total_sum",
-    }
-
-
-def _aiperf(document: Any) -> Mapping[str, str | int] | None:
-    if not isinstance(document, dict) or not {"request_count", "total_output_tokens"} <= document.keys():
-        return None
-    failed: str | int = "error_request_count.avg" if "error_request_count" in document else 0
-    fields = {"requests_ok": "request_count.avg", "output_tok": "total_output_tokens.avg", "requests_failed": failed}
-    return fields | ({"input_tok": "total_isl.avg"} if "total_isl" in document else {})
-
-
-def _llama_bench(document: Any) -> Mapping[str, str | int] | None:
+def _llama_bench(document: Any) -> Mapping[str, int] | None:
+    """The counts of a file that it wrote, a list of tests with their samples; None of other files."""
     rows = document if isinstance(document, list) else []
-    if not rows or not all(isinstance(row, dict) and {"n_prompt", "n_gen", "samples_ns"} <= row.keys() for row in rows):
+    if not rows or not all(isinstance(row, dict) and isinstance(row.get("samples_ns"), list) for row in rows):
         return None
-    done = [(len(row["samples_ns"]), row["n_prompt"], row["n_gen"]) for row in rows]
-    return {
-        "requests_ok": sum(n for n, _, _ in done),
-        "input_tok": sum(n * prompt for n, prompt, _ in done),
-        "output_tok": sum(n * generated for n, _, generated in done),
-    }
-
-
-_KNOWN: tuple[Callable[[Any], Mapping[str, str | int] | None], ...] = (_vllm_bench, _guidellm, _aiperf, _llama_bench)
+    totals = {"requests_ok": 0, "input_tok": 0, "output_tok": 0}
+    for row in rows:
+        samples = len(row["samples_ns"])
+        totals["requests_ok"] += samples
+        totals["input_tok"] += samples * _whole(row, "n_prompt")
+        totals["output_tok"] += samples * _whole(row, "n_gen")
+    return totals

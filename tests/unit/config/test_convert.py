@@ -514,3 +514,17 @@ def test_converted_loads_are_valid_campaigns(tmp_path: Path) -> None:
         converted = tmp_path / f"{number}.yaml"
         converted.write_text(out, encoding="utf-8")
         assert run_lem("config", "validate", converted).code == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "vllm bench serve --model gpt2 --base-url http://[x",
+        "vllm bench serve gpt2",
+        "vllm bench sweep serve --serve-cmd x --bench-cmd vllm --serve-params /nowhere.json",
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_refused(words: str) -> None:
+    code, out, err = run_lem("config", "convert", *words.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
