@@ -116,8 +116,6 @@ _USED = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk"
 
 def count_active_parameters(model: Any, parameters: int) -> int | None:
     """Of all the parameters of a model, those that a token of text uses; None for experts that cannot be counted."""
-    # A token uses everything but the parts for images and sound, and the routed experts, and of these as many in each
-    # layer as it is routed to.
     shape = text_shape(model.config)
     if shape is not model.config and hasattr(model, "get_decoder"):
         parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())

@@ -98,8 +98,6 @@ def find_capabilities(
     rapl_root: Path = POWERCAP,
 ) -> Capabilities:
     """What can be measured here; counters are polled for `probe_s`, or until each has changed `enough` times."""
-    # `start` puts pulses of work of `PULSE_S` on a GPU meanwhile, by which the lag of its counter is seen; NotMeasured
-    # if it cannot.
     rapl = find_rapl(rapl_root)
     design_w, design_source = find_tdp(None, rapl_root)
     cpu = CpuCapability(

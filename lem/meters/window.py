@@ -106,8 +106,6 @@ def _slowed_s(seconds: Iterable[GpuSecond], place: int, span: Span) -> float:
 
 def invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> Iterator[Reason]:
     """Why the window does not measure what it should: slowdowns, and processes that are not the experiment's."""
-    # `own_pids` are as the host numbers them. Without them, processes are foreign that appear within the window: an
-    # experiment starts none there.
     window = attempt.span(names.WINDOW)
     if window is None:
         return

@@ -310,8 +310,6 @@ def _ask(reader: PartReader, reference: Reference) -> bool | None:
 
 def has_recovered(log: SampleLog, reference: Reference) -> bool | None:
     """Whether GPUs are no warmer, and draw no more, than at their reference; None while the log is too short."""
-    # Power is the sum of each one's mean over the last seconds, temperature that of the hottest. A GPU below its
-    # reference has recovered: no gap would warm it up.
     if not log.samples:
         return None
     since_ns = log.samples[-1].at_ns - round(RECOVERED_OVER_S * NS_PER_S)

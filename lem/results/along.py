@@ -54,8 +54,6 @@ def compare_along(
     is_whole: bool = False,
 ) -> Comparison:
     """Each value of an axis against one, `first` or that of the first configuration, all other axes held equal."""
-    # A ratio is the mean over the configurations that have a counterpart with the same values of the other axes, in
-    # each cycle. UserError where there is no such axis or value, or nothing is equal otherwise.
     known = run.with_results
     axes = find_axes([item.settings for item in known])
     chosen = [axis for axis in axes if is_label(axis.label, name)]

@@ -119,8 +119,6 @@ def superseded(identities: Iterable[Identity]) -> frozenset[ResultKey]:
 
 def labels_of(identities: Sequence[Identity], listing: Listing | None) -> dict[tuple[str, str], str]:
     """The label of each configuration of a run, by hash and machine; no two have the same."""
-    # It is the current name, without a list the last one. One that the campaign has no more is named as removed, and
-    # one that several hosts ran, or several nodes of a host, has a label for each.
     last: dict[str, Identity] = {}
     nodes: dict[str, set[str]] = {}
     hosts: dict[str, dict[str, str]] = {}

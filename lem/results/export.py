@@ -47,8 +47,6 @@ class Table:
 
 def make_table(results: Iterable[StoredResult], *, is_every_attempt: bool = False) -> Table:
     """The rows of the results (with paths relative to their folder), by campaign, run, host and order of execution."""
-    # A row for each attempt, or for each experiment the one that counts: its last valid attempt, or the last where none
-    # is valid. The column `used` tells which ones estimates rest on.
     known = sorted(results, key=_place)
     used = {record.identity.key for record in used_records(item.record for item in known)}
     chosen = known if is_every_attempt else _one_an_experiment(known, used)

@@ -175,8 +175,6 @@ def anchored_effect(now: Effect, before: Effect) -> Effect:
 
 def cycles_to_settle(effect: Effect, bound: float, confidence: float = CONFIDENCE) -> int | None:
     """How many more cycles would place the whole interval on one side of each of ±`bound` (on logs)."""
-    # The true effect and spread are taken to be those found. Of two campaigns, each needs the cycles. None without a
-    # standard error, and where `cycles_needed` is None.
     if effect.std_error is None or effect.df is None:
         return None
     n, log_ratio = min(effect.n_cycles), abs(effect.log_ratio)

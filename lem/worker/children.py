@@ -133,9 +133,6 @@ class SamplerProcess:
         tdp_w: float | None = None,
     ) -> None:
         """Start it; it writes the header of its log a moment later, see `wait_until_ready`."""
-        # `command` is `own_command`, and `output`, the log, must not exist yet. `gpus` are UUIDs, sampled every
-        # `interval_ms`; `tdp_w` is the design power of all CPU packages that the user gave. Raises UserError: the
-        # command cannot be started.
         words = [*command, "worker", "--sampler", "--output", str(output), "--interval-ms", str(interval_ms)]
         words += [word for gpu in gpus for word in ("--gpu", gpu)]
         words += [] if tdp_w is None else ["--tdp", repr(tdp_w)]

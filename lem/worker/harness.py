@@ -66,8 +66,6 @@ class ResidentEngine:
 
     def ensure(self, config: ExperimentConfig, engine_key: str, secrets: Mapping[str, str]) -> Residence:
         """The engine for this experiment: reused when its key is the same, else loaded after the other one left."""
-        # A load that fails leaves nothing loaded; a reused engine that refuses the experiment stays loaded. Raises
-        # EngineError, see `Engine`.
         if self._engine is not None and self.is_resident(engine_key):
             self._engine.configure(config)
             return Residence(self._engine, self._engine.report, None, self._load_id)

@@ -36,8 +36,6 @@ from lem.worker.children import EndStep, EngineChild, SamplerProcess, interval_m
 
 def probe_environment() -> dict[str, Any]:
     """Versions, devices and their settings by name, as JSON values, as far as a resume compares them."""
-    # They are `python`, each engine distribution, `driver`, `gpus` (UUIDs), `gpu_models`, `power_limits` and the CPU's
-    # `governor`. A distribution, driver or governor that is not there is None.
     distributions = sorted({name for names in BACKEND_DISTRIBUTIONS.values() for name in names})
     versions: dict[str, str | None] = dict.fromkeys(distributions)
     for distribution in distributions:

@@ -30,8 +30,6 @@ _LAUNCHES = 4
 
 def pulse(pulse_s: float) -> Iterator[tuple[int, int]]:
     """Work on the first GPU some times for `pulse_s`, after a rest of that length each and before a last one."""
-    # Yields when it began and ended, on CLOCK_MONOTONIC in ns; the GPU is idle at both. Raises EngineError: PyTorch is
-    # missing, or cannot use the GPU.
     try:
         import torch
 

@@ -114,8 +114,6 @@ def engine_arguments(config: ExperimentConfig, facts: EngineFacts, folders: Fold
 
 def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
     """Keywords of SamplingParams that all requests of the experiment share."""
-    # Greedy decoding is requested as the single likeliest token, which every version supports. The engine makes no
-    # text: no backend detokenizes inside a window.
     decoder = config.decoder
     settings: dict[str, Any] = {"ignore_eos": config.ignore_eos, "detokenize": False, "return_perf_metrics": True}
     if decoder.is_greedy:

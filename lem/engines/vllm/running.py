@@ -364,8 +364,6 @@ class ChildOutput:
     @contextlib.contextmanager
     def inherited(self) -> Iterator[None]:
         """Meanwhile descriptors 1 and 2 lead here, so that new processes inherit them."""
-        # What is written to them goes on to the former descriptor 2. On leaving they are restored, and everything that
-        # was printed until then has been passed on.
         reader, writer = os.pipe2(os.O_CLOEXEC)
         saved = [os.dup(descriptor) for descriptor in (1, 2)]
         thread = threading.Thread(target=self._pass_on, args=(reader, os.dup(2)), name="engine output", daemon=True)
