@@ -184,6 +184,11 @@ class Observed:
 class Driven(Protocol):
     """An engine behind a load client, which is a process of its own."""
 
+    def run_passes(
+        self, requests: Sequence[TokenRequest], least_s: float, on_progress: OnProgress
+    ) -> list[list[Completion]]:
+        """Run a closed set at once, over and over until so much time has passed; the completions of each pass."""
+
     def drive(self, requests: Sequence[TokenRequest], plan: TrafficPlan, on_progress: OnProgress) -> Drive:
         """Steady traffic over the requests; raises EngineError: the client or the server has failed."""
 

@@ -67,9 +67,13 @@ def measure_batch(
     # The whole set is repeated until the window is long enough. With `observe_tokens` each request runs alone. Nothing
     # is checked or added up before the window has closed. `report` gets the number of requests done so far. Raises
     # EngineError: the engine failed, or did not answer each request once.
+    if isinstance(engine, Driven):
+        found = engine.run_passes(requests, min_window_s, report)
+        edges_ns = ((min(it.started_ns for it in done), max(it.finished_ns for it in done)) for done in found)
+        return _add_up(requests, [_Pass(*edges, done) for edges, done in zip(edges_ns, found, strict=True)])
     passes: list[_Pass] = []
     engine.synchronize()
-    begin_ns = clock.monotonic_ns()
+    opened_ns = begin_ns = clock.monotonic_ns()
     while True:
         before = len(passes) * len(requests)
         completions = engine.generate(
@@ -79,15 +83,9 @@ def measure_batch(
         )
         engine.synchronize()
         end_ns = clock.monotonic_ns()
-        if isinstance(engine, Driven) and completions:
-            # Before and after, the client prepares its requests and reads their answers.
-            begin_ns = max(begin_ns, min(item.started_ns for item in completions))
-            end_ns = min(end_ns, max(item.finished_ns for item in completions))
         passes.append(_Pass(begin_ns, end_ns, completions))
         # A set that fails as a whole fails fast: repeating it would only fill the window with failures.
-        if seconds_between(passes[0].begin_ns, end_ns) >= min_window_s or all(
-            item.error is not None for item in completions
-        ):
+        if seconds_between(opened_ns, end_ns) >= min_window_s or all(item.error is not None for item in completions):
             break
         begin_ns = end_ns
     return _add_up(requests, passes)

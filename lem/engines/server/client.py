@@ -152,9 +152,15 @@ class LoadClient:
     def pid(self) -> int:
         return self._child.pid
 
-    def run_all(self, calls: Sequence[Call], concurrency: int, report: Callable[[int], None]) -> LoadResult:
-        """Send each call once, with at most that many in flight. Raises as `run_traffic`."""
-        return self._run({"calls": pack(calls), "concurrency": concurrency, "plan": None}, report)
+    def run_all(
+        self, calls: Sequence[Call], concurrency: int, report: Callable[[int], None], least_s: float = 0.0
+    ) -> LoadResult:
+        """Send each call once, with at most that many in flight, and all of them again until so much time has passed.
+
+        Each pass begins when the one before is answered, and their replies follow each other. Raises as `run_traffic`.
+        """
+        order = {"calls": pack(calls), "concurrency": concurrency, "plan": None, "least_s": least_s}
+        return self._run(order, report)
 
     def run_traffic(self, calls: Sequence[Call], plan: TrafficPlan, report: Callable[[int], None]) -> LoadResult:
         """Send the calls in turn by the plan, over and over, until the window has closed and what was sent is answered.
@@ -162,7 +168,9 @@ class LoadClient:
         `report` gets the number of requests finished so far, about once a second. Raises EngineError: there is no
         connection to the server, it stopped taking any, or the client process ended.
         """
-        return self._run({"calls": pack(calls), "concurrency": plan.concurrency, "plan": pack(plan)}, report)
+        return self._run(
+            {"calls": pack(calls), "concurrency": plan.concurrency, "plan": pack(plan), "least_s": 0.0}, report
+        )
 
     def _run(self, order: Mapping[str, Any], report: Callable[[int], None]) -> LoadResult:
         self._order(order)

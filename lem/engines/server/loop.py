@@ -96,6 +96,7 @@ class Loop:
         self._requests = [self._request("POST", self._path, call.body.encode()) for call in calls]
         self._plan = plan
         self._is_open = plan is not None and plan.is_open
+        self._due = len(calls)  # of a closed set: the requests of its passes so far
         self._exchanges: list[Exchange] = []
         self._in_flight = self._finished = self._connections = self._reconnects = 0
         self._next_ns = self._reported_ns = self._sweep_ns = self._swept_ns = self._reads = 0
@@ -104,7 +105,7 @@ class Loop:
         self._opening: Usage | None = None
         self._closing: Usage | None = None
 
-    def run(self, calls: Sequence[Call], plan: TrafficPlan | None, concurrency: int) -> None:
+    def run(self, calls: Sequence[Call], plan: TrafficPlan | None, concurrency: int, least_s: float = 0.0) -> None:
         """One load, to its end; raises EngineError."""
         self._begin(calls, plan)
         self._prepare(_OPEN_LINKS if self._is_open else concurrency)
@@ -112,7 +113,7 @@ class Loop:
         gc.freeze()
         gc.disable()
         try:
-            for kind, value in conclude(self._measure(concurrency), calls, self._target):
+            for kind, value in conclude(self._measure(concurrency, least_s), calls, self._target):
                 self._tell(kind, value)
         except EngineError:
             for link in list(self._links.values()):
@@ -123,12 +124,15 @@ class Loop:
             gc.enable()
             gc.unfreeze()
 
-    def _measure(self, concurrency: int) -> Load:
+    def _measure(self, concurrency: int, least_s: float) -> Load:
         begun, ahead_ns, plan = Usage(), realtime_ahead_ns(), self._plan
         rule = self._rule = None if plan is None else WindowRule(plan, len(self._requests), begun.at_ns)
         for _ in range(0 if self._is_open else concurrency):
             self._go_on(time.monotonic_ns())
-        while self._in_flight or not (rule is None or rule.is_over(time.monotonic_ns())):
+        until_ns = begun.at_ns + round(least_s * NS_PER_S)
+        while self._in_flight or (
+            self._repeats(concurrency, until_ns) if rule is None else not rule.is_over(time.monotonic_ns())
+        ):
             self._step()
         ended, last_ns = Usage(), max((it.last_ns for it in self._exchanges), default=begun.at_ns)
         return Load(
@@ -158,8 +162,18 @@ class Loop:
     def _is_over(self, now_ns: int) -> bool:
         """Whether nothing more is sent."""
         if self._rule is None:
-            return len(self._exchanges) >= len(self._requests)
+            return len(self._exchanges) >= self._due
         return self._rule.is_over(now_ns)
+
+    def _repeats(self, concurrency: int, until_ns: int) -> bool:
+        """Begin another pass over a closed set, unless its time is over or the last pass failed as a whole."""
+        now_ns = time.monotonic_ns()
+        is_over = now_ns >= until_ns or not any(it.is_whole for it in self._exchanges[-len(self._requests) :])
+        if not is_over:
+            self._due += len(self._requests)
+            for _ in range(concurrency):
+                self._go_on(now_ns)
+        return not is_over
 
     def _go_on(self, now_ns: int, link: _Link | None = None) -> None:
         """Send the next request of a closed loop, if there is one, on this connection or another."""
@@ -563,7 +577,7 @@ def serve_pipes() -> int:
             continue
         calls, plan = unpack(tuple[Call, ...], order["calls"]), unpack(TrafficPlan | None, order["plan"])
         try:
-            loop.run(calls, plan, order["concurrency"])
+            loop.run(calls, plan, order["concurrency"], order["least_s"])
         except EngineError as error:
             tell("failed", [error.message, error.hint])
     return 0

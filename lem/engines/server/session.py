@@ -258,10 +258,20 @@ class Session(TextSession):
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
     ) -> list[Completion]:
         """See `Engine`; every token is observed in any case."""
+        return self._run_all(requests, 1 if observe_tokens else len(requests), 0.0, on_progress)[0]
+
+    def run_passes(
+        self, requests: Sequence[TokenRequest], least_s: float, on_progress: OnProgress
+    ) -> list[list[Completion]]:
+        return self._run_all(requests, len(requests), least_s, on_progress)
+
+    def _run_all(
+        self, requests: Sequence[TokenRequest], concurrency: int, least_s: float, on_progress: OnProgress
+    ) -> list[list[Completion]]:
         calls = self._calls(requests)
-        concurrency = 1 if observe_tokens else len(calls)
-        result = self._observe(lambda client: client.run_all(calls, concurrency, on_progress))
-        return [completion_of(requests[reply.call].index, reply, result.opened_ns) for reply in result.replies]
+        result = self._observe(lambda client: client.run_all(calls, concurrency, on_progress, least_s))
+        found = [completion_of(requests[reply.call].index, reply, result.opened_ns) for reply in result.replies]
+        return [found[first : first + len(calls)] for first in range(0, len(found), len(calls))]
 
     def serve(self, queue: RequestQueue) -> None:
         """Answer what has arrived, then what arrived meanwhile; `drive` is for measuring."""

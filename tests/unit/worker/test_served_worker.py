@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lem.meters.requestlog import read_requests
 from lem.record import read_record
 from tests.processes import wait_for, wait_until_ended
 from tests.worker_rig import DOUBLES, RawWorker, Rig
@@ -96,6 +98,19 @@ def test_the_record_holds_what_server_and_client_report(rig: Rig, tmp_path: Path
     assert record.served["outcomes"] == {"ok": 2}
     assert (record.environment.engine_name, record.environment.engine_version) == ("vllm", "0.32.0")
     assert record.environment.engine_effective["settings"]["block_size"] == "128"
+
+
+def test_the_set_is_repeated_until_the_window_is_long_enough(rig: Rig, tmp_path: Path) -> None:
+    options = served(tmp_path, "--token-s", "0.01", measurement={"min_window_sec": 0.5})
+    RawWorker(rig).run(rig.request("e", **options))
+
+    record, log = read_record(rig.folder / "e/result.json"), read_requests(rig.folder / "e/requests.jsonl.gz")
+    assert record.window.window_repeats == len(log.passes_ns) > 2
+    assert record.window.window_s >= 0.5
+    assert record.work.requests_ok == 2 * len(log.passes_ns)
+    pauses_ns = [after[0] - before[1] for before, after in itertools.pairwise(log.passes_ns)]
+    assert min(pauses_ns) >= 0  # a pass begins when the one before is answered
+    assert len(record.served["client"]) == 1
 
 
 def test_an_engine_that_stays_loaded_keeps_its_server(rig: Rig, tmp_path: Path) -> None:
