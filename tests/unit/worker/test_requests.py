@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import statistics
@@ -135,6 +136,31 @@ def test_under_a_template_only_the_last_turn_of_the_user_is_cut_or_repeated() ->
         ("prompts_cut", {"cut": 2, "total": 4, "limit": 19}),
         ("template_longer", {"longer": 1, "total": 4}),
     ]
+
+
+class Letters(Bytes):
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token_ids).decode()
+
+
+@pytest.mark.parametrize(
+    ("limit", "length", "last", "is_cut"), [(9, None, "abcd", False), (6, None, "a", True), (9, 8, "abc", False)]
+)
+def test_a_chat_that_a_server_templates_keeps_its_messages_and_only_the_last_turn_is_cut(
+    limit: int, length: int | None, last: str, is_cut: bool
+) -> None:
+    server = {"engine": "vllm", "url": "http://h", "api": "chat"}
+    options = {"backend": "server", "server": server, "decoder": {"preset": "deterministic"}}
+    system = {"role": "system", "content": "brief"}
+    prompt = Prompt("abcd", input_tokens=length, messages=(system, {"role": "user", "content": "abcd"}))
+
+    (request,), warnings = encode(prompt, engine=Letters, max_input_tokens=limit, **options)
+
+    assert json.loads(request.conversation) == {"messages": [system, {"role": "user", "content": last}]}
+    assert bytes(request.token_ids).decode() == f"brief{last}"
+    assert [reason.code for reason in warnings] == (["prompts_cut"] if is_cut else [])
+    (other,) = DisjointRequests([request], seed=1).take(1)
+    assert (other.conversation, len(other.token_ids)) == ("", len(request.token_ids))
 
 
 def test_a_template_that_leaves_no_room_for_the_prompt_is_an_error_with_the_least_limit() -> None:
