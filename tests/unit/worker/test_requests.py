@@ -150,7 +150,7 @@ def test_a_chat_that_a_server_templates_keeps_its_messages_and_only_the_last_tur
     limit: int, length: int | None, last: str, is_cut: bool
 ) -> None:
     server = {"engine": "vllm", "url": "http://h", "api": "chat"}
-    options = {"backend": "server", "server": server, "decoder": {"preset": "deterministic"}}
+    options: dict[str, Any] = {"backend": "server", "server": server, "decoder": {"preset": "deterministic"}}
     system = {"role": "system", "content": "brief"}
     prompt = Prompt("abcd", input_tokens=length, messages=(system, {"role": "user", "content": "abcd"}))
 
