@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from lem.base.doc import Column, Table
 from lem.base.reasons import Reason
-from lem.base.units import ABSENT, format_quantity, percent
+from lem.base.units import ABSENT, format_quantity, percent, plural
 from lem.config.experiment import SloConfig, TrafficConfig
 from lem.config.option import declared
 from lem.record import Record
@@ -209,6 +209,17 @@ def knee_notes(found: Sequence[Series]) -> Iterator[str]:
     for item in found:
         if item.knee is not None and (why := item.knee.censored) is not None:
             yield f"Knee{f' of {item.label}' if item.label else ''}: {why}."
+    known = [item for item in found if item.knee is not None and item.slo is not None]
+    # Requests of which one may be bad.
+    needed = max(
+        (100 / (100 - it.slo.attainment_pct) for it in known if it.slo and it.slo.attainment_pct < 100), default=0
+    )
+    fewest = min((it.work.tried for each in known for _, item in each.levels for it in item.used), default=0)
+    if fewest < round(needed):
+        yield (
+            f"Windows have as few as {plural(fewest, 'request')}: with fewer than {needed:.0f}, a single bad one "
+            "breaks the SLO. Raise measurement.min_window_sec."
+        )
 
 
 def series_document(series: Series) -> dict[str, Any]:

@@ -96,7 +96,11 @@ def _figure(shown: Sequence[Series], metric: Metric, identifier: str, label: str
             plot.horizontal_axis(x_scale, axis_y, _TOP, f"Offered load: {shown[0].option}, {shown[0].unit}"),
             plot.vertical_axis(y_scale, plot.LEFT, plot.RIGHT, label, rise=20),
             *(marks([plot.line_to((plot.LEFT, y_scale(it)), (plot.RIGHT, y_scale(it)))], "front") for it in attained),
-            *(_line(n, item, points, x_scale, y_scale) for n, item in enumerate(shown)),
+            # Beside each other, so that no interval hides another.
+            *(
+                _line(n, item, points, x_scale.shifted(3 * n - 1.5 * (len(shown) - 1)), y_scale)
+                for n, item in enumerate(shown)
+            ),
             *(_lane(lane, n, knee, x_scale) for lane, (n, knee) in enumerate(knees)),
         ],
         [

@@ -7,7 +7,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from lem.base import units
@@ -217,6 +217,9 @@ class Scale:
         else:
             share = (value - self.low) / (self.high - self.low)
         return self.begin + share * (self.end - self.begin)
+
+    def shifted(self, by: float) -> Scale:
+        return replace(self, begin=self.begin + by, end=self.end + by)
 
     def ticks(self, count: int = 6) -> tuple[float, ...]:
         found = self._log_ticks(count) if self.is_log else ()

@@ -12,7 +12,7 @@ import pytest
 from lem.base.reasons import Reason
 from lem.record import Record
 from lem.results.aggregation import run_document
-from lem.results.load import Knee, Series, find_series, knee_tables, span_text
+from lem.results.load import Knee, Series, find_series, knee_notes, knee_tables, span_text
 from lem.results.run import make_run
 from tests.records import make_record, under_load
 
@@ -128,6 +128,14 @@ def test_the_share_that_a_load_needs_is_an_option() -> None:
     (table,) = knee_tables([lenient])
     assert table.title == "Knee: highest target_qps (requests/s) at which 80 % of requests have TTFT ≤ 200 ms"
     assert [column.cells for column in table.columns] == [("2",), ("–",), ("–",), ("1",), ("2",), ("–",)]
+
+
+@pytest.mark.parametrize(("attainment_pct", "is_told"), [(99.0, False), (99.5, True), (100.0, False)])
+def test_windows_of_too_few_requests_for_the_share_are_named(attainment_pct: float, is_told: bool) -> None:
+    slo = {"ttft_ms": 200, "attainment_pct": attainment_pct}
+    notes = [*knee_notes([only_series(records_of([{1: GOOD, 2: BAD}], slo=slo))])]
+    assert [note for note in notes if "100 requests: with fewer than 200" in note] == notes[1:]
+    assert len(notes) == 1 + is_told
 
 
 def test_a_series_is_what_differs_only_in_its_load() -> None:
