@@ -36,6 +36,7 @@ NOT_RUN: Mapping[str, str] = {
     r"make test-long": "takes minutes for each of its tests",
     r"make demo-containers.*": "tests/integration/test_containers_campaign.py runs campaigns in containers",
     r"docker pull .*": "wants the network",
+    r"lem campaign rates\.yaml": "wants vLLM; tests/integration/test_served_engines.py runs such campaigns",
     r"lem measure .* (vllm|guidellm|aiperf|sh) .*": "wants a benchmark; tests/integration/test_measure.py has programs",
     r"(LEM_\w+=\w+ )?lem campaign .*--executor docker.*": "make demo-containers runs one in containers",
     r"lem campaign .*--until .*": "may take any number of cycles; tests/integration/test_campaign_topup.py runs it",
