@@ -62,10 +62,7 @@ def generate_campaign_id(name: str) -> str:
 
 
 def slug_of(name: str) -> str:
-    """The name in the letters `[a-z0-9][a-z0-9_-]*`, for files, units and projects.
-
-    A name that leaves nothing, or is too long, gets its campaign id.
-    """
+    """The name in `[a-z0-9][a-z0-9_-]*`, for files, units and projects; its campaign id if empty or too long."""
     slug = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")
     if not slug:
         return f"campaign-{generate_campaign_id(name)}"
@@ -206,7 +203,6 @@ class CampaignExplicitExperiment(Section, alternative=ExperimentConfig):
 
     @staticmethod
     def nest_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """The overrides with dotted names nested."""
         out: dict[str, Any] = {}
         for key, value in overrides.items():
             out = put(ExperimentConfig, out, key, value)
@@ -225,6 +221,10 @@ class CampaignExplicitExperiment(Section, alternative=ExperimentConfig):
             yield Problem((), "expected either a config file or the options of an experiment")
         if self.inline is not None and self.overrides:
             yield Problem(("overrides",), "has no effect without config", is_about_key=True)
+
+
+def _time_limit(default_s: float, description: str) -> Any:
+    return option(default_s, description, above=0, unit="s", is_dropped=True)
 
 
 @dataclass(frozen=True)
@@ -249,15 +249,9 @@ class CampaignExecutionConfig(Section):
         unit="s",
     )
     cycle_gap_seconds: float = option(300.0, "Longest wait between cycles.", min=0, max=units.LONGEST_S, unit="s")
-    load_timeout_seconds: float = option(
-        1800.0, "Time limit for loading an engine.", above=0, unit="s", is_dropped=True
-    )
-    experiment_timeout_seconds: float = option(
-        3600.0, "Time limit for an experiment after loading.", above=0, unit="s", is_dropped=True
-    )
-    silence_timeout_seconds: float = option(
-        600.0, "Time limit without any sign of progress.", above=0, unit="s", is_dropped=True
-    )
+    load_timeout_seconds: float = _time_limit(1800.0, "Time limit for loading an engine.")
+    experiment_timeout_seconds: float = _time_limit(3600.0, "Time limit for an experiment after loading.")
+    silence_timeout_seconds: float = _time_limit(600.0, "Time limit without any sign of progress.")
     reuse: str = option(
         "cycle",
         "How long an engine stays loaded. cycle: cycles are independent; campaign: faster, but without intervals over "
@@ -322,12 +316,10 @@ class CampaignDaemonConfig(Section, switch="enabled"):
 
     @property
     def interval_seconds(self) -> float | None:
-        """The interval in seconds; None when unset."""
         return None if self.interval is None else units.parse_duration(self.interval)
 
     @property
     def total_duration_seconds(self) -> float | None:
-        """The total duration in seconds; None when unset."""
         return None if self.total_duration is None else units.parse_duration(self.total_duration)
 
 
@@ -394,12 +386,10 @@ class CampaignConfig(Section, aliases={"model_name": "model", "sample_size": "nu
 
     @property
     def campaign_id(self) -> str:
-        """See `generate_campaign_id`."""
         return generate_campaign_id(self.campaign_name)
 
     @property
     def slug(self) -> str:
-        """As `slug_of`."""
         return slug_of(self.campaign_name)
 
     def get_config_paths(self) -> list[Path]:

@@ -298,7 +298,6 @@ def test_configurations_have_the_hashes_that_the_first_build_gave_them(campaign_
 @pytest.mark.parametrize(
     "options",
     [
-        {"traffic_simulation": {"slo": {"ttft_ms": 30}}},
         {"traffic_simulation": {"allow_overload": True}},
         {"measurement": {"max_wait_pct": 10}},
         {"measurement": {"max_foreign_pct": None}},
