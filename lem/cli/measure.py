@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import os
 import shutil
 import socket
@@ -88,6 +87,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     code, signum = 0, None
     try:
         with hold_locks(gpu_locks(measurer.config.gpus or (), os.environ), holder), stop.installed():
+            _list_configuration(measurer)
             while len(results) < args.runs and not code:
                 result, code = measurer.measure(len(results))
                 results.append(result)
@@ -120,7 +120,7 @@ def _check(args: argparse.Namespace, command: list[str]) -> None:
         raise UserError("expected a command", "for example: lem measure -r 3 -- python3 train.py")
     if shutil.which(command[0]) is None:
         raise UserError(f"{command[0]}: no such program", "install it, or put its folder on PATH")
-    if not 1 <= args.runs <= math.inf:
+    if args.runs < 1:
         raise UserError(f"--runs {args.runs}: expected at least 1")
     counts = Counter(name for source in args.work for name in source.counted)
     if twice := [name for name, count in counts.items() if count > 1]:
@@ -143,15 +143,20 @@ def _prepare(args: argparse.Namespace, command: list[str], stop: StopRequest, re
     repository.check_writable()
     run_id = new_run_id(repository, repository.folder / "none", utc_now())
     digest = config_hash(config, {})
-    rates = {key: value for key in RATES if (value := getattr(config.measurement, key)) is not None}
-    with stopping_campaign(repository.run_folder(run_id)) as folder:
-        write_listing(folder, [ListedConfiguration(digest, name, rates)])
     resolved = ProgramConfig.from_dict({**config.to_dict(), "gpus": [gpu.uuid for gpu in named]})
     # Several runs cannot share what is read from stdin; with --json, stdout has one document.
     streams = (process.DEVNULL if args.runs > 1 else 0, 2 if args.json else 1, 2)
     ids = {"campaign_id": generate_campaign_id(name), "run_id": run_id, "config_hash": digest}
     identity = {"campaign_name": name, "config_name": name, **ids}
     return Measurer(command, resolved, requested, args.work, identity, repository, streams, stop, reporter)
+
+
+def _list_configuration(measurer: Measurer) -> None:
+    identity, given = measurer.identity, measurer.config.measurement
+    rates = {key: value for key in RATES if (value := getattr(given, key)) is not None}
+    listed = ListedConfiguration(identity["config_hash"], identity["config_name"], rates)
+    with stopping_campaign(measurer.repository.run_folder(identity["run_id"])) as folder:
+        write_listing(folder, [listed])
 
 
 class _Progress:
