@@ -284,15 +284,15 @@ class _Sampler:
         return int(min(schedule.next_ns for schedule in schedules))
 
     def obey(self, order: str) -> list[Row]:
-        """Follow an order: `interval N` (ms) begins a phase, `watch PID…` is the engine, `also PID…` its server."""
+        """Follow an order: `interval N` (ms) begins a phase, `watch PID…` names the engine."""
         word, _, value = order.strip().partition(" ")
         now_ns = self._clock.monotonic_ns()
         if word == "interval" and value.isdecimal() and is_interval(int(value)):
             self._samples = _Schedule(now_ns, int(value) if self._gpus else 0)
             self._usage.find_processes()
             return self._with_polled([*self._read_usage()])
-        if word in ("watch", "also") and (pids := value.split()) and all(map(str.isdecimal, pids)):
-            (self._usage.watch if word == "watch" else self._usage.also_watch)(*map(int, pids))
+        if word == "watch" and (pids := value.split()) and all(map(str.isdecimal, pids)):
+            self._usage.watch(*map(int, pids))
             self._looks = _Schedule(now_ns, _LOOK_MS)
             return self._with_polled([*self._read_usage()])
         if order.strip() == "find":  # what is watched may have started others

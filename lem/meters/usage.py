@@ -238,12 +238,7 @@ class UsageMeter:
     def watch(self, pid: int, *others: int) -> None:
         """Count for the engine whose processes are these and those below them, from 0 on."""
         self._engine, self._lem = _Engine(self._roots, pid, self._clock.monotonic_ns()), _Growth()
-        self.also_watch(*others)
-
-    def also_watch(self, *pids: int) -> None:
-        """Count for processes too that the engine has started elsewhere, as in a container."""
-        if self._engine is not None:
-            self._engine.add(*pids)
+        self._engine.add(*others)
 
     def find_processes(self) -> None:
         if self._engine is not None:

@@ -159,17 +159,15 @@ class Attendance:
     sampler: SamplerProcess | None = None  # the host's own
 
     _usage: deque[CpuUse] = field(default_factory=lambda: deque(maxlen=2))  # the last two readings
-    _served: set[int] = field(default_factory=set)  # processes of the server that are watched
 
     def follow(self, event: Event, worker: Worker) -> Event:
         if event.kind == "phase" and self.sampler is not None:
-            if event.data["phase"] == FIRST_PHASE and (pid := _find_engine(worker)) is not None:
-                self._served.update(self.request.server_pids or worker.server_pids())
-                self.sampler.watch(pid, *self._served)
-            elif event.data["phase"] == LOADED_PHASE:
-                began = [pid for pid in worker.server_pids() if pid not in self._served]
-                self._served.update(began)
-                self.sampler.also_watch(*began)
+            phase = event.data["phase"]
+            # A container that is the server begins with the load.
+            others = worker.server_pids() if phase == LOADED_PHASE else self.request.server_pids
+            is_due = phase == FIRST_PHASE or (phase == LOADED_PHASE and others)
+            if is_due and (pid := _find_engine(worker)) is not None:
+                self.sampler.watch(pid, *others)
             self.sampler.set_interval(interval_ms(self.request.config, event.data["phase"]))
         if event.kind == "progress" and self.request.samples_path is not None:
             rows = read_tail(Path(self.request.samples_path))

@@ -161,10 +161,6 @@ class SamplerProcess:
         """The engine is these processes, as the sampler numbers them, and those below them."""
         self._order(f"watch {' '.join(map(str, pids))}")
 
-    def also_watch(self, *pids: int) -> None:
-        if pids:
-            self._order(f"also {' '.join(map(str, pids))}")
-
     def find_processes(self) -> None:
         """What is watched may have started others."""
         self._order("find")
