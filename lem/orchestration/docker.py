@@ -329,7 +329,7 @@ class Compose(Docker):
         if finished.code != 0:
             raise explain(finished, f"listing the containers of project {self.project}")
         lines = [line.split(" ", 1) for line in finished.stdout.splitlines() if line]
-        return {name: "".join(files).endswith(OVERRIDE_NAME) for name, *files in lines}
+        return {name: OVERRIDE_NAME in "".join(files) for name, *files in lines}
 
     def states(self) -> dict[str, ContainerState]:
         doing = f"listing the containers of project {self.project}"

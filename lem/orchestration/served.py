@@ -123,7 +123,8 @@ def run_service(arguments: Sequence[str]) -> int:
             up = (*spec["words"], *more, "up", "--detach", "--no-build", "--force-recreate", service)
             finished = docker.call(*up, timeout_s=UP_TIMEOUT_S)
             if finished.code != 0:
-                raise explain(finished, f"starting {service}")
+                os.write(2, f"{explain(finished, f'starting {service}').message}\n".encode())
+                return 1
         shown = docker.call(*spec["words"], "ps", "--all", "--quiet", service)
         code = _follow(docker, shown.stdout.strip(), service, begun_s)
     finally:

@@ -185,7 +185,7 @@ def test_an_attempt_whose_server_or_worker_dies_fails_with_the_reason_and_is_mad
 def test_a_server_that_does_not_start_says_why_and_is_not_tried_again(rig: ServedRig) -> None:
     rig.write_campaign({"service": "llm", "options": {"no-such-option": 1}})
     ended = rig.run("--yes", "--json")
-    assert ended.code == 4, ended.err
+    assert ended.code == 1, ended.err
     (entry,) = rig.manifest().experiments
     (attempt,) = entry.attempts
     assert "unrecognized arguments: --no-such-option" in str(attempt.error)

@@ -102,10 +102,11 @@ def test_an_engine_of_this_machine_is_used_wherever_it_listens(fake: FakeDocker,
 def test_containers_that_are_not_lem_s_survive_a_teardown(fake: FakeDocker) -> None:
     found = manager(fake)
     found.start_services(["pytorch"])
-    fake.change(others=["web-1 /a/compose.yaml", "lem-1 /a/compose.yaml,/s/docker-compose.lem.yml"])
+    served = "llm-1 /s/docker-compose.lem.yml,/tmp/x/options.yml"  # with the options of its load
+    fake.change(others=["web-1 /a/compose.yaml", "lem-1 /a/compose.yaml,/s/docker-compose.lem.yml", served])
     found.teardown()
     assert fake.compose_calls("down") == []
-    assert fake.calls()[-1] == ["rm", "--force", "--volumes", "lem-1"]
+    assert fake.calls()[-1] == ["rm", "--force", "--volumes", "lem-1", "llm-1"]
 
 
 def test_files_and_profiles_are_also_found_by_a_manager(fake: FakeDocker) -> None:
