@@ -86,6 +86,7 @@ class Meter:
     clock: SampledClock = field(default_factory=SampledClock)
     listener: Listener = field(default_factory=Listener)
     is_sampling: bool = True
+    server: Mapping[str, Any] = field(default_factory=dict)  # more of the request, for a server that runs already
     written_ns: int = -1
 
     def __post_init__(self) -> None:
@@ -139,6 +140,7 @@ class Meter:
             samples_path=str(self.folder / PART_FILENAME),
             sampled_gpus=(UUID,),
             baselines=self.baselines,
+            **self.server,
         )
         record = run_experiment(request, self.resident, self.listener, self.clock)
         encode_record(record)  # refuses a null without a reason
@@ -289,6 +291,36 @@ def test_the_engine_s_own_process_is_none_of_others(tmp_path: Path) -> None:
     assert second.validity.valid, second.validity.invalid_reasons
     assert second.environment.other_gpu_processes == ()
     assert second.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
+
+
+SERVED: dict[str, Any] = {
+    "backend": "server",
+    "decoder": {"preset": "deterministic"},
+    "server": {"url": "http://127.0.0.1:1"},
+}
+
+
+def test_a_server_that_runs_already_is_measured_without_a_bare_idle_or_a_load(tmp_path: Path) -> None:
+    meter = Meter(tmp_path, gpu_trace(processes=(GpuProcess(77),)), server={"server_pids": (77,)})
+    meter.engine.report = dataclasses.replace(meter.engine.report, load_id="running")
+    for _ in range(2):
+        record = meter.run(**SERVED)
+        assert record.validity.valid, record.validity.invalid_reasons
+        assert record.validity.engine_load_id == "running"
+        assert not meter.marked().keys() & {measurement.IDLE_BARE, measurement.LOAD}
+        assert record.environment.other_gpu_processes == ()
+        assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
+
+
+def test_the_energy_of_this_machine_is_not_that_of_a_server_elsewhere(tmp_path: Path) -> None:
+    why = "the server runs on another machine (far)"
+    meter = Meter(tmp_path, server={"meter_errors": {"server": why}})
+    meter.engine.report = dataclasses.replace(meter.engine.report, gpu_uuids=(), device="cpu", load_id="far")
+    record = meter.run(**SERVED)
+    assert record.energy.total_j is None
+    assert why in record.energy.null_reasons["cpu_package_energy_j"].text
+    with pytest.raises(MeterRefused, match=r"another machine \(far\)"):
+        meter.run(**SERVED, measurement={**QUICK, "energy": "tdp_estimate"})
 
 
 @pytest.mark.parametrize(
