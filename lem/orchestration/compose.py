@@ -183,7 +183,11 @@ def local_mounts(configs: Iterable[ExperimentConfig]) -> tuple[Mount, ...]:
     """
     configs, found = tuple(configs), list[Mount]()
     documents = [(config.backend, config.to_dict()) for config in configs]
-    texts = {text for backend, item in documents for text in _texts([item.get("model"), item.get(backend)])}
+    # Of a server, words of its command and paths of its API are not meant for this machine's folders.
+    named = [item["server"]["options"] if name == "server" else item.get(name) for name, item in documents]
+    texts = {
+        text for (_, item), more in zip(documents, named, strict=True) for text in _texts([item.get("model"), more])
+    }
     data = (config.dataset.name if config.dataset else getattr(config.prompts, "dataset", None) for config in configs)
     for name, is_written in sorted(texts | {(name, False) for name in data if name}):
         path = durable.in_home(name)

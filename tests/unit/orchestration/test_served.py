@@ -167,6 +167,17 @@ def test_a_service_that_is_the_server_keeps_its_command_and_is_not_restarted_uns
     assert device["device_ids"] == ["GPU-0aaa"]
 
 
+def test_a_server_sees_the_paths_of_its_options_and_not_those_of_its_command(fake: FakeDocker, tmp_path: Path) -> None:
+    for name in ("weights", "program"):
+        (tmp_path / name).mkdir()
+    command = [str(tmp_path / "program"), "--port", "{port}"]
+    server = {**SERVICE, "command": command, "options": {"lora": str(tmp_path / "weights")}, "ready_path": "/etc"}
+    _, override = prepared(fake, campaign(server))
+    targets = {volume["target"] for volume in override["volumes"]}
+    assert str(tmp_path / "weights") in targets
+    assert not targets & {str(tmp_path / "program"), "/etc"}
+
+
 def test_a_service_that_runs_a_command_waits_for_it(fake: FakeDocker) -> None:
     _, override = prepared(fake, campaign(INSIDE))
     assert override["entrypoint"] == ["sleep"]
