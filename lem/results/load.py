@@ -31,6 +31,8 @@ KNEE_NOTE: Final = (
 _OVERLOADED: Final = frozenset({"queue_grew", "requests_failed"})
 _LIMITS: Final = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "e2e_ms": "end-to-end latency"}
 
+LOADS: Final = {"poisson": "target_qps", "constant": "target_qps", "closed": "concurrency"}  # by `traffic_mode`
+
 Bracket = tuple[float, float]
 """The highest load that kept the SLO (0 if none did), and the lowest that did not (inf if all did)."""
 
@@ -164,11 +166,9 @@ def find_series(configurations: Iterable[Configuration]) -> tuple[Series, ...]:
 
 
 def _load_of(record: Record) -> tuple[str, float] | None:
-    traffic, option = record.requested.get("traffic_simulation"), "target_qps"
-    if record.window.traffic_mode == "closed_batch" or not isinstance(traffic, dict):
+    traffic, option = record.requested.get("traffic_simulation"), LOADS.get(record.window.traffic_mode)
+    if option is None or not isinstance(traffic, dict):
         return None
-    if record.window.traffic_mode == "closed":
-        option = "concurrency"
     load: Any = traffic.get(option, declared(TrafficConfig)[option].default)
     is_number = isinstance(load, (int, float)) and not isinstance(load, bool)  # and not `${VAR}`
     return (option, float(load)) if is_number and load > 0 else None

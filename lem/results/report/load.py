@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
 from lem.base.units import format_quantity, plural
-from lem.results.load import GOOD_SHARE, Knee, Series, find_series, knee_notes, knee_tables, span_text
+from lem.results.load import GOOD_SHARE, LOADS, Knee, Series, find_series, knee_notes, knee_tables, span_text
 from lem.results.metrics import Metric
 from lem.results.report import plot
 from lem.results.report.content import Report
@@ -21,7 +21,7 @@ _Points = Mapping[tuple[int, float], tuple[float, float, float]]
 
 
 def load_section(report: Report) -> Markup:
-    if all(item.window.traffic_mode == "closed_batch" for item in report.records):
+    if all(item.window.traffic_mode not in LOADS for item in report.records):
         return Markup()
     found = find_series(report.run.with_results)
     if not found:
