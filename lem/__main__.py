@@ -15,6 +15,10 @@ def run():
         found, oldest = "%d.%d" % sys.version_info[:2], "%d.%d" % OLDEST_PYTHON
         sys.stderr.write("lem needs Python %s or newer; this is Python %s (%s)\n" % (oldest, found, sys.executable))
         return 2
+    if sys.argv[1:] == ["worker", "--load"]:  # started with every server, and needs nothing of the command line
+        from lem.engines.server.loop import serve_pipes
+
+        return serve_pipes()
     from lem.cli.main import main
 
     return main(sys.argv[1:], sys.stdout, sys.stderr)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import gzip
-import hashlib
 import io
 import json
 import logging
@@ -173,6 +172,8 @@ def read_if_whole(path: Path, decode: Callable[[dict[str, Any]], _Found], withou
 
 
 def _digest_of(document: Mapping[str, Any]) -> str:
+    import hashlib  # OpenSSL, which not every process of lem needs
+
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
@@ -259,6 +260,8 @@ def remedy_for(error: OSError, option: str | None = None) -> str:
 
 
 def sha256_of(path: Path) -> str:
+    import hashlib
+
     digest = hashlib.sha256()
     with open_regular(path) as stream:
         while block := stream.read(MIB):

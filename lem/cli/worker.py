@@ -32,7 +32,6 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu", action="append", default=[], metavar="UUID", help="a GPU to sample; repeatable (--sampler)")
     add("--interval-ms", type=int, default=100, metavar="N", help="sampling interval; 0: none (--sampler)")
     add("--tdp", type=float, metavar="W", help="design power of all CPU packages (--sampler)")
-    add("--load", action="store_true", help="run as the load client of a server")
     add("--pulse", type=float, metavar="S", help="put pulses of work of S seconds on the first GPU")
     add("--tether", nargs=argparse.REMAINDER, metavar="WORD", help="run this lem command until stdin is closed")
     add("--service", nargs=argparse.REMAINDER, metavar="WORD", help="run a compose service as if it were this process")
@@ -49,10 +48,6 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         return ExitCode.OK
     if args.sampler:
         return _run_sampler(args, err)
-    if args.load:
-        from lem.engines.server.loop import serve_pipes as serve_loads
-
-        return serve_loads()
     if args.end_marked is not None:
         return ExitCode.EXPERIMENT_FAILED if end_marked(args.end_marked) else ExitCode.OK
     if args.tether is not None:

@@ -4,10 +4,9 @@
 
 Clients are lem, vllm, aiperf and guidellm; all by default, for about 12 minutes on a machine that does nothing else.
 The server (scripted_server.c, built with gcc) puts into every token the time at which it sent it, and reports what TTFT
-and ICL were. Each peer's runs stand between two of lem's. CPU time is that of the whole process tree, of what was
-waited for; memory the peak of its resident sets. The peers run in environments of their own: vLLM's is the lab's,
-those of AIPerf and guidellm are in build/peers-NAME, from requirements-NAME.txt; a folder named in LEM_PEERS is used
-in place of build/peers-.
+and ICL were. Each peer's runs stand between two of lem's. CPU time is that of the whole process tree; memory is the
+peak of its proportional sets (PSS). The peers run in environments of their own: vLLM's is the lab's, those of
+AIPerf and guidellm are build/peers-NAME, from requirements-NAME.txt, or LEM_PEERS/NAME.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -33,7 +33,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).with_name("scripted_server.c")
 TIMEOUT_S = 400
 _SAMPLE_S = 0.2
-_PAGE_B = os.sysconf("SC_PAGE_SIZE")
 
 TTFT_MS, FAST_MS, SLOW_MS = 100, 20, 50  # 50 and 20 tokens a second
 LEVELS = (1, 16, 64, 256)
@@ -236,7 +235,7 @@ def run(client: Client, load: Load, program: Path) -> Run:
 
 
 class _Peak:
-    """The largest sum of the resident sets of a process and those below it."""
+    """The most memory of a process and those below it; what they share counts once (PSS)."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -249,8 +248,9 @@ class _Peak:
         while not self._is_over.wait(_SAMPLE_S):
             total_b = 0
             for pid in (self._pid, *process.descendants(self._pid)):
-                with contextlib.suppress(OSError, IndexError):
-                    total_b += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_B
+                with contextlib.suppress(OSError):
+                    found = re.search(r"(?m)^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())
+                    total_b += 1024 * int(found[1]) if found else 0
             self._most_b = max(self._most_b, total_b)
 
     def stop(self) -> float:

@@ -114,7 +114,7 @@ class ClientCheck:
     lag_p99_us: float | None
     reads: int
     shared_reads: int  # with more than one event that brought tokens: all but the last of them are stamped too late
-    late_shared_reads: int  # of these, read over 1 ms after the stamp; the others a server may have sent at once
+    late_shared_reads: int  # of these, in passes of the loop that were over 3 ms late; a server may send two at once
     unstamped_reads: int  # without a stamp of the kernel
     concurrency_asked: float | None  # closed loop
     concurrency_reached: float  # mean of requests in flight

@@ -363,7 +363,7 @@ class Loop:
         self._dispatch(ready)
 
     def _dispatch(self, ready: Sequence[tuple[int, int]]) -> None:
-        links, monotonic_ns = self._links, time.monotonic_ns
+        links, now_ns = self._links, time.monotonic_ns()
         for fd, mask in ready:
             link = links.get(fd)
             if link is None:
@@ -379,7 +379,7 @@ class Loop:
                 if not _is_pending(error):
                     self._lose(link, Reason.of("server_reset", error=_text_of(error)))
                 continue
-            exchange.seen_ns.append(monotonic_ns())
+            exchange.seen_ns.append(now_ns)
             exchange.raw += data
             exchange.sizes.append(len(data))
             exchange.stamps += aux[0][2] if aux else _NO_STAMP
