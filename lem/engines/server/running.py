@@ -108,15 +108,17 @@ class ServerProcess:
         try:
             self._child = process.spawn(guarded, env=env, streams=(process.DEVNULL, writer, writer), pass_fds=(reader,))
         except UserError as error:
+            os.close(self._control)
+            os.close(output)
             raise EngineError(error.message, error.hint) from error
         finally:
             os.close(reader)
             os.close(writer)
-        self._name = words[0]
         self._tail = bytearray()
         self._reading = threading.Thread(target=self._pass_on, args=(output,), name="output of the server", daemon=True)
         self._reading.start()
-        os.write(self._control, b"\n")
+        with contextlib.suppress(BrokenPipeError):  # why it has ended already shows when it is waited for
+            os.write(self._control, b"\n")
 
     def has_ended(self, patience_s: float = 0.0) -> bool:
         try:

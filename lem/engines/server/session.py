@@ -18,7 +18,6 @@ from lem.base.errors import EngineError, OptionRefused, did_you_mean
 from lem.base.reasons import Reason
 from lem.base.variables import GPU_VARIABLE, SERVICE_VARIABLE
 from lem.config.backends import ServerConfig, flag_name
-from lem.config.dialects import Dialect
 from lem.config.experiment import ExperimentConfig
 from lem.engines import common
 from lem.engines.common import section_of
@@ -47,7 +46,7 @@ _DEATH_S = 1.0  # from the first request that fails until the guardian has ended
 _KEPT = re.compile(r"(?!python|process|http).*(_total|(time|latency)\w*_(sum|count))")
 
 
-class Session(TextSession):
+class Session(common.ServedSession, TextSession):
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> None:
         section = section_of(config, ServerConfig)
         self._dialect = section.dialect
@@ -141,28 +140,26 @@ class Session(TextSession):
 
     def _effective(self) -> dict[str, Any]:
         """The settings that the server reports, under the names of the options, and the fields of each request."""
-        section = section_of(self._config, ServerConfig)
-        reported: dict[str, Any] = {**self._metric_settings(), **self._model, **self._info}
+        section, decoder, fields = section_of(self._config, ServerConfig), self._config.decoder, self._fields
+        settings = running.read_settings(self._metrics_text())
+        reported: dict[str, Any] = {**settings, **self._model, **self._info}
         options = {}
         for name, wanted in section.options.items():
-            place = self._dialect.settings.get(flag_name(name), name.replace("-", "_"))
-            value = reported.get(place)
+            value = reported.get(self._dialect.settings.get(flag_name(name), name.replace("-", "_")))
             if value is not None and not isinstance(value, (dict, list)):
                 options[name] = wanted if str(value).lower() == str(wanted).lower() else value
-        decoder = self._config.decoder
-        sent = {name: self._fields.get(name) for name in ("temperature", "top_p")}
-        sent |= {"top_k": self._fields.get("top_k"), "repetition_penalty": self._fields.get("repetition_penalty", 1.0)}
         return {
             "server": {"options": options, "api": section.api},
-            "decoder": common.describe_decoder(decoder, sent, is_sampling=not decoder.is_greedy),
-            "request_fields": self._fields,
+            "decoder": common.describe_decoder(
+                decoder,
+                {**fields, "repetition_penalty": decoder.repetition_penalty},
+                is_sampling=not decoder.is_greedy,
+            ),
+            "request_fields": fields,
             "model_entry": self._model,
-            "settings": self._metric_settings(),
+            "settings": settings,
             "info": self._info,
         }
-
-    def _metric_settings(self) -> Mapping[str, str]:
-        return running.read_settings(self._metrics_text())
 
     def close(self) -> None:
         if self._client is not None:
@@ -172,10 +169,6 @@ class Session(TextSession):
 
     # --- experiments
 
-    def configure(self, config: ExperimentConfig) -> None:
-        common.check_same_engine(config, self._engine_key)
-        self._set_up(config)
-
     def _set_up(self, config: ExperimentConfig) -> None:
         section, dialect = section_of(config, ServerConfig), self._dialect
         self._config = config
@@ -183,7 +176,7 @@ class Session(TextSession):
         self._sends_ids = dialect.takes_ids and not self._is_chat and self._tokenizer_source != tokens.PIECES
         path = _CHAT_PATH if self._is_chat else dialect.completion_path
         is_native = not path.startswith("/v1/")
-        self._fields = self._make_fields(config, section, dialect)
+        self._fields = self._make_fields(config, section, is_native=is_native)
         wants_cache = any(
             flag_name(name) == dialect.cache_option and it is True for name, it in section.options.items()
         )
@@ -200,33 +193,24 @@ class Session(TextSession):
             self._client.close()
         self._client = LoadClient(target)
 
-    def _make_fields(self, config: ExperimentConfig, section: ServerConfig, dialect: Dialect) -> dict[str, Any]:
+    def _make_fields(self, config: ExperimentConfig, section: ServerConfig, *, is_native: bool) -> dict[str, Any]:
         """The fields that all requests share; everything that a server has a default of its own for is sent."""
-        decoder = config.decoder
-        sampling = {
-            "temperature": decoder.temperature if decoder.do_sample else 0.0,
-            "top_p": decoder.top_p if decoder.do_sample else 1.0,
-        }
+        dialect, decoder = self._dialect, config.decoder
         own = {
             "decoder.top_k": decoder.top_k if decoder.do_sample and decoder.top_k else dialect.no_top_k,
             "decoder.repetition_penalty": decoder.repetition_penalty,
             "min_p": 0.0,
+            "ignore_eos": config.ignore_eos,
         }
-        sent = {field: value for name, value in own.items() if (field := dialect.field_of(name)) is not None}
-        is_native = not self._is_chat and not dialect.completion_path.startswith("/v1/")
-        usage = {} if is_native else {"stream_options": {"include_usage": True}}
-        ignore_eos = dialect.field_of("ignore_eos")
-        ends = {} if ignore_eos is None else {ignore_eos: config.ignore_eos}
-        request = dict(section.to_dict()["request"])
         return {
             "model": self._model["id"],
             "stream": True,
-            **usage,
+            **({} if is_native else {"stream_options": {"include_usage": True}}),
             **dialect.ids,
-            **sampling,
-            **sent,
-            **ends,
-            **request,
+            "temperature": decoder.temperature if decoder.do_sample else 0.0,
+            "top_p": decoder.top_p if decoder.do_sample else 1.0,
+            **{field: value for name, value in own.items() if (field := dialect.field_of(name)) is not None},
+            **section.to_dict()["request"],
         }
 
     def _call(self, request: TokenRequest, salt: str) -> Call:
@@ -370,15 +354,6 @@ class Session(TextSession):
         with contextlib.suppress(OSError):
             found = None if path is None else self._address.read(path)
         return found if isinstance(found, dict) else {}
-
-    def synchronize(self) -> None:
-        """Nothing to wait for: an answer ends with its last token."""
-
-    def reset_peak_memory(self) -> None:
-        """Nothing to reset: a server reports no peak."""
-
-    def peak_memory_b(self) -> int | None:
-        return None
 
 
 def _find_key(section: ServerConfig, secrets: Mapping[str, str]) -> str | None:

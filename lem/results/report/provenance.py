@@ -143,7 +143,11 @@ _SOURCES: Mapping[str, str] = {
     EnergySource.TDP_ESTIMATE: "an estimate: design power (TDP) of the CPU times its load, not a measurement",
     EnergySource.EXTERNAL: "an external meter, aligned by its clock",
 }
-_TOKEN_SOURCES = {"engine_ids": "counted from token ids", "retokenized": "counted by tokenizing the text again"}
+_TOKEN_SOURCES = {
+    "engine_ids": "counted from token ids",
+    "retokenized": "counted by tokenizing the text again",
+    "usage": "as the server counts them",
+}
 
 
 def methods_section(report: Report) -> Markup:
@@ -192,7 +196,7 @@ def _energy_remarks(records: Sequence[Record]) -> Iterator[str]:
 
 def _other_methods(used: Sequence[Record]) -> Iterator[Row]:
     tokens = _listed(_TOKEN_SOURCES.get(record.work.token_source, record.work.token_source) for record in used)
-    yield ["Throughput", "output tokens of the window divided by its length, from the engine's token ids", tokens]
+    yield ["Throughput", "output tokens of the window divided by its length", tokens]
     tpot = "TPOT = (end-to-end latency minus TTFT) / (output tokens minus 1)"
     yield ["Latency", f"timestamped when the engine returns tokens; {tpot}", ""]
     windows = [record.window for record in used]
