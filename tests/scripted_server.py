@@ -103,7 +103,7 @@ class ScriptedServer:
         self.script = script
         self.requests: list[bytes] = []
         self.has_request = threading.Event()
-        self.connections = 0
+        self.sockets: list[socket.socket] = []
         self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port = self._listener.getsockname()[1]
@@ -120,7 +120,7 @@ class ScriptedServer:
             while True:
                 sock, _ = self._listener.accept()
                 sock.settimeout(_LONGEST_S)
-                self.connections += 1
+                self.sockets.append(sock)
                 thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
                 self._threads.append(thread)
                 thread.start()
@@ -138,6 +138,16 @@ class ScriptedServer:
                     self.script(talk)
                     if talk.is_closed:
                         return
+
+    @property
+    def connections(self) -> int:
+        return len(self.sockets)
+
+    def hang_up(self) -> None:
+        """Close every connection, as servers do with those that are idle for long."""
+        for sock in self.sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def stop(self) -> None:
         """Take no more connections."""

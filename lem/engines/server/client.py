@@ -140,7 +140,6 @@ class LoadClient:
 
     def __init__(self, target: Target) -> None:
         """Start it. Raises UserError: it cannot be started."""
-        self._keeps_texts = target.keeps_texts
         command, streams = (*own_command(sys.executable), "worker", "--load"), (process.PIPE, process.PIPE, 2)
         # Answers that grow side by side would leave holes in a heap (glibc, mallopt(3)).
         self._child = process.spawn(command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384"}, streams=streams)

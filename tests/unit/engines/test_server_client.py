@@ -502,6 +502,14 @@ def test_each_request_has_a_connection_of_its_own_where_none_is_kept_alive() -> 
     assert server.connections == 6  # with the one that showed that there is a server
 
 
+def test_connections_that_the_server_closed_between_two_loads_are_opened_again() -> None:
+    with ScriptedServer(says(*GOOD)) as server, LoadClient(Target(server.url)) as client:
+        client.run_all([Call("{}", 3)] * 200, 200, lambda _: None)
+        server.hang_up()
+        result = client.run_all([Call("{}", 3)] * 200, 200, lambda _: None)
+    assert [reply.error for reply in result.replies] == [None] * 200
+
+
 def test_texts_are_left_out_when_they_are_not_wanted() -> None:
     with ScriptedServer(says(*GOOD)) as server:
         (reply,) = answer_to(server, Case(says(), target=Target("", keeps_texts=False)))
