@@ -309,6 +309,12 @@ def test_an_option_that_was_added_counts_where_it_is_not_at_its_default(options:
     assert identity(**{**base, **changed}) != identity(**base)
 
 
+def test_service_levels_change_no_identity_since_they_are_counted_by_the_reader() -> None:
+    base: dict[str, Any] = {"streaming": True, "traffic_simulation": {"enabled": True, "target_qps": 9}}
+    levels = {**base["traffic_simulation"], "slo": {"ttft_ms": 30}}
+    assert identity(**{**base, "traffic_simulation": levels}) == identity(**base)
+
+
 def test_a_model_in_a_folder_that_is_no_utf8_has_an_identity_of_its_own() -> None:
     names = [os.fsdecode(name) for name in (b"m-\xff", b"m-\xfe", b"m")]
     assert len({identity(model=name) for name in names}) == 3
