@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +35,7 @@ from lem.record import Idle, Record
 from lem.worker.channel import RunRequest
 from lem.worker.children import wait_until_ready
 from tests.campaign_doubles import FakeClock, FakeStop
+from tests.processes import wait_for
 from tests.records import make_record
 
 KEY, GPUS = "key-1", ("GPU-a",)
@@ -242,6 +245,52 @@ def test_a_host_without_meters_still_watches_who_uses_the_cpus(tmp_path: Path) -
         assert rows[-1].run_s is not None
         assert rows[-1].run_s > 0
     assert not path.exists()
+
+
+BUSY = """
+import socket
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+while True:
+    pass
+"""
+
+
+class InContainer(Worker):
+    def __init__(self, pid: int) -> None:
+        super().__init__(())
+        self.pid = pid
+
+    def server_pids(self) -> tuple[int, ...]:
+        return (self.pid,)
+
+
+@pytest.mark.parametrize("is_running_already", [False, True])
+def test_a_server_that_is_not_below_the_engine_process_counts_as_the_engine(
+    tmp_path: Path, is_running_already: bool
+) -> None:
+    def started(*command: str) -> subprocess.Popen[bytes]:
+        child = stack.enter_context(subprocess.Popen(command, stdout=-1, start_new_session=True))
+        stack.callback(child.kill)
+        return child
+
+    with contextlib.ExitStack() as stack:
+        engine, server = started("sleep", "1000"), started(sys.executable, "-c", BUSY)
+        assert server.stdout is not None
+        url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+        worker = Worker(()) if is_running_already else InContainer(server.pid)
+        worker.engine = identify(engine.pid)
+        served = {"url": url} if is_running_already else {"service": "llm"}
+        options = {"backend": "server", "server": served, "decoder": {"preset": "deterministic"}}
+        config = ExperimentConfig.from_dict({"model": "any", "gpus": [], **options})
+        meters = HostMeters(gpu_error="no driver", rapl_error="no powercap")
+        attendance = stack.enter_context(meters.attending(config, request(tmp_path, config, "local")))
+        assert attendance.request.server_pids == ((server.pid,) if is_running_already else ())
+        clock, path = Clock(), tmp_path / "samples.part"
+        assert wait_until_ready(path, clock.monotonic_ns() + 60 * S, clock)
+        for phase in ("prepare", "idle"):
+            attendance.follow(Event("phase", data={"phase": phase}), worker)
+        wait_for(lambda: (PartReader(path).read().usage[-1].run_s or 0.0) > 0.2 or None)
 
 
 def test_what_the_host_learned_is_told_to_the_worker(tmp_path: Path) -> None:
