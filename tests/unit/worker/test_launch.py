@@ -21,8 +21,9 @@ def archive(tmp_path: Path) -> Path:
     path = tmp_path / "lem.pyz"
     with zipfile.ZipFile(path, "w") as zipped:
         zipped.writestr("__main__.py", ENTRY)
-        for source in sorted((ROOT / "lem").rglob("*.py")):
-            zipped.write(source, source.relative_to(ROOT))
+        for source in sorted((ROOT / "lem").rglob("*")):
+            if source.is_file() and "__pycache__" not in source.parts:
+                zipped.write(source, source.relative_to(ROOT))
     return path
 
 
