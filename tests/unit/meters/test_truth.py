@@ -6,7 +6,8 @@ import pytest
 
 from tests.bench.truth import ROWS, Result, Row, results
 
-pytestmark = pytest.mark.needs("gcc")
+# All rows run at once, for the first test of them.
+pytestmark = [pytest.mark.needs("gcc"), pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
