@@ -427,16 +427,16 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
             if attrgetter(name)(self) != untouched:
                 yield Problem.of(name, "server_decides")
         decoder, dialect = self.decoder, section.dialect
-        wanted = {
-            "ignore_eos": self.ignore_eos,
-            "min_output_tokens": self.min_output_tokens > 0 and not self.ignore_eos,
-            "random_seed": self.random_seed is not None and not decoder.is_greedy,
-            "decoder.top_k": decoder.top_k != 0 and not decoder.is_greedy,
-            "decoder.repetition_penalty": decoder.repetition_penalty != 1,
+        wanted = {  # and what leaves it to the server
+            "ignore_eos": (self.ignore_eos, "false"),
+            "min_output_tokens": (self.min_output_tokens > 0 and not self.ignore_eos, "0"),
+            "random_seed": (self.random_seed is not None and not decoder.is_greedy, "null"),
+            "decoder.top_k": (decoder.top_k != 0 and not decoder.is_greedy, "0"),
+            "decoder.repetition_penalty": (decoder.repetition_penalty != 1, "1"),
         }
-        for name, is_wanted in wanted.items():
+        for name, (is_wanted, neutral) in wanted.items():
             if is_wanted and dialect.field_of(name) is None:
-                yield Problem.of(name, "dialect_lacks", server=dialect.server)
+                yield Problem.of(name, "dialect_lacks", server=dialect.server, neutral=neutral)
 
     def _check_measurement(self) -> Iterator[Problem]:
         measurement = self.measurement
