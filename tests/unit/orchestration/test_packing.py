@@ -101,11 +101,11 @@ def test_a_copy_that_was_changed_is_written_again(
 ) -> None:
     environ = {"LEM_CACHE_DIR": str(tmp_path)}
     path = provide_pyz(environ)
-    before = path.stat().st_ino
-    change(path)
-    assert provide_pyz(environ) == path
-    assert path.read_bytes() == pyz.read_bytes()
-    assert path.lstat().st_ino != before, "who has the old one open could still write to it"
+    with path.open("rb") as old:  # open, so that its inode is not used again
+        change(path)
+        assert provide_pyz(environ) == path
+        assert path.read_bytes() == pyz.read_bytes()
+        assert path.lstat().st_ino != os.fstat(old.fileno()).st_ino, "who has the old one open could still write to it"
     for item, mode in ((path, 0o100644), (path.parent, 0o40755), (path.parent.parent, 0o40755)):
         assert (item.lstat().st_mode, item.stat().st_uid) == (mode, os.geteuid())
     assert "was changed" in caplog.text
