@@ -302,7 +302,7 @@ class Table:
         return None if found is None else statistics.median(map(figure, found))
 
     def show(self) -> None:
-        print(f"\n{'':<58}" + "".join(f"{name:>11}" for name in self._names))
+        print(f"\n{'':<68}" + "".join(f"{name:>11}" for name in self._names))
         for concurrency in LEVELS:
             self._row(f"mean TTFT over the truth, {concurrency} streams", "x", level(concurrency), lambda it: it.ttft)
         self._row(f"mean TTFT over the truth, {FULL} streams", "x", full(FEW), lambda it: it.ttft)
@@ -317,7 +317,7 @@ class Table:
     def _row(self, what: str, unit: str, load: Load, figure: Callable[[Run], float]) -> None:
         digits = {"x": ".4f", "us": ".1f"}[unit]
         values = [self._median(name, load, figure) for name in self._names]
-        print(f"{what:<58}" + "".join(f"{'-' if value is None else format(value, digits):>11}" for value in values))
+        print(f"{what:<68}" + "".join(f"{'-' if value is None else format(value, digits):>11}" for value in values))
 
     def _show_cost(self, name: str) -> None:
         few, many = (self._median(name, full(tokens), lambda it: it.cpu_s) for tokens in (FEW, MANY))
