@@ -42,7 +42,9 @@ Beside others, in ABBA pairs, for some minutes on a machine that does nothing el
   the load clients of vLLM, AIPerf and guidellm on a server whose truth is known (their environments: see the module):
     {python} -m tests.bench.client
   vLLM's own offline benchmark, once the lab is up:
-    {lab}/environments/vllm/bin/python -m tests.bench.offline {lab}/models/demo"""
+    {lab}/environments/vllm/bin/python -m tests.bench.offline {lab}/models/demo
+  `vllm bench serve` on the same server, once the lab is up:
+    {python} -m tests.bench.served"""
 
 
 def main() -> int:

@@ -91,9 +91,12 @@ def run_lem(server: Server, places: Places, folder: Path, rate: float, seconds: 
     }
     (folder / "x.yaml").write_text(json.dumps(experiment), encoding="utf-8")
     _run([sys.executable, "-m", "lem", "experiment", "x.yaml", "--yes", "--quiet"], folder, {"PYTHONPATH": str(ROOT)})
-    (path,) = folder.rglob("result.json")
-    log = read_requests(path.with_name(REQUESTS_FILENAME))
-    return own_figures(read_record(path)), their_figures([it for it in log.requests if it.is_good])
+    # What is not valid is measured once more, by `lem experiment`, too.
+    path = max(folder.rglob("result.json"), key=lambda it: it.stat().st_mtime_ns)
+    log, record = read_requests(path.with_name(REQUESTS_FILENAME)), read_record(path)
+    for reason in record.validity.invalid_reasons:
+        print(f"lem: not valid: {reason.text}", flush=True)
+    return own_figures(record), their_figures([it for it in log.requests if it.is_good])
 
 
 def own_figures(record: Record) -> Figures:
