@@ -32,19 +32,9 @@ from lem.meters.capabilities import PULSE_S, Capabilities, CpuCapability, Pulses
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.machine import keep_lag
 from lem.meters.nvml import GpuReading, GpuState, open_nvml, read_gpus
+from lem.orchestration import doctor
 from lem.orchestration.compose import packaged_compose_file
-from lem.orchestration.doctor import (
-    CHECKS,
-    FAILED,
-    FOR_CONTAINERS,
-    OK,
-    SKIPPED,
-    WARNING,
-    Host,
-    Verdict,
-    examine,
-    host_of,
-)
+from lem.orchestration.doctor import FAILED, OK, SKIPPED, WARNING, Host, Verdict, examine
 from lem.orchestration.locks import Holder, gpu_locks, hold_locks
 from lem.orchestration.plan import plan_campaign
 from lem.worker.datasets import DatasetChoice, choice_of_name, find_files, is_in_hub_cache
@@ -73,10 +63,10 @@ def run_doctor(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     names, what = None, "campaigns in containers"
     if args.file is not None:
         given, what = host, "this campaign"
-        host = host_of(plan_campaign(load_campaign(args.file)))
+        host = doctor.host_of(plan_campaign(load_campaign(args.file)))
         files, env_file = given.compose_files or host.compose_files, given.env_file or host.env_file
         host = replace(host, compose_files=files, env_file=env_file)
-        names = CHECKS if host.backends else CHECKS.keys() - FOR_CONTAINERS
+        names = doctor.CHECKS if host.backends else doctor.CHECKS.keys() - doctor.FOR_CONTAINERS
     verdict = examine(host, names)
     if args.json:
         checks = [{"name": name, **asdict(item)} for name, item in verdict.findings.items()]

@@ -63,6 +63,11 @@ def named_models(config: ExperimentConfig) -> dict[str, NamedModel]:
     return {what: item for what, item in found.items() if item.name and what in wanted}
 
 
+def address_of(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
 def find_server_problem(config: ExperimentConfig) -> EngineError | None:
     """Why a server cannot be started here, or is not there; None also where a service is the server."""
     section = config.section
@@ -76,10 +81,8 @@ def find_server_problem(config: ExperimentConfig) -> EngineError | None:
         return EngineError(f"server.command: {program}: no such program", hint, kind="option", is_permanent=True)
     if section.url is None:
         return None
-    parts = urlsplit(section.url)
     try:
-        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-        socket.create_connection(address, _CONNECT_S).close()
+        socket.create_connection(address_of(section.url), _CONNECT_S).close()
     except OSError as error:
         text = f"server.url: {section.url} does not answer: {error.strerror or error}"
         return EngineError(

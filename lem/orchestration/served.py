@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from urllib.parse import urlsplit
 
 from lem.base import durable, process
 from lem.base.errors import UserError
@@ -23,6 +22,7 @@ from lem.base.launch import own_command
 from lem.base.variables import SERVICE_VARIABLE
 from lem.config.backends import ServerConfig
 from lem.config.experiment import ExperimentConfig, MeteredConfig
+from lem.engines.named import address_of
 from lem.orchestration import dispatch
 from lem.orchestration.compose import override_text
 from lem.orchestration.container import UP_TIMEOUT_S, ContainerManager
@@ -193,8 +193,7 @@ def find_server(config: MeteredConfig, environ: Mapping[str, str]) -> tuple[tupl
     section = config.section if isinstance(config, ExperimentConfig) else None
     if not isinstance(section, ServerConfig) or section.url is None:
         return (), None
-    parts = urlsplit(section.url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    host, port = address_of(section.url)
     if not _is_here(host):
         return (), f"the server runs on another machine ({host})"
     listeners = [item.pid for item in process.find_listeners(port)]
