@@ -292,9 +292,9 @@ class Table:
 
     def _measure(self, name: str, load: Load) -> None:
         found = run(CLIENTS[name], load, self._program)
-        print(
-            f"  {name} {load.concurrency} x {load.tokens}: TTFT {found.ttft:.4f}, {found.cpu_s:.2f} CPU s", flush=True
-        )
+        said = f"; {found.found['bound']}" if found.found.get("bound") else ""
+        figures = f"TTFT {found.ttft:.4f}, p99 of ICL {found.icl_p99:.4f}, {found.cpu_s:.2f} CPU s"
+        print(f"  {name} {load.concurrency} x {load.tokens}: {figures}{said}", flush=True)
         self._runs.setdefault((name, load), []).append(found)
 
     def _median(self, name: str, load: Load, figure: Callable[[Run], float]) -> float | None:
