@@ -13,8 +13,8 @@ from lem.base.errors import Interrupted, UserError
 from lem.cli.report import make_report
 from lem.cli.selection import recount, resolve_run, write_file
 from lem.config.campaign_config import CampaignConfig, slug_of
-from lem.config.experiment import SloConfig
 from lem.config.load import Loaded, load_campaign
+from lem.config.sections import SloConfig
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.executor import EXECUTORS, choose_executor
 from lem.orchestration.plan import Plan, plan_campaign

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lem.base.codec import recognise
 from lem.base.measurement import PROMPTS_NEEDED, Distribution, EnergySource, is_gpu_source, known
 from lem.base.reasons import Reason
-from lem.config.experiment import ExperimentConfig, MeasurementConfig
+from lem.config.experiment import ExperimentConfig
+from lem.config.sections import MeasurementConfig
 from lem.meters.energy import EnergyFindings, efficiency_of
 from lem.meters.requestlog import RequestLog
 from lem.meters.work import describe_work, goodput_of

@@ -25,9 +25,9 @@ from lem.base.units import GIB
 from lem.base.variables import GPU_VARIABLE
 from lem.cli.selection import add_json, add_repeated, add_results_dir
 from lem.config.backends import PRESETS, find_preset
-from lem.config.experiment import DATASET_ALIASES
 from lem.config.introspection import render_yaml
 from lem.config.load import load_campaign
+from lem.config.sections import DATASET_ALIASES
 from lem.meters.capabilities import PULSE_S, Capabilities, CpuCapability, Pulses, find_capabilities
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.machine import keep_lag

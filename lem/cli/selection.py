@@ -20,9 +20,9 @@ from lem.base.errors import UserError, did_you_mean
 from lem.base.measurement import Section
 from lem.base.units import some_of
 from lem.config.campaign_config import CampaignConfig
-from lem.config.experiment import MeasurementConfig, SloConfig
 from lem.config.option import declared, is_secret
 from lem.config.scalars import resolve_plain
+from lem.config.sections import MeasurementConfig, SloConfig
 from lem.orchestration.journal import find_fact
 from lem.orchestration.status import (
     CampaignStatus,

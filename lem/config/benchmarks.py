@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from lem.base.durable import reason_of
 from lem.base.errors import ConfigurationError
-from lem.config.experiment import DATASET_ALIASES
 from lem.config.option import leaves
 from lem.config.scalars import resolve_plain
+from lem.config.sections import DATASET_ALIASES
 
 Options = dict[str, Any]
 Notes = list[tuple[str, Any, str]]

@@ -17,17 +17,11 @@ from lem.base import durable, units
 from lem.base.durable import BALANCED, MANIFEST_FILENAME, STRUCTURES
 from lem.base.errors import nearest
 from lem.config.backends import BACKENDS
-from lem.config.experiment import (
-    BUNDLED_DISTRIBUTION,
-    BUNDLED_INPUT_TOKENS,
-    DatasetConfig,
-    ExperimentConfig,
-    ModelConfig,
-    WarmupConfig,
-)
+from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import REQUIRED, Items, Problem, check_url, dotted
 from lem.config.kinds import Path as Location
 from lem.config.option import Matching, Section, canonical, check_partial, declared, find_option, nest, option, put
+from lem.config.sections import BUNDLED_DISTRIBUTION, BUNDLED_INPUT_TOKENS, DatasetConfig, ModelConfig, WarmupConfig
 from lem.config.terms import Term, either, find_term
 
 __all__ = [

@@ -16,12 +16,13 @@ from lem.base.log import shorten
 from lem.config import benchmarks
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig
-from lem.config.experiment import BUNDLED_INPUT_TOKENS, DATASET_ALIASES, ExperimentConfig
+from lem.config.experiment import ExperimentConfig
 from lem.config.introspection import yaml_scalar
 from lem.config.kinds import MAX_SHOWN_VALUE, ConfigProblems, MapKind, Problem, describe
 from lem.config.kinds import Path as Keys
 from lem.config.load import read_mapping
 from lem.config.option import Section, canonical, check_partial, declared, find_option, leaves, merge, nest
+from lem.config.sections import BUNDLED_INPUT_TOKENS, DATASET_ALIASES
 from lem.config.terms import VALUES, find_term, squashed
 
 Options = Mapping[str, Any]

@@ -14,9 +14,10 @@ from lem.base.durable import in_home
 from lem.base.errors import ConfigurationError, nearest
 from lem.config.backends import BACKENDS, find_preset
 from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment, with_campaign_defaults
-from lem.config.experiment import DecoderConfig, ExperimentConfig
+from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import ConfigProblems, Expanded, MapKind, Path, Problem, as_written, dotted, simple
 from lem.config.option import Section, canonical, declared, find_option, is_secret, leaves, merge, nest, redacted
+from lem.config.sections import DecoderConfig
 from lem.config.terms import LLENERGY_NAMES, either, find_term
 from lem.config.yamlfile import Document, FileProblems, Located, Place, parse_value, read_document
 

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 from lem.base.errors import nearest
 from lem.config.backends import PyTorchConfig, ServerConfig, TensorRTConfig, VllmConfig
-from lem.config.experiment import DATASET_ALIASES, ExperimentConfig, TrafficConfig
+from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import Problem
 from lem.config.option import declared
+from lem.config.sections import DATASET_ALIASES, TrafficConfig
 
 # FP8 tensor cores came with Ada (8.9); flash attention 2 and TensorRT-LLM need Ampere (8.0).
 # https://developer.nvidia.com/cuda-gpus, the READMEs of flash-attention and TensorRT-LLM.

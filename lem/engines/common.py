@@ -21,8 +21,9 @@ from lem.base.errors import EngineError, OptionRefused, did_you_mean
 from lem.base.log import shorten
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.config.experiment import DecoderConfig, ExperimentConfig
+from lem.config.experiment import ExperimentConfig
 from lem.config.option import Section
+from lem.config.sections import DecoderConfig
 from lem.engines.protocol import Completion, Engine, OnProgress, RequestQueue, TokenRequest, say_nothing
 
 # Each module has `load`, see `protocol.Engine`. It imports the engine when it is called, never before.

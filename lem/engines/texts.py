@@ -11,7 +11,8 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.errors import EngineError, OptionRefused
-from lem.config.experiment import ExperimentConfig, SyntheticPrompts
+from lem.config.experiment import ExperimentConfig
+from lem.config.sections import SyntheticPrompts
 from lem.engines.common import engine_call, extra_of, model_error, raised_as, shortened
 
 _MARK = "\ue000the last turn\ue000"

@@ -11,7 +11,8 @@ from typing import Any
 
 from lem.base import measurement as names
 from lem.base.measurement import EnergySource, Measured, Section, known
-from lem.config.experiment import ExperimentConfig, MeteredConfig, ProgramConfig, SloConfig
+from lem.config.experiment import ExperimentConfig, MeteredConfig, ProgramConfig
+from lem.config.sections import SloConfig
 from lem.meters.attempt import AttemptLog, Baselines, choose_sources, span_of, without_still_counters
 from lem.meters.energy import EnergyFindings, efficiency_of, measure
 from lem.meters.external import ExternalReadings

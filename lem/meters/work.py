@@ -13,7 +13,8 @@ from typing import Any
 from lem.base.measurement import PROMPTS_NEEDED, Distribution, Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_MS, NS_PER_S
-from lem.config.experiment import ExperimentConfig, SloConfig
+from lem.config.experiment import ExperimentConfig
+from lem.config.sections import SloConfig
 from lem.meters.requestlog import OPEN_LOOP, Request, RequestLog
 from lem.record import ITL_REPLACED, Latency, Throughput
 

@@ -21,11 +21,12 @@ from lem.base.errors import in_brackets
 from lem.base.reasons import Reason
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig
-from lem.config.experiment import ENGINE_LENGTHS, ExperimentConfig, MeteredConfig, SyntheticPrompts
+from lem.config.experiment import ENGINE_LENGTHS, ExperimentConfig, MeteredConfig
 from lem.config.kinds import ConfigProblems, Expanded, Items, Option, Problem, dotted
 from lem.config.option import canonical, declared, find_option, put
 from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
+from lem.config.sections import SyntheticPrompts
 from lem.results.store import ID_HASH_LENGTH, run_time
 from lem.worker.datasets import choice_of
 from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate, read_template, resolve_on_host, template_digest

@@ -17,11 +17,12 @@ from lem.base.variables import TOKEN_VARIABLE
 from lem.config import rules
 from lem.config.backends import ServerConfig
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, fill_sample_size, with_campaign_defaults
-from lem.config.experiment import NO_TEMPLATE, OWN_TEMPLATE, ExperimentConfig, FilePrompts
+from lem.config.experiment import NO_TEMPLATE, OWN_TEMPLATE, ExperimentConfig
 from lem.config.kinds import Problem, as_written, dotted
 from lem.config.load import ListedExperiment, Loaded, Source, encode_config
 from lem.config.option import canonical, leaves
 from lem.config.rules import Gpu
+from lem.config.sections import FilePrompts
 from lem.config.yamlfile import FileProblems
 from lem.meters.nvml import find_gpus
 from lem.orchestration import grid

@@ -21,8 +21,8 @@ from lem.base.codec import complete, decode
 from lem.base.durable import make_folder
 from lem.base.measurement import Section
 from lem.base.reasons import Reason
-from lem.config.experiment import SloConfig
 from lem.config.kinds import ConfigProblems
+from lem.config.sections import SloConfig
 from lem.record import Identity, Record, ResultKey, carbon_of
 
 CONFIGURATIONS_FILE = "configurations.json"

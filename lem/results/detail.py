@@ -11,7 +11,8 @@ from lem.base.doc import Column, Doc, columns
 from lem.base.log import WIDTH
 from lem.base.measurement import ENERGY_COUNTED, Distribution
 from lem.config.backends import ENERGY_SCORE_RULES
-from lem.config.experiment import DATASET_ALIASES, PROGRAM
+from lem.config.experiment import PROGRAM
+from lem.config.sections import DATASET_ALIASES
 from lem.record import Energy, Gpu, Record
 from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 from lem.base.doc import Column, Table
 from lem.base.reasons import Reason
 from lem.base.units import ABSENT, format_quantity, percent, plural
-from lem.config.experiment import SloConfig, TrafficConfig
 from lem.config.option import declared
+from lem.config.sections import SloConfig, TrafficConfig
 from lem.record import Record
 from lem.results.axes import find_axes
 from lem.results.configurations import group_of, slo_of

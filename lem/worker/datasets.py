@@ -16,7 +16,8 @@ from typing import Any
 
 from lem.base import durable, variables
 from lem.base.reasons import Reason
-from lem.config.experiment import DATASET_ALIASES, DatasetConfig, ExperimentConfig, HuggingFacePrompts
+from lem.config.experiment import ExperimentConfig
+from lem.config.sections import DATASET_ALIASES, DatasetConfig, HuggingFacePrompts
 from lem.worker.datafiles import SUFFIXES, Row, files_of_split, prompts_error, read_rows, sliced, split_name
 from lem.worker.prompts import ResolvedPrompts, as_measured, fingerprint, seed_of_draw, taken_from
 from lem.worker.shapes import ROWS_TO_LOOK_AT, TEXT_COLUMNS, Prompt, prompt_of_record, usable_columns

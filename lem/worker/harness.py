@@ -22,7 +22,8 @@ from lem.base.measurement import Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.base.variables import TOKEN_VARIABLE
-from lem.config.experiment import ExperimentConfig, WarmupConfig
+from lem.config.experiment import ExperimentConfig
+from lem.config.sections import WarmupConfig
 from lem.engines.common import load_engine
 from lem.engines.named import find_server_problem, named_models
 from lem.engines.protocol import Completion, Driven, Engine, TokenRequest

@@ -20,8 +20,8 @@ from lem.base import durable
 from lem.base.errors import ConfigurationError
 from lem.base.reasons import Reason
 from lem.base.units import MIB
-from lem.config import experiment
-from lem.config.experiment import NO_TEMPLATE, OWN_TEMPLATE, ExperimentConfig, FilePrompts, SyntheticPrompts
+from lem.config.experiment import NO_TEMPLATE, OWN_TEMPLATE, ExperimentConfig
+from lem.config.sections import BUNDLED_DISTRIBUTION, FilePrompts, SyntheticPrompts
 from lem.record import PROMPTS_FILE, TEMPLATE_FILE
 from lem.worker import shapes
 
@@ -49,7 +49,7 @@ SENTENCE_MAX_WORDS = 14
 
 
 # What is measured when neither dataset nor prompts is given.
-BUNDLED = SyntheticPrompts(distribution=experiment.BUNDLED_DISTRIBUTION)
+BUNDLED = SyntheticPrompts(distribution=BUNDLED_DISTRIBUTION)
 
 
 def seed_of_draw(seed: int, draw: int) -> int | str:

@@ -25,7 +25,7 @@ from typing import Any
 
 from lem.base.durable import STRUCTURES
 from lem.base.measurement import UNSTEADY_BY_CHANCE
-from lem.config.experiment import SloConfig
+from lem.config.sections import SloConfig
 from lem.engines.traffic import arrival_offsets_s
 from lem.meters.requestlog import Request, RequestLog
 from lem.meters.work import count_good, latency_of, percentile

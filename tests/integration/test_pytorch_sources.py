@@ -30,7 +30,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOAD = """
 import json, sys
 from lem.engines.pytorch import load
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import (ExperimentConfig)
 from lem.base.errors import EngineError
 config = ExperimentConfig.from_dict({"gpus": [], "fp_precision": "float32", **json.loads(sys.argv[1])})
 try:
@@ -211,7 +211,7 @@ def test_an_adapter_changes_the_output_or_is_refused_with_the_remedy(tiny_model:
 
 FIND = """
 import json, sys
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import (ExperimentConfig)
 from lem.engines.checkpoints import find_problems
 found = []
 for model in json.loads(sys.argv[1]):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.cli.host import add_datasets_arguments
-from lem.config.experiment import DATASET_ALIASES
+from lem.config.sections import DATASET_ALIASES
 
 
 def datasets(*argv: str, **environ: str) -> tuple[int, str, str]:

@@ -8,17 +8,17 @@ import pytest
 
 from lem.base.errors import ConfigurationError
 from lem.config.backends import BACKENDS, PRESETS, PyTorchConfig, TensorRTConfig, VllmConfig, find_preset
-from lem.config.experiment import (
+from lem.config.experiment import ExperimentConfig
+from lem.config.kinds import ConfigProblems, dotted
+from lem.config.option import nest
+from lem.config.sections import (
     DATASET_ALIASES,
     DatasetConfig,
     DecoderConfig,
-    ExperimentConfig,
     FilePrompts,
     HuggingFacePrompts,
     SyntheticPrompts,
 )
-from lem.config.kinds import ConfigProblems, dotted
-from lem.config.option import nest
 
 
 def experiment(**options: Any) -> ExperimentConfig:

@@ -10,9 +10,10 @@ import pytest
 
 from lem.base.errors import ConfigurationError
 from lem.config.campaign_config import CampaignConfig
-from lem.config.experiment import ExperimentConfig, SyntheticPrompts
+from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import ConfigProblems, dotted
 from lem.config.load import complete_campaign, kind_of, load_campaign, load_campaign_of_files, load_experiment
+from lem.config.sections import SyntheticPrompts
 from lem.config.yamlfile import FileProblems
 
 

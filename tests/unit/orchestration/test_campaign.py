@@ -13,8 +13,9 @@ from lem.base.errors import ExitCode, Interrupted, LockedError, OptionRefused, U
 from lem.cli.campaign_run import exit_code_of_outcome
 from lem.cli.selection import resolve_run
 from lem.config.campaign_config import CampaignColdStartConfig
-from lem.config.experiment import ExperimentConfig, SloConfig
+from lem.config.experiment import ExperimentConfig
 from lem.config.load import complete_campaign, load_campaign
+from lem.config.sections import SloConfig
 from lem.orchestration.grid import config_hash, prompts_fingerprint
 from lem.orchestration.journal import sealed
 from lem.orchestration.manifest import JOURNALED_FROM, ManifestManager

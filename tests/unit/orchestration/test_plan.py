@@ -14,8 +14,9 @@ import pytest
 from lem.base.errors import ConfigurationError, UserError
 from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
-from lem.config.experiment import ExperimentConfig, FilePrompts
+from lem.config.experiment import ExperimentConfig
 from lem.config.load import Loaded, complete_campaign, load_campaign, load_experiment
+from lem.config.sections import FilePrompts
 from lem.config.yamlfile import FileProblems
 from lem.orchestration.grid import NO_MODEL, config_hash, prompts_fingerprint
 from lem.orchestration.order import cycle_order

@@ -12,7 +12,7 @@ from lem.base.doc import text_width
 from lem.base.measurement import known
 from lem.base.reasons import Reason
 from lem.config.backends import ENERGY_SCORE_RULES
-from lem.config.experiment import MeasurementConfig
+from lem.config.sections import MeasurementConfig
 from lem.record import Machine, Record
 from lem.results.aggregation import run_document
 from lem.results.compare import compare_configurations

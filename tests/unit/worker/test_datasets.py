@@ -19,7 +19,8 @@ from lem.base import process
 from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.base.variables import DATASETS_VARIABLE
-from lem.config.experiment import DATASET_ALIASES, ExperimentConfig
+from lem.config.experiment import ExperimentConfig
+from lem.config.sections import DATASET_ALIASES
 from lem.worker.datasets import DatasetChoice, choice_of, find_files, resolve_dataset, shuffle
 from lem.worker.prompts import ResolvedPrompts, fingerprint
 
@@ -492,7 +493,7 @@ def serving_hub() -> Iterator[str]:
 
 RESOLVE = """
 import json, sys
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import (ExperimentConfig)
 from lem.base.errors import EngineError
 from lem.worker.datasets import resolve_dataset
 try:
@@ -557,7 +558,7 @@ def test_a_data_set_is_read_from_a_cache_that_cannot_be_written(tmp_path: Path) 
 
 CHECK = """
 import json, sys
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import (ExperimentConfig)
 from lem.base.errors import EngineError
 from lem.worker.datasets import check_dataset
 found = []

@@ -15,7 +15,8 @@ from lem import __version__
 from lem.base import durable
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.reasons import Reason
-from lem.config.experiment import ExperimentConfig, WarmupConfig
+from lem.config.experiment import ExperimentConfig
+from lem.config.sections import WarmupConfig
 from lem.engines.protocol import Completion, EngineReport, TokenRequest
 from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
 from lem.record import Record, decode_record, encode_record

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from lem.config.experiment import ExperimentConfig, SyntheticPrompts
+from lem.config.experiment import ExperimentConfig
+from lem.config.sections import SyntheticPrompts
 from lem.record import PROMPTS_FILE
 from lem.worker.prompts import (
     BUNDLED,
