@@ -3,6 +3,7 @@ PYTHON ?= python3
 
 TEST_ENV := build/test-env
 TEST_PYTHON := $(TEST_ENV)/bin/python
+OLD_ANSIBLE_ENV := build/ansible-2.18
 AUDIT_ENV := build/audit-env
 DEMO_ENV := build/demo-env
 DEMO_PYTHON ?= $(DEMO_ENV)/bin/python
@@ -62,6 +63,7 @@ endif
 
 test-env:
 	@$(PYTHON) lem.pyz-build/environment.py $(TEST_ENV) tests/requirements.txt
+	@$(PYTHON) lem.pyz-build/environment.py $(OLD_ANSIBLE_ENV) tests/requirements-ansible-2.18.txt
 
 # One process runs what uses Docker, the others the rest (tests/conftest.py).
 test: test-env

@@ -133,6 +133,13 @@ def _lab() -> str | None:
     return f"the lab is not up (python3 -m tests.lab up): {'; '.join(lines)}" if lines else None
 
 
+def _ansible() -> str | None:
+    oldest = Path(__file__).parents[1] / "build/ansible-2.18/bin/ansible-playbook"
+    if all(path.exists() for path in (Path(sys.executable).with_name("ansible-playbook"), oldest)):
+        return None
+    return "ansible-core is not installed, its oldest and its newest (make test installs both on Python 3.11 and later)"
+
+
 def _fleet() -> str | None:
     for program, package in (("ssh", "openssh-client"), ("ssh-keygen", "openssh-client")):
         if shutil.which(program) is None:
@@ -186,6 +193,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "fish": Need(partial(_program, "fish"), is_mandatory=False),
         "yaml-language-server": Need(_language_server, is_mandatory=False),
         "lab": Need(_lab, is_mandatory=True),
+        "ansible": Need(_ansible, is_mandatory=True),
         # Hosts that are containers of the lab, and Ansible to reach them.
         "fleet": Need(_fleet, is_mandatory=True),
     }

@@ -239,7 +239,7 @@ def _described_anchor(anchor: merge.AnchorCheck) -> str:
 
 
 def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "`lem fleet`: run a stored plan on a cluster."
+    parser.description = "`lem fleet`: run a stored plan on a cluster, and receive the results of hosts."
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     text = "print a job script: an array with a task for each part, and a merge that waits for it"
     slurm = actions.add_parser("slurm", help=text, description=f"{text[0].upper()}{text[1:]}.")
@@ -253,6 +253,13 @@ def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image", metavar="IMAGE", help="with --container: its image")
     selection.add_repeated(slurm, "--sbatch", "OPTION", "another option of sbatch, such as --sbatch=--account=lab")
     slurm.set_defaults(run=_slurm)
+    text = "check and unpack the archives of hosts: DIR/HOST/results.tar.gz to DIR/HOST/results"
+    receiving = actions.add_parser("receive", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    receiving.add_argument("folder", type=Path, metavar="DIR", help="folder of the hosts")
+    text = "their checksums on the hosts, as lines of sha256sum: SHA256  HOST/results.tar.gz (default: standard input)"
+    receiving.add_argument("--sums", type=argparse.FileType("r"), default="-", metavar="FILE", help=text)
+    add_json(receiving)
+    receiving.set_defaults(run=_receive)
 
 
 def _slurm(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
@@ -277,6 +284,20 @@ def _slurm(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     lem = [args.python, *(["-m", "lem"] if program.name == "__main__.py" else [str(program)])]
     run = fleet.container_command(args.container, args.image) if args.container else []
     out.write(fleet.slurm_script(plan, args.plan, lem, run, [*given, *args.sbatch]))
+
+
+def _receive(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    words = args.sums.read().split()
+    names = [Path(name) for name in words[1::2]]
+    if len(words) % 2 or any(name.name != merge.ARCHIVE for name in names):
+        raise UserError(f"--sums: expected lines of SHA256  HOST/{merge.ARCHIVE}", "as sha256sum prints them")
+    received = merge.receive(args.folder, dict(zip((str(name.parent) for name in names), words[::2], strict=True)))
+    if args.json:
+        write_json(out, dataclasses.asdict(received))
+    else:
+        out.write(f"{plural(len(names), 'host')}, {len(received.new)} with new results\n")
+        err.writelines(printable(f"refused: {host}: {why}") + "\n" for host, why in received.refused.items())
+    return ExitCode.EXPERIMENT_FAILED if received.refused else ExitCode.OK
 
 
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:

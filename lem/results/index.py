@@ -78,7 +78,7 @@ class Index:
     def __init__(self, folder: Path) -> None:
         self._path = folder / INDEX_FILE
         self._folder = folder
-        self._lines: dict[str, _Line] = {}
+        self.lines: dict[str, _Line] = {}
         self._recorded: dict[str, str] = {}
         self._n_lines = 0
         self._new: list[_Line] = []
@@ -91,7 +91,7 @@ class Index:
     def read(self, path: Path, *, is_checked: bool = False) -> Found:
         """The result in a file of the run, by its line while that counts; OSError, RecordError or AlteredError."""
         name = path.relative_to(self._folder).as_posix()
-        line, recorded = self._lines.get(name), self._recorded.get(name)
+        line, recorded = self.lines.get(name), self._recorded.get(name)
         is_recorded = recorded is not None
         is_known = line is not None and recorded in (None, line.sha256)
         if line is not None and is_known and not is_checked and _stamp(path.stat()) == line.stamp:
@@ -111,7 +111,7 @@ class Index:
         return Found(line.unpacked(), digest, is_recorded)
 
     def write(self) -> None:
-        if self._new and self._n_lines + len(self._new) <= _MOST_LINES * len(self._lines):
+        if self._new and self._n_lines + len(self._new) <= _MOST_LINES * len(self.lines):
             with contextlib.suppress(OSError):
                 _append(self._path, self._new)
         self._new = []
@@ -124,12 +124,28 @@ class Index:
         if line.is_recorded:
             self._recorded[line.path] = line.sha256
         if line.layout == _layout():
-            self._lines[line.path] = line
+            self.lines[line.path] = line
 
 
 def record_result(folder: Path, path: Path, record: Record, digest: str) -> None:
     name = path.relative_to(folder).as_posix()
     _append(folder / INDEX_FILE, [_line(name, _stamp(path.stat()), digest, record, is_recorded=True)])
+
+
+class RecordedLines:
+    """The lines of an index whose results are copied to another run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._lines = folder, Index(folder).lines
+
+    def copy(self, path: Path, digest: str, folder: Path, target: Path) -> bool:
+        """Append the line of `path` to the index in `folder`, as that of `target`; False if there is none."""
+        line = self._lines.get(path.relative_to(self._folder).as_posix())
+        if line is None or line.sha256 != digest or not line.is_recorded:
+            return False
+        name = target.relative_to(folder).as_posix()
+        _append(folder / INDEX_FILE, [_Line(name, *_stamp(target.stat()), digest, True, line.layout, line.record)])
+        return True
 
 
 def _append(path: Path, lines: Iterable[_Line]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import shutil
 import statistics
+import tarfile
+import zlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lem.base import durable
 from lem.base.codec import decode
@@ -19,6 +23,7 @@ from lem.base.units import ABSENT, plain, plural, some_of
 from lem.record import RESULT_FILE, Record, ResultKey, read_record
 from lem.results import store
 from lem.results.configurations import bare_name, read_listing, read_numbered, write_listing
+from lem.results.index import RecordedLines
 from lem.results.metrics import Metric
 from lem.results.run import ENERGY, THROUGHPUT
 from lem.results.stopping import read_stopping_rule, write_stopping_rule
@@ -27,6 +32,8 @@ from lem.results.store import Problem, Repository, StoredResult
 SCHEMA_VERSION = 1
 
 _SHOWN = 5
+
+ARCHIVE = "results.tar.gz"
 
 SHARD, REPLICATE = MODES = ("shard", "replicate")
 
@@ -265,6 +272,7 @@ def write_merged(gathered: Gathered, output: Path) -> int:
     new = 0
     repository = Repository(output, gathered.campaign)
     folder = repository.folder
+    lines_of = functools.cache(RecordedLines)
     try:
         for item in gathered.results:
             if item.path.is_relative_to(folder):
@@ -277,8 +285,8 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             make_folder(target.parent)
             _copy_attempt(item, target)
             new += 1
-            if item.is_recorded:
-                path = target / RESULT_FILE
+            path, run = target / RESULT_FILE, folder / identity.run_id
+            if item.is_recorded and not lines_of(item.path.parents[2]).copy(item.path, item.sha256, run, path):
                 # Not the record of `item`, whose configuration may have got the name of its host.
                 repository.record_result(identity.run_id, StoredResult(path, read_record(path), item.sha256))
         run_folders = dict.fromkeys((item.record.identity.run_id, item.path.parents[2]) for item in gathered.results)
@@ -308,3 +316,59 @@ def _copy_attempt(item: StoredResult, target: Path) -> None:
             raise UserError(f"{item.path}: it changed while it was copied", "merge again once nothing writes there")
         scratch.chmod(0o755)
         durable.name_folder(scratch, target)
+
+
+@dataclass(frozen=True)
+class Received:
+    new: tuple[str, ...]  # hosts whose results are other ones than before
+    refused: Mapping[str, str]  # why, by host; what arrived before stays
+
+
+def receive(folder: Path, sums: Mapping[str, str]) -> Received:
+    """Unpack `<host>/results.tar.gz` to `<host>/results` for each host whose archive has the SHA-256 in `sums`.
+
+    An archive with a result that is not as it was measured is refused, too.
+    """
+    new, refused = [], {}
+    for host, digest in sums.items():
+        if not store.is_name(host):
+            raise UserError(f"{host!r} cannot be used as a folder name")
+        archive, stamp = folder / host / ARCHIVE, folder / host / "results.sha256"
+        try:
+            if (found := durable.sha256_of(archive)) != digest:
+                raise ValueError(f"the SHA-256 of the archive that arrived is {found}, but the host sent {digest}")
+            if stamp.is_file() and stamp.read_text(encoding="ascii") == digest and (folder / host / "results").is_dir():
+                continue
+            with durable.scratch_folder(folder / host) as scratch:
+                _unpack(archive, scratch)
+                if (problem := _altered(scratch / "results")) is not None:
+                    path = problem.path.relative_to(scratch)
+                    raise ValueError(f"the archive holds a result that was altered: {path}: {problem.message}")
+                if (folder / host / "results").exists():
+                    (folder / host / "results").rename(scratch / "before")
+                (scratch / "results").rename(folder / host / "results")
+            stamp.write_text(digest, encoding="ascii")
+            new.append(host)
+        except (OSError, ValueError, EOFError, tarfile.TarError, zlib.error) as error:
+            refused[host] = str(error)
+            with contextlib.suppress(OSError):
+                archive.rename(archive.with_name(f"refused-{ARCHIVE}"))
+    return Received(tuple(new), refused)
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    with tarfile.open(archive) as members:
+        for member in members:
+            path = PurePosixPath(member.name)
+            if path.parts[:1] != ("results",) or ".." in path.parts or not (member.isfile() or member.isdir()):
+                raise ValueError(f"unexpected in the archive: {member.name}")
+            content = members.extractfile(member)
+            (target / path if content is None else (target / path).parent).mkdir(parents=True, exist_ok=True)
+            if content is not None:
+                with content, (target / path).open("xb") as stream:
+                    shutil.copyfileobj(content, stream)
+
+
+def _altered(results_dir: Path) -> Problem | None:
+    scans = (Repository(results_dir, slug).scan(is_checked=True) for slug in store.folder_names(results_dir))
+    return next((item for scan in scans for item in scan.problems if item.kind == "altered"), None)

@@ -19,6 +19,7 @@ from lem.config.campaign_config import CampaignGridConfig
 from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
 from lem.orchestration.manifest import CampaignManifestEntry, ManifestManager
 from tests.bench.containers import containers, dispatch
+from tests.bench.fleet import fleet
 from tests.bench.host import HEADER, PYZ, Figure, HostCost, run_host
 from tests.bench.scale import report, scale
 from tests.lab.places import Places
@@ -41,6 +42,8 @@ Beside others, in ABBA pairs, for some minutes on a machine that does nothing el
     {python} -m tests.bench.peers
   the load clients of vLLM, AIPerf and guidellm on a server whose truth is known (their environments: see the module):
     {python} -m tests.bench.client
+  the playbooks on 100 hosts that are not there, first build and new (about 20 minutes of CPU time):
+    {python} -m tests.bench fleet
   vLLM's own offline benchmark, once the lab is up:
     {lab}/environments/vllm/bin/python -m tests.bench.offline {lab}/models/demo
   `vllm bench serve` on the same server, once the lab is up:
@@ -50,6 +53,9 @@ Beside others, in ABBA pairs, for some minutes on a machine that does nothing el
 def main() -> int:
     """0; a figure above its target is shown as such, for a person to judge on a machine that may be busy."""
     print(HEADER)
+    if sys.argv[1:2] == ["fleet"]:
+        show(fleet(*map(int, sys.argv[2:])))
+        return 0
     for measure in (start_up, grid, manifest, host_of_a_campaign, scale):
         show(measure())
     if (no_browser := missing("chromium")) is None:

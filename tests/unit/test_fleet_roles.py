@@ -158,10 +158,12 @@ def test_a_check_of_a_role_takes_the_whole_value_and_nothing_beside_it(
 )
 def test_the_state_of_a_unit_is_read_from_its_own_line(tmp_path: Path, state: str, outcome: str) -> None:
     """The text of the status, in which campaigns write names, is beside it."""
-    poll, record = load(ROOT / "roles/lem_campaign/tasks/wait.yml")
+    poll = assertion("roles/lem_campaign/tasks/poll.yml", "Poll the campaign")
+    record = assertion("roles/lem_campaign/tasks/wait.yml", "Record how it ended")
     lines = [f"ActiveState={state}", "StatusText=[1/2] ActiveState=failed ActiveState=inactive"]
     variables = {
         "lem_campaign_seen": {"stdout": "\n".join(lines), "stdout_lines": lines},
+        "lem_campaign_deadline": 4e9,
         "answers": [record["ansible.builtin.set_fact"]["lem_campaign_outcome"], "{{ (" + poll["until"] + ") | bool }}"],
     }
     copy = {"content": "{{ answers | to_json }}", "dest": str(tmp_path / "answers"), "mode": "0600"}
