@@ -18,6 +18,7 @@ from lem.base.doc import Column, columns, printable, terminal_width, text_width,
 from lem.base.errors import ExitCode, UserError
 from lem.base.units import format_duration, parse_percentage, plain, plural, some_of
 from lem.cli import selection
+from lem.cli.report import make_report
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration import fleet
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
@@ -149,6 +150,7 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     kind = partial(selection.checked, parse_percentage)
     text = "largest difference of a host from the median of all hosts in the plan's anchor (default: 5%%)"
     add("--anchor-tolerance", type=kind, default=0.05, metavar="PERCENT%", help=text)
+    add("--report", type=Path, metavar="FILE", help="also write the report of the merged campaign")
     selection.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -166,6 +168,9 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     matrix = merge.completeness(gathered, plan).without(anchor.outliers)
     gathered = gathered.without(anchor.outliers)
     new = merge.write_merged(gathered, args.output)
+    if args.report is not None:
+        page = make_report(selection.resolve_run(args.output, gathered.campaign).read())
+        selection.write_file(args.report, page)
     if args.json:
         write_json(out, _document(gathered, matrix, anchor, new))
     else:
@@ -258,7 +263,7 @@ def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
     receiving.add_argument("folder", type=Path, metavar="DIR", help="folder of the hosts")
     text = "their checksums on the hosts, as lines of sha256sum: SHA256  HOST/results.tar.gz (default: standard input)"
     receiving.add_argument("--sums", type=argparse.FileType("r"), default="-", metavar="FILE", help=text)
-    add_json(receiving)
+    selection.add_json(receiving)
     receiving.set_defaults(run=_receive)
 
 

@@ -96,6 +96,65 @@ def test_check_mode_on_provisioned_hosts_finds_nothing_to_do(provisioned):
     assert provisioned.controller.must("site", "--check", "--diff").changed("gpu1", "gpu2") == 0
 
 
+RAPL = "/sys/class/powercap"
+
+
+def test_the_user_of_campaigns_reads_the_energy_counters_only_where_a_role_option_says_so(provisioned):
+    """A powercap tree is mounted over that of the host, with links as the kernel makes them."""
+    controller, host = provisioned.controller, provisioned.gpu1
+    tree = "/opt/lem-powercap"
+    script = f"""
+        mkdir -p {tree}/devices/intel-rapl:0 {tree}/class/powercap
+        cd {tree}/devices/intel-rapl:0
+        echo package-0 > name
+        echo 1000000 > energy_uj
+        echo 262143328850 > max_energy_range_uj
+        chmod 400 energy_uj
+        ln -s {tree}/devices/intel-rapl:0 {tree}/class/powercap/
+        mount --bind {tree}/class /sys/class"""
+    host.run("bash", "-euc", script)
+    counter = f"{RAPL}/intel-rapl:0/energy_uj"
+    limited = ("--limit", "gpu1,localhost")
+    controller.must("deploy", *limited)
+    assert not host.answers("setpriv", "--reuid=lem", "--regid=lem", "--init-groups", "cat", counter)
+    controller.must("deploy", *limited, lem_deploy_rapl_access=True)
+    assert host.run("setpriv", "--reuid=lem", "--regid=lem", "--init-groups", "cat", counter) == "1000000\n"
+    assert not host.answers("setpriv", "--reuid=65534", "--clear-groups", "cat", counter)
+    assert controller.must("deploy", *limited, lem_deploy_rapl_access=True).changed("gpu1") == 0
+    controller.must("deploy", *limited)
+    assert host.run("stat", "-L", "-c", "%a %U %G", counter) == "400 root root\n"
+    assert not host.answers("test", "-e", "/etc/tmpfiles.d/lem-rapl.conf")
+    # Without counters, lem doctor says so, and with it the role.
+    host.run("umount", "/sys/class")
+    refused = controller.play("deploy", *limited, lem_deploy_rapl_access=True)
+    assert refused.code != 0
+    assert "lem cannot read the CPU's energy counters" in " ".join(refused.text.split())
+    controller.must("deploy", *limited)
+    host.run("rm", "-rf", tree)
+
+
+def test_a_model_is_copied_as_one_archive_and_only_when_it_differs(provisioned, tmp_path):
+    controller, host = provisioned.controller, provisioned.gpu1
+    (tmp_path / "tiny" / "blobs").mkdir(parents=True)
+    (tmp_path / "tiny" / "blobs" / "weights").write_text("weights")
+    (tmp_path / "tiny" / "link").symlink_to("blobs/weights")
+    given = {"lem_deploy_models": [str(tmp_path / "tiny")], "lem_deploy_model_dir": "/opt/lem-copied"}
+    checked = controller.must("deploy", "--check", **given)
+    assert checked.changed("gpu1") > 0
+    assert not host.answers("test", "-e", "/opt/lem-copied")
+    controller.must("deploy", **given)
+    for path in ("link", "blobs/weights"):
+        assert host.run("stat", "-c", "%F %a %U", f"/opt/lem-copied/tiny/{path}") == "regular file 644 root\n"
+    assert controller.must("deploy", **given).changed("gpu1", "gpu2") == 0
+    host.run("sh", "-c", "echo more > /opt/lem-copied/tiny/stale")
+    again = controller.must("deploy", **given)
+    assert (again.changed("gpu1") > 0, again.changed("gpu2")) == (True, 0)
+    assert host.run("ls", "/opt/lem-copied", "/opt/lem-copied/tiny").split() == [
+        "/opt/lem-copied:", "tiny", "/opt/lem-copied/tiny:", "blobs", "link"]  # fmt: skip
+    for each in (provisioned.gpu1, provisioned.gpu2):
+        each.run("rm", "-rf", "/opt/lem-copied")
+
+
 # Bad input
 
 
@@ -171,6 +230,92 @@ def test_a_campaign_is_split_over_hosts_and_merged(fleet):
     engines = {json.loads(text)["environment"]["engine_name"] for text in merged.values()}
     assert engines == {"transformers"}
     assert b"<svg" in (controller.fleet_dir / "split" / "report.html").read_bytes()
+
+
+def test_check_mode_of_a_first_campaign_changes_nothing_on_any_host(fleet):
+    controller = fleet.controller
+    hosts = (fleet.gpu1, fleet.gpu2)
+    given = trivial(lem_campaign_file=controller.write_campaign("first"))
+    before = [lasting(host) for host in hosts]
+    assert controller.must("run_campaign", "--check", "--diff", **given).changed("gpu1", "gpu2") > 0
+    assert [lasting(host) for host in hosts] == before
+    assert not (controller.fleet_dir / "first").exists()
+
+
+def lasting(host: Host) -> dict[str, str]:
+    """Its files, except those that change by themselves or by a connection."""
+    return {path: text for path, text in host.files().items() if not _LEFT.match(path)}
+
+
+def test_the_unit_that_was_written_is_the_one_that_starts_after_an_interrupted_playbook(provisioned):
+    """Its drop-in is written, as by a playbook that ended before systemd read it, and it failed before."""
+    controller, host = provisioned.controller, provisioned.gpu1
+    fails = {"at": "generate", "do": "fail", "text": "on purpose", "permanent": True}
+    given = trivial(fails, lem_campaign_file=controller.write_campaign("again", outputs=(4,), cycles=1))
+    limited = ("--limit", "gpu1,localhost")
+    assert controller.play("run_campaign", *limited, **given).code != 0
+    assert host.show(unit("again"), "ActiveState") == "failed"
+    # What the new call will write; systemd still has the failing one.
+    mended = trivial(lem_campaign_file=given["lem_campaign_file"])
+    dropin = "/etc/systemd/system/lem-campaign@again.service.d/campaign.conf"
+    assert controller.play("run_campaign", *limited, **given, lem_campaign_options=["--no-resume"]).code != 0
+    controller.must("run_campaign", *limited, **mended)
+    new, old = host.read(dropin), host.show(unit("again"), "Description")
+    host.run("sh", "-c", f"cat > {dropin}", stdin=new.replace("Environment=", "Environment=EARLIER=1 ").encode())
+    host.run("systemctl", "daemon-reload")
+    host.run("sh", "-c", f"cat > {dropin}", stdin=new.encode())
+    host.run("rm", "-rf", "/var/lib/lem/again")
+    controller.must("run_campaign", *limited, **mended)
+    assert host.show(unit("again"), "Description") == old
+    assert "EARLIER" not in host.show(unit("again"), "Environment")
+    # A drop-in of somebody else is refused.
+    other = dropin.replace("campaign.conf", "zz.conf")
+    host.run("sh", "-c", f"cat > {other}", stdin=b"[Service]\nExecStart=\nExecStart=/bin/true\n")
+    refused = controller.play("run_campaign", *limited, **mended)
+    host.run("rm", other)
+    host.run("systemctl", "daemon-reload")
+    assert refused.code != 0
+    assert "zz.conf" in refused.text
+
+
+def test_secrets_that_are_no_longer_configured_are_removed(provisioned):
+    controller, host = provisioned.controller, provisioned.gpu1
+    given = {"lem_campaign_file": controller.write_campaign("secret"), "lem_campaign_executor": "local"}
+    given["lem_campaign_calendar"] = "2199-01-01 00:00:00 UTC"
+    limited = ("--limit", "gpu1,localhost")
+    folder = "/etc/lem/credentials"
+    host.run("sh", "-c", f"mkdir -p {folder} && echo old > {folder}/OLD_TOKEN")  # as an earlier lem had them
+    secrets = {"HF_TOKEN": "one", "WEBHOOK": "two"}
+    controller.must("schedule_campaign", *limited, **given, lem_campaign_secrets=secrets)
+    assert host.run("sh", "-c", f"cd {folder} && find . -type f").split() == ["./secret/HF_TOKEN", "./secret/WEBHOOK"]
+    controller.must("schedule_campaign", *limited, **given, lem_campaign_secrets={"HF_TOKEN": "one"})
+    assert host.run("ls", f"{folder}/secret").split() == ["HF_TOKEN"]
+    controller.must("schedule_campaign", *limited, **given)
+    assert host.run("ls", f"{folder}/secret") == ""
+    assert controller.must("schedule_campaign", *limited, **given).changed("gpu1") == 0
+    controller.must("stop_campaign", *limited, lem_campaign_name="secret", lem_campaign_stop_timer=True)
+
+
+def test_a_new_calendar_whose_time_has_passed_today_starts_nothing(provisioned):
+    controller, host = provisioned.controller, provisioned.gpu1
+    given = {"lem_campaign_file": controller.write_campaign("late"), "lem_campaign_executor": "local"}
+    limited = ("--limit", "gpu1,localhost")
+    stamp = "/var/lib/systemd/timers/stamp-lem-campaign@late.timer"
+    timer = "lem-campaign@late.timer"
+    controller.must("schedule_campaign", *limited, **given, lem_campaign_calendar="2199-01-01 00:00:00 UTC")
+    # It elapsed a year ago for the last time, and the new calendar would have elapsed since.
+    for change in ("daily", "hourly"):
+        host.run("touch", "-d", "1 year ago", stamp)
+        controller.must("schedule_campaign", *limited, **given, lem_campaign_calendar=change)
+        assert host.show(timer, "ActiveState") == "active"
+        assert host.show(unit("late"), "ExecMainStartTimestampMonotonic") == "0"
+    # Also when it was stopped meanwhile.
+    host.run("systemctl", "stop", timer)
+    host.run("touch", "-d", "1 year ago", stamp)
+    controller.must("schedule_campaign", *limited, **given, lem_campaign_calendar="hourly")
+    assert host.show(unit("late"), "ExecMainStartTimestampMonotonic") == "0"
+    controller.must("stop_campaign", *limited, lem_campaign_name="late", lem_campaign_stop_timer=True)
+    assert not host.answers("test", "-e", stamp)
 
 
 @pytest.mark.long
@@ -399,9 +544,18 @@ def test_uninstalling_leaves_what_it_names_and_nothing_else(provisioned):
     controller = fleet.controller
     controller.know(fleet.gpu1, fleet.gpu2)
     results = fleet.gpu1.results("twice")
+    controller.must("deploy", "--limit", "gpu1,localhost", lem_deploy_docker_access=True)
+    assert "docker" in fleet.gpu1.run("id", "-nG", "lem").split()
+    fleet.gpu1.run("touch", "/var/lib/systemd/timers/stamp-lem-campaign@nightly.timer")
     controller.must("uninstall", "--limit", "gpu1")
     assert fleet.gpu1.results("twice") == results
     assert not fleet.gpu1.answers("test", "-e", "/opt/lem")
+    assert fleet.gpu1.run("id", "-nG", "lem").split() == ["lem"]
+    assert "lem" not in fleet.gpu1.run("ls", "/var/lib/systemd/timers")
+    # And installed again.
+    controller.must("deploy", "--limit", "gpu1,localhost")
+    assert controller.must("deploy", "--limit", "gpu1,localhost").changed("gpu1") == 0
+    controller.must("uninstall", "--limit", "gpu1")
 
     controller.must("uninstall", "--limit", "gpu2", lem_uninstall_results=True)
     before, after = fleet.bare_files["gpu2"], fleet.gpu2.files()

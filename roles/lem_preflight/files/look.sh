@@ -36,7 +36,8 @@ if [ "$refuse_running" = yes ]; then
   [ -z "$running" ] || echo "problem=a campaign runs here: $running; wait for it, or stop it with playbooks/stop_campaign.yml"
 fi
 
-if [ "$gpu_runtime" = yes ] && ! ls /etc/cdi/nvidia* /var/run/cdi/nvidia* >/dev/null 2>&1 \
+# Where Docker is not installed yet, lem_nvidia checks it later.
+if [ "$gpu_runtime" = yes ] && command -v docker >/dev/null && ! ls /etc/cdi/nvidia* /var/run/cdi/nvidia* >/dev/null 2>&1 \
   && ! docker info --format '{{json .Runtimes}}' 2>/dev/null | grep -q '"nvidia"'; then
   echo "problem=containers cannot use a GPU here: Docker has no nvidia runtime and there is no CDI specification;" \
     "install the NVIDIA Container Toolkit, then run playbooks/provision.yml"
