@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.builds import BUILD, Build, build_of, old_build
 from tests.bench.host import Figure
-from tests.equivalence.builds import BUILD, Build, build_of, old_build
 from tests.fleet.simulated import Simulated
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.equivalence.builds import Build
+from tests.bench.builds import Build
 from tests.fleet.controller import Ended
 
 ROOT = Path(__file__).resolve().parents[2]

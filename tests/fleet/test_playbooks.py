@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.equivalence.builds import build_of
+from tests.bench.builds import build_of
 from tests.fleet.simulated import ANSIBLE, OLDEST_ANSIBLE, ROOT, Simulated
 from tests.needs import missing
 

@@ -3,6 +3,7 @@
 After a playbook that was interrupted, systemd may still have an older one, and NeedDaemonReload does not tell. So what
 systemd would run is compared with what it should run.
 """
+
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ verb, unit, description, command = sys.argv[1:]
 
 
 def systemctl(*words):
-    return subprocess.run(["systemctl", *words], check=True, stdout=subprocess.PIPE, universal_newlines=True).stdout
+    return subprocess.run(["systemctl", *words], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def show(name):
@@ -35,11 +36,11 @@ if not is_wanted():
     states = "--state=active,activating,deactivating"
     running = systemctl("list-units", "--plain", "--no-legend", states, "lem-campaign@*.service")
     if running:
-        sys.exit("systemd must be reloaded, but a campaign runs here: %s" % running.split()[0])
-    subprocess.run(["systemctl", "reset-failed", unit], stderr=subprocess.DEVNULL)
+        sys.exit(f"systemd must be reloaded, but a campaign runs here: {running.split()[0]}")
+    subprocess.run(["systemctl", "reset-failed", unit], stderr=subprocess.DEVNULL, check=False)
     systemctl("daemon-reload")
     if not is_wanted():
-        sys.exit("a drop-in changes the unit: %s; systemd would run %s" % (show("DropInPaths"), show("ExecStart")))
+        sys.exit(f"a drop-in changes the unit: {show('DropInPaths')}; systemd would run {show('ExecStart')}")
     print("reloaded")
 if verb == "start":
     systemctl("start", "--no-block", unit)
