@@ -62,6 +62,7 @@ class Running:
     """A command that runs, with its output in files so that nobody has to read for it to go on."""
 
     def __init__(self, command: Sequence[str], folder: Path, environ: Mapping[str, str]) -> None:
+        self.patience_s = PATIENCE_S
         self._out, self._err = (tempfile.TemporaryFile(buffering=0) for _ in range(2))  # noqa: SIM115
         self.process = subprocess.Popen(
             command, cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err
@@ -96,7 +97,7 @@ class Running:
         return ended
 
     def _wait(self, look: Callable[[], Any], what: str) -> Any:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self.patience_s
         while True:
             has_ended = self.process.poll() is not None
             found = look()

@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from lem.record import Record
-from tests.campaign_rig import ROOT, CampaignRig, Ended
+from tests.campaign_rig import ROOT, CampaignRig, Ended, Running
 from tests.container_rig import docker
 from tests.lab.places import LAB_COMPOSE_FILES, Places
-from tests.lab.servers import LLAMA_SERVER, VLLM_ENVIRONMENT, VLLM_MODULE, free_port, llama_server, vllm_serve
+from tests.lab.servers import (
+    LLAMA_SERVER,
+    READY_TIMEOUT_S,
+    VLLM_ENVIRONMENT,
+    VLLM_MODULE,
+    free_port,
+    llama_server,
+    vllm_serve,
+)
 from tests.processes import wait_for
 
 RUN_TIMEOUT_S = 800
@@ -81,6 +89,11 @@ class ServedRig(CampaignRig):
 
     def command(self, *options: str, file: str = "c.yaml") -> list[str]:
         return [sys.executable, "-m", "lem", "campaign", file, "--executor", self.executor, "--yes", "--json", *options]
+
+    def start(self, *options: str, **more: Any) -> Running:
+        running = super().start(*options, **more)
+        running.patience_s = READY_TIMEOUT_S
+        return running
 
     def run(self, *options: str, **more: Any) -> Ended:
         return self.start(*options, **more).wait(RUN_TIMEOUT_S)
