@@ -74,7 +74,7 @@ def test_a_host_that_does_not_answer_costs_only_itself_and_is_named_at_the_end(n
     ended = newest.play(playbook, lem_campaign_name="bench", lem_docker_wanted=False).ended
     assert ended.code != 0
     assert ended.counts("gpu2")["unreachable"] == 1
-    assert ended.text.count("did not answer: gpu2.") == 1
+    assert "did not answer: gpu2." in " ".join(ended.text.split())
     for host in ("gpu1", "gpu3"):
         counts = ended.counts(host)
         assert (counts["failed"], counts["unreachable"]) == (0, 0), ended.text[-4000:]
