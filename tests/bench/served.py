@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,7 @@ Figures = tuple[float, ...]
 def main(argv: Sequence[str]) -> int:
     """0; the figures are for a person to judge on a machine that may be busy."""
     rate, pairs, seconds = (float(given) for given in (*argv, *("8", "4", "20")[len(argv) :]))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends with this process
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         places, log = Places.of(), folder / "server.log"
