@@ -224,9 +224,9 @@ class Work(Section):
     @property
     def why_uncounted(self) -> Reason | None:
         """Why a program's work is not known; None where it is."""
-        return next(
-            (why for name in ("output_tok", "input_tok", "requests_ok") if (why := self.null_reasons.get(name))), None
-        )
+        whys = filter(None, map(self.null_reasons.get, ("output_tok", "input_tok", "requests_ok")))
+        # A file that tells nothing comes before what was not asked for.
+        return min(whys, key=lambda why: why.code == "work_not_given", default=None)
 
     @property
     def tried(self) -> int:

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -97,17 +98,22 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         raise UserError(error.message, error.hint) from error
     finally:
         console.close()
+    problems = [] if signum or code else list(dict.fromkeys(why for item in results for why in _unread(item.record)))
+    status = _status_of(code, signum, problems)
     found = make_run([item.record for item in results], campaign_name=name, run_id=run_id)
-    _show(args, found, results, out if args.json else err, code)
+    _show(args, found, results, out if args.json else err, status)
     if results:
         args.next = ["results", "show", slug_of(name), *folder_options(args.results_dir)]
+    for reason in problems:
+        console.error(reason)
+    return status
+
+
+def _status_of(code: int, signum: int | None, problems: Sequence[str]) -> int:
     if signum is not None:
         return _SIGNALLED + signum
     if code:
         return code if code > 0 else _SIGNALLED - code
-    problems = dict.fromkeys(reason for item in results for reason in _unread(item.record))
-    for reason in problems:
-        console.error(reason)
     return ExitCode.EXPERIMENT_FAILED if problems else ExitCode.OK
 
 
@@ -131,7 +137,10 @@ def _prepare(args: argparse.Namespace, command: list[str], stop: StopRequest, re
     secrets = find_secrets(os.environ).values()
     requested: dict[str, Any] = {"command": [redact(word, secrets) for word in command]}
     requested |= {"work": [str(source) for source in args.work]} if args.work else {}
-    for key, value in given_flags(args, _FLAGS):
+    flags = dict(given_flags(args, _FLAGS))
+    if flags.get("baseline.enabled") is False and "baseline.duration_sec" in flags:
+        raise UserError("--baseline: has no effect with --no-idle")
+    for key, value in flags.items():
         requested = merge(ProgramConfig, requested, nest(key, value))
     config = ProgramConfig.from_dict(requested)
     gpus = visible_gpus(find_gpus(), os.environ)
@@ -178,11 +187,11 @@ class _Progress:
             self._console.live(f"run {self._begun} of {self._runs}: {done} of {total} {text}")
 
 
-def _show(args: argparse.Namespace, found: Run, results: list[StoredResult], out: TextIO, code: int) -> None:
+def _show(args: argparse.Namespace, found: Run, results: list[StoredResult], out: TextIO, status: int) -> None:
     if args.json:
         documents = [{"path": str(item.path), "record": encode_record(item.record)} for item in results]
         summary = run_document(found) if results else None
-        write_json(out, {"run_id": found.run_id, "exit_code": code, "results": documents, "summary": summary})
+        write_json(out, {"run_id": found.run_id, "exit_code": int(status), "results": documents, "summary": summary})
     elif results:
         is_one = args.runs == 1
         text = render_record(results[0].record, **screen_of(out)) if is_one else render_run(found, **screen_of(out))

@@ -145,11 +145,18 @@ def _sweep(given: _Given) -> list[_Given]:
     serve, bench = given.take("serve_cmd"), given.take("bench_cmd")
     if not serve or not bench:
         return []
-    command = [word for word in shlex.split(str(serve))[1:] if word != "serve"]
-    base = {**read_words(shlex.split(str(bench))), "command": ["vllm", "serve", *command, "--port", "{port}"]}
+    command = [word for word in _split("--serve-cmd", serve)[1:] if word != "serve"]
+    base = {**read_words(_split("--bench-cmd", bench)), "command": ["vllm", "serve", *command, "--port", "{port}"]}
     base |= {"cycles": given.take("num_runs", default=3)}
     sides = [_parameters(given.take(name)) for name in ("serve_params", "bench_params")]
     return [_Given({**base, **bench, "options": serve}) for serve in sides[0] for bench in sides[1]]
+
+
+def _split(option: str, command: Any) -> list[str]:
+    try:
+        return shlex.split(str(command))
+    except ValueError as error:
+        raise ConfigurationError(f"{option}: {error}: {command}") from error
 
 
 def _parameters(path: str | None) -> list[Options]:

@@ -23,7 +23,7 @@ from lem.base import __version__, process
 from lem.base.clock import Clock, seconds_between, utc_text
 from lem.base.errors import Interrupted, UserError
 from lem.base.launch import own_command
-from lem.base.measurement import Measured, Section, known
+from lem.base.measurement import MAX_FAILED_RATIO, Measured, Section, known
 from lem.base.reasons import Reason
 from lem.config.experiment import PROGRAM, ProgramConfig
 from lem.engines.protocol import EngineReport
@@ -239,8 +239,12 @@ class Measurer:
         energy, window_s = run.energy, seconds_between(run.opened_ns, run.closed_ns)
         unseen: Measured[Any] = known(None, _UNSEEN)
         failed = (Reason.of("program_failed", how=process.describe_exit(run.code)),) if run.code else ()
-        invalid = (*failed, *energy.invalid_reasons)
         work = _unseen_but(Work, token_source=PROGRAM, **run.work)
+        lost = work.requests_failed if work.requests_ok is not None else None
+        unanswered = (Reason.of("work_failed", failed=lost, total=work.tried),) if lost else ()
+        is_unfit = (lost or 0) > MAX_FAILED_RATIO * work.tried
+        invalid = (*failed, *(unanswered if is_unfit else ()), *energy.invalid_reasons)
+        warnings = (*(() if is_unfit else unanswered), *energy.warnings)
 
         def rate(name: str) -> Measured[float]:
             count = getattr(work, name)
@@ -261,7 +265,7 @@ class Measurer:
             validity=Validity.of(
                 valid=not invalid,
                 invalid_reasons=invalid,
-                warnings=tuple(dict.fromkeys(energy.warnings)),
+                warnings=tuple(dict.fromkeys(warnings)),
                 warmup_converged=unseen,
                 steady=unseen,
                 engine_reused=False,

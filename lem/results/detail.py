@@ -43,9 +43,14 @@ def _facts_of_program(record: Record) -> Iterable[tuple[str, str]]:
     yield "command", shlex.join(map(str, record.requested.get("command", ())))
     yield "ended", process.describe_exit(environment.engine_effective.get("exit_code", 0))
     yield "time", units.format_duration(record.window.window_s)
-    names = {"requests_ok": "requests", "input_tok": "tokens in", "output_tok": "tokens out"}
+    names = {
+        "requests_ok": "requests",
+        "requests_failed": "failed",
+        "input_tok": "tokens in",
+        "output_tok": "tokens out",
+    }
     parts = [f"{count} {words}" for name, words in names.items() if (count := getattr(work, name)) is not None]
-    yield "work", ", ".join(parts) or _measured(work, "output_tok", str)
+    yield "work", ", ".join(parts) or f"not measured: {work.why_uncounted}"
 
 
 def _facts(record: Record) -> Iterable[tuple[str, str]]:

@@ -141,12 +141,16 @@ def _keeps(item: Configuration, cycle: Cycle, least: float) -> bool | None:
     if any(reason.code == "load_too_high" for record in used for reason in record.validity.warnings):
         return False
     shares = [share for record in used if (share := GOOD_SHARE.read(record)[0]) is not None]
-    return statistics.fmean(shares) >= least if len(shares) == len(used) else None
+    return _is_enough(statistics.fmean(shares), least) if len(shares) == len(used) else None
+
+
+def _is_enough(share: float, least: float) -> bool:
+    return share > least - 1e-9  # 99.9 / 100 is above 999 / 1000
 
 
 def _is_overloaded(record: Record, least: float) -> bool:
     codes, share = {reason.code for reason in record.validity.invalid_reasons}, GOOD_SHARE.read(record)[0]
-    return codes <= _OVERLOADED and ("queue_grew" in codes or (share is not None and share < least))
+    return codes <= _OVERLOADED and ("queue_grew" in codes or (share is not None and not _is_enough(share, least)))
 
 
 def find_series(configurations: Iterable[Configuration]) -> tuple[Series, ...]:

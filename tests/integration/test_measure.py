@@ -192,6 +192,30 @@ def test_with_json_stdout_is_one_document(rig: Rig) -> None:
     assert document["summary"]["configurations"][0]["time"]["window_s"]["n"] == 1
 
 
+@pytest.mark.parametrize(("script", "code"), [("kill -KILL $$", 137), ("exit 0", 1)])
+def test_the_document_has_the_exit_code_of_lem(rig: Rig, script: str, code: int) -> None:
+    ended = rig.measure("--json", "--no-idle", "--work", "requests=none.json:n", "--", "sh", "-c", script)
+    assert (ended.code, json.loads(ended.out)["exit_code"]) == (code, code)
+    ((_, record),) = rig.results()
+    assert record.work.why_uncounted is not None
+    assert record.work.why_uncounted.code == "work_unreadable"
+
+
+@pytest.mark.parametrize(("failed", "is_valid"), [(0, True), (1, True), (2, False)])
+def test_a_run_of_which_more_than_1_percent_of_the_requests_failed_is_invalid(
+    rig: Rig, failed: int, is_valid: bool
+) -> None:
+    work = {**WORK, "completed": 100 - failed, "failed": failed}
+    (rig.folder / "work.json").write_text(json.dumps(work))
+    ended = rig.measure("--no-idle", "--work", "out.json", "--", "cp", "work.json", "out.json")
+    assert ended.code == 0, ended.err
+    ((_, record),) = rig.results()
+    validity = record.validity
+    assert validity.valid is is_valid
+    told = {reason.code for reason in (*validity.invalid_reasons, *validity.warnings)}
+    assert ("work_failed" in told) is bool(failed)
+
+
 @pytest.mark.parametrize(("signum", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129), ("KILL", -9)])
 def test_nothing_is_left_of_a_program_when_lem_is_ended(rig: Rig, signum: str, code: int) -> None:
     # Deaf to TERM, and with a child in a session of its own.
@@ -215,6 +239,7 @@ def test_nothing_is_left_of_a_program_when_lem_is_ended(rig: Rig, signum: str, c
         (("--work", "a.json", "--work", "b.json:tokens", "--", "true"), 2),
         (("--energy", "nvml", "--", "true"), 2),
         (("--cpu-tdp-w", "90", "--", "true"), 2),
+        (("--baseline", "5", "--", "true"), 2),
     ],
 )
 def test_what_cannot_take_effect_is_refused_before_the_program_runs(rig: Rig, words: Sequence[str], code: int) -> None:

@@ -522,6 +522,8 @@ def test_converted_loads_are_valid_campaigns(tmp_path: Path) -> None:
         "vllm bench serve --model gpt2 --base-url http://[x",
         "vllm bench serve gpt2",
         "vllm bench sweep serve --serve-cmd x --bench-cmd vllm --serve-params /nowhere.json",
+        "vllm bench sweep serve --serve-cmd vllm' --bench-cmd vllm",
+        "vllm bench sweep serve --serve-cmd vllm --bench-cmd vllm'",
     ],
 )
 def test_a_command_line_that_cannot_be_read_is_refused(words: str) -> None:

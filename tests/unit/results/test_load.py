@@ -130,6 +130,16 @@ def test_the_share_that_a_load_needs_is_an_option() -> None:
     assert [column.cells for column in table.columns] == [("2",), ("–",), ("–",), ("1",), ("2",), ("–",)]
 
 
+def test_a_load_of_which_exactly_the_share_is_good_keeps_the_slo() -> None:
+    def at(load: float, good: int) -> Record:
+        record = make_record(config_name=f"a{load}", n_requests=1000, order=int(load))
+        return under_load(record, load, good, slo={"ttft_ms": 200, "attainment_pct": 99.9})
+
+    refused = Reason.of("requests_failed", failed=20, total=1000, first="503")
+    series = only_series([at(1, 999), invalid(at(2, 999), refused), at(4, 998)])
+    assert series.knee == Knee(((1, 4),)), "an invalid one that keeps it shows nothing"
+
+
 @pytest.mark.parametrize(("attainment_pct", "is_told"), [(99.0, False), (99.5, True), (100.0, False)])
 def test_windows_of_too_few_requests_for_the_share_are_named(attainment_pct: float, is_told: bool) -> None:
     slo = {"ttft_ms": 200, "attainment_pct": attainment_pct}
