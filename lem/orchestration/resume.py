@@ -391,6 +391,9 @@ def run_of(manifest: CampaignManifest, repository: Repository) -> Run:
 
 
 def needs_cycle(run: Run, rule: StoppingRule, cycles: int) -> tuple[bool, str]:
+    if run.records:  # no cycle adds to what an earlier node measured
+        node = max((it.identity for it in run.records), key=lambda it: (it.cycle_index, it.attempt)).machine
+        run = dataclasses.replace(run, records=tuple(it for it in run.records if it.identity.machine == node))
     found, goal = measure_precision(run, rule), rule.target.goal if rule.target else ""
     details = f"({found.metric}, t intervals at {percent(rule.alpha)})"
     without = [f"{name} ({reason})" for name, reason in found.without.items()]

@@ -26,6 +26,7 @@ from lem.results.check import check_run
 from lem.results.compare import compare_configurations
 from lem.results.configurations import CONFIGURATIONS_FILE, Reading, read_listing, slo_of
 from lem.results.run import read_run
+from lem.results.stopping import StoppingRule, parse_target
 from lem.results.store import Repository
 from lem.worker.prompts import resolve_on_host
 from tests.campaign_doubles import EIGHT, ENVIRONMENT, FOUR, FakeStop, Place, make_campaign
@@ -344,6 +345,15 @@ def test_what_another_node_measured_of_a_cycle_that_started_over_is_not_adopted_
     place.run({EIGHT: [UserError("gone")]}, options=RESUME, execution=THREE)
     place.run(options=RESUME, execution=THREE)
     assert place.asked() == [(EIGHT, 2, 3), (FOUR, 2, 2), (EIGHT, 3, 1), (FOUR, 3, 1)]
+
+
+def test_on_another_node_until_is_about_the_cycles_of_that_node(place):
+    until = RunOptions(resume=True, until=StoppingRule(parse_target("each=50%:output_tok_per_s"), 5, 12))
+    place.run({FOUR: ["ok", "ok", "ok", UserError("gone")]}, options=RunOptions(until=until.until))
+    place.node = "there"
+    place.run(options=until)
+    assert sorted({cycle for _, cycle, _ in place.asked()}) == [4, 5, 6, 7, 8]
+    assert place.manifest().is_complete
 
 
 @pytest.mark.parametrize(
