@@ -124,6 +124,9 @@ class Series:
     def _bracket(self, cycle: Cycle) -> Bracket | None:
         least = self.slo.attainment_pct / 100 if self.slo else 1.0
         known = {load: kept for load, item in self.levels if (kept := _keeps(item, cycle, least)) is not None}
+        # With a load that keeps it, the window is long enough: only the load leaves no request complete at a higher one.
+        lowest = min((load for load, kept in known.items() if kept), default=math.inf)
+        known |= {load: False for load, item in self.levels if load > lowest and _is_stuck(item, cycle)}
         high = min((load for load, kept in known.items() if not kept), default=math.inf)
         return (max((load for load in known if load < high), default=0.0), high) if known else None
 
@@ -146,6 +149,11 @@ def _keeps(item: Configuration, cycle: Cycle, least: float) -> bool | None:
 
 def _is_enough(share: float, least: float) -> bool:
     return share > least - 1e-9  # 99.9 / 100 is above 999 / 1000
+
+
+def _is_stuck(item: Configuration, cycle: Cycle) -> bool:
+    found = [{reason.code for reason in it.validity.invalid_reasons} for it in item.attempts.get(cycle, ())]
+    return bool(found) and all(codes == {"none_completed"} for codes in found)
 
 
 def _is_overloaded(record: Record, least: float) -> bool:

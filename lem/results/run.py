@@ -36,7 +36,7 @@ REPLAYED = Reason.of("replayed_arrivals")
 SINGLE_CYCLE = "Single cycle: use --cycles 3+ for confidence intervals"
 
 # By the part of the identity that results under one name should have in common.
-_MIXTURES = {"config_hash": "mixed_configurations", "host": "mixed_hosts", "run_id": "mixed_runs"}
+_MIXTURES = {"config_hash": "mixed_configurations", "machine": "mixed_hosts", "run_id": "mixed_runs"}
 
 
 @dataclass(frozen=True)

@@ -274,6 +274,7 @@ def served(rate: float, capacity: float, batch: int = 1, seconds: int = 60) -> R
         (served(10, 20), False),
         (served(10, 10.2), False),
         (served(10, 7), True),
+        (served(10, 9.3, seconds=300), True),  # less than a tenth too much, for long
         (served(100, 50), True),
         (served(8, 8.5, batch=64), False),  # batches of 7.5 s, between which requests pile up
         (served(16, 8, batch=64), True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -170,6 +171,9 @@ def test_results_of_several_hosts_or_runs_under_one_name_are_warned_about() -> N
     aggregate = configured([make_record(), make_record(host="b"), make_record(run_id="later")])
     assert aggregate.n_cycles == 3
     assert {Reason.of("mixed_hosts", count=2), Reason.of("mixed_runs", count=2)} <= set(aggregate.warnings)
+    first, other = make_record(), make_record(cycle=1)
+    moved = dataclasses.replace(other, identity=dataclasses.replace(other.identity, node="b"))
+    assert Reason.of("mixed_hosts", count=2) in configured([first, moved]).warnings
 
 
 def _pairs(run_id: str, *ratios: float) -> list[Record]:

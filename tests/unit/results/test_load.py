@@ -130,6 +130,15 @@ def test_the_share_that_a_load_needs_is_an_option() -> None:
     assert [column.cells for column in table.columns] == [("2",), ("–",), ("–",), ("1",), ("2",), ("–",)]
 
 
+def test_a_load_at_which_nothing_is_completed_breaks_the_slo_where_a_lower_one_keeps_it() -> None:
+    stuck = invalid(record_at(4, 0, UNKNOWN), Reason.of("none_completed", arrived=240))
+    assert only_series([record_at(1, 0, GOOD), record_at(2, 0, GOOD), stuck]).knee == Knee(((2, 4),))
+    assert only_series([record_at(1, 0, BAD), stuck]).knee == Knee(((0, 1),))
+    alone = [invalid(record_at(load, 0, UNKNOWN), Reason.of("none_completed", arrived=9)) for load in (1, 2)]
+    assert only_series(alone).knee is None, "the window may be too short for any load"
+    assert only_series([stuck, record_at(8, 0, GOOD)]).knee == Knee(((8, math.inf),))
+
+
 def test_a_load_of_which_exactly_the_share_is_good_keeps_the_slo() -> None:
     def at(load: float, good: int) -> Record:
         record = make_record(config_name=f"a{load}", n_requests=1000, order=int(load))
