@@ -224,8 +224,8 @@ def unfit_reasons(log: RequestLog, *, allows_overload: bool) -> tuple[Reason, ..
 
 
 def load_warnings(log: RequestLog) -> tuple[Reason, ...]:
-    """That more was offered than the engine could do: by more than a tenth and two deviations of the arrivals, or by so
-    much that the queue grew throughout the window."""
+    """That more was offered than the engine could do."""
+    # By more than a tenth and two deviations of the arrivals, or by so much that the queue grew throughout the window.
     arrived, finished = log.arrived, len(log.finished)
     is_above = arrived - finished > max(0.1 * arrived, _chance(log)) or _growth(log) is not None
     if log.traffic_mode in OPEN_LOOP and is_above:

@@ -124,7 +124,7 @@ class Series:
     def _bracket(self, cycle: Cycle) -> Bracket | None:
         least = self.slo.attainment_pct / 100 if self.slo else 1.0
         known = {load: kept for load, item in self.levels if (kept := _keeps(item, cycle, least)) is not None}
-        # With a load that keeps it, the window is long enough: only the load leaves no request complete at a higher one.
+        # Where a load keeps it, the window is long enough: only its load leaves a higher one without complete requests.
         lowest = min((load for load, kept in known.items() if kept), default=math.inf)
         known |= {load: False for load, item in self.levels if load > lowest and _is_stuck(item, cycle)}
         high = min((load for load, kept in known.items() if not kept), default=math.inf)
