@@ -38,7 +38,7 @@ def token(text: str | None, ids: Sequence[int] | None = None, finish: str | None
     return event({"id": "c", "object": "text_completion", "created": 1, "model": "m", "choices": [choice], **more})
 
 
-def delta(finish: str | None = None, **content: str) -> bytes:
+def delta(finish: str | None = None, **content: Any) -> bytes:
     """An event of the chat API."""
     choice = {"index": 0, "delta": content, "finish_reason": finish}
     return event({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]})

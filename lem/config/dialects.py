@@ -34,7 +34,7 @@ class Dialect:
     no_top_k: int = 0  # the value of its top_k that is off
     info_path: str | None = None  # JSON of its settings
     version_fields: tuple[str, ...] = ("version",)  # in the answers to /version and to info_path
-    # {option of its command: dotted place of its value in the answer to info_path}, where the names differ.
+    # {option of its command: field of the answer to info_path with its value}, where the names differ.
     settings: Mapping[str, str] = field(default_factory=dict)
     # {what is counted: the Prometheus counter}
     counters: Mapping[str, str] = field(default_factory=dict)

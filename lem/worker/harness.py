@@ -350,7 +350,7 @@ def warm_up(
         failures += [item.error for item in completions if item.error is not None]
         step_s = seconds_between(step_ns, now_ns)
         if source.is_typical(requests):
-            costs.append(step_s / max(1, sum(len(item.output_ids) for item in completions)))
+            costs.append(step_s / max(1, sum(item.output_tok for item in completions)))
         report(prompts)
         variation = variation_of(costs, settings.window_size)
         if prompts >= floor:

@@ -174,7 +174,7 @@ class LoadClient:
     def _run(self, order: Mapping[str, Any], report: Callable[[int], None]) -> LoadResult:
         self._order(order)
         replies: list[Reply] = []
-        while line := self._lines.readline():
+        while (line := self._lines.readline()).endswith(b"\n"):  # a client that is killed may leave part of one
             kind, value = json.loads(line)
             if kind == "reply":
                 replies.append(self._reply(value))

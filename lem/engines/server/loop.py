@@ -455,7 +455,7 @@ class Loop:
         """A request is finished, and its connection free if it is given."""
         self._in_flight -= 1
         self._finished += 1
-        now_ns = time.monotonic_ns()
+        now_ns = exchange.ended_ns = time.monotonic_ns()
         if self._rule is not None:
             is_done = b"[DONE]" in exchange.raw[-64:] or not self._target.needs_done
             self._rule.answer(now_ns, is_good=exchange.is_whole and exchange.framing.status == 200 and is_done)
@@ -470,7 +470,8 @@ class Loop:
         if rule is None:
             return
         rule.advance(now_ns)
-        if rule.opened_ns is not None and self._opening is None:
+        # A load that failed as a whole opens and closes its window at once, over all of it.
+        if rule.opened_ns is not None and self._opening is None and not rule.is_over(now_ns):
             self._opening = Usage()
         if rule.is_over(now_ns) and self._closing is None:
             self._closing = Usage()
@@ -550,13 +551,14 @@ def _tls_receiver(sock: Any) -> Callable[[int, int], tuple[bytes, tuple[()], int
 
 
 def _allow_files(links: int) -> None:
-    """Raise the limit of open files as far as needed; EngineError if the hard limit is below."""
+    """Raise the limit of open files as far as it goes: an open loop may need any number. EngineError: it is too low."""
     needed = links + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise EngineError(f"{links} connections need {needed} open files, the hard limit is {hard}", "ulimit -Hn")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise EngineError(f"{links} connections need {needed} open files, the hard limit is {hard}", "ulimit -Hn")
+    if soft not in (hard, resource.RLIM_INFINITY):
+        most = max(soft, needed) if hard == resource.RLIM_INFINITY else hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def serve_pipes() -> int:

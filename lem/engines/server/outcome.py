@@ -42,7 +42,7 @@ class Exchange:
 
     __slots__ = (
         *("call", "scheduled_ns", "sent_ns", "body_sent_ns", "unsent", "turn", "tries", "lost", "is_whole"),
-        *("raw", "sizes", "stamps", "seen_ns", "times_ns", "framing", "looks"),
+        *("raw", "sizes", "stamps", "seen_ns", "times_ns", "ended_ns", "framing", "looks"),
     )
 
     def __init__(self, call: int, scheduled_ns: int | None, turn: int = 0) -> None:
@@ -60,6 +60,7 @@ class Exchange:
         self.stamps = bytearray()  # timespecs of the kernel; zeros where it gave none
         self.seen_ns = array("q")  # when the loop's pass began that read it
         self.times_ns = array("q")  # when it had arrived, once that is worked out
+        self.ended_ns: int | None = None  # when the client was done with it
         self.framing = Framing(self.raw)
         self.looks = True  # at every read: its framing does not show at the end of one
 
@@ -178,7 +179,8 @@ class _Tally:
         if answer.at_ns and since_ns is not None:
             self._ttft_ns.append(answer.at_ns[0] - since_ns)
         if sent_ns is not None:
-            self._in_flight_ns += max(0, min(finished_ns or closed_ns, closed_ns) - max(sent_ns, opened_ns))
+            until_ns = finished_ns or exchange.ended_ns or closed_ns
+            self._in_flight_ns += max(0, min(until_ns, closed_ns) - max(sent_ns, opened_ns))
         seen_ns, late_passes = exchange.seen_ns, self._late_passes
         lags_ns = [seen - at for at, seen in zip(arrivals.times_ns, seen_ns, strict=True)]
         late = sum(seen in late_passes for seen in seen_ns)
@@ -228,7 +230,9 @@ class _Tally:
         )
 
     def bound(self) -> Reason | None:
-        """Why the client decided the figures."""
+        """Why the client decided the figures; None also where there are none, since no request brought a token."""
+        if not self._chunks:
+            return None
         check = self.check
         asked, reached = check.concurrency_asked, check.concurrency_reached
         why = None

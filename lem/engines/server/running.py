@@ -93,7 +93,7 @@ class Address:
     def read(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The JSON of an answer; None for any other answer; raises OSError."""
         status, text = self.ask(path, body)
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(text) if status == OK else None
         return None
 
@@ -267,5 +267,7 @@ def read_settings(text: str) -> dict[str, str]:
 
 
 _COUNTERS = ("_total", "_sum", "_count")
-_METRIC = re.compile(r"([A-Za-z_:][A-Za-z0-9_:]*)(?:\{(.*)\})?\s+([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)(?:\s|$)")
+_METRIC = re.compile(
+    r"([A-Za-z_:][A-Za-z0-9_:]*)(?:\{(.*)\})?\s+([-+]?[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?)(?:\s|$)"
+)
 _LABEL = re.compile(r'([A-Za-z_][A-Za-z0-9_]*)="((?:[^"\\]|\\.)*)"')

@@ -108,8 +108,8 @@ class Session(common.ServedSession, TextSession):
     @property
     def _longest_tok(self) -> int | None:
         """The most tokens of prompt and output together, if the server says so."""
-        places = (self._model.get("max_model_len"), (self._model.get("meta") or {}).get("n_ctx"))
-        return next((int(value) for value in places if isinstance(value, int)), None)
+        places = (("max_model_len",), ("meta", "n_ctx"))
+        return next(filter(None, (number_of(self._model, *place) for place in places)), None)
 
     @property
     def report(self) -> EngineReport:
@@ -141,7 +141,7 @@ class Session(common.ServedSession, TextSession):
     def _effective(self) -> dict[str, Any]:
         """The settings that the server reports, under the names of the options, and the fields of each request."""
         section, decoder, fields = section_of(self._config, ServerConfig), self._config.decoder, self._fields
-        settings = running.read_settings(self._metrics_text())
+        settings = running.read_settings(self._metrics_text() or "")
         reported: dict[str, Any] = {**settings, **self._model, **self._info}
         options = {}
         for name, wanted in section.options.items():
@@ -301,26 +301,36 @@ class Session(common.ServedSession, TextSession):
 
     def begin_window(self) -> None:
         self._results: list[LoadResult] = []
-        self._before = running.read_metrics(self._metrics_text())
+        self._before = self._metrics_text()
 
     def observed(self) -> Observed:
         replies = [reply for result in self._results for reply in result.replies]
+        # Nothing was sent for those that still waited for a connection when the window closed.
+        replies = [reply for reply in replies if reply.error is not None or reply.sent_ns is not None]
         good = [reply for reply in replies if reply.error is None]
         sources = Counter(reply.token_source for reply in good)
         warnings = [reason for result in self._results for reason in result.warnings]
         bound = [result.bound for result in self._results if result.bound is not None]
-        counted = {
-            "input_tok": sum(number_of(reply.usage, "prompt_tokens") or 0 for reply in good),
-            "output_tok": sum(reply.output_tok for reply in good),
-            "cached_tok": sum(reply.cached_tok or 0 for reply in good),
+        numbers: dict[str, list[int | None]] = {
+            "input_tok": [number_of(reply.usage, "prompt_tokens") for reply in good],
+            "output_tok": [reply.output_tok for reply in good],
+            "cached_tok": [reply.cached_tok for reply in good],
         }
-        after = running.read_metrics(self._metrics_text())
-        changes = {name: after[name] - self._before.get(name, 0.0) for name in sorted(after)}
+        # Left out is what answers do not say.
+        counted = {name: sum(filter(None, found)) for name, found in numbers.items() if None not in found}
+        edges = [None if text is None else running.read_metrics(text) for text in (self._before, self._metrics_text())]
+        before, after = edges
+        changes = {}
+        if before is not None and after is not None:
+            changes = {name: now - before.get(name, 0.0) for name, now in sorted(after.items())}
+        # Not every server has the path that is usual for its kind.
+        if None in edges and (edges != [None, None] or section_of(self._config, ServerConfig).metrics_path):
+            warnings.append(Reason.of("metrics_unread", path=self._metrics_path or ""))
         reported = {what: changes[name] for what, name in self._dialect.counters.items() if name in changes}
         if differing := sum(any(note.code == "server_usage_differs" for note in reply.notes) for reply in good):
             warnings.append(Reason.of("ids_differ", count=differing, total=len(good)))
-        if counted["cached_tok"]:
-            warnings.append(Reason.of("prompts_cached", cached=counted["cached_tok"], total=counted["input_tok"]))
+        if cached := counted.get("cached_tok", round(reported.get("cached_tok", 0))):
+            warnings.append(Reason.of("prompts_cached", cached=cached, total=counted.get("input_tok", 0)))
         if len(good) == len(replies):  # a server counts what it made for failed requests, too
             made_tok = round(reported.get("output_tok", counted["output_tok"]))
             if made_tok != counted["output_tok"]:
@@ -340,14 +350,17 @@ class Session(common.ServedSession, TextSession):
         source = "engine_ids" if set(sources) <= {"ids"} else "usage"
         return Observed(source, facts, tuple(dict.fromkeys(warnings)), tuple(dict.fromkeys(bound)))
 
-    def _metrics_text(self) -> str:
-        path = section_of(self._config, ServerConfig).metrics_path or self._dialect.metrics_path
-        if path is None:
-            return ""
-        with contextlib.suppress(OSError):
-            status, text = self._address.ask(path)
-            return text if status == running.OK else ""
-        return ""
+    @property
+    def _metrics_path(self) -> str | None:
+        return section_of(self._config, ServerConfig).metrics_path or self._dialect.metrics_path
+
+    def _metrics_text(self) -> str | None:
+        """None if the server does not give it."""
+        if self._metrics_path is not None:
+            with contextlib.suppress(OSError):
+                status, text = self._address.ask(self._metrics_path)
+                return text if status == running.OK else None
+        return None
 
     def _read_json(self, path: str | None) -> Mapping[str, Any]:
         found = None
@@ -363,4 +376,8 @@ def _find_key(section: ServerConfig, secrets: Mapping[str, str]) -> str | None:
     key = secrets.get(name) or os.environ.get(name)
     if not key:
         raise OptionRefused(f"server.api_key_env: {name} is not set", "export it where lem runs")
+    key = key.strip()
+    if not key or not key.isascii() or not key.isprintable():
+        text = f"server.api_key_env: {name} has characters that no HTTP header can have"
+        raise OptionRefused(text, "export the key alone, in one line")
     return key

@@ -277,7 +277,10 @@ def read_event(document: Mapping[str, Any]) -> Event:
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else document
     delta = choice.get("delta")
     inner = delta if isinstance(delta, dict) else choice
-    texts = (inner.get(name) for name in ("reasoning_content", "content", "text"))
+    texts = [inner.get(name) for name in ("content", "text")]
+    # Servers call what is thought by one of these names or, while they rename it, by both.
+    texts.insert(0, inner.get("reasoning_content") or inner.get("reasoning"))
+    texts += _texts_of_tools(inner.get("tool_calls"))
     ids = next((found for name in ("token_ids", "tokens") if (found := choice.get(name))), ())
     is_ids = isinstance(ids, list) and all(type(item) is int for item in ids)
     usage, finish = document.get("usage"), choice.get("finish_reason")
@@ -287,6 +290,12 @@ def read_event(document: Mapping[str, Any]) -> Event:
         usage if isinstance(usage, dict) else None,
         finish if isinstance(finish, str) else None,
     )
+
+
+def _texts_of_tools(calls: Any) -> list[Any]:
+    """What the model wrote in order to call tools: their names and arguments, in parts."""
+    found = [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    return [item.get(name) for item in found if isinstance(item, dict) for name in ("name", "arguments")]
 
 
 def _last_of_llamacpp(document: Mapping[str, Any]) -> Mapping[str, Any]:

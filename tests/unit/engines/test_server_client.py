@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
+import resource
 import signal
+import socket
 import ssl
+import struct
 import subprocess
+import termios
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +24,7 @@ from lem.base import process
 from lem.base.errors import EngineError
 from lem.engines.server.client import SALT, Call, LoadClient, LoadResult, Reply, Target
 from lem.engines.traffic import TrafficPlan
-from tests.processes import PATIENCE_S, wait_until_ended
+from tests.processes import PATIENCE_S, wait_for, wait_until_ended
 from tests.scripted_server import (
     DONE,
     HEAD,
@@ -105,6 +110,7 @@ CRLF = STREAM.replace(b"\n", b"\r\n")
 UTF8 = (token(" ä€😀"), token(" b"), token(" c", finish="length"), usage(3), DONE)
 TYPE = {"Content_Type": "text/event-stream"}
 CHUNKED = {**TYPE, "Transfer_Encoding": "chunked"}
+CALLED = ({"name": " a", "arguments": ""}, {"arguments": " b"}, {"arguments": " c"})
 LLAMACPP = {"content": "", "tokens": [], "stop": True, "tokens_predicted": 3, "tokens_evaluated": 7}
 
 # What is fine, however it comes.
@@ -143,6 +149,18 @@ FINE: dict[str, Case] = {
     "reasoning": Case(
         says(delta(reasoning_content=" a"), delta(content=" b"), delta("stop", content=" c"), usage(3), DONE),
         finish="stop",
+    ),
+    "reasoning by its other name": Case(
+        says(delta(reasoning=" a"), delta(content=" b"), delta("stop", content=" c"), usage(3), DONE), finish="stop"
+    ),
+    "reasoning by both names": Case(
+        says(
+            delta(reasoning=" a", reasoning_content=" a"), *(delta(content=it) for it in (" b", " c")), usage(3), DONE
+        ),
+        finish=None,
+    ),
+    "a call of a tool": Case(
+        says(*(delta(tool_calls=[{"index": 0, "function": it}]) for it in CALLED), usage(3), DONE), finish=None
     ),
     "a finish reason of its own": Case(
         says(token(" a"), token(" b"), token(" c"), token("", finish="length"), usage(3), DONE)
@@ -473,6 +491,37 @@ def test_a_load_that_fails_as_a_whole_is_not_kept_up() -> None:
     assert {reply.error and reply.error.code for reply in result.replies} == {"server_refused"}
 
 
+def test_a_load_that_fails_as_a_whole_is_not_blamed_on_the_client() -> None:
+    with ScriptedServer(refuses("500 Internal Server Error")) as server:
+        result = run(server, plan("constant", min_window_s=60.0))
+    assert {reply.error and reply.error.code for reply in result.replies} == {"server_refused"}
+    assert result.bound is None
+
+
+def test_a_request_without_an_answer_is_in_flight_no_longer_than_its_connection() -> None:
+    def answer(talk: Talk) -> None:
+        if len(server.requests) % 10 < 2:  # two in a row, since the first is sent again
+            talk.reset()
+        else:
+            talk.answer(*GOOD)
+
+    with ScriptedServer(answer) as server:
+        result = run(server, plan("closed"))
+    assert "server_reset" in {reply.error.code for reply in result.replies if reply.error is not None}
+    assert result.check.concurrency_reached <= 1
+
+
+def test_an_open_loop_may_need_more_files_than_the_soft_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as silent:
+        target = Target(f"http://127.0.0.1:{silent.getsockname()[1]}/", silence_s=HANGS_S)
+        with LoadClient(target) as client:
+            resource.prlimit(client.pid, resource.RLIMIT_NOFILE, (110, hard))
+            result = client.run_traffic([Call("{}", 3)], plan("constant", qps=400.0), lambda _: None)
+    assert {reply.error.code for reply in result.replies if reply.error is not None} == {"server_hung"}
+    assert result.check.connections > 110
+
+
 def test_repeated_calls_differ_in_their_salt() -> None:
     body = json.dumps({"cache_salt": f"x-{SALT}"})
     with ScriptedServer(says(*GOOD)) as server, LoadClient(Target(server.url)) as client:
@@ -522,6 +571,21 @@ def test_a_client_that_is_killed_is_an_error() -> None:
         server.script = then(lambda _: os.kill(client.pid, signal.SIGKILL), Talk.hang)
         with pytest.raises(EngineError, match="the load client was killed by SIGKILL"):
             client.run_all([Call("{}", 3)], 1, lambda _: None)
+
+
+def test_a_client_that_is_killed_while_it_reports_is_an_error() -> None:
+    long = says(*[token(" some text")] * 4000, usage(4000), DONE)
+
+    def kill(_: int) -> None:
+        """Once the beginning of a reply, which is longer than a pipe holds, is there."""
+        with Path(f"/proc/{client.pid}/fd/1").open("rb") as pipe:
+            wait_for(lambda: struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0] > 4096 or None)
+        os.kill(client.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, client.pid, os.WEXITED | os.WNOWAIT)
+
+    killed = pytest.raises(EngineError, match="the load client was killed by SIGKILL")
+    with ScriptedServer(long) as server, LoadClient(Target(server.url)) as client, killed:
+        client.run_all([Call("{}", 4000)], 1, kill)
 
 
 HOLDER = """
@@ -580,8 +644,6 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(certificate: Path, mon
 
 
 def test_requests_of_a_connection_are_told_apart() -> None:
-    import socket
-
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.sendall(b"GET / HTTP/1.1\r\n\r\nPOST / HTTP/1.1\r\ncontent-length: 3\r\n\r\nabc")

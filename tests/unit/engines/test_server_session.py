@@ -22,6 +22,7 @@ from lem.engines.server.running import Address, devices_of, option_words, read_m
 from lem.engines.server.tokens import Pieces, token_times
 from lem.engines.traffic import TrafficPlan
 from tests.processes import wait_for, wait_until_ended
+from tests.scripted_server import DONE, Script, ScriptedServer, Talk, head, token, usage
 
 DOUBLE = Path(__file__).parents[2] / "doubles/openai_server.py"
 TOK = 4  # of every answer
@@ -226,9 +227,21 @@ def test_traffic_is_driven_by_the_client(start: Start) -> None:
     assert {item.prompt for item in done} == {0, 1, 2}
     assert all(item.completion.started_ns >= item.arrived_ns for item in done if item.completion is not None)
     facts = observed(engine)
-    assert facts["counted"] == {"input_tok": 6 * len(done), "output_tok": TOK * len(done), "cached_tok": 0}
+    assert facts["counted"] == {"input_tok": 6 * len(done), "output_tok": TOK * len(done)}
     assert facts["reported"] == {"output_tok": TOK * len(done), "cached_tok": 0}
     assert facts["client"][0]["pid"] > 0
+
+
+def test_requests_that_were_never_sent_have_no_outcome(start: Start) -> None:
+    engine = start("llamacpp")  # a connection for each request
+    assert isinstance(engine, Driven)
+    engine.begin_window()
+    drive = engine.drive(REQUESTS, TrafficPlan("constant", 5000.0, 1, 7, 0.05, 0.05), lambda _: None)
+    sent = [item for item in drive.arrivals if item.completion is not None or item.error is not None]
+    assert len(sent) < len(drive.arrivals)
+    facts = observed(engine)
+    assert sum(facts["outcomes"].values()) == len(sent)
+    assert "chunks" not in facts["token_sources"]
 
 
 def test_other_counts_of_the_server_and_cached_prompts_are_named(start: Start) -> None:
@@ -375,6 +388,71 @@ def test_a_token_has_the_time_of_its_chunk(held: list[int], tok: int, expected: 
 def test_counters_are_summed_over_their_labels() -> None:
     text = '# HELP a_total x\na_total{b="1"} 2.0\na_total{b="{}"} 3e1\nb_bucket{le="1"} 4\nc 5\nd_sum 0.25\n'
     assert read_metrics(text) == {"a_total": 32.0, "d_sum": 0.25}
+
+
+def test_what_is_no_metric_is_passed_over() -> None:
+    assert read_metrics("a_total 1.2.3\nb_total .\nc_total NaN\nd_total 1.\n") == {"d_total": 1.0}
+
+
+def scripted(metrics: Callable[[], bytes]) -> Script:
+    """A server of the dialect openai whose answers say nothing about caches."""
+
+    def play(talk: Talk) -> None:
+        if talk.request.startswith(b"POST"):
+            return talk.answer(*map(token, " abcd"[:TOK]), usage(TOK), DONE)
+        body = b'{"data": [{"id": "m", "meta": "x"}]}'
+        status = "200 OK"
+        if talk.request.startswith(b"GET /metrics"):
+            body = metrics()
+            status = "200 OK" if body else "500 Internal Server Error"
+        return talk.send(head(status, Content_Length=str(len(body))) + body)
+
+    return play
+
+
+@pytest.fixture
+def observe(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], list[str]]]:
+    """The facts and warnings of one request to a server whose metrics are these in turn."""
+
+    def look(*texts: bytes, **server: str) -> tuple[dict[str, Any], list[str]]:
+        left = iter(texts)
+        with ScriptedServer(scripted(lambda: next(left))) as running:
+            section = {"command": None, "url": f"http://127.0.0.1:{running.port}", **server}
+            engine = load_engine(experiment(tmp_path, "openai", server=section), {})
+            assert isinstance(engine, Driven)
+            engine.begin_window()
+            ids = tuple(engine.encode("one and two"))
+            engine.generate([TokenRequest(0, ids, TOK)], observe_tokens=False)
+            found = engine.observed()
+            engine.close()
+        return dict(found.facts), [reason.code for reason in found.warnings]
+
+    return look
+
+
+def test_counters_that_were_not_read_before_the_window_have_no_difference(observe: Any) -> None:
+    facts, warnings = observe(b"", b"", b"a_total 70\n", metrics_path="/metrics")
+    assert facts["metrics"] == {}
+    assert "metrics_unread" in warnings
+
+
+def test_counters_have_their_difference(observe: Any) -> None:
+    facts, warnings = observe(b"a_total 1\n", b"a_total 1\n", b"a_total 7\n", metrics_path="/metrics")
+    assert facts["metrics"] == {"a_total": 6.0}
+    assert "metrics_unread" not in warnings
+
+
+def test_what_answers_do_not_say_is_not_counted_as_zero(observe: Any) -> None:
+    facts, _ = observe()
+    assert facts["counted"] == {"input_tok": 5, "output_tok": TOK}
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "k\u20acy", " "])
+def test_a_key_that_no_header_can_have_is_refused_without_being_shown(tmp_path: Path, key: str) -> None:
+    config = experiment(tmp_path, "vllm", server={"api_key_env": "LEMTEST_KEY"})
+    with pytest.raises(EngineError, match="LEMTEST_KEY has characters") as caught:
+        load_engine(config, {"LEMTEST_KEY": key})
+    assert key not in str(caught.value) or not key.strip()
 
 
 def test_text_in_pieces_is_given_back() -> None:

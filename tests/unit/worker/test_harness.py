@@ -507,10 +507,14 @@ def erratic(batches: int) -> float:
         ({}, {"convergence_detection": False}, 5, None),
         # 1 ms a token, however many: steps of unequal work are compared by the token.
         ({"prefill_ms": 0.0, "output_of": lambda request: 1 + request.index % 4}, {"min_prompts": 1}, 5, True),
+        (
+            {"prefill_ms": 0.0, "output_of": lambda request: 1 + request.index % 4, "is_counting_only": True},
+            {"min_prompts": 1}, 5, True,
+        ),
     ],
     ids=[
         "steady", "least", "twice the width", "wide", "slow start", "cap", "cap within a batch", "timeout",
-        "no timeout", "no detection", "by the token",
+        "no timeout", "no detection", "by the token", "by the token without ids",
     ],
 )  # fmt: skip
 def test_warm_up_ends_when_the_speed_has_settled_or_at_a_cap(

@@ -92,7 +92,7 @@ def test_the_record_holds_what_server_and_client_report(rig: Rig, tmp_path: Path
     assert messages[-1]["type"] == "result", messages[-1]
     record = read_record(rig.folder / "e" / "result.json")
     assert (record.work.output_tok, record.work.input_tok, record.work.token_source) == (8, 12, "engine_ids")
-    assert record.served["counted"] == {"input_tok": 12, "output_tok": 8, "cached_tok": 0}  # without the warm-up
+    assert record.served["counted"] == {"input_tok": 12, "output_tok": 8}  # without the warm-up
     assert record.served["reported"]["output_tok"] == 8
     assert record.served["client"][0]["pid"] > 0
     assert record.served["outcomes"] == {"ok": 2}

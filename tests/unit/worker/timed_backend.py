@@ -44,6 +44,7 @@ class TimedBackend:
     Attributes:
         output_of: how many tokens it answers to a request; None takes the bound.
         fails: whether it fails a request.
+        is_counting_only: whether it gives the number of tokens instead of their ids.
         slow_down: told how many batches were run, the factor on all times.
         calls: what was called, in order.
     """
@@ -53,6 +54,7 @@ class TimedBackend:
     prefill_ms: float = 10.0
     token_ms: float = 1.0
     is_timing_tokens: bool = True
+    is_counting_only: bool = False
     output_of: Callable[[TokenRequest], int] | None = None
     fails: Callable[[TokenRequest], bool] = lambda _: False
     slow_down: Callable[[int], float] = lambda _: 1.0
@@ -139,7 +141,8 @@ class TimedBackend:
         return [
             Completion(
                 index=request.index,
-                output_ids=() if self.fails(request) else tuple(range(100, 100 + length)),
+                output_ids=() if self.fails(request) or self.is_counting_only else tuple(range(100, 100 + length)),
+                counted_tok=length if self.is_counting_only else None,
                 started_ns=started_ns,
                 finished_ns=finished_ns,
                 token_times_ns=tuple(stamps[:length]) if is_timed and not self.fails(request) else None,
