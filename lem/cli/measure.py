@@ -130,7 +130,8 @@ def _check(args: argparse.Namespace, command: list[str]) -> None:
         raise UserError(f"--runs {args.runs}: expected at least 1")
     counts = Counter(name for source in args.work for name in source.counted)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise UserError(f"--work: {', '.join(twice)}: two files report it", "name the field of each file: FILE:FIELD")
+        hint = "name the field of each file, and what it counts: KIND=FILE:FIELD"
+        raise UserError(f"--work: {', '.join(twice)}: two files report it", hint)
 
 
 def _prepare(args: argparse.Namespace, command: list[str], stop: StopRequest, reporter: _Progress) -> Measurer:

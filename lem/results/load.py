@@ -226,8 +226,8 @@ def knee_notes(found: Sequence[Series]) -> Iterator[str]:
     needed = max(
         (100 / (100 - it.slo.attainment_pct) for it in known if it.slo and it.slo.attainment_pct < 100), default=0
     )
-    fewest = min((it.work.tried for each in known for _, item in each.levels for it in item.used), default=0)
-    if fewest < round(needed):
+    tried = [it.work.tried for each in known for _, item in each.levels for it in item.used]
+    if tried and (fewest := min(tried)) < round(needed):
         yield (
             f"Windows have as few as {plural(fewest, 'request')}: with fewer than {needed:.0f}, a single bad one "
             "breaks the SLO. Raise measurement.min_window_sec."

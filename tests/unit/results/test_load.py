@@ -157,6 +157,11 @@ def test_windows_of_too_few_requests_for_the_share_are_named(attainment_pct: flo
     assert len(notes) == 1 + is_told
 
 
+def test_without_any_valid_window_nothing_is_said_of_their_lengths() -> None:
+    series = only_series([invalid(record_at(load, 0, GOOD), *_GREW) for load in (1, 2)])
+    assert not [note for note in knee_notes([series]) if note.startswith("Windows")]
+
+
 def test_a_series_is_what_differs_only_in_its_load() -> None:
     open_loop = [record_at(load, 0, GOOD, name=f"{b}-", burstiness=b) for b in (1.0, 0.5) for load in (4, 1)]
     closed = [record_at(load, 0, GOOD, name="closed", mode="closed") for load in (1, 2)]
