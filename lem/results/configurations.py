@@ -108,13 +108,17 @@ def numbers_of(numbered: Sequence[str], listing: Listing | None, known: Sequence
     return found
 
 
-def superseded(identities: Iterable[Identity]) -> frozenset[ResultKey]:
-    """The results of a run that another node measured before the cycle started over on the node of the last attempt."""
-    attempts: dict[tuple[str, str], list[Identity]] = {}
-    for identity in identities:
-        attempts.setdefault((identity.host, identity.experiment_id), []).append(identity)
-    last = {key: max(found, key=lambda item: item.attempt).machine for key, found in attempts.items()}
-    return frozenset(item.key for key, found in attempts.items() for item in found if item.machine != last[key])
+def superseded(results: Iterable[tuple[Path, Identity]]) -> frozenset[ResultKey]:
+    """Those that another node measured before the cycle started over on the node of the last attempt.
+
+    Each is given with the folder of its experiment: a campaign without a plan has the host that it runs on, and the
+    parts of a replicated one have the same experiments.
+    """
+    attempts: dict[Path, list[Identity]] = {}
+    for folder, identity in results:
+        attempts.setdefault(folder, []).append(identity)
+    last = {folder: max(found, key=lambda item: item.attempt).machine for folder, found in attempts.items()}
+    return frozenset(item.key for folder, found in attempts.items() for item in found if item.machine != last[folder])
 
 
 def labels_of(identities: Sequence[Identity], listing: Listing | None) -> dict[tuple[str, str], str]:

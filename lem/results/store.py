@@ -204,7 +204,7 @@ class Repository:
         for item in results:
             runs.setdefault(item.record.identity.run_id, []).append(item.record.identity)
         listings = {run_id: read_listing(self.run_folder(run_id)) for run_id in runs}
-        left_out = frozenset().union(*map(superseded, runs.values()))
+        left_out = superseded((item.path.parents[1], item.record.identity) for item in results)
         counted = {run_id: [item for item in every if item.key not in left_out] for run_id, every in runs.items()}
         labels = {run_id: labels_of(identities, listings[run_id]) for run_id, identities in counted.items()}
         found = []

@@ -347,6 +347,20 @@ def test_what_another_node_measured_of_a_cycle_that_started_over_is_not_adopted_
     assert place.asked() == [(EIGHT, 2, 3), (FOUR, 2, 2), (EIGHT, 3, 1), (FOUR, 3, 1)]
 
 
+def test_without_a_plan_another_node_is_another_host_and_what_started_over_counts_only_there(place):
+    place.run(IN_SECOND, execution=THREE)
+    runner = place.runner(make_campaign(place.folder, execution=THREE), options=RESUME)
+    runner.host = runner.node = "there"
+    runner.run()
+    found = read_run(place.folder / "results", "demo", place.manifest().run_id)
+    assert {it.name: [record.identity.cycle_index for record in it.records] for it in found.configurations} == {
+        f"{FOUR} @ here": [0],
+        f"{EIGHT} @ here": [0],
+        f"{FOUR} @ there": [1, 2],
+        f"{EIGHT} @ there": [1, 2],
+    }
+
+
 def test_on_another_node_until_is_about_the_cycles_of_that_node(place):
     until = RunOptions(resume=True, until=StoppingRule(parse_target("each=50%:output_tok_per_s"), 5, 12))
     place.run({FOUR: ["ok", "ok", "ok", UserError("gone")]}, options=RunOptions(until=until.until))
