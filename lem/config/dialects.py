@@ -28,7 +28,6 @@ class Dialect:
     # The fields of /tokenize's body with the text and with the flag for special tokens; None without that path.
     tokenize: tuple[str, str] | None = None
     completion_path: str = "/v1/completions"
-    ends_with_done: bool = True  # a stream ends with `data: [DONE]`
     keeps_alive: bool = True  # an idle connection costs it nothing
     length_field: str = "max_tokens"
     no_top_k: int = 0  # the value of its top_k that is off
@@ -88,7 +87,6 @@ DIALECTS: Mapping[str, Dialect] = {
         # Its native path: that of OpenAI returns no ids.
         ids={"return_tokens": True},
         completion_path="/completion",
-        ends_with_done=False,
         keeps_alive=False,  # each connection has one of a few threads for as long as it is open
         length_field="n_predict",
         uncached={"cache_prompt": False},

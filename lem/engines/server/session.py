@@ -376,8 +376,7 @@ def _find_key(section: ServerConfig, secrets: Mapping[str, str]) -> str | None:
     key = secrets.get(name) or os.environ.get(name)
     if not key:
         raise OptionRefused(f"server.api_key_env: {name} is not set", "export it where lem runs")
-    key = key.strip()
-    if not key or not key.isascii() or not key.isprintable():
+    if not re.fullmatch("[!-~]+", key):
         text = f"server.api_key_env: {name} has characters that no HTTP header can have"
         raise OptionRefused(text, "export the key alone, in one line")
     return key

@@ -447,7 +447,7 @@ def test_what_answers_do_not_say_is_not_counted_as_zero(observe: Any) -> None:
     assert facts["counted"] == {"input_tok": 5, "output_tok": TOK}
 
 
-@pytest.mark.parametrize("key", ["two\nlines", "k\u20acy", " "])
+@pytest.mark.parametrize("key", ["two\nlines", "k\u20acy", " ", "key-of-a-file\n"])
 def test_a_key_that_no_header_can_have_is_refused_without_being_shown(tmp_path: Path, key: str) -> None:
     config = experiment(tmp_path, "vllm", server={"api_key_env": "LEMTEST_KEY"})
     with pytest.raises(EngineError, match="LEMTEST_KEY has characters") as caught:
