@@ -316,6 +316,13 @@ class ServerConfig(Section, reloads=True, exclusive=("command", "url")):
         """The name in `options` of the one that bounds how many requests are computed together, if it is given."""
         return next((name for name in self.options if flag_name(name) == flag_name(self.dialect.width or "")), None)
 
+    @property
+    def wants_cache(self) -> bool:
+        """Whether its command asks for the prefix cache, which requests are otherwise kept out of."""
+        flag = self.dialect.cache_option
+        is_option = any(flag_name(name) == flag and value is True for name, value in self.options.items())
+        return is_option or f"--{flag}" in (self.command or ())
+
     def check(self) -> Iterator[Problem]:
         for name in ("command", "service", "options", "env") if self.url is not None else ():
             if getattr(self, name):

@@ -140,6 +140,8 @@ def _engine_warnings(config: ExperimentConfig) -> Iterator[Problem]:
     if isinstance(section, ServerConfig):
         if config.streaming:
             yield Problem.of("streaming", "server_streams")
+        if section.wants_cache and config.measurement.min_window_sec > 0:
+            yield Problem.of("server", "cached_repeats")
         return
     share = section.gpu_memory_utilization
     if share > HIGH_MEMORY_UTILIZATION:

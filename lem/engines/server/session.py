@@ -177,10 +177,7 @@ class Session(common.ServedSession, TextSession):
         path = _CHAT_PATH if self._is_chat else dialect.completion_path
         is_native = not path.startswith("/v1/")
         self._fields = self._make_fields(config, section, is_native=is_native)
-        wants_cache = any(
-            flag_name(name) == dialect.cache_option and it is True for name, it in section.options.items()
-        )
-        self._uncached = {} if wants_cache else dialect.uncached
+        self._uncached = {} if section.wants_cache else dialect.uncached
         target = Target(
             self._address.url(path),
             self._address.headers,

@@ -31,7 +31,10 @@ class ServerTokenizer:
         self._model = model
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return list(self._ask("/tokenize", "tokens", {self._text: text, self._special: add_special_tokens}))
+        found = self._ask("/tokenize", "tokens", {self._text: text, self._special: add_special_tokens})
+        if not isinstance(found, list) or not all(type(item) is int for item in found):
+            raise EngineError("the server gives no list of token ids at /tokenize")
+        return found
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:  # noqa: ARG002
         return str(self._ask("/detokenize", self._text, {"tokens": list(token_ids)})) if token_ids else ""

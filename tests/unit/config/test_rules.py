@@ -75,6 +75,13 @@ def test_a_plain_experiment_has_no_findings():
             {"backend": "tensorrt", "tensorrt": {"enable_kv_cache_reuse": True}},
             "tensorrt.enable_kv_cache_reuse cached_repeats",
         ),
+        (
+            {
+                "backend": "server",
+                "server": {"engine": "vllm", "command": ["v", "{port}"], "options": {"enable_prefix_caching": True}},
+            },
+            "server cached_repeats",
+        ),
         ({"backend": "vllm", "vllm": {"quantization": "awq"}}, "vllm.quantization needs_quantized_checkpoint"),
         (
             {"backend": "tensorrt", "tensorrt": {"quantization": "int4_gptq"}},

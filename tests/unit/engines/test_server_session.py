@@ -212,9 +212,12 @@ def test_a_repeated_prompt_has_a_salt_of_its_own_unless_the_cache_is_asked_for(s
 def test_the_prefix_cache_is_left_alone_where_it_is_asked_for(
     start: Start, tmp_path: Path, dialect: str, option: str, field: str
 ) -> None:
-    engine = start(dialect, server={"options": {option: True}})
-    engine.generate(REQUESTS[:1], observe_tokens=False)
-    assert field not in bodies(tmp_path)[0]
+    for engine in (
+        start(dialect, server={"options": {option: True}}),
+        start(dialect, f"--{option.replace('_', '-')}"),  # in the command
+    ):
+        engine.generate(REQUESTS[:1], observe_tokens=False)
+    assert [field in body for body in bodies(tmp_path)] == [False, False]
 
 
 def test_traffic_is_driven_by_the_client(start: Start) -> None:
@@ -392,6 +395,20 @@ def test_counters_are_summed_over_their_labels() -> None:
 
 def test_what_is_no_metric_is_passed_over() -> None:
     assert read_metrics("a_total 1.2.3\nb_total .\nc_total NaN\nd_total 1.\n") == {"d_total": 1.0}
+
+
+@pytest.mark.parametrize("found", [b'{"tokens": 5}', b'{"tokens": null}', b'{"tokens": ["a"]}', b"{}", b"[1]"])
+def test_a_tokenizer_that_answers_something_else_is_named(found: bytes, tmp_path: Path) -> None:
+    def play(talk: Talk) -> None:
+        body = found if talk.request.startswith(b"POST /tokenize") else b"{}"
+        talk.send(head(Content_Length=str(len(body))) + body)
+
+    with ScriptedServer(play) as server:
+        section = {"command": None, "url": f"http://127.0.0.1:{server.port}"}
+        engine = load_engine(experiment(tmp_path, "vllm", server=section), {})
+        with pytest.raises(EngineError, match=r"token.* at /tokenize"):
+            engine.encode("one")
+        engine.close()
 
 
 def scripted(metrics: Callable[[], bytes]) -> Script:
