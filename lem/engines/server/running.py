@@ -74,7 +74,11 @@ class Address:
 
     def url(self, path: str = "") -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self._scheme}://{host}:{self.port}{self._path}{path}"
+        return f"{self._scheme}://{host}:{self.port}{self.path(path)}"
+
+    def path(self, path: str) -> str:
+        """The path of a request, which begins with that of the address."""
+        return f"{self._path}{path}"
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
         """Status and text of the answer to a GET, or to a POST with a body; raises OSError."""
@@ -84,7 +88,7 @@ class Address:
             data = None if body is None else json.dumps(body)
             headers = {**self.headers, **({} if body is None else {"Content-Type": "application/json"})}
             try:
-                connection.request("GET" if body is None else "POST", f"{self._path}{path}", data, headers)
+                connection.request("GET" if body is None else "POST", self.path(path), data, headers)
                 answer = connection.getresponse()
                 return answer.status, answer.read(_MOST_B).decode("utf-8", "replace")
             except http.client.HTTPException as error:

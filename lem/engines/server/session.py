@@ -181,7 +181,7 @@ class Session(common.ServedSession, TextSession):
         target = Target(
             self._address.url(path),
             self._address.headers,
-            warm_path=section.ready_path or dialect.ready_path,
+            warm_path=self._address.path(section.ready_path or dialect.ready_path),
             needs_done=not is_native,
             needs_usage=not is_native,
             keeps_alive=dialect.keeps_alive,

@@ -411,6 +411,17 @@ def test_a_tokenizer_that_answers_something_else_is_named(found: bytes, tmp_path
         engine.close()
 
 
+def test_all_that_is_asked_of_a_server_is_below_the_path_of_its_url(tmp_path: Path) -> None:
+    with ScriptedServer(scripted(bytes)) as server:
+        section = {"command": None, "url": f"http://127.0.0.1:{server.port}/gateway/v1"}
+        engine = load_engine(experiment(tmp_path, "openai", server=section), {})
+        ids = tuple(engine.encode("one and two"))
+        engine.generate([TokenRequest(0, ids, TOK)], observe_tokens=False)
+        engine.close()
+    asked = {request.split(b" ")[1].rpartition(b"/v1/")[0] for request in server.requests}
+    assert asked == {b"/gateway"}
+
+
 def scripted(metrics: Callable[[], bytes]) -> Script:
     """A server of the dialect openai whose answers say nothing about caches."""
 
