@@ -14,7 +14,7 @@ from typing import Any
 
 from lem.base.errors import ConfigurationError, did_you_mean
 from lem.base.variables import GPU_VARIABLE
-from lem.config.dialects import DIALECTS, Dialect
+from lem.config.dialects import DIALECTS, SALT, Dialect
 from lem.config.kinds import Problem, check_url
 from lem.config.option import Matching, Section, declared, option
 
@@ -322,6 +322,12 @@ class ServerConfig(Section, reloads=True, exclusive=("command", "url")):
         flag = self.dialect.cache_option
         is_option = any(flag_name(name) == flag and value is True for name, value in self.options.items())
         return is_option or f"--{flag}" in (self.command or ())
+
+    @property
+    def keeps_prompts(self) -> bool:
+        """Whether its cache may hold the prompts of an earlier experiment of the same load."""
+        fields = self.dialect.uncached
+        return not fields or (self.wants_cache and SALT not in fields.values())
 
     def check(self) -> Iterator[Problem]:
         for name in ("command", "service", "options", "env") if self.url is not None else ():

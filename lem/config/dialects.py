@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+SALT = "{salt}"
+
 
 @dataclass(frozen=True)
 class Dialect:
@@ -22,7 +24,7 @@ class Dialect:
     width: str | None = None  # the option of its command that bounds how many requests are computed together
     takes_ids: bool = False  # as the prompt of a completion
     ids: Mapping[str, Any] = field(default_factory=dict)  # fields that make it return the ids of tokens
-    # Fields that keep a prompt out of the prefix cache; {salt} is replaced by a text that no other window has.
+    # Fields that keep a prompt out of the prefix cache; SALT is replaced by a text that no other window has.
     uncached: Mapping[str, Any] = field(default_factory=dict)
     cache_option: str | None = None  # the option of its command that, if it is true, asks for that cache
     # The fields of /tokenize's body with the text and with the flag for special tokens; None without that path.
@@ -61,7 +63,7 @@ DIALECTS: Mapping[str, Dialect] = {
         width="max_num_seqs",
         takes_ids=True,
         ids={"return_token_ids": True},
-        uncached={"cache_salt": "{salt}"},
+        uncached={"cache_salt": SALT},
         cache_option="enable-prefix-caching",
         tokenize=("prompt", "add_special_tokens"),
         counters={

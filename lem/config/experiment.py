@@ -303,6 +303,8 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
         options = {name: getattr(self, name) for name, item in declared(ExperimentConfig).items() if item.reload}
         options["model"] = _reload_options(self.model)
         options[self.backend] = {**_reload_options(self.section), **self.engine_lengths()}
+        if isinstance(self.section, ServerConfig) and self.section.url is None and self.section.keeps_prompts:
+            options["experiment"] = self.to_dict()  # else it would find the prompts of the one before it in the cache
         text = json.dumps(options, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_ENGINE_KEY_LENGTH]
 

@@ -142,6 +142,8 @@ def _engine_warnings(config: ExperimentConfig) -> Iterator[Problem]:
             yield Problem.of("streaming", "server_streams")
         if section.wants_cache and config.measurement.min_window_sec > 0:
             yield Problem.of("server", "cached_repeats")
+        if not section.dialect.uncached:
+            yield Problem.of("server.engine", "prompts_may_be_cached", server=section.dialect.server)
         return
     share = section.gpu_memory_utilization
     if share > HIGH_MEMORY_UTILIZATION:

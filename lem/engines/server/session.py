@@ -17,6 +17,7 @@ from lem.base import process
 from lem.base.errors import EngineError, OptionRefused, did_you_mean
 from lem.base.reasons import Reason
 from lem.base.variables import GPU_VARIABLE, SERVICE_VARIABLE
+from lem.config import dialects
 from lem.config.backends import ServerConfig, flag_name
 from lem.config.experiment import ExperimentConfig
 from lem.engines import common
@@ -177,7 +178,9 @@ class Session(common.ServedSession, TextSession):
         path = _CHAT_PATH if self._is_chat else dialect.completion_path
         is_native = not path.startswith("/v1/")
         self._fields = self._make_fields(config, section, is_native=is_native)
-        self._uncached = {} if section.wants_cache else dialect.uncached
+        self._uncached = {} if section.wants_cache and section.keeps_prompts else dialect.uncached
+        # A cache that is wanted serves the repeats of this experiment, and nothing of the one before it.
+        self._salt = random_source.token_hex(8) if section.wants_cache else None
         target = Target(
             self._address.url(path),
             self._address.headers,
@@ -225,7 +228,7 @@ class Session(common.ServedSession, TextSession):
             body[least] = request.min_output_tokens
         if seed is not None and config.random_seed is not None:
             body[seed] = config.random_seed + request.index
-        body |= {name: salt if value == "{salt}" else value for name, value in self._uncached.items()}
+        body |= {name: salt if value == dialects.SALT else value for name, value in self._uncached.items()}
         promised = request.max_output_tokens if config.ignore_eos else request.min_output_tokens
         return Call(json.dumps(body, separators=(",", ":")), request.max_output_tokens, promised)
 
@@ -274,7 +277,7 @@ class Session(common.ServedSession, TextSession):
 
     def _calls(self, requests: Sequence[TokenRequest]) -> list[Call]:
         # No other run has it; the client counts in its last digits how often it has sent the request.
-        salt = f"{random_source.token_hex(4)}{SALT}"
+        salt = self._salt or f"{random_source.token_hex(4)}{SALT}"
         return [self._call(request, salt) for request in requests]
 
     def _observe(self, run: Callable[[LoadClient], LoadResult]) -> LoadResult:

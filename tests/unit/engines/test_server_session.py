@@ -205,19 +205,51 @@ def test_a_repeated_prompt_has_a_salt_of_its_own_unless_the_cache_is_asked_for(s
     assert len(set(salts)) == len(salts) == len(drive.arrivals)
 
 
-@pytest.mark.parametrize(
-    ("dialect", "option", "field"),
-    [("vllm", "enable_prefix_caching", "cache_salt"), ("llamacpp", "cache-prompt", "cache_prompt")],
-)
-def test_the_prefix_cache_is_left_alone_where_it_is_asked_for(
-    start: Start, tmp_path: Path, dialect: str, option: str, field: str
+CACHING = [{"server": {"options": {"enable_prefix_caching": True}}}, "--enable-prefix-caching"]
+
+
+@pytest.mark.parametrize("caching", CACHING, ids=["option", "command"])
+def test_a_prefix_cache_that_is_asked_for_serves_the_repeats_of_one_experiment(
+    start: Start, tmp_path: Path, caching: str | Mapping[str, Any]
 ) -> None:
-    for engine in (
-        start(dialect, server={"options": {option: True}}),
-        start(dialect, f"--{option.replace('_', '-')}"),  # in the command
-    ):
+    words, options = ((caching,), {}) if isinstance(caching, str) else ((), dict(caching))
+    engine = start("vllm", *words, **options)
+    for _ in range(2):
         engine.generate(REQUESTS[:1], observe_tokens=False)
-    assert [field in body for body in bodies(tmp_path)] == [False, False]
+    engine.configure(experiment(tmp_path, "vllm", *words, **options, min_output_tokens=1))
+    engine.generate(REQUESTS[:1], observe_tokens=False)
+    first, repeat, of_the_next = (body["cache_salt"] for body in bodies(tmp_path))
+    assert first == repeat != of_the_next
+
+
+@pytest.mark.parametrize("caching", [{"server": {"options": {"cache-prompt": True}}}, "--cache-prompt"])
+def test_a_cache_without_salts_is_left_alone_where_it_is_asked_for(
+    start: Start, tmp_path: Path, caching: str | Mapping[str, Any]
+) -> None:
+    engine = start("llamacpp", caching) if isinstance(caching, str) else start("llamacpp", **caching)
+    engine.generate(REQUESTS[:1], observe_tokens=False)
+    assert ["cache_prompt" in body for body in bodies(tmp_path)] == [False]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "options", "is_shared"),
+    [
+        ("vllm", {}, True),
+        ("vllm", {"enable_prefix_caching": True}, True),
+        ("llamacpp", {}, True),
+        ("llamacpp", {"cache-prompt": True}, False),
+        ("sglang", {}, False),
+    ],
+)
+def test_experiments_share_a_server_only_if_none_finds_the_prompts_of_another(
+    tmp_path: Path, dialect: str, options: dict[str, Any], is_shared: bool
+) -> None:
+    seed = {"random_seed": None} if dialect == "sglang" else {}
+    one, other = (
+        experiment(tmp_path, dialect, server={"options": options}, max_output_tokens=length, **seed).engine_key()
+        for length in (4, 5)
+    )
+    assert (one == other) == is_shared
 
 
 def test_traffic_is_driven_by_the_client(start: Start) -> None:
