@@ -65,7 +65,8 @@ _SYMPTOMS = (
 class Address:
     """Where a server is: small requests beside the measurement."""
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None = None, patience_s: float = _ASK_TIMEOUT_S) -> None:
+        self._patience_s = patience_s  # for a whole answer
         parts = urllib.parse.urlsplit(url)
         self._scheme = parts.scheme.lower()
         self.host, self.port = parts.hostname or LOCAL, parts.port or (443 if self._scheme == "https" else 80)
@@ -83,16 +84,23 @@ class Address:
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
         """Status and text of the answer to a GET, or to a POST with a body; raises OSError."""
         kind = http.client.HTTPSConnection if self._scheme == "https" else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=_ASK_TIMEOUT_S)
+        connection = kind(self.host, self.port, timeout=self._patience_s)
         with contextlib.closing(connection):
             data = None if body is None else json.dumps(body)
             headers = {**self.headers, **({} if body is None else {"Content-Type": "application/json"})}
+            connection.connect()
+            cut = _Cut(connection.sock, self._patience_s)
             try:
                 connection.request("GET" if body is None else "POST", self.path(path), data, headers)
                 answer = connection.getresponse()
-                return answer.status, answer.read(_MOST_B).decode("utf-8", "replace")
+                found = answer.status, answer.read(_MOST_B).decode("utf-8", "replace")
             except http.client.HTTPException as error:
                 raise ConnectionError(f"no HTTP: {shortened(error)}") from error
+            finally:
+                cut.cancel()
+            if cut.has_happened:
+                raise TimeoutError(f"no whole answer within {self._patience_s:g} s")
+            return found
 
     def read(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The JSON of an answer; None for any other answer; raises OSError."""
@@ -100,6 +108,22 @@ class Address:
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(text) if status == OK else None
         return None
+
+
+class _Cut(threading.Timer):
+    """Ends an answer that takes too long; the timeout of a connection is that of a single read."""
+
+    has_happened = False
+
+    def __init__(self, sock: socket.socket, after_s: float) -> None:
+        super().__init__(after_s, self._cut, (sock,))
+        self.daemon = True
+        self.start()
+
+    def _cut(self, sock: socket.socket) -> None:
+        self.has_happened = True
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 class ServerProcess:

@@ -541,3 +541,15 @@ def test_gpus_count_those_that_the_worker_sees(names: Any, environ: dict[str, st
 def test_an_address_may_name_the_version_of_the_api(url: str) -> None:
     assert Address(url).url("/v1/models") == "http://h:1/v1/models"
     assert Address("http://[::1]:8000/base/v1").url("/health") == "http://[::1]:8000/base/health"
+
+
+def test_a_server_whose_answer_does_not_end_is_not_waited_for() -> None:
+    def drip(talk: Talk) -> None:
+        talk.send(b"HTTP/1.1 200 OK\r\n\r\n")
+        while talk.is_idle(0.01):
+            talk.send(b"line\n")
+
+    with ScriptedServer(drip) as server:
+        address = Address(f"http://127.0.0.1:{server.port}", patience_s=0.3)
+        with pytest.raises(TimeoutError, match=r"no whole answer within 0\.3 s"):
+            address.ask("/metrics")
