@@ -193,7 +193,7 @@ def test_a_compose_service_is_the_server_in_a_new_container_for_each_load(contai
     assert containers.containers() == []
     containers.assert_no_process_left()
     records = containers.records()
-    assert_fresh(records, 2, 2)
+    assert_fresh(records, 4, 4)
     for record in records:
         assert_measured(containers, record)
 
