@@ -44,7 +44,7 @@ def arrival_offsets_s(mode: str, target_qps: float, rng: random.Random, burstine
 
 
 class WindowRule:
-    """The window over steady traffic and the arrivals of the open loop, by what it is told of a load of `prompts`.
+    """When the window over steady traffic opens and closes, and when requests of the open loop arrive.
 
     The window opens once as many requests were answered as were ever there at the same time (one turnover), at the
     latest after the plan's `ramp_limit_s`. It lasts `min_window_s` and as long as it takes to offer (open loop) or

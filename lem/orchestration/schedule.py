@@ -227,8 +227,8 @@ class Countdown:
     """The time left of a run, by what took time in it so far; pure, the time is an argument."""
 
     # Gaps, loads and experiments are counted apart: the first experiment has no gap, and not every one loads, so a mean
-    # over all of them would rise before it falls. What is told between two experiments takes no longer in a longer
-    # plan.
+    # over all of them would rise before it falls. An update between two experiments costs the same in a plan of
+    # any length.
 
     _work: dict[str, _Mean] = field(default_factory=dict)  # of each configuration, without gaps and loads
     _measured: _Mean = field(default_factory=_Mean)  # of the experiments with a result

@@ -174,7 +174,7 @@ def keeper(compose: Compose, mark: str) -> Iterator[None]:
 
 
 def end_containers(mark: str) -> int:
-    """Wait for the end of stdin, which is that of the host; then remove what it left, whoever else was killed."""
+    """Wait for the end of stdin, when the host ends; then remove its containers, even if the worker was killed."""
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     looks = 1 if os.read(0, 1) else _LOOKS  # a host that was killed may have left an engine that creates one right now

@@ -390,7 +390,7 @@ class Loop:
         if link.state != "open":
             self._proceed(link)
         elif link.exchange is None:
-            # Nothing is due on a free connection but its end.
+            # An idle connection has no answer to read: the server closes it.
             self._drop(link)
         else:
             self._send_more(link, link.exchange)

@@ -219,7 +219,7 @@ _NO_SUCH_MODEL = re.compile(
 # What vLLM says in the caller when the cause was printed by one of its processes.
 _ELSEWHERE = re.compile(r"root cause above|stack trace \(above\)|See stack trace for root cause")
 _PARAMETER = re.compile(r"parameter=(?P<name>\w+)")
-# How the end of a process is told: by the caller for its own, by these for theirs, and by Python's faulthandler.
+# Messages about a process that ended: of the caller about its own, of these about theirs, and of Python's faulthandler.
 _ENDED = re.compile(
     r"'(?P<core>EngineCore\w*)': (?P<code>-\d+)|Worker proc (?P<worker>\S+) died .*?exit code: (?P<exit>-\d+)"
 )
