@@ -40,7 +40,7 @@ from lem.meters.attempt import AttemptLog, choose_sources
 from lem.meters.energy import measure
 from lem.meters.requestlog import REQUESTS_FILENAME, Request, RequestLog, write_requests
 from lem.meters.samples import FINISHED_FILENAME, GpuHeader, Mark, SampleLog, write_finished
-from lem.orchestration.grid import experiment_id
+from lem.orchestration.grid import cycle_order, experiment_id
 from lem.orchestration.manifest import (
     COMPLETED,
     FAILED,
@@ -51,7 +51,6 @@ from lem.orchestration.manifest import (
     CampaignManifestEntry,
     encode_manifest,
 )
-from lem.orchestration.order import cycle_order
 from lem.record import Identity, Record, encode_record
 from lem.results.index import record_result
 from lem.worker.prompts import write_prompts

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import MAXYEAR, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lem.base import durable
 from lem.base.clock import utc_stamp
+from lem.base.durable import BALANCED, SHUFFLED
 from lem.base.errors import in_brackets
 from lem.base.reasons import Reason
 from lem.config.backends import BACKENDS
@@ -399,3 +400,41 @@ def _digest(value: Any) -> str:
     # Keys sorted, no spaces: one text for equal values. 1 and 1.0 differ, as JSON writes them.
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(durable.utf8(text)).hexdigest()[:CONFIG_HASH_LENGTH]
+
+
+# --- the order of the experiments within a cycle
+
+_Item = TypeVar("_Item")
+
+
+def cycle_order(engine_keys: Sequence[str], structure: str, seed: int, cycle: int) -> list[int]:
+    """The order of a cycle: indices of the configurations with these engine keys."""
+    # Equal keys are adjacent, since each cycle loads an engine once. The order depends on nothing but the arguments, so
+    # a campaign prolonged by a cycle keeps the order of the others.
+    by_key: dict[str, list[int]] = {}
+    for index, key in enumerate(engine_keys):
+        by_key.setdefault(key, []).append(index)
+    groups = list(by_key.values())
+    if structure == SHUFFLED:
+        # Seeding with text hashes it with SHA-512, the same on every Python and machine.
+        rng = random.Random(f"{seed}/{cycle}")
+        groups = [rng.sample(group, len(group)) for group in groups]
+        rng.shuffle(groups)
+    elif structure == BALANCED:
+        groups = _rotated_and_mirrored(groups, cycle)
+    return [index for group in groups for index in group]
+
+
+def _rotated_and_mirrored(groups: Sequence[list[int]], cycle: int) -> list[list[int]]:
+    """Every second cycle mirrors the one before, which cancels a linear trend; each pair of cycles starts one later."""
+    # Groups with several members rotate half as often as the members. At the same rate, two groups of two would only
+    # run the mirrored order again.
+    pair = cycle // 2
+    turn = pair // 2 if any(len(group) > 1 for group in groups) else pair
+    rotated = [_rotated(group, pair) for group in _rotated(groups, turn)]
+    return [group[::-1] for group in rotated[::-1]] if cycle % 2 else rotated
+
+
+def _rotated(items: Sequence[_Item], by: int) -> list[_Item]:
+    start = by % len(items) if items else 0
+    return [*items[start:], *items[:start]]

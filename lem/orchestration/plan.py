@@ -26,8 +26,7 @@ from lem.config.sections import FilePrompts
 from lem.config.yamlfile import FileProblems
 from lem.meters.nvml import find_gpus
 from lem.orchestration import grid
-from lem.orchestration.grid import GridValidationIssue, experiment_id
-from lem.orchestration.order import cycle_order
+from lem.orchestration.grid import GridValidationIssue, cycle_order, experiment_id
 from lem.record import RATES
 from lem.results.configurations import ListedConfiguration
 from lem.worker.prompts import BUNDLED, resolve_on_host

@@ -18,8 +18,7 @@ from lem.config.experiment import ExperimentConfig
 from lem.config.load import Loaded, complete_campaign, load_campaign, load_experiment
 from lem.config.sections import FilePrompts
 from lem.config.yamlfile import FileProblems
-from lem.orchestration.grid import NO_MODEL, config_hash, prompts_fingerprint
-from lem.orchestration.order import cycle_order
+from lem.orchestration.grid import NO_MODEL, config_hash, cycle_order, prompts_fingerprint
 from lem.orchestration.plan import (
     ExpectedDurations,
     ExpectedTime,
