@@ -33,10 +33,11 @@ from lem.engines.server.stream import MOST_ANSWER_B, BrokenAnswer
 from lem.engines.traffic import TrafficPlan, WindowRule
 
 _SO_TIMESTAMPNS = 35  # asm-generic/socket.h
-_READ_B, _AUX_B = 16_384, socket.CMSG_SPACE(16)  # bytes, and a timespec
+# Bytes, and a timespec. Larger buffers would be mapped anew for each read: see MALLOC_MMAP_THRESHOLD_ in client.py.
+_READ_B, _AUX_B = 8_192, socket.CMSG_SPACE(16)
 _NO_STAMP = bytes(16)
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
-_MOST_EVENTS = 4096
+_MOST_EVENTS = 1024
 # Every chunked answer ends with the first. When [DONE] is before it, there is no need to follow the framing.
 _END = b"\r\n\r\n"
 _DONE_ENDS = (b"data: [DONE]\n\n\r\n0\r\n\r\n", b"data: [DONE]\r\n\r\n\r\n0\r\n\r\n")

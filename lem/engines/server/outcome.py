@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import operator
 import os
 import time
 from array import array
@@ -145,8 +146,10 @@ class _Tally:
             exchange.times_ns = array(
                 "q", [s * NS_PER_S + ns - (ahead_ns or 0) if s else seen for s, ns, seen in pairs]
             )
-            pairs_ns = zip(exchange.times_ns, exchange.seen_ns, strict=True)
-            self._late_passes.update(seen for at, seen in pairs_ns if seen - at > _LATE_NS)
+            lags_ns = list(map(operator.sub, exchange.seen_ns, exchange.times_ns))
+            if max(lags_ns, default=0) > _LATE_NS:
+                pairs_ns = zip(lags_ns, exchange.seen_ns, strict=True)
+                self._late_passes.update(seen for lag, seen in pairs_ns if lag > _LATE_NS)
 
     def reply(self, exchange: Exchange, call: Call, target: Target) -> list[Any]:
         times_ns = exchange.times_ns
@@ -182,8 +185,8 @@ class _Tally:
             until_ns = finished_ns or exchange.ended_ns or closed_ns
             self._in_flight_ns += max(0, min(until_ns, closed_ns) - max(sent_ns, opened_ns))
         seen_ns, late_passes = exchange.seen_ns, self._late_passes
-        lags_ns = [seen - at for at, seen in zip(arrivals.times_ns, seen_ns, strict=True)]
-        late = sum(seen in late_passes for seen in seen_ns)
+        lags_ns = list(map(operator.sub, seen_ns, arrivals.times_ns))
+        late = sum(map(late_passes.__contains__, seen_ns)) if late_passes else 0
         late_shared = sum(seen_ns[read] in late_passes for read in arrivals.shared)
         self._reads += len(lags_ns)
         self._chunks += len(answer.at_ns)

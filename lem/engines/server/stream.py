@@ -414,6 +414,8 @@ def is_stream(framing: Framing) -> bool:
 def refusal(framing: Framing, raw: bytearray) -> Reason | None:
     """Why the head of an answer says that it is not a stream of tokens."""
     status, headers = cast("int", framing.status), framing.headers
+    if status == 200 and "retry-after" not in headers and is_stream(framing):
+        return None
     message = message_in(_body(raw, framing))
     if 300 <= status < 400:
         return Reason.of("server_redirects", status=status, location=quoted(headers.get("location", "")))
@@ -421,10 +423,8 @@ def refusal(framing: Framing, raw: bytearray) -> Reason | None:
         return Reason.of("server_busy", status=status, wait=quoted(headers["retry-after"]), message=message)
     if status != 200:
         return Reason.of("server_refused", status=status, message=message)
-    if not is_stream(framing):
-        kind = " ".join(filter(None, (headers.get("content-encoding"), headers.get("content-type"))))
-        return Reason.of("server_other_type", kind=quoted(kind), message=message)
-    return None
+    kind = " ".join(filter(None, (headers.get("content-encoding"), headers.get("content-type"))))
+    return Reason.of("server_other_type", kind=quoted(kind), message=message)
 
 
 def _body(raw: bytearray, framing: Framing) -> bytes:
