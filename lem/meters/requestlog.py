@@ -170,18 +170,18 @@ class RequestLog:
             return STEADY_TOLERANCE
         moved = [first - second for first, second in self._tokens_by_half if first or second]
         usual = math.fsum(map(abs, moved)) / len(moved)
-        varying = max(2.0, self.arrival_variance * len(moved)) if self.traffic_mode == "poisson" else 2.0
+        varying = max(2.0, self.arrival_variance * len(moved))
         variance = math.fsum((abs(it) - usual) ** 2 for it in moved) + varying * usual**2
         return max(STEADY_TOLERANCE, UNSTEADY_SIGMAS * math.sqrt(variance) / (len(self.tokens_ns) / 2))
 
     @property
     def arrival_variance(self) -> float:
-        """Variance over mean of the number of random arrivals: 1 of a Poisson process.
+        """Variance over mean of the number of arrivals in a long time: 1 of a Poisson process, 0 of regular ones.
 
         With gamma gaps 1 / shape, the square of their coefficient of variation (Cox, "Renewal Theory", 1962, section
         3.3: long counts of a renewal process).
         """
-        return 1 / self.burstiness
+        return 1 / self.burstiness if self.traffic_mode == "poisson" else 0.0
 
     @cached_property
     def _tokens_by_half(self) -> tuple[tuple[int, int], ...]:

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, pvariance
 from typing import Any
 
 from lem.base.measurement import PROMPTS_NEEDED, Distribution, Measured, known
@@ -225,7 +226,7 @@ def unfit_reasons(log: RequestLog, *, allows_overload: bool) -> tuple[Reason, ..
 
 def load_warnings(log: RequestLog) -> tuple[Reason, ...]:
     """That more was offered than the engine could do."""
-    # By more than a tenth and two deviations of the arrivals, or by so much that the queue grew throughout the window.
+    # By more than a tenth and than by chance, or by so much that the queue grew throughout the window.
     arrived, finished = log.arrived, len(log.finished)
     is_above = arrived - finished > max(0.1 * arrived, _chance(log)) or _growth(log) is not None
     if log.traffic_mode in OPEN_LOOP and is_above:
@@ -234,16 +235,19 @@ def load_warnings(log: RequestLog) -> tuple[Reason, ...]:
 
 
 def _chance(log: RequestLog) -> float:
-    """Two standard deviations of the number of arrivals."""
-    return 2 * math.sqrt(log.arrival_variance * log.arrived)
+    """By how many requests arrivals may exceed completions by chance: two standard deviations."""
+    # Their number varies, and so does the work that each brings; each edge of the window may cut one off.
+    lengths = [item.output_tok for item in log.completed if item.output_tok]
+    spread = pvariance(lengths) / fmean(lengths) ** 2 if lengths else 0.0
+    return 2 * math.sqrt((log.arrival_variance + spread) * log.arrived) + 2
 
 
 def _growth(log: RequestLog) -> tuple[int, int] | None:
     """The unfinished requests at both edges, if their number grew throughout the window; None if it did not."""
     # The queue is sampled at completions only, because an engine that takes requests in batches lets them pile up
     # between batches. The shortest queue in each third of the window must grow, and the growth over the whole window
-    # must exceed two standard deviations of the arrivals. With fewer than three completions, the queues at the two
-    # edges must differ by more than the requests that were in the engine.
+    # must exceed that of chance. With fewer than three completions, the queues at the two edges must differ by more
+    # than the requests that were in the engine.
     if log.traffic_mode not in OPEN_LOOP:
         return None
     arrived_ns = sorted(item.arrived_ns for item in log.requests if item.arrived_ns is not None)

@@ -203,7 +203,7 @@ def coverage_notes(windows: Iterable[Window]) -> Iterable[str]:
         f"It assumes independent cycles: with an autocorrelation of {' and '.join(share)} it covers {correlated}, "
         f"with heavy tails (t, 2 degrees of freedom) {100 * HEAVY_TAILED_COVERAGE:g} %."
     )
-    if any(it.traffic_mode in ("poisson", "constant") and it.window_s < SETTLED_WINDOW_S for it in windows):
+    if any(it.traffic_mode == "poisson" and it.window_s < SETTLED_WINDOW_S for it in windows):
         found = ", ".join(f"{name} {100 * share:g} %" for name, share in TRAFFIC_COVERAGE.items())
         yield (
             f"Under traffic, windows under {SETTLED_WINDOW_S / 60:g} minutes miss slow changes of the queue: of what a "

@@ -50,8 +50,8 @@ class Knee:
 
     @property
     def load(self) -> float | None:
-        """None if it is below all that were tried."""
-        return self.median[0] or None
+        """None if it is not between two loads that were tried: see `censored`."""
+        return self.median[0] if self.censored is None else None
 
     @property
     def coverage(self) -> float | None:
@@ -78,7 +78,7 @@ class Knee:
 
     @property
     def text(self) -> str:
-        return f"{self.load:g}" if self.censored is None else span_text(self.median)
+        return span_text(self.median) if self.load is None else f"{self.load:g}"
 
 
 def span_text(span: Bracket | None) -> str:
@@ -163,18 +163,20 @@ def _is_overloaded(record: Record, least: float) -> bool:
 
 def find_series(configurations: Iterable[Configuration]) -> tuple[Series, ...]:
     """The configurations with results under traffic that are equal but for their load, where there are several."""
-    groups: dict[tuple[Any, ...], dict[float, Configuration]] = {}
-    for item in configurations:
-        if item.records and (load := _load_of(item.records[0])) is not None:
-            option = load[0]
-            key = option, group_of(item.records[0].identity)[1], frozenset(_others(item, option).items())
-            groups.setdefault(key, {})[load[1]] = item
-    found = [(key[0], sorted(levels.items())) for key, levels in groups.items() if len(levels) > 1]
-    axes = find_axes([_others(levels[0][1], option) for option, levels in found])
-    labels = [", ".join(axis.of(place) for axis in axes) for place in range(len(found))]
-    if len(found) > 1:
-        labels = [label or levels[0][1].name for label, (_, levels) in zip(labels, found, strict=True)]
-    return tuple(Series(option, label, tuple(it)) for (option, it), label in zip(found, labels, strict=True))
+    # Machines that measured the same have series of their own, also of a load that only one of them has come to.
+    known = [(*load, it) for it in configurations if it.records and (load := _load_of(it.records[0])) is not None]
+    is_replicated = any(group_of(item.records[0].identity)[1] for *_, item in known)
+    groups: dict[tuple[Any, ...], tuple[dict[str, str], dict[float, Configuration]]] = {}
+    for option, load, item in known:
+        others = {label: it for label, it in item.settings.items() if label != f"traffic_simulation.{option}"}
+        others |= {"machine": item.records[0].identity.machine} if is_replicated else {}
+        groups.setdefault((option, frozenset(others.items())), (others, {}))[1][load] = item
+    found = [(key[0], *of) for key, of in groups.items() if len(of[1]) > 1]
+    axes = find_axes([others for _, others, _ in found])
+    return tuple(
+        Series(option, ", ".join(axis.of(place) for axis in axes), tuple(sorted(levels.items())))
+        for place, (option, _, levels) in enumerate(found)
+    )
 
 
 def _load_of(record: Record) -> tuple[str, float] | None:
@@ -184,10 +186,6 @@ def _load_of(record: Record) -> tuple[str, float] | None:
     load: Any = traffic.get(option, declared(TrafficConfig)[option].default)
     is_number = isinstance(load, (int, float)) and not isinstance(load, bool)  # and not `${VAR}`
     return (option, float(load)) if is_number and load > 0 else None
-
-
-def _others(item: Configuration, option: str) -> dict[str, str]:
-    return {label: value for label, value in item.settings.items() if label != f"traffic_simulation.{option}"}
 
 
 def share_text(share: float) -> str:
@@ -240,6 +238,8 @@ def series_document(series: Series) -> dict[str, Any]:
         low, high = knee.interval or (0.0, math.inf)
         document = {
             "load": knee.load,
+            "at_least": knee.censored and (knee.median[0] or None),
+            "below": knee.censored and (knee.median[1] if knee.median[1] < math.inf else None),
             "number": series.at_knee.number if series.at_knee else None,
             "censored": knee.censored and knee.censored.text,
             "censored_code": knee.censored and knee.censored.code,

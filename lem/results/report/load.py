@@ -78,13 +78,13 @@ def _figure(shown: Sequence[Series], metric: Metric, identifier: str, label: str
     ends = (end for _, *span in points.values() for end in span)
     within = (min(max(end, min(centres) / 2), 2 * max(centres)) for end in ends)
     y_scale = plot.fitting_scale([*centres, *within, *attained], _BOTTOM, _TOP)
-    known = ((n, item.knee) for n, item in enumerate(shown) if item.knee is not None)
+    known = [(n, item.knee) for n, item in enumerate(shown) if item.knee is not None]
     knees = [(n, knee) for n, knee in known if knee.load is not None or knee.interval is not None]
     axis_y = _BOTTOM + (_LANE * len(knees) + 4 if knees else 0)
     missing = [str(item.number) for n, load, item in everything if (n, load) not in points]
     below = "Below: the knee (tick) and its interval (bar), which may begin below or end beyond what was tried."
     told = (
-        f"Knee of {shown[n].label or 'all'}: {knee.text}, interval {span_text(knee.interval)}." for n, knee in knees
+        f"Knee of {shown[n].label or 'all'}: {knee.text}, interval {span_text(knee.interval)}." for n, knee in known
     )
     return Plot(
         identifier,

@@ -255,7 +255,9 @@ def test_a_batch_that_fills_and_drains_in_every_pass_says_so() -> None:
 # Fitness
 
 
-def served(rate: float, capacity: float, batch: int = 1, seconds: int = 60) -> RequestLog:
+def served(
+    rate: float, capacity: float, batch: int = 1, seconds: int = 60, lengths: Sequence[int] = (1,)
+) -> RequestLog:
     """Constant arrivals a second at an engine that completes so many a second, in batches."""
     arrivals = [round(number * 1000 / rate) for number in range(int(rate * seconds))]
     requests, free, index = [], 0.0, 0
@@ -263,7 +265,8 @@ def served(rate: float, capacity: float, batch: int = 1, seconds: int = 60) -> R
         start = max(free, arrivals[index])
         members = [at for at in arrivals[index : index + batch] if at <= start]
         free = start + 1000 * batch / capacity
-        requests += [times(arrived=at, started=round(start), tokens=[round(free)]) for at in members]
+        tok = lengths[index % len(lengths)]
+        requests += [times(arrived=at, started=round(start), tokens=[round(free)] * tok) for at in members]
         index += len(members)
     return traffic(*requests, mode="constant", opened=5000, closed=seconds * 1000)
 
@@ -274,7 +277,12 @@ def served(rate: float, capacity: float, batch: int = 1, seconds: int = 60) -> R
         (served(10, 20), False),
         (served(10, 10.2), False),
         (served(10, 7), True),
-        (served(10, 9.3, seconds=300), True),  # less than a tenth too much, for long
+        (served(10, 9.3), True),  # less than a tenth too much
+        (served(10, 9.3, lengths=(1, 9)), False),  # of which the lengths of answers may be the cause
+        (served(10, 9.3, lengths=(1, 9), seconds=600), True),
+        (dataclasses.replace(served(10, 9.3), traffic_mode="poisson"), False),
+        (dataclasses.replace(served(10, 9.3), traffic_mode="poisson", burstiness=100), True),
+        (dataclasses.replace(served(10, 9.3, seconds=1000), traffic_mode="poisson"), True),
         (served(100, 50), True),
         (served(8, 8.5, batch=64), False),  # batches of 7.5 s, between which requests pile up
         (served(16, 8, batch=64), True),

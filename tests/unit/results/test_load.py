@@ -67,6 +67,7 @@ def test_a_knee_beyond_or_below_every_load_is_no_number() -> None:
     beyond, below = knee_of({1: GOOD, 2: GOOD}, {1: GOOD, 2: GOOD}), knee_of({1: BAD, 2: BAD}, {1: BAD, 2: GOOD})
     assert beyond.censored is not None
     assert (beyond.censored.code, beyond.censored.data, beyond.text) == ("knee_beyond", {"load": 2}, "≥ 2")
+    assert beyond.load is None
     assert (beyond.interval, span_text(beyond.interval)) == ((2, math.inf), "≥ 2")
     assert below.censored is not None
     assert (below.censored.code, below.censored.data, below.load, below.text) == (
@@ -176,6 +177,22 @@ def test_a_series_is_what_differs_only_in_its_load() -> None:
     assert all("0.5" in item.label for item in found if item.levels[0][1].name.startswith("0.5"))
 
 
+def test_machines_that_measured_the_same_have_series_of_their_own() -> None:
+    def on(host: str, loads: Sequence[float], place: str = "") -> Iterator[Record]:
+        for item in (record_at(load, 0, GOOD) for load in loads):
+            name = f"{item.identity.config_name}{place}"
+            identity = dataclasses.replace(item.identity, host=host, config_name=name)
+            yield dataclasses.replace(item, identity=identity)
+
+    # As `labels_of` names them: only n1 has come to the last load.
+    both = [*on("n1", (1, 2), " @ n1"), *on("n1", (4,)), *on("n2", (1, 2), " @ n2")]
+    found = find_series(make_run(both).with_results)
+    assert [(item.label, loads_of(item)) for item in found] == [("machine=n1", (1, 2, 4)), ("machine=n2", (1, 2))]
+    (table,) = knee_tables(found)
+    assert table.names == ("machine=n1", "machine=n2")
+    assert [item.label for item in find_series(make_run([*on("n1", (1, 2)), *on("n2", (4,))]).with_results)] == [""]
+
+
 def test_a_load_that_is_left_at_its_default_is_a_load_and_an_unknown_one_is_none() -> None:
     records = [record_at(load, 0, GOOD) for load in (1, 2, 4)]
     without = {**records[0].requested["traffic_simulation"]}
@@ -203,8 +220,12 @@ def test_series_and_knees_are_in_the_document_of_a_run() -> None:
         0.75,
     )
     assert knee["cycles"] == [{"kept": 2, "broken": 4}] * 3
+    assert (knee["at_least"], knee["below"]) == (None, None)
     beyond = run_document(make_run(records_of([{1: GOOD, 2: GOOD}] * 2)))["series"][0]["knee"]
     assert (beyond["censored_code"], beyond["ci_lower"], beyond["ci_upper"]) == ("knee_beyond", 2, None)
+    below = run_document(make_run(records_of([{1: BAD, 2: BAD}] * 2)))["series"][0]["knee"]
+    fields = ("load", "number", "at_least", "below")
+    assert [tuple(it[name] for name in fields) for it in (beyond, below)] == [(None, None, 2, None), (None, None, None, 1)]
     assert run_document(make_run([make_record()]))["series"] == []
 
 
