@@ -50,6 +50,7 @@ CONFIGURATION = """A configuration is named by its number in every table, by set
 commas), or by a part of its name"""
 
 T = TypeVar("T")
+S = TypeVar("S", SloConfig, MeasurementConfig)
 
 
 def add_results_dir(parser: argparse.ArgumentParser) -> None:
@@ -104,13 +105,22 @@ def add_rates(parser: argparse._ActionsContainer) -> None:
 
 def _slo(text: str) -> SloConfig:
     settings = parse_settings(text)
-    if settings is None:
-        raise ValueError(f"expected LIMIT=NUMBER,LIMIT=NUMBER, got {text!r}")
-    return SloConfig.from_dict({name: resolve_plain(value) for name, value in settings.items()})
+    if settings is None or len(settings) <= text.count(","):
+        raise ValueError(f"expected LIMIT=NUMBER,LIMIT=NUMBER with each limit once, got {text!r}")
+    return _from_texts(SloConfig, settings)
 
 
 def _rate(name: str, text: str) -> float:
-    found: float = getattr(MeasurementConfig.from_dict({name: resolve_plain(text)}), name)
+    found: float = getattr(_from_texts(MeasurementConfig, {name: text}), name)
+    return found
+
+
+def _from_texts(kind: type[S], texts: Mapping[str, str]) -> S:
+    """A section with these options, of which null is no value."""
+    found = kind.from_dict({name: resolve_plain(text) for name, text in texts.items()})
+    for name, text in texts.items():
+        if getattr(found, name) is None:
+            raise ValueError(f"{name}: expected a number, got {text or 'nothing'}")
     return found
 
 

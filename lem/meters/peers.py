@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.base import durable
-from lem.base.measurement import known
+from lem.base.measurement import Measured, known
 from lem.base.reasons import Reason
 
 # What can be counted, by its name before `=` in `--work`: the field of `Work`.
@@ -22,7 +22,7 @@ KINDS: Mapping[str, str] = {
     "failed": "requests_failed",
 }
 _MOST = 2**53  # whole numbers up to it are exact as floats
-_NOT_GIVEN = Reason.of("work_not_given")
+_NOT_GIVEN, _DEPTH = Reason.of("work_not_given"), Reason.of("work_depth")
 
 
 class WorkError(ValueError):
@@ -104,7 +104,7 @@ def _read(source: WorkSource, stamp: tuple[int, ...]) -> tuple[Mapping[str, Any]
         return {name: known(None, why) for name in source.counted}, None
 
 
-def _count_all(document: Any, source: WorkSource) -> Mapping[str, int]:
+def _count_all(document: Any, source: WorkSource) -> Mapping[str, Any]:
     if source.kind:
         return {KINDS[source.kind]: _whole(document, source.field)}
     if (counted := _llama_bench(document)) is not None:
@@ -174,15 +174,18 @@ _KNOWN: Sequence[tuple[frozenset[str], Mapping[str, str]]] = (
 )
 
 
-def _llama_bench(document: Any) -> Mapping[str, int] | None:
+def _llama_bench(document: Any) -> Mapping[str, Any] | None:
     """The counts of a file that it wrote, a list of tests with their samples; None of other files."""
     rows = document if isinstance(document, list) else []
     if not rows or not all(isinstance(row, dict) and isinstance(row.get("samples_ns"), list) for row in rows):
         return None
-    totals = {"requests_ok": 0, "input_tok": 0, "output_tok": 0}
-    for row in rows:
-        samples = len(row["samples_ns"])
-        totals["requests_ok"] += samples
-        totals["input_tok"] += samples * _whole(row, "n_prompt")
-        totals["output_tok"] += samples * _whole(row, "n_gen")
-    return totals
+
+    def total(field: str) -> int:
+        return sum(len(row["samples_ns"]) * _whole(row, field) for row in rows)
+
+    # Before a sample it fills the cache with n_depth tokens (not in files of early builds), or restores them from the
+    # sample or test before: which of the two depends on its build and on the options of both tests.
+    has_depth = any("n_depth" in row and _whole(row, "n_depth") for row in rows)
+    input_tok: Measured[int] | int = known(None, _DEPTH) if has_depth else total("n_prompt")
+    samples = sum(len(row["samples_ns"]) for row in rows)
+    return {"requests_ok": samples, "input_tok": input_tok, "output_tok": total("n_gen")}

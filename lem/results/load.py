@@ -164,10 +164,10 @@ def _is_overloaded(record: Record, least: float) -> bool:
 def find_series(configurations: Iterable[Configuration]) -> tuple[Series, ...]:
     """The configurations with results under traffic that are equal but for their load, where there are several."""
     # Machines that measured the same have series of their own, also of a load that only one of them has come to.
-    known = [(*load, it) for it in configurations if it.records and (load := _load_of(it.records[0])) is not None]
-    is_replicated = any(group_of(item.records[0].identity)[1] for *_, item in known)
+    known = [(at, it) for it in configurations if it.records and (at := _load_of(it.records[0])) is not None]
+    is_replicated = any(group_of(item.records[0].identity)[1] for _, item in known)
     groups: dict[tuple[Any, ...], tuple[dict[str, str], dict[float, Configuration]]] = {}
-    for option, load, item in known:
+    for (option, load), item in known:
         others = {label: it for label, it in item.settings.items() if label != f"traffic_simulation.{option}"}
         others |= {"machine": item.records[0].identity.machine} if is_replicated else {}
         groups.setdefault((option, frozenset(others.items())), (others, {}))[1][load] = item

@@ -192,8 +192,12 @@ def test_good_requests_are_counted_by_the_limits_of_the_reader_else_of_the_campa
     (row,) = json.loads(run_lem("results", "export", "demo", *words).out)
     assert row["requests_good"] is None
     assert REQUESTS_FILENAME in row["null_reasons"]["requests_good"]
-    for refused in ("ttft_ms=0", "ttft=5", "ttft_ms", "attainment_pct=90"):
+    for refused in ("ttft_ms=0", "ttft=5", "ttft_ms", "attainment_pct=90", "ttft_ms=1,ttft_ms=2"):
         assert run_lem("results", "show", "demo", "--slo", refused).code == 2
+    for option in ("--slo=ttft_ms=null", "--slo=ttft_ms=~", "--slo=tpot_ms=", "--pue=null", "--price-per-kwh="):
+        found = run_lem("results", "show", "demo", option)
+        assert found.code == 2, option
+        assert "expected a number, got" in found.err
 
 
 @pytest.mark.parametrize(

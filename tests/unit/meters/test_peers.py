@@ -97,6 +97,21 @@ def test_result_files_that_benchmarks_wrote_are_recognised(name: str, expected: 
             ],
             {"requests_ok": 5, "input_tok": 1536, "output_tok": 256},
         ),
+        (
+            [
+                {"n_prompt": 512, "n_gen": 0, "n_depth": 0, "samples_ns": [1, 2]},
+                {"n_prompt": 0, "n_gen": 128, "n_depth": 0, "samples_ns": [1, 2]},
+            ],
+            {"requests_ok": 4, "input_tok": 1024, "output_tok": 256},
+        ),
+        (
+            [
+                {"n_prompt": 512, "n_gen": 0, "n_depth": 0, "samples_ns": [1, 2]},
+                {"n_prompt": 0, "n_gen": 128, "n_depth": 4096, "samples_ns": [1, 2]},
+            ],
+            {"requests_ok": 4, "output_tok": 256},
+        ),
+        ([{"n_prompt": 512, "n_gen": 0, "n_depth": "x", "samples_ns": [1]}], {}),
         ({"elapsed_time": 2.0, "num_requests": 9, "total_num_tokens": 90}, {"requests_ok": 9}),
         ({"tokens": 9}, {}),
         ([{"n_prompt": 512, "n_gen": 0, "samples_ns": 7}], {}),
