@@ -16,6 +16,7 @@ from lem.base import log, process
 from lem.base.clock import utc_now, utc_text
 from lem.base.doc import screen_of, write_json
 from lem.base.errors import ExitCode, Interrupted, MeterRefused, UserError
+from lem.base.measurement import EnergySource
 from lem.cli.config import add_flags, given_flags
 from lem.cli.selection import add_json, add_repeated, checked, folder_options
 from lem.config.campaign_config import generate_campaign_id, slug_of
@@ -55,6 +56,7 @@ _FLAGS = {
     "timeseries.sample_interval_ms": ("--sample-interval-ms", "time between samples of a GPU (default: 100)"),
     "timeseries.save": ("--save-samples", "keep the samples beside the result (default: yes)"),
 }
+_NO_REST = ("none", EnergySource.TDP_ESTIMATE)  # no meter of power at rest
 _SIGNALLED = 128
 
 
@@ -81,7 +83,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     _check(args, command)
     console, stop = log.Console(err), StopRequest()
     log.configure(console, verbosity=-1 if args.quiet else args.verbose)
-    measurer = _prepare(args, command, stop, _Progress(console, args.runs, is_quiet=args.quiet))
+    progress = _Progress(console, args.runs, is_quiet=args.quiet)
+    measurer = _prepare(args, command, stop, progress)
     name, run_id = measurer.identity["campaign_name"], measurer.identity["run_id"]
     holder = Holder(os.getpid(), socket.gethostname(), name, utc_text(utc_now()))
     results: list[StoredResult] = []
@@ -90,6 +93,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         with hold_locks(gpu_locks(measurer.config.gpus or (), os.environ), holder), stop.installed():
             _list_configuration(measurer)
             while len(results) < args.runs and not code:
+                progress.number = len(results) + 1
                 result, code = measurer.measure(len(results))
                 results.append(result)
     except Interrupted as interrupted:
@@ -139,8 +143,11 @@ def _prepare(args: argparse.Namespace, command: list[str], stop: StopRequest, re
     requested: dict[str, Any] = {"command": [redact(word, secrets) for word in command]}
     requested |= {"work": [str(source) for source in args.work]} if args.work else {}
     flags = dict(given_flags(args, _FLAGS))
-    if flags.get("baseline.enabled") is False and "baseline.duration_sec" in flags:
-        raise UserError("--baseline: has no effect with --no-idle")
+    wanted = flags.get("measurement.energy")
+    off = "--no-idle" if flags.get("baseline.enabled") is False else f"--energy {wanted}" if wanted in _NO_REST else ""
+    if off and (flags.get("baseline.enabled") or "baseline.duration_sec" in flags):
+        option = "--idle" if flags.get("baseline.enabled") else "--baseline"
+        raise UserError(f"{option}: has no effect with {off}")
     for key, value in flags.items():
         requested = merge(ProgramConfig, requested, nest(key, value))
     config = ProgramConfig.from_dict(requested)
@@ -173,19 +180,17 @@ class _Progress:
     """What goes on, on stderr; nothing while the program runs, which writes there, too."""
 
     def __init__(self, console: log.Console, runs: int, *, is_quiet: bool) -> None:
-        self._console, self._runs, self._is_quiet, self._begun = console, runs, is_quiet, 0
+        self._console, self._runs, self._is_quiet, self.number = console, runs, is_quiet, 0
 
     def phase(self, name: str) -> None:
         self._console.close()
-        if name == "idle":
-            self._begun += 1
         if not self._is_quiet:
             what = {"idle": "at rest", "window": "the program runs", "cooldown": "at rest again"}[name]
-            self._console.line(f"run {self._begun} of {self._runs}: {what}")
+            self._console.line(f"run {self.number} of {self._runs}: {what}")
 
     def progress(self, done: int, total: int | None, text: str) -> None:
         if not self._is_quiet:
-            self._console.live(f"run {self._begun} of {self._runs}: {done} of {total} {text}")
+            self._console.live(f"run {self.number} of {self._runs}: {done} of {total} {text}")
 
 
 def _show(args: argparse.Namespace, found: Run, results: list[StoredResult], out: TextIO, status: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -18,8 +19,7 @@ from lem.config.scalars import resolve_plain
 from lem.config.sections import DATASET_ALIASES
 
 Options = dict[str, Any]
-Notes = list[tuple[str, Any, str]]
-"""What lem cannot do alike: the key, its value, and why."""
+Notes = list[tuple[str, Any, str]]  # what lem cannot do alike: the key, its value, and why
 
 # Service levels of vLLM bench and of AIPerf, whose inter-token latency is one figure for each request.
 _LEVELS = {
@@ -104,12 +104,9 @@ def _add(found: Options, name: str, text: str) -> None:
 
 
 def convert_benchmark(tool: str, options: Options, name: str) -> tuple[Options, Notes]:
-    if "completed" in options:  # a result of vLLM bench
-        options = _of_result(options)
-    given, notes = _Given(options), Notes()
+    given, notes = _Given(_of_result(options) if "completed" in options else options), Notes()
     sweep = _sweep(given)
-    experiments: list[Options] = []
-    load: Options = {}
+    experiments, load = list[Options](), Options()
     for part in sweep or [given]:
         load = _READERS[tool](part, notes)
         load |= {key: part.take(key) for key in ("command", "options") if sweep}
@@ -171,7 +168,7 @@ def _parameters(path: str | None) -> list[Options]:
 
 
 def _mappings(found: Any) -> list[Options]:
-    return [dict(item) for item in (found if isinstance(found, list) else [found]) if isinstance(item, Mapping)]
+    return [dict(item) for item in _each(found) if isinstance(item, Mapping)]
 
 
 def _work(load: Options) -> Options:
@@ -210,9 +207,9 @@ def _server(load: Options) -> Options:
 
 
 def _traffic(load: Options, notes: Notes) -> Options:
-    rate, concurrency = load.get("rate"), load.get("concurrency")
+    rate, concurrency = (_positive(key, load.get(key)) for key in ("rate", "concurrency"))
     slo = {"slo": load["slo"]} if load.get("slo") else {}
-    if rate is not None and rate not in ("inf", math.inf):
+    if rate is not None and rate != math.inf:
         if concurrency is not None:
             notes.append(("concurrency", concurrency, "requests that arrive at a rate have no such limit in lem"))
         mode, burstiness = load.get("arrival", "poisson"), load.get("burstiness")
@@ -220,16 +217,27 @@ def _traffic(load: Options, notes: Notes) -> Options:
         return {"traffic_simulation": {"enabled": True, "mode": mode, "target_qps": rate, **shape, **slo}}
     if concurrency is not None:
         return {"traffic_simulation": {"enabled": True, "mode": "closed", "concurrency": concurrency, **slo}}
-    if slo:
-        notes.append(("goodput", load["slo"], "needs a rate or a concurrency"))
+    notes += [("goodput", load["slo"], "needs a rate or a concurrency")] if slo else []
     return {}
 
 
 def _levels(found: Any, notes: Notes) -> Options:
-    """Service levels from `ttft:200`, several of these, or a mapping."""
-    pairs = _pairs(found.split() if isinstance(found, str) else found)
+    """Service levels from a mapping, or `ttft:200`, several in one text or in a list."""
+    pairs = _pairs(found if isinstance(found, Mapping) else " ".join(map(str, _each(found))).split())
     notes += [(f"goodput.{key}", value, NO_COUNTERPART) for key, value in pairs.items() if key not in _LEVELS]
-    return {_LEVELS[key]: value for key, value in pairs.items() if key in _LEVELS}
+    return {_LEVELS[key]: _positive(f"goodput {key}", value or 0) for key, value in pairs.items() if key in _LEVELS}
+
+
+def _positive(name: str, found: Any) -> float | None:
+    """A number above 0, of which `inf` is one; a concurrency is a whole one. None of None."""
+    if found is None:
+        return None
+    kind, is_whole = ("whole number", float.is_integer) if name == "concurrency" else ("number", bool)
+    with contextlib.suppress(TypeError, ValueError):
+        value = float(found)
+        if value > 0 and is_whole(value) and not isinstance(found, bool):
+            return int(value) if value.is_integer() else value
+    raise ConfigurationError(f"{name}: expected a {kind} above 0, got {found}")
 
 
 def _source(given: _Given, *, path: Any, count: Any, input_tok: Any, alias: Any = None, hub: Any = None) -> Options:
@@ -252,7 +260,6 @@ def _vllm(given: _Given, notes: Notes) -> Options:
     is_random = dataset == "random"
     if dataset in DATASET_ALIASES and path is not None:
         notes.append(("dataset_path", path, f"{dataset} comes from the hub, or from LEM_DATASETS_DIR"))
-    outputs = ("output_len", f"{dataset}_output_len")
     return {
         "cycles": given.take("cycles"),
         "name": given.take("model", "model_id", "m"),
@@ -270,7 +277,7 @@ def _vllm(given: _Given, notes: Notes) -> Options:
             alias=None if is_random else dataset,
             hub=path if dataset == "hf" else None,
         ),
-        "output_tok": given.take(*outputs, default=128 if is_random else None),
+        "output_tok": given.take("output_len", f"{dataset}_output_len", default=128 if is_random else None),
         "ignore_eos": given.take("ignore_eos"),
         "seed": given.take("seed", default=0),
         "decoder": _known(**{name: given.take(name) for name in _SAMPLING}),
@@ -380,7 +387,7 @@ def _guidellm(given: _Given, notes: Notes) -> Options:
     limits = {str(item.pop("kind", "")): item for item in map(_section, _each(spec.take("constraints", "constraint")))}
     overrides = [item.get("profile.streams", item.get("profile.rate")) for item in _mappings(spec.take("benchmarks"))]
     kind = spec.take("rate_type", default=profile.pop("kind", "sweep"))
-    level = overrides or _listed(spec.take("rate", default=profile.pop("streams", profile.pop("rate", None))))
+    level = overrides or _listed(spec.take("rate", default=profile.pop("streams", profile.pop("rate", 0))))
     is_rate = kind in ("constant", "poisson", "async")
     if kind not in ("constant", "poisson", "async", "concurrent", "synchronous", "throughput"):
         notes.append(("profile", kind, "write the loads: lists under traffic_simulation.target_qps or concurrency"))

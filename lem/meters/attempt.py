@@ -104,10 +104,11 @@ def choose_sources(
         "external": None if is_external else Reason.of("option_not_given", option="measurement.external_csv"),
         "primary": None if primary else why_no_gpu if gpu_uuids else why_no_cpu,
     }
-    if primary in (None, EnergySource.EXTERNAL):
-        why = reasons["primary"] or "there is only measurement.external_csv"
+    if primary in (None, EnergySource.EXTERNAL) or is_estimate(primary):
+        estimate = "measurement.energy: tdp_estimate" if is_estimate(primary) else None
+        why = reasons["primary"] or estimate or "there is only measurement.external_csv"
         for option, is_set, figure in (
-            ("measurement.phases", config.measurement.phases, "the energy of a phase"),
+            ("measurement.phases", config.measurement.phases and not estimate, "the energy of a phase"),
             ("baseline.required", config.baseline.required, "power at rest"),
         ):
             if is_set:

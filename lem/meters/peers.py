@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.base import durable
+from lem.base.errors import did_you_mean
 from lem.base.measurement import Measured, known
 from lem.base.reasons import Reason
 
@@ -39,6 +40,9 @@ class WorkSource:
     def parse(cls, text: str) -> WorkSource:
         """From `[KIND=]FILE[:FIELD]`; ValueError where the name of the field does not tell what it counts."""
         kind, sign, rest = text.partition("=")
+        if sign and kind not in KINDS and re.fullmatch(r"\w*", kind):
+            kinds = f"expected {', '.join(KINDS)}; for a file of that name write ./{text}"
+            raise ValueError(f"unknown kind {kind!r}{did_you_mean(kind, [*KINDS])}; {kinds}")
         kind, text = (kind, rest) if sign and kind in KINDS else ("", text)
         file, colon, field = text.rpartition(":")
         if not colon or "/" in field:

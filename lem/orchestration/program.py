@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from lem.base import __version__, process
@@ -59,6 +59,7 @@ _START_TIMEOUT_S = 30.0
 # How long the program may take to end after the signal that lem got, and its guardian to kill what is left of it.
 _PATIENCE_S, _KILL_S = 5.0, 12.0
 _TICK_S = 1.0
+_LATE_S = 1.0  # a wait that takes so much longer was a stop of this process
 _WALK_SHARE = 200  # walks over /proc take at most this part of a CPU
 
 
@@ -66,6 +67,7 @@ class Program:
     """A program below a guardian, which waits to be run; leaving the block ends whatever is left of it."""
 
     def __init__(self, command: Sequence[str], streams: tuple[int, int, int]) -> None:
+        self._on_suspend = signal.getsignal(signal.SIGTSTP)
         control, self._control = os.pipe2(os.O_CLOEXEC)
         self._message, message = os.pipe2(os.O_CLOEXEC)
         words = [*own_command(sys.executable), "worker", "--control-fd", str(control), "--message-fd", str(message)]
@@ -78,14 +80,18 @@ class Program:
             os.close(control)
             os.close(message)
         self.pid = self._child.pid  # of the guardian, which leads its group
+        self.stopped_s = 0.0  # of lem itself, while this is there
         if not select.select([self._message], [], [], _START_TIMEOUT_S)[0] or not os.read(self._message, 1):
             self.__exit__(None, None, None)
             raise UserError(f"{command[0]}: the process that starts it was not ready in {_START_TIMEOUT_S:g} s")
 
     def __enter__(self) -> Program:
+        if self._on_suspend is not signal.SIG_IGN:
+            signal.signal(signal.SIGTSTP, self._suspend)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        signal.signal(signal.SIGTSTP, self._on_suspend)
         os.close(self._control)
         os.close(self._message)
         self.code()
@@ -93,9 +99,25 @@ class Program:
     def begin(self) -> None:
         os.write(self._control, b"!")
 
+    def _suspend(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a handler gets both
+        """Ctrl-Z: stop with the program, which has no terminal, and go on with it."""
+        begin_s, pids = time.monotonic(), process.descendants(self.pid)  # not the guardian, which must outlive lem
+        signal.signal(signum, signal.SIG_DFL)
+        for each in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, each)
+            if each is signal.SIGSTOP:
+                os.kill(os.getpid(), signum)
+        signal.signal(signum, self._suspend)
+        self.stopped_s += time.monotonic() - begin_s
+
     def has_ended(self, timeout_s: float, stop: StopRequest) -> bool:
         """Wait for its end; Interrupted, after it was ended, when a stop is requested."""
+        begin_s, before_s = time.monotonic(), self.stopped_s
         readable = select.select([self._message, stop.fileno()], [], [], timeout_s)[0]
+        late_s = time.monotonic() - begin_s - timeout_s - (self.stopped_s - before_s)
+        self.stopped_s += late_s if late_s > _LATE_S else 0.0
         if stop.signum is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, stop.signum if stop.signum == signal.SIGINT else signal.SIGTERM)
@@ -129,6 +151,7 @@ class _Run:
     opened_ns: int
     closed_ns: int
     code: int
+    stopped_s: float  # of lem itself
     work: Mapping[str, Any]  # fields of `Work`
     energy: EnergyFindings
     surroundings: Mapping[str, Measured[tuple[str, ...]]]
@@ -191,7 +214,8 @@ class Measurer:
         metering = open_metering(request, self.config, is_resident=False, clock=clock, reporter=self.reporter)
 
         def follow(phase: str) -> None:
-            self.reporter.phase(phase)
+            if phase == "window" or metering.has_rest:
+                self.reporter.phase(phase)
             if sampler is not None:
                 sampler.set_interval(interval_ms(request.config, phase))
 
@@ -225,7 +249,8 @@ class Measurer:
             code = program.code()
         surroundings = metering.surroundings(self.config.gpus or ())
         work = read_work(self.sources, stamps)
-        return _Run(request, start_utc, window.opened_ns, window.closed_ns, code, work, energy, surroundings, host)
+        span = (window.opened_ns, window.closed_ns)
+        return _Run(request, start_utc, *span, code, program.stopped_s, work, energy, surroundings, host)
 
     def _while_running(self, program: Program) -> Iterator[Sequence[int]]:
         """Its processes, now and then until it ends."""
@@ -239,11 +264,12 @@ class Measurer:
         energy, window_s = run.energy, seconds_between(run.opened_ns, run.closed_ns)
         unseen: Measured[Any] = known(None, _UNSEEN)
         failed = (Reason.of("program_failed", how=process.describe_exit(run.code)),) if run.code else ()
+        stopped = (Reason.of("lem_stopped", stopped_s=run.stopped_s),) if round(run.stopped_s, 1) else ()
         work = _unseen_but(Work, token_source=PROGRAM, **run.work)
         lost = work.requests_failed if work.requests_ok is not None else None
         unanswered = (Reason.of("work_failed", failed=lost, total=work.tried),) if lost else ()
         is_unfit = (lost or 0) > MAX_FAILED_RATIO * work.tried
-        invalid = (*failed, *(unanswered if is_unfit else ()), *energy.invalid_reasons)
+        invalid = (*failed, *stopped, *(unanswered if is_unfit else ()), *energy.invalid_reasons)
         warnings = (*(() if is_unfit else unanswered), *energy.warnings)
 
         def rate(name: str) -> Measured[float]:

@@ -55,7 +55,7 @@ _NO_EFFECT = "ignore_eos was set but had no effect: the log.txt of the experimen
 _ALONE = (
     "end the other programs (lem doctor names them) or raise the CPU limit, and reserve the machine while it measures"
 )
-_STOPPED = "do not stop or pause the engine while it is measured: signals, debuggers, docker pause"
+_STOPPED = "stop or pause nothing that is measured, nor lem: signals, Ctrl-Z, debuggers, docker pause"
 _SUSPENDED = "keep the machine from suspending, as with systemd-inhibit"
 # What kept an engine from its work, as warnings and invalid results have it, with what to do about it.
 INTERFERENCE: Mapping[str, str] = {
@@ -65,6 +65,7 @@ INTERFERENCE: Mapping[str, str] = {
     "engine_starved": _ALONE,
     "sampler_starved": _ALONE,
     "engine_stopped": _STOPPED,
+    "lem_stopped": _STOPPED,
     "host_suspended": _SUSPENDED,
 }
 

@@ -155,7 +155,7 @@ class Metering:
 
     def rest_bare(self) -> None:
         """Measure power without an engine, unless it is known; MeterRefused if another program has come meanwhile."""
-        if self._has_rest and self.baselines.bare_power_w is None:
+        if self.has_rest and self.baselines.bare_power_w is None:
             text = "idle without an engine"
             self._rest(self._guard_s, text)  # a meter is first read a moment after the sampler's start
             with self.during(measurement.IDLE_BARE):
@@ -168,7 +168,7 @@ class Metering:
             self.choose([gpu.uuid for gpu in self.read().header.gpus])
 
     def rest_loaded(self) -> None:
-        if not self._has_rest or self.baselines.loaded_power_w is not None:
+        if not self.has_rest or self.baselines.loaded_power_w is not None:
             return
         begin_ns = self.clock.monotonic_ns()
         duration_s, text = self.config.baseline.duration_sec, "idle with the engine loaded"
@@ -187,13 +187,13 @@ class Metering:
         self.marks += [dataclasses.replace(mark, name=measurement.IDLE_LOADED) for mark in self.marks]
 
     def rest_after(self) -> None:
-        if self._has_rest:
+        if self.has_rest:
             with self.during(measurement.IDLE_POST):
                 self._rest(self.config.baseline.duration_sec, "idle after the window")
             self._rest(self._guard_s, "idle after the window")
 
     @property
-    def _has_rest(self) -> bool:
+    def has_rest(self) -> bool:
         is_measured = is_gpu_source(self.sources.primary) or self.sources.primary == EnergySource.RAPL
         return is_measured and self.config.baseline.enabled
 

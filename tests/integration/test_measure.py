@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 import lem
-from lem.base import measurement
+from lem.base import measurement, process
 from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.record import Record, decode_record, read_record
 from tests.campaign_rig import ROOT, Ended, Running
@@ -240,6 +241,7 @@ def test_nothing_is_left_of_a_program_when_lem_is_ended(rig: Rig, signum: str, c
         (("--energy", "nvml", "--", "true"), 2),
         (("--cpu-tdp-w", "90", "--", "true"), 2),
         (("--baseline", "5", "--", "true"), 2),
+        (("--work", "outptu_tokens=a.json:n_tokens", "--", "true"), 2),
     ],
 )
 def test_what_cannot_take_effect_is_refused_before_the_program_runs(rig: Rig, words: Sequence[str], code: int) -> None:
@@ -247,6 +249,48 @@ def test_what_cannot_take_effect_is_refused_before_the_program_runs(rig: Rig, wo
     assert ended.code == code, ended.err
     assert ended.err.startswith("error: ")
     assert rig.results() == []
+
+
+@pytest.mark.parametrize("option", [("--baseline", "5"), ("--idle",)])
+@pytest.mark.parametrize("energy", ["none", "tdp_estimate"])
+def test_a_rest_that_no_meter_measures_is_refused(rig: Rig, option: Sequence[str], energy: str) -> None:
+    ended = rig.measure("--energy", energy, *option, "--", "true")
+    assert ended.code == 2
+    assert f"{option[0]}: has no effect with --energy {energy}" in ended.err
+    assert rig.results() == []
+
+
+def test_without_a_rest_none_is_told(rig: Rig) -> None:
+    for words in (("--no-idle",), ("--energy", "none")):
+        ended = rig.measure("-r", "2", *words, "--", "true")
+        assert [line for line in ended.err.splitlines() if line.startswith("run ")] == [
+            "run 1 of 2: the program runs",
+            "run 2 of 2: the program runs",
+        ]
+
+
+def test_ctrl_z_stops_the_program_too_and_makes_its_run_invalid(rig: Rig) -> None:
+    script = "echo $$ > pid; echo begun >&2; while [ ! -e done ]; do sleep 0.05; done"
+    command = [sys.executable, "-m", "lem", "measure", "--no-idle", "--energy", "none", "--", "sh", "-c", script]
+    environ = {**os.environ, **rig.marker.environ(), "PYTHONPATH": str(ROOT), "LEM_LOCK_DIR": str(rig.folder / "locks")}
+    # A group of its own in this session, as a shell with job control makes one.
+    options: dict[str, Any] = {"cwd": rig.folder, "env": environ, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=os.setpgrp, **options) as child:  # noqa: PLW1509 - without threads
+        assert child.stderr is not None
+        assert any(line == "begun\n" for line in child.stderr)
+        os.killpg(child.pid, signal.SIGTSTP)
+        assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
+        (rig.folder / "done").touch()
+        pid, until = int((rig.folder / "pid").read_text()), time.monotonic() + 0.3
+        while time.monotonic() < until:
+            stat = process.read_stat(pid)
+            assert stat is not None
+            assert stat.state == "T"
+        os.killpg(child.pid, signal.SIGCONT)
+        assert child.wait() == 0
+    ((_, record),) = rig.results()
+    (reason,) = (it for it in record.validity.invalid_reasons if it.code == "lem_stopped")
+    assert 0.3 <= reason.data["stopped_s"] <= record.window.window_s
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from lem.base.errors import ConfigurationError
 from lem.config.convert import convert
 from tests.command_rig import run_lem
 from tests.documentation import ROOT
@@ -367,6 +369,8 @@ def loads_of(*words: str) -> tuple[list[dict[str, Any]], list[str]]:
             "--max-concurrency 8 --goodput ttft:200 e2el:900",
             {**CLOSED, "concurrency": 8, "slo": {"ttft_ms": 200, "e2e_ms": 900}},
         ),
+        ("--request-rate Infinity", None),
+        ("--request-rate inf --max-concurrency 8", {**CLOSED, "concurrency": 8}),
     ],
 )
 def test_the_traffic_of_vllm_bench(line: str, expected: Any) -> None:
@@ -376,6 +380,43 @@ def test_the_traffic_of_vllm_bench(line: str, expected: Any) -> None:
     assert experiment["server"] == {"url": "http://127.0.0.1:8000", "api": "completions", "engine": "vllm"}
     assert experiment["prompts"] == {"type": "synthetic", "input_tokens": 900, "sample_size": 20}
     assert (experiment["max_input_tokens"], experiment["max_output_tokens"]) == (900, 50)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("vllm", "bench", "serve", "--goodput", "ttft:200", "tpot:50"),
+        ("vllm", "bench", "serve", "--goodput", "ttft:200 tpot:50"),
+        ("vllm", "bench", "serve", "--goodput=ttft:200", "tpot:50"),
+        ("vllm", "bench", "serve", "--goodput", "ttft:200", "tpot:50 e2el:900"),
+        ("aiperf", "profile", "--goodput", "time_to_first_token:200 inter_token_latency:50"),
+        ("aiperf", "profile", "--goodput", "time_to_first_token:200", "inter_token_latency:50"),
+    ],
+)
+def test_service_levels_are_one_text_or_several(words: Sequence[str]) -> None:
+    ((experiment,), notes) = loads_of(*words, "--model", "gpt2", "--request-rate", "4")
+    found = experiment["traffic_simulation"]["slo"]
+    assert (found.pop("e2e_ms", 900), found, notes) == (900, {"ttft_ms": 200, "tpot_ms": 50}, [])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"vllm bench serve --request-rate {rate}" for rate in ("0", "-1", "nan", "-inf", "fast", "true")),
+        "vllm bench serve --max-concurrency 0",
+        *(f"vllm bench serve --request-rate 4 --goodput ttft:{level}" for level in ("0", "-1", "200ms", "")),
+        "aiperf profile --request-rate 4,0",
+        "aiperf profile --concurrency -2",
+        "aiperf profile --concurrency 1.5",
+        "guidellm run --backend kind=openai_http,target=http://x --profile kind=concurrent",
+        "guidellm run --backend kind=openai_http,target=http://x --profile kind=poisson,rate=0",
+        "guidellm run --backend kind=openai_http,target=http://x --profile kind=constant",
+        "guidellm run --backend kind=openai_http,target=http://x --profile kind=concurrent,streams=0",
+    ],
+)
+def test_a_load_that_the_tool_cannot_make_is_an_error(words: str) -> None:
+    with pytest.raises(ConfigurationError, match="above 0"):
+        loads_of(*words.split(), "--model", "gpt2")
 
 
 def test_what_lem_cannot_do_alike_is_named() -> None:

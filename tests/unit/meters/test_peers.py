@@ -32,12 +32,19 @@ def counts_of(path: Path, *fields: str) -> dict[str, Any]:
         ("b.json:n_requests", "b.json", "n_requests", "requests"),
         ("b.json:failed_requests", "b.json", "failed_requests", "failed"),
         ("requests=b.json:images", "b.json", "images", "requests"),
-        ("x=y.json", "x=y.json", "", ""),
+        ("./x=y.json", "x=y.json", "", ""),
+        ("requests=x=y.json:n", "x=y.json", "n", "requests"),
         ("a:b/c.json", "a:b/c.json", "", ""),
     ],
 )
 def test_the_name_of_a_field_tells_what_it_counts(text: str, path: str, field: str, kind: str) -> None:
     assert WorkSource.parse(text) == WorkSource(Path(path), field, kind)
+
+
+@pytest.mark.parametrize("kind", ["outptu_tokens", "Requests", "tokens", ""])
+def test_a_mistyped_kind_is_no_part_of_the_name_of_the_file(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown kind '{kind}'.*write ./{kind}=out.json:tokens"):
+        WorkSource.parse(f"{kind}=out.json:tokens")
 
 
 @pytest.mark.parametrize("text", ["b.json:images", ":tokens", "", "requests=b.json", "requests=:n"])

@@ -225,7 +225,10 @@ def test_series_and_knees_are_in_the_document_of_a_run() -> None:
     assert (beyond["censored_code"], beyond["ci_lower"], beyond["ci_upper"]) == ("knee_beyond", 2, None)
     below = run_document(make_run(records_of([{1: BAD, 2: BAD}] * 2)))["series"][0]["knee"]
     fields = ("load", "number", "at_least", "below")
-    assert [tuple(it[name] for name in fields) for it in (beyond, below)] == [(None, None, 2, None), (None, None, None, 1)]
+    assert [tuple(it[name] for name in fields) for it in (beyond, below)] == [
+        (None, None, 2, None),
+        (None, None, None, 1),
+    ]
     assert run_document(make_run([make_record()]))["series"] == []
 
 
