@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lem.base import measurement
 from lem.base.measurement import (
@@ -46,8 +46,9 @@ _COVERED = _REST_MOVED | {
 # How large interference was, in the data of its reason.
 _EXTENTS = frozenset({"share", "starved_s", "stopped_s", "suspended_s", "pause_s"})
 
-# What to do about each kind of finding: of those that make numbers or verdicts unreliable, and of the others.
-_WEAK, _NOTES = (
+# What to do about each kind of finding: of those that make numbers or verdicts unreliable, of the others, and about
+# runs of programs, which no campaign has.
+_WEAK, _NOTES, _OF_PROGRAMS = (
     {kind: text.format(short_s=SHORT_WINDOW_S, most_cycles=MOST_CYCLES) for kind, text in table.items()}
     for table in read_tables("lem.results", "remedies.txt").values()
 )
@@ -91,7 +92,10 @@ _OneCheck = Callable[[Run], Found]
 
 
 def check_run(run: Run) -> tuple[Finding, ...]:
-    return tuple(sorted((found for check in _CHECKS for found in check(run)), key=lambda item: not item.is_weak))
+    findings = [found for check in _CHECKS for found in check(run)]
+    if run.with_results and all(item.is_program for item in run.with_results):
+        findings = [replace(it, remedy=_OF_PROGRAMS.get(it.kind, it.remedy)) for it in findings]
+    return tuple(sorted(findings, key=lambda item: not item.is_weak))
 
 
 def _of_results(kind: str, what: Reason, concerns: Callable[[Record], object]) -> _OneCheck:

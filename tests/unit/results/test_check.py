@@ -1,9 +1,11 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from lem.base.reasons import TEXTS, Reason, formats_of
+from lem.config.experiment import PROGRAM
 from lem.results.check import INTERFERENCE, check_run
 from lem.results.run import make_run
 from lem.results.store import Problem
@@ -193,6 +195,26 @@ def test_damaged_results_are_named_and_missing_ones_are_none_of_them():
     assert "r0/result.json (corrupt)" in text
     assert text.endswith("and 2 more")
     assert _check(FINE, problems=[Problem(Path("r"), "missing", "")]) == ()
+
+
+def test_what_to_do_about_runs_of_a_program_names_no_option_of_campaigns():
+    def of_program(cycle):
+        record = make_record(cycle=cycle)
+        window = dataclasses.replace(record.window, window_s=1.0, traffic_mode=PROGRAM)
+        validity = dataclasses.replace(
+            record.validity,
+            steady=False,
+            warnings=(Reason.of("rest_power_rose", before_w=1.0, after_w=2.0, change_percent=100.0),),
+        )
+        identity = dataclasses.replace(record.identity, backend=PROGRAM)
+        return dataclasses.replace(record, identity=identity, window=window, validity=validity)
+
+    found = check_run(make_run([of_program(0), of_program(1)], problems=[Problem(Path("r.json"), "corrupt", "torn")]))
+    assert {"damaged", "short_window", "baseline_drift", "few_cycles"} <= {item.kind for item in found}
+    for item in found:
+        assert not re.search(r"execution\.|measurement\.|warmup\.|--fresh|--cycles|campaign|manifest", item.remedy), (
+            item
+        )
 
 
 def test_no_result_at_all_is_weak():
