@@ -217,7 +217,9 @@ class Work(Section):
     input_tok: int | None
     output_tok: int | None
     padding_tok: int | None  # padding that the engine computed beside the input
-    token_source: str  # `engine_ids`, `retokenized`, or as a server (`usage`) or a measured program (`program`) reports
+    # `engine_ids`, `retokenized`, or as a server (`usage`; `chunks` if it reports none) or a measured program
+    # (`program`) reports; None without a completed request of a server.
+    token_source: str | None
     prompt_source: Mapping[str, Any]  # where the prompts came from: kind, revision, sha256, count, and the draw
     requests_good: int | None = None  # completed requests that met `traffic_simulation.slo`
 

@@ -37,8 +37,8 @@ class Dialect:
     version_fields: tuple[str, ...] = ("version",)  # in the answers to /version and to info_path
     # {option of its command: field of the answer to info_path with its value}, where the names differ.
     settings: Mapping[str, str] = field(default_factory=dict)
-    # {what is counted: the Prometheus counter}
-    counters: Mapping[str, str] = field(default_factory=dict)
+    # {what is counted: the Prometheus counters that add up to it}
+    counters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def field_of(self, option: str) -> str | None:
         """The field of the body for one of lem's options; None if the server does not honour it."""
@@ -67,10 +67,10 @@ DIALECTS: Mapping[str, Dialect] = {
         cache_option="enable-prefix-caching",
         tokenize=("prompt", "add_special_tokens"),
         counters={
-            "input_tok": "vllm:prompt_tokens_total",
-            "cached_tok": "vllm:prompt_tokens_cached_total",
-            "output_tok": "vllm:generation_tokens_total",
-            "preemptions": "vllm:num_preemptions_total",
+            "input_tok": ("vllm:prompt_tokens_total",),
+            "cached_tok": ("vllm:prompt_tokens_cached_total",),
+            "output_tok": ("vllm:generation_tokens_total",),
+            "preemptions": ("vllm:num_preemptions_total",),
         },
     ),
     "llamacpp": Dialect(
@@ -98,9 +98,10 @@ DIALECTS: Mapping[str, Dialect] = {
         version_fields=("build_info",),
         settings={"parallel": "total_slots", "alias": "model_alias", "model": "model_path"},
         counters={
-            "input_tok": "llamacpp:prompt_tokens_total",
-            "cached_tok": "llamacpp:prompt_tokens_cached_total",
-            "output_tok": "llamacpp:tokens_predicted_total",
+            # The first leaves out what came from the cache.
+            "input_tok": ("llamacpp:prompt_tokens_total", "llamacpp:prompt_tokens_cached_total"),
+            "cached_tok": ("llamacpp:prompt_tokens_cached_total",),
+            "output_tok": ("llamacpp:tokens_predicted_total",),
         },
     ),
     # A seed has an effect only with deterministic inference, which is not the default.
@@ -114,9 +115,9 @@ DIALECTS: Mapping[str, Dialect] = {
         no_top_k=-1,
         info_path="/get_server_info",
         counters={
-            "input_tok": "sglang:prompt_tokens_total",
-            "cached_tok": "sglang:cached_tokens_total",
-            "output_tok": "sglang:generation_tokens_total",
+            "input_tok": ("sglang:prompt_tokens_total",),
+            "cached_tok": ("sglang:cached_tokens_total",),
+            "output_tok": ("sglang:generation_tokens_total",),
         },
     ),
     "tensorrt": Dialect(

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from lem.config.backends import (
     VllmConfig,
     flag_name,
 )
+from lem.config.dialects import Dialect
 from lem.config.kinds import REQUIRED, Problem
 from lem.config.option import Matching, Section, declared, option, plain
 from lem.config.sections import (
@@ -82,6 +83,22 @@ _SERVER_DECIDES: Mapping[str, Any] = {
 _DRAFTING = re.compile(r"(spec|draft|model-draft|lookup)\b.*", re.ASCII)
 
 
+def _honoured_defaults(dialect: Dialect, given: Mapping[str, Any]) -> dict[str, Any]:
+    """In place of defaults that a server does not honour; what the user wrote is left, to be refused."""
+    decoder, traffic = given.get("decoder", DecoderConfig()), given.get("traffic_simulation", TrafficConfig())
+    found: dict[str, Any] = {}
+    if decoder.is_greedy:
+        return found
+    if dialect.field_of("decoder.top_k") is None and not decoder.is_given("top_k"):
+        found["decoder"] = replace(decoder, top_k=0)
+    if dialect.field_of("random_seed") is None and "random_seed" not in given:
+        found["random_seed"] = None
+        # All configurations of a cycle have the same arrivals.
+        if traffic.enabled and traffic.mode != "closed" and traffic.seed is None:
+            found["traffic_simulation"] = replace(traffic, seed=declared(ExperimentConfig)["random_seed"].default)
+    return found
+
+
 @dataclass(frozen=True)
 class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dataset", "prompts")):
     """An experiment, validated and with every default filled in."""
@@ -135,9 +152,11 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     server: ServerConfig | None = option(None, "Options of server.", backends=("server",))
 
     def derive(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        server = given.get("server")
-        is_chat = given.get("backend") == "server" and server is not None and server.api == "chat"
-        return {"chat_template": OWN_TEMPLATE} if is_chat and "chat_template" not in given else {}
+        server = given.get("server") if given.get("backend") == "server" else None
+        if server is None:
+            return {}
+        own = {"chat_template": OWN_TEMPLATE} if server.api == "chat" and "chat_template" not in given else {}
+        return {**own, **_honoured_defaults(server.dialect, given)}
 
     def check(self) -> Iterator[Problem]:
         if self.min_output_tokens > self.max_output_tokens:

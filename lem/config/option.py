@@ -112,6 +112,10 @@ class Section:
     def to_dict(self) -> dict[str, Any]:
         return {name: plain(self.__dict__[name]) for name in declared(type(self))}
 
+    def is_given(self, name: str) -> bool:
+        """Whether an option was written, also with the value of its default."""
+        return name in self.__dict__["_given"]
+
     def changed(self) -> dict[str, Any]:
         options = declared(type(self))
         return {name: value for name, value in self.to_dict().items() if value != options[name].default}
@@ -268,6 +272,7 @@ def _complete(instance: Section, given: Mapping[str, Any], path: kinds.Path, sin
     for name, item in options.items():
         default = kinds.Items(item.default) if isinstance(item.default, tuple) else item.default
         values[name] = given.get(name, {} if isinstance(default, dict) else default)
+    values["_given"] = frozenset(given)
     values.update(instance.derive(given))
     _note(instance.check(), path, sink)
 

@@ -174,7 +174,7 @@ class Drive:
 class Observed:
     """What the client and the server say about a window."""
 
-    token_source: str
+    token_source: str | None  # None: no request succeeded
     facts: Mapping[str, Any]  # JSON values, for the record
     warnings: tuple[Reason, ...] = ()
     invalid_reasons: tuple[Reason, ...] = ()

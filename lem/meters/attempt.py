@@ -25,6 +25,7 @@ from lem.meters.curve import (
     counter_curve,
     load_curve,
     mean_power_curve,
+    own_load_curve,
     power_curve,
 )
 from lem.meters.rapl import DRAM, PACKAGE, distinct_zones, rapl_curve
@@ -313,7 +314,11 @@ class AttemptLog:
             power_w = self.sources.cpu_tdp_w
             if power_w is None:
                 raise NotMeasured("tdp_unknown")
-            return (self._checked(load_curve(self.log.loads, power_w, "the load of the CPU"), "cpu.load"),)
+            window = self.span(names.WINDOW)
+            inside = [row for row in self.log.usage if window is not None and window.opened_ns < row.at_ns]
+            if inside and all(row.own_s is None for row in inside):
+                raise NotMeasured("engine_not_watched")
+            return (self._checked(own_load_curve(self.log.usage, power_w, "the load of the CPU"), "cpu_load"),)
         curves = []
         zones = self.log.header.zones
         found = {place: zone.name for place, zone in enumerate(zones) if zone.domain == domain}
@@ -329,7 +334,7 @@ class AttemptLog:
         ways: tuple[Callable[[], tuple[Curve, ...]], ...] = (
             lambda: tuple(self.gpu_curve(number) for number in range(len(self.sources.gpus))),
             lambda: self.cpu_curves(PACKAGE) if self.sources.cpu_method == EnergySource.RAPL else (),
-            lambda: (self._checked(load_curve(self.log.loads, 1.0, "the load of the CPU"), "cpu.load"),),
+            lambda: (self._checked(load_curve(self.log.loads, 1.0, "the load of the CPU"), "cpu_load"),),
         )
         for way in ways:
             with contextlib.suppress(NotMeasured):

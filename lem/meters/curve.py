@@ -13,7 +13,7 @@ from typing import Any
 
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.meters.samples import CounterChange, CpuLoad, GpuSample, GpuSecond
+from lem.meters.samples import CounterChange, CpuLoad, CpuUse, GpuSample, GpuSecond
 
 # A hole longer than three sampling periods voids an integration.
 HOLE_PERIODS = 3
@@ -316,12 +316,28 @@ def trapezoids(what: str, rows: Sequence[tuple[int, float]], longest_s: float, w
 
 
 def load_curve(loads: Sequence[CpuLoad], design_power_w: float, what: str) -> Curve:
-    """An estimate and no measurement: the design power of the CPU times the share of its time that was busy."""
+    """What the CPU would take by its load alone: its design power times the share of its time that was busy."""
     rows = [row for place, row in enumerate(loads) if place == 0 or row.busy_ratio is not None]
     energy_j = [0.0] * len(rows)
     for place, (before, after) in enumerate(pairwise(rows), start=1):
         busy_s = (after.busy_ratio or 0.0) * (after.at_ns - before.at_ns) / NS_PER_S
         energy_j[place] = energy_j[place - 1] + design_power_w * busy_s
+    return exact(what, [row.at_ns for row in rows], energy_j, [])
+
+
+def own_load_curve(usage: Sequence[CpuUse], design_power_w: float, what: str) -> Curve:
+    """An estimate and no measurement: the design power times the share of all CPU time that the engine and lem had.
+
+    There is no share of an engine before its first reading, and 0 is added until then.
+    """
+    first = next((place for place, row in enumerate(usage) if row.own_s is not None), len(usage))
+    rows = [row for place, row in enumerate(usage) if place < first or row.own_s is not None]
+    energy_j = [0.0] * len(rows)
+    for place, (before, after) in enumerate(pairwise(rows), start=1):
+        cpu_s = sum(getattr(after, name) - getattr(before, name) for name in ("busy_s", "idle_s", "steal_s"))
+        own_s = 0.0 if before.own_s is None or after.own_s is None else max(0.0, after.own_s - before.own_s)
+        share = min(1.0, own_s / cpu_s) if cpu_s > 0 else 0.0
+        energy_j[place] = energy_j[place - 1] + design_power_w * share * (after.at_ns - before.at_ns) / NS_PER_S
     return exact(what, [row.at_ns for row in rows], energy_j, [])
 
 

@@ -109,7 +109,9 @@ class RequestLog:
 
     @cached_property
     def failures(self) -> tuple[str, ...]:
-        failed = (*self.finished, *(item for item in self.requests if item.finished_ns is None))
+        """Those without an answer count where they arrived: when they end is up to the client's patience."""
+        unanswered = (it for it in self.requests if it.finished_ns is None and self.is_inside(it.arrived_ns))
+        failed = (*self.finished, *unanswered)
         return tuple(item.error for item in failed if item.error is not None)
 
     @property

@@ -180,7 +180,8 @@ class CampaignRunner(Context):
                     write_stopping_rule(self.repository.run_folder(str(known.run_id)), rule)
                 aside = manager.set_aside() if known is None else None
                 manager.save(manifest)
-                write_listing(self.repository.run_folder(str(manifest.run_id)), plan.listing)
+                run_folder = self.repository.run_folder(str(manifest.run_id))
+                write_listing(run_folder, plan.listing, left_out=resume.attempts_left_out(manifest))
             if aside is not None:
                 notes = [*notes, f"The earlier manifest is now {aside}"]
             who = (self._state_folder, str(manifest.run_id), self._holder())

@@ -300,7 +300,7 @@ def adopt_environment(
 ) -> tuple[str, ...]:
     """How the environment differs from the manifest's, which takes it over; UserError unless that is allowed.
 
-    On another node of the same kind, the cycle that is not finished starts over.
+    A node of another kind never is. On another node of the same kind, the cycle that is not finished starts over.
     """
     known, has_results = manifest.environment, any(entry.result_path for entry in manifest.experiments)
     node = current.get(NODE, known.get(NODE))
@@ -309,12 +309,13 @@ def adopt_environment(
     changed = [name for name, value in kinds[1].items() if name in kinds[0] and kinds[0][name] != value]
     lines = tuple(f"{name}: {_show(known[name])} before, {_show(current[name])} now" for name in changed)
     if changed and has_results:
+        if node != before:
+            what = f"node {node} is of another kind than {before}, where this campaign was measured"
+            hint = "resume it on a node of the same kind, or start over with --fresh"
+            raise UserError(f"{what}: {'; '.join(lines)}", hint)
         if not is_change_allowed:
             what = "the environment has changed since this campaign began"
             hint = "restore it, start over with --fresh, or record the change with --allow-environment-change"
-            if node != before:
-                what = f"node {node} is of another kind than {before}, where this campaign was measured"
-                hint = "resume it on a node of the same kind, or start over with --fresh"
             raise UserError(f"{what}: {'; '.join(lines)}", hint)
         manifest.notes.append({"at": utc_text(now), "kind": "environment_change", "changes": list(lines)})
     if node != before and has_results:
@@ -332,6 +333,12 @@ def _kind_of(environment: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in environment.items() if name != NODE and not name.endswith(".gpus")}
     limits = {name: value for name, value in found.items() if name.endswith(".power_limits")}
     return found | {name: sorted(item.partition(" ")[2] for item in value) for name, value in limits.items()}
+
+
+def attempts_left_out(manifest: CampaignManifest) -> list[str]:
+    """The folders of the attempts that another node measured of cycles that started over."""
+    pairs = ((entry.exp_id, attempt) for entry in manifest.experiments for attempt in entry.attempts)
+    return [f"{exp_id}/attempt-{attempt.number}" for exp_id, attempt in pairs if attempt.error == OTHER_NODE]
 
 
 def start_cycles_over(manifest: CampaignManifest) -> list[str]:

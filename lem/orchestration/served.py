@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from lem.base.launch import own_command
 from lem.base.variables import SERVICE_VARIABLE
 from lem.config.backends import ServerConfig
 from lem.config.experiment import ExperimentConfig, MeteredConfig
-from lem.engines.named import address_of
+from lem.engines.named import address_of, is_here
 from lem.orchestration import dispatch
 from lem.orchestration.compose import override_text
 from lem.orchestration.container import UP_TIMEOUT_S, ContainerManager
@@ -194,7 +193,7 @@ def find_server(config: MeteredConfig, environ: Mapping[str, str]) -> tuple[tupl
     if not isinstance(section, ServerConfig) or section.url is None:
         return (), None
     host, port = address_of(section.url)
-    if not _is_here(host):
+    if not is_here(host):
         return (), f"the server runs on another machine ({host})"
     listeners = [item.pid for item in process.find_listeners(port)]
     names = {stat.name for pid in listeners if (stat := process.read_stat(pid)) is not None}
@@ -222,19 +221,3 @@ def _group_of(pid: int) -> int | None:
         return os.getpgid(pid)
     except OSError:
         return None
-
-
-def _is_here(host: str) -> bool:
-    """Whether an address is one of this machine: only such a one can be bound."""
-    try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
-    except OSError:
-        return False
-    for family, kind, number, _name, address in found:
-        with socket.socket(family, kind, number) as probe:
-            try:
-                probe.bind(address)
-            except OSError:
-                continue
-            return True
-    return False

@@ -20,7 +20,7 @@ from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.compare import Row, compare_configurations, find_effect
 from lem.results.load import find_series, series_document
 from lem.results.metrics import METRICS, PROGRAM_METRICS, Metric, distinct, parse_metric
-from lem.results.run import NO_INTERVAL, SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, carbon_basis, make_run
+from lem.results.run import SINGLE_CYCLE, Configuration, Estimate, Run, carbon_basis, make_run
 from lem.results.stats import CONFIDENCE, Autocorrelation, Verdict, check_confidence
 from lem.results.stopping import StoppingRule, Target, gate_of
 from lem.results.student import cycles_needed, power_of, smallest_difference
@@ -74,7 +74,7 @@ def configuration_document(configuration: Configuration) -> dict[str, Any]:
         "energy_sources": list(configuration.energy_sources),
         "carbon_basis": carbon_basis([configuration]) or None,
         "is_load_shared": configuration.is_load_shared,
-        "no_interval_reason": NO_INTERVAL.text if configuration.is_load_shared else None,
+        "no_interval_reason": configuration.no_interval.text if configuration.no_interval else None,
     }
     for metric in (*METRICS, *(PROGRAM_METRICS if configuration.is_program else ())):
         document.setdefault(metric.group, {})[metric.name] = _estimate_document(configuration.estimate(metric))
@@ -198,8 +198,8 @@ def measure_precision(run: Run, rule: StoppingRule) -> Precision:
             estimate = item.estimate(metric)
             if estimate.value is None:
                 found.without[item.name] = (estimate.t_log.warning if estimate.t_log else estimate.null_reason) or ""
-            elif item.is_load_shared:
-                found.without[item.name] = "1 sample" if estimate.n == 1 else SHARED_LOAD.text
+            elif item.no_interval is not None:
+                found.without[item.name] = "1 sample" if estimate.n == 1 else str(item.no_interval.data["why"])
             else:
                 width = math.inf if estimate.half_width is None else estimate.half_width
                 is_narrow = width <= target.half_width and estimate.n >= rule.least_cycles

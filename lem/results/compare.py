@@ -20,7 +20,7 @@ from lem.record import Record
 from lem.results import stats
 from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
 from lem.results.metrics import METRICS, Metric
-from lem.results.run import NO_INTERVAL, Configuration, Run, make_run
+from lem.results.run import Configuration, Run, make_run
 from lem.results.trends import BLOCKS, ran_apart
 from lem.results.uncertainty import Causes, Combined, of_effect, over_anchor, ratio_causes
 
@@ -205,8 +205,9 @@ def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -
     effect = stats.paired_effect([above[cycle] for cycle in usable], [below[cycle] for cycle in usable])
     if not effect.is_representable():
         return None, Reason.of("out_of_range")
-    if len(usable) > 1 and (baseline.is_load_shared or other.is_load_shared):
-        return replace(effect, std_error=None, df=None), NO_INTERVAL
+    no_interval = baseline.no_interval or other.no_interval
+    if len(usable) > 1 and no_interval is not None:
+        return replace(effect, std_error=None, df=None), no_interval
     # Zero and less are no accident, so cycles left out for them make the rest a selection: it gets no verdict.
     if dropped := [cycle for cycle in shared if cycle not in usable]:
         cycles = f"{'cycles' if len(dropped) > 1 else 'cycle'} {', '.join(str(number + 1) for *_, number in dropped)}"

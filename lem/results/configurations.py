@@ -41,6 +41,7 @@ class ListedConfiguration:
 class _List:
     configurations: tuple[ListedConfiguration, ...]
     numbered: tuple[str, ...]  # hashes of all that it ever had, in the order of their numbers
+    superseded: tuple[str, ...]  # `<experiment>/attempt-<n>` of cycles that started over, whatever came of that
 
 
 Listing = Mapping[str, ListedConfiguration]
@@ -59,11 +60,20 @@ class Reading:
     recount: Recount | None = None  # without it service levels are those of the measurement
 
 
-def write_listing(run_folder: Path, listed: Sequence[ListedConfiguration], numbered: Sequence[str] = ()) -> None:
-    """Keep the list, and the numbers of known configurations, with the results of the run; raises OSError."""
+def write_listing(
+    run_folder: Path,
+    listed: Sequence[ListedConfiguration],
+    numbered: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+) -> None:
+    """Keep the list, the numbers of known configurations and the superseded attempts with the results of the run.
+
+    Raises OSError.
+    """
     known = _read(run_folder)
     every = (*(known.numbered if known else ()), *numbered, *(item.config_hash for item in listed))
-    found = _List(tuple(listed), tuple(dict.fromkeys(every)))
+    gone = (*(known.superseded if known else ()), *left_out)
+    found = _List(tuple(listed), tuple(dict.fromkeys(every)), tuple(dict.fromkeys(gone)))
     if known != found:
         make_folder(run_folder)
         document = {"schema_version": _SCHEMA_VERSION, **dataclasses.asdict(found)}
@@ -80,9 +90,15 @@ def read_numbered(run_folder: Path) -> tuple[str, ...]:
     return () if found is None else found.numbered
 
 
+def read_superseded(run_folder: Path) -> frozenset[Path]:
+    """The folders of attempts that count no more."""
+    found = _read(run_folder)
+    return frozenset(run_folder / name for name in found.superseded) if found is not None else frozenset()
+
+
 def _read(run_folder: Path) -> _List | None:
     def decoded(found: Mapping[str, Any]) -> _List:
-        document = {name: found.get(name, []) for name in ("configurations", "numbered")}
+        document = {name: found.get(name, []) for name in ("configurations", "numbered", "superseded")}
         return decode(_List, complete(_List, document, Reason.of("not_recorded")), "list")
 
     without = "names are those that the results were measured under"
@@ -94,7 +110,7 @@ def _read(run_folder: Path) -> _List | None:
     if not lists:
         return None
     listed = {item.config_hash: item for found in lists for item in found.configurations}
-    return _List(tuple(listed.values()), tuple(dict.fromkeys(digest for it in lists for digest in it.numbered)))
+    return _List(tuple(listed.values()), tuple(dict.fromkeys(digest for it in lists for digest in it.numbered)), ())
 
 
 def numbers_of(numbered: Sequence[str], listing: Listing | None, known: Sequence[tuple[str, str]]) -> list[int]:

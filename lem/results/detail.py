@@ -104,7 +104,8 @@ def _facts_of_engine(record: Record) -> Iterable[tuple[str, str]]:
         yield "in flight", f"{average}, {window.in_flight_peak} at most; {thin}"
     good = "" if work.requests_good is None else f", {work.requests_good} good"
     requests = f"{work.requests_ok} requests{good}, {work.requests_failed} failed"
-    yield "work", f"{requests}; {work.input_tok} tokens in, {work.output_tok} out ({work.token_source})"
+    source = "" if work.token_source is None else f" ({work.token_source})"
+    yield "work", f"{requests}; {work.input_tok} tokens in, {work.output_tok} out{source}"
 
 
 # What can change the numbers and is not what was asked for, as found before the experiment: the section of the record,

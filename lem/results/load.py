@@ -119,7 +119,7 @@ class Series:
         """None without service levels, or where no cycle shows whether a load kept them."""
         cycles = sorted({cycle for _, item in self.levels for cycle in item.attempts}) if self.slo else []
         found = tuple(bracket for cycle in cycles if (bracket := self._bracket(cycle)) is not None)
-        return Knee(found, not any(item.is_load_shared for _, item in self.levels)) if found else None
+        return Knee(found, not any(item.no_interval for _, item in self.levels)) if found else None
 
     def _bracket(self, cycle: Cycle) -> Bracket | None:
         least = self.slo.attainment_pct / 100 if self.slo else 1.0

@@ -191,6 +191,17 @@ class Configuration:
     def is_load_shared(self) -> bool:  # then there is no interval
         return metrics.share_a_load(self.cycles)
 
+    @cached_property
+    def no_interval(self) -> Reason | None:
+        """Why there is no interval over its cycles: they are no independent repeats of one measurement."""
+        if self.is_load_shared:
+            return NO_INTERVAL
+        # Nothing keeps a server from being replaced between two cycles.
+        versions = sorted({it.environment.engine_version for it in self.used if it.identity.backend == "server"})
+        if len(versions) < 2:
+            return None
+        return Reason.of("no_interval", why=Reason.of("server_versions", versions=", ".join(versions)))
+
     @property
     def is_replayed(self) -> bool:
         """Whether its cycles, of an older build, replayed the same random arrivals."""
@@ -239,7 +250,7 @@ class Configuration:
             geometric = math.exp(statistics.fmean(map(math.log, attempts))) if min(attempts) > 0 else None
             all_attempts = AllAttempts(statistics.fmean(attempts), geometric, len(attempts), n_attempts)
         reasons = "; ".join(dict.fromkeys(reason.text for record in self.used if (reason := metric.read(record)[1])))
-        why = NO_INTERVAL if self.is_load_shared else None
+        why = self.no_interval
         combined = uncertainty_of(metric, self.used, values, self.confidence, why)
         if not values:
             null_reason = reasons or "no valid result"

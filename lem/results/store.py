@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import re
@@ -22,7 +23,7 @@ from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
 from lem.base.units import MIB
 from lem.record import CONFIG_FILE, LOG_FILE, RESULT_FILE, Identity, Record, RecordError
-from lem.results.configurations import Listing, Reading, as_read, labels_of, read_listing, superseded
+from lem.results.configurations import Listing, Reading, as_read, labels_of, read_listing, read_superseded, superseded
 from lem.results.index import AlteredError, Found, Index, describe_altered, record_result
 
 _logger = logging.getLogger(__name__)
@@ -204,6 +205,9 @@ class Repository:
         for item in results:
             runs.setdefault(item.record.identity.run_id, []).append(item.record.identity)
         listings = {run_id: read_listing(self.run_folder(run_id)) for run_id in runs}
+        folders = {item.path.parents[2] for item in results}
+        again = frozenset(itertools.chain.from_iterable(map(read_superseded, folders)))
+        results = [item for item in results if item.path.parent not in again]
         left_out = superseded((item.path.parents[1], item.record.identity) for item in results)
         counted = {run_id: [item for item in every if item.key not in left_out] for run_id, every in runs.items()}
         labels = {run_id: labels_of(identities, listings[run_id]) for run_id, identities in counted.items()}

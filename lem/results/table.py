@@ -18,7 +18,6 @@ from lem.results.metrics import METRIC_BY_NAME, PROGRAM_METRICS, Metric
 from lem.results.run import (
     ENERGY,
     REPLAYED,
-    SHARED_LOAD,
     SINGLE_CYCLE,
     THROUGHPUT,
     Configuration,
@@ -172,10 +171,13 @@ class _RunTable:
             self._doc.text(note, "dim", lead="  ")
 
     def _interval_notes(self) -> Iterable[str]:
-        shared = [item for item in self._configurations if item.is_load_shared]
-        if shared:
-            yield f"No interval{self._of(shared, 'for')}: {SHARED_LOAD}."
-        others = (item.n_cycles for item in self._configurations if not item.is_load_shared)
+        shared: dict[str, list[Configuration]] = {}
+        for item in self._configurations:
+            if item.no_interval is not None:
+                shared.setdefault(str(item.no_interval.data["why"]), []).append(item)
+        for reason, items in shared.items():
+            yield f"No interval{self._of(items, 'for')}: {reason}."
+        others = (item.n_cycles for item in self._configurations if item.no_interval is None)
         sizes = sorted({n_cycles for n_cycles in others if n_cycles > 1})
         if sizes:
             yield (

@@ -75,7 +75,7 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
     request, measured, energy = found.request, found.measured, found.energy
     done = describe_work(measured, found.config)
     source, served = {**found.prompts.source, "draw": request.draw}, found.served
-    token_source = "engine_ids" if served is None else served.token_source
+    token_source = known("engine_ids" if served is None else served.token_source, "no_request")
     work = Work.of(**done.work, token_source=token_source, prompt_source=source)
     # The user's metadata as written: a reference to the environment stays a reference.
     metadata = found.requested.get("extra_metadata")

@@ -62,6 +62,7 @@ class Reply:
     sent_ns: int | None  # just before its first byte was sent
     body_sent_ns: int | None  # after its last byte was handed to the kernel
     finished_ns: int | None  # when the last byte of an answer had arrived, whole or not
+    ended_ns: int | None  # when the client was done with it
     status: int | None  # of HTTP
     times_ns: Sequence[int]  # the columns of `chunks`
     texts: Sequence[str] | None
@@ -188,8 +189,8 @@ class LoadClient:
 
     def _reply(self, row: list[Any]) -> Reply:
         *_, times_ns, _, ids, _, _, error, notes = row
-        row[6], row[8] = array("q", times_ns), None if ids is None else tuple(map(tuple, ids))
-        row[11], row[12] = unpack(Reason | None, error), unpack(tuple[Reason, ...], notes)
+        row[7], row[9] = array("q", times_ns), None if ids is None else tuple(map(tuple, ids))
+        row[12:] = unpack(Reason | None, error), unpack(tuple[Reason, ...], notes)
         return Reply(*row)
 
     def _order(self, order: Any) -> None:

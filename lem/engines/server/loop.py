@@ -391,7 +391,12 @@ class Loop:
         if link.state != "open":
             self._proceed(link)
         elif link.exchange is None:
-            # An idle connection has no answer to read: the server closes it.
+            # An idle connection has no answer to read: the server closes it, or, with TLS 1.3, sends tickets.
+            try:
+                link.receive(_READ_B, _AUX_B)
+            except OSError as error:
+                if _is_pending(error):
+                    return
             self._drop(link)
         else:
             self._send_more(link, link.exchange)

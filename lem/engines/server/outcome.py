@@ -169,7 +169,7 @@ class _Tally:
         exchange.raw = bytearray()
         return [
             *(exchange.call, exchange.scheduled_ns, exchange.sent_ns, exchange.body_sent_ns, finished_ns),
-            *(framing.status, list(answer.at_ns), answer.texts if target.keeps_texts else None),
+            *(exchange.ended_ns, framing.status, list(answer.at_ns), answer.texts if target.keeps_texts else None),
             *(answer.ids if any(answer.ids) else None, answer.usage, answer.finish_reason),
             *(pack(error), pack(notes)),
         ]

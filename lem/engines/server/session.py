@@ -9,11 +9,13 @@ import json
 import os
 import re
 import secrets as random_source
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lem.base import process
+from lem.base.clock import seconds_between
 from lem.base.errors import EngineError, OptionRefused, did_you_mean
 from lem.base.reasons import Reason
 from lem.base.variables import GPU_VARIABLE, SERVICE_VARIABLE
@@ -22,6 +24,7 @@ from lem.config.backends import ServerConfig, flag_name
 from lem.config.experiment import ExperimentConfig
 from lem.engines import common
 from lem.engines.common import section_of
+from lem.engines.named import is_here
 from lem.engines.protocol import (
     Arrival,
     Completion,
@@ -42,7 +45,9 @@ from lem.engines.texts import TextSession
 from lem.engines.traffic import TrafficPlan
 
 _CHAT_PATH = "/v1/chat/completions"
-_DEATH_S = 1.0  # from the first request that fails until the guardian has ended the rest
+# From the first of these failures of a server that dies until the guardian has ended the rest.
+_DEATH_S = 1.0
+_DYING = frozenset({"server_reset", "server_closed", "server_unreachable", "server_error_event"})
 # Of its metrics, those that the record keeps: numbers of things, and times.
 _KEPT = re.compile(r"(?!python|process|http).*(_total|(time|latency)\w*_(sum|count))")
 
@@ -130,8 +135,7 @@ class Session(common.ServedSession, TextSession):
         url = section_of(self._config, ServerConfig).url
         if url is None:
             return ""
-        is_here = self._address.host in (LOCAL, "localhost", "::1")
-        processes = process.find_listeners(self._address.port) if is_here else ()
+        processes = process.find_listeners(self._address.port) if is_here(self._address.host) else ()
         return hashlib.sha256(f"{url} {sorted(map(repr, processes))}".encode()).hexdigest()[:16]
 
     def _version(self) -> str:
@@ -156,6 +160,7 @@ class Session(common.ServedSession, TextSession):
                 {**fields, "repetition_penalty": decoder.repetition_penalty},
                 is_sampling=not decoder.is_greedy,
             ),
+            "random_seed": None if self._dialect.field_of("random_seed") is None else self._config.random_seed,
             "request_fields": fields,
             "model_entry": self._model,
             "settings": settings,
@@ -188,6 +193,7 @@ class Session(common.ServedSession, TextSession):
             needs_done=not is_native,
             needs_usage=not is_native,
             keeps_alive=dialect.keeps_alive,
+            keeps_texts=config.save_outputs,
         )
         if self._client is not None:
             self._client.close()
@@ -268,11 +274,13 @@ class Session(common.ServedSession, TextSession):
         result = self._observe(lambda client: client.run_traffic(calls, plan, on_progress))
         arrivals = []
         for number, reply in enumerate(result.replies):
-            arrived_ns = reply.sent_ns if reply.scheduled_ns is None else reply.scheduled_ns
+            # In the closed loop, one that found no connection arrived no later than it failed.
+            times_ns = (reply.scheduled_ns, reply.sent_ns, reply.ended_ns, result.opened_ns)
+            arrived_ns = next(at_ns for at_ns in times_ns if at_ns is not None)
             is_answered = reply.sent_ns is not None and reply.finished_ns is not None
             completion = completion_of(number, reply, result.opened_ns) if is_answered else None
             error = None if reply.error is None else reply.error.text
-            arrivals.append(Arrival(reply.call, arrived_ns or result.opened_ns, completion, error))
+            arrivals.append(Arrival(reply.call, arrived_ns, completion, error))
         return Drive(result.opened_ns, result.closed_ns, result.has_turned_over, tuple(arrivals))
 
     def _calls(self, requests: Sequence[TokenRequest]) -> list[Call]:
@@ -289,7 +297,8 @@ class Session(common.ServedSession, TextSession):
         except EngineError:
             self._check_alive(_DEATH_S)
             raise
-        self._check_alive(_DEATH_S if any(reply.error is not None for reply in result.replies) else 0.0)
+        is_dying = any(reply.error is not None and reply.error.code in _DYING for reply in result.replies)
+        self._check_alive(_DEATH_S if is_dying else 0.0)
         self._results.append(result)
         return result
 
@@ -301,7 +310,7 @@ class Session(common.ServedSession, TextSession):
 
     def begin_window(self) -> None:
         self._results: list[LoadResult] = []
-        self._before = self._metrics_text()
+        self._before = self._read_counters()
 
     def observed(self) -> Observed:
         replies = [reply for result in self._results for reply in result.replies]
@@ -309,6 +318,7 @@ class Session(common.ServedSession, TextSession):
         replies = [reply for reply in replies if reply.error is not None or reply.sent_ns is not None]
         good = [reply for reply in replies if reply.error is None]
         sources = Counter(reply.token_source for reply in good)
+        names = {"chunks": "chunks", "usage": "usage", "ids": "engine_ids"}  # the least certain first
         warnings = [reason for result in self._results for reason in result.warnings]
         bound = [result.bound for result in self._results if result.bound is not None]
         numbers: dict[str, list[int | None]] = {
@@ -318,23 +328,30 @@ class Session(common.ServedSession, TextSession):
         }
         # Left out is what answers do not say.
         counted = {name: sum(filter(None, found)) for name, found in numbers.items() if None not in found}
-        edges = [None if text is None else running.read_metrics(text) for text in (self._before, self._metrics_text())]
-        before, after = edges
-        changes = {}
+        edges = [self._before, self._read_counters()]
+        (begun_ns, before), (ended_ns, after) = edges
+        changes, read = {}, {}
         if before is not None and after is not None:
             changes = {name: now - before.get(name, 0.0) for name, now in sorted(after.items())}
+            windows_ns = [at_ns for result in self._results for at_ns in (result.opened_ns, result.closed_ns)]
+            first_ns, last_ns = min(windows_ns, default=begun_ns), max(windows_ns, default=ended_ns)
+            before_s, after_s = seconds_between(begun_ns, first_ns), seconds_between(last_ns, ended_ns)
+            read = {"before_opening_s": before_s, "after_closing_s": after_s}
         # Not every server has the path that is usual for its kind.
-        if None in edges and (edges != [None, None] or section_of(self._config, ServerConfig).metrics_path):
+        elif (before, after) != (None, None) or section_of(self._config, ServerConfig).metrics_path:
             warnings.append(Reason.of("metrics_unread", path=self._metrics_path or ""))
-        reported = {what: changes[name] for what, name in self._dialect.counters.items() if name in changes}
+        counters = self._dialect.counters.items()
+        reported = {what: sum(changes[it] for it in names) for what, names in counters if changes.keys() >= {*names}}
         if differing := sum(any(note.code == "server_usage_differs" for note in reply.notes) for reply in good):
             warnings.append(Reason.of("ids_differ", count=differing, total=len(good)))
         if cached := counted.get("cached_tok", round(reported.get("cached_tok", 0))):
             warnings.append(Reason.of("prompts_cached", cached=cached, total=counted.get("input_tok", 0)))
-        if len(good) == len(replies):  # a server counts what it made for failed requests, too
-            made_tok = round(reported.get("output_tok", counted["output_tok"]))
-            if made_tok != counted["output_tok"]:
-                warnings.append(Reason.of("server_counts_otherwise", counted=counted["output_tok"], reported=made_tok))
+        differing_codes = {"output_tok": "server_counts_otherwise", "input_tok": "server_prompts_otherwise"}
+        for name, code in differing_codes.items():
+            found_tok, made_tok = counted.get(name), reported.get(name)
+            # A server counts what it made for failed requests, too.
+            if len(good) == len(replies) and None not in (found_tok, made_tok) and found_tok != made_tok:
+                warnings.append(Reason.of(code, counted=found_tok, reported=round(made_tok or 0)))
         facts = {
             "server": self._dialect.server,
             "api": "chat" if self._is_chat else "completions",
@@ -343,12 +360,18 @@ class Session(common.ServedSession, TextSession):
             "token_sources": dict(sources),
             "counted": counted,
             "reported": reported,
+            "metrics_read": read,
             "metrics": {name: change for name, change in changes.items() if change and _KEPT.fullmatch(name)},
             "client": [dataclasses.asdict(result.check) for result in self._results],
             "outcomes": dict(Counter("ok" if reply.error is None else reply.error.code for reply in replies)),
         }
-        source = "engine_ids" if set(sources) <= {"ids"} else "usage"
+        source = next((name for kind, name in names.items() if kind in sources), None)
         return Observed(source, facts, tuple(dict.fromkeys(warnings)), tuple(dict.fromkeys(bound)))
+
+    def _read_counters(self) -> tuple[int, Mapping[str, float] | None]:
+        """When, and what the server had counted by then; None if it does not say."""
+        text = self._metrics_text()
+        return time.monotonic_ns(), None if text is None else running.read_metrics(text)
 
     @property
     def _metrics_path(self) -> str | None:

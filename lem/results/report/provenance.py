@@ -147,6 +147,7 @@ _TOKEN_SOURCES = {
     "engine_ids": "counted from token ids",
     "retokenized": "counted by tokenizing the text again",
     "usage": "as the server counts them",
+    "chunks": "counted by chunks, which may hold several tokens",
 }
 
 
@@ -195,7 +196,8 @@ def _energy_remarks(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _other_methods(used: Sequence[Record]) -> Iterator[Row]:
-    tokens = _listed(_TOKEN_SOURCES.get(record.work.token_source, record.work.token_source) for record in used)
+    sources = filter(None, (record.work.token_source for record in used))
+    tokens = _listed(_TOKEN_SOURCES.get(source, source) for source in sources)
     yield ["Throughput", "output tokens of the window divided by its length", tokens]
     tpot = "TPOT = (end-to-end latency minus TTFT) / (output tokens minus 1)"
     yield ["Latency", f"timestamped when the engine returns tokens; {tpot}", ""]

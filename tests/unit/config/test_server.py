@@ -85,8 +85,8 @@ HONOURED = {
 WITH: dict[str, dict[str, Any]] = {
     "ignore_eos": {"ignore_eos": True, **GREEDY},
     "min_output_tokens": {"min_output_tokens": 4, **GREEDY},
-    "random_seed": {"decoder": {"top_k": 0}},
-    "decoder.top_k": {"random_seed": None, "decoder": {"top_k": 5}},
+    "random_seed": {"random_seed": 42, "decoder": {"top_k": 0}},  # the default, but written
+    "decoder.top_k": {"random_seed": None, "decoder": {"top_k": 50}},
     "decoder.repetition_penalty": {"decoder": {"preset": "deterministic", "repetition_penalty": 1.1}},
 }
 
@@ -96,6 +96,22 @@ WITH: dict[str, dict[str, Any]] = {
 def test_what_a_server_does_not_honour_is_refused(engine: str, option: str) -> None:
     found = problems(served({"engine": engine, "url": "http://h"}, **WITH[option]))
     assert found == ([] if engine in HONOURED[option] else [option])
+
+
+@pytest.mark.parametrize("engine", DIALECTS)
+def test_defaults_that_a_server_does_not_honour_are_left_out(engine: str) -> None:
+    traffic = {"enabled": True, "target_qps": 4}
+    config = ExperimentConfig.from_dict(served({"engine": engine, "command": COMMAND}, traffic_simulation=traffic))
+    assert config.decoder.top_k == (50 if engine in HONOURED["decoder.top_k"] else 0)
+    assert config.random_seed == (42 if engine in HONOURED["random_seed"] else None)
+    # Arrivals are those of the other configurations.
+    assert (config.traffic_simulation.seed if config.random_seed is None else config.random_seed) == 42
+    assert ExperimentConfig.from_dict(config.to_dict()) == config  # as a worker gets it
+
+
+def test_a_preset_is_written_by_the_user() -> None:
+    creative = {"decoder": {"preset": "creative"}}
+    assert problems(served({"url": "http://h"}, **creative)) == ["decoder.repetition_penalty"]
 
 
 @pytest.mark.parametrize(

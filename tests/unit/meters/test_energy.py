@@ -16,7 +16,7 @@ from lem.meters.curve import NotMeasured, Span
 from lem.meters.energy import EnergyFindings, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.machine import GpuSettings
-from lem.meters.samples import CpuLoad, GpuSecond, Mark, MeterError, ProcessesSeen
+from lem.meters.samples import CpuUse, GpuSecond, Mark, MeterError, ProcessesSeen
 from lem.record import Energy, Gpu, Idle, Work, carbon_of
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor
 from tests.doubles.powercap import Zone
@@ -570,10 +570,17 @@ def test_packages_that_were_not_all_read_are_not_summed() -> None:
 
 
 def test_an_estimate_is_labelled() -> None:
-    loads = [CpuLoad(at(-1), None), *(CpuLoad(at(second), 0.9 if 15 < second <= 25 else 0.1) for second in range(35))]
-    attempt = cpu_attempt().with_log(loads=tuple(loads))
-    found = attempt.measured(options={"measurement": {"energy": "tdp_estimate", "cpu_tdp_w": 200}})
-    assert found.energy.primary_j.value == pytest.approx(1800, rel=0.01)
+    # Of 4 CPUs the engine has 3.2 in the window, and another program 0.4 all the time.
+    own_s = [0.1 * second + 3.1 * min(10, max(0, second - 15)) for second in range(-1, 35)]
+    rows = [
+        CpuUse(at(second), 0.0, own + 0.4 * second, 3.6 * second - own, 0.0, own if second >= 5 else None)
+        for second, own in enumerate(own_s, start=-1)
+    ]
+    options = {"measurement": {"energy": "tdp_estimate", "cpu_tdp_w": 200}}
+    attempt = cpu_attempt().with_log(usage=tuple(rows))
+    found = attempt.measured(options=options)
+    assert found.energy.primary_j.value == pytest.approx(1600, rel=0.01)
+    assert found.idle.idle_loaded_power_w == pytest.approx(5)
     assert found.energy.energy_source == "tdp_estimate"
     assert Reason.of("energy_estimated") in found.warnings
 

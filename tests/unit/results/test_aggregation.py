@@ -145,6 +145,25 @@ def test_cycles_that_share_an_engine_load_have_no_interval() -> None:
     assert document["throughput"]["output_tok_per_s"]["bootstrap"]["true_coverage"] is None
 
 
+@pytest.mark.parametrize(("versions", "has_interval"), [("11", True), ("12", False)])
+@pytest.mark.parametrize(("backend", "is_fixed"), [("server", False), ("vllm", True)])
+def test_two_versions_of_a_server_share_no_interval(
+    versions: str, has_interval: bool, backend: str, is_fixed: bool
+) -> None:
+    records = [
+        record.with_sections(
+            identity=dataclasses.replace(record.identity, backend=backend),
+            environment=dataclasses.replace(record.environment, engine_version=version),
+        )
+        for record, version in zip(cycles(100, 102), versions, strict=True)
+    ]
+    aggregate = configured(records)
+    assert (aggregate.estimate("output_tok_per_s").low is not None) == (has_interval or is_fixed)
+    reason = configuration_document(aggregate)["no_interval_reason"]
+    assert (reason is None) == (has_interval or is_fixed)
+    assert reason is None or "(1, 2)" in reason
+
+
 @pytest.mark.parametrize(
     "records",
     [
