@@ -11,7 +11,7 @@ import re
 import secrets as random_source
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lem.base import process
@@ -297,8 +297,7 @@ class Session(common.ServedSession, TextSession):
         except EngineError:
             self._check_alive(_DEATH_S)
             raise
-        is_dying = any(reply.error is not None and reply.error.code in _DYING for reply in result.replies)
-        self._check_alive(_DEATH_S if is_dying else 0.0)
+        self._check_alive(death_s(reply.error for reply in result.replies))
         self._results.append(result)
         return result
 
@@ -390,6 +389,11 @@ class Session(common.ServedSession, TextSession):
         with contextlib.suppress(OSError):
             found = None if path is None else self._address.read(path)
         return found if isinstance(found, dict) else {}
+
+
+def death_s(errors: Iterable[Reason | None]) -> float:
+    """How long to wait for the end of a server whose requests failed so: only if it may be about to end."""
+    return _DEATH_S if any(error is not None and error.code in _DYING for error in errors) else 0.0
 
 
 def _find_key(section: ServerConfig, secrets: Mapping[str, str]) -> str | None:

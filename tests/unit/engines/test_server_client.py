@@ -507,7 +507,9 @@ def test_a_request_without_an_answer_is_in_flight_no_longer_than_its_connection(
 
     with ScriptedServer(answer) as server:
         result = run(server, plan("closed"))
-    assert "server_reset" in {reply.error.code for reply in result.replies if reply.error is not None}
+    lost = [reply for reply in result.replies if reply.error is not None]
+    assert {reply.error.code for reply in lost if reply.error is not None} == {"server_reset"}
+    assert all((reply.sent_ns or 0) < (reply.ended_ns or 0) and reply.finished_ns is None for reply in lost)
     assert result.check.concurrency_reached <= 1
 
 
@@ -632,6 +634,20 @@ def test_https_is_stamped_when_it_is_read(certificate: Path) -> None:
     ] * 5
     assert result.check.stamp_source == "user"
     assert "client_user_stamps" in {warning.code for warning in result.warnings}
+
+
+def test_tickets_of_tls_do_not_end_an_idle_connection(certificate: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    context.minimum_version, context.num_tickets = ssl.TLSVersion.TLSv1_3, 8
+    with ScriptedServer(says(*GOOD), tls=context) as server, LoadClient(Target(server.url)) as client:
+        for _ in range(3):
+            result = client.run_all([Call("{}", 3)] * 2, 2, lambda _: None)
+            assert [reply.error for reply in result.replies] == [None, None]
+        assert server.connections == 6  # two, and four to spare
+        server.hang_up()
+        result = client.run_all([Call("{}", 3)] * 2, 2, lambda _: None)
+    assert [reply.error for reply in result.replies] == [None, None]
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:

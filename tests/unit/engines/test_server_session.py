@@ -14,11 +14,13 @@ import pytest
 
 from lem.base import process
 from lem.base.errors import EngineError
+from lem.base.reasons import Reason
 from lem.config.dialects import DIALECTS
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Driven, Engine, TokenRequest
 from lem.engines.server.running import Address, devices_of, option_words, read_metrics
+from lem.engines.server.session import death_s
 from lem.engines.server.tokens import Pieces, token_times
 from lem.engines.traffic import TrafficPlan
 from tests.processes import wait_for, wait_until_ended
@@ -66,7 +68,7 @@ def observed(engine: Engine) -> dict[str, Any]:
 @pytest.mark.parametrize("api", ["completions", "chat"])
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_tokens_are_counted_by_ids_where_there_are_any_else_by_usage(start: Start, dialect: str, api: str) -> None:
-    engine = start(dialect, server={"api": api})
+    engine = start(dialect, server={"api": api}, save_outputs=True)
     texts = ("one and two", "three and four", "five and six")
     requests = [TokenRequest(index, tuple(engine.encode(text)), TOK) for index, text in enumerate(texts)]
 
@@ -244,9 +246,8 @@ def test_a_cache_without_salts_is_left_alone_where_it_is_asked_for(
 def test_experiments_share_a_server_only_if_none_finds_the_prompts_of_another(
     tmp_path: Path, dialect: str, options: dict[str, Any], is_shared: bool
 ) -> None:
-    seed = {"random_seed": None} if dialect == "sglang" else {}
     one, other = (
-        experiment(tmp_path, dialect, server={"options": options}, max_output_tokens=length, **seed).engine_key()
+        experiment(tmp_path, dialect, server={"options": options}, max_output_tokens=length).engine_key()
         for length in (4, 5)
     )
     assert (one == other) == is_shared
@@ -349,6 +350,37 @@ def test_a_server_that_dies_under_load_is_named(start: Start) -> None:
     engine = start("vllm", "--die-at", "2")
     with pytest.raises(EngineError, match="the server was killed by SIGKILL"):
         engine.generate(REQUESTS, observe_tokens=True)
+
+
+def test_only_a_failure_of_a_server_that_may_be_dying_is_waited_for() -> None:
+    alive = [
+        None,
+        Reason.of("server_refused", status=503, message=""),
+        Reason.of("server_cut", found=1, most=2),
+        Reason.of("server_hung", silence_s=300.0),
+    ]
+    assert death_s(alive) == 0
+    assert death_s([*alive, Reason.of("server_closed", received=0)]) > 0
+    assert death_s([Reason.of("server_reset", error="")]) > 0
+
+
+def test_texts_are_kept_only_for_outputs(start: Start, tmp_path: Path) -> None:
+    engine = start("vllm")
+    request = TokenRequest(0, tuple(engine.encode("one and two")), TOK)
+    assert [item.text for item in engine.generate([request], observe_tokens=False)] == [None]
+    engine.configure(experiment(tmp_path, "vllm", save_outputs=True))
+    assert [item.text for item in engine.generate([request], observe_tokens=False)] == [" pumpkin crate rule_"]
+
+
+def test_without_a_good_answer_there_is_no_source_of_tokens(start: Start) -> None:
+    engine = start("openai")
+    assert isinstance(engine, Driven)
+    assert engine.observed().token_source is None
+
+
+def test_a_seed_that_is_not_sent_is_not_in_effect(start: Start) -> None:
+    assert start("sglang").report.effective["random_seed"] is None
+    assert start("openai").report.effective["random_seed"] == 42
 
 
 def test_the_key_is_sent_and_is_in_no_command(start: Start, tmp_path: Path) -> None:
@@ -481,8 +513,10 @@ def observe(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], list[str]]]:
             engine = load_engine(experiment(tmp_path, "openai", server=section), {})
             assert isinstance(engine, Driven)
             engine.begin_window()
-            ids = tuple(engine.encode("one and two"))
-            engine.generate([TokenRequest(0, ids, TOK)], observe_tokens=False)
+            ids, chat = (), json.dumps({"messages": [{"role": "user", "content": "Hi"}]})
+            if server.get("api") != "chat":
+                ids, chat = tuple(engine.encode("one and two")), ""
+            engine.generate([TokenRequest(0, ids, TOK, 0, chat)], observe_tokens=False)
             found = engine.observed()
             engine.close()
         return dict(found.facts), [reason.code for reason in found.warnings]
@@ -500,6 +534,23 @@ def test_counters_have_their_difference(observe: Any) -> None:
     facts, warnings = observe(b"a_total 1\n", b"a_total 1\n", b"a_total 7\n", metrics_path="/metrics")
     assert facts["metrics"] == {"a_total": 6.0}
     assert "metrics_unread" not in warnings
+    assert facts["metrics_read"].keys() == {"before_opening_s", "after_closing_s"}
+    assert min(facts["metrics_read"].values()) > 0
+
+
+@pytest.mark.parametrize(("computed_tok", "differs"), [(2, False), (4, True)])
+def test_the_prompts_of_llama_cpp_are_those_it_computed_and_those_it_had(
+    observe: Any, computed_tok: int, differs: bool
+) -> None:
+    name = "llamacpp:prompt_tokens"
+    texts = [
+        f"{name}_total {10 + tok}\n{name}_cached_total {more}\n" for tok, more in ((0, 0), (0, 0), (computed_tok, 3))
+    ]
+    facts, warnings = observe(*(text.encode() for text in texts), engine="llamacpp", api="chat")
+    assert facts["counted"]["input_tok"] == 5
+    assert facts["reported"] == {"input_tok": computed_tok + 3, "cached_tok": 3}
+    assert ("server_prompts_otherwise" in warnings) == differs
+    assert "prompts_cached" in warnings
 
 
 def test_what_answers_do_not_say_is_not_counted_as_zero(observe: Any) -> None:

@@ -149,6 +149,25 @@ def traffic(*requests: Request, mode: str = "poisson", opened: int = 0, closed: 
     return RequestLog(mode, opened * MS, closed * MS, max((it.prompt for it in requests), default=0) + 1, requests)
 
 
+def test_failures_count_in_the_window_as_other_requests_do() -> None:
+    def failed(error: str, arrived: int, finished: int | None) -> Request:
+        end_ns = None if finished is None else finished * MS
+        return Request(0, 3, arrived_ns=arrived * MS, started_ns=arrived * MS, finished_ns=end_ns, error=error)
+
+    log = traffic(
+        times(arrived=150, started=150, tokens=[160]),
+        failed("refused in the ramp", 50, None),
+        failed("broke off in the ramp", 40, 60),
+        failed("refused", 200, None),
+        failed("broke off", 90, 300),
+        failed("hung since", 400, None),
+        failed("broke off after it", 900, 1100),
+        failed("refused after it", 1100, None),
+        opened=100,
+    )
+    assert log.failures == ("broke off", "refused", "hung since")
+
+
 # Steps of the engine
 
 SPECULATIVE = {"pytorch": {"assisted_generation": {"num_tokens": 3}}}
