@@ -513,9 +513,9 @@ def observe(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], list[str]]]:
             engine = load_engine(experiment(tmp_path, "openai", server=section), {})
             assert isinstance(engine, Driven)
             engine.begin_window()
-            ids, chat = (), json.dumps({"messages": [{"role": "user", "content": "Hi"}]})
-            if server.get("api") != "chat":
-                ids, chat = tuple(engine.encode("one and two")), ""
+            is_chat = server.get("api") == "chat"
+            ids = (5,) if is_chat else tuple(engine.encode("one and two"))
+            chat = json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) if is_chat else ""
             engine.generate([TokenRequest(0, ids, TOK, 0, chat)], observe_tokens=False)
             found = engine.observed()
             engine.close()
