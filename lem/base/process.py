@@ -268,6 +268,24 @@ def find_listeners(port: int, proc: Path = PROC) -> tuple[ProcessId, ...]:
     return tuple(found)
 
 
+def is_here(host: str) -> bool:
+    """Whether an address is one of this machine: only such a one can be bound."""
+    import socket  # which most programs that import this module do not need
+
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+    except OSError:
+        return False
+    for family, kind, number, _name, address in found:
+        with socket.socket(family, kind, number) as probe:
+            try:
+                probe.bind(address)
+            except OSError:
+                continue
+            return True
+    return False
+
+
 def descendants(pid: int) -> tuple[int, ...]:
     return below(pid, {other: stat for other, stat in list_processes().items() if stat.state not in _ENDED})
 

@@ -89,19 +89,3 @@ def find_server_problem(config: ExperimentConfig) -> EngineError | None:
             text, "start the server, or let lem start it: server.command", kind="model", is_permanent=True
         )
     return None
-
-
-def is_here(host: str) -> bool:
-    """Whether an address is one of this machine: only such a one can be bound."""
-    try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
-    except OSError:
-        return False
-    for family, kind, number, _name, address in found:
-        with socket.socket(family, kind, number) as probe:
-            try:
-                probe.bind(address)
-            except OSError:
-                continue
-            return True
-    return False

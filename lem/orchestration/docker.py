@@ -155,8 +155,8 @@ class Docker:
     def _check_is_here(self) -> None:
         finished = self.call("context", "inspect", "--format", "{{.Name}} {{.Endpoints.docker.Host}}")
         name, _, endpoint = finished.stdout.strip().partition(" ")
-        host = urlsplit(endpoint).hostname or "localhost"
-        if finished.code == 0 and host not in ("localhost", "::1") and not host.startswith("127."):
+        host = urlsplit(endpoint).hostname
+        if finished.code == 0 and host is not None and not process.is_here(host):
             source = "DOCKER_HOST" if self.env.get("DOCKER_HOST") else f"Docker context {name}"
             message = f"the Docker engine is on another machine: {endpoint} ({source})"
             hint = "run lem there, or here: unset DOCKER_HOST and DOCKER_CONTEXT, and `docker context use default`"

@@ -21,7 +21,7 @@ from lem.base.launch import own_command
 from lem.base.variables import SERVICE_VARIABLE
 from lem.config.backends import ServerConfig
 from lem.config.experiment import ExperimentConfig, MeteredConfig
-from lem.engines.named import address_of, is_here
+from lem.engines.named import address_of
 from lem.orchestration import dispatch
 from lem.orchestration.compose import override_text
 from lem.orchestration.container import UP_TIMEOUT_S, ContainerManager
@@ -193,7 +193,7 @@ def find_server(config: MeteredConfig, environ: Mapping[str, str]) -> tuple[tupl
     if not isinstance(section, ServerConfig) or section.url is None:
         return (), None
     host, port = address_of(section.url)
-    if not is_here(host):
+    if not process.is_here(host):
         return (), f"the server runs on another machine ({host})"
     listeners = [item.pid for item in process.find_listeners(port)]
     names = {stat.name for pid in listeners if (stat := process.read_stat(pid)) is not None}

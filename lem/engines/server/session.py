@@ -24,7 +24,6 @@ from lem.config.backends import ServerConfig, flag_name
 from lem.config.experiment import ExperimentConfig
 from lem.engines import common
 from lem.engines.common import section_of
-from lem.engines.named import is_here
 from lem.engines.protocol import (
     Arrival,
     Completion,
@@ -135,7 +134,7 @@ class Session(common.ServedSession, TextSession):
         url = section_of(self._config, ServerConfig).url
         if url is None:
             return ""
-        processes = process.find_listeners(self._address.port) if is_here(self._address.host) else ()
+        processes = process.find_listeners(self._address.port) if process.is_here(self._address.host) else ()
         return hashlib.sha256(f"{url} {sorted(map(repr, processes))}".encode()).hexdigest()[:16]
 
     def _version(self) -> str:

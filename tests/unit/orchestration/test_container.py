@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,10 @@ def test_a_missing_file_or_command_is_an_error(
     assert remedy in caught.value.hint
 
 
-@pytest.mark.parametrize("endpoint", ["unix:///run/user/1/docker.sock", "tcp://127.0.0.1:2375", "tcp://[::1]:1", ""])
+@pytest.mark.parametrize(
+    "endpoint",
+    ["unix:///run/user/1/docker.sock", "tcp://127.0.0.1:2375", "tcp://[::1]:1", f"tcp://{socket.gethostname()}:1", ""],
+)
 def test_an_engine_of_this_machine_is_used_wherever_it_listens(fake: FakeDocker, endpoint: str) -> None:
     fake.change(endpoint=endpoint)
     manager(fake).start_services(["pytorch"])

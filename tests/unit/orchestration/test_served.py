@@ -18,7 +18,7 @@ from lem.base.errors import UserError
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.load import complete_campaign
-from lem.engines.named import find_server_problem, is_here
+from lem.engines.named import find_server_problem
 from lem.meters.machine import GpuFacts
 from lem.orchestration.campaign import check_supported
 from lem.orchestration.compose import ComposeProject
@@ -224,8 +224,8 @@ def test_the_processes_that_listen_are_found(port: int) -> None:
 
 
 def test_an_own_address_of_this_machine_is_here() -> None:
-    assert all(map(is_here, ("127.0.0.1", "localhost", socket.gethostname())))
-    assert not any(map(is_here, ("192.0.2.1", "no-such-host.invalid")))
+    assert all(map(process.is_here, ("127.0.0.1", "localhost", socket.gethostname())))
+    assert not any(map(process.is_here, ("192.0.2.1", "no-such-host.invalid")))
 
 
 def test_a_server_elsewhere_or_unseen_has_no_processes_here_and_the_reason() -> None:
