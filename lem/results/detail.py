@@ -49,8 +49,11 @@ def _facts_of_program(record: Record) -> Iterable[tuple[str, str]]:
         "input_tok": "tokens in",
         "output_tok": "tokens out",
     }
-    parts = [f"{count} {words}" for name, words in names.items() if (count := getattr(work, name)) is not None]
-    yield "work", ", ".join(parts) or f"not measured: {work.why_uncounted}"
+    known = ", ".join(f"{count} {words}" for name, words in names.items() if (count := getattr(work, name)) is not None)
+    # What was not asked for is named only where nothing was.
+    whys = [(names[name], why) for name, why in work.null_reasons.items() if name in names]
+    parts = [known, *(f"{words} not measured: {why}" for words, why in whys if why.code != "work_not_given")]
+    yield "work", "; ".join(parts) if known else f"not measured: {work.why_uncounted}"
 
 
 def _facts(record: Record) -> Iterable[tuple[str, str]]:

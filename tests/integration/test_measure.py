@@ -217,6 +217,17 @@ def test_a_run_of_which_more_than_1_percent_of_the_requests_failed_is_invalid(
     assert ("work_failed" in told) is bool(failed)
 
 
+def test_what_a_file_does_not_tell_is_named_beside_what_it_tells(rig: Rig) -> None:
+    rows = [{"n_prompt": 0, "n_gen": 128, "n_depth": 512, "samples_ns": [5, 6]}]
+    (rig.folder / "work.json").write_text(json.dumps(rows))
+    ended = rig.measure("--no-idle", "--work", "out.json", "--", "cp", "work.json", "out.json")
+    assert ended.code == 0, ended.err
+    ((_, record),) = rig.results()
+    assert (record.work.requests_ok, record.work.output_tok, record.work.input_tok) == (2, 256, None)
+    assert record.efficiency.null_reasons["energy_per_total_tok_j"].code != "work_not_given"
+    assert "2 requests, 256 tokens out; tokens in not measured: " in " ".join(ended.err.split())
+
+
 @pytest.mark.parametrize(("signum", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129), ("KILL", -9)])
 def test_nothing_is_left_of_a_program_when_lem_is_ended(rig: Rig, signum: str, code: int) -> None:
     # Deaf to TERM, and with a child in a session of its own.

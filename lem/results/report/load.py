@@ -82,7 +82,10 @@ def _figure(shown: Sequence[Series], metric: Metric, identifier: str, label: str
     knees = [(n, knee) for n, knee in known if knee.load is not None or knee.interval is not None]
     axis_y = _BOTTOM + (_LANE * len(knees) + 4 if knees else 0)
     missing = [str(item.number) for n, load, item in everything if (n, load) not in points]
-    below = "Below: the knee (tick) and its interval (bar), which may begin below or end beyond what was tried."
+    below = (
+        "Below: the knee (tick, where loads on both sides of it were tried) and its interval (bar), which may begin below "
+        "or end beyond what was tried."
+    )
     told = (
         f"Knee of {shown[n].label or 'all'}: {knee.text}, interval {span_text(knee.interval)}." for n, knee in known
     )
@@ -104,7 +107,8 @@ def _figure(shown: Sequence[Series], metric: Metric, identifier: str, label: str
             *(_lane(lane, n, knee, x_scale) for lane, (n, knee) in enumerate(knees)),
         ],
         [
-            "Vertical bars: 95 % t intervals." + (" Dashed: the share that the SLO demands." if attained else ""),
+            "Vertical bars: 95 % t intervals."
+            + (" Dashed and level: the share that the SLO demands." if attained else ""),
             *([below] if knees else []),
             *([f"Without a valid result: number {', '.join(missing)}."] if missing else []),
         ],
