@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from lem.base import process
 from lem.base.codec import encode, pack, unpack
@@ -45,14 +44,6 @@ class Call:
     least_tok: int = 0  # `most_tok` under ignore_eos
 
 
-class Chunk(NamedTuple):
-    """An event that brought tokens."""
-
-    at_ns: int  # when it had arrived, CLOCK_MONOTONIC
-    text: str | None  # None: not kept
-    ids: tuple[int, ...]  # () where the server gives none
-
-
 @dataclass(frozen=True)
 class Reply:
     """One request; times are CLOCK_MONOTONIC nanoseconds, None for what did not happen."""
@@ -64,18 +55,13 @@ class Reply:
     finished_ns: int | None  # when the last byte of an answer had arrived, whole or not
     ended_ns: int | None  # when the client was done with it
     status: int | None  # of HTTP
-    times_ns: Sequence[int]  # the columns of `chunks`
-    texts: Sequence[str] | None
-    ids: Sequence[tuple[int, ...]] | None
+    times_ns: Sequence[int]  # of each event that brought tokens: when it had arrived
+    texts: Sequence[str] | None  # of the same events; None: not kept
+    ids: Sequence[tuple[int, ...]] | None  # None where the server gives none
     usage: Mapping[str, Any] | None  # as the server sent it
     finish_reason: str | None
     error: Reason | None  # why it failed; its tokens do not count then
     notes: tuple[Reason, ...]
-
-    @property
-    def chunks(self) -> tuple[Chunk, ...]:
-        texts, ids = self.texts or itertools.repeat(None), self.ids or itertools.repeat(())
-        return tuple(map(Chunk, self.times_ns, texts, ids))
 
     @property
     def output_tok(self) -> int:

@@ -82,10 +82,7 @@ def _figure(shown: Sequence[Series], metric: Metric, identifier: str, label: str
     knees = [(n, knee) for n, knee in known if knee.load is not None or knee.interval is not None]
     axis_y = _BOTTOM + (_LANE * len(knees) + 4 if knees else 0)
     missing = [str(item.number) for n, load, item in everything if (n, load) not in points]
-    below = (
-        "Below: the knee (tick, where loads on both sides of it were tried) and its interval (bar), which may begin below "
-        "or end beyond what was tried."
-    )
+    below = "Below: the knee (tick, if it is between two loads) and its interval (bar), which may be open to one side."
     told = (
         f"Knee of {shown[n].label or 'all'}: {knee.text}, interval {span_text(knee.interval)}." for n, knee in known
     )

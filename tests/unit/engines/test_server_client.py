@@ -342,7 +342,7 @@ def test_every_answer_has_its_outcome(name: str) -> None:
 
     for found in (reply, again):
         assert (found.error and found.error.code) == case.error, found.error
-        assert case.texts in (None, tuple(it.text for it in found.chunks))
+        assert case.texts in (None, tuple(found.texts or ()))
         assert tuple(note.code for note in found.notes) == case.notes
         assert found.finish_reason == case.finish
         assert found.ids == case.ids
@@ -564,7 +564,7 @@ def test_connections_that_the_server_closed_between_two_loads_are_opened_again()
 def test_texts_are_left_out_when_they_are_not_wanted() -> None:
     with ScriptedServer(says(*GOOD)) as server:
         (reply,) = answer_to(server, Case(says(), target=Target("", keeps_texts=False)))
-    assert [it.text for it in reply.chunks] == [None, None, None]
+    assert (reply.texts, len(reply.times_ns)) == (None, 3)
     assert reply.output_tok == 3
 
 
@@ -629,9 +629,7 @@ def test_https_is_stamped_when_it_is_read(certificate: Path) -> None:
     with ScriptedServer(says(*GOOD), tls=context) as server, LoadClient(Target(server.url)) as client:
         result = client.run_all([Call("{}", 3)] * 5, 2, lambda _: None)
 
-    assert [(reply.error, [it.text for it in reply.chunks]) for reply in result.replies] == [
-        (None, [" a", " b", " c"])
-    ] * 5
+    assert [(reply.error, reply.texts) for reply in result.replies] == [(None, [" a", " b", " c"])] * 5
     assert result.check.stamp_source == "user"
     assert "client_user_stamps" in {warning.code for warning in result.warnings}
 
