@@ -121,6 +121,9 @@ class Energy(Section):
         """`primary_j` as a field, for metrics."""
         return self.primary_j.value
 
+    def why_none(self, name: str) -> Reason:
+        return (self.primary_j.null_reason if name == "total_j" else None) or super().why_none(name)
+
     @property
     def primary_j(self) -> Measured[float]:
         """The energy that counts, in joules: efficiency, carbon and everything shown to people use this one."""

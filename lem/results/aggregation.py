@@ -20,7 +20,7 @@ from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.compare import Row, compare_configurations, find_effect
 from lem.results.load import find_series, series_document
 from lem.results.metrics import METRICS, PROGRAM_METRICS, Metric, distinct, parse_metric
-from lem.results.run import SINGLE_CYCLE, Configuration, Estimate, Run, carbon_basis, make_run
+from lem.results.run import Configuration, Estimate, Run, carbon_basis, make_run
 from lem.results.stats import CONFIDENCE, Autocorrelation, Verdict, check_confidence
 from lem.results.stopping import StoppingRule, Target, gate_of
 from lem.results.student import cycles_needed, power_of, smallest_difference
@@ -96,7 +96,7 @@ def run_document(run: Run) -> dict[str, Any]:
         ],
         "series": [series_document(item) for item in find_series(run.with_results)],
         "stopping": None if run.stopping is None else dataclasses.asdict(run.stopping),
-        "note": SINGLE_CYCLE if run.is_single_cycle else None,
+        "note": run.single_cycle,
     }
 
 

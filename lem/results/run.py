@@ -33,7 +33,8 @@ SHARED_LOAD = Reason.of("shared_load")
 NO_INTERVAL = Reason.of("no_interval", why=SHARED_LOAD)
 REPLAYED = Reason.of("replayed_arrivals")
 
-SINGLE_CYCLE = "Single cycle: use --cycles 3+ for confidence intervals"
+_SINGLE_CYCLE = "Single cycle: use --cycles 3+ for confidence intervals"
+_SINGLE_RUN = "Single run: use lem measure -r 3 or more for confidence intervals"
 
 # By the part of the identity that results under one name should have in common.
 _MIXTURES = {"config_hash": "mixed_configurations", "machine": "mixed_hosts", "run_id": "mixed_runs"}
@@ -344,8 +345,11 @@ class Run:
         return axes.shared_settings(map(axes.headline_settings, _in_order(self.records)))
 
     @property
-    def is_single_cycle(self) -> bool:
-        return max((item.n_cycles for item in self.configurations), default=0) == 1
+    def single_cycle(self) -> str | None:
+        """What to tell people about a run without any interval; None with one."""
+        if max((item.n_cycles for item in self.configurations), default=0) != 1:
+            return None
+        return _SINGLE_RUN if all(item.is_program for item in self.with_results) else _SINGLE_CYCLE
 
     @property
     def primary_metric(self) -> Metric:

@@ -18,7 +18,6 @@ from lem.results.metrics import METRIC_BY_NAME, PROGRAM_METRICS, Metric
 from lem.results.run import (
     ENERGY,
     REPLAYED,
-    SINGLE_CYCLE,
     THROUGHPUT,
     Configuration,
     Estimate,
@@ -69,8 +68,7 @@ class _RunTable:
         self._notes()
         self._warnings()
         self._doc.block()
-        if self._run.is_single_cycle:
-            self._doc.lines([SINGLE_CYCLE])
+        self._doc.lines(filter(None, [self._run.single_cycle]))
         return self._doc.render()
 
     @property

@@ -271,6 +271,14 @@ def test_a_rest_that_no_meter_measures_is_refused(rig: Rig, option: Sequence[str
     assert rig.results() == []
 
 
+def test_the_table_of_a_single_run_without_energy_says_why_and_names_the_option(rig: Rig) -> None:
+    assert rig.measure("--energy", "none", "--name", "one", "--", "true").code == 0
+    shown = run_lem("results", "show", "one", "--results-dir", str(rig.folder / "results")).out
+    assert "Energy per run: not measured: energy is not measured" in " ".join(shown.split())
+    assert "Single run: use lem measure -r 3" in shown
+    assert "--cycles" not in shown
+
+
 def test_without_a_rest_none_is_told(rig: Rig) -> None:
     for words in (("--no-idle",), ("--energy", "none")):
         ended = rig.measure("-r", "2", *words, "--", "true")

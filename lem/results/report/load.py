@@ -77,7 +77,8 @@ def _figure(shown: Sequence[Series], metric: Metric, identifier: str, label: str
     # Intervals must not press all points into a corner.
     ends = (end for _, *span in points.values() for end in span)
     within = (min(max(end, min(centres) / 2), 2 * max(centres)) for end in ends)
-    y_scale = plot.fitting_scale([*centres, *within, *attained], _BOTTOM, _TOP)
+    is_from_zero = metric is GOOD_SHARE and min(centres) < 50  # a share has no logarithmic axis
+    y_scale = plot.fitting_scale([*centres, *within, *attained], _BOTTOM, _TOP, is_from_zero=is_from_zero)
     known = [(n, item.knee) for n, item in enumerate(shown) if item.knee is not None]
     knees = [(n, knee) for n, knee in known if knee.load is not None or knee.interval is not None]
     axis_y = _BOTTOM + (_LANE * len(knees) + 4 if knees else 0)

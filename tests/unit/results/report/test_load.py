@@ -48,8 +48,8 @@ def test_the_share_of_good_requests_has_the_share_that_the_slo_demands() -> None
     ("knee", "loads", "interval", "code"),
     [
         (3.0, LOADS, "2 – 4", None),
-        (99.0, LOADS, "≥ 16", "no load that was tried breaks the SLO, 16 still keeps it: try higher ones"),
-        (0.5, (1, 2), "&lt; 1", "no load that was tried keeps the SLO, 1 already breaks it: try lower ones"),
+        (99.0, LOADS, "≥ 16", "no load is known to break the SLO, 16 still keeps it: try higher ones"),
+        (0.5, (1, 2), "&lt; 1", "no load is known to keep the SLO, 1 already breaks it: try lower ones"),
     ],
 )
 def test_knees_are_a_table_and_a_bar_below_the_plot(
@@ -60,6 +60,12 @@ def test_knees_are_a_table_and_a_bar_below_the_plot(
     assert figure(section, "load-energy").count('class="bar g0"') == 1
     assert ("try " in section) == (code is not None)
     assert code is None or code in section
+
+
+def test_small_shares_are_on_an_axis_from_zero_and_not_on_a_logarithmic_one() -> None:
+    records = [under_load(make_record(config_name=f"c{n}", n_requests=100), n, good) for n, good in ((1, 100), (2, 2))]
+    labels = re.findall(r">([0-9.]+)</text>", figure(section_of(records), "load-good").partition("<table")[0])
+    assert {"0", "20", "60", "100"} <= set(labels)
 
 
 def test_without_energy_the_throughput_is_drawn() -> None:
