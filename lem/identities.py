@@ -30,7 +30,7 @@ _COUNTS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "work": ("requests_ok", "requests_failed", "requests_good", "input_tok", "output_tok", "padding_tok"),
     "compute": ("flops_total", "model_parameters", "peak_memory_b"),
-    "energy": ("gpu_energy_j", "counter_update_period_s", "sample_gap_max_s"),
+    "energy": ("gpu_energy_j", "sensor_energy_j", "counter_update_period_s", "sample_gap_max_s"),
     "environment": ("cpu_count", "memory_b"),
 }
 _GPU_COUNTS = (

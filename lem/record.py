@@ -100,6 +100,7 @@ class Energy(Section):
     cpu_package_energy_j: float | None = None
     dram_energy_j: float | None = None
     external_energy_j: float | None = None  # by a meter of the user's own, for instance at the machine's plug
+    sensor_energy_j: float | None = None  # by hwmon sensors of a module, of CPUs or of the machine
     load_energy_j: float | None = None
     warmup_energy_j: float | None = None
     prefill_energy_j: float | None = None
@@ -107,6 +108,8 @@ class Energy(Section):
     phase_method: str | None = None
     energy_source: str | None = None  # an `EnergySource`: the meter of `primary_j`; None when that is absent
     energy_scope: str | None = None  # an `EnergyScope`: what that meter covers
+    energy_sensor: str | None = None  # the name of that meter's sensor, where the kernel has one (hwmon)
+    sensor_interval_s: float | None = None  # the time over which it averages power, as its driver says
     energy_crosscheck_ratio: float | None = None  # integrated power over the counter's energy
     counter_update_period_s: float | None = None
     counter_lag_s: float | None = None  # by how much later than it was drawn the counter shows energy

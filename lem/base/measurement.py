@@ -24,6 +24,9 @@ class EnergySource(str, enum.Enum):
     RAPL = "rapl"
     TDP_ESTIMATE = "tdp_estimate"
     EXTERNAL = "external_csv"
+    HWMON_COUNTER = "hwmon_counter"
+    HWMON_POWER = "hwmon_power_integral"
+    HWMON_SENSOR = "hwmon_sensor"  # of a module, of CPUs or of the machine, by its power
 
     def __str__(self) -> str:  # the same text in every Python, also in an f-string
         return self.value
@@ -31,7 +34,8 @@ class EnergySource(str, enum.Enum):
 
 class EnergyScope(str, enum.Enum):
     GPU = "gpu"
-    MODULE = "module"  # GPU and CPU together (Grace Hopper)
+    CARD = "card"  # both chiplets of an MI250
+    MODULE = "module"  # GPU and CPU together (Grace Hopper, Jetson, an APU)
     CPU_PACKAGE = "cpu_package"
     MACHINE = "machine"
 
@@ -42,6 +46,7 @@ class EnergyScope(str, enum.Enum):
 # What emissions and cost follow from, by the meter of the energy that counts.
 ENERGY_COUNTED: Final[Mapping[str, str]] = {
     EnergyScope.GPU: "GPU energy only",
+    EnergyScope.CARD: "energy of whole cards only",
     EnergyScope.MODULE: "energy of GPU and CPU modules only",
     EnergyScope.CPU_PACKAGE: "energy of CPU packages and DRAM only",
     EnergyScope.MACHINE: "energy by an external meter",
@@ -52,12 +57,22 @@ def is_estimate(source: str | None) -> bool:
     return source == EnergySource.TDP_ESTIMATE
 
 
+def is_counter(source: str | None) -> bool:
+    """Whether it is the energy counter of a GPU."""
+    return source in (EnergySource.COUNTER, EnergySource.HWMON_COUNTER)
+
+
+def is_nvml_source(source: str | None) -> bool:
+    return source in (EnergySource.COUNTER, EnergySource.INSTANT_POWER, EnergySource.AVERAGE_POWER)
+
+
 def is_integrated_power(source: str | None) -> bool:
-    return source in (EnergySource.INSTANT_POWER, EnergySource.AVERAGE_POWER)
+    integrals = (EnergySource.INSTANT_POWER, EnergySource.AVERAGE_POWER, EnergySource.HWMON_POWER)
+    return source in (*integrals, EnergySource.HWMON_SENSOR)
 
 
 def is_gpu_source(source: str | None) -> bool:
-    return source == EnergySource.COUNTER or is_integrated_power(source)
+    return is_nvml_source(source) or source in (EnergySource.HWMON_COUNTER, EnergySource.HWMON_POWER)
 
 
 def is_cpu_source(source: str | None) -> bool:
@@ -72,6 +87,9 @@ _PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     EnergySource.RAPL: ("cpu_package_energy_j", "dram_energy_j"),
     EnergySource.TDP_ESTIMATE: ("cpu_package_energy_j",),
     EnergySource.EXTERNAL: ("external_energy_j",),
+    EnergySource.HWMON_COUNTER: ("gpu_energy_j",),
+    EnergySource.HWMON_POWER: ("gpu_energy_j",),
+    EnergySource.HWMON_SENSOR: ("sensor_energy_j",),
 }
 
 

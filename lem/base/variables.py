@@ -50,6 +50,8 @@ TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - a name
 # Of the hub's cache (huggingface_hub) and of CUDA.
 HUB_FOLDER_VARIABLE: Final = "HF_HOME"
 GPU_VARIABLE: Final = "CUDA_VISIBLE_DEVICES"
+# Of ROCm and of Level Zero, in the place of the former.
+OTHER_GPU_VARIABLES: Final = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:

@@ -28,10 +28,19 @@ from lem.config.backends import PRESETS, find_preset
 from lem.config.introspection import render_yaml
 from lem.config.load import load_campaign
 from lem.config.sections import DATASET_ALIASES
-from lem.meters.capabilities import PULSE_S, Capabilities, CpuCapability, Pulses, find_capabilities
+from lem.meters.capabilities import (
+    PULSE_S,
+    Capabilities,
+    CpuCapability,
+    Pulses,
+    describe_power,
+    find_capabilities,
+)
 from lem.meters.curve import NotMeasured, Span
+from lem.meters.hwmon import hwmon_gpus
 from lem.meters.machine import keep_lag
 from lem.meters.nvml import GpuReading, GpuState, open_nvml, read_gpus
+from lem.meters.usage import HERE, Roots
 from lem.orchestration import doctor
 from lem.orchestration.compose import packaged_compose_file
 from lem.orchestration.doctor import FAILED, OK, SKIPPED, WARNING, Host, Verdict, examine
@@ -104,7 +113,9 @@ _WIDEST_GPUS = 110
 
 
 def add_gpus_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "List the GPUs that NVML sees, and the GPU and CPU meters that can be read."
+    parser.description = (
+        "List the GPUs that NVML and hwmon show, and the meters of GPUs, CPUs, module and machine that can be read."
+    )
     text = (
         f"watch for up to {PROBE_S:g} s how often the energy counters change, then put work on idle GPUs for some"
         " seconds to see how late the counters are; later campaigns on this host use that"
@@ -115,12 +126,16 @@ def add_gpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_gpus)
 
 
-def run_gpus(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+def run_gpus(args: argparse.Namespace, out: TextIO, _err: TextIO, roots: Roots = HERE) -> None:
     if args.python is not None and not args.probe:
         raise UserError("--python without --probe", "add --probe: only the probe runs PyTorch")
     with open_nvml() as nvml:
         reading = read_gpus()
-        found = _probe(nvml, args.python or sys.executable, reading) if args.probe else find_capabilities(nvml, Clock())
+        reading = replace(reading, gpus=(*reading.gpus, *hwmon_gpus(len(reading.gpus), roots.sys)))
+        if args.probe:
+            found = _probe(nvml, args.python or sys.executable, reading, roots)
+        else:
+            found = find_capabilities(nvml, Clock(), roots=roots)
     if args.json:
         out.write(json.dumps({"schema_version": 1, **asdict(reading), "energy": found.to_dict()}) + "\n")
         return
@@ -134,12 +149,15 @@ def run_gpus(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     elif reading.driver:
         out.write(f"driver {reading.driver}\n")
     out.writelines(f"{line}\n" for line in _describe_cpu(found.cpu))
+    for sensor in found.sensors:
+        text = sensor.power_error or f"power: {describe_power(sensor)}"
+        out.writelines(f"{line}\n" for line in wrapped(f"{sensor.uuid} ({sensor.energy_scope}): {text}", width, ""))
 
 
 _PULSES_S = 180.0  # at most: PyTorch may come from a slow disk
 
 
-def _probe(nvml: Any, python: str, reading: GpuReading) -> Capabilities:
+def _probe(nvml: Any, python: str, reading: GpuReading, roots: Roots) -> Capabilities:
     in_use = {gpu.uuid: ", ".join(str(item.pid) for item in gpu.processes) for gpu in reading.gpus if gpu.processes}
     holder = Holder(os.getpid(), socket.gethostname(), "lem gpus --probe", utc_text(utc_now()))
     with contextlib.ExitStack() as stack:
@@ -154,7 +172,7 @@ def _probe(nvml: Any, python: str, reading: GpuReading) -> Capabilities:
                 raise NotMeasured("no_pulses", error=error.message) from error
             return pool.submit(_pulse, python, uuid)
 
-        found = find_capabilities(nvml, Clock(), probe_s=PROBE_S, enough=PROBE_CHANGES, start=start)
+        found = find_capabilities(nvml, Clock(), probe_s=PROBE_S, enough=PROBE_CHANGES, start=start, roots=roots)
     for gpu in found.gpus:
         if gpu.counter_lag_s is not None:
             keep_lag(gpu.meter.uuid, gpu.meter.driver, gpu.counter_lag_s)

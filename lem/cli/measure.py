@@ -22,8 +22,8 @@ from lem.cli.selection import add_json, add_repeated, checked, folder_options
 from lem.config.campaign_config import generate_campaign_id, slug_of
 from lem.config.experiment import ProgramConfig
 from lem.config.option import merge, nest
-from lem.meters.machine import named_gpus, visible_gpus
-from lem.meters.nvml import find_gpus
+from lem.meters.hwmon import metered_gpus
+from lem.meters.machine import named_gpus
 from lem.meters.peers import KINDS, WorkSource
 from lem.orchestration.grid import config_hash
 from lem.orchestration.locks import Holder, gpu_locks, hold_locks
@@ -151,8 +151,8 @@ def _prepare(args: argparse.Namespace, command: list[str], stop: StopRequest, re
     for key, value in flags.items():
         requested = merge(ProgramConfig, requested, nest(key, value))
     config = ProgramConfig.from_dict(requested)
-    gpus = visible_gpus(find_gpus(), os.environ)
-    named = gpus if config.gpus is None else named_gpus(config.gpus, gpus)
+    gpus = metered_gpus(os.environ)
+    named = [gpu for gpu in gpus if gpu.is_default] if config.gpus is None else named_gpus(config.gpus, gpus)
     if len(named) < len(config.gpus or ()):
         raise UserError(f"--gpu {', '.join(config.gpus or ())}: no such GPU", "see `lem gpus`")
     name = args.name or Path(command[0]).name

@@ -31,6 +31,7 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="FILE", help="the log to create (--sampler)")
     add("--gpu", action="append", default=[], metavar="UUID", help="a GPU to sample; repeatable (--sampler)")
     add("--interval-ms", type=int, default=100, metavar="N", help="sampling interval; 0: none (--sampler)")
+    add("--energy", default="auto", metavar="METER", help="measurement.energy of the experiment (--sampler)")
     add("--tdp", type=float, metavar="W", help="design power of all CPU packages (--sampler)")
     add("--pulse", type=float, metavar="S", help="put pulses of work of S seconds on the first GPU")
     add("--tether", nargs=argparse.REMAINDER, metavar="WORD", help="run this lem command until stdin is closed")
@@ -80,7 +81,7 @@ def _run_sampler(args: argparse.Namespace, err: TextIO) -> int:
         shortest, longest = sampler.SHORTEST_INTERVAL_MS, sampler.LONGEST_INTERVAL_MS
         expected = f"expected 0, or between {shortest} and {longest}"
         raise UserError(f"--interval-ms {args.interval_ms}: {expected}", "the default is 100")
-    options = sampler.SamplerOptions(args.output, tuple(args.gpu), args.interval_ms, args.tdp)
+    options = sampler.SamplerOptions(args.output, tuple(args.gpu), args.interval_ms, args.tdp, args.energy)
     return sampler.run_sampler_process(options, err)
 
 

@@ -232,7 +232,7 @@ class MeasurementConfig(Section):
     energy: str = option(
         "auto",
         "Meter of energy; auto takes the best available.",
-        choices=("auto", "nvml", EnergySource.RAPL.value, EnergySource.TDP_ESTIMATE.value, "none"),
+        choices=("auto", "nvml", EnergySource.RAPL.value, "hwmon", EnergySource.TDP_ESTIMATE.value, "none"),
     )
     phases: bool = option(False, "Separate energy of prefill and decode, by differenced runs.")
     cpu_tdp_w: float | None = option(

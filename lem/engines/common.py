@@ -286,11 +286,18 @@ def describe_decoder(decoder: DecoderConfig, found: Mapping[str, Any], *, is_sam
 
 
 def visible_gpus(torch: ModuleType) -> tuple[str, ...]:
-    """UUIDs of the GPUs in CUDA's order, as NVML writes them (`GPU-…`); () without a usable GPU."""
+    """The GPUs in CUDA's order: UUIDs as NVML writes them (`GPU-…`), of ROCm PCI addresses; () without a usable GPU."""
     # CUDA's order may differ from NVML's and depends on CUDA_VISIBLE_DEVICES, which NVML ignores: only a UUID is
     # certain.
     count: int = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return tuple(f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count))
+    return tuple(_name_of(torch.cuda.get_device_properties(index)) for index in range(count))
+
+
+def _name_of(properties: Any) -> str:
+    """The name by which the sampler knows a GPU."""
+    if getattr(properties, "gcnArchName", None) and hasattr(properties, "pci_bus_id"):  # of ROCm alone
+        return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    return f"GPU-{properties.uuid}"
 
 
 def idle_gpu(gpus: Sequence[str] | None, uuids: Sequence[str], devices: Path = Path("/dev")) -> tuple[Reason, ...]:

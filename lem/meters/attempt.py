@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 from lem.base import measurement as names
 from lem.base.errors import MeterRefused
-from lem.base.measurement import EnergyScope, EnergySource, Measured, is_cpu_source, is_estimate, known
+from lem.base.measurement import EnergyScope, EnergySource, Measured, is_counter, is_cpu_source, is_estimate, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import MeteredConfig
@@ -29,10 +29,15 @@ from lem.meters.curve import (
     power_curve,
 )
 from lem.meters.rapl import DRAM, PACKAGE, distinct_zones, rapl_curve
-from lem.meters.samples import GpuHeader, Mark, SampleHeader, SampleLog, gpu_meter
+from lem.meters.samples import HWMON, NVML, GpuHeader, Mark, SampleHeader, SampleLog, gpu_meter
 
-# The method that integrates each kind of `GpuHeader.power_source`.
-POWER_METHODS: Final = MappingProxyType({"instant": EnergySource.INSTANT_POWER, "average": EnergySource.AVERAGE_POWER})
+# The methods of each kind of `GpuHeader.meter`, the best first: the counter, then the integrals of each `power_source`.
+_METHODS: Final = MappingProxyType(
+    {
+        NVML: (EnergySource.COUNTER, EnergySource.INSTANT_POWER, EnergySource.AVERAGE_POWER),
+        HWMON: (EnergySource.HWMON_COUNTER, EnergySource.HWMON_POWER, EnergySource.HWMON_POWER),
+    }
+)
 
 # How far `GpuSample.power_w` may lag behind: field 186 is brought up to date every 100 ms from at most the 100 ms
 # before; `nvmlDeviceGetPowerUsage` is a mean over 1 s on GA10x, Ada and Hopper (Yang et al., SC24; NVML reference).
@@ -62,6 +67,8 @@ class Sources:
     missing_uuids: tuple[str, ...] = ()  # GPUs of the experiment that the sampler does not see
     is_watched: bool = True  # GPUs are sampled in the window; else only their counters are read
     cpu_tdp_w: float | None = None  # the design power of all packages, by the user, else by the kernel
+    sensors: tuple[int, ...] = ()  # places in `SampleHeader.devices` of the sensors that cover the experiment
+    power_lag_s: float = 0.0  # of the slowest power that is integrated; 0 if none is
     # Above these, waiting for a CPU makes an attempt invalid, and other programs void the energy of the CPU.
     max_wait_ratio: float | None = None
     max_foreign_ratio: float | None = None
@@ -69,10 +76,7 @@ class Sources:
     @property
     def least_guard_s(self) -> float:
         """How long a guard must be for integrated power: until the sensor shows the guard alone, plus two samples."""
-        for power_source, method in POWER_METHODS.items():
-            if self.gpu_method == method:
-                return SENSOR_LAG_S[power_source] + 2 * self.sample_period_s
-        return 0.0
+        return self.power_lag_s + 2 * self.sample_period_s if self.power_lag_s else 0.0
 
 
 def choose_sources(
@@ -94,16 +98,27 @@ def choose_sources(
         why_no_counter = f"the energy counter cannot be read: {_counter_errors(chosen)}"
         raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or why_no_counter}", LEAVE_AT_AUTO)
     cpu_method, why_no_cpu = _cpu_method(wanted, header, user_tdp_w)
+    sensors, why_no_sensor = _choose_sensors(wanted, header, is_on_gpu=bool(gpu_uuids))
     is_external = config.measurement.external_csv is not None
     # The CPU's energy counts only for an experiment on the CPU, or if the user asks for it by name.
     counted_cpu_method = cpu_method if not gpu_uuids or is_cpu_source(wanted) else None
-    primary = gpu_method or counted_cpu_method or (EnergySource.EXTERNAL if is_external else None)
+    sensor_method = EnergySource.HWMON_SENSOR if sensors else None
+    if wanted == HWMON:
+        counted_cpu_method = None
+        if gpu_method is None and sensor_method is None:
+            raise MeterRefused(f"measurement.energy: hwmon: {why_no_gpu}; {why_no_sensor}", LEAVE_AT_AUTO)
+    external_method = EnergySource.EXTERNAL if is_external and wanted != HWMON else None
+    primary = gpu_method or counted_cpu_method or external_method or sensor_method
+    if primary != EnergySource.HWMON_SENSOR:
+        sensors = ()
+    why_no_primary = why_no_sensor if header.sensors else why_no_gpu if gpu_uuids else why_no_cpu
     reasons = {
         "gpu": why_no_gpu,
         "cpu": why_no_cpu,
         "dram": why_no_cpu or _why_no_dram(header, cpu_method),
+        "sensor": why_no_sensor,
         "external": None if is_external else Reason.of("option_not_given", option="measurement.external_csv"),
-        "primary": None if primary else why_no_gpu if gpu_uuids else why_no_cpu,
+        "primary": None if primary else why_no_primary,
     }
     if primary in (None, EnergySource.EXTERNAL) or is_estimate(primary):
         estimate = "measurement.energy: tdp_estimate" if is_estimate(primary) else None
@@ -120,13 +135,15 @@ def choose_sources(
         cpu_method=cpu_method,
         is_external=is_external,
         primary=primary,
-        scope=_scope_of(primary, chosen),
+        scope=_scope_of(primary, [header.devices[place] for place in sensors or gpus]),
         sample_period_s=config.timeseries.sample_interval_ms / 1000,
         idle_period_s=config.baseline.sample_interval_ms / 1000,
         reasons={name: reason for name, reason in reasons.items() if reason is not None},
         missing_uuids=tuple(uuid for uuid in gpu_uuids if uuid not in places),
         is_watched=config.timeseries.enabled,
         cpu_tdp_w=header.cpu_tdp_w if user_tdp_w is None else user_tdp_w,
+        sensors=sensors,
+        power_lag_s=_power_lag_s(gpu_method, chosen, [header.devices[place] for place in sensors]),
         max_wait_ratio=_ratio(config.measurement.max_wait_pct),
         max_foreign_ratio=_ratio(config.measurement.max_foreign_pct),
     )
@@ -151,7 +168,34 @@ def _scope_of(primary: EnergySource | None, gpus: Sequence[GpuHeader]) -> Energy
         return EnergyScope.MACHINE
     if is_cpu_source(primary):
         return EnergyScope.CPU_PACKAGE
-    return EnergyScope.MODULE if any(gpu.energy_scope == EnergyScope.MODULE for gpu in gpus) else EnergyScope.GPU
+    scopes = {gpu.energy_scope for gpu in gpus}
+    wider = (EnergyScope.MACHINE, EnergyScope.MODULE, EnergyScope.CARD, EnergyScope.CPU_PACKAGE)
+    return next((scope for scope in wider if scope in scopes), EnergyScope.GPU)
+
+
+def sensor_lag_s(device: GpuHeader) -> float:
+    return SENSOR_LAG_S.get(device.power_source or "", 0.0) if device.power_lag_s is None else device.power_lag_s
+
+
+def _power_lag_s(gpu_method: EnergySource | None, gpus: Sequence[GpuHeader], sensors: Sequence[GpuHeader]) -> float:
+    integrated = sensors if gpu_method is None else () if is_counter(gpu_method) else gpus
+    return max(map(sensor_lag_s, integrated), default=0.0)
+
+
+def _choose_sensors(wanted: str, header: SampleHeader, *, is_on_gpu: bool) -> tuple[tuple[int, ...], Reason | None]:
+    """The places of the sensors that cover an experiment, as little else as possible; or why there is none."""
+    if wanted not in ("auto", HWMON):
+        return (), Reason.of("other_meter_set", energy=wanted) if wanted != "none" else _NOT_WANTED
+    scopes = (EnergyScope.MODULE, EnergyScope.MACHINE)
+    for scope in scopes if is_on_gpu else (EnergyScope.CPU_PACKAGE, *scopes):
+        devices = enumerate(header.sensors, start=len(header.gpus))
+        found = {place: sensor for place, sensor in devices if sensor.energy_scope == scope}
+        errors = [f"{sensor.uuid}: {sensor.power_error}" for sensor in found.values() if sensor.power_error]
+        if errors:
+            return (), Reason.of("sampler_reports", error="; ".join(errors))
+        if found:
+            return tuple(found), None
+    return (), Reason.of("no_sensor")
 
 
 def _why_no_gpu(
@@ -161,7 +205,8 @@ def _why_no_gpu(
         return _NOT_WANTED
     if not gpu_uuids:
         return Reason.of("on_cpu")
-    if is_cpu_source(wanted):
+    is_other = wanted == HWMON and any(gpu.meter != HWMON for gpu in header.gpus if gpu.uuid in gpu_uuids)
+    if is_cpu_source(wanted) or is_other:
         return Reason.of("other_meter_set", energy=wanted)
     missing = ", ".join(uuid for uuid in gpu_uuids if all(gpu.uuid != uuid for gpu in header.gpus))
     cut = [gpu.uuid for gpu in header.gpus if gpu.mig_mode]
@@ -180,14 +225,17 @@ def _why_no_gpu(
 
 def choose_gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[EnergySource | None, Reason | None]:
     """The best method that every GPU has, since only energies read in one way are summed; or why there is none."""
+    if len({gpu.meter for gpu in gpus}) > 1:
+        return None, Reason.of("meters_mixed")
+    counter, instant, average = _METHODS[gpus[0].meter if gpus else NVML]
     if all(gpu.counter_error is None for gpu in gpus):
-        return EnergySource.COUNTER, None
+        return counter, None
     if not is_watched:
         return None, Reason.of("power_not_sampled", errors=_counter_errors(gpus))
     if all(gpu.power_error is None and gpu.power_source == "instant" for gpu in gpus):
-        return EnergySource.INSTANT_POWER, None
+        return instant, None
     if all(gpu.power_error is None and gpu.power_source is not None for gpu in gpus):
-        return EnergySource.AVERAGE_POWER, None
+        return average, None
     silent = [gpu for gpu in gpus if gpu.power_error or not gpu.power_source]
     power_errors = "; ".join(f"{gpu.uuid}: {gpu.power_error or 'not reported'}" for gpu in silent)
     return None, Reason.of("gpu_unreadable", counter_errors=_counter_errors(gpus), power_errors=power_errors)
@@ -267,6 +315,8 @@ class AttemptLog:
     def primary_curves(self, *, at_rest: bool = False) -> tuple[Curve, ...]:
         if self.sources.primary is not None and self.sources.primary == self.sources.gpu_method:
             return tuple(self.gpu_curve(number, at_rest=at_rest) for number in range(len(self.sources.gpus)))
+        if self.sources.sensors:
+            return tuple(self._power_curve(place, at_rest=at_rest) for place in self.sources.sensors)
         if is_cpu_source(self.sources.primary):
             return self.cpu_curves(PACKAGE) + (() if self.why_no_dram else self.cpu_curves(DRAM))
         raise NotMeasured(self.sources.reasons.get("primary", "external_window_only"))
@@ -277,25 +327,29 @@ class AttemptLog:
     def gpu_curve(self, number: int, *, at_rest: bool = False) -> Curve:
         if self.sources.gpu_method is None:
             raise NotMeasured(self.sources.reasons["gpu"])
-        if self.sources.gpu_method != EnergySource.COUNTER:
+        if not is_counter(self.sources.gpu_method):
             return self.gpu_power_curve(number, at_rest=at_rest)
         key = (EnergySource.COUNTER, number, False)
         if key not in self._known:
             place = self.sources.gpus[number]
-            what = f"the energy counter of {self.log.header.gpus[place].uuid}"
-            self._known[key] = self._checked(counter_curve(self.log.counters, place, what), gpu_meter(place, "counter"))
+            gpu = self.log.header.gpus[place]
+            what = f"the energy counter of {gpu.uuid}"
+            curve = counter_curve(self.log.counters, place, what, gpu.counter_ranges_j, gpu.power_limit_w)
+            self._known[key] = self._checked(curve, gpu_meter(place, "counter"))
         return self._known[key]
 
     def gpu_power_curve(self, number: int, *, at_rest: bool = False) -> Curve:
-        place = self.sources.gpus[number]
-        gpu = self.log.header.gpus[place]
-        if gpu.power_error is not None:
-            raise NotMeasured("meter_unreadable", what=f"power of {gpu.uuid}", error=gpu.power_error)
-        key = ("power", number, at_rest)
+        return self._power_curve(self.sources.gpus[number], at_rest=at_rest)
+
+    def _power_curve(self, place: int, *, at_rest: bool) -> Curve:
+        device = self.log.header.devices[place]
+        if device.power_error is not None:
+            raise NotMeasured("meter_unreadable", what=f"power of {device.uuid}", error=device.power_error)
+        key = ("power", place, at_rest)
         if key not in self._known:
             period_s = max(self.sources.sample_period_s, self.sources.idle_period_s if at_rest else 0.0)
-            lag_s = SENSOR_LAG_S.get(gpu.power_source or "", 0.0)
-            curve = power_curve(self.log.samples, place, period_s, f"power of {gpu.uuid}", lag_s)
+            what, lag_s = f"power of {device.uuid}", sensor_lag_s(device)
+            curve = power_curve(self.log.samples, place, period_s, what, lag_s)
             self._known[key] = self._checked(curve, gpu_meter(place, "power"))
         return self._known[key]
 

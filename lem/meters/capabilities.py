@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lem.base.clock import Clock
@@ -17,11 +16,14 @@ from lem.base.measurement import EnergyScope, EnergySource, Measured, Section, k
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import choose_gpu_method, measured, need
 from lem.meters.curve import Span, counter_curve, update_period_s
+from lem.meters.hwmon import HwmonMeter, hwmon_gpus
 from lem.meters.nvml import NvmlMeter, gpu_uuids
-from lem.meters.rapl import POWERCAP, find_rapl, find_tdp
-from lem.meters.sampler import Complaints, GpuWatch
-from lem.meters.samples import CounterChange, GpuHeader
+from lem.meters.rapl import find_rapl, find_tdp
+from lem.meters.sampler import Complaints, GpuWatch, Meter
+from lem.meters.samples import NVML, CounterChange, GpuHeader
+from lem.meters.sensors import find_sensors
 from lem.meters.uncertainty import lag_s
+from lem.meters.usage import HERE, Roots
 
 # Shorter than a tenth of the shortest update period seen (20 ms).
 _POLL_S = 0.002
@@ -41,6 +43,11 @@ class GpuCapability(Section):
     def source(self) -> EnergySource | None:
         return choose_gpu_method([self.meter], is_watched=True)[0]
 
+    @property
+    def _counter(self) -> str:
+        sensor = self.meter.counter_sensor
+        return "energy counter" if sensor is None else f"energy counter {sensor}"
+
     def describe(self) -> tuple[str, ...]:
         meter = self.meter
         if meter.counter_error is not None:
@@ -48,21 +55,32 @@ class GpuCapability(Section):
             counter = f"{meter.counter_error}{stead}"
         elif self.counter_update_period_s is None:
             why = self.why_none("counter_update_period_s")
-            counter = "energy counter" + ("" if why.code == "not_probed" else f"; {why}")
+            counter = self._counter + ("" if why.code == "not_probed" else f"; {why}")
         else:
             late = f"its lag is not known: {self.why_none('counter_lag_s')}"
             if self.counter_lag_s is not None:
                 late = f"shows energy {self.counter_lag_s * 1e3:.0f} ms late"
-            counter = f"energy counter, updated every {self.counter_update_period_s * 1e3:.0f} ms; {late}"
+            counter = f"{self._counter}, updated every {self.counter_update_period_s * 1e3:.0f} ms; {late}"
         kind = "instantaneous" if meter.power_source == "instant" else "an average, over 1 s on some GPUs"
+        if meter.power_sensor is not None:
+            kind = describe_power(meter)
         lines = [counter, meter.power_error or f"power: {kind}"]
         if meter.power_limit_w is not None:
             lines[-1] += f", limit {meter.power_limit_w:g} W"
         if meter.energy_scope == EnergyScope.MODULE:
             lines.append("energy and power are those of the whole module, CPU included")
+        if meter.energy_scope == EnergyScope.CARD:
+            lines.append("energy and power are those of the whole card, both chiplets")
         if meter.persistence_mode is False:
             lines.append("persistence mode is off: idle power is higher while GPUs are sampled; nvidia-smi -pm 1")
         return tuple(lines)
+
+
+def describe_power(meter: GpuHeader) -> str:
+    """The sensor of hwmon, and over what it averages."""
+    interval = "" if meter.power_interval_s is None else f", over {meter.power_interval_s:g} s"
+    kind = "an average" if meter.power_source == "average" else "instantaneous"
+    return f"{meter.power_sensor} ({kind}{interval})"
 
 
 @dataclass(frozen=True)
@@ -80,12 +98,19 @@ class Capabilities:
     cpu: CpuCapability
     gpus: tuple[GpuCapability, ...] = ()
     gpu_error: str | None = None  # why there is no GPU to measure
+    sensors: tuple[GpuHeader, ...] = ()  # of the module, the CPUs or the machine
 
     def to_dict(self) -> dict[str, Any]:
         gpus = [{**dataclasses.asdict(gpu.meter), "energy_source": gpu.source, **encode(gpu, "")} for gpu in self.gpus]
         for gpu in gpus:
             del gpu["meter"]
-        return {"gpus": gpus, "gpu_error": self.gpu_error, "cpu": dataclasses.asdict(self.cpu)}
+        sensors = [
+            {"name": it.uuid, "scope": it.energy_scope, "sensor": it.power_sensor, "interval_s": it.power_interval_s}
+            | {"error": it.power_error}
+            for it in self.sensors
+        ]
+        cpu = dataclasses.asdict(self.cpu)
+        return {"gpus": gpus, "gpu_error": self.gpu_error, "cpu": cpu, "sensors": sensors}
 
 
 def find_capabilities(
@@ -95,11 +120,11 @@ def find_capabilities(
     probe_s: float = 0.0,
     enough: int = 6,
     start: Callable[[str], Pulses] | None = None,
-    rapl_root: Path = POWERCAP,
+    roots: Roots = HERE,
 ) -> Capabilities:
     """What can be measured here; counters are polled for `probe_s`, or until each has changed `enough` times."""
-    rapl = find_rapl(rapl_root)
-    design_w, design_source = find_tdp(None, rapl_root)
+    rapl = find_rapl(roots.powercap)
+    design_w, design_source = find_tdp(None, roots.powercap)
     cpu = CpuCapability(
         zones=tuple(counter.zone.name for counter in rapl.counters),
         rapl_error=rapl.error,
@@ -108,10 +133,11 @@ def find_capabilities(
         tdp_w=design_w,
         tdp_source=design_source,
     )
-    if isinstance(nvml, str):
-        return Capabilities(cpu, gpu_error=f"NVML is not available: {nvml}")
-    uuids = gpu_uuids(nvml)
-    meters = [NvmlMeter(nvml, uuid) for uuid in uuids if uuid is not None]
+    uuids = () if isinstance(nvml, str) else gpu_uuids(nvml)
+    meters: list[Meter] = [NvmlMeter(nvml, uuid) for uuid in uuids if uuid is not None]
+    for gpu in hwmon_gpus(len(uuids), roots.sys):
+        meters.append(HwmonMeter(roots.sys, gpu.uuid))
+        meters[-1].header = replace(meters[-1].header, index=gpu.index)
     not_probed: Measured[float] = known(None, "not_probed")
     found = [_with(meter.header, not_probed, known(meter.header.counter_lag_s, "not_probed")) for meter in meters]
     if probe_s > 0:
@@ -120,7 +146,9 @@ def find_capabilities(
     lost = GpuHeader(None, "unknown", "unknown", "unknown", counter_error=text, power_error=text)
     found += [_with(replace(lost, index=index), not_probed, not_probed) for index, uuid in enumerate(uuids) if not uuid]
     gpus = sorted(found, key=lambda gpu: -1 if gpu.meter.index is None else gpu.meter.index)
-    return Capabilities(cpu, tuple(gpus), None if gpus else "NVML sees no GPU")
+    gpu_error = f"NVML is not available: {nvml}" if isinstance(nvml, str) else "NVML sees no GPU"
+    sensors = tuple(meter.header for meter in find_sensors(roots.sys))
+    return Capabilities(cpu, tuple(gpus), None if gpus else gpu_error, sensors)
 
 
 def _with(header: GpuHeader, period_s: Measured[float], lag_s: Measured[float]) -> GpuCapability:
@@ -128,14 +156,15 @@ def _with(header: GpuHeader, period_s: Measured[float], lag_s: Measured[float]) 
 
 
 def _probed(
-    meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, enough: int, start: Callable[[str], Pulses] | None
+    meters: Sequence[Meter], clock: Clock, probe_s: float, enough: int, start: Callable[[str], Pulses] | None
 ) -> list[GpuCapability]:
     watches = [GpuWatch(meter, place, clock, Complaints()) for place, meter in enumerate(meters)]
     changes: list[CounterChange] = []
     opened_ns = clock.monotonic_ns()
     closes_ns = opened_ns + round(probe_s * NS_PER_S)
     wanted = [place for place, meter in enumerate(meters) if meter.has("counter")]
-    pulses = {place: measured(partial(start, meters[place].header.uuid)) for place in wanted} if start else {}
+    pulsed = [place for place in wanted if start is not None and meters[place].header.meter == NVML]
+    pulses = {place: measured(partial(start, meters[place].header.uuid)) for place in pulsed if start is not None}
 
     def goes_on() -> bool:
         seen = [row.gpu for row in changes]
@@ -150,8 +179,8 @@ def _probed(
     found = [_with(meter.header, absent, absent) for meter in meters]
     for place in wanted:
         header, period = meters[place].header, measured(partial(update_period_s, changes, place, span))
-        lag = known(header.counter_lag_s, "not_probed") if start is None else period
-        if start is not None and period.value is not None:
+        lag = period if place in pulses else known(header.counter_lag_s, "not_probed")
+        if place in pulses and period.value is not None:
             lag = measured(partial(_lag_s, changes, place, pulses[place]))
         found[place] = _with(header, period, lag)
     return found

@@ -226,12 +226,21 @@ class Curve:
 # 19 polls of 19 ms, whatever whole number of milliseconds lies between updates.
 _NEIGHBOURS = 10
 
+# More than any GPU draws whose limit is lower or unknown, and an update more or less within a step.
+_MOST_GPU_W, _LIMIT_MARGIN, _UPDATE_S = 1000.0, 1.2, 0.1
+
 _MEAN_S = 1.0  # of nvmlDeviceGetPowerUsage and field 185
 _MEAN_LATE_S = 0.2
 
 
-def counter_curve(changes: Iterable[CounterChange], gpu: int, what: str) -> Curve:
-    """The energy counter of one GPU of the log."""
+def counter_curve(
+    changes: Iterable[CounterChange],
+    gpu: int,
+    what: str,
+    ranges_j: Sequence[float] = (),
+    limit_w: float | None = None,
+) -> Curve:
+    """The energy counter of one GPU of the log, without its wraps at one of `ranges_j`."""
     # `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded (NVML reference), so a value
     # that falls means that the driver was reloaded. A change lies between two polls; where polling had stalled, it
     # still came at most one update period before it was seen. Updates are regular (an H200 kept 100.000 ms to within 1
@@ -242,15 +251,32 @@ def counter_curve(changes: Iterable[CounterChange], gpu: int, what: str) -> Curv
     seen = [(max(row.before_ns, row.at_ns - longest_ns) if longest_ns else row.before_ns, row.at_ns) for row in rows]
     bounds = _narrowed(seen)
     energy_j, holes = [0.0] * len(rows), []
+    most_w, largest_j = (
+        max(_MOST_GPU_W, _LIMIT_MARGIN * (limit_w or 0.0)),
+        max((it.energy_mj for it in rows), default=0) / 1000,
+    )
+    # The smallest range that holds what was read; a counter beyond all of them counts its wraps itself, if it is read.
+    range_j = next((it for it in sorted(ranges_j) if it >= largest_j), max(ranges_j, default=math.inf))
     for place, (before, after) in enumerate(pairwise(rows), start=1):
-        step_mj = after.energy_mj - before.energy_mj
-        if step_mj < 0:
+        step_j = _step_j(before, after, ranges_j, most_w)
+        unread_s = (after.at_ns - after.before_ns) / NS_PER_S
+        if unread_s * most_w > range_j:
+            holes.append(Hole(Span(before.at_ns, after.at_ns), Reason.of("zone_hole", what=what, gap_s=unread_s)))
+        if step_j < 0:
             fall = Reason.of("counter_reset", what=what, before_mj=before.energy_mj, after_mj=after.energy_mj)
             holes.append(Hole(Span(before.at_ns, after.at_ns), fall))
-        energy_j[place] = energy_j[place - 1] + max(step_mj, 0) / 1000
+        energy_j[place] = energy_j[place - 1] + max(step_j, 0.0)
     at_ns = tuple((low + high) / 2 for low, high in bounds)
     earliest, latest = tuple(low for low, _ in bounds), tuple(high for _, high in bounds)
     return Curve(what, earliest, at_ns, latest, tuple(energy_j), tuple(holes))
+
+
+def _step_j(before: CounterChange, after: CounterChange, ranges_j: Sequence[float], most_w: float) -> float:
+    """The energy between two values; below 0 if the counter fell, and that is not its wrap."""
+    step_j = (after.energy_mj - before.energy_mj) / 1000
+    most_j = most_w * ((after.at_ns - before.at_ns) / NS_PER_S + _UPDATE_S)
+    wraps = (step_j + it for it in sorted(ranges_j) if before.energy_mj <= 1000 * it and 0 <= step_j + it <= most_j)
+    return step_j if step_j >= 0 else next(wraps, step_j)
 
 
 def _narrowed(seen: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

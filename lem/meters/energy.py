@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from lem.base import measurement as names
-from lem.base.measurement import EnergySource, Measured, is_cpu_source, is_estimate, known, parts_of_source
+from lem.base.measurement import Measured, is_counter, is_cpu_source, is_estimate, is_gpu_source, known, parts_of_source
 from lem.base.reasons import Reason
 from lem.meters import window
 from lem.meters.attempt import AttemptLog, measured, need
@@ -111,6 +111,7 @@ def _energy(
         "gpu_energy_j": gpu_j,
         "cpu_package_energy_j": measured(lambda: _domain_j(attempt, PACKAGE, found)),
         "dram_energy_j": measured(lambda: _domain_j(attempt, DRAM, found)),
+        "sensor_energy_j": measured(lambda: _sensor_j(attempt, found)),
     }
     parts["external_energy_j"] = _external_j(attempt, external, list(parts.values()))
     # The energy that counts: of the GPUs, else of CPU packages and memory, else by the user's own meter.
@@ -122,7 +123,7 @@ def _energy(
         primary = measured(lambda: sum(need(parts[name]) for name in counted))
     crosscheck: Measured[float] = known(None, sources.reasons.get("gpu", "counter_absent"))
     period = crosscheck
-    if sources.gpu_method == EnergySource.COUNTER:
+    if is_counter(sources.gpu_method):
         crosscheck = measured(lambda: window.crosscheck_ratio(attempt))
         period = measured(lambda: _update_period_s(attempt))
     lag = measured(lambda: counter_lag_s(attempt))
@@ -131,6 +132,7 @@ def _energy(
     net_budget = measured(lambda: net_budget_j(need(budget), need(net), idle, attempt.window.seconds))
     return Energy.of(
         **parts,
+        **_sensor_of(attempt),
         gpu_energy_net_j=net,
         # Power is sampled during the load as it is at rest.
         load_energy_j=_span_j(attempt, names.LOAD, "nothing_loaded", at_rest=True),
@@ -165,6 +167,37 @@ def _domain_j(attempt: AttemptLog, domain: str, found: Interference) -> float:
     refuse_foreign(attempt, found)
     is_only = attempt.sources.primary == attempt.sources.cpu_method and len(attempt.primary_curves()) == 1
     return sum(attempt.window_j(curve, 1.0 if is_only else None) for curve in curves)
+
+
+def _sensor_j(attempt: AttemptLog, found: Interference) -> float:
+    sources = attempt.sources
+    if not sources.sensors:
+        raise NotMeasured(sources.reasons.get("sensor", "sensor_not_used"))
+    if not sources.gpus:
+        refuse_foreign(attempt, found)
+    window_s, curves = attempt.window.seconds, attempt.primary_curves()
+    for curve in curves:
+        window.check_read_often(curve, attempt.window)
+    found_j = sum(attempt.window_j(curve, 1 / len(curves)) for curve in curves)
+    if found_j <= 0:
+        raise NotMeasured("no_energy_drawn", energy_j=found_j, window_s=window_s)
+    return found_j
+
+
+def _sensor_of(attempt: AttemptLog) -> dict[str, Measured[Any]]:
+    """The names of the kernel's sensors that the energy comes from, and over what they average power."""
+    sources = attempt.sources
+    is_by_counter, places = is_counter(sources.primary), sources.sensors
+    if is_gpu_source(sources.primary):
+        places = sources.gpus
+    devices = [attempt.log.header.devices[place] for place in places]
+    names = dict.fromkeys(it.counter_sensor if is_by_counter else it.power_sensor for it in devices)
+    sensor = ", ".join(name for name in names if name is not None)
+    intervals_s = [it.power_interval_s for it in devices if it.power_interval_s is not None]
+    no_sensor = Reason.of("no_kernel_sensor")
+    why = no_sensor if not sensor else Reason.of("counter_averages_nothing" if is_by_counter else "interval_not_stated")
+    interval_s = None if is_by_counter else max(intervals_s, default=None)
+    return {"energy_sensor": known(sensor or None, no_sensor), "sensor_interval_s": known(interval_s, why)}
 
 
 def _span_j(attempt: AttemptLog, mark: str, missing: str, *, at_rest: bool = False) -> Measured[float]:

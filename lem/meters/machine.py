@@ -30,6 +30,7 @@ class GpuFacts:
     name: str
     memory_b: int | None  # total device memory; None where it shares that of the machine (unified memory)
     compute_capability: tuple[int, int] | None  # (major, minor)
+    is_default: bool = True  # else it is used only where it is named
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class GpuSettings:
 
 
 def is_name_of(name: str, uuid: str) -> bool:
-    return name.upper().startswith("GPU-") and uuid.lower().startswith(name.lower())
+    """Whether it is the UUID, which may be shortened as for CUDA, or the PCI address of a GPU that has no UUID."""
+    return uuid.lower() == name.lower() or (name.upper().startswith("GPU-") and uuid.lower().startswith(name.lower()))
 
 
 def visible_gpus(present: Sequence[GpuFacts], environ: Mapping[str, str]) -> tuple[GpuFacts, ...]:
@@ -76,11 +78,12 @@ def visible_gpus(present: Sequence[GpuFacts], environ: Mapping[str, str]) -> tup
 
 
 def named_gpus(names: Sequence[str] | None, visible: Sequence[GpuFacts]) -> tuple[GpuFacts, ...]:
-    wanted = ("0",) if names is None else names
+    if names is None:
+        return tuple(gpu for gpu in visible[:1] if gpu.is_default)
     return tuple(
         gpu
         for number, gpu in enumerate(visible)
-        if any(name == str(number) or is_name_of(name, gpu.uuid) for name in wanted)
+        if any(name == str(number) or is_name_of(name, gpu.uuid) for name in names)
     )
 
 

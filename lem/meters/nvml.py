@@ -34,16 +34,19 @@ _MEANINGS = {
 
 
 class MeterFailure(Exception):
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(
+        self, message: str, *, is_lasting: bool = False, is_absent: bool = False, is_lost: bool = False
+    ) -> None:
         super().__init__(message)
-        self.is_lasting = code in _LASTING  # it will fail the same way again
-        self.is_absent = code in _ABSENT  # the driver has no such function; there may be an older one
-        self.is_lost = code in _LOST  # the GPU itself is gone, and everything else about it fails too
+        self.is_lasting = is_lasting  # it will fail the same way again
+        self.is_absent = is_absent  # the driver has no such function; there may be an older one
+        self.is_lost = is_lost  # the device itself is gone, and everything else about it fails too
 
 
 def _failure(nvml: Any, code: int) -> MeterFailure:
     text, meaning = str(nvml.NVMLError(code)), _MEANINGS.get(code)
-    return MeterFailure(text if meaning is None else f"{text} ({meaning})", code)
+    kinds = {"is_lasting": code in _LASTING, "is_absent": code in _ABSENT, "is_lost": code in _LOST}
+    return MeterFailure(text if meaning is None else f"{text} ({meaning})", **kinds)
 
 
 def find_gpus() -> tuple[GpuFacts, ...]:
@@ -246,7 +249,7 @@ class NvmlMeter:
         """
         if what not in self._readers:
             why = self.header.counter_error if what == "counter" else self.header.power_error
-            raise MeterFailure(why or f"there is no {what}", _NOT_SUPPORTED)
+            raise MeterFailure(why or f"there is no {what}", is_lasting=True)
         return self._readers[what]()
 
     def renew(self) -> None:
@@ -404,7 +407,8 @@ class NvmlMeter:
     def _call(self, function: str, *arguments: Any) -> Any:
         called = getattr(self._nvml, function, None)
         if called is None:
-            raise MeterFailure(f"this pynvml has no {function}: update nvidia-ml-py", _FUNCTION_NOT_FOUND)
+            text = f"this pynvml has no {function}: update nvidia-ml-py"
+            raise MeterFailure(text, is_lasting=True, is_absent=True)
         try:
             return called(*arguments)
         except self._nvml.NVMLError as error:

@@ -19,14 +19,17 @@ from lem.base.clock import Clock
 from lem.base.errors import ExitCode, LemError
 from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.meters import samples
+from lem.meters.hwmon import HwmonMeter, is_address
 from lem.meters.machine import read_gpu_settings, read_machine
 from lem.meters.nvml import MeterFailure, NvmlMeter, open_nvml
 from lem.meters.rapl import find_rapl, find_tdp
 from lem.meters.samples import (
+    HWMON,
     ClockPair,
     CounterChange,
     CpuLoad,
     CpuUse,
+    GpuHeader,
     GpuSample,
     GpuSecond,
     MeterError,
@@ -34,6 +37,7 @@ from lem.meters.samples import (
     RaplReading,
     Row,
 )
+from lem.meters.sensors import find_sensors
 from lem.meters.usage import HERE, Roots, UsageMeter, busy_ratio
 
 # As short as the shortest update period seen (20 to 100 ms), and prime: counters keep whole numbers of milliseconds,
@@ -45,6 +49,10 @@ SHORTEST_INTERVAL_MS = 10
 LONGEST_INTERVAL_MS = 60_000
 
 _RARE_NS = 5 * COUNTER_POLL_MS * NS_PER_MS  # a fifth of its interval more or less hurts no sample, whose time is kept
+_READINGS = (
+    *("counter", "power", "average", "slowed", "limit", "processes"),
+    *("temperature", "sm_clock", "utilisation", "memory", "events"),
+)
 _CLOCK_PAIR_MS = 10_000
 _LOOK_MS = 500  # a stop of the engine is seen if it lasts this long
 
@@ -64,6 +72,7 @@ class SamplerOptions:
     gpus: tuple[str, ...] = ()  # UUIDs
     interval_ms: int = 100  # between samples of a GPU, 0 for none; its counter is polled every `COUNTER_POLL_MS`
     tdp_w: float | None = None  # design power of all CPU packages, as the user gives it
+    energy: str = "auto"  # `measurement.energy`, which decides whether sensors of module and machine are sampled
 
 
 def run_sampler(options: SamplerOptions, nvml: Any, clock: Clock, owner: SamplerOwner, *, roots: Roots = HERE) -> None:
@@ -127,13 +136,32 @@ class Complaints:
         self._reported.pop(meter, None)
 
 
+class Meter(Protocol):
+    """A GPU or a sensor: `NvmlMeter` (which describes the readings), `HwmonMeter` or `SensorMeter`."""
+
+    header: GpuHeader
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it was found at all."""
+
+    def has(self, what: str) -> bool:
+        """Whether there is such a reading."""
+
+    def read(self, what: str) -> Any:
+        """The reading; raises MeterFailure."""
+
+    def renew(self) -> None:
+        """Find it again; raises MeterFailure."""
+
+
 class GpuWatch:
     """One GPU that is sampled; `place` is its place in the log's header."""
 
     # A GPU that is lost is only asked, once a second, whether it is back. What fails for another reason is tried every
     # time, with a fresh handle once a second; what the GPU does not have is tried once.
 
-    def __init__(self, meter: NvmlMeter, place: int, clock: Clock, complaints: Complaints) -> None:
+    def __init__(self, meter: Meter, place: int, clock: Clock, complaints: Complaints) -> None:
         self._meter = meter
         self._place = place
         self._clock = clock
@@ -141,8 +169,7 @@ class GpuWatch:
         self._energy_mj: int | None = None
         self._polled_ns = 0
         self._pids: tuple[int, ...] | None = None
-        self._hopeless = {what for what in ("counter", "average", "slowed") if not meter.has(what)}
-        self._hopeless |= {"power"} if meter.header.power_error is not None else set()
+        self._hopeless = {what for what in _READINGS if not meter.has(what)}
         self._is_lost = not meter.is_known
         self._is_failing = self._is_lost
 
@@ -238,18 +265,38 @@ def is_interval(interval_ms: int) -> bool:
     return interval_ms == 0 or SHORTEST_INTERVAL_MS <= interval_ms <= LONGEST_INTERVAL_MS
 
 
+def _meters(names: Iterable[str], nvml: Any, sys: Path) -> Iterator[Meter]:
+    for name in names:
+        if is_address(name):
+            yield HwmonMeter(sys, name)
+        elif not isinstance(nvml, str):
+            yield NvmlMeter(nvml, name)
+
+
+def _needs_sensors(energy: str, gpus: Sequence[GpuHeader], *, has_packages: bool) -> bool:
+    """Whether sensors of module and machine may give the energy: reading one may take long, as ACPI methods do."""
+    is_metered = all(None in (gpu.counter_error, gpu.power_error) for gpu in gpus) if gpus else has_packages
+    return energy == HWMON or (energy == "auto" and not is_metered)
+
+
 class _Sampler:
     def __init__(self, options: SamplerOptions, nvml: Any, clock: Clock, roots: Roots) -> None:
         self._clock = clock
         self._complaints = Complaints()
         self._polled: list[Row] = []  # not written yet
-        meters = () if isinstance(nvml, str) else tuple(NvmlMeter(nvml, name) for name in options.gpus)
-        self._gpus = [GpuWatch(meter, place, clock, self._complaints) for place, meter in enumerate(meters)]
+        meters = tuple(_meters(options.gpus, nvml, roots.sys))
+        gpus = tuple(meter.header for meter in meters)
         self._rapl = find_rapl(roots.powercap)
+        sensors: tuple[Meter, ...] = ()
+        if _needs_sensors(options.energy, gpus, has_packages=bool(self._rapl.counters)):
+            sensors = find_sensors(roots.sys)
+        self._gpus = [
+            GpuWatch(meter, place, clock, self._complaints) for place, meter in enumerate((*meters, *sensors))
+        ]
         self._usage = UsageMeter(clock, roots, (os.getpid(), os.getppid()))
         self._used: CpuUse | None = None  # a second ago
         tdp_w, tdp_source = find_tdp(options.tdp_w, roots.powercap)
-        gpu_error = f"NVML is not available: {nvml}" if isinstance(nvml, str) else None
+        gpu_error = f"NVML is not available: {nvml}" if isinstance(nvml, str) and not gpus else None
         start = self.clock_pair()
         started_ns = start.at_ns
         self.header = samples.SampleHeader(
@@ -258,9 +305,10 @@ class _Sampler:
             host=platform.node(),
             interval_ms=options.interval_ms,
             gpus=tuple(
-                replace(meter.header, settings=read_gpu_settings(nvml, meter.header.uuid, roots.sys))
-                for meter in meters
+                gpu if gpu.meter == HWMON else replace(gpu, settings=read_gpu_settings(nvml, gpu.uuid, roots.sys))
+                for gpu in gpus
             ),
+            sensors=tuple(meter.header for meter in sensors),
             machine=read_machine(roots.proc, roots.sys),
             gpu_error=gpu_error if options.gpus else "no GPU is to be sampled",
             zones=tuple(counter.zone for counter in self._rapl.counters),
@@ -270,7 +318,7 @@ class _Sampler:
             cpu_tdp_source=tdp_source,
         )
         self._polls = _Schedule(started_ns, COUNTER_POLL_MS if any(meter.has("counter") for meter in meters) else 0)
-        self._samples = _Schedule(started_ns, options.interval_ms if meters else 0)
+        self._samples = _Schedule(started_ns, options.interval_ms if self._gpus else 0)
         self._seconds = _Schedule(started_ns, samples.SLOW_PERIOD_S * 1000)
         self._clock_pairs = _Schedule(started_ns, _CLOCK_PAIR_MS)
         self._looks = _Schedule(started_ns, 0)  # at the engine, once it is known
@@ -390,7 +438,8 @@ class PipeOwner:
 
 
 def run_sampler_process(options: SamplerOptions, err: TextIO) -> int:
-    opened = open_nvml() if options.gpus else contextlib.nullcontext("no GPU is sampled")
+    is_on_nvml = any(not is_address(name) for name in options.gpus)
+    opened = open_nvml() if is_on_nvml else contextlib.nullcontext("no GPU is sampled")
     wakeup_fd, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # it only makes the pipe readable

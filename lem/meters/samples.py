@@ -27,6 +27,7 @@ from lem.base.units import GIB, KIB, MIB, NS_PER_S
 from lem.meters.machine import GpuSettings, MachineFacts
 
 SAMPLES_SCHEMA = 2
+NVML, HWMON = "nvml", "hwmon"  # of `GpuHeader.meter`
 PART_FILENAME = "samples.part"
 FINISHED_FILENAME = "samples.jsonl.gz"
 
@@ -62,6 +63,12 @@ class GpuHeader:
     counts_slowdowns: bool | None = None  # whether `GpuSecond.slowed_s` is read; None in logs that do not tell
     counter_error: str | None = None  # why the energy counter cannot be read
     power_error: str | None = None  # why power cannot be read
+    meter: str = NVML  # or `hwmon`
+    counter_sensor: str | None = None  # the file that the counter is read from (hwmon)
+    power_sensor: str | None = None  # the file that power is read from (hwmon)
+    power_interval_s: float | None = None  # over which power is averaged, as the driver says
+    power_lag_s: float | None = None  # how far power may lag behind; None: as usual for `power_source`
+    counter_ranges_j: tuple[float, ...] = ()  # where the counter may wrap: at one of these
 
     @property
     def label(self) -> str:
@@ -92,9 +99,15 @@ class SampleHeader:
     cpu_tdp_w: float | None = None  # the power the CPU packages are designed for
     cpu_tdp_source: str | None = None
     machine: MachineFacts = field(default_factory=MachineFacts)
+    sensors: tuple[GpuHeader, ...] = ()  # of the module, the CPUs or the machine (hwmon), with power alone
+
+    @property
+    def devices(self) -> tuple[GpuHeader, ...]:
+        """What rows of GPUs name by its place: the GPUs, then the sensors."""
+        return self.gpus + self.sensors
 
     def describe_meter(self, meter: str) -> str:
-        for place, gpu in enumerate(self.gpus):
+        for place, gpu in enumerate(self.devices):
             if meter.startswith(gpu_meter(place, "")):
                 return f"{meter.removeprefix(gpu_meter(place, ''))} of {gpu.label}"
         return meter
@@ -318,7 +331,7 @@ class _Rows:
                 value = json.loads(line)
                 if self._header is None:
                     header = self._header = _decode_header(value)
-                    gpus, zones = len(header.gpus), len(header.zones)
+                    gpus, zones = len(header.devices), len(header.zones)
                     self._places = {"c": gpus, "s": gpus, "p": gpus, "g": gpus, "r": zones}
                 else:
                     row, (letter, place, *_) = _decode_row(value), value

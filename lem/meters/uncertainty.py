@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from lem.base import measurement as names
-from lem.base.measurement import EnergySource, is_gpu_source
+from lem.base.measurement import is_counter, is_nvml_source
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import AttemptLog, measured, need
 from lem.meters.curve import Curve, NotMeasured, Span
@@ -26,7 +26,7 @@ _LAGS_AGREE_S = 0.05
 
 def counter_lag_s(attempt: AttemptLog) -> float:
     """How late the slowest counter shows energy, by the window's edges or as it was probed; raises NotMeasured."""
-    if attempt.sources.gpu_method != EnergySource.COUNTER:
+    if not is_counter(attempt.sources.gpu_method):
         raise NotMeasured("counter_absent")
     try:
         return max(_window_lag_s(attempt, number) for number in range(len(attempt.sources.gpus)))
@@ -78,7 +78,7 @@ def _extended_j(curve: Curve, knot_ns: int, power_w: float, at_ns: int) -> float
 
 def budget_j(attempt: AttemptLog, energy_j: float, lag_s: float | None, ratio: float | None) -> Mapping[str, float]:
     """Standard uncertainties in J by cause, of the energy that counts; NotMeasured where an accuracy is unknown."""
-    if not is_gpu_source(attempt.sources.primary):
+    if not is_nvml_source(attempt.sources.primary):
         raise NotMeasured("accuracy_unknown")
     curves, window = attempt.primary_curves(), attempt.window
     edges_ns = (window.opened_ns, window.closed_ns)
@@ -90,7 +90,7 @@ def budget_j(attempt: AttemptLog, energy_j: float, lag_s: float | None, ratio: f
         "closing": sum(attempt.closing_doubt_j(curve) for curve in curves) / 2 / _RECTANGLE,
         names.SENSOR: _SENSOR * energy_j / _RECTANGLE,
     }
-    if attempt.sources.primary == EnergySource.COUNTER and not attempt.is_steady_mode:
+    if is_counter(attempt.sources.primary) and not attempt.is_steady_mode:
         rise_w = max(0.0, energy_j / window.seconds - (idle_w or 0.0))
         found["lag"] = (_UNKNOWN_LAG_S if lag_s is None else lag_s) * rise_w / _RECTANGLE
     if ratio is not None and abs(ratio - 1) > names.CROSSCHECK_TOLERANCE:

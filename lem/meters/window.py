@@ -11,11 +11,11 @@ from operator import or_
 from typing import Any
 
 from lem.base import measurement as names
-from lem.base.measurement import EnergyScope, EnergySource, Measured, is_estimate, known
+from lem.base.measurement import EnergyScope, EnergySource, Measured, is_counter, is_estimate, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.meters.attempt import SENSOR_LAG_S, AttemptLog, measured
-from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span
+from lem.meters.attempt import SENSOR_LAG_S, AttemptLog, measured, sensor_lag_s
+from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span
 from lem.meters.samples import GpuHeader, GpuSample, GpuSecond
 from lem.record import Energy, Gpu, Idle
 
@@ -47,7 +47,7 @@ def gpu_crosscheck(attempt: AttemptLog, number: int) -> float:
     # the window are left out, since a sensor lags behind.
     window, curve, means = attempt.window, attempt.gpu_curve(number), attempt.gpu_mean_curve(number)
     header = attempt.log.header.gpus[attempt.sources.gpus[number]]
-    lag_s = SENSOR_LAG_S.get("average" if means else header.power_source or "", max(SENSOR_LAG_S.values()))
+    lag_s = SENSOR_LAG_S["average"] if means else sensor_lag_s(header) or max(SENSOR_LAG_S.values())
     inner: Span | None = Span(window.opened_ns + round(lag_s * NS_PER_S), window.closed_ns)
     if means is None:
         means = attempt.gpu_power_curve(number)
@@ -73,7 +73,7 @@ def power_change(attempt: AttemptLog, window_repeats: int) -> float | None:
             return None
         half_ns = length_ns * (window_repeats // 2) // window_repeats
     halves = Span(window.opened_ns, window.opened_ns + half_ns), Span(window.closed_ns - half_ns, window.closed_ns)
-    needed = _UPDATES_A_HALF if attempt.sources.primary == EnergySource.COUNTER else _READINGS_A_HALF
+    needed = _UPDATES_A_HALF if is_counter(attempt.sources.primary) else _READINGS_A_HALF
     if any(curve.count_in(half) < needed for curve in curves for half in halves):
         return None
     first_w, second_w = (sum(curve.mean_power_w(half) for curve in curves) for half in halves)
@@ -149,6 +149,10 @@ def warnings_of(attempt: AttemptLog, energy: Energy, idle: Idle) -> Iterator[Rea
         yield Reason.of("energy_estimated")
     if attempt.sources.scope == EnergyScope.MODULE:
         yield Reason.of("energy_of_module")
+    if attempt.sources.scope == EnergyScope.CARD:
+        yield Reason.of("energy_of_card")
+    if attempt.sources.sensors and attempt.sources.scope == EnergyScope.MACHINE:
+        yield Reason.of("energy_of_machine")
     ratio = energy.energy_crosscheck_ratio
     if ratio is not None and abs(ratio - 1) > names.CROSSCHECK_TOLERANCE:
         yield Reason.of("crosscheck", ratio=ratio)
@@ -262,19 +266,25 @@ def _slowdown_min_s(
     return Measured(max(after - before for before, after in edges) / NS_PER_S)
 
 
+def check_read_often(curve: Curve, window: Span) -> None:
+    """Anything may have been drawn between two samples of power."""
+    if (seen := curve.count_in(window)) < _LEAST_SAMPLES:
+        data = {"seen": seen, "window_s": window.seconds, "least": _LEAST_SAMPLES}
+        raise NotMeasured("read_too_rarely", what=curve.what, **data)
+
+
 def _gpu_j(attempt: AttemptLog, number: int) -> float:
     """The energy of a GPU if it is possible: 0 < ΔE ≤ 1.2 × power limit × Δt; a module may draw more than the limit."""
     curve, window = attempt.gpu_curve(number), attempt.window
-    window_s, seen = window.seconds, curve.count_in(window)
-    # Anything may have been drawn between two samples of power.
-    if attempt.sources.gpu_method != EnergySource.COUNTER and seen < _LEAST_SAMPLES:
-        raise NotMeasured("read_too_rarely", what=curve.what, seen=seen, window_s=window_s, least=_LEAST_SAMPLES)
+    window_s = window.seconds
+    if not is_counter(attempt.sources.gpu_method):
+        check_read_often(curve, window)
     found_j = attempt.window_j(curve, 1 / len(attempt.sources.gpus))
     gpu = attempt.log.header.gpus[attempt.sources.gpus[number]]
     if found_j <= 0:
         raise NotMeasured("no_energy_drawn", energy_j=found_j, window_s=window_s)
     limit_w = _limit_w(attempt, number)
-    if limit_w is not None and gpu.energy_scope == EnergyScope.GPU:
+    if limit_w is not None and gpu.energy_scope in (EnergyScope.GPU, EnergyScope.CARD):
         most_j = _LIMIT_MARGIN * limit_w * window_s
         if found_j > most_j:
             allowed = {"most_j": most_j, "margin": _LIMIT_MARGIN, "limit_w": limit_w}
@@ -297,7 +307,7 @@ def _check_against_power(attempt: AttemptLog, number: int, gpu: GpuHeader) -> No
     if method == EnergySource.INSTANT_POWER and attempt.gpu_mean_curve(number) is None:
         return
     ratio = measured(lambda: gpu_crosscheck(attempt, number)).value
-    if ratio is None or method == EnergySource.AVERAGE_POWER:
+    if ratio is None or method in (EnergySource.AVERAGE_POWER, EnergySource.HWMON_POWER):
         return
     if method == EnergySource.INSTANT_POWER and abs(ratio - 1) > names.CROSSCHECK_TOLERANCE:
         raise NotMeasured("power_disputed", uuid=gpu.uuid, ratio=ratio)

@@ -13,8 +13,8 @@ from typing import Any
 from lem.base.clock import utc_text
 from lem.base.errors import InfrastructureError, Interrupted, UserError
 from lem.config.load import complete_campaign
-from lem.meters.machine import named_gpus, visible_gpus
-from lem.meters.nvml import find_gpus
+from lem.meters.hwmon import metered_gpus
+from lem.meters.machine import named_gpus
 from lem.orchestration import preflight, resume
 from lem.orchestration.dispatch import WorkerUnavailable
 from lem.orchestration.locks import Holder, campaign_lock, gpu_locks, hold_locks
@@ -146,7 +146,7 @@ class CampaignRunner(Context):
             if not self._is_reserved:
                 stack.enter_context(self.reserved())
             # A GPU that is not found here is the worker's to refuse.
-            visible = visible_gpus(find_gpus(), os.environ)
+            visible = metered_gpus(os.environ)
             gpus = [gpu.uuid for item in plan.configurations for gpu in named_gpus(item.config.gpus, visible)]
             stack.enter_context(hold_locks(gpu_locks(gpus, os.environ), self._holder()))
             return self._run_locked(plan, deadline_s)

@@ -14,12 +14,11 @@ from typing import Any
 
 from lem.base.clock import Clock
 from lem.base.errors import UserError
-from lem.base.measurement import INTERFERENCE_FROM, EnergySource
+from lem.base.measurement import INTERFERENCE_FROM, is_counter
 from lem.base.units import GIB, some_of
 from lem.engines.named import find_server_problem
-from lem.meters.capabilities import Capabilities, CpuCapability, find_capabilities
+from lem.meters.capabilities import Capabilities, CpuCapability, describe_power, find_capabilities
 from lem.meters.nvml import GpuReading, open_nvml, read_gpus
-from lem.meters.rapl import POWERCAP
 from lem.meters.usage import HERE, Limits, Roots, watch_machine
 from lem.orchestration.compose import ComposeProject, compose_variables, describe_files, find_compose_files
 from lem.orchestration.docker import (
@@ -80,7 +79,6 @@ class Host:
     experiments: tuple[Experiment, ...] = ()  # of the campaign, one of each configuration
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
     device_folder: Path = Path("/dev")
-    rapl_root: Path = POWERCAP
     roots: Roots = HERE
     clock: Clock = field(default_factory=Clock)
 
@@ -115,7 +113,7 @@ class Host:
     @functools.cached_property
     def capabilities(self) -> Capabilities:
         with open_nvml() as nvml:
-            return find_capabilities(nvml, Clock(), probe_s=PROBE_S, rapl_root=self.rapl_root)
+            return find_capabilities(nvml, Clock(), probe_s=PROBE_S, roots=self.roots)
 
     @property
     def has_gpu_device(self) -> bool:
@@ -161,10 +159,10 @@ def check_gpu_energy(found: Capabilities) -> Finding:
     """Whether every GPU has an energy counter, and its resolution; at most a warning."""
     if not found.gpus:
         return Finding(SKIPPED, found.gpu_error or "no GPU to check")
-    worst_first = sorted(found.gpus, key=lambda gpu: (gpu.source is not None, gpu.source == EnergySource.COUNTER))
+    worst_first = sorted(found.gpus, key=lambda gpu: (gpu.source is not None, is_counter(gpu.source)))
     lines = [f"{gpu.meter.label}: {'; '.join(gpu.describe())}" for gpu in worst_first]
     shown = some_of(lines, _MAX_SHOWN, " · ")
-    if all(gpu.source == EnergySource.COUNTER for gpu in found.gpus):
+    if all(is_counter(gpu.source) for gpu in found.gpus):
         return Finding(OK, shown)
     if all(gpu.source is not None for gpu in found.gpus):
         remedy = "energy is integrated from power and labelled so; measurement.energy: nvml refuses that"
@@ -179,6 +177,18 @@ def check_cpu_energy(cpu: CpuCapability) -> Finding:
         return Finding(WARNING, f"{text}; not {'; '.join(cpu.missing)}") if cpu.missing else Finding(OK, text)
     estimate = "" if cpu.tdp_w is None else f"; tdp_estimate would use {cpu.tdp_w:g} W ({cpu.tdp_source})"
     return Finding(WARNING, f"{cpu.rapl_error}{estimate}", cpu.rapl_remedy)
+
+
+def check_sensors(found: Capabilities) -> Finding:
+    """The sensors of hwmon for what has no other meter: the module, the CPUs, the machine."""
+    if not found.sensors:
+        return Finding(SKIPPED, "no hwmon sensor of the module, the CPUs or the machine")
+    usable = [it for it in found.sensors if it.power_error is None]
+    text = "; ".join(f"{describe_power(it)} covers {it.energy_scope}" for it in usable)
+    errors = "; ".join(f"{it.uuid}: {it.power_error}" for it in found.sensors if it.power_error is not None)
+    if errors:
+        return Finding(WARNING, f"{text}; cannot be used: {errors}" if text else f"cannot be used: {errors}")
+    return Finding(OK, text)
 
 
 def _check_images(host: Host) -> Finding:
@@ -332,6 +342,7 @@ CHECKS: Mapping[str, Callable[[Host], Finding]] = {
     "interference": _check_interference,
     "gpu_energy": lambda host: check_gpu_energy(host.capabilities),
     "cpu_energy": lambda host: check_cpu_energy(host.capabilities.cpu),
+    "sensors": lambda host: check_sensors(host.capabilities),
     "rights": _check_rights,
     "disk": _check_disk,
     "clock": lambda _host: _check_clock(),

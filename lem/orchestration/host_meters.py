@@ -26,11 +26,23 @@ from lem.base.measurement import is_estimate, is_gpu_source
 from lem.base.units import NS_PER_S
 from lem.config.experiment import MeteredConfig
 from lem.meters.attempt import Baselines
+from lem.meters.hwmon import hwmon_gpus, metered_gpus
 from lem.meters.interference import interference_now
-from lem.meters.machine import named_gpus, visible_gpus
+from lem.meters.machine import named_gpus
 from lem.meters.nvml import find_gpus, open_nvml
 from lem.meters.rapl import find_rapl
-from lem.meters.samples import PART_FILENAME, CpuUse, GpuSample, PartReader, Row, SampleLog, SampleLogError, read_tail
+from lem.meters.samples import (
+    HWMON,
+    PART_FILENAME,
+    CpuUse,
+    GpuSample,
+    PartReader,
+    Row,
+    SampleLog,
+    SampleLogError,
+    read_tail,
+)
+from lem.meters.sensors import find_sensors
 from lem.meters.usage import HERE, find_by_namespace, read_cpu_times
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.served import find_server
@@ -198,6 +210,7 @@ class HostMeters:
     gpu_error: str | None  # why it cannot read GPUs; None when it can
     rapl_error: str | None  # why it cannot read CPU packages; None when it can
     usage_error: str | None = None  # why it cannot read who uses the CPUs; None when it can
+    has_sensors: bool = False  # of a module, of CPUs or of the machine
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)  # names the visible GPUs
     command: Sequence[str] = field(default_factory=lambda: own_command(sys.executable))  # runs this lem
     monotonic: Callable[[], float] = time.monotonic  # in seconds
@@ -210,12 +223,14 @@ class HostMeters:
             gpu_error = nvml if isinstance(nvml, str) else None
             if gpu_error is None and not find_gpus():
                 gpu_error = "NVML sees no GPU"
+        if hwmon_gpus():
+            gpu_error = None
         usage_error = None
         try:
             read_cpu_times(HERE.proc)
         except (OSError, ValueError) as error:
             usage_error = str(error)
-        return cls(gpu_error, find_rapl().explained, usage_error, environ)
+        return cls(gpu_error, find_rapl().explained, usage_error, bool(find_sensors()), environ)
 
     @contextlib.contextmanager
     def attending(self, config: MeteredConfig, request: RunRequest) -> Iterator[Attendance]:
@@ -223,7 +238,7 @@ class HostMeters:
         # A worker in a container samples by itself what this host may not be able to see.
         server_pids, why_not = find_server(config, self.environ)
         is_unread = self.gpu_error is not None or why_not is not None
-        visible = () if is_unread else visible_gpus(find_gpus(), self.environ)
+        visible = () if is_unread else metered_gpus(self.environ)
         gpus = tuple(gpu.uuid for gpu in named_gpus(config.gpus, visible))
         ttl_s = config.baseline.cache_ttl_sec
         known = self.book.known(gpus, request.engine_key, ttl_s=ttl_s, now_s=self.monotonic())
@@ -232,10 +247,12 @@ class HostMeters:
         path = Path(request.result_dir) / PART_FILENAME
         is_wanted = config.measurement.energy != "none" or config.timeseries.enabled
         is_here = is_wanted and why_not is None
-        if is_here and (gpus or self.rapl_error is None or is_estimate(config.measurement.energy)):
+        wanted, tdp_w = config.measurement.energy, config.measurement.cpu_tdp_w
+        has_sensors = wanted == HWMON or (wanted == "auto" and self.has_sensors)
+        if is_here and (gpus or self.rapl_error is None or is_estimate(wanted) or has_sensors):
             request = dataclasses.replace(request, samples_path=str(path), sampled_gpus=gpus)
             interval = interval_ms(request.config, "prepare")
-            with self._sampling(path, gpus, interval, config.measurement.cpu_tdp_w) as sampler:
+            with self._sampling(path, gpus, interval, tdp_w, wanted) as sampler:
                 yield Attendance(request, sampler)
             return
         is_due = is_here and request.executor == "docker" and not gpus and config.gpus != ()
@@ -248,7 +265,7 @@ class HostMeters:
             request, samples_path=samples_path, is_worker_sampling=is_due, meter_errors=errors
         )
         try:
-            with self._sampling(path, (), 0, None) if has_usage else contextlib.nullcontext() as sampler:
+            with self._sampling(path, (), 0) if has_usage else contextlib.nullcontext() as sampler:
                 yield Attendance(request, sampler)
         finally:
             _remove(path)  # the worker's, also where the attempt was interrupted
@@ -273,15 +290,17 @@ class HostMeters:
                 folder = tempfile.mkdtemp(prefix="lem-gap-")
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
                 path = Path(folder, PART_FILENAME)
-                stack.enter_context(self._sampling(path, self._state[0], _GAP_INTERVAL_MS, None))
+                stack.enter_context(self._sampling(path, self._state[0], _GAP_INTERVAL_MS))
                 probe = functools.partial(_ask, PartReader(path), reference)
             except (OSError, UserError) as error:
                 _logger.warning("the gap lasts its full time, since nothing can be sampled: %s", error)
             yield probe
 
     @contextlib.contextmanager
-    def _sampling(self, path: Path, gpus: Sequence[str], step_ms: int, tdp_w: float | None) -> Iterator[SamplerProcess]:
-        sampler = SamplerProcess(self.command, path, gpus, step_ms, tdp_w)
+    def _sampling(
+        self, path: Path, gpus: Sequence[str], step_ms: int, tdp_w: float | None = None, energy: str = "none"
+    ) -> Iterator[SamplerProcess]:
+        sampler = SamplerProcess(self.command, path, gpus, step_ms, tdp_w, energy)
         try:
             yield sampler
             died = sampler.death()

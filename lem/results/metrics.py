@@ -136,6 +136,7 @@ METRICS: tuple[Metric, ...] = (
     *_divided("cpu_package_energy_j", "CPU package energy", _OUTPUT_TOK, _TOK, _REQUEST),
     *_divided("dram_energy_j", "DRAM energy", _OUTPUT_TOK, _TOK, _REQUEST),
     *_divided("external_energy_j", "Energy by external meter", _OUTPUT_TOK, _TOK, _REQUEST),
+    *_divided("sensor_energy_j", "Energy by hwmon sensors", _OUTPUT_TOK, _TOK, _REQUEST),
     *_divided("prefill_energy_j", "Prefill energy", _INPUT_TOK, _REQUEST),
     *_divided("decode_energy_j", "Decode energy", _OUTPUT_TOK, _REQUEST),
     *_divided("load_energy_j", "Energy", _LOAD),

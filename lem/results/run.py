@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lem.base.measurement import ENERGY_COUNTED, Measured, is_estimate, is_gpu_source
+from lem.base.measurement import ENERGY_COUNTED, Measured, is_estimate, is_nvml_source
 from lem.base.reasons import Reason
 from lem.config.experiment import PROGRAM
 from lem.record import Record, ResultKey
@@ -217,7 +217,7 @@ class Configuration:
     @property
     def is_by_board_sensors(self) -> bool:
         """Whether some of its energy comes from the sensors on GPU boards, which are off by up to 5 % per card."""
-        return any(map(is_gpu_source, self.energy_sources))
+        return any(map(is_nvml_source, self.energy_sources))
 
     def values(self, metric: Metric, *, of_attempts: bool = False) -> Mapping[metrics.Cycle, float]:
         """One value for each cycle that measured the metric; with `of_attempts`, over every attempt in it."""

@@ -131,11 +131,13 @@ class SamplerProcess:
         gpus: Sequence[str] = (),
         interval_ms: int = 100,
         tdp_w: float | None = None,
+        energy: str = "auto",
     ) -> None:
         """Start it; it writes the header of its log a moment later, see `wait_until_ready`."""
         words = [*command, "worker", "--sampler", "--output", str(output), "--interval-ms", str(interval_ms)]
         words += [word for gpu in gpus for word in ("--gpu", gpu)]
         words += [] if tdp_w is None else ["--tdp", repr(tdp_w)]
+        words += ["--energy", energy]
         self.output = output
         # A file, not a pipe: a library that prints a lot must not make the sampler wait for a reader.
         try:

@@ -17,7 +17,15 @@ from typing import Protocol
 from lem.base import durable, measurement
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError, MeterRefused
-from lem.base.measurement import WINDOW_UPDATES, EnergySource, Measured, is_cpu_source, is_gpu_source, known
+from lem.base.measurement import (
+    WINDOW_UPDATES,
+    EnergySource,
+    Measured,
+    is_counter,
+    is_cpu_source,
+    is_gpu_source,
+    known,
+)
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import MeteredConfig, ProgramConfig
@@ -194,7 +202,8 @@ class Metering:
 
     @property
     def has_rest(self) -> bool:
-        is_measured = is_gpu_source(self.sources.primary) or self.sources.primary == EnergySource.RAPL
+        primary = self.sources.primary
+        is_measured = is_gpu_source(primary) or primary in (EnergySource.RAPL, EnergySource.HWMON_SENSOR)
         return is_measured and self.config.baseline.enabled
 
     def _rest(self, duration_s: float, text: str) -> None:
@@ -219,9 +228,9 @@ class Metering:
         """The least length of the window: as configured, and long enough for the GPUs' meter; raises MeterRefused."""
         self.choose(self._gpu_uuids)
         period_s = 0.0
-        if self.sources.gpu_method == EnergySource.COUNTER:
+        if is_counter(self.sources.gpu_method):
             period_s = self._counter_period_s()
-        elif self.sources.gpu_method is not None:
+        elif self.sources.power_lag_s:
             period_s = max(SENSOR_PERIOD_S, self.sources.sample_period_s)
         external_s = (LEAST_READINGS + 1) * self._external_period_s()
         return max(self.config.measurement.min_window_sec, WINDOW_UPDATES * period_s, external_s)
@@ -265,9 +274,9 @@ class Metering:
         """Two readings of the slowest meter in use, and at least the lag of a sensor; 0 without any."""
         # A meter of the user's own counts as far as its readings do not make a window too long.
         period_s = samples.SLOW_PERIOD_S if is_cpu_source(self.sources.cpu_method) else 0.0
-        if EnergySource.COUNTER in (self.sources.gpu_method, self.sources.cpu_method):
+        if is_counter(self.sources.gpu_method):
             period_s = max(period_s, self._counter_period_s())
-        elif self.sources.gpu_method is not None:
+        elif self.sources.power_lag_s:
             period_s = max(period_s, self.sources.sample_period_s)
         return max(GUARD_PERIODS * max(period_s, self._external_period_s()), self.sources.least_guard_s)
 

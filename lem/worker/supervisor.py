@@ -26,7 +26,8 @@ from lem.base.errors import DISK_FULL, UserError
 from lem.base.launch import own_command
 from lem.base.process import describe_exit, hint_on_exit, would_repeat
 from lem.engines.common import BACKEND_DISTRIBUTIONS, OTHER_NAMES
-from lem.meters.machine import named_gpus, read_machine, visible_gpus
+from lem.meters.hwmon import metered_gpus
+from lem.meters.machine import named_gpus, read_machine
 from lem.meters.nvml import find_gpus, power_limits_w, read_gpus
 from lem.record import LOG_FILE
 from lem.worker import channel
@@ -249,9 +250,10 @@ class Supervisor:
         if not request.is_worker_sampling or request.samples_path is None:
             return
         config, command, log = request.config, own_command(sys.executable), Path(request.samples_path)
-        uuids = [gpu.uuid for gpu in named_gpus(config["gpus"], visible_gpus(find_gpus(), os.environ))]
-        tdp_w = config["measurement"]["cpu_tdp_w"]
-        self._sampler = SamplerProcess(command, log, uuids, interval_ms(config, "prepare"), tdp_w)
+        uuids = [gpu.uuid for gpu in named_gpus(config["gpus"], metered_gpus(os.environ))]
+        wanted = config["measurement"]
+        more = (interval_ms(config, "prepare"), wanted["cpu_tdp_w"], wanted["energy"])
+        self._sampler = SamplerProcess(command, log, uuids, *more)
 
     def _end_sampler(self) -> None:
         if self._sampler is not None:

@@ -142,6 +142,9 @@ _SOURCES: Mapping[str, str] = {
     EnergySource.RAPL: "the CPU packages' energy counters (RAPL)",
     EnergySource.TDP_ESTIMATE: "an estimate: design power (TDP) of the CPU times its load, not a measurement",
     EnergySource.EXTERNAL: "an external meter, aligned by its clock",
+    EnergySource.HWMON_COUNTER: "the GPU's energy counter (hwmon), read when it changes inside the window",
+    EnergySource.HWMON_POWER: "GPU power (hwmon), integrated over the window",
+    EnergySource.HWMON_SENSOR: "power of the module, the CPUs or the machine (hwmon), integrated over the window",
 }
 _TOKEN_SOURCES = {
     "engine_ids": "counted from token ids",

@@ -16,13 +16,15 @@ from lem.meters.capabilities import PULSE_S, Capabilities, GpuCapability, find_c
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.machine import keep_lag, kept_lag_s
 from lem.meters.samples import GpuHeader, RaplZone, SampleHeader
+from lem.meters.usage import Roots
 from tests.doubles.nvml.traces import Counter, GpuTrace, Level, PowerSignal, Trace
 from tests.doubles.powercap import Powercap
 from tests.scripted_attempt import config
 from tests.unit.meters.nvml_stand_in import FakeClock, FakeNvml
 
 NO_RIGHTS = "root alone may read it: sudo chmod a+r /sys/class/powercap/*/energy_uj"
-COUNTER, INSTANT_POWER, AVERAGE_POWER, RAPL, TDP_ESTIMATE, EXTERNAL = EnergySource
+COUNTER, INSTANT_POWER, AVERAGE_POWER, RAPL, TDP_ESTIMATE, EXTERNAL, *_ = EnergySource
+NOWHERE = Roots(sys=Path("/nowhere"), powercap=Path("/nowhere"))
 PACKAGE, DRAM, CORE = RaplZone("package-0", "package", 10**9), RaplZone("dram", "dram", 10**9), RaplZone("c", "core", 9)
 
 
@@ -150,7 +152,7 @@ def counting(clock: FakeClock, periods_s: dict[str, float]) -> FakeNvml:
 
 
 def find(nvml: FakeNvml | str, clock: FakeClock | None = None, probe_s: float = 0.0, enough: int = 6) -> Capabilities:
-    return find_capabilities(nvml, clock or FakeClock(), probe_s=probe_s, enough=enough, rapl_root=Path("/nowhere"))
+    return find_capabilities(nvml, clock or FakeClock(), probe_s=probe_s, enough=enough, roots=NOWHERE)
 
 
 def only(found: Capabilities) -> GpuCapability:
@@ -222,7 +224,7 @@ class ScriptedWork(Future[Sequence[Span]]):
 @pytest.mark.parametrize("period_s", [0.02, 0.1, 0.5])
 def test_work_with_known_edges_shows_how_late_a_counter_is(lag_s: float, period_s: float) -> None:
     work = ScriptedWork(Counter(period_s=period_s, jitter_s=0.002, phase_s=0.013, lag_s=lag_s))
-    found = find_capabilities(work.nvml(), work.clock, probe_s=5.0, start=work.start, rapl_root=Path("/nowhere"))
+    found = find_capabilities(work.nvml(), work.clock, probe_s=5.0, start=work.start, roots=NOWHERE)
     assert only(found).counter_lag_s == pytest.approx(lag_s, abs=0.01)
     (document,) = found.to_dict()["gpus"]
     assert document["counter_lag_s"] == only(found).counter_lag_s
@@ -241,7 +243,7 @@ def test_work_with_known_edges_shows_how_late_a_counter_is(lag_s: float, period_
 def test_a_lag_that_is_not_seen_is_absent_with_its_reason(work: ScriptedWork, counter_error: int, code: str) -> None:
     nvml = work.nvml()
     nvml.failures.update({COUNT: counter_error} if counter_error else {})
-    found = find_capabilities(nvml, work.clock, probe_s=2.0, start=work.start, rapl_root=Path("/nowhere"))
+    found = find_capabilities(nvml, work.clock, probe_s=2.0, start=work.start, roots=NOWHERE)
     assert only(found).counter_lag_s is None
     (document,) = found.to_dict()["gpus"]
     assert document["counter_lag_s_null_reason_coded"]["code"] == code
@@ -311,7 +313,7 @@ def test_the_cpu_is_looked_at_without_a_gpu(tmp_path: Path) -> None:
     tree = Powercap.server(tmp_path)
     tree.make(0)
     tree.take_away(["intel-rapl:2"])
-    cpu = find_capabilities("no driver", FakeClock(), rapl_root=tmp_path).cpu
+    cpu = find_capabilities("no driver", FakeClock(), roots=Roots(sys=tmp_path, powercap=tmp_path)).cpu
     assert cpu.zones[:2] == ("package-0", "package-0/core")
     assert cpu.missing == ("psys: No such file or directory",)
     assert (cpu.rapl_error, cpu.tdp_w) == (None, 410.0)

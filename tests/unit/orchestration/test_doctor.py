@@ -14,6 +14,7 @@ import pytest
 from lem.meters.capabilities import Capabilities, CpuCapability, GpuCapability
 from lem.meters.nvml import GpuProcess, GpuReading, GpuState
 from lem.meters.samples import GpuHeader
+from lem.meters.usage import Roots
 from lem.orchestration.compose import packaged_compose_file
 from lem.orchestration.doctor import CHECKS, Finding, Host, check_cpu_energy, check_gpu_energy, examine
 from tests.command_rig import run_lem
@@ -33,8 +34,9 @@ def host(fake: FakeDocker, **more: Any) -> Host:
     (fake.folder / "dev").mkdir(exist_ok=True)
     environ = fake.environ(LEM_CACHE_DIR=str(fake.folder / "cache"))
     dev, powercap = fake.folder / "dev", fake.folder / "powercap"
-    more = {"clock": FakeClock(), **more}  # no test waits to see what else runs here
-    return Host(folder=fake.folder, environ=environ, device_folder=dev, rapl_root=powercap, **more)
+    roots = Roots(sys=fake.folder / "sys", powercap=powercap)
+    more = {"clock": FakeClock(), "roots": roots, **more}  # no test waits to see what else runs here
+    return Host(folder=fake.folder, environ=environ, device_folder=dev, **more)
 
 
 def look(found: Host) -> dict[str, Finding]:
