@@ -32,6 +32,7 @@ from lem.worker.channel import RunRequest
 from lem.worker.harness import ResidentEngine, run_experiment
 from lem.worker.prompts import write_prompts
 from lem.worker.shapes import Prompt
+from tests.doubles.hwmon import Device, HwmonTree, overwrite
 from tests.doubles.nvml.library import SCRIPT_VARIABLE, NvmlDouble
 from tests.doubles.nvml.traces import GpuTrace, Trace
 from tests.doubles.powercap import Powercap, Zone
@@ -87,6 +88,18 @@ class Package:
 
 
 @dataclass(frozen=True)
+class Sensed:
+    """A device of hwmon, its power, and what is wrong with its files in the window."""
+
+    device: Device
+    course: Course
+    is_in_use: bool = True  # of a GPU: the engine computes on it
+    is_counted: bool = True  # False for one whose joules another one has too
+    absent_s: tuple[float, float] = (0.0, 0.0)  # when its files are gone, by the seconds since the window opened
+    reset_s: float | None = None  # when its counter begins again, likewise
+
+
+@dataclass(frozen=True)
 class CsvMeter:
     """A meter at the plug, which writes the mean power of a while before each reading."""
 
@@ -111,6 +124,8 @@ class Scene:
     packages: tuple[Package, ...] = ()
     cpu: Course | None = None  # the load of the CPU as a course of W, for a machine without a meter of it
     csv: CsvMeter | None = None
+    sensed: tuple[Sensed, ...] = ()
+    is_jetson: bool = False
     script: tuple[str, ...] = ()  # more lines of the script
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -182,6 +197,9 @@ class World(SteppedClock):
         self.double = NvmlDouble(self.folder / "nvml", more=(str(self.folder / "now"),))
         self.powercap = Powercap(self.folder / "powercap", tuple(it.zone for it in self.scene.packages))
         self.powercap.make(0)
+        devices = tuple(it.device for it in self.scene.sensed)
+        self.hwmon = HwmonTree(self.folder / "sys", devices, self.scene.is_jetson)
+        self.hwmon.make(0, lambda _: 50.0)
         self.csv_path = self.folder / "meter.csv"
         self._csv_next_ns = START_NS - 60 * S  # it has run for a while
         if self.scene.csv is not None:
@@ -252,11 +270,34 @@ class World(SteppedClock):
         # No second: its times of processes stay as they are.
         busy_s = sum(max(0, min(end, self.now_ns) - start) * busy for (start, busy), (end, _) in self._spans()) / S
         ticks = (round(100 * busy_s), round(100 * ((self.now_ns - START_NS) / S - busy_s)))
-        (self.folder / "proc" / "stat").write_text("cpu {} 0 0 {} 0 0 0 0 0 0\n".format(*ticks))
+        overwrite(self.folder / "proc" / "stat", b"cpu %d 0 0 %d 0 0 0 0 0 0\n" % ticks)
         for it in self.scene.packages:
             self._write_zone(it)
+        for number, sensed in enumerate(self.scene.sensed):
+            self._write_sensed(number, sensed)
         if self.scene.csv is not None:
             self._write_csv(self.scene.csv)
+
+    def _write_sensed(self, number: int, it: Sensed) -> None:
+        now_ns, since_s = self.now_ns, self._since_window_s()
+        if it.absent_s[0] <= since_s and it.absent_s != (0.0, 0.0):
+            # Its driver is unloaded, and when it is back, its device has another number.
+            folder = self.hwmon.sys / "class/hwmon"
+            (folder / f"hwmon{number}").unlink(missing_ok=True)
+            if since_s >= it.absent_s[1] and not (folder / f"hwmon{number + 9}").is_symlink():
+                (folder / f"hwmon{number + 9}").symlink_to(self.hwmon.folder_of(number))
+        from_ns = START_NS
+        if it.reset_s is not None and since_s >= it.reset_s:
+            from_ns = now_ns - round((since_s - it.reset_s) * S)
+
+        def mean_w(seconds: float) -> float:
+            return it.course.energy_j(self.states, now_ns - round(seconds * S), now_ns) / seconds
+
+        self.hwmon.update(number, round(1e6 * it.course.energy_j(self.states, from_ns, now_ns)), mean_w)
+
+    def sensed_j(self, from_ns: int, to_ns: int) -> float:
+        counted = [it for it in self.scene.sensed if it.is_counted]
+        return sum(it.course.energy_j(self.states, from_ns, to_ns) for it in counted)
 
     def _spans(self) -> Iterator[tuple[tuple[int, float], tuple[int, float]]]:
         return pairwise([*self.states, (self.now_ns + 1, 0.0)])
@@ -268,7 +309,7 @@ class World(SteppedClock):
         if value is None:
             path.unlink(missing_ok=True)
         else:
-            path.write_text(f"{value}\n", encoding="ascii")
+            overwrite(path, b"%d\n" % value)
 
     def _since_window_s(self) -> float:
         """Since the window's engine first worked, after the guard; without one it is far off."""
@@ -318,8 +359,10 @@ def play(scene: Scene, folder: Path) -> Outcome:
     write_prompts(folder, PROMPTS)
     uuids = tuple(gpu.uuid for gpu in scene.gpus)
     in_use = tuple(uuids[place] for place in scene.in_use if place < len(uuids))
+    addresses = tuple(it.device.address for it in scene.sensed if it.device.address and it.is_in_use)
     seen = {gpu.uuid for gpu in find_gpus()}
-    sampled = tuple(uuid for uuid in in_use if uuid in seen)
+    sampled = (*(uuid for uuid in in_use if uuid in seen), *dict.fromkeys(addresses))
+    in_use += tuple(dict.fromkeys(addresses))
     measurement = {"external_csv": str(world.csv_path)} if scene.csv is not None else {}
     measurement.update(scene.options.get("measurement", {}))
     options = {**OPTIONS, **scene.options, "measurement": measurement}
@@ -338,7 +381,7 @@ def play(scene: Scene, folder: Path) -> Outcome:
         samples_path=str(folder / PART_FILENAME),
         sampled_gpus=sampled,
     )
-    options_of_sampler = SamplerOptions(folder / PART_FILENAME, sampled)
+    options_of_sampler = SamplerOptions(folder / PART_FILENAME, sampled, energy=config.measurement.energy)
     with open_nvml() as nvml:
         world.sampler.start(
             lambda: run_sampler(
@@ -358,7 +401,9 @@ def play(scene: Scene, folder: Path) -> Outcome:
     assert window is not None
     edges = window.opened_ns, window.closed_ns
     places = [place for place in scene.in_use if place < len(uuids)]
-    true_j = world.gpus_j(*edges, places) if in_use else world.packages_j(*edges)
+    true_j = world.gpus_j(*edges, places) if places else world.packages_j(*edges)
+    if scene.sensed:
+        true_j = world.sensed_j(*edges)
     if scene.csv is not None:
         true_j = world.machine_j(*edges)
     return Outcome(true_j, record)

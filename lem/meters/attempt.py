@@ -89,7 +89,9 @@ def choose_sources(
     """The meters of an experiment on these GPUs, or on the CPU; MeterRefused if required energy cannot be had."""
     wanted, user_tdp_w = config.measurement.energy, config.measurement.cpu_tdp_w
     places = {gpu.uuid: place for place, gpu in enumerate(header.gpus)}
-    gpus = tuple(places[uuid] for uuid in gpu_uuids if uuid in places)
+    gpus = tuple(
+        places[uuid] for uuid in gpu_uuids if uuid in places and header.gpus[places[uuid]].covered_by not in gpu_uuids
+    )
     chosen = [header.gpus[place] for place in gpus]
     gpu_method, why_no_gpu = None, _why_no_gpu(wanted, header, gpu_uuids, foreign or {})
     if why_no_gpu is None:
@@ -449,7 +451,9 @@ def without_still_counters(log: SampleLog, window: Span | None = None) -> Sample
 def _still_s(log: SampleLog, place: int, window: Span | None) -> float:
     rows = [row for row in log.counters if row.gpu == place]
     alive_ns = max((row.at_ns for row in log.loads[-1:]), default=0)
-    failures_ns = [row.at_ns for row in log.errors if row.meter == gpu_meter(place, "counter")]
+    # A GPU may be lost by another reading first; then its counter is not read.
+    failing = [gpu_meter(place, what) for what in ("counter", "handle")]
+    failures_ns = [row.at_ns for row in log.errors if row.meter in failing]
     spacings_s = [(after.at_ns - before.at_ns) / NS_PER_S for before, after in pairwise(rows)]
     least_s = max(_LEAST_STILL_S, _STILL_UPDATES * median(spacings_s)) if spacings_s else _LEAST_STILL_S
     longest_s = 0.0

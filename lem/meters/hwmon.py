@@ -168,6 +168,7 @@ class HwmonMeter:
                 scope = EnergyScope.MODULE
             elif read_text(place.device / "device") in _DUAL_DIES:
                 scope = EnergyScope.CARD
+        covered_by = self._first_die(place) if counter_error and power_error else None
         self._add_others()
         is_average = power_sensor is not None and power_sensor.endswith("_average")
         return GpuHeader(
@@ -188,8 +189,16 @@ class HwmonMeter:
             power_sensor=power_sensor and f"{place.driver} {power_sensor}",
             power_interval_s=stated_interval_s(place.hwmon, power_sensor),
             power_lag_s=AVERAGE_LAG_S if is_average else INSTANT_LAG_S,
+            covered_by=covered_by,
             counter_ranges_j=() if place.driver == "amdgpu" else _INTEL_RANGES_J,
         )
+
+    def _first_die(self, place: _Place) -> str | None:
+        """The first die of the card whose second one this is: they follow each other on the PCI bus."""
+        device = read_text(place.device / "device")
+        dies = [it.address for it in _places(self._sys).values() if read_text(it.device / "device") == device]
+        number = dies.index(place.address)
+        return dies[number - 1] if device in _DUAL_DIES and number % 2 else None
 
     def _try_counter(self, place: _Place) -> tuple[str | None, str | None]:
         """The sensor of the energy counter, or why there is none."""

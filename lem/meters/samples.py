@@ -68,6 +68,7 @@ class GpuHeader:
     power_sensor: str | None = None  # the file that power is read from (hwmon)
     power_interval_s: float | None = None  # over which power is averaged, as the driver says
     power_lag_s: float | None = None  # how far power may lag behind; None: as usual for `power_source`
+    covered_by: str | None = None  # the GPU whose meters count for this one too (the first chiplet of an MI250)
     counter_ranges_j: tuple[float, ...] = ()  # where the counter may wrap: at one of these
 
     @property
