@@ -150,8 +150,8 @@ def run_gpus(args: argparse.Namespace, out: TextIO, _err: TextIO, roots: Roots =
         out.write(f"driver {reading.driver}\n")
     out.writelines(f"{line}\n" for line in _describe_cpu(found.cpu))
     for sensor in found.sensors:
-        text = sensor.power_error or f"power: {describe_power(sensor)}"
-        out.writelines(f"{line}\n" for line in wrapped(f"{sensor.uuid} ({sensor.energy_scope}): {text}", width, ""))
+        text = f"cannot be used: {sensor.power_error}" if sensor.power_error else describe_power(sensor)
+        out.writelines(f"{line}\n" for line in wrapped(f"covers {sensor.energy_scope}: {text}", width, "power that "))
 
 
 _PULSES_S = 180.0  # at most: PyTorch may come from a slow disk

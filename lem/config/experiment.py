@@ -44,7 +44,10 @@ from lem.config.sections import (
 
 # Values of chat_template; any other is a file.
 NO_TEMPLATE, OWN_TEMPLATE = "none", "model"
-_check_gpu = Matching(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+", "an index such as 0 or a UUID such as GPU-8c7a…")
+_check_gpu = Matching(
+    r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+|[0-9A-Fa-f]{4,}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-7]",
+    "an index such as 0, a UUID such as GPU-8c7a…, or a PCI address such as 0000:03:00.0",
+)
 _ENGINE_KEY_LENGTH = 12
 
 # By backend: options whose product is the number of GPUs for one copy of the model; options that make it draft tokens,

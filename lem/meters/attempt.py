@@ -97,7 +97,10 @@ def choose_sources(
     if why_no_gpu is None:
         gpu_method, why_no_gpu = choose_gpu_method(chosen, is_watched=config.timeseries.enabled)
     if wanted == "nvml" and gpu_method != EnergySource.COUNTER:
+        others = ", ".join(gpu.uuid for gpu in chosen if gpu.meter != NVML)
         why_no_counter = f"the energy counter cannot be read: {_counter_errors(chosen)}"
+        if others:
+            why_no_counter = f"NVML does not see {others}"
         raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or why_no_counter}", LEAVE_AT_AUTO)
     cpu_method, why_no_cpu = _cpu_method(wanted, header, user_tdp_w)
     sensors, why_no_sensor = _choose_sensors(wanted, header, is_on_gpu=bool(gpu_uuids))

@@ -64,9 +64,10 @@ class GpuCapability(Section):
         kind = "instantaneous" if meter.power_source == "instant" else "an average, over 1 s on some GPUs"
         if meter.power_sensor is not None:
             kind = describe_power(meter)
-        lines = [counter, meter.power_error or f"power: {kind}"]
-        if meter.power_limit_w is not None:
-            lines[-1] += f", limit {meter.power_limit_w:g} W"
+        limit = "" if meter.power_limit_w is None else f", limit {meter.power_limit_w:g} W"
+        lines = [counter, f"{meter.power_error or f'power: {kind}'}{limit}"]
+        if meter.covered_by is not None:
+            return (f"{meter.power_error} ({meter.covered_by})",)
         if meter.energy_scope == EnergyScope.MODULE:
             lines.append("energy and power are those of the whole module, CPU included")
         if meter.energy_scope == EnergyScope.CARD:

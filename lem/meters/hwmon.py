@@ -10,7 +10,7 @@ import contextlib
 import errno
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -217,7 +217,7 @@ class HwmonMeter:
         try:
             read()
         except MeterFailure as failure:
-            return None, f"the energy counter: {failure}"
+            return None, str(failure)
         self._readers["counter"] = read
         return name, None
 
@@ -227,6 +227,9 @@ class HwmonMeter:
             table = read_small(path)
             size, format_revision, content_revision = struct.unpack_from("<HBB", table)
             version = (format_revision, content_revision)
+            if format_revision in _APU_FORMATS:
+                text = f"gpu_metrics v{format_revision}.{content_revision}, that of an APU, has no energy"
+                raise MeterFailure(text, is_lasting=True)
             if (at := _ACCUMULATOR_AT.get(version)) is None:
                 known = ", ".join(f"v{major}.{minor}" for major, minor in _ACCUMULATOR_AT)
                 text = f"gpu_metrics v{format_revision}.{content_revision} is not a layout that lem knows ({known})"
@@ -243,7 +246,7 @@ class HwmonMeter:
 
     def _try_power(self) -> tuple[str | None, str | None]:
         """The file of power, or why there is none."""
-        found = "it shows no power1_average or power1_input"
+        found = "no power (power1_average or power1_input)"
         for name in ("power1_average", "power1_input"):
             if not (self._hwmon / name).exists():
                 continue
@@ -254,12 +257,12 @@ class HwmonMeter:
             try:
                 power_w = read()
             except MeterFailure as failure:
-                found = f"power: {failure}"
+                found = str(failure)
                 continue
             if power_w > 0:
                 self._readers["power"] = read
                 return name, None
-            found = "power: it reports 0 W, and a GPU always draws some"
+            found = f"{name} reports 0 W, and a GPU always draws some"
             if read_text(self._device / "device") in _DUAL_DIES:
                 found = _SECOND_DIE
         return None, found
@@ -334,9 +337,11 @@ def hwmon_gpus(first: int = 0, sys: Path = SYS) -> tuple[GpuState, ...]:
     )
 
 
-def metered_gpus(environ: Mapping[str, str], sys: Path = SYS) -> tuple[GpuFacts, ...]:
+def metered_gpus(
+    environ: Mapping[str, str], sys: Path = SYS, nvidia: Sequence[GpuFacts] | None = None
+) -> tuple[GpuFacts, ...]:
     """The GPUs that have a meter and that a program sees: those of NVML, then those of hwmon."""
-    nvidia, places = find_gpus(), _places(sys)
+    nvidia, places = find_gpus() if nvidia is None else nvidia, _places(sys)
     found = [
         # Where there are others, they are what programs compute on.
         GpuFacts(it.index, it.uuid, it.name, it.memory_total_b, None, not nvidia and not _is_apu(places[it.uuid]))

@@ -191,7 +191,9 @@ def _energy(record: Record) -> str:
         parts.append(f"{units.plain(per_thousand_wh, '.4g')} Wh per 1,000 prompts")
     per_good = record.efficiency.energy_per_good_request_j
     parts += [f"{units.plain(per_good, '.4g')} J per good request"] if per_good is not None else []
-    return ", ".join([*parts, f"by {energy_j.source}"])
+    sensor = record.energy.energy_sensor
+    named = "" if sensor is None else f" ({sensor}, which covers: {record.energy.energy_scope})"
+    return ", ".join([*parts, f"by {energy_j.source}{named}"])
 
 
 def _carbon(record: Record) -> str | None:
