@@ -39,6 +39,7 @@ Beside others, in ABBA pairs, for some minutes on a machine that does nothing el
     {python} -m tests.bench.interference quiet
   the sampler and the heartbeats of the first build, and other tools on meters whose joules are known (as root):
     {python} -m tests.bench.sampler
+    {python} -m tests.bench.sampler hwmon
     {python} -m tests.bench.peers
   the load clients of vLLM, AIPerf and guidellm on a server whose truth is known (their environments: see the module):
     {python} -m tests.bench.client

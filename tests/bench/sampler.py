@@ -1,6 +1,9 @@
 """What a sampler and the heartbeats of a worker cost, beside the first build's.
 
     python -m tests.bench.sampler [PAIRS] [SECONDS]
+    python -m tests.bench.sampler hwmon [SECONDS]
+
+The second prints what hwmon devices cost, read from plain files: what a driver takes to answer comes on top.
 
 Pairs of runs in the order ABBA, on the NVML double: CPU time by the kernel's own account (/proc/PID/schedstat), over a
 stretch in which nothing begins or ends. The sampler reads one GPU every 100 ms; the one of this build also watches an
@@ -15,13 +18,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lem.base.clock import Clock
 from lem.base.process import below, list_processes
+from lem.meters.sampler import PipeOwner, SamplerOptions, run_sampler
+from lem.meters.usage import Roots
 from tests.bench.builds import OLD_COMMIT, ROOT, Build, build_of, old_build
 from tests.bench.host import campaign_text, in_turn
+from tests.doubles.hwmon import Device, HwmonTree, acpi, amd, intel, jetson
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Level, PowerSignal, Trace
 from tests.processes import wait_for
@@ -57,6 +66,47 @@ def sampler_cost(build: Build, folder: Path, environ: dict[str, str], seconds: f
     if sampler.returncode:
         raise RuntimeError(f"the sampler of {build.zip} ended with {sampler.returncode}")
     return share
+
+
+HWMON: Mapping[str, tuple[Device, tuple[str, ...]]] = {
+    "an AMD GPU (gpu_metrics, power1_average)": (amd(), ("0000:03:00.0",)),
+    "an Intel GPU (energy1_input)": (intel(), ("0000:4d:00.0",)),
+    "a Jetson (in1_input, curr1_input)": (jetson(), ()),
+    "an ACPI power meter": (acpi(), ()),
+    "nothing but the CPU": (Device("none"), ()),
+}
+
+
+def hwmon_cost(folder: Path, device: Device, gpus: tuple[str, ...], seconds: float) -> float:
+    """The share of a CPU of a sampler on a tree that changes a hundred times a second."""
+    tree, output = HwmonTree(folder / "sys", (device,)), folder / "samples.part"
+    tree.make(0, lambda _: 100.0)
+    command = [sys.executable, "-m", "tests.bench.sampler", "--hwmon", str(folder), *gpus]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT) as sampler:
+        wait_for(lambda: True if output.exists() and output.stat().st_size > 0 else None, _READY_S)
+        is_over, begun_s = threading.Event(), time.monotonic()
+
+        def write() -> None:
+            while not is_over.wait(0.01):
+                tree.update(0, round((time.monotonic() - begun_s) * 100e6), lambda _: 100.0)
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(write)
+            share = _share_of_cpu(lambda: [sampler.pid], seconds)
+            is_over.set()
+    return share
+
+
+def _sample_hwmon(folder: Path, gpus: Sequence[str]) -> None:
+    options = SamplerOptions(folder / "samples.part", tuple(gpus), energy="hwmon")
+    roots = Roots(sys=folder / "sys", powercap=folder / "powercap")
+    run_sampler(options, "no NVML", Clock(), PipeOwner(0, os.pipe()[0]), roots=roots)
+
+
+def hwmon(seconds: float) -> None:
+    for name, (device, gpus) in HWMON.items():
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"sampler of {name}: {hwmon_cost(Path(folder), device, gpus, seconds):.2%} of one CPU", flush=True)
 
 
 def heartbeat_cost(build: Build, folder: Path, environ: dict[str, str], seconds: float) -> float:
@@ -95,7 +145,13 @@ def _share_of_cpu(pids: Callable[[], list[int]], seconds: float) -> float:
 
 
 def main() -> int:
-    """0; the ratios are for a person to judge."""
+    """0; the figures are for a person to judge."""
+    if sys.argv[1:2] == ["--hwmon"]:
+        _sample_hwmon(Path(sys.argv[2]), sys.argv[3:])
+        return 0
+    if sys.argv[1:2] == ["hwmon"]:
+        hwmon(float(sys.argv[2]) if len(sys.argv) > 2 else SECONDS)
+        return 0
     numbers = [float(word) for word in sys.argv[1:]]
     pairs, seconds = (*numbers, *(PAIRS, SECONDS)[len(numbers) :])
     with tempfile.TemporaryDirectory() as text, subprocess.Popen([sys.executable, "-c", _ENGINE]) as engine:

@@ -72,8 +72,9 @@ def amd(
 
 
 def second_die(address: str) -> Device:
-    """As aldebaran_ppt.c has it: no energy, and 0 W or, since Linux 6.5, EOPNOTSUPP."""
-    return amd(address, device="0x740c").having(**{"power1_average": "0\n", "device/gpu_metrics": metrics((1, 3), 0)})
+    """As aldebaran_ppt.c has it: no energy, and 0 W (or, since Linux 6.5, EOPNOTSUPP)."""
+    files: dict[str, Content] = {"power1_average": "0\n", "device/gpu_metrics": metrics((1, 3), 0)}
+    return amd(address, device="0x740c").having(**files)
 
 
 def intel(

@@ -15,6 +15,7 @@ import pytest
 
 from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergySource
+from lem.config.experiment import ExperimentConfig
 from lem.engines.common import visible_gpus
 from lem.meters.attempt import choose_sources
 from lem.meters.capabilities import Capabilities, CpuCapability, find_capabilities
@@ -22,12 +23,18 @@ from lem.meters.curve import NotMeasured, Span, counter_curve
 from lem.meters.hwmon import HwmonMeter, hwmon_gpus, metered_gpus
 from lem.meters.machine import GpuFacts, named_gpus
 from lem.meters.nvml import MeterFailure
-from lem.meters.samples import CounterChange, GpuHeader, SampleHeader
+from lem.meters.recompute import RawData, recompute
+from lem.meters.samples import FINISHED_FILENAME, CounterChange, GpuHeader, SampleHeader, read_finished
 from lem.meters.sensors import find_sensors
 from lem.meters.usage import Roots
 from lem.orchestration.doctor import check_gpu_energy, check_sensors
+from lem.record import decode_record, encode_record
+from lem.results.detail import render_record
+from tests.bench.truth import HWMON
 from tests.doubles.hwmon import Device, HwmonTree, acpi, amd, intel, jetson, metrics, overwrite, second_die, thor
+from tests.doubles.nvml.library import SCRIPT_VARIABLE
 from tests.scripted_attempt import config
+from tests.truth_rig import OPTIONS, play
 from tests.unit.meters.nvml_stand_in import FakeClock
 
 S = 1_000_000_000
@@ -335,3 +342,27 @@ def test_an_engine_on_rocm_names_its_gpus_by_pci_address() -> None:
         device_count=lambda: 2, is_available=lambda: True, get_device_properties=lambda index: (rocm, cuda)[index]
     )
     assert visible_gpus(SimpleNamespace(cuda=gpus)) == ("0000:c1:00.0", "GPU-8c7a")  # type: ignore[arg-type]
+
+
+@pytest.mark.needs("gcc")
+@pytest.mark.parametrize("name", ["amdgpu, MI250, both chiplets", "server, ACPI power meter, means of 1 s"])
+def test_every_figure_follows_from_the_samples_and_names_its_sensor(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SCRIPT_VARIABLE, "")
+    scene = next(row.scene for row in HWMON if row.name == name)
+    record = play(scene, tmp_path / "attempt").record
+    log, marks = read_finished(tmp_path / "attempt" / FINISHED_FILENAME)
+    settings = ExperimentConfig.from_dict({"model": "any", **OPTIONS, **scene.options})
+    found = recompute(record, settings, RawData(log, marks))
+    assert found.differences == ()
+    assert found.compared > 10
+    again = decode_record(encode_record(record))
+    sensor, scope = again.energy.energy_sensor, again.energy.energy_scope
+    if name.startswith("amdgpu"):
+        assert (sensor, scope) == ("amdgpu gpu_metrics energy_accumulator", "card")
+        assert again.energy.why_none("sensor_interval_s").code == "counter_averages_nothing"
+    else:
+        assert (sensor, scope) == ("power_meter power_meter.0 power1_average", "machine")
+        assert again.energy.sensor_interval_s == 1.0
+    assert f"({sensor}, which covers: {scope})" in " ".join(render_record(again, width=80).split())

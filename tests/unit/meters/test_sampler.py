@@ -17,6 +17,7 @@ import pytest
 from lem.meters.sampler import COUNTER_POLL_MS, PipeOwner, SampleFileError, SamplerOptions, run_sampler
 from lem.meters.samples import CounterChange, CpuUse, PartReader, SampleLog, read_tail
 from lem.meters.usage import Roots
+from tests.doubles.hwmon import Device, HwmonTree, acpi, amd
 from tests.doubles.powercap import Powercap
 from tests.unit.meters.nvml_stand_in import FakeClock, FakeNvml
 
@@ -65,6 +66,7 @@ class Rig:
     nvml: FakeNvml | str = field(default_factory=FakeNvml)
     gpus: tuple[str, ...] = ("GPU-a",)
     interval_ms: int = 100
+    energy: str = "auto"
     clock: FakeClock = field(default_factory=FakeClock)
 
     @property
@@ -79,7 +81,7 @@ class Rig:
         tdp_w: float | None = None,
     ) -> SampleLog:
         """What it logged from 0 to `end_s`; times in the log count from there."""
-        options = SamplerOptions(self.output, self.gpus, self.interval_ms, tdp_w)
+        options = SamplerOptions(self.output, self.gpus, self.interval_ms, tdp_w, self.energy)
         owner = ScriptedOwner(self.clock, end_s, list(events), late_s)
         self.start_ns = owner.start_ns
         (self.folder / "stat").write_text("cpu 1 2 3 4 5 6 7 8 9 10\n")
@@ -424,3 +426,61 @@ def test_the_end_of_the_pipe_ends_it(pipes: Pipes) -> None:
     os.dup2(pipes.wakeup, pipes.orders)  # closes the only end that could write orders
     assert pipes.owner.wait(FOREVER_NS) == ["interval 50"]
     assert pipes.owner.wait(FOREVER_NS) is None
+
+
+def hwmon(rig: Rig, *devices: Device) -> HwmonTree:
+    tree = HwmonTree(rig.folder / "sys", devices)
+    tree.make(0, lambda _: 100.0)
+    return tree
+
+
+def test_a_gpu_of_hwmon_is_sampled_as_one_of_nvml(rig: Rig) -> None:
+    rig.nvml, rig.gpus = "no driver", ("0000:03:00.0",)
+    tree = hwmon(rig, amd(begins=65536))
+    log = rig.run(2.0, (1.0, lambda: tree.update(0, 60_000_000, lambda _: 160.0)))
+    (header,) = log.header.gpus
+    assert (header.meter, header.uuid, log.header.gpu_error) == ("hwmon", "0000:03:00.0", None)
+    assert [row.energy_mj for row in log.counters] == [1_000, 61_000]
+    assert {row.power_w for row in log.samples} == {100.0, 160.0}
+    assert {row.temp_c for row in log.samples} == {55.0}
+    assert errors_of(log) == []
+
+
+def test_a_gpu_of_hwmon_that_comes_back_under_another_number_is_sampled_again(rig: Rig) -> None:
+    rig.nvml, rig.gpus = "no driver", ("0000:03:00.0",)
+    tree = hwmon(rig, amd())
+    folder = rig.folder / "sys/class/hwmon"
+    log = rig.run(
+        6.0,
+        (2.0, (folder / "hwmon0").unlink),
+        (4.0, lambda: (folder / "hwmon7").symlink_to(tree.folder_of(0))),
+        (4.0, lambda: tree.update(0, 400_000_000, lambda _: 160.0)),
+    )
+    times = [rig.since_start_s(row.at_ns) for row in log.samples]
+    assert max(after - before for before, after in pairwise(times)) == pytest.approx(2.2, abs=0.15)
+    assert [row.power_w for row in log.samples][-1] == 160.0
+    assert [name for name, _ in errors_of(log)] == ["gpu0.power", "gpu0.handle"]
+
+
+@pytest.mark.parametrize(
+    ("energy", "has_gpu", "has_packages", "sensors"),
+    [
+        ("auto", False, False, 1),
+        ("auto", False, True, 0),  # reading a sensor may take long
+        ("auto", True, False, 0),
+        ("hwmon", True, True, 1),
+        ("rapl", False, False, 0),
+        ("none", False, False, 0),
+    ],
+)
+def test_sensors_of_the_machine_are_sampled_where_nothing_else_is(
+    rig: Rig, energy: str, has_gpu: bool, has_packages: bool, sensors: int
+) -> None:
+    rig.energy, rig.gpus = energy, ("GPU-a",) if has_gpu else ()
+    hwmon(rig, acpi())
+    if has_packages:
+        Powercap.server(rig.folder / "powercap").make(0)
+    log = rig.run(1.0)
+    assert len(log.header.sensors) == sensors
+    powers = {row.power_w for row in log.samples if row.gpu == len(log.header.gpus)}
+    assert powers == ({100.0} if sensors else set())
