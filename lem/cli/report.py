@@ -95,11 +95,14 @@ def trace_of(log: samples.SampleLog, marks: Sequence[samples.Mark]) -> Trace:
 
     def lines(read: Callable[[samples.GpuSample], float | None]) -> dict[str, _Points]:
         return {
-            f"{log.header.gpus[gpu].label} {log.header.gpus[gpu].name}": [
+            named(log.header.devices[place]): [
                 (seconds(item.at_ns), value) for item in taken if (value := read(item)) is not None
             ]
-            for gpu, taken in sorted(by_gpu.items())
+            for place, taken in sorted(by_gpu.items())
         }
+
+    def named(device: samples.GpuHeader) -> str:
+        return device.label if device.name == device.uuid else f"{device.label} {device.name}"
 
     interval_s = log.header.interval_ms / 1000
     by_gpu: dict[int, list[samples.GpuSample]] = {}

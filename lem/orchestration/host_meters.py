@@ -186,7 +186,7 @@ class Attendance:
             last_ns = self._usage[-1].at_ns if self._usage else 0
             used = (row for row in rows if isinstance(row, CpuUse) and row.run_s is not None)
             self._usage.extend(row for row in used if row.at_ns > last_ns)
-            now = {"power_w": _power_now_w(rows), **interference_now(self._usage)}
+            now = {"power_w": _power_now_w(rows, len(self.request.sampled_gpus)), **interference_now(self._usage)}
             return dataclasses.replace(event, data={**event.data, **now})
         return event
 
@@ -200,9 +200,11 @@ def _find_engine(worker: Worker) -> int | None:
     return None
 
 
-def _power_now_w(rows: Sequence[Row]) -> float | None:
+def _power_now_w(rows: Sequence[Row], gpus: int) -> float | None:
+    """Of the GPUs, or of the sensors that cover them: those come after the GPUs."""
     latest = {row.gpu: row.power_w for row in rows if isinstance(row, GpuSample) and row.power_w is not None}
-    return sum(latest.values()) if latest else None
+    sensed = [power_w for place, power_w in latest.items() if place >= gpus]
+    return sum(sensed or latest.values()) if latest else None
 
 
 @dataclass

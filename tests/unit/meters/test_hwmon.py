@@ -15,6 +15,7 @@ import pytest
 
 from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergySource
+from lem.cli.report import trace_of
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import visible_gpus
 from lem.meters.attempt import choose_sources
@@ -357,6 +358,9 @@ def test_every_figure_follows_from_the_samples_and_names_its_sensor(
     found = recompute(record, settings, RawData(log, marks))
     assert found.differences == ()
     assert found.compared > 10
+    trace = trace_of(log, marks)
+    label = "0000:03:00.0 AMD GPU 1002:740c" if name.startswith("amdgpu") else "power_meter power_meter.0"
+    assert [series.name for series in trace.power] == [label]
     again = decode_record(encode_record(record))
     sensor, scope = again.energy.energy_sensor, again.energy.energy_scope
     if name.startswith("amdgpu"):
