@@ -360,7 +360,7 @@ def test_every_figure_follows_from_the_samples_and_names_its_sensor(
     assert found.compared > 10
     trace = trace_of(log, marks)
     label = "0000:03:00.0 AMD GPU 1002:740c" if name.startswith("amdgpu") else "power_meter power_meter.0"
-    assert [series.name for series in trace.power] == [label]
+    assert [series.label for series in trace.power] == [label]
     again = decode_record(encode_record(record))
     sensor, scope = again.energy.energy_sensor, again.energy.energy_scope
     if name.startswith("amdgpu"):
