@@ -13,9 +13,10 @@ from typing import Any
 
 from lem.base import measurement as names
 from lem.config.experiment import ExperimentConfig
-from lem.meters.attempt import AttemptLog, Sources, choose_sources
+from lem.meters.attempt import AttemptLog
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.samples import Mark, SampleHeader, SampleLog
+from lem.meters.sources import Sources, choose_sources
 from tests.doubles.nvml.traces import NS_PER_S, Counter, GpuTrace, Level, PowerSignal, Trace, simulate_log
 from tests.doubles.powercap import Zone
 

@@ -36,10 +36,11 @@ from lem.base.durable import BALANCED
 from lem.base.measurement import WINDOW
 from lem.config.campaign_config import generate_campaign_id, slug_of
 from lem.config.experiment import ExperimentConfig
-from lem.meters.attempt import AttemptLog, choose_sources
+from lem.meters.attempt import AttemptLog
 from lem.meters.energy import measure
 from lem.meters.requestlog import REQUESTS_FILENAME, Request, RequestLog, write_requests
 from lem.meters.samples import FINISHED_FILENAME, GpuHeader, Mark, SampleLog, write_finished
+from lem.meters.sources import choose_sources
 from lem.orchestration.grid import cycle_order, experiment_id
 from lem.orchestration.manifest import (
     COMPLETED,

@@ -14,14 +14,15 @@ from lem.base.clock import Clock
 from lem.base.codec import encode
 from lem.base.measurement import EnergyScope, EnergySource, Measured, Section, known
 from lem.base.units import NS_PER_S
-from lem.meters.attempt import choose_gpu_method, measured, need
+from lem.meters.attempt import measured, need
 from lem.meters.curve import Span, counter_curve, update_period_s
 from lem.meters.hwmon import HwmonMeter, hwmon_gpus
 from lem.meters.nvml import NvmlMeter, gpu_uuids
 from lem.meters.rapl import find_rapl, find_tdp
-from lem.meters.sampler import Complaints, GpuWatch, Meter
-from lem.meters.samples import NVML, CounterChange, GpuHeader
+from lem.meters.sampler import Complaints, GpuWatch
+from lem.meters.samples import NVML, CounterChange, GpuHeader, Meter
 from lem.meters.sensors import find_sensors
+from lem.meters.sources import choose_gpu_method
 from lem.meters.uncertainty import lag_s
 from lem.meters.usage import HERE, Roots
 

@@ -13,11 +13,12 @@ from lem.base import measurement as names
 from lem.base.measurement import EnergySource, Measured, Section, known
 from lem.config.experiment import ExperimentConfig, MeteredConfig, ProgramConfig
 from lem.config.sections import SloConfig
-from lem.meters.attempt import AttemptLog, Baselines, choose_sources, span_of, without_still_counters
+from lem.meters.attempt import AttemptLog, Baselines, span_of, without_still_counters
 from lem.meters.energy import EnergyFindings, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.requestlog import REQUESTS_FILENAME, RequestLog, RequestLogError, read_requests
 from lem.meters.samples import Mark, SampleLog
+from lem.meters.sources import choose_sources
 from lem.meters.work import WorkFindings, count_good, describe_work, goodput_of
 from lem.record import RATES, Record, Work, carbon_of
 

@@ -32,6 +32,7 @@ from lem.meters.samples import (
     GpuHeader,
     GpuSample,
     GpuSecond,
+    Meter,
     MeterError,
     ProcessesSeen,
     RaplReading,
@@ -134,25 +135,6 @@ class Complaints:
 
     def withdraw(self, meter: str) -> None:
         self._reported.pop(meter, None)
-
-
-class Meter(Protocol):
-    """A GPU or a sensor: `NvmlMeter` (which describes the readings), `HwmonMeter` or `SensorMeter`."""
-
-    header: GpuHeader
-
-    @property
-    def is_known(self) -> bool:
-        """Whether it was found at all."""
-
-    def has(self, what: str) -> bool:
-        """Whether there is such a reading."""
-
-    def read(self, what: str) -> Any:
-        """The reading; raises MeterFailure."""
-
-    def renew(self) -> None:
-        """Find it again; raises MeterFailure."""
 
 
 class GpuWatch:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lem.base import durable
 from lem.base.codec import MOST, complete, decode, decode_row, shown
@@ -74,6 +74,25 @@ class GpuHeader:
     @property
     def label(self) -> str:
         return self.uuid if self.index is None else f"GPU {self.index}"
+
+
+class Meter(Protocol):
+    """A GPU or a sensor: `NvmlMeter` (which describes the readings), `HwmonMeter` or `SensorMeter`."""
+
+    header: GpuHeader
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it was found at all."""
+
+    def has(self, what: str) -> bool:
+        """Whether there is such a reading."""
+
+    def read(self, what: str) -> Any:
+        """The reading; raises MeterFailure."""
+
+    def renew(self) -> None:
+        """Find it again; raises MeterFailure."""
 
 
 @dataclass(frozen=True)

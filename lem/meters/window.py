@@ -14,9 +14,10 @@ from lem.base import measurement as names
 from lem.base.measurement import EnergyScope, EnergySource, Measured, is_counter, is_estimate, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.meters.attempt import SENSOR_LAG_S, AttemptLog, measured, sensor_lag_s
+from lem.meters.attempt import AttemptLog, measured
 from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span
 from lem.meters.samples import GpuHeader, GpuSample, GpuSecond
+from lem.meters.sources import SENSOR_LAG_S, sensor_lag_s
 from lem.record import Energy, Gpu, Idle
 
 _LIMIT_MARGIN = 1.2  # board power may overshoot its limit briefly, and a limit is kept to a few percent

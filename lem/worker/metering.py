@@ -30,20 +30,13 @@ from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import MeteredConfig, ProgramConfig
 from lem.meters import samples
-from lem.meters.attempt import (
-    LEAVE_AT_AUTO,
-    AttemptLog,
-    Baselines,
-    Sources,
-    choose_sources,
-    span_of,
-    without_still_counters,
-)
+from lem.meters.attempt import AttemptLog, Baselines, span_of, without_still_counters
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.external import LEAST_READINGS, LONGEST_WINDOW_S, ExternalReadings, is_short_of, read_external
 from lem.meters.machine import read_machine
 from lem.meters.samples import Mark, Row, SampleHeader, SampleLog
+from lem.meters.sources import LEAVE_AT_AUTO, Sources, choose_sources
 from lem.meters.usage import HERE
 from lem.worker.channel import RunRequest
 from lem.worker.children import READY_TIMEOUT_S, wait_until_ready

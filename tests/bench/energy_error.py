@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 from lem.base import measurement as names
 from lem.config.experiment import ExperimentConfig
-from lem.meters.attempt import AttemptLog, choose_sources
+from lem.meters.attempt import AttemptLog
 from lem.meters.energy import measure
 from lem.meters.samples import Mark, SampleLog
+from lem.meters.sources import choose_sources
 from tests.doubles.nvml.traces import NS_PER_S, Trace, random_trace, simulate_log
 from tests.doubles.powercap import Zone
 

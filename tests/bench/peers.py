@@ -28,10 +28,11 @@ from lem.base import measurement as names
 from lem.base.clock import Clock
 from lem.base.launch import own_command
 from lem.config.experiment import ExperimentConfig
-from lem.meters.attempt import AttemptLog, choose_sources, without_still_counters
+from lem.meters.attempt import AttemptLog, without_still_counters
 from lem.meters.curve import Span
 from lem.meters.energy import measure
 from lem.meters.samples import Mark, PartReader
+from lem.meters.sources import choose_sources
 from lem.worker.children import SamplerProcess, wait_until_ready
 from tests.bench.peers_side import REST_S
 from tests.bench.truth import ROOT, ROWS

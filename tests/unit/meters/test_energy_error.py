@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lem.meters.attempt import SENSOR_LAG_S
+from lem.meters.sources import SENSOR_LAG_S
 from tests.bench.energy_error import CASES, Case, errors_of, spread_of
 
 TARGETED = [case for case in CASES if case.target is not None]

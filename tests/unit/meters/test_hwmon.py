@@ -18,7 +18,6 @@ from lem.base.measurement import EnergySource
 from lem.cli.report import trace_of
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import visible_gpus
-from lem.meters.attempt import choose_sources
 from lem.meters.capabilities import Capabilities, CpuCapability, find_capabilities
 from lem.meters.curve import NotMeasured, Span, counter_curve
 from lem.meters.hwmon import HwmonMeter, hwmon_gpus, metered_gpus
@@ -27,6 +26,7 @@ from lem.meters.nvml import MeterFailure
 from lem.meters.recompute import RawData, recompute
 from lem.meters.samples import FINISHED_FILENAME, CounterChange, GpuHeader, SampleHeader, read_finished
 from lem.meters.sensors import find_sensors
+from lem.meters.sources import choose_sources
 from lem.meters.usage import Roots
 from lem.orchestration.doctor import check_gpu_energy, check_sensors
 from lem.record import decode_record, encode_record

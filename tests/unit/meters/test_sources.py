@@ -11,11 +11,11 @@ import pytest
 from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergySource
 from lem.base.reasons import Reason
-from lem.meters.attempt import choose_sources
 from lem.meters.capabilities import PULSE_S, Capabilities, GpuCapability, find_capabilities
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.machine import keep_lag, kept_lag_s
 from lem.meters.samples import GpuHeader, RaplZone, SampleHeader
+from lem.meters.sources import choose_sources
 from lem.meters.usage import Roots
 from tests.doubles.nvml.traces import Counter, GpuTrace, Level, PowerSignal, Trace
 from tests.doubles.powercap import Powercap
