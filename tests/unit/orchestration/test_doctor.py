@@ -185,7 +185,7 @@ def test_what_the_gpus_are_doing_can_be_read_back() -> None:
     reading = json.loads(out)
     assert code == 0
     assert reading.pop("schema_version") == 1
-    assert set(reading.pop("energy")) == {"gpus", "gpu_error", "cpu"}
+    assert set(reading.pop("energy")) == {"gpus", "gpu_error", "cpu", "sensors"}
     assert json.loads(json.dumps(dataclasses.asdict(GpuReading.from_dict(reading)))) == reading
     assert run_lem("gpus")[0] == 0
 
