@@ -216,15 +216,26 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 def name_folder(folder: Path, target: Path) -> None:
     """Rename a finished folder to `target` beside it, which is complete or missing after a crash; OSError if taken."""
-    for parent, _, names in os.walk(folder):
-        for path in (Path(parent, name) for name in names):
-            sys.audit("lem.fsync", str(path))
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-        sync_folder(Path(parent))
-    sys.audit("lem.rename", str(target))
-    folder.rename(target)
-    sync_folder(target.parent)
+    name_folders({target: folder})
+
+
+def name_folders(folders: Mapping[Path, Path]) -> None:
+    """As `name_folder`, for the finished folders of these targets, on the same file system."""
+    # The first fsync has a journal written, and with it everything that is new; those that follow find little to do.
+    # One after each folder was written would have it written each time.
+    for folder in folders.values():
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                path = f"{parent}/{name}"
+                sys.audit("lem.fsync", path)
+                with open(path, "rb", buffering=0) as stream:
+                    os.fsync(stream.fileno())
+            sync_folder(Path(parent))
+    for target, folder in folders.items():
+        sys.audit("lem.rename", str(target))
+        folder.rename(target)
+    for parent_folder in dict.fromkeys(target.parent for target in folders):
+        sync_folder(parent_folder)
 
 
 def sync_folder(folder: Path) -> None:

@@ -24,7 +24,7 @@ from lem.base.durable import reason_of
 from lem.base.errors import ExitCode, Interrupted, LemError, UserError
 from lem.base.units import hash_label
 from lem.cli import progress
-from lem.cli.fleet import FleetPart
+from lem.cli.parts import FleetPart
 from lem.cli.selection import folder_options, without_secret
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.campaign import CampaignRunner

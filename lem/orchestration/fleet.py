@@ -167,9 +167,6 @@ def _work(item: Experiment) -> float:
     return (item.n_prompts or 1) * (item.config.max_output_tokens + item.config.max_input_tokens / 32)
 
 
-CONTAINERS = ("apptainer", "podman", "pyxis")
-
-
 def container_command(runtime: str, image: str) -> list[str]:
     folder, name = '"$PWD"', shlex.quote(image)
     return {

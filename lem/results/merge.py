@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
+import os
 import shutil
 import statistics
 import tarfile
@@ -20,10 +20,10 @@ from lem.base.codec import decode
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import UserError
 from lem.base.units import ABSENT, plain, plural, some_of
-from lem.record import RESULT_FILE, Record, ResultKey, read_record
+from lem.record import RESULT_FILE, Record, ResultKey
 from lem.results import store
 from lem.results.configurations import bare_name, read_listing, read_numbered, write_listing
-from lem.results.index import RecordedLines
+from lem.results.index import CopiedLines, Found
 from lem.results.metrics import Metric
 from lem.results.run import ENERGY, THROUGHPUT
 from lem.results.stopping import read_stopping_rule, write_stopping_rule
@@ -269,26 +269,9 @@ def completeness(gathered: Gathered, plan: FleetPlan | None) -> Matrix:
 
 
 def write_merged(gathered: Gathered, output: Path) -> int:
-    new = 0
-    repository = Repository(output, gathered.campaign)
-    folder = repository.folder
-    lines_of = functools.cache(RecordedLines)
+    folder = Repository(output, gathered.campaign).folder
     try:
-        for item in gathered.results:
-            if item.path.is_relative_to(folder):
-                continue
-            identity = item.record.identity
-            experiment = store.experiment_folder_name(identity.experiment_id, identity.host)
-            target = folder / identity.run_id / experiment / item.path.parent.name
-            if target.exists():
-                continue
-            make_folder(target.parent)
-            _copy_attempt(item, target)
-            new += 1
-            path, run = target / RESULT_FILE, folder / identity.run_id
-            if item.is_recorded and not lines_of(item.path.parents[2]).copy(item.path, item.sha256, run, path):
-                # Not the record of `item`, whose configuration may have got the name of its host.
-                repository.record_result(identity.run_id, StoredResult(path, read_record(path), item.sha256))
+        new = _copy_attempts(gathered.results, folder)
         run_folders = dict.fromkeys((item.record.identity.run_id, item.path.parents[2]) for item in gathered.results)
         for run_id, run_folder in run_folders:
             rule = read_stopping_rule(run_folder)
@@ -303,19 +286,49 @@ def write_merged(gathered: Gathered, output: Path) -> int:
                 write_listing(folder / run_id, [*everything.values()], numbered)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error, "--output")) from error
-    repository.scan()  # which completes the index
     return new
 
 
+def _copy_attempts(results: Iterable[StoredResult], folder: Path) -> int:
+    """Copy the attempts that are missing in the campaign's folder, all or none; how many."""
+    copies: dict[Path, Path] = {}
+    lines = CopiedLines()
+    make_folder(folder)
+    with durable.scratch_folder(folder) as scratch:
+        for item in results:
+            if item.path.is_relative_to(folder):
+                continue
+            identity = item.record.identity
+            run = folder / identity.run_id
+            experiment = store.experiment_folder_name(identity.experiment_id, identity.host)
+            target = run / experiment / item.path.parent.name
+            if target.exists():
+                continue
+            copy = copies[target] = scratch / str(len(copies))
+            _copy_attempt(item, copy)
+            found = Found(item.record, item.sha256, item.is_recorded)
+            lines.add((item.path.parents[2], item.path), copy / RESULT_FILE, (run, target / RESULT_FILE), found)
+        for run in dict.fromkeys(target.parents[1] for target in copies):
+            make_folder(run)
+        experiments = dict.fromkeys(target.parent for target in copies)
+        for path in experiments:
+            path.mkdir(exist_ok=True)
+        for run in dict.fromkeys(path.parent for path in experiments):
+            durable.sync_folder(run)
+        lines.write()  # first: a crash must not leave a result whose recorded digest is missing
+        durable.name_folders(copies)
+    return len(copies)
+
+
 def _copy_attempt(item: StoredResult, target: Path) -> None:
-    with durable.scratch_folder(target.parent) as scratch:
-        for path in sorted(item.path.parent.iterdir()):
-            if path.is_file() and not path.is_symlink() and not path.name.startswith(durable.TEMPORARY_PREFIX):
-                shutil.copyfile(path, scratch / path.name)
-        if durable.sha256_of(scratch / RESULT_FILE) != item.sha256:
-            raise UserError(f"{item.path}: it changed while it was copied", "merge again once nothing writes there")
-        scratch.chmod(0o755)
-        durable.name_folder(scratch, target)
+    target.mkdir()
+    with os.scandir(item.path.parent) as found:
+        names = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
+    for name in sorted(names):
+        if not name.startswith(durable.TEMPORARY_PREFIX):
+            shutil.copyfile(item.path.with_name(name), target / name)
+    if durable.sha256_of(target / RESULT_FILE) != item.sha256:
+        raise UserError(f"{item.path}: it changed while it was copied", "merge again once nothing writes there")
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,19 @@ def test_help_imports_no_engine_and_nothing_that_measures() -> None:
     }
 
 
+def test_merge_and_fleet_receive_import_neither_plans_nor_the_report() -> None:
+    loaded = loaded_after("import lem.cli.main\nlem.cli.main.make_parser(['merge', 'fleet', 'bundle'])")
+    assert "lem.results.merge" in loaded
+    heavy = (
+        "lem.orchestration.plan",
+        "lem.orchestration.bundle",
+        "lem.results.report",
+        "lem.config.load",
+        "lem._vendor",
+    )
+    assert not {name for name in loaded if name.startswith(heavy)}
+
+
 def loaded_after(program: str) -> set[str]:
     """The modules that a Python without site-packages has loaded after running a program."""
     code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{program}\nprint(*sys.modules, sep='\\n')"

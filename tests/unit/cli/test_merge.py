@@ -2,20 +2,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from lem.base.errors import UserError
-from lem.record import Record, write_record
+from lem.record import Record, read_record, write_record
 from lem.results.merge import FleetPlan, HostPart, PlannedExperiment, gather, write_merged, write_plan
 from lem.results.stopping import StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from lem.results.store import Repository
 from tests.command_rig import Output, run_lem
 from tests.records import make_record
 
+ROOT = Path(__file__).resolve().parents[3]
+TIMEOUT_S = 120
 RUN = "20260714T100000Z-3fa1"
 ANCHOR, OTHER = "a" * 16, "b" * 16
 
@@ -101,6 +106,53 @@ def test_merging_again_changes_nothing_and_identical_results_count_once(
     before = files_below(tmp_path / "all")
     code, out, _ = run_lem("merge", *hosts, hosts[0], "--output", tmp_path / "all")
     assert (code, "0 of them new" in out, files_below(tmp_path / "all") == before) == (0, True, True)
+
+
+def test_merged_results_have_a_line_each_and_are_not_opened_again(
+    tmp_path: Path, hosts: tuple[Path, Path], merge: Callable[..., Output]
+) -> None:
+    Repository(hosts[0] / "results", "demo").scan()  # one host has an index, the other has none
+    merge()
+    repository = Repository(tmp_path / "all", "demo")
+    paths = sorted((tmp_path / "all").rglob("result.json"))
+    records = {path: read_record(path) for path in paths}
+    for path in paths:
+        stamp = path.stat()
+        path.write_bytes(bytes(stamp.st_size))
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    found = repository.scan()
+    assert found.problems == ()
+    by_path = {item.path: item.record for item in found.results}
+    assert by_path.keys() == records.keys()
+    assert all(by_path[path].energy == records[path].energy for path in paths)
+
+
+def test_a_merge_that_ends_early_is_completed_by_the_next_with_all_recorded_digests(
+    tmp_path: Path, hosts: tuple[Path, Path], merge: Callable[..., Output]
+) -> None:
+    for host in hosts:
+        repository = Repository(host / "results", "demo")
+        for item in repository.scan().results:
+            repository.record_result(RUN, item)
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+seen = []
+def end_at_third(name, arguments):
+    if name == "lem.rename" and arguments[0].endswith("attempt-1"):
+        seen.append(arguments)
+        if len(seen) == 3:
+            os._exit(9)
+sys.addaudithook(end_at_third)
+from lem.cli.main import main
+main(sys.argv[1:])
+"""
+    words = [sys.executable, "-c", program, "merge", *map(str, hosts), "--output", str(tmp_path / "all")]
+    assert subprocess.run(words, check=False, timeout=TIMEOUT_S).returncode == 9
+    assert len(results_below(tmp_path / "all" / "demo" / RUN)) >= 2
+    assert merge()[0] == 0
+    found = Repository(tmp_path / "all", "demo").scan(is_checked=True)
+    assert [item.is_recorded for item in found.results] == [True] * 5
 
 
 def test_results_of_another_host_join_those_of_this_one(hosts: tuple[Path, Path]) -> None:
