@@ -93,9 +93,10 @@ def test_a_campaign_goes_on_without_a_host_that_does_not_answer(fleet):
 def test_an_unfit_host_stops_all_of_them_before_anything_changes(fleet):
     fleet.describe("gpu1", problems=["it is too small"])
     fleet.describe("gpu2", dead_after=0)
+    fleet.describe("gpu3", problems=["it is too old"])
     ended = fleet.play("site", lem_docker_wanted=False).ended
     assert ended.code != 0
-    assert "it is too small" in ended.text
+    assert "gpu1: it is too small; gpu3: it is too old" in ended.text
     sent = {item.kind for host in HOSTS for item in fleet.exchanges(host)}
     assert sent == {"raw"}
 
