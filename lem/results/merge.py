@@ -259,13 +259,17 @@ def completeness(gathered: Gathered, plan: FleetPlan | None) -> Matrix:
         names = {item.exp_id: item.config_name for item in plan.experiments}
         planned = {(host.name, exp_id): names[exp_id] for host in plan.hosts for exp_id in host.exp_ids}
     hosts = tuple(dict.fromkeys(host for host, _ in planned))
-    rows = {}
-    for name in dict.fromkeys(planned.values()):
-        own = [key for key, of in planned.items() if of == name]
-        by_host = ([key for key in own if key[0] == host] for host in hosts)
-        found = [(keys, [present[key] for key in keys if key in present]) for keys in by_host]
-        rows[name] = tuple(Cell(len(keys), len(valid), sum(valid)) for keys, valid in found)
+    found: dict[str, dict[str, list[bool | None]]] = {}
+    for (host, exp_id), name in planned.items():
+        found.setdefault(name, {}).setdefault(host, []).append(present.get((host, exp_id)))
+    rows = {name: tuple(_cell(by_host.get(host, ())) for host in hosts) for name, by_host in found.items()}
     return Matrix(hosts, rows, tuple(key for key in planned if key not in present))
+
+
+def _cell(states: Sequence[bool | None]) -> Cell:
+    """None: planned without a result; else whether the result is valid."""
+    valid = [state for state in states if state is not None]
+    return Cell(len(states), len(valid), sum(valid))
 
 
 def write_merged(gathered: Gathered, output: Path) -> int:
