@@ -330,49 +330,52 @@ _TILES = intel(files={"energy1_input": 0.5})
 
 HWMON = (
     *(
-        Row(f"amdgpu, gpu_metrics v{version[0]}.{version[1]}", _sensed(amd(version=version)))
+        Row(f"hwmon: amdgpu, gpu_metrics v{version[0]}.{version[1]}", _sensed(amd(version=version)))
         for version in ((1, 2), (1, 3), (1, 4), (1, 5))
     ),
-    Row("amdgpu, two cards", _sensed(amd(), amd("0000:83:00.0", version=(1, 5)))),
-    Row("amdgpu, unknown gpu_metrics v1.9, power1_average", _sensed(amd(version=(1, 9), mean_s=1.0))),
-    Row("amdgpu, unknown gpu_metrics v1.9, power1_input", _sensed(amd(version=(1, 9), power="power1_input"))),
+    Row("hwmon: amdgpu, two cards", _sensed(amd(), amd("0000:83:00.0", version=(1, 5)))),
+    Row("hwmon: amdgpu, unknown gpu_metrics v1.9, power1_average", _sensed(amd(version=(1, 9), mean_s=1.0))),
+    Row("hwmon: amdgpu, unknown gpu_metrics v1.9, power1_input", _sensed(amd(version=(1, 9), power="power1_input"))),
     Row(
-        "amdgpu, unknown gpu_metrics v1.9, no power", _sensed(amd(version=(1, 9), power="")), None, ("gpu_unreadable",)
+        "hwmon: amdgpu, unknown gpu_metrics v1.9, no power",
+        _sensed(amd(version=(1, 9), power="")),
+        None,
+        ("gpu_unreadable",),
     ),
-    Row("amdgpu, APU (gpu_metrics v2.3)", _sensed(amd(version=(2, 3))), warnings=("energy_of_module",)),
-    Row("amdgpu, counter in another unit", _sensed(amd(gain=2.0)), None, ("crosscheck_failed",)),
-    Row("amdgpu, above its power limit", _sensed(amd(), work=Course(60.0, 700.0)), None, ("above_power_limit",)),
-    Row("amdgpu, gone for 3 s in the window", _sensed(amd(), absent_s=(3.0, 6.0)), None, ("sampler_starved",)),
+    Row("hwmon: amdgpu, APU (gpu_metrics v2.3)", _sensed(amd(version=(2, 3))), warnings=("energy_of_module",)),
+    Row("hwmon: amdgpu, counter in another unit", _sensed(amd(gain=2.0)), None, ("crosscheck_failed",)),
+    Row("hwmon: amdgpu, above its power limit", _sensed(amd(), work=Course(60.0, 700.0)), None, ("above_power_limit",)),
+    Row("hwmon: amdgpu, gone for 3 s in the window", _sensed(amd(), absent_s=(3.0, 6.0)), None, ("sampler_starved",)),
     Row(
-        "amdgpu, no counter, gone for 3 s in the window",
+        "hwmon: amdgpu, no counter, gone for 3 s in the window",
         _sensed(amd(version=(1, 9)), absent_s=(3.0, 6.0)),
         None,
         ("power_hole",),
     ),
-    Row("amdgpu, gone from 3 s on", _sensed(amd(), absent_s=(3.0, 1e6)), None, ("read_early",)),
-    Row("amdgpu, driver reloaded in the window", _sensed(amd(), reset_s=5.0), None, ("counter_reset",)),
+    Row("hwmon: amdgpu, gone from 3 s on", _sensed(amd(), absent_s=(3.0, 1e6)), None, ("read_early",)),
+    Row("hwmon: amdgpu, driver reloaded in the window", _sensed(amd(), reset_s=5.0), None, ("counter_reset",)),
     Row(
-        "amdgpu, MI250, both chiplets",
+        "hwmon: amdgpu, MI250, both chiplets",
         _sensed(amd(device="0x740c"), second_die("0000:06:00.0"), counted=1),
         warnings=("energy_of_card",),
     ),
-    Row("amdgpu, MI250, second chiplet alone", _sensed(second_die("0000:06:00.0")), None, ("gpu_unreadable",)),
-    Row("i915, energy1_input", _sensed(intel())),
-    Row("i915, beside its tiles", _sensed(intel(), dataclasses.replace(_TILES, driver="i915_gt0"), counted=1)),
-    Row("xe, card and package", _sensed(_xe())),
-    Row("i915, wrap at 2^32 µJ", _sensed(intel(begins_uj=2**32 - 3_000 * _UJ, range_uj=2**32))),
+    Row("hwmon: amdgpu, MI250, second chiplet alone", _sensed(second_die("0000:06:00.0")), None, ("gpu_unreadable",)),
+    Row("hwmon: i915, energy1_input", _sensed(intel())),
+    Row("hwmon: i915, beside its tiles", _sensed(intel(), dataclasses.replace(_TILES, driver="i915_gt0"), counted=1)),
+    Row("hwmon: xe, card and package", _sensed(_xe())),
+    Row("hwmon: i915, wrap at 2^32 µJ", _sensed(intel(begins_uj=2**32 - 3_000 * _UJ, range_uj=2**32))),
     Row(
-        "i915, wrap of the register, 2^18 J",
+        "hwmon: i915, wrap of the register, 2^18 J",
         _sensed(intel(begins_uj=2**18 * _UJ - 3_000 * _UJ, range_uj=2**18 * _UJ)),
     ),
-    Row("i915, driver reloaded in the window", _sensed(intel(), reset_s=5.0), None, ("counter_reset",)),
-    Row("Jetson, VDD_IN of an INA3221", _sensed(jetson(), work=_SLOW), warnings=("energy_of_module",)),
-    Row("Jetson, VDD_IN on channel 2", _sensed(jetson(channel=2, volts=19.0), work=_SLOW)),
-    Row("Jetson, another label", _sensed(jetson("VDD_GPU_SOC"), work=_SLOW), None, ("sampler_reports",)),
-    Row("Jetson Thor, INA238", _sensed(thor(), work=_SLOW, jetson=True)),
-    Row("an INA238 that is not a Jetson's", _sensed(thor(), work=_SLOW), None, ("sampler_reports",)),
+    Row("hwmon: i915, driver reloaded in the window", _sensed(intel(), reset_s=5.0), None, ("counter_reset",)),
+    Row("hwmon: Jetson, VDD_IN of an INA3221", _sensed(jetson(), work=_SLOW), warnings=("energy_of_module",)),
+    Row("hwmon: Jetson, VDD_IN on channel 2", _sensed(jetson(channel=2, volts=19.0), work=_SLOW)),
+    Row("hwmon: Jetson, another label", _sensed(jetson("VDD_GPU_SOC"), work=_SLOW), None, ("sampler_reports",)),
+    Row("hwmon: Jetson Thor, INA238", _sensed(thor(), work=_SLOW, jetson=True)),
+    Row("hwmon: an INA238 that is not a Jetson's", _sensed(thor(), work=_SLOW), None, ("sampler_reports",)),
     Row(
-        "Grace, two sockets with their rails",
+        "hwmon: Grace, two sockets with their rails",
         _sensed(
             acpi("Grace Power Socket 0", interval_ms=50),
             acpi("Grace Power Socket 1", interval_ms=50),
@@ -380,15 +383,17 @@ HWMON = (
             counted=2,
         ),
     ),
-    Row("server, ACPI power meter, means of 1 s", _sensed(acpi()), warnings=("energy_of_machine",)),
-    Row("server, ACPI power meter, means of 5 s", _sensed(acpi(interval_ms=5000))),
-    Row("server, ACPI power meter, means of 60 s", _sensed(acpi(interval_ms=60_000)), None, ("sampler_reports",)),
-    Row("server, two ACPI power meters", _sensed(acpi(), acpi()), None, ("sampler_reports",)),
+    Row("hwmon: server, ACPI power meter, means of 1 s", _sensed(acpi()), warnings=("energy_of_machine",)),
+    Row("hwmon: server, ACPI power meter, means of 5 s", _sensed(acpi(interval_ms=5000))),
     Row(
-        "server, ACPI power meter, beside RAPL, energy: hwmon",
+        "hwmon: server, ACPI power meter, means of 60 s", _sensed(acpi(interval_ms=60_000)), None, ("sampler_reports",)
+    ),
+    Row("hwmon: server, two ACPI power meters", _sensed(acpi(), acpi()), None, ("sampler_reports",)),
+    Row(
+        "hwmon: server, ACPI power meter, beside RAPL, energy: hwmon",
         dataclasses.replace(_sensed(acpi(), energy="hwmon"), packages=(_package(),)),
     ),
-    Row("no hwmon, energy: hwmon", Scene(options={"measurement": {"energy": "hwmon"}}), None, ("refused",)),
+    Row("hwmon: none, energy: hwmon", Scene(options={"measurement": {"energy": "hwmon"}}), None, ("refused",)),
 )
 
 ROWS = (*RAPL, *GPU, *EXTERNAL, *HWMON)

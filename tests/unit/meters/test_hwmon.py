@@ -346,7 +346,9 @@ def test_an_engine_on_rocm_names_its_gpus_by_pci_address() -> None:
 
 
 @pytest.mark.needs("gcc")
-@pytest.mark.parametrize("name", ["amdgpu, MI250, both chiplets", "server, ACPI power meter, means of 1 s"])
+@pytest.mark.parametrize(
+    "name", ["hwmon: amdgpu, MI250, both chiplets", "hwmon: server, ACPI power meter, means of 1 s"]
+)
 def test_every_figure_follows_from_the_samples_and_names_its_sensor(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,11 +361,11 @@ def test_every_figure_follows_from_the_samples_and_names_its_sensor(
     assert found.differences == ()
     assert found.compared > 10
     trace = trace_of(log, marks)
-    label = "0000:03:00.0 AMD GPU 1002:740c" if name.startswith("amdgpu") else "power_meter power_meter.0"
+    label = "0000:03:00.0 AMD GPU 1002:740c" if name.startswith("hwmon: amdgpu") else "power_meter power_meter.0"
     assert [series.label for series in trace.power] == [label]
     again = decode_record(encode_record(record))
     sensor, scope = again.energy.energy_sensor, again.energy.energy_scope
-    if name.startswith("amdgpu"):
+    if name.startswith("hwmon: amdgpu"):
         assert (sensor, scope) == ("amdgpu gpu_metrics energy_accumulator", "card")
         assert again.energy.why_none("sensor_interval_s").code == "counter_averages_nothing"
     else:
