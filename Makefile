@@ -12,7 +12,7 @@ TEST_PROCESSES ?= 2
 CAMPAIGN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-containers sdist test test-long lint audit format bench clean distclean test-env demo-env FORCE
+.PHONY: help demo demo-containers sdist test test-long lint fleet-newer audit format bench clean distclean test-env demo-env FORCE
 
 help:
 	@echo 'make demo       run a small campaign with a real transformer on this machine, and show the table'
@@ -22,6 +22,7 @@ help:
 	@echo 'make lem.pyz    build the program as one file'
 	@echo 'make sdist      pack everything that git tracks into build/dist: the program, the tests, the zip builder'
 	@echo 'make lint       ruff and mypy; yamllint, ansible-lint and systemd-analyze for the fleet'
+	@echo 'make fleet-newer  run the playbooks with newer versions of ansible-core, in Debian 13 on the lab'
 	@echo 'make audit      bandit, and pip-audit of the vendored packages (needs PyPI and its advisory database)'
 	@echo 'make format     format the code with ruff'
 	@echo 'make bench      print figures of the program itself, with their targets'
@@ -77,6 +78,10 @@ lint: test-env
 	$(TEST_PYTHON) -m ruff format --check
 	$(TEST_PYTHON) -m mypy
 	$(TEST_PYTHON) -m tests.fleet.lint
+
+# Not part of CI: these versions need a newer Python than Debian 12 has.
+fleet-newer: test-env
+	@$(TEST_PYTHON) -m tests.fleet.newer
 
 # Not part of CI: it depends on the advisory database, which may be unreachable or have new entries.
 audit: test-env

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 PROBE_TIMEOUT_S = 60
+# The oldest ansible-core that is supported, in an environment of its own (make test-env).
+OLDEST_ANSIBLE = Path(__file__).parents[1] / "build/ansible-2.18/bin/ansible-playbook"
 
 # A test that runs others in another environment records them by this property: the environment, and their node ids.
 RAN_ELSEWHERE = "ran_elsewhere"
@@ -133,20 +135,17 @@ def _lab() -> str | None:
     return f"the lab is not up (python3 -m tests.lab up): {'; '.join(lines)}" if lines else None
 
 
-def _ansible() -> str | None:
-    oldest = Path(__file__).parents[1] / "build/ansible-2.18/bin/ansible-playbook"
-    if all(path.exists() for path in (Path(sys.executable).with_name("ansible-playbook"), oldest)):
+def _ansible(folder: Path) -> str | None:
+    if (folder / "ansible-playbook").exists():
         return None
-    return "ansible-core is not installed, its oldest and its newest (make test installs both on Python 3.11 and later)"
+    return f"no ansible-core in {folder} (make test installs it on Python 3.11 and later)"
 
 
 def _fleet() -> str | None:
     for program, package in (("ssh", "openssh-client"), ("ssh-keygen", "openssh-client")):
         if shutil.which(program) is None:
             return f"no {program} command on this machine (apt-get install {package})"
-    if not Path(sys.executable).with_name("ansible-playbook").exists():
-        return "ansible-core is not installed in this environment (make test installs it on Python 3.11 and later)"
-    return _lab()
+    return _ansible(Path(sys.executable).parent) or _lab()
 
 
 def _checkout() -> str | None:
@@ -193,7 +192,8 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "fish": Need(partial(_program, "fish"), is_mandatory=False),
         "yaml-language-server": Need(_language_server, is_mandatory=False),
         "lab": Need(_lab, is_mandatory=True),
-        "ansible": Need(_ansible, is_mandatory=True),
+        "ansible": Need(partial(_ansible, Path(sys.executable).parent), is_mandatory=True),
+        "oldest_ansible": Need(partial(_ansible, OLDEST_ANSIBLE.parent), is_mandatory=True),
         # Hosts that are containers of the lab, and Ansible to reach them.
         "fleet": Need(_fleet, is_mandatory=True),
     }

@@ -53,3 +53,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         for host in hosts:
             host.remove()
         docker("network", "rm", NETWORK)
+
+
+@pytest.fixture(scope="session")
+def provisioned(fleet: Fleet) -> Fleet:
+    """Hosts on which everything is installed, also if the tests that install it were left out."""
+    fleet.controller.must("site")
+    return fleet

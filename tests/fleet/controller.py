@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from tests.fleet.hosts import Host, inventory
+from tests.fleet.hosts import DOUBLES, Host, inventory
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAYBOOK_TIMEOUT_S = 600
 _RECAP = re.compile(r"^(\S+)\s+: (ok=\d+.*)$", re.MULTILINE)
+
+
+# The trivial engine measures nothing, so hosts are never alike in it.
+ANY = "1e9%"
+HOLD = "/var/lib/lem-hold"
+
+
+def environment(*rules: dict[str, Any]) -> dict[str, str]:
+    """The environment of a unit that runs the trivial engine by these rules."""
+    return {"PYTHONPATH": DOUBLES, "LEMTEST_ENGINE_SCRIPT": json.dumps({"rules": list(rules)})}
+
+
+def trivial(*rules: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "lem_campaign_executor": "local",
+        "lem_campaign_environment": environment(*rules),
+        "lem_campaign_poll_seconds": 1,
+        "lem_fleet_anchor_tolerance": ANY,
+        **more,
+    }
+
+
+def held(when: dict[str, Any]) -> dict[str, Any]:
+    """A rule by which an experiment goes on only when the host's hold is lifted."""
+    command = f"while [ -e {HOLD} ]; do sleep 0.1; done"
+    return {"at": "generate", "do": "shell", "command": command, "when": when}
+
+
+def unit(name: str) -> str:
+    return f"lem-campaign@{name}.service"
 
 
 @dataclass(frozen=True)
@@ -32,6 +66,21 @@ class Ended:
 
     def changed(self, *hosts: str) -> int:
         return sum(self.counts(host)["changed"] for host in hosts)
+
+
+@dataclass(frozen=True)
+class Playing:
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+
+    def text(self) -> str:
+        """What it has printed until now."""
+        length = os.fstat(self.output.fileno()).st_size
+        return os.pread(self.output.fileno(), length, 0).decode(errors="replace")
+
+    def wait(self) -> Ended:
+        code = self.process.wait(PLAYBOOK_TIMEOUT_S)
+        return Ended(code, self.text())
 
 
 class Controller:
@@ -52,21 +101,36 @@ class Controller:
 
     def play(self, name: str, *words: str, **variables: Any) -> Ended:
         """A playbook, ended, whatever came of it."""
+        with self.start(name, *words, **variables) as playing:
+            return playing.wait()
+
+    @contextlib.contextmanager
+    def start(self, name: str | Path, *words: str, **variables: Any) -> Iterator[Playing]:
+        """A running playbook of the project, or another one beside its hosts.yml; it ends with the block."""
         given = {"lem_pyz": str(self.pyz), "lem_fleet_dir": str(self.fleet_dir), **variables}
-        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(self.folder / "inventory")]
-        command += ["-e", json.dumps(given), *words, f"playbooks/{name}.yml"]
+        path = name if isinstance(name, Path) else Path(f"playbooks/{name}.yml")
+        hosts = path.parent / "hosts.yml" if path.is_absolute() else self.folder / "inventory"
+        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(hosts)]
+        command += ["-e", json.dumps(given), *words, str(path)]
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "LEM"))}
-        ended = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**environ, "PWD": str(ROOT), "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=PLAYBOOK_TIMEOUT_S,
-            check=False,
-        )
-        return Ended(ended.returncode, ended.stdout.decode(errors="replace"))
+        folder = path.parent if path.is_absolute() else ROOT
+        environ |= {"PWD": str(folder), "ANSIBLE_CONFIG": str(folder / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+        with tempfile.TemporaryFile() as stream:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                yield Playing(process, stream)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
 
     def must(self, name: str, *words: str, **variables: Any) -> Ended:
         ended = self.play(name, *words, **variables)
@@ -112,3 +176,20 @@ class Controller:
     def merged(self, name: str) -> dict[str, bytes]:
         folder = self.fleet_dir / name / "merged"
         return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("result.json"))}
+
+
+def install_collection(folder: Path, galaxy: Path) -> None:
+    """Build the collection from a copy of the checkout, and install it where the playbooks of `folder` find it."""
+    tree = folder / "tree"
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    run = [str(galaxy), "collection"]
+    subprocess.run([*run, "build", "--output-path", str(folder)], cwd=tree, check=True, capture_output=True)
+    (archive,) = folder.glob("lem-energy-*.tar.gz")
+    target = folder / "collections"
+    subprocess.run([*run, "install", "--offline", str(archive), "-p", str(target)], check=True, capture_output=True)
+    (folder / "ansible.cfg").write_text(f"[defaults]\ncollections_path = {target}\n")

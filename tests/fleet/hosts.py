@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +29,12 @@ MODEL = "/opt/lem-models/tiny"
 
 # Nothing is measured by it: it ends a test that would never end.
 PATIENCE_S = 240.0
+
+# What an installation is to leave behind, and what a host does by itself all the time.
+LEFT = re.compile(
+    r"/(var/(log|tmp|lib/(systemd|docker|containerd|sudo|private)|cache/(ldconfig|debconf))|etc/[g-]?(passwd|group|shadow|gshadow)-?"
+    r"|etc/(gshadow|sub[ug]id)-?|home/deployer/\.(ansible|ssh)|root|var/lib/lem-hold)(/|$)"
+)
 
 CAPABILITIES = ("SYS_ADMIN", "NET_ADMIN", "SYS_NICE", "SYS_PTRACE", "MKNOD")
 
@@ -90,6 +97,16 @@ class Host:
         lines = self.run("sh", "-c", script).splitlines()
         return {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
 
+    def entries(self, campaign: str, part: str = "") -> dict[str, str]:
+        """The status of each experiment in its manifest; {} where there is none yet."""
+        path = f"/var/lib/lem/{campaign}/.state/{campaign}/{part}/campaign_manifest.json"
+        text = self.run("sh", "-c", f"cat {path} 2>/dev/null || true")
+        return {} if not text else {item["exp_id"]: item["status"] for item in json.loads(text)["experiments"]}
+
+    def lasting(self) -> dict[str, str]:
+        """Its files, except those that change by themselves or by a connection."""
+        return {path: text for path, text in self.files().items() if not LEFT.match(path)}
+
     def files(self) -> dict[str, str]:
         """Every file and folder that the host itself has, with its mode and size, and where links lead."""
         lines = self.run("find", "/", "-xdev", "-printf", r"%p\t%y %m %u %l\n").splitlines()
@@ -120,6 +137,13 @@ class Host:
 
     def wait_until_up(self) -> None:
         wait_for(f"{self.name} is up", lambda: self.answers("systemctl", "is-system-running", "--wait"))
+
+    def freeze(self) -> None:
+        """Stop every process; its kernel still accepts connections."""
+        docker("pause", self.container)
+
+    def thaw(self) -> None:
+        docker("unpause", self.container)
 
     def remove(self) -> None:
         docker("rm", "--force", "--volumes", self.container)

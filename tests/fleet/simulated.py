@@ -16,8 +16,6 @@ from tests.fleet.controller import Ended
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
-# The oldest that is supported, in an environment of its own (make test-env).
-OLDEST_ANSIBLE = ROOT / "build" / "ansible-2.18" / "bin" / "ansible-playbook"
 TIMEOUT_S = 3600
 
 # In the tree of a build: the results of one host, and the same as results of the others.

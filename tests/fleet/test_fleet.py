@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +21,14 @@ from tests.doubles.nvml.gpus import GpuTrace, Load
 from tests.doubles.nvml.library import build_library
 from tests.doubles.nvml.sensors import Counter
 from tests.doubles.nvml.traces import Trace
-from tests.fleet.hosts import DOUBLES, MODEL, Host, docker, wait_for
+from tests.fleet.controller import ANY, HOLD, environment, held, install_collection, trivial, unit
+from tests.fleet.hosts import DOUBLES, LEFT, MODEL, Host, docker, inventory, wait_for
 
 pytestmark = [pytest.mark.needs("fleet", "gcc"), pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The trivial engine measures nothing, so hosts are never alike in it.
-ANY = "1e9%"
-HOLD = "/var/lib/lem-hold"
 GPU = "GPU-11111111-2222-3333-4444-555555555555"
-
-
-def environment(*rules: dict[str, Any]) -> dict[str, str]:
-    """The environment of a unit that runs the trivial engine by these rules."""
-    return {"PYTHONPATH": DOUBLES, "LEMTEST_ENGINE_SCRIPT": json.dumps({"rules": list(rules)})}
-
-
-def trivial(*rules: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {
-        "lem_campaign_executor": "local",
-        "lem_campaign_environment": environment(*rules),
-        "lem_campaign_poll_seconds": 1,
-        "lem_fleet_anchor_tolerance": ANY,
-        **more,
-    }
-
-
-def held(when: dict[str, Any]) -> dict[str, Any]:
-    """A rule by which an experiment goes on only when the host's hold is lifted."""
-    command = f"while [ -e {HOLD} ]; do sleep 0.1; done"
-    return {"at": "generate", "do": "shell", "command": command, "when": when}
-
-
-def unit(name: str) -> str:
-    return f"lem-campaign@{name}.service"
-
-
-def entries(host: Host, campaign: str, part: str = "") -> dict[str, str]:
-    """The status of each experiment in a host's manifest; {} where there is none yet."""
-    path = f"/var/lib/lem/{campaign}/.state/{campaign}/{part}/campaign_manifest.json"
-    text = host.run("sh", "-c", f"cat {path} 2>/dev/null || true")
-    return {} if not text else {item["exp_id"]: item["status"] for item in json.loads(text)["experiments"]}
-
-
-@pytest.fixture(scope="session")
-def provisioned(fleet):
-    """Hosts on which everything is installed, also if the tests that install it were left out."""
-    fleet.controller.must("site")
-    return fleet
 
 
 # From bare
@@ -76,11 +36,12 @@ def provisioned(fleet):
 
 @pytest.mark.long
 def test_check_mode_on_bare_hosts_is_clean_and_changes_nothing(fleet):
+    hosts = (fleet.gpu1, fleet.gpu2)
+    before = [host.lasting() for host in hosts]
     ended = fleet.controller.must("site", "--check", "--diff")
     assert ended.changed("gpu1", "gpu2") > 0
-    for host in (fleet.gpu1, fleet.gpu2):
-        assert not host.answers("test", "-e", "/opt/lem")
-        assert not host.answers("id", "lem")
+    assert [host.lasting() for host in hosts] == before
+    assert not any(host.answers("id", "lem") for host in hosts)
 
 
 def test_bare_hosts_are_provisioned_and_a_second_run_changes_nothing(fleet):
@@ -236,15 +197,10 @@ def test_check_mode_of_a_first_campaign_changes_nothing_on_any_host(fleet):
     controller = fleet.controller
     hosts = (fleet.gpu1, fleet.gpu2)
     given = trivial(lem_campaign_file=controller.write_campaign("first"))
-    before = [lasting(host) for host in hosts]
+    before = [host.lasting() for host in hosts]
     assert controller.must("run_campaign", "--check", "--diff", **given).changed("gpu1", "gpu2") > 0
-    assert [lasting(host) for host in hosts] == before
+    assert [host.lasting() for host in hosts] == before
     assert not (controller.fleet_dir / "first").exists()
-
-
-def lasting(host: Host) -> dict[str, str]:
-    """Its files, except those that change by themselves or by a connection."""
-    return {path: text for path, text in host.files().items() if not _LEFT.match(path)}
 
 
 def test_the_unit_that_was_written_is_the_one_that_starts_after_an_interrupted_playbook(provisioned):
@@ -338,8 +294,8 @@ def test_results_that_arrived_are_kept_and_a_second_call_runs_only_what_is_missi
     assert "gpu2: still running" in first.text
     plan = (controller.fleet_dir / "twice" / "plan.json").read_bytes()
     wait_for("gpu1 has failed", lambda: fleet.gpu1.show(unit("twice"), "ActiveState") == "failed")
-    assert sorted(entries(fleet.gpu1, "twice", "gpu1").values()) == ["completed", "completed", "failed", "failed"]
-    wait_for("gpu2 is in the middle", lambda: "running" in entries(fleet.gpu2, "twice", "gpu2").values())
+    assert sorted(fleet.gpu1.entries("twice", "gpu1").values()) == ["completed", "completed", "failed", "failed"]
+    wait_for("gpu2 is in the middle", lambda: "running" in fleet.gpu2.entries("twice", "gpu2").values())
     wait_for("gpu2 has a result", lambda: len(fleet.gpu2.results("twice")) == 1)
     measured, kept = fleet.gpu1.results("twice"), fleet.gpu2.results("twice")
 
@@ -421,19 +377,39 @@ def test_a_timer_starts_a_campaign_and_stopping_keeps_what_is_measured(provision
 
     controller.must("stop_campaign", "--limit", "gpu1", lem_campaign_name="nightly", lem_campaign_stop_timer=True)
     assert host.show(unit("nightly"), "ActiveState") == "inactive"  # and not failed, though lem exits with 143
-    assert sorted(entries(host, "nightly").values()) == ["completed", "pending"]
+    assert sorted(host.entries("nightly").values()) == ["completed", "pending"]
     assert "interrupted" in host.read("/var/lib/lem/nightly/.state/nightly/campaign_manifest.json")
     kept = host.results("nightly")
 
     host.run("rm", "-f", HOLD)
     host.run("systemctl", "start", unit("nightly"))
     wait_for("it has ended", lambda: host.show(unit("nightly"), "ActiveState") == "inactive")
-    assert sorted(entries(host, "nightly").values()) == ["completed", "completed"]
+    assert sorted(host.entries("nightly").values()) == ["completed", "completed"]
     assert kept.items() <= host.results("nightly").items()
     assert len({path.split("/")[2] for path in host.results("nightly")}) == 1  # one run
     priorities = host.run("journalctl", "-u", unit("nightly"), "-o", "json", "--output-fields=PRIORITY,MESSAGE")
     said = [json.loads(line) for line in priorities.splitlines()]
     assert {item["PRIORITY"] for item in said if "interrupted" in str(item["MESSAGE"])} == {"4"}
+
+
+@pytest.mark.long
+def test_roles_of_the_collection_run_a_campaign_from_another_repository(fleet, tmp_path):
+    """Without the playbooks, the group variables and the ansible.cfg of the project."""
+    controller = fleet.controller
+    install_collection(tmp_path, Path(sys.executable).with_name("ansible-galaxy"))
+    names = [("lem_preflight", "main"), ("lem_deploy", "main")]
+    names += [("lem_campaign", tasks) for tasks in ("main", "start", "wait")]
+    roles = [{"include_role": {"name": f"lem.energy.{name}", "tasks_from": tasks}} for name, tasks in names]
+    collect = {"include_role": {"name": "lem.energy.lem_collect"}, "vars": {"lem_collect_folder": str(tmp_path)}}
+    play = {"hosts": "gpu1", "become": True, "gather_facts": False, "tasks": [*roles, collect]}
+    (tmp_path / "site.yml").write_text(json.dumps([play]))
+    given = trivial(lem_campaign_file=controller.write_campaign("elsewhere"), lem_campaign_name="elsewhere")
+    (tmp_path / "hosts.yml").write_text(inventory([fleet.gpu1], controller.key, controller.folder))
+    with controller.start(tmp_path / "site.yml", **given, lem_collect_name="elsewhere") as playing:
+        ended = playing.wait()
+    assert ended.code == 0, ended.text[-6000:]
+    assert "lem.energy.lem_campaign : Start the campaign" in ended.text
+    assert len(list((tmp_path / "gpu1/results/elsewhere").rglob("result.json"))) == 4
 
 
 # Without network
@@ -531,12 +507,6 @@ def metered_campaign(controller, host: Host) -> dict[str, Any]:
 
 # The end
 
-# What an installation is to leave behind, and what a host does by itself all the time.
-_LEFT = re.compile(
-    r"/(var/(log|tmp|lib/(systemd|docker|containerd|sudo|private)|cache/(ldconfig|debconf))|etc/[g-]?(passwd|group|shadow|gshadow)-?"
-    r"|etc/(gshadow|sub[ug]id)-?|home/deployer/\.(ansible|ssh)|root|var/lib/lem-hold)(/|$)"
-)
-
 
 @pytest.mark.long
 def test_uninstalling_leaves_what_it_names_and_nothing_else(provisioned):
@@ -560,5 +530,5 @@ def test_uninstalling_leaves_what_it_names_and_nothing_else(provisioned):
     controller.must("uninstall", "--limit", "gpu2", lem_uninstall_results=True)
     before, after = fleet.bare_files["gpu2"], fleet.gpu2.files()
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    assert sorted(path for path in changed if not _LEFT.match(path)) == []
+    assert sorted(path for path in changed if not LEFT.match(path)) == []
     assert controller.must("uninstall", lem_uninstall_results=True).changed("gpu2") == 0

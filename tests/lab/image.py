@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.lab.packages import debian_mirror
@@ -38,7 +39,7 @@ def provide_image(places: Places) -> None:
         tarball = places.tarball(RECIPE)
         origin = "imported from the kept tarball" if tarball.is_file() else "made by debootstrap"
         if not tarball.is_file():
-            _bootstrap(tarball)
+            bootstrap(tarball, SUITE, INCLUDED)
         command = ["docker", "import", "--change", f"LABEL {LABEL}={RECIPE}", str(tarball), BASE_IMAGE]
         must(command, timeout_s=BUILD_TIMEOUT_S)
         current.outcome = f"{origin}, {tarball.stat().st_size / 1e6:.0f} MB"
@@ -55,15 +56,15 @@ def remove_image() -> None:
     return None
 
 
-def _bootstrap(tarball: Path) -> None:
-    """The tarball, complete or not there."""
+def bootstrap(tarball: Path, suite: str, included: Sequence[str]) -> None:
+    """Make a tarball of a release of Debian, complete or not at all, and remove the others in its folder."""
     mirror, _ = debian_mirror()
     tarball.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="debootstrap-", dir=tarball.parent))
     partial = tarball.with_suffix(".part")
     try:
         root = scratch / "root"
-        command = ["debootstrap", "--variant=minbase", f"--include={','.join(INCLUDED)}", SUITE, str(root), mirror]
+        command = ["debootstrap", "--variant=minbase", f"--include={','.join(included)}", suite, str(root), mirror]
         path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
         must(command, timeout_s=BUILD_TIMEOUT_S, env={**os.environ, "PATH": path})
         left_out = [f"--exclude={pattern}" for pattern in LEFT_OUT]
