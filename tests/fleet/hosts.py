@@ -32,7 +32,7 @@ PATIENCE_S = 240.0
 
 # What an installation is to leave behind, and what a host does by itself all the time.
 LEFT = re.compile(
-    r"/(var/(log|tmp|lib/(systemd|docker|containerd|sudo|private)|cache/(ldconfig|debconf))|etc/[g-]?(passwd|group|shadow|gshadow)-?"
+    r"/(var/(log|tmp|lib/(systemd|docker|containerd|sudo|private)|cache/(apt|ldconfig|debconf))|etc/[g-]?(passwd|group|shadow|gshadow)-?"
     r"|etc/(gshadow|sub[ug]id)-?|home/deployer/\.(ansible|ssh)|root|var/lib/lem-hold)(/|$)"
 )
 
