@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import lem
 from lem.record import Record
 from tests.campaign_rig import Ended
-from tests.lab.servers import VLLM_MODULE
+from tests.lab.places import Places
+from tests.lab.servers import VLLM_ENVIRONMENT, VLLM_MODULE
 from tests.processes import wait_until_ended
 from tests.records import codes
 from tests.served_rig import (
@@ -165,6 +167,37 @@ def assert_measured_again(rig: ServedRig, ended: Ended) -> None:
     assert completed.error is None
     for record in rig.records():
         assert_measured(rig, record)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_vllm_serve_gives_the_tokens_of_the_vllm_backend_at_a_rate_within_their_intervals(rig):
+    most = {"max_num_seqs": 8, "max_model_len": 256, "enforce_eager": True, "enable_prefix_caching": False}
+    own = {**most, "extra": {"num_gpu_blocks_override": 64}}
+    whole = {"save_outputs": True, "measurement": {**EXPERIMENT["measurement"], "min_window_sec": 10.0}}
+    in_process = {"config_name": "in-process", "backend": "vllm", "fp_precision": "float32", "vllm": own}
+    server = served("served", vllm(options={"max_num_seqs": 8, "num_gpu_blocks_override": 64}), **whole)
+    rig.write(served_campaign([{**EXPERIMENT, **whole, **in_process}, server], cycles=3))
+    python = str(Places.of().environment("vllm") / "bin/python")
+
+    ended = rig.run("--python", python, **VLLM_ENVIRONMENT)
+
+    assert ended.code == 0, ended.err
+    rig.assert_no_process_left()
+    ids: dict[str, dict[int, list[list[int]]]] = {}
+    for record in rig.records():
+        found = [output["output_ids"] for output in rig.outputs(record)]
+        ids.setdefault(record.identity.config_name, {})[record.identity.cycle_index] = found
+    assert {len(tokens) for cycle in ids["served"].values() for tokens in cycle} == {OUTPUT_TOK}
+    assert ids["in-process"] == ids["served"]
+    assert len({json.dumps(cycle) for cycle in ids["served"].values()}) == 3  # each draws its own prompts
+    run = lem.read(rig.folder / "results", "demo")
+    estimates = [item.estimate("output_tok_per_s") for item in run.configurations]
+    assert [item.n for item in estimates] == [3, 3]
+    ends = sorted(
+        (end, is_high) for it in estimates for end, is_high in ((it.low or 0.0, False), (it.high or 0.0, True))
+    )
+    assert [is_high for _, is_high in ends] == [False, False, True, True], estimates  # they overlap
 
 
 @pytest.fixture
