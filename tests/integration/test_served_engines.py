@@ -180,7 +180,7 @@ def test_vllm_serve_gives_the_tokens_of_the_vllm_backend_at_a_rate_within_their_
     rig.write(served_campaign([{**EXPERIMENT, **whole, **in_process}, server], cycles=3))
     python = str(Places.of().environment("vllm") / "bin/python")
 
-    ended = rig.run("--python", python, **VLLM_ENVIRONMENT)
+    ended = rig.start("--python", python, **VLLM_ENVIRONMENT).wait(2 * RUN_TIMEOUT_S)
 
     assert ended.code == 0, ended.err
     rig.assert_no_process_left()
