@@ -228,6 +228,7 @@ class Work(Section):
     token_source: str | None
     prompt_source: Mapping[str, Any]  # where the prompts came from: kind, revision, sha256, count, and the draw
     requests_good: int | None = None  # completed requests that met `traffic_simulation.slo`
+    output_ids_sha256: str | None = None  # of the file with them, which `measurement.agreement` keeps
 
     @property
     def why_uncounted(self) -> Reason | None:
@@ -384,7 +385,7 @@ class Record:
             return section
 
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 ITL_REPLACED = Reason.of("itl_replaced")
 _NO_ITL: Final = {

@@ -245,13 +245,20 @@ def with_measured(record: Record, found: EnergyFindings, measurement: Measuremen
     return completed(dataclasses.replace(record, **replaced), measurement)
 
 
-def with_requests(record: Record, log: RequestLog, prompts: Sequence[Prompt], config: ExperimentConfig) -> Record:
+def with_requests(
+    record: Record,
+    log: RequestLog,
+    prompts: Sequence[Prompt],
+    config: ExperimentConfig,
+    output_ids_sha256: str | None = None,
+) -> Record:
     """The record with the sections that follow from its requests and prompts, as `compose_record` fills them."""
     done = describe_work(log, config)
     source = {"kind": "bundled", "sha256": fingerprint(prompts), "count": len(prompts)}
     given = {item.name for item in dataclasses.fields(Window)} - {"null_reasons"}
     window = Window.of(**{**{name: record.window.measured(name) for name in given}, **done.window})
-    work = Work.of(**done.work, token_source="engine_ids", prompt_source=source)
+    kept = {"output_ids_sha256": known(output_ids_sha256, "agreement_off")}
+    work = Work.of(**done.work, **kept, token_source="engine_ids", prompt_source=source)
     return dataclasses.replace(record, window=window, work=work, throughput=done.throughput, latency=done.latency)
 
 

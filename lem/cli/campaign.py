@@ -20,6 +20,7 @@ from lem.base.units import ABSENT, format_duration, hash_label, parse_duration, 
 from lem.cli.campaign_run import CampaignCommand, Job
 from lem.cli.config import add_flags, given_flags
 from lem.cli.parts import FleetPart, own_part, store_plan
+from lem.cli.prometheus import prometheus_path
 from lem.cli.selection import add_json, add_repeated, checked, typed_again
 from lem.config.campaign_config import CampaignConfig
 from lem.config.load import Loaded, load_campaign, load_campaign_of_files
@@ -101,6 +102,8 @@ def _add_control(group: argparse._ArgumentGroup) -> None:
     add_repeated(group, "--gate", "METRIC=PERCENT%", text)
     add("--validate-only", action="store_true", help="validate and exit; write nothing")
     add("--yes", "-y", action="store_true", help="do not ask; resume an unfinished campaign")
+    text = "keep this file current with state and results, for node_exporter; its name ends in .prom"
+    add("--prometheus", type=partial(checked, prometheus_path), metavar="FILE", help=text)
     add("--fail-fast", action="store_true", help="stop after the first failed experiment")
 
 

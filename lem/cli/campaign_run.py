@@ -21,11 +21,12 @@ from lem.base import log
 from lem.base.clock import utc_now
 from lem.base.doc import screen_of
 from lem.base.durable import reason_of
-from lem.base.errors import ExitCode, Interrupted, LemError, UserError
+from lem.base.errors import ExitCode, Interrupted, LemError, UserError, exit_code_of
 from lem.base.units import hash_label
 from lem.cli import progress
 from lem.cli.parts import FleetPart
-from lem.cli.selection import folder_options, without_secret
+from lem.cli.prometheus import PrometheusFile
+from lem.cli.selection import folder_options, recount, without_secret
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.executor import ExecutorChoice
@@ -36,6 +37,8 @@ from lem.orchestration.schedule import CampaignOutcome, Scheduler, Stopped, Stop
 from lem.orchestration.status import Event, Observer
 from lem.orchestration.systemd import Notification, ServiceManager
 from lem.results.aggregation import run_document
+from lem.results.configurations import Reading
+from lem.results.run import Run, read_run
 from lem.results.stopping import StoppingRule
 from lem.results.store import Repository
 from lem.results.table import render_run
@@ -68,6 +71,10 @@ class CampaignCommand:
             progress.choose_progress(self._console, out, is_json=args.json, is_quiet=self._is_quiet),
             progress.StatusProgress(self._service),
         ]
+        self._prometheus: PrometheusFile | None = None
+        if args.prometheus is not None:
+            self._prometheus = PrometheusFile(args.prometheus, job.campaign.campaign_name, self._read_run)
+            self._observers.append(self._prometheus)
         self._notification: Notification | None = None
         self._has_waited = False
 
@@ -123,7 +130,24 @@ class CampaignCommand:
             self._console.line("stopped before the campaign started")
         return outcome
 
+    def _read_run(self, run_id: str) -> Run:
+        place = Path(self._campaign.io.results_dir), self._campaign.slug, run_id
+        return read_run(*place, reading=Reading(recount=recount))
+
     def _run_once(self, runner: CampaignRunner, deadline_s: float | None) -> CampaignOutcome:
+        code = int(ExitCode.BUG)
+        try:
+            outcome = self._run_to_end(runner, deadline_s)
+            code = exit_code_of_outcome(outcome) if self._stop.signum is None else 128 + self._stop.signum
+        except LemError as error:
+            code = exit_code_of(error)
+            raise
+        finally:
+            if self._prometheus is not None:
+                self._prometheus.end(int(code))
+        return outcome
+
+    def _run_to_end(self, runner: CampaignRunner, deadline_s: float | None) -> CampaignOutcome:
         if self._args.budget is not None:  # cannot be combined with a daemon's own
             deadline_s = time.monotonic() + self._args.budget
         try:

@@ -10,8 +10,17 @@ from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, NameShortener, screen_of,
 from lem.base.errors import ExitCode
 from lem.base.log import WIDTH
 from lem.base.units import plural, some_of
-from lem.cli.selection import add_json, add_results_dir, add_state_dir, folder_options, resolve_run
+from lem.cli.selection import (
+    add_json,
+    add_junit,
+    add_results_dir,
+    add_state_dir,
+    folder_options,
+    resolve_run,
+    write_file,
+)
 from lem.results.check import Finding, check_run
+from lem.results.junit import junit_of_check
 from lem.results.run import Run
 
 SCHEMA_VERSION = 1
@@ -28,6 +37,7 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run) or a run")
     add_results_dir(parser)
     add_state_dir(parser)
+    add_junit(parser, "the findings")
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -36,6 +46,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
     checked = resolve_run(args.results_dir, args.campaign).read(args.state_dir, is_checked=True)
     findings = check_run(checked)
     args.next = ["report", args.campaign, *folder_options(args.results_dir)]
+    if args.junit is not None:
+        write_file(args.junit, junit_of_check(checked, findings), "--junit")
     if args.json:
         write_json(out, check_document(checked, findings))
     else:

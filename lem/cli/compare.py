@@ -15,6 +15,7 @@ from lem.results import compare
 from lem.results.along import compare_along
 from lem.results.comparison import comparison_document, render_markdown, render_text
 from lem.results.configurations import Reading
+from lem.results.junit import junit_of_gates
 from lem.results.metrics import parse_comparable
 from lem.results.run import Configuration, Run
 from lem.results.stats import parse_gates
@@ -42,6 +43,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     strictness = parser.add_mutually_exclusive_group()
     strictness.add_argument("--lenient", action="store_true", help="exit with 0 if a gate is inconclusive")
     strictness.add_argument("--strict", action="store_true", help="the default: exit with 4 if a gate is inconclusive")
+    selection.add_junit(parser, "the verdicts of the gates")
     selection.add_budget(parser)
     selection.add_rates(parser)
     selection.add_results_dir(parser)
@@ -53,7 +55,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     gates = parse_gates(args.gate)
-    for flag in ("strict", "lenient"):
+    for flag in ("strict", "lenient", "junit"):
         if getattr(args, flag) and not gates:
             raise UserError(f"--{flag} requires --gate", "for example --gate energy=3%")
     metrics = [parse_comparable(text) for text in args.metric]
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     problems = [problem for read in comparison.runs for problem in read.problems]
     selection.list_problems(err, selection.damaged(problems))
     code = compare.gate_code(comparison, is_lenient=args.lenient)
+    if args.junit is not None:
+        selection.write_file(args.junit, junit_of_gates(comparison, is_lenient=args.lenient), "--junit")
     if args.json:
         document = {**comparison_document(comparison), "problems": selection.problem_documents(problems)}
         write_json(out, {**document, "exit_code": int(code)})

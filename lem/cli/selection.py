@@ -288,8 +288,13 @@ def list_problems(
         err.write(f"and {len(problems) - _PROBLEMS_SHOWN} more: {rest}\n")
 
 
-def write_file(path: Path, text: str) -> None:
+def add_junit(parser: argparse._ActionsContainer, what: str) -> None:
+    text = f"also write {what} as JUnit XML, for a CI system"
+    parser.add_argument("--junit", type=Path, metavar="FILE", help=text)
+
+
+def write_file(path: Path, text: str, option: str = "--output") -> None:
     try:
         durable.write_text(path, text)
     except OSError as error:
-        raise UserError(f"{path}: {durable.reason_of(error)}", "name another file with --output") from error
+        raise UserError(f"{path}: {durable.reason_of(error)}", f"name another file with {option}") from error

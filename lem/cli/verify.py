@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base import durable
+from lem.base.answers import OUTPUT_IDS_FILE
 from lem.base.doc import Column, Doc, Table, terminal_width, write_json
 from lem.base.errors import ExitCode, MeterRefused, UserError
 from lem.base.units import format_quantity, plural, some_of
@@ -211,6 +212,8 @@ def recompute_result(result: StoredResult) -> Outcome:
         requests = read_requests(folder / REQUESTS_FILENAME) if has_requests(record) else None
         log, marks = read_finished(samples) if has_energy(record) or samples.exists() else (None, ())
         digest = fingerprint(read_prompt_file(prompts)) if has_prompts else None
+        has_ids = record.work.output_ids_sha256 is not None
+        ids_digest = durable.sha256_of(folder / OUTPUT_IDS_FILE) if has_ids else None
     except PromptError as error:
         return Outcome(result, "impossible", error.message)
     except FileNotFoundError as error:
@@ -226,7 +229,7 @@ def recompute_result(result: StoredResult) -> Outcome:
         with contextlib.suppress(MeterRefused):  # which the outcome reports
             external = read_external(Path(config.measurement.external_csv), config.measurement.external_unit)
     try:
-        found = recompute(record, config, RawData(log, marks, external, requests, digest))
+        found = recompute(record, config, RawData(log, marks, external, requests, digest, ids_digest))
     except MeterRefused as error:
         return Outcome(result, "impossible", error.message)
     if not found.compared:

@@ -221,6 +221,8 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
         measurement = self.measurement
         if measurement.phases and self.traffic_simulation.enabled:
             yield Problem.of("measurement.phases", "phases_under_traffic")
+        if measurement.agreement and not self.decoder.is_greedy:
+            yield Problem.of("measurement.agreement", "agreement_sampled")
         if measurement.energy == "none" and measurement.phases:
             yield Problem.of("measurement.phases", "needs_energy")
         if measurement.energy == "none" and self.baseline.required:

@@ -254,6 +254,9 @@ class MeasurementConfig(Section):
         unit="%",
         is_added=True,
     )
+    agreement: bool = option(
+        False, "Keep the output ids of greedy runs, to compare the answers of configurations.", identity=False
+    )
     external_csv: str | None = option(None, "File with readings of an external meter: UTC time, power.")
     external_unit: str | None = option(
         None, "Unit of its power; null: as its first line says.", choices=("W", "kW", "mW"), identity=False

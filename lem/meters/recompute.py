@@ -60,6 +60,7 @@ class RawData:
     external: ExternalReadings | None = None  # of the user's own meter
     requests: RequestLog | None = None
     prompts_sha256: str | None = None
+    output_ids_sha256: str | None = None
 
 
 def recompute(record: Record, config: MeteredConfig, raw: RawData) -> Recomputed:
@@ -74,7 +75,7 @@ def recompute(record: Record, config: MeteredConfig, raw: RawData) -> Recomputed
     if raw.log is not None:
         energy_pairs, notes = _energy_pairs(record, config, raw.log, raw, work)
         pairs += energy_pairs
-    pairs += _prompts_pair(record, raw.prompts_sha256)
+    pairs += _digest_pairs(record, raw)
     pairs = [item for item in pairs if item.recorded is not None or item.recomputed is not None]
     return Recomputed(len(pairs), tuple(item for item in pairs if not _is_same(item.recorded, item.recomputed)), notes)
 
@@ -95,11 +96,14 @@ def recount(result: Path, record: Record, slo: SloConfig) -> Mapping[str, Sectio
     }
 
 
-def _prompts_pair(record: Record, sha256: str | None) -> Iterator[Difference]:
-    """The digest of the prompts where it differs: one that agrees is no figure, and does not count as one."""
-    recorded = record.work.prompt_source.get("sha256")
-    if None not in (recorded, sha256) and recorded != sha256:
-        yield Difference("work.prompt_source.sha256", recorded, sha256)
+def _digest_pairs(record: Record, raw: RawData) -> Iterator[Difference]:
+    """The digests of prompts and output ids where they differ: one that agrees is no figure, nor counts as one."""
+    for name, recorded, found in (
+        ("prompt_source.sha256", record.work.prompt_source.get("sha256"), raw.prompts_sha256),
+        ("output_ids_sha256", record.work.output_ids_sha256, raw.output_ids_sha256),
+    ):
+        if None not in (recorded, found) and recorded != found:
+            yield Difference(f"work.{name}", recorded, found)
 
 
 def _value(item: Any) -> Any:

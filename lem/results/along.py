@@ -28,7 +28,7 @@ class Pooled(Configuration):
         records = tuple(record for item in members for record in item.records)
         n_failed, share = sum(item.n_failed for item in members), min(item.share for item in members)
         number = min(item.number for item in members)
-        return cls(name, records, n_failed, share=share, number=number, members=tuple(members))
+        return cls(name, records, n_failed, share=share, number=number, members=tuple(members), paths=members[0].paths)
 
     @cached_property
     def cycles(self) -> Cycles:

@@ -52,6 +52,7 @@ _WEAK, _NOTES, _OF_PROGRAMS = (
     {kind: text.format(short_s=SHORT_WINDOW_S, most_cycles=MOST_CYCLES) for kind, text in table.items()}
     for table in read_tables("lem.results", "remedies.txt").values()
 )
+KINDS = (*_WEAK, *_NOTES)
 _NO_EFFECT = "ignore_eos was set but had no effect: the log.txt of the experiment may show why"
 _ALONE = (
     "end the other programs (lem doctor names them) or raise the CPU limit, and reserve the machine while it measures"

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from lem.base.errors import ExitCode, UserError
 from lem.base.measurement import Measured
@@ -18,6 +19,7 @@ from lem.base.reasons import Reason, alike
 from lem.base.units import plain, some_of
 from lem.record import Record
 from lem.results import stats
+from lem.results.agreement import Agreement, agreement_of
 from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
 from lem.results.metrics import METRICS, Metric
 from lem.results.run import Configuration, Run, make_run
@@ -61,6 +63,11 @@ class Pair:
     other: Configuration
     obstacles: tuple[Obstacle, ...]
     rows: tuple[Row, ...]
+
+    @cached_property
+    def agreement(self) -> Measured[Agreement] | None:
+        """How far the answers agree, read when it is asked for; None without `measurement.agreement`."""
+        return agreement_of(self.baseline, self.other)
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ def compare(a: Run | Configuration, b: Run | Configuration) -> Comparison:
         raise UserError("a configuration without results cannot be compared")
     if a.run_id != b.run_id:
         raise UserError("configurations of different runs share no cycles", "compare the runs over an anchor")
-    return compare_configurations(make_run(a.records, {a.name: a.n_failed}), a, [b])
+    return compare_configurations(make_run(a.records, {a.name: a.n_failed}, paths=a.paths), a, [b])
 
 
 def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -> _Found:

@@ -7,9 +7,12 @@ from typing import Any
 
 from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, markdown_escaped, markdown_table, text_width, wrapped
 from lem.base.log import WIDTH
+from lem.base.measurement import Measured
 from lem.base.reasons import Reason
 from lem.base.units import ABSENT, hash_label, plain, plural, some_of
 from lem.results.aggregation import row_document
+from lem.results.agreement import NOTE as AGREEMENT_NOTE
+from lem.results.agreement import Agreement
 from lem.results.along import Pooled
 from lem.results.axes import shared_settings
 from lem.results.bootstrap import coverage_notes
@@ -20,7 +23,15 @@ from lem.results.stats import CONFIDENCE, Judgement, Verdict
 from lem.results.student import MOST_CYCLES_PLANNED
 from lem.results.trends import SAME_ORDER, autocorrelation_notes, is_same_order
 from lem.results.uncertainty import COMBINED_NOTE, why_unknown
-from lem.results.views import ComparisonTables, bounds_text, decimals_of, percent_text, ratio_text, verdict_text
+from lem.results.views import (
+    ComparisonTables,
+    bounds_text,
+    decimals_of,
+    equal_text,
+    percent_text,
+    ratio_text,
+    verdict_text,
+)
 
 SCHEMA_VERSION = 1
 
@@ -56,12 +67,14 @@ def render_text(
     hanging(content.obstacles(), "red")
     doc.block()
     doc.lines(_wrapped(content.headline(), doc.width), "bold")
+    hanging(content.answers())
     hanging(content.gates())
     hanging(content.reasons(), "yellow")
     doc.block()
     for line in filter(None, content.title()):
         doc.text(line, "dim")
-    for table in (*content.tables.tables(doc.width), *(content.tables.budgets() if has_budget else ())):
+    tables = [*content.tables.tables(doc.width), *content.tables.agreements()]
+    for table in (*tables, *(content.tables.budgets() if has_budget else ())):
         doc.block()
         doc.table(table)
     doc.block()
@@ -75,11 +88,14 @@ def render_markdown(comparison: Comparison) -> str:
     blocks = [
         [f"**{markdown_escaped(content.headline())}**"],
         [
-            *(f"- **{markdown_escaped(text)}**" for text in (*content.obstacles(), *content.gates())),
+            *(
+                f"- **{markdown_escaped(text)}**"
+                for text in (*content.obstacles(), *content.answers(), *content.gates())
+            ),
             *(f"- {markdown_escaped(text)}" for text in content.reasons()),
         ],
         [f"{title}  ", shared],
-        *map(markdown_table, content.tables.tables()),
+        *map(markdown_table, (*content.tables.tables(), *content.tables.agreements())),
         [f"- {markdown_escaped(text)}" for text in content.notes()],
     ]
     return "\n".join("\n".join(block) + "\n" for block in blocks if block)
@@ -89,9 +105,17 @@ def headline_of(comparison: Comparison) -> str:
     return _Content(comparison).headline()
 
 
+def sentence_of(comparison: Comparison, pair: Pair, row: Row) -> str:
+    """The answer of one row, with the verdict of its gate."""
+    text = f"{row.reason}." if row.effect is None else _Content(comparison).sentence(pair, row)
+    if (judged := row.judgement) is None:
+        return text
+    return f"{text} Gate: {verdict_text(judged.gate, judged.verdict)}{_further(judged)}."
+
+
 def remarks_of(comparison: Comparison) -> list[str]:
     content = _Content(comparison)
-    return [*content.obstacles(), *content.reasons(), *content.left_out()]
+    return [*content.obstacles(), *content.answers(), *content.reasons(), *content.left_out()]
 
 
 def ratio_notes_of(comparison: Comparison) -> list[str]:
@@ -130,11 +154,21 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
                 "other": _configuration_document(pair.other),
                 "obstacles": [item.document for item in pair.obstacles],
                 "metrics": {row.metric.name: row_document(row) for row in pair.rows},
+                "agreement": _agreement_document(pair.agreement),
             }
             for pair in comparison.pairs
         ],
         "missing": list(comparison.missing),
         "removed": [item.name for run in comparison.runs for item in run.removed],
+    }
+
+
+def _agreement_document(found: Measured[Agreement] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        **(found.value.document if found.value else {}),
+        "null_reason": found.null_reason and found.null_reason.text,
     }
 
 
@@ -193,7 +227,7 @@ class _Content:
             alone = "there is only the baseline" if self._anchor is None else "the runs have no configuration in common"
             return f"Nothing can be compared: {texts or alone}."
         rows = [(pair, row) for pair, row in self._comparison.rows(self._lead) if row.effect]
-        answer = self._of_one(*rows[0]) if len(self._pairs) == 1 else self._of_many(self._lead, rows)
+        answer = self.sentence(*rows[0]) if len(self._pairs) == 1 else self._of_many(self._lead, rows)
         return f"C{answer[1:]}" if answer.startswith(_BY_NUMBER) else answer
 
     def obstacles(self) -> Iterable[str]:
@@ -227,6 +261,21 @@ class _Content:
             about = "" if is_all else f" in {', '.join(metric.lower_label for metric in metrics)}"
             yield f"{what}{about}{self._whom(names)}: {reason}"
 
+    def answers(self) -> Iterable[str]:
+        """Beside the verdict, since a configuration that answers differently does not do the same work."""
+        found: dict[str | Reason, list[tuple[str, Agreement | None]]] = {}
+        for pair in self._pairs:
+            if (item := pair.agreement) is not None:
+                is_equal = item.value is not None and item.value.equal_ratio == 1
+                key = item.null_reason or ("answers agree" if is_equal else "answers differ")
+                found.setdefault(key, []).append((self._name(pair.other), item.value))
+        for key, items in found.items():
+            whom = self._whom([name for name, _ in items])
+            known = [item for _, item in items if item is not None]
+            yield (
+                f"answers not compared{whom}: {key}" if isinstance(key, Reason) else f"{key}{whom}: {equal_text(known)}"
+            )
+
     def gates(self) -> Iterable[str]:
         for gate in self._comparison.gates:
             found: dict[Verdict, list[str]] = {}
@@ -250,6 +299,8 @@ class _Content:
         if why := why_unknown(combined):
             yield f"Combined uncertainty of the ratio of energies not known: {'; '.join(why)}."
         yield from self.tables.notes()
+        if any(pair.agreement and pair.agreement.value for pair in self._pairs):
+            yield f"{AGREEMENT_NOTE}."
         yield from self._over_all_attempts()
         yield from self._energy_notes()
         for run in self._comparison.runs:
@@ -301,7 +352,7 @@ class _Content:
                 found = some_of(every, NAMES_SHOWN)
                 yield f"Ratio over all attempts, invalid ones too, in {metric.lower_label}: {found}."
 
-    def _of_one(self, pair: Pair, row: Row) -> str:
+    def sentence(self, pair: Pair, row: Row) -> str:
         over = f", over the anchor {self._anchor.name}" if self._anchor and self._anchor.name else ""
         if row.p_adjusted is not None and not row.is_found:
             baseline, other = self._labels(pair)

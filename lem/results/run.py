@@ -121,6 +121,7 @@ class Configuration:
     is_removed: bool = False  # the campaign has it no more: it is shown, and compared only by name
     share: float = 1.0  # of the error that this allows, what is left for the last test of a run with added cycles
     number: int = 1  # in every table of its run
+    paths: Mapping[ResultKey, Path] = field(default_factory=dict)  # of the results of its run
 
     @property
     def config_hash(self) -> str:
@@ -322,7 +323,7 @@ class Run:
         known = {item.name for item in found}
         found += [Configuration(name, (), n) for name, n in self.failed.items() if name not in known]
         numbers = numbers_of(self.numbered, self.listing, [(item.config_hash, item.name) for item in found])
-        numbered = (replace(item, number=number) for item, number in zip(found, numbers, strict=True))
+        numbered = (replace(item, number=number, paths=self.paths) for item, number in zip(found, numbers, strict=True))
         return tuple(sorted(numbered, key=lambda item: (item.is_removed, item.number)))
 
     @property

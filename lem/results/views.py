@@ -8,7 +8,9 @@ from functools import cached_property
 from typing import Final
 
 from lem.base.doc import Column, Table
+from lem.base.measurement import Measured
 from lem.base.units import ABSENT, plain
+from lem.results.agreement import Agreement, repeatability_of
 from lem.results.along import Pooled
 from lem.results.axes import Key
 from lem.results.compare import Comparison, Pair, Row
@@ -19,6 +21,7 @@ from lem.results.uncertainty import budget_table
 
 ESTIMATED: Final = "(est.)"
 _INTERVAL: Final = f"{100 * CONFIDENCE:g} %\nt interval"
+_INTERVAL_OF_ONE: Final = f"{100 * CONFIDENCE:g} %"
 _TRAILING = ("combined", "p", "verdict")
 _LEAST_DECIMALS, _MOST_DECIMALS = 2, 4
 
@@ -75,6 +78,19 @@ class ComparisonTables:
             table = budget_table(named, f"Uncertainty of the ratio, {metric.lower_label}, % (k = 1)")
             if table is not None:
                 yield table
+
+    def agreements(self) -> Iterator[Table]:
+        """How far the answers agree with those of the baseline, and those of the baseline from cycle to cycle."""
+        found = [(self._row_name(pair), pair.agreement) for pair in self._pairs if pair.agreement is not None]
+        if not any(item.value for _, item in found):
+            return
+        if self._anchor is None and (itself := repeatability_of(self._pairs[0].baseline)) is not None:
+            found.insert(0, (f"{_number(self._pairs[0].baseline)}, in the next cycle", itself))
+        cells = [agreement_cells(item) for _, item in found]
+        heads = ("requests", "equal\nids, %", _INTERVAL_OF_ONE, "common\nprefix, tok", _INTERVAL_OF_ONE, "of tok")
+        columns = (Column(head, column) for head, column in zip(heads, zip(*cells, strict=True), strict=True))
+        names = tuple(name for name, _ in found)
+        yield Table("answers of", names, tuple(columns), "Agreement of answers with the baseline")
 
     def _pair_table(self, pair: Pair) -> Table:
         before, after = ("before", "after")
@@ -181,6 +197,32 @@ def effect_cells(row: Row, decimals: int | None) -> tuple[str, str, str, str, st
     combined = ABSENT if row.combined is None or row.combined.value is None else row.combined.value.text
     mark = "" if row.is_found else "? " if p_value is None else "~ "
     return f"{mark}{ratio_text(row.effect.ratio, decimals)}", shown, combined, p_text, verdict
+
+
+def agreement_cells(item: Measured[Agreement]) -> tuple[str, ...]:
+    found = item.value
+    if found is None:
+        return (ABSENT,) * 6
+    prefix = found.prefix_interval.value
+    within = ABSENT if prefix is None else "–".join(f"{bound:.1f}" for bound in prefix)
+    shares = share_text(found.equal_ratio), "–".join(map(share_text, found.equal_interval))
+    return (str(found.requests), *shares, f"{found.prefix_tok:.1f}", within, f"{found.output_tok:.1f}")
+
+
+def equal_text(found: Sequence[Agreement]) -> str:
+    requests = sorted({item.requests for item in found})
+    shares = sorted(item.equal_ratio for item in found)
+    of = f"{'–'.join(map(str, dict.fromkeys((requests[0], requests[-1]))))} requests"
+    share = "–".join(dict.fromkeys(map(share_text, (shares[0], shares[-1]))))
+    bounds = "–".join(map(share_text, found[0].equal_interval))
+    within = f" (95 %: {bounds} %)" if len(found) == 1 else ""
+    return f"equal output ids for {share} % of {of}{within}"
+
+
+def share_text(share: float) -> str:
+    """In percent; only all and nothing read as such."""
+    shown = round(100 * share, 1)
+    return f"{shown if share in (0, 1) else min(max(shown, 0.1), 99.9):.1f}"
 
 
 def ratio_text(value: float, decimals: int | None) -> str:

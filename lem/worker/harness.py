@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lem.base import durable, measurement
+from lem.base import answers, durable, measurement
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import ConfigurationError, EngineError
 from lem.base.measurement import Measured, known
@@ -143,10 +143,11 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     energy = metering.close(folder, measured)
     if config.save_outputs:
         _write_outputs(folder, measured.outputs, loaded.decode)
+    output_ids = _keep_output_ids(folder, measured.outputs, requests, config, residence.report.engine_name)
     seen = metering.surroundings(residence.report.gpu_uuids)
     found = Findings(
         *(request, config, requested, start_utc, residence, prompts, warnings, warmup, measured, peak_b, energy, seen),
-        served,
+        *(output_ids, served),
     )
     return compose_record(found, host)
 
@@ -292,6 +293,28 @@ def _write_outputs(folder: Path, outputs: Sequence[Answer], decode: Callable[[Se
         for output in outputs
     ]
     durable.write_text(folder / OUTPUTS_FILE, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+
+
+def _keep_output_ids(
+    folder: Path,
+    outputs: Sequence[Answer],
+    requests: Sequence[TokenRequest],
+    config: ExperimentConfig,
+    engine: str,
+) -> Measured[str]:
+    """Write the first answer to each prompt that has ids; the SHA-256 of the file."""
+    if not config.measurement.agreement:
+        return known(None, "agreement_off")
+    kept: dict[int, answers.Answer] = {}
+    for item in outputs:
+        request = requests[item.request.prompt]
+        asked = (request.token_ids, request.max_output_tokens, request.min_output_tokens, request.conversation)
+        if len(item.output_ids) == item.request.output_tok:
+            answer = answers.Answer(item.request.prompt, answers.request_digest(*asked), item.output_ids)
+            kept.setdefault(answer.prompt, answer)
+    if outputs and not kept:
+        return known(None, "ids_not_returned", engine=engine)
+    return Measured(answers.write_answers(folder / answers.OUTPUT_IDS_FILE, kept.values()))
 
 
 # Warm-up: work of the measured kind until its speed has settled, on prompts that are not measured

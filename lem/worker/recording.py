@@ -67,6 +67,7 @@ class Findings:
     peak_memory_b: int | None
     energy: EnergyFindings
     surroundings: Mapping[str, Measured[tuple[str, ...]]]  # `vbios` and `other_gpu_processes`
+    output_ids_sha256: Measured[str]  # of the file with the output ids
     served: Observed | None = None  # of a server and its client
 
 
@@ -76,7 +77,8 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
     done = describe_work(measured, found.config)
     source, served = {**found.prompts.source, "draw": request.draw}, found.served
     token_source = known("engine_ids" if served is None else served.token_source, "no_request")
-    work = Work.of(**done.work, token_source=token_source, prompt_source=source)
+    kept = {"output_ids_sha256": found.output_ids_sha256}
+    work = Work.of(**done.work, **kept, token_source=token_source, prompt_source=source)
     # The user's metadata as written: a reference to the environment stays a reference.
     metadata = found.requested.get("extra_metadata")
     composed = Record(

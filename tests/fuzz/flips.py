@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lem.base.answers import OUTPUT_IDS_FILE, Answer, read_answers, write_answers
 from lem.base.errors import UserError
 from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.cli.verify import Verdict, recorded_digests, verify_result
@@ -54,6 +55,8 @@ RUN = "20260714T100000Z-3fa1"
 REFUSED = "refused"
 _ATTEMPT = gpu_attempt()
 PROMPTS = tuple(Prompt(f"prompt number {number}", output_tokens=32) for number in range(6))
+
+ANSWERS = tuple(Answer(number, f"{number:016x}", tuple(range(number, number + 32))) for number in range(6))
 
 
 def _request(prompt: int, start_ns: int) -> Request:
@@ -117,10 +120,11 @@ class Place:
         write_listing(self.run_folder, [ListedConfiguration(entries[0].config_hash, "small", {"pue": 1.2})])
 
     def _write_result(self, cycle: int) -> StoredResult:
-        record = with_requests(make_record(run_id=RUN, cycle=cycle), REQUESTS, PROMPTS, config())
+        folder = self.repository.prepare_attempt(RUN, make_record(cycle=cycle).identity.experiment_id)
+        ids_digest = write_answers(folder.path / OUTPUT_IDS_FILE, ANSWERS)
+        record = with_requests(make_record(run_id=RUN, cycle=cycle), REQUESTS, PROMPTS, config(), ids_digest)
         found = _ATTEMPT.measured(window_repeats=record.window.window_repeats)
         record = with_measured(record, found, config().measurement)
-        folder = self.repository.prepare_attempt(RUN, record.identity.experiment_id)
         folder.write_config({"model": "tiny"}, {**config().to_dict(), "config_name": "small"})
         write_prompts(folder.path, PROMPTS)
         write_requests(folder.path / REQUESTS_FILENAME, REQUESTS, str)
@@ -155,7 +159,8 @@ def _verified(place: Place) -> Iterator[tuple[str, Any]]:
         if found.verdict is Verdict.AGREES:
             prompts = read_prompt_file(item.path.with_name(PROMPTS_FILE))
             requests = read_requests(item.path.with_name(REQUESTS_FILENAME))
-            yield f"verify {item.path}", (item.record, item.sha256, prompts, requests)
+            answers = read_answers(item.path.with_name(OUTPUT_IDS_FILE), str(item.record.work.output_ids_sha256))
+            yield f"verify {item.path}", (item.record, item.sha256, prompts, requests, answers)
         else:
             yield f"verify {item.path}", REFUSED
 
@@ -198,6 +203,7 @@ FILES: Mapping[str, tuple[Callable[[Place], Path], tuple[Reader, ...]]] = {
     "stopping.json": (lambda place: place.run_folder / STOPPING_FILE, (_others,)),
     "configurations.json": (lambda place: place.run_folder / CONFIGURATIONS_FILE, (_scanned, _others)),
     "prompts.jsonl": (lambda place: place.attempt(0) / PROMPTS_FILE, (_scanned, _verified)),
+    OUTPUT_IDS_FILE: (lambda place: place.attempt(0) / OUTPUT_IDS_FILE, (_scanned, _verified)),
     "outputs.jsonl": (lambda place: place.attempt(0) / "outputs.jsonl", (_scanned, _verified)),
 }
 

@@ -125,7 +125,7 @@ def _drop(section: str, name: str) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda document: document.update(schema_version=5), "schema_version is 5, this lem reads 1 to 4"),
+        (lambda document: document.update(schema_version=6), "schema_version is 6, this lem reads 1 to 5"),
         (lambda document: document.pop("schema_version"), "schema_version is None"),
         (lambda document: document.pop("window"), "record: missing window"),
         (lambda document: document.update(colour="red"), "record: unknown 'colour'"),

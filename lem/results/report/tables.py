@@ -11,6 +11,7 @@ from lem.base.doc import Column
 from lem.base.reasons import Reason, alike
 from lem.base.units import format_latency, plural, some_of
 from lem.record import Gpu, Record
+from lem.results.agreement import NOTE as AGREEMENT_NOTE
 from lem.results.axes import Key
 from lem.results.bootstrap import bootstrap_coverage_label, coverage_notes
 from lem.results.compare import Comparison
@@ -21,7 +22,7 @@ from lem.results.report.content import Entry, Report, verdict_of
 from lem.results.report.plot import Cell, Markup, Row, details, join, paragraphs, scroller, table, tag
 from lem.results.run import ENERGY, carbon_basis
 from lem.results.uncertainty import why_unknown
-from lem.results.views import decimals_of, effect_cells
+from lem.results.views import ComparisonTables, decimals_of, effect_cells
 
 # --- how many results can be used, and what weakens them
 
@@ -125,7 +126,18 @@ def results_section(report: Report) -> Markup:
     content = _overview(report, best=verdict.best)
     class_ = "scroll tall" if len(report.entries) > _TALL_FROM else "scroll"
     overview = scroller("Table of all configurations", content, class_)
-    return join([answer, overview, *paragraphs(_explanations(report)), _more_figures(report)])
+    explanations = paragraphs(_explanations(report))
+    return join([answer, overview, *explanations, *_agreements(report), _more_figures(report)])
+
+
+def _agreements(report: Report) -> Iterator[Markup]:
+    tables = ComparisonTables(report.comparison, (), ()).agreements() if report.comparison is not None else ()
+    for found in tables:
+        heads = [found.heading, *(column.heading.replace("\n", " ") for column in found.columns)]
+        cells = zip(*(column.cells for column in found.columns), strict=True)
+        rows: list[Row] = [[name, *row] for name, row in zip(found.names, cells, strict=True)]
+        yield join([tag("h3", found.title), scroller(found.title, table(found.title, heads, rows))])
+        yield from paragraphs([f"{AGREEMENT_NOTE}."])
 
 
 def _overview(report: Report, *, best: int | None) -> Markup:

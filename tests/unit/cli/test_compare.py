@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lem.base.doc import text_width
+from lem.base.measurement import Measured
 from lem.record import read_record, write_record
 from lem.results.stopping import StoppingRule, parse_target, write_stopping_rule
 from tests.command_rig import Output, run_lem
@@ -239,7 +240,7 @@ def test_a_value_of_zero_has_no_ratio(tmp_path: Path) -> None:
         record = read_record(path)
         is_bad = record.identity.config_name == VLLM.name and record.identity.cycle_index == 2
         good = 0 if is_bad else record.work.requests_ok or 0
-        work = dataclasses.replace(record.work, requests_good=good, null_reasons={})
+        work = record.work.having(requests_good=Measured(good))
         per_s, whys = good / record.window.window_s, dict(record.throughput.null_reasons)
         whys.pop("good_requests_per_s")
         rates = dataclasses.replace(record.throughput, good_requests_per_s=per_s, null_reasons=whys)

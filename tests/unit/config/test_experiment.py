@@ -205,6 +205,9 @@ def test_identity_and_engine_key(options: dict[str, Any], can_change_numbers: bo
         needs_load,
     )
     assert int(config.engine_key(), 16) < 16**12
+    greedy = {"temperature": 0}
+    kept = experiment(decoder=greedy, measurement={"agreement": True})
+    assert kept.identity() == experiment(decoder=greedy).identity()
     one, two = ({"type": "file", "path": path} for path in ("a/p.txt", "b/p.txt"))
     assert experiment(prompts=one).identity() == experiment(prompts=two).identity()
 
@@ -232,6 +235,11 @@ def test_lengths_that_engines_are_built_for_are_derived():
         ({"backend": "vllm", "pytorch": {"batch_size": 2}}, "pytorch other_backend"),
         ({"backend": "tensorrt", "fp_precision": "float32"}, "fp_precision tensorrt_precision"),
         ({"backend": "tensorrt", "gpus": []}, "gpus tensorrt_gpu"),
+        ({"measurement": {"agreement": True}}, "measurement.agreement agreement_sampled"),
+        (
+            {"measurement": {"agreement": True}, "decoder": {"preset": "factual"}},
+            "measurement.agreement agreement_sampled",
+        ),
         ({"pytorch": {"load_in_4bit": True, "load_in_8bit": True}}, "pytorch.load_in_8bit"),
         ({"warmup": {"window_size": 9, "max_prompts": 8}}, "warmup.window_size above_limit"),
         ({"warmup": {"min_prompts": 9, "max_prompts": 8}}, "warmup.min_prompts above_limit"),

@@ -13,6 +13,7 @@ import pytest
 
 from lem import __version__
 from lem.base import durable
+from lem.base.answers import OUTPUT_IDS_FILE, read_answers
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
@@ -383,6 +384,48 @@ def test_outputs_are_saved_when_asked(bench: Bench) -> None:
     lines = [json.loads(line) for line in (bench.folder / "outputs.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(8))
     assert lines[0] == {"index": 0, "input_tok": 6, "output_tok": 2, "output_ids": [100, 101], "text": "t100 t101"}
+
+
+def test_output_ids_of_the_first_pass_are_kept_when_asked_with_their_digest(bench: Bench) -> None:
+    greedy: dict[str, Any] = {"decoder": {"preset": "deterministic"}, "max_output_tokens": 2}
+    path = bench.folder / OUTPUT_IDS_FILE
+    record = bench.run(**greedy)
+    assert (record.work.output_ids_sha256, record.work.why_none("output_ids_sha256").code) == (None, "agreement_off")
+    assert not path.exists()
+    digest = bench.run(**greedy, measurement={"agreement": True, "min_window_sec": 1}).work.output_ids_sha256
+    assert digest == sha256(path.read_bytes()).hexdigest()
+    kept = read_answers(path, digest)
+    assert [(item.prompt, item.output_ids) for item in kept] == [(number, (100, 101)) for number in range(8)]
+    assert len({item.request for item in kept}) == 8
+    again = read_answers(path, str(bench.run(**greedy, measurement={"agreement": True}).work.output_ids_sha256))
+    assert again == kept
+    longer = bench.run(**{**greedy, "max_output_tokens": 3}, measurement={"agreement": True})
+    other = read_answers(path, str(longer.work.output_ids_sha256))
+    assert {item.request for item in other}.isdisjoint(item.request for item in kept)
+
+
+def test_under_traffic_the_first_answer_to_each_prompt_is_kept(bench: Bench) -> None:
+    traffic = {"enabled": True, "mode": "closed", "concurrency": 2}
+    record = bench.run(
+        decoder={"temperature": 0}, traffic_simulation=traffic, measurement={"agreement": True, "min_window_sec": 2}
+    )
+    assert record.window.window_repeats > 1
+    kept = read_answers(bench.folder / OUTPUT_IDS_FILE, str(record.work.output_ids_sha256))
+    assert sorted(item.prompt for item in kept) == list(range(8))
+
+
+def test_a_backend_without_output_ids_has_none_for_that_reason(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = bench.backend.generate
+
+    def without_ids(*given: Any, **more: Any) -> list[Completion]:
+        return [replace(it, output_ids=(), counted_tok=it.output_tok, text="") for it in generate(*given, **more)]
+
+    monkeypatch.setattr(bench.backend, "generate", without_ids)
+    record = bench.run(decoder={"temperature": 0}, measurement={"agreement": True})
+    assert record.work.output_tok
+    why = Reason.of("ids_not_returned", engine=record.environment.engine_name)
+    assert (record.work.output_ids_sha256, record.work.null_reasons["output_ids_sha256"]) == (None, why)
+    assert not (bench.folder / OUTPUT_IDS_FILE).exists()
 
 
 def test_progress_is_told_at_most_once_a_second(bench: Bench) -> None:
