@@ -61,6 +61,7 @@ class Configuration:
     output_tok_ratio: float = 1.0  # of `max_output_tokens`; under 1 the engine ended some answers itself
     prompts: str | None = None  # SHA-256 of its own prompts; None for those of the campaign
     warnings: tuple[str, ...] = ()  # of each of its results
+    engine_version: str | None = None  # None: the usual one
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,8 @@ class Run:
         return reasons(found, "not told by this driver")
 
     def _environment(self) -> Environment:
-        engine, version = _ENGINE[self.configuration.backend]
+        engine, usual = _ENGINE[self.configuration.backend]
+        version = self.configuration.engine_version or usual
         section = dataclasses.replace(
             make_environment(),
             engine_name=engine,

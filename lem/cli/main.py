@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, str] = {
     "verify": "check that results are as measured and agree with their raw data",
     "compare": "compare configurations or runs; --gate turns it into a check",
     "report": "write a self-contained HTML report",
+    "trend": "show the configurations of a campaign over its runs, with change points",
     "presets": "list presets, or show one",
     "datasets": "list data sets with a short name, and where they are",
     "gpus": "list GPUs, their memory and processes, and the energy meters",

@@ -14,7 +14,7 @@ from lem.results.metrics import by_cycle
 
 # Lengths are whole tokens; what differs by less comes from a rare early end.
 LENGTH_TOLERANCE = 0.01
-_ID_SHOWN = 12
+_ID_SHOWN, _IMAGE_SHOWN = 12, len("sha256:") + 12
 _ALL_GROUPS = ("energy", "throughput", "tokens", "latency")
 
 
@@ -82,6 +82,22 @@ def environment_changes(records: Sequence[Record]) -> list[str]:
         if item.label and len(values) > 1:
             found.append(f"{item.label} ({', '.join(values)})")
     return found
+
+
+def facts_of(records: Sequence[Record]) -> dict[str, str]:
+    """What records of one configuration ran on, by name: versions, image, machine and its settings."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        environment, identity = record.environment, record.identity
+        named = [(item.label, item.read(record)) for item in CIRCUMSTANCES if item.read and item.label]
+        if environment.engine_name in environment.versions:
+            named = [(label, text) for label, text in named if label != "engine"]
+        named += [*environment.versions.items(), ("lem", identity.lem_version), ("host", identity.machine)]
+        named += [("image", environment.image and environment.image[:_IMAGE_SHOWN])]
+        for name, text in named:
+            if text:
+                found.setdefault(name, set()).add(text)
+    return {name: ", ".join(sorted(texts)) for name, texts in found.items()}
 
 
 def _is_axis(option: str, *sides: Sequence[Record]) -> bool:

@@ -336,11 +336,11 @@ def _find_anchor(before: Run, after: Run, name: str, chosen: _Sides | None) -> _
             raise UserError(f"no configuration {name!r} is the same in both runs", f"common to both: {known}")
         return named
     taken = {item.config_hash for item in chosen or ()}
-    unchanged = (pair for pair in common if _software(pair[0].used) == _software(pair[1].used) and pair[0].used)
+    unchanged = (pair for pair in common if software_of(pair[0].used) == software_of(pair[1].used) and pair[0].used)
     return next((pair for pair in unchanged if pair[0].config_hash not in taken), None)
 
 
-def _software(records: Iterable[Record]) -> set[tuple[object, ...]]:
+def software_of(records: Iterable[Record]) -> set[tuple[object, ...]]:
     """What an unchanged configuration runs on; the driver is the machine's, so both sides of a ratio have it."""
     return {
         (

@@ -48,13 +48,14 @@ from lem.results.compare import (
     compare_configurations,
     compare_runs,
 )
+from lem.results.history import find_cuts
 from lem.results.load import Bracket, Knee, find_series
 from lem.results.metrics import parse_metric
 from lem.results.run import Configuration, Run, make_run
 from lem.results.stats import Gate, Verdict, anchored_effect, paired_effect, parse_gate
 from lem.results.stopping import StoppingRule, next_stage, parse_target
 from lem.results.student import POWER
-from lem.results.trends import WATCHED, autocorrelation_of_cycles, drift_of, is_chance, position_effect
+from lem.results.trends import FALSE_ALARMS, WATCHED, autocorrelation_of_cycles, drift_of, is_chance, position_effect
 from tests.bench.interference import make_model, run_campaign
 from tests.bench.simulation import TRUE_ENERGY_J, Simulated
 from tests.records import make_record, under_load
@@ -506,6 +507,52 @@ def window_at(seed: int, qps: float, service_s: float) -> RequestLog:
     raise AssertionError("arrivals have no end")
 
 
+# --- runs over time
+
+
+def over_runs(n: int) -> Iterator[Figure]:
+    """Series of runs that vary by 1 % about a level; a step is one of 5 %."""
+    for count, runs in ((1, 5), (1, 12), (1, 30), (8, 12)):
+        found = (any(find_cuts(series, FALSE_ALARMS / count) for series in shown) for shown in nights(n, count, runs))
+        yield errs(f"a change point where there is none, {plural_series(count)}, {runs} runs", found)
+    for name, runs, places in (
+        ("in the middle", 8, (4,)),
+        ("in the middle", 12, (6,)),
+        ("at the last run", 12, (11,)),
+        ("at the last run", 24, (23,)),
+        ("that returns after 8 runs", 24, (8, 16)),
+    ):
+        for count in (1, 20):
+            cuts = [find_cuts(series, FALSE_ALARMS / count) for (series,) in nights(n, 1, runs, places)]
+            found = (bool(item) for item in cuts)
+            yield Figure(f"a step of 5 % {name} of {runs} runs is found, {plural_series(count)}", share_of(found))
+    for name, draw in (("Student t, 4 degrees", heavy), ("autocorrelation 0.3", correlated)):
+        found = (bool(find_cuts(draw(random.Random(seed), 20), FALSE_ALARMS)) for seed in range(n))
+        yield Figure(f"exempt: {name}: a change point, 20 runs", share_of(found))
+
+
+def plural_series(count: int) -> str:
+    return f"{count} series tested"
+
+
+def nights(n: int, count: int, runs: int, places: Sequence[int] = ()) -> Iterator[list[list[float]]]:
+    for seed in range(n):
+        rng = random.Random(f"{seed}/{count}/{runs}/{places}")
+        steps = [math.log(1.05) * (sum(place <= index for place in places) % 2) for index in range(runs)]
+        yield [[rng.gauss(step, 0.01) for step in steps] for _ in range(count)]
+
+
+def heavy(rng: random.Random, runs: int) -> list[float]:
+    return [0.01 * rng.gauss(0, 1) / math.sqrt(rng.gammavariate(2, 2) / 4) for _ in range(runs)]
+
+
+def correlated(rng: random.Random, runs: int) -> list[float]:
+    values = [rng.gauss(0, 0.01)]
+    while len(values) < runs:
+        values.append(0.3 * values[-1] + rng.gauss(0, 0.01 * math.sqrt(1 - 0.09)))
+    return values
+
+
 # --- exempt
 
 
@@ -529,6 +576,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Figure]]] = {
     "trends": trends,
     "traffic": traffic,
     "knee": knee,
+    "runs": over_runs,
     "exempt": exempt,
 }
 

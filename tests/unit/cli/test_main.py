@@ -217,6 +217,7 @@ def test_the_short_option_o_has_two_meanings_and_no_third() -> None:
         "experiment": ["--results-dir", "-o"],
         "measure": ["--results-dir", "-o"],
         "report": ["--output", "-o"],
+        "trend": ["--output", "-o"],
         "results export": ["--output", "-o"],
     }
 

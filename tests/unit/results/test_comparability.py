@@ -156,6 +156,13 @@ def test_what_is_compared_is_no_confounder() -> None:
         for item in records(power_limit_w=350.0)
     ]
     assert find_obstacles(one, limited) == ()
+    newer = Configuration("one", engine_version="0.33.0")
+    assert [item.reason.code for item in find_obstacles(one, records(configurations=(newer,)))] == ["other_engine"]
+    old, new = (
+        records(configurations=(dataclasses.replace(item, options={"image": f"reg/{name}"}),))
+        for name, item in (("old", Configuration("one")), ("new", newer))
+    )
+    assert find_obstacles(old, new) == ()
 
 
 ENERGY = parse_metric("energy")
