@@ -221,6 +221,8 @@ def without_still_counters(log: SampleLog, window: Span | None = None) -> Sample
 
 def _still_s(log: SampleLog, place: int, window: Span | None) -> float:
     rows = [row for row in log.counters if row.gpu == place]
+    if not rows:  # the sampler has just begun
+        return 0.0
     alive_ns = max((row.at_ns for row in log.loads[-1:]), default=0)
     # A GPU may be lost by another reading first; then its counter is not read.
     failing = [gpu_meter(place, what) for what in ("counter", "handle")]

@@ -11,10 +11,11 @@ import pytest
 from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergySource
 from lem.base.reasons import Reason
+from lem.meters.attempt import without_still_counters
 from lem.meters.capabilities import PULSE_S, Capabilities, GpuCapability, find_capabilities
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.machine import keep_lag, kept_lag_s
-from lem.meters.samples import GpuHeader, RaplZone, SampleHeader
+from lem.meters.samples import GpuHeader, RaplZone, SampleHeader, SampleLog
 from lem.meters.sources import choose_sources
 from lem.meters.usage import Roots
 from tests.doubles.nvml.traces import Counter, GpuTrace, Level, PowerSignal, Trace
@@ -317,3 +318,9 @@ def test_the_cpu_is_looked_at_without_a_gpu(tmp_path: Path) -> None:
     assert cpu.zones[:2] == ("package-0", "package-0/core")
     assert cpu.missing == ("psys: No such file or directory",)
     assert (cpu.rapl_error, cpu.tdp_w) == (None, 410.0)
+
+
+def test_a_log_whose_counters_were_not_read_yet_has_none_that_stands_still() -> None:
+    """The sampler writes the header before the first reading."""
+    log = SampleLog(header(gpu()))
+    assert without_still_counters(log) == log
