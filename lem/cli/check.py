@@ -92,7 +92,7 @@ def render_check(checked: Run, findings: Sequence[Finding], *, is_colour: bool =
         label, style = ("WEAK", "red") if item.is_weak else ("note", "yellow")
         names = item.configurations
         is_named = not names or len(names) == len(configurations) or set(names) <= set(item.reason.data.values())
-        whom = "" if is_named else f" ({some_of([labels[name] for name in names], NAMES_SHOWN)})"
+        whom = "" if is_named else f" ({some_of([labels.get(name, name) for name in names], NAMES_SHOWN)})"
         doc.labelled(f"{label:<{_LEAD}}", f"{item.kind.replace('_', ' ')}: {item.text}{whom}", style)
         if item.remedy:
             doc.text(item.remedy, lead=f"{'':<{_LEAD}}do: ")

@@ -151,3 +151,9 @@ def test_no_resume_is_recommended_where_it_would_do_nothing(tmp_path):
 def test_a_result_that_is_invalid_for_good_is_not_to_be_resumed(tmp_path):
     Place(tmp_path).run({FOUR: ["invalid"]})
     assert _remedy(tmp_path, "no_valid_result") == "remove the cause, then measure again (--fresh)"
+
+
+def test_a_configuration_that_had_no_turn_yet_is_named_too():
+    run = dataclasses.replace(make_run(FINE.records()), left={"never": 2})
+    assert "unfinished: 2 experiments" in (text := " ".join(render_check(run, check_run(run)).split()))
+    assert "(never)" in text
