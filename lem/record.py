@@ -164,6 +164,7 @@ class Gpu(Section):
     mig_mode: bool | None = None
     # Settings, as found before the experiment; see `lem.meters.machine.GpuSettings`.
     power_limit_default_w: float | None = None
+    power_limit_set_w: float | None = None
     sm_clock_max_hz: float | None = None
     sm_clock_app_hz: float | None = None
     clocks_set: bool | None = None  # a setting (application or locked clocks) limited its clocks in the window

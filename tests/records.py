@@ -328,3 +328,22 @@ def _energy(energy_per_output_tok_j: float | None, source: str) -> Energy:
         energy_scope="gpu" if is_gpu else "cpu_package",
     )
     return reasons(measured, "not measured")
+
+
+def limit_sweep(energies_j: Mapping[float | None, float], cycles: int = 5, spread: float = 0.01) -> list[Record]:
+    """Records by the power limit of their GPU, None for its own of 700 W; a lower one costs some throughput."""
+    found: list[Record] = []
+    for cycle, (limit_w, energy_j) in itertools.product(range(cycles), energies_j.items()):
+        set_w = 700.0 if limit_w is None else limit_w
+        record = make_record(
+            config_name=f"limit={limit_w}",
+            cycle=cycle,
+            order=len(found),
+            requested={"fp_precision": "float16", "gpu": {"power_limit_w": limit_w}},
+            output_tok_per_s=100.0 * (0.9 + 0.1 * set_w / 700),
+            energy_source="nvml_counter",
+            energy_per_output_tok_j=energy_j * (1 + spread * ((cycle * 7 + len(found) * 3) % 5 - 2)),
+        )
+        gpu = Gpu("GPU-1", "NVIDIA Double", power_limit_w=set_w, power_limit_set_w=set_w)
+        found.append(dataclasses.replace(record, gpus=(reasons(gpu, NO_METER),)))
+    return found

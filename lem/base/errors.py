@@ -58,7 +58,8 @@ class EngineError(LemError):
     """A failed experiment.
 
     Its `kind` is a stable word: `option`, `model`, `out_of_memory`, `prompts`, `meter`, `timeout`, `silent`, `died`,
-    `channel`, `full`, `host`, `engine`. One that `is_permanent` would fail the same way again and is not retried.
+    `channel`, `full`, `host`, `settings`, `engine`. One that `is_permanent` would fail the same way again and is not
+    retried.
     """
 
     exit_code = ExitCode.EXPERIMENT_FAILED

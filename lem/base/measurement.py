@@ -112,6 +112,7 @@ SLOWDOWN_MASK: Final = 0x8 | 0x20 | 0x40 | 0x80
 THERMAL_BITS: Final = 0x20 | 0x40
 
 # Limits, as ratios unless the name has a unit.
+LIMIT_TOLERANCE_W: Final = 1.0  # of a power limit that was set: NVML has milliwatts, but boards may round
 CROSSCHECK_TOLERANCE: Final = 0.05  # integrated power against the counter
 CROSSCHECK_FAILED: Final = 0.25  # the same: one of the two is wrong
 REST_TOLERANCE: Final = 0.05  # power at rest before against after the window, and from cycle to cycle

@@ -24,6 +24,8 @@ from lem.cli.prometheus import prometheus_path
 from lem.cli.selection import add_json, add_repeated, checked, typed_again
 from lem.config.campaign_config import CampaignConfig
 from lem.config.load import Loaded, load_campaign, load_campaign_of_files
+from lem.config.option import declared
+from lem.config.sections import GpuConfig
 from lem.orchestration.campaign import check_supported
 from lem.orchestration.executor import EXECUTORS, choose_executor
 from lem.orchestration.host_meters import HostMeters
@@ -243,6 +245,8 @@ def render_plan(
         facts["top-up"] = f"{rule.describe()}; at most {longest}"
     if (advice := gap_advice(plan, HostMeters.found().gpu_error)) is not None:
         facts["gaps"] = advice
+    if settings := _gpu_settings(plan):
+        facts["GPU settings"] = f"{settings}; after each experiment, what was set before is restored"
     if budget_s is not None:
         facts["budget"] = f"{format_duration(budget_s)}, {_fitting(plan, durations, budget_s)}"
     facts["runs on"] = job.choice.describe()
@@ -252,6 +256,15 @@ def render_plan(
     if job.part.folder:
         facts["part"] = f"{job.part.folder}, a folder in that of the run"
     return "\n".join([*_lines({**facts, **power.facts()}, width), "", *_order(plan, width)]) + "\n"
+
+
+def _gpu_settings(plan: Plan) -> str:
+    found = []
+    for name, item in declared(GpuConfig).items():
+        values = {getattr(one.config.gpu, name) for one in plan.configurations} - {None}
+        if values:
+            found.append(f"{name} {', '.join(f'{value:g}' for value in sorted(values))} {item.unit}")
+    return "; ".join(found)
 
 
 def _lines(facts: Mapping[str, str], width: int) -> Iterator[str]:

@@ -44,6 +44,7 @@ from lem.meters.usage import HERE, Roots
 from lem.orchestration import doctor
 from lem.orchestration.compose import packaged_compose_file
 from lem.orchestration.doctor import FAILED, OK, SKIPPED, WARNING, Host, Verdict, examine
+from lem.orchestration.gpu_control import left_by_others, restore_left
 from lem.orchestration.locks import Holder, gpu_locks, hold_locks
 from lem.orchestration.plan import plan_campaign
 from lem.worker.datasets import DatasetChoice, choice_of_name, find_files, is_in_hub_cache
@@ -62,12 +63,16 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     add_repeated(parser, "--backend", "NAME", "backend that must be available")
     add_repeated(parser, "--compose-file", "FILE", "compose file")
     parser.add_argument("--env-file", type=Path, metavar="FILE", help="environment file for compose")
+    text = "restore the GPU settings that a killed campaign left in force, and nothing else; exit code 2 if that fails"
+    parser.add_argument("--restore", action="store_true", help=text)
     add_results_dir(parser)
     add_json(parser)
     parser.set_defaults(run=run_doctor)
 
 
 def run_doctor(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
+    if args.restore:
+        return _restore(args, out)
     host = Host(Path.cwd(), tuple(args.compose_file), args.env_file, tuple(args.backend), args.results_dir)
     names, what = None, "campaigns in containers"
     if args.file is not None:
@@ -86,6 +91,24 @@ def run_doctor(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
         out.write(_as_text(verdict, what, is_colour=log.is_colour_wanted(out), width=width))
         args.next = ["config", "new", ">", "campaign.yaml"] if verdict.executors else ()
     return ExitCode.USAGE if verdict.failed else ExitCode.OK
+
+
+def _restore(args: argparse.Namespace, out: TextIO) -> int:
+    if args.file is not None or args.backend or args.compose_file or args.env_file is not None:
+        raise UserError("--restore cannot be combined with a campaign or a check", "run lem doctor without --restore")
+    found = [*restore_left(os.environ)]
+    others, is_ok = [*left_by_others(os.environ)], all(item.error is None for item in found)
+    if args.json:
+        items = [{"settings": item.what, "error": item.error and str(item.error)} for item in found]
+        write_json(out, {"schema_version": 1, "ok": is_ok, "restored": items, "of_other_users": others})
+        return ExitCode.OK if is_ok else ExitCode.USAGE
+    for item in found:
+        if item.error is None:
+            out.write(f"restored {item.what}\n")
+        else:
+            out.write(f"not restored: {item.error}\n" + (f"   → {item.error.hint}\n" if item.error.hint else ""))
+    out.writelines(f"{text}\n" for text in (others or ([] if found else ["no GPU settings to restore"])))
+    return ExitCode.OK if is_ok else ExitCode.USAGE
 
 
 def _as_text(verdict: Verdict, what: str, *, is_colour: bool, width: int) -> str:

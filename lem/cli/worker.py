@@ -29,10 +29,19 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("--end-marked", metavar="MARK", help="kill what is left of the worker with this mark")
     add("--sampler", action="store_true", help="run as the process that samples the meters")
     add("--output", type=Path, metavar="FILE", help="the log to create (--sampler)")
-    add("--gpu", action="append", default=[], metavar="UUID", help="a GPU to sample; repeatable (--sampler)")
+    add(
+        "--gpu",
+        action="append",
+        default=[],
+        metavar="UUID",
+        help="a GPU; repeatable (--sampler, --hold)",
+    )
     add("--interval-ms", type=int, default=100, metavar="N", help="sampling interval; 0: none (--sampler)")
     add("--energy", default="auto", metavar="METER", help="measurement.energy of the experiment (--sampler)")
     add("--tdp", type=float, metavar="W", help="design power of all CPU packages (--sampler)")
+    add("--hold", type=Path, metavar="FOLDER", help="hold settings of GPUs until stdin is closed; notes go to FOLDER")
+    add("--settings", metavar="JSON", help="the section gpu of an experiment (--hold)")
+    add("--campaign", default="", metavar="NAME", help="for whom (--hold)")
     add("--pulse", type=float, metavar="S", help="put pulses of work of S seconds on the first GPU")
     add("--tether", nargs=argparse.REMAINDER, metavar="WORD", help="run this lem command until stdin is closed")
     add("--service", nargs=argparse.REMAINDER, metavar="WORD", help="run a compose service as if it were this process")
@@ -49,6 +58,12 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         return ExitCode.OK
     if args.sampler:
         return _run_sampler(args, err)
+    if args.hold is not None:
+        from lem.config.sections import GpuConfig
+        from lem.meters.control import hold
+
+        wanted = GpuConfig.from_dict(json.loads(args.settings))
+        return hold(args.gpu, wanted, args.hold, args.campaign, out, err)
     if args.end_marked is not None:
         return ExitCode.EXPERIMENT_FAILED if end_marked(args.end_marked) else ExitCode.OK
     if args.tether is not None:

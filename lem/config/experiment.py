@@ -32,6 +32,7 @@ from lem.config.sections import (
     DecoderConfig,
     ExperimentIOConfig,
     FilePrompts,
+    GpuConfig,
     HuggingFacePrompts,
     MeasurementConfig,
     ModelConfig,
@@ -147,6 +148,7 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     baseline: BaselineConfig = option(BaselineConfig(), "Power at rest.")
     timeseries: TimeseriesConfig = option(TimeseriesConfig(), "Samples over time.")
     measurement: MeasurementConfig = option(MeasurementConfig(), "The window and the meters.")
+    gpu: GpuConfig = option(GpuConfig(), "Settings of the GPUs while it runs.", is_added=True)
     io: ExperimentIOConfig = option(ExperimentIOConfig(), "Where results go.", identity=False)
     extra_metadata: Mapping[str, Any] = option({}, "Copied to the record.", identity=False)
     pytorch: PyTorchConfig | None = option(None, "Options of pytorch.", backends=("pytorch",))
@@ -178,6 +180,11 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
             if wanted is not None and wanted > limit:
                 yield _above(f"prompts.{name}", wanted, limit_name, limit)
         yield from self._check_measurement()
+        for name in self.gpu.changed():
+            if self.gpus == ():
+                yield Problem.of(f"gpu.{name}", "needs_a_gpu")
+            elif not self.timeseries.enabled:
+                yield Problem.of(f"gpu.{name}", "needs_timeseries")
 
     def _check_backend(self) -> Iterator[Problem]:
         section, gpus = self.section, self.gpus

@@ -269,5 +269,13 @@ class MeasurementConfig(Section):
 
 
 @dataclass(frozen=True)
+class GpuConfig(Section):
+    """Settings of the GPUs during an experiment. They need permission; the former ones are restored after it."""
+
+    power_limit_w: float | None = option(None, "Power limit of each GPU; null: as it is.", above=0, unit="W")
+    lock_clock_mhz: int | None = option(None, "Clock that the SMs are locked to; null: as it is.", min=1, unit="MHz")
+
+
+@dataclass(frozen=True)
 class ExperimentIOConfig(Section):
     results_dir: str | None = option(None, "Folder of results; null: the campaign's, else results.")

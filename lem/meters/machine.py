@@ -54,6 +54,7 @@ class GpuSettings:
     pcie_width_max: int | None = None  # lanes that GPU and slot have in common
     nvlinks: int | None = None  # links that are up
     numa_node: int | None = None  # of the CPUs next to it
+    power_limit_set_w: float | None = None  # the one in force may be lower or, with Dynamic Boost, higher
 
 
 def is_name_of(name: str, uuid: str) -> bool:
@@ -123,9 +124,11 @@ def read_gpu_settings(nvml: Any, uuid: str, sys: Path) -> GpuSettings:
     if handle is None:
         return GpuSettings()
     ecc, limit_mw = ask("nvmlDeviceGetEccMode", handle), ask("nvmlDeviceGetPowerManagementDefaultLimit", handle)
+    set_mw = ask("nvmlDeviceGetPowerManagementLimit", handle)
     links = [ask("nvmlDeviceGetNvLinkState", handle, link) for link in range(_MOST_LINKS)]
     return GpuSettings(
         power_limit_default_w=limit_mw / 1e3 if limit_mw else None,
+        power_limit_set_w=set_mw / 1e3 if set_mw else None,
         sm_clock_max_hz=_hz(ask("nvmlDeviceGetMaxClockInfo", handle, _SM)),
         sm_clock_app_hz=_hz(ask("nvmlDeviceGetApplicationsClock", handle, _SM)),
         ecc_mode=None if ecc is None else bool(ecc[0]),

@@ -230,6 +230,7 @@ class NvmlMeter:
             ),
             "processes": lambda: tuple(sorted(int(it.pid) for it in self._ask("nvmlDeviceGetComputeRunningProcesses"))),
             "limit": self._power_limit_w,
+            "set_limit": lambda: self._ask("nvmlDeviceGetPowerManagementLimit") / 1e3,
         }
         self.header = self._look()
 
@@ -245,7 +246,7 @@ class NvmlMeter:
 
         They are `counter` (mJ), `power` (W), `temperature` (°C), `sm_clock` (Hz), `utilisation` (a share of 1),
         `memory` (bytes), `events` (the bits of nvmlClocksEventReasons), `processes`: those with a compute context, as
-        the host numbers them, in order; `limit`, `average` and `slowed`: see `GpuSecond`.
+        the host numbers them, in order; `limit`, `average` and `slowed`: see `GpuSecond`; `set_limit`: see `LimitSeen`.
         """
         if what not in self._readers:
             why = self.header.counter_error if what == "counter" else self.header.power_error

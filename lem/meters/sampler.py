@@ -32,6 +32,7 @@ from lem.meters.samples import (
     GpuHeader,
     GpuSample,
     GpuSecond,
+    LimitSeen,
     Meter,
     MeterError,
     ProcessesSeen,
@@ -51,7 +52,7 @@ LONGEST_INTERVAL_MS = 60_000
 
 _RARE_NS = 5 * COUNTER_POLL_MS * NS_PER_MS  # a fifth of its interval more or less hurts no sample, whose time is kept
 _READINGS = (
-    *("counter", "power", "average", "slowed", "limit", "processes"),
+    *("counter", "power", "average", "slowed", "limit", "set_limit", "processes"),
     *("temperature", "sm_clock", "utilisation", "memory", "events"),
 )
 _CLOCK_PAIR_MS = 10_000
@@ -151,6 +152,7 @@ class GpuWatch:
         self._energy_mj: int | None = None
         self._polled_ns = 0
         self._pids: tuple[int, ...] | None = None
+        self._limit_w: float | None = None
         self._hopeless = {what for what in _READINGS if not meter.has(what)}
         self._is_lost = not meter.is_known
         self._is_failing = self._is_lost
@@ -185,7 +187,7 @@ class GpuWatch:
         return rows if sample == GpuSample(self._place, at_ns) else [*rows, sample]
 
     def look_each_second(self) -> list[Row]:
-        rows = self._look_at_processes()
+        rows = [*self._look_at_processes(), *self._look_at_limit()]
         at_ns = self._clock.monotonic_ns()
         average_w = self._read("average", rows)
         state = GpuSecond(self._place, at_ns, self._read("limit", rows), average_w, self._read("slowed", rows))
@@ -199,6 +201,14 @@ class GpuWatch:
             return rows
         self._pids = pids
         return [ProcessesSeen(self._place, at_ns, pids)]
+
+    def _look_at_limit(self) -> list[Row]:
+        # Not an error where it cannot be read: the limit in force is recorded anyway.
+        at_ns, limit_w = self._clock.monotonic_ns(), self._read("set_limit", [])
+        if not limit_w or limit_w == self._limit_w:
+            return []
+        self._limit_w = limit_w
+        return [LimitSeen(self._place, at_ns, limit_w)]
 
     def revive(self) -> list[Row]:
         if not self._is_failing or not self._meter.is_known:

@@ -205,6 +205,15 @@ class ProcessesSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitSeen:
+    """The power limit that is set for a GPU, which Dynamic Boost does not move; a row whenever it changes."""
+
+    gpu: int
+    at_ns: int
+    limit_w: float
+
+
+@dataclass(frozen=True, slots=True)
 class MeterError:
     at_ns: int
     meter: str
@@ -217,7 +226,18 @@ class ClockPair:
     utc: str
 
 
-Row = CounterChange | GpuSample | RaplReading | CpuLoad | ProcessesSeen | MeterError | ClockPair | GpuSecond | CpuUse
+Row = (
+    CounterChange
+    | GpuSample
+    | RaplReading
+    | CpuLoad
+    | ProcessesSeen
+    | MeterError
+    | ClockPair
+    | GpuSecond
+    | CpuUse
+    | LimitSeen
+)
 
 # In the order of the fields of `SampleLog`.
 _KINDS: Mapping[str, type[Row]] = {
@@ -230,6 +250,7 @@ _KINDS: Mapping[str, type[Row]] = {
     "t": ClockPair,
     "g": GpuSecond,
     "u": CpuUse,
+    "w": LimitSeen,
 }
 _LETTERS = {kind: letter for letter, kind in _KINDS.items()}
 # Some fifteen million rows. A damaged or hostile file must not fill the memory; a log above this is refused, never cut.
@@ -260,6 +281,7 @@ class SampleLog:
     clocks: tuple[ClockPair, ...] = ()
     seconds: tuple[GpuSecond, ...] = ()
     usage: tuple[CpuUse, ...] = ()
+    limits: tuple[LimitSeen, ...] = ()
 
     def rows(self) -> Iterator[Row]:
         groups: list[Sequence[Row]] = [getattr(self, item.name) for item in dataclasses.fields(self)[1:]]
@@ -352,7 +374,7 @@ class _Rows:
                 if self._header is None:
                     header = self._header = _decode_header(value)
                     gpus, zones = len(header.devices), len(header.zones)
-                    self._places = {"c": gpus, "s": gpus, "p": gpus, "g": gpus, "r": zones}
+                    self._places = {"c": gpus, "s": gpus, "p": gpus, "g": gpus, "w": gpus, "r": zones}
                 else:
                     row, (letter, place, *_) = _decode_row(value), value
                     if letter in self._places and not 0 <= place < self._places[letter]:

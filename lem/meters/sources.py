@@ -10,7 +10,8 @@ from typing import Final
 from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergyScope, EnergySource, is_counter, is_cpu_source, is_estimate
 from lem.base.reasons import Reason
-from lem.config.experiment import MeteredConfig
+from lem.config.experiment import MeteredConfig, ProgramConfig
+from lem.config.sections import GpuConfig
 from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.samples import HWMON, NVML, GpuHeader, SampleHeader
 
@@ -50,6 +51,7 @@ class Sources:
     # Above these, waiting for a CPU makes an attempt invalid, and other programs void the energy of the CPU.
     max_wait_ratio: float | None = None
     max_foreign_ratio: float | None = None
+    settings: GpuConfig = field(default_factory=GpuConfig)  # what lem set on the GPUs
 
     @property
     def least_guard_s(self) -> float:
@@ -117,6 +119,7 @@ def choose_sources(
         power_lag_s=_power_lag_s(gpu_method, chosen, [header.devices[place] for place in sensors]),
         max_wait_ratio=_ratio(config.measurement.max_wait_pct),
         max_foreign_ratio=_ratio(config.measurement.max_foreign_pct),
+        settings=GpuConfig() if isinstance(config, ProgramConfig) else config.gpu,
     )
 
 

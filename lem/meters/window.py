@@ -16,11 +16,13 @@ from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import AttemptLog, measured
 from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span
-from lem.meters.samples import GpuHeader, GpuSample, GpuSecond
+from lem.meters.samples import SLOW_PERIOD_S, GpuHeader, GpuSample, GpuSecond
 from lem.meters.sources import SENSOR_LAG_S, sensor_lag_s
 from lem.record import Energy, Gpu, Idle
 
 _LIMIT_MARGIN = 1.2  # board power may overshoot its limit briefly, and a limit is kept to a few percent
+_LOOK_NS = 3 * SLOW_PERIOD_S * NS_PER_S // 2
+_CLOCK_MARGIN = 1.02  # clocks come in steps of 15 MHz or less
 _LEAST_SAMPLES = 10  # an integral over fewer may miss a tenth of the window at each edge
 _LEAST_CHECKED_S = 1.0  # a comparison over less says nothing
 _EDGE_DOUBT = 0.03  # more than this share of a window's energy in doubt is worth a warning
@@ -112,6 +114,7 @@ def invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> It
         return
     yield from slowdowns(attempt, window)
     for place in attempt.sources.gpus:
+        yield from _other_settings(attempt, place, window)
         before: set[int] = set()
         within: set[int] = set()
         for row in attempt.log.processes:
@@ -123,6 +126,26 @@ def invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> It
         if foreign:
             uuid = attempt.log.header.gpus[place].uuid
             yield Reason.of("foreign_process", uuid=uuid, pids=", ".join(map(str, sorted(foreign))))
+
+
+def _other_settings(attempt: AttemptLog, place: int, window: Span) -> Iterator[Reason]:
+    """A power limit or a clock in the window that is not the one that was set, or a limit that changed in it."""
+    wanted, uuid = attempt.sources.settings, attempt.log.header.gpus[place].uuid
+    seen = [row for row in attempt.log.limits if row.gpu == place]
+    before_w = [row.limit_w for row in seen if row.at_ns <= window.opened_ns][-1:]
+    # What changed since the last look in the window is seen by the next.
+    within_w = [row.limit_w for row in seen if window.opened_ns < row.at_ns <= window.closed_ns + _LOOK_NS]
+    limits_w = [*before_w, *within_w]
+    if other_w := [limit_w for limit_w in limits_w if limit_w != limits_w[0]]:
+        yield Reason.of("limit_changed", uuid=uuid, before_w=limits_w[0], after_w=other_w[0])
+    elif wanted.power_limit_w and limits_w and abs(limits_w[0] - wanted.power_limit_w) > names.LIMIT_TOLERANCE_W:
+        yield Reason.of("limit_not_kept", uuid=uuid, wanted_w=wanted.power_limit_w, found_w=limits_w[0])
+    if wanted.lock_clock_mhz is not None:
+        rows = samples_in(attempt.log.samples, place, window)
+        clocks = [row.sm_clock_hz / 1e6 for row in rows if row.sm_clock_hz is not None]
+        if above := sum(clock > _CLOCK_MARGIN * wanted.lock_clock_mhz for clock in clocks):
+            found = {"most_mhz": max(clocks), "seen": above, "samples": len(clocks)}
+            yield Reason.of("clock_not_locked", uuid=uuid, locked_mhz=wanted.lock_clock_mhz, **found)
 
 
 def sample_gap_max_s(attempt: AttemptLog) -> float:

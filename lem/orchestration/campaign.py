@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lem.base.clock import utc_text
-from lem.base.errors import InfrastructureError, Interrupted, UserError
+from lem.base.errors import InfrastructureError, Interrupted, LockedError, UserError
 from lem.config.load import complete_campaign
+from lem.meters.control import note_path
 from lem.meters.hwmon import metered_gpus
 from lem.meters.machine import named_gpus
-from lem.orchestration import preflight, resume
+from lem.orchestration import gpu_control, preflight, resume
 from lem.orchestration.dispatch import WorkerUnavailable
 from lem.orchestration.locks import Holder, campaign_lock, gpu_locks, hold_locks
 from lem.orchestration.manifest import TOP_UP_NOTE, CampaignManifest, CampaignManifestEntry, ManifestManager
@@ -122,7 +123,11 @@ class CampaignRunner(Context):
         check_supported(plan, self.executor.name)
         self.repository.check_writable()
         find_secrets(os.environ)  # raises for one that cannot be used
-        with self._workers():
+        with contextlib.ExitStack() as stack:
+            if any(item.config.gpu.changed() for item in plan.configurations):
+                with contextlib.suppress(LockedError):  # another campaign may use the GPUs until then
+                    stack.enter_context(self._locked_gpus(plan))
+            stack.enter_context(self._workers())
             self._find_environment(plan.experiments)
 
     def run(self, *, deadline_s: float | None = None) -> CampaignOutcome:
@@ -145,11 +150,31 @@ class CampaignRunner(Context):
         with contextlib.ExitStack() as stack:
             if not self._is_reserved:
                 stack.enter_context(self.reserved())
-            # A GPU that is not found here is the worker's to refuse.
-            visible = metered_gpus(os.environ)
-            gpus = [gpu.uuid for item in plan.configurations for gpu in named_gpus(item.config.gpus, visible)]
-            stack.enter_context(hold_locks(gpu_locks(gpus, os.environ), self._holder()))
+            self._restore_settings(stack.enter_context(self._locked_gpus(plan)))
             return self._run_locked(plan, deadline_s)
+
+    @contextlib.contextmanager
+    def _locked_gpus(self, plan: Plan) -> Iterator[Sequence[str]]:
+        # A GPU that is not found here is the worker's to refuse.
+        visible = metered_gpus(os.environ)
+        gpus = [gpu.uuid for item in plan.configurations for gpu in named_gpus(item.config.gpus, visible)]
+        with hold_locks(gpu_locks(gpus, os.environ), self._holder()) as self.control.locks:
+            try:
+                yield gpus
+            finally:
+                self.control.locks = ()
+
+    def _restore_settings(self, gpus: Collection[str]) -> None:
+        """Restore what runs that were killed left set; a UserError if that fails for a GPU of this run."""
+        for left in gpu_control.restore_left(self.meters.environ, gpus):
+            if left.error is None:
+                _logger.warning("restored what an earlier run left set: %s", left.what)
+            elif not isinstance(left.error, LockedError):
+                if any(note_path(left.path.parent, uuid) == left.path for uuid in gpus):
+                    raise UserError(left.error.message, left.error.hint)
+                _logger.warning("%s", left.error)
+        for text in gpu_control.left_by_others(self.meters.environ):
+            _logger.warning("%s", text)
 
     def _run_locked(self, plan: Plan, deadline_s: float | None) -> CampaignOutcome:
         manager, rule = self._manager(), self.options.until
@@ -277,6 +302,7 @@ class CampaignRunner(Context):
         found = preflight.Findings(experiments)
         places = {item.place: item.backend for item in experiments}
         found.look_here()
+        found.look_at_gpus(may_set=bool(self.control.locks))
         try:
             self.executor.prepare(places)
         except UserError as error:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from lem.base import __version__, process
 from lem.base.durable import reason_of
-from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
+from lem.base.errors import DISK_FULL, EngineError, InfrastructureError, Interrupted, UserError
 from lem.base.launch import own_command
 from lem.base.units import format_duration
 from lem.orchestration.schedule import StopRequest, Timeouts, Watch
@@ -39,6 +39,8 @@ KILL_TIMEOUT_S = 3.0
 _POLL_S = 0.02
 _STDERR_TAIL_B = 2000
 
+_HOST_HINT = "see `lem doctor` and the kernel log (dmesg): a disk, a limit (`ulimit -a`) or a folder changed meanwhile"
+
 
 class WorkerUnavailable(InfrastructureError):
     """A worker cannot be started, or is another version of lem."""
@@ -53,6 +55,16 @@ class Outcome:
     error: EngineError | None = None  # None: there is a result
     phase: str | None = None  # in which it failed
     log_tail: str = ""  # the last lines that the engine printed, for an error
+
+
+def host_error(error: OSError | MemoryError) -> EngineError:
+    """Why the host could not go on with an attempt; another attempt shows whether the cause has gone."""
+    if isinstance(error, MemoryError):
+        return EngineError("lem ran out of memory", "stop other programs, or add memory", kind="host")
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in DISK_FULL:
+        return EngineError(f"{where}{reason_of(error)}", "free some space, then continue with --resume", kind="full")
+    return EngineError(f"the host failed during the attempt: {where}{reason_of(error)}", _HOST_HINT, kind="host")
 
 
 def outcome_of(request: RunRequest, message: Result | Failure) -> Outcome:

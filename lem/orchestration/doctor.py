@@ -18,6 +18,7 @@ from lem.base.measurement import INTERFERENCE_FROM, is_counter
 from lem.base.units import GIB, some_of
 from lem.engines.named import find_server_problem
 from lem.meters.capabilities import Capabilities, CpuCapability, describe_power, find_capabilities
+from lem.meters.control import find_notes
 from lem.meters.nvml import GpuReading, open_nvml, read_gpus
 from lem.meters.usage import HERE, Limits, Roots, watch_machine
 from lem.orchestration.compose import ComposeProject, compose_variables, describe_files, find_compose_files
@@ -29,6 +30,7 @@ from lem.orchestration.docker import (
     Docker,
     Service,
 )
+from lem.orchestration.locks import default_gpu_lock_folder
 from lem.orchestration.plan import ON_HOST, Experiment, Plan
 from lem.orchestration.served import find_server
 
@@ -261,6 +263,15 @@ def _check_foreign_processes(host: Host) -> Finding:
     return Finding(WARNING, f"processes on the GPUs: {some_of(found, _MAX_SHOWN)}", "end them, or use another GPU")
 
 
+def _check_settings(host: Host) -> Finding:
+    folder = default_gpu_lock_folder(host.environ)
+    left = [path.name for path in (*find_notes(folder), *find_notes(folder, of_others=True))]
+    if left:
+        text = f"settings of GPUs that a campaign holds, or left when it was killed: {some_of(left, _MAX_SHOWN)}"
+        return Finding(WARNING, f"{text} (in {folder})", "lem doctor --restore restores those that were left")
+    return Finding(OK, "no GPU settings were left by a killed campaign")
+
+
 def _check_interference(host: Host) -> Finding:
     """What would keep an engine from the CPUs if it ran now."""
     try:
@@ -339,6 +350,7 @@ CHECKS: Mapping[str, Callable[[Host], Finding]] = {
     "driver": _check_driver,
     "gpu_runtime": _check_gpu_runtime,
     "gpu_processes": _check_foreign_processes,
+    "gpu_settings": _check_settings,
     "interference": _check_interference,
     "gpu_energy": lambda host: check_gpu_energy(host.capabilities),
     "cpu_energy": lambda host: check_cpu_energy(host.capabilities.cpu),

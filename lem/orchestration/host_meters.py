@@ -57,6 +57,11 @@ _logger = logging.getLogger(__name__)
 BARE = ""
 
 
+def _state(name: str, clock_mhz: int | None) -> str:
+    """A GPU whose clock is locked draws another power at rest. A power limit is above it and changes nothing."""
+    return name if clock_mhz is None else f"{name} at {clock_mhz} MHz"
+
+
 @dataclass(frozen=True)
 class Reference:
     power_w: float
@@ -75,26 +80,29 @@ class BaselineBook:
     # The devices at their first baseline in a state; none where no meter of theirs measured one.
     references: dict[tuple[tuple[str, ...], str], Reference] = field(default_factory=dict)
 
-    def note(self, record: Record, engine_key: str, now_s: float) -> None:
+    def note(self, record: Record, engine_key: str, now_s: float, clock_mhz: int | None = None) -> None:
         idle, source, gpus = record.idle, record.energy.energy_source, record.environment.gpu_uuids
         if source is None:
             return
+        bare, loaded = _state(BARE, clock_mhz), _state(engine_key, clock_mhz)
         if idle.idle_bare_power_w is not None and not record.validity.engine_reused:
-            self._put(_Place(gpus, BARE, source), idle.idle_bare_power_w, idle.idle_bare_temp_c, now_s)
+            self._put(_Place(gpus, bare, source), idle.idle_bare_power_w, idle.idle_bare_temp_c, now_s)
         if idle.idle_loaded_power_w is not None and idle.baseline_age_s == 0.0:
-            self._put(_Place(gpus, engine_key, source), idle.idle_loaded_power_w, idle.idle_loaded_temp_c, now_s)
+            self._put(_Place(gpus, loaded, source), idle.idle_loaded_power_w, idle.idle_loaded_temp_c, now_s)
 
-    def known(self, gpus: Sequence[str], engine_key: str, *, ttl_s: float, now_s: float) -> dict[str, Baselines]:
-        found = {}
+    def known(
+        self, gpus: Sequence[str], engine_key: str, clock_mhz: int | None = None, *, ttl_s: float, now_s: float
+    ) -> dict[str, Baselines]:
+        found, bare, loaded = {}, _state(BARE, clock_mhz), _state(engine_key, clock_mhz)
         for source in dict.fromkeys(place.source for place in self._entries):
             fresh = {}
-            for state in (BARE, engine_key):
+            for state in (bare, loaded):
                 power_w, measured_s = self._entries.get(_Place(tuple(gpus), state, source), (0.0, float("-inf")))
                 if now_s - measured_s <= ttl_s:
                     fresh[state] = (power_w, now_s - measured_s)
             if fresh:
-                bare_w, _ = fresh.get(BARE, (None, None))
-                loaded_w, age_s = fresh.get(engine_key, (None, None))
+                bare_w, _ = fresh.get(bare, (None, None))
+                loaded_w, age_s = fresh.get(loaded, (None, None))
                 found[source] = Baselines(bare_power_w=bare_w, loaded_power_w=loaded_w, age_s=age_s)
         return found
 
@@ -243,7 +251,7 @@ class HostMeters:
         visible = () if is_unread else metered_gpus(self.environ)
         gpus = tuple(gpu.uuid for gpu in named_gpus(config.gpus, visible))
         ttl_s = config.baseline.cache_ttl_sec
-        known = self.book.known(gpus, request.engine_key, ttl_s=ttl_s, now_s=self.monotonic())
+        known = self.book.known(gpus, request.engine_key, _clock_of(request), ttl_s=ttl_s, now_s=self.monotonic())
         baselines = {source: dataclasses.asdict(item) for source, item in known.items()}
         request = dataclasses.replace(request, baselines=baselines, server_pids=server_pids)
         path = Path(request.result_dir) / PART_FILENAME
@@ -275,7 +283,8 @@ class HostMeters:
     def note(self, record: Record | None, request: RunRequest) -> None:
         self._state = None
         if record is not None:
-            self.book.note(record, request.engine_key, self.monotonic())
+            self.book.note(record, request.engine_key, self.monotonic(), _clock_of(request))
+            # Of the gap, in which the GPUs have their own settings again.
             self._state = (record.environment.gpu_uuids, request.engine_key if request.keep_engine else BARE)
 
     @contextlib.contextmanager
@@ -311,6 +320,11 @@ class HostMeters:
         finally:
             sampler.stop(_STOP_TIMEOUT_S)
             _remove(path)
+
+
+def _clock_of(request: RunRequest) -> int | None:
+    clock_mhz: int | None = (request.config.get("gpu") or {}).get("lock_clock_mhz")
+    return clock_mhz
 
 
 def _remove(path: Path) -> None:

@@ -114,16 +114,21 @@ def gpu_locks(uuids: Iterable[str], environ: Mapping[str, str]) -> list[LockTarg
 
 
 @contextlib.contextmanager
-def hold_locks(targets: Sequence[LockTarget], holder: Holder) -> Iterator[None]:
-    """Hold all the locks or none; LockedError names another holder, UserError if a file cannot be opened."""
+def hold_locks(targets: Sequence[LockTarget], holder: Holder) -> Iterator[Sequence[int]]:
+    """Hold all the locks or none; LockedError names another holder, UserError if a file cannot be opened.
+
+    Gives their descriptors: a process that is started with one holds the lock, too.
+    """
+    descriptors: list[int] = []
     with contextlib.ExitStack() as stack:
         for target in targets:
             descriptor = _hold(target)
             stack.callback(os.close, descriptor)
+            descriptors.append(descriptor)
             _write_holder(descriptor, holder)
             if target.is_shared:
                 _check_others(target)
-        yield
+        yield descriptors
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -176,14 +181,14 @@ def _check_others(target: LockTarget) -> None:
 
 def _locked_error(target: LockTarget, path: Path, holder: Holder | None) -> LockedError:
     # The holder may not have written its name yet, or only its own user may read it.
-    other = f"another process of user {_owner_of(path)}, not yet identified"
+    other = f"another process of user {owner_of(path)}, not yet identified"
     return LockedError(
         f"{target.what} is locked by {holder or other}",
         f"wait until it ends, or stop it; the lock {path} is released when its holder ends",
     )
 
 
-def _owner_of(path: Path) -> str:
+def owner_of(path: Path) -> str:
     try:
         number = path.stat().st_uid
     except OSError:
@@ -249,7 +254,7 @@ def _open(target: LockTarget, path: Path) -> int:
         if isinstance(error, PermissionError) and is_locked(path):
             raise _locked_error(target, path, None) from error
         hint = "make the folder writable, or choose another: io.state_dir for the campaign, LEM_LOCK_DIR for the GPUs"
-        if isinstance(error, PermissionError) and (owner := _owner_of(path)):
+        if isinstance(error, PermissionError) and (owner := owner_of(path)):
             hint = f"run it as user {owner}, or choose another io.state_dir"
         raise UserError(f"cannot open the lock of {target.what}, {path}: {error.strerror}", hint) from error
     # In a folder that all may write, another user may have put a link there for us to write through.

@@ -18,6 +18,7 @@ from lem.engines.named import NamedModel, named_models
 from lem.engines.texts import allows_more, check_lengths, sure_lengths
 from lem.orchestration import doctor
 from lem.orchestration.dispatch import Worker
+from lem.orchestration.gpu_control import find_problems
 from lem.orchestration.plan import Experiment, Plan
 from lem.orchestration.schedule import StopRequest
 from lem.worker import channel
@@ -80,6 +81,12 @@ class Findings:
                     look()
                 except EngineError as error:  # noqa: PERF203 (each one is reported)
                     self.add(error.message, error.hint, group)
+
+    def look_at_gpus(self, *, may_set: bool) -> None:
+        """Whether GPUs accept the settings; with `may_set`, whether this user may set them: only with their locks."""
+        for item in self._all:
+            for problem in find_problems(item.config, os.environ, may_set=may_set):
+                self.add(problem.message, problem.hint, [item])
 
     def look_for_engine(self, executor: str, backend: str, environment: Mapping[str, Any]) -> bool:
         missing = missing_distributions(backend, environment)
@@ -144,6 +151,7 @@ def foresee(plan: Plan, executor: str, python: str | None) -> list[Problem]:
     """As far as it shows with nothing started: what keeps a plan from running, for a dry run."""
     found = Findings(plan.experiments)
     found.look_here()
+    found.look_at_gpus(may_set=False)
     backends = tuple(dict.fromkeys(item.backend for item in plan.experiments))
     host = doctor.host_of(plan)
     for item in doctor.examine(host, _OF_CONTAINERS if executor == "docker" else ("servers",)).findings.values():

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from lem.base.clock import StepWatch, utc_now, utc_text
-from lem.base.durable import reason_of, write_text
-from lem.base.errors import DISK_FULL, EngineError, InfrastructureError, Interrupted, UserError
+from lem.base.durable import write_text
+from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
 from lem.base.measurement import WINDOW
 from lem.config.campaign_config import CampaignConfig
-from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome
+from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome, host_error
+from lem.orchestration.gpu_control import GpuControl
 from lem.orchestration.grid import prompts_fingerprint
 from lem.orchestration.host_meters import GapOutcome, HostMeters, Rest, keep_gap
 from lem.orchestration.manifest import (
@@ -49,7 +50,6 @@ METERS_S = 15.0
 # An experiment that fails, or whose result is not valid, is tried once more in its cycle.
 MAX_TRIES = 2
 _CONTINUE = "then continue with --resume"
-_HOST_HINT = "see `lem doctor` and the kernel log (dmesg): a disk, a limit (`ulimit -a`) or a folder changed meanwhile"
 # How often a wait is reported, as often as a worker sends heartbeats.
 _TICK_S = 5.0
 
@@ -70,6 +70,10 @@ class Context:
     @functools.cached_property  # what they learn of the devices holds for every run
     def meters(self) -> HostMeters:
         return HostMeters.found()
+
+    @functools.cached_property
+    def control(self) -> GpuControl:
+        return GpuControl(self.meters.command, self.meters.environ, self.campaign.campaign_name)
 
     @property
     def repository(self) -> Repository:
@@ -331,7 +335,7 @@ class Session:
         try:
             outcome = self._dispatch(experiment, folder, request)
         except (OSError, MemoryError) as failure:  # of this process; what its worker meets is in the outcome
-            outcome = Outcome(_host_error(failure))
+            outcome = Outcome(host_error(failure))
         result, error = _result_of(outcome, folder, experiment.exp_id)
         record = result.record if result is not None else None
         context.meters.note(record, request)
@@ -360,12 +364,17 @@ class Session:
         )
         try:
             worker = self.context.executor.worker_for(experiment.place)
-            with self.context.meters.attending(experiment.config, request) as attendance:
+            with (
+                self.context.control.holding(experiment.config),  # restored last, when nothing samples any more
+                self.context.meters.attending(experiment.config, request) as attendance,
+            ):
 
                 def pass_on(event: Event) -> None:
                     self._pass_on(attendance.follow(event, worker))
 
                 return worker.run(attendance.request, pass_on, timeouts, self.context.stop)
+        except EngineError as error:  # the GPUs cannot be set
+            return Outcome(error)
         except UserError as error:  # the program that ran before is gone
             raise InfrastructureError(error.message, error.hint or _CONTINUE) from error
 
@@ -420,16 +429,6 @@ def _write_prompts(experiment: Experiment, folder: AttemptFolder, draw: int) -> 
     if resolved is not None:
         with stopping_campaign(folder.path / PROMPTS_FILE) as path:
             write_prompts(path.parent, resolved.prompts)
-
-
-def _host_error(error: OSError | MemoryError) -> EngineError:
-    """Why the host could not go on with an attempt; another attempt shows whether the cause has gone."""
-    if isinstance(error, MemoryError):
-        return EngineError("lem ran out of memory", "stop other programs, or add memory", kind="host")
-    where = f"{error.filename}: " if error.filename else ""
-    if error.errno in DISK_FULL:
-        return EngineError(f"{where}{reason_of(error)}", f"free some space, {_CONTINUE}", kind="full")
-    return EngineError(f"the host failed during the attempt: {where}{reason_of(error)}", _HOST_HINT, kind="host")
 
 
 def _result_of(outcome: Outcome, folder: AttemptFolder, exp_id: str) -> tuple[StoredResult | None, EngineError | None]:

@@ -18,6 +18,7 @@ from lem.record import Record, RecordError, ResultKey, decode_record
 from lem.results.axes import find_axes
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.compare import Row, compare_configurations, find_effect
+from lem.results.limits import find_sweeps, sweep_document
 from lem.results.load import find_series, series_document
 from lem.results.metrics import METRICS, PROGRAM_METRICS, Metric, distinct, parse_metric
 from lem.results.run import Configuration, Estimate, Run, carbon_basis, make_run
@@ -95,6 +96,7 @@ def run_document(run: Run) -> dict[str, Any]:
             for item in run.configurations
         ],
         "series": [series_document(item) for item in find_series(run.with_results)],
+        "gpu_settings": [sweep_document(item) for item in find_sweeps(run.with_results)],
         "stopping": None if run.stopping is None else dataclasses.asdict(run.stopping),
         "note": run.single_cycle,
     }

@@ -98,11 +98,11 @@ def bootstrap_ci(
         # Rounding in a mean of equal values would otherwise make it differ from them.
         return BootstrapResult(values[0], 0.0, values[0], values[0], n, confidence, warning)
     # A mean does not depend on the order (`fmean` rounds once), so that of equal resamples is taken once.
-    resamples = _resamples(n, n_iterations, seed)
+    rows = resamples(n, n_iterations, seed)
     # Scaled, so that no sum exceeds the range of floats; by a power of two, so that no digit changes.
     exponent = math.frexp(max(map(abs, values)))[1]
     scaled = [math.ldexp(value, -exponent) for value in values]
-    counted = sorted((statistics.fmean([scaled[index] for index in row]), count) for row, count in resamples)
+    counted = sorted((statistics.fmean([scaled[index] for index in row]), count) for row, count in rows)
     means = [math.ldexp(mean, exponent) for mean, count in counted for _ in range(count)]
     low, high = (_quantile(means, (1 + sign * confidence) / 2) for sign in (-1, 1))
     mean, std = (math.ldexp(of(scaled), exponent) for of in (statistics.fmean, statistics.stdev))
@@ -172,7 +172,7 @@ def bootstrap_coverage_label(n_samples: int, confidence: float = CONFIDENCE) -> 
 
 
 @functools.lru_cache(maxsize=8)
-def _resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[tuple[int, ...], int], ...]:
+def resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[tuple[int, ...], int], ...]:
     """Which values each resample takes, sorted, and how many take the same; the same for every metric."""
     generator = random.Random(seed)
     rows = (tuple(sorted(generator.choices(range(n), k=n))) for _ in range(n_iterations))

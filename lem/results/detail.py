@@ -123,6 +123,7 @@ MACHINE_STATE = (("machine", "load_1min", "load before"), ("machine", "ambient_t
 GPU_SETTINGS = (
     ("gpus", "power_limit_w", "power limit"),
     ("gpus", "power_limit_default_w", "default power limit"),
+    ("gpus", "power_limit_set_w", "power limit that was set"),
     ("gpus", "sm_clock_max_hz", "highest SM clock"),
     ("gpus", "sm_clock_app_hz", "application SM clock"),
     ("gpus", "clocks_set", "clock limit by a setting"),

@@ -13,6 +13,7 @@ from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_dec
 from lem.results.axes import Key
 from lem.results.bootstrap import bootstrap_coverage_label, coverage_notes
 from lem.results.detail import SCORE, is_of_energy_score
+from lem.results.limits import find_sweeps, limit_notes, limit_tables
 from lem.results.load import GOOD_SHARE, find_series, knee_notes, knee_tables, share_text
 from lem.results.metrics import METRIC_BY_NAME, PROGRAM_METRICS, Metric
 from lem.results.run import (
@@ -53,6 +54,7 @@ class _RunTable:
         self._has_key = False  # a table showed it
         self._every: list[str] = []  # what the estimates over all attempts are
         self._series = find_series(run.with_results)
+        self._sweeps = find_sweeps(run.with_results)
 
     def render(self, *, has_budget: bool) -> str:
         self._heading()
@@ -61,6 +63,9 @@ class _RunTable:
             self._estimates(metric)
         self._outcomes()
         for table in knee_tables(self._series):
+            self._doc.block()
+            self._doc.table(table)
+        for table in limit_tables(self._sweeps):
             self._doc.block()
             self._doc.table(table)
         if has_budget:
@@ -151,7 +156,7 @@ class _RunTable:
         self._table([*beside, *counts], "Results")
 
     def _notes(self) -> None:
-        notes = [*self._interval_notes(), *self._every, *knee_notes(self._series)]
+        notes = [*self._interval_notes(), *self._every, *knee_notes(self._series), *limit_notes(self._sweeps)]
         if any(map(self._has, _LATENCIES.values())):
             notes.append("Latency: median over the requests of a cycle, geometric mean over the cycles.")
         if any(map(self._has, _NET.values())):

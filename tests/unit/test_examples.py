@@ -50,7 +50,7 @@ def test_the_demo_measures_the_model_that_the_makefile_makes(demo: list[Experime
     assert "examples/make_demo_model.py build/demo-model" in makefile
 
 
-CAMPAIGNS = ("demo.yaml", "two-backends.yaml", "vllm-serve.yaml", "llama-server.yaml")
+CAMPAIGNS = ("demo.yaml", "two-backends.yaml", "vllm-serve.yaml", "llama-server.yaml", "power-limit.yaml")
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.yaml") if path.name not in CAMPAIGNS))

@@ -13,6 +13,7 @@ from lem.base.units import plural
 from lem.results.report.content import Report
 from lem.results.report.context import heatmap_section, order_section, traces_section
 from lem.results.report.figures import cycles_section, latency_section, pareto_section
+from lem.results.report.limits import limits_section
 from lem.results.report.load import load_section
 from lem.results.report.plot import Markup, card_labels, join, tag
 from lem.results.report.provenance import environment_section, methods_section
@@ -23,6 +24,7 @@ _SECTIONS = (
     ("results", "Results", results_section),
     ("pareto", "Energy against speed", pareto_section),
     ("load", "Energy against load", load_section),
+    ("limits", "What a lower power limit or clock costs", limits_section),
     ("cycles", "Every cycle", cycles_section),
     ("grid-map", "Across the grid", heatmap_section),
     ("traces", "Power and temperature over time", traces_section),

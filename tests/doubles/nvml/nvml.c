@@ -36,6 +36,11 @@
  *   sm_clock 0 1980                     since when, MHz             memory_clock 2619
  *   utilisation 0 50                    since when, percent; of a load it follows without being told
  *   power_limit 700                     enforced_limit 650          persistence 1            mig 0, 1 or none
+ * What can be set, by functions that fail with Not Supported without these:
+ *   limit_range 100 700                 W                           clock_range 210 1980     MHz, in steps of 15
+ *   settings /path                      a log of every setting: `<ns of CLOCK_MONOTONIC> <pid> <GPU> asked power 250000`
+ *                                       when a function is called, the same with `did` when it has taken effect, which is
+ *                                       after its delay; also `lock 1005` and `unlock`. What holds is what the log says
  *
  * The variable may name several files, with colons between them, which are read in their order as if they were one; those
  * after the first may be missing. Without a script there is no driver. A line that is not understood is told on stderr, and every call then fails.
@@ -54,7 +59,7 @@ enum { FIELD_ENERGY_OF_GPU = 83, FIELD_POWER_AVERAGE = 185, FIELD_POWER_INSTANT 
 enum { SCOPE_GPU = 0, SCOPE_MODULE = 1 };
 enum { TYPE_UNSIGNED_INT = 1, TYPE_UNSIGNED_LONG_LONG = 3 };
 enum { POLICY_THERMAL = 1 };
-enum { CLOCK_MEMORY = 2, CLOCKS = 4, FEATURE_DISABLED = 0, FEATURE_ENABLED = 1 };
+enum { CLOCK_MEMORY = 2, CLOCKS = 4, CLOCK_STEP = 15, FEATURE_DISABLED = 0, FEATURE_ENABLED = 1 };
 
 typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned int version; unsigned long long total, reserved, free, used; } MemoryV2;
@@ -363,9 +368,13 @@ int nvmlDeviceGetPowerUsage(void *handle, unsigned int *power)
     return code;
 }
 
-static unsigned int limit_of(const Gpu *gpu, int is_enforced)
+static unsigned int limit_of(const Script *script, const Gpu *gpu, int is_enforced)
 {
-    return (unsigned int)((is_enforced && gpu->enforced_limit > 0 ? gpu->enforced_limit : gpu->power_limit) * 1000 + 0.5);
+    Settings found = settings_of(gpu, (int)(gpu - script->gpu));
+    double limit = found.power_limit > 0 ? found.power_limit : gpu->power_limit;
+    if (is_enforced && gpu->enforced_limit > 0)
+        limit = found.power_limit > 0 ? fmin(limit, gpu->enforced_limit) : gpu->enforced_limit;
+    return (unsigned int)(limit * 1000 + 0.5);
 }
 
 /* For how long clock events with one of these bits lasted until now, in ns. */
@@ -396,7 +405,7 @@ static int give_field(const Script *script, const Gpu *gpu, FieldValue *field)
     field->type = TYPE_UNSIGNED_INT;
     switch (field->field) {
     case FIELD_LIMIT:
-        field->value.unsigned_int = limit_of(gpu, 1);
+        field->value.unsigned_int = limit_of(script, gpu, 1);
         return SUCCESS;
     case FIELD_POWER_AVERAGE:
     case FIELD_POWER_INSTANT:
@@ -445,7 +454,7 @@ int nvmlDeviceGetPowerManagementLimit(void *handle, unsigned int *limit)
     Gpu *gpu;
     int code = begin_for_gpu(&script, __func__, handle, &gpu);
     if (code == SUCCESS)
-        *limit = limit_of(gpu, 0);
+        *limit = limit_of(&script, gpu, 0);
     return code;
 }
 
@@ -455,7 +464,7 @@ int nvmlDeviceGetEnforcedPowerLimit(void *handle, unsigned int *limit)
     Gpu *gpu;
     int code = begin_for_gpu(&script, __func__, handle, &gpu);
     if (code == SUCCESS)
-        *limit = limit_of(gpu, 1);
+        *limit = limit_of(&script, gpu, 1);
     return code;
 }
 
@@ -568,9 +577,11 @@ int nvmlDeviceGetClockInfo(void *handle, unsigned int type, unsigned int *clock)
     int code = begin_for_gpu(&script, __func__, handle, &gpu);
     if (code == SUCCESS && type >= CLOCKS)
         return INVALID_ARGUMENT;
-    if (code == SUCCESS)
-        *clock = (unsigned int)(type == CLOCK_MEMORY ? gpu->memory_clock
+    if (code == SUCCESS) {
+        double locked = settings_of(gpu, (int)(gpu - script.gpu)).lock_clock;
+        *clock = (unsigned int)(type == CLOCK_MEMORY ? gpu->memory_clock : locked > 0 ? locked
             : step_of(gpu->sm_clock, gpu->sm_clocks, time_of(&script), 1980));
+    }
     return code;
 }
 
@@ -627,4 +638,93 @@ int nvmlDeviceGetPciInfo_v3(void *handle, Pci *pci)
     snprintf(pci->legacy_id, sizeof pci->legacy_id, "0000:%02X:00.0", pci->bus & 0xFF);
     snprintf(pci->id, sizeof pci->id, "00000000:%02X:00.0", pci->bus & 0xFF);
     return SUCCESS;
+}
+
+/* Log that a setting is asked for, and that it took effect, once the function's delay is over. */
+static int set(const char *function, void *handle, const char *what, double value, double most)
+{
+    Script script;
+    Gpu *gpu;
+    int index = (int)((size_t)handle - 1), code = initialised > 0 ? load_script(&script) : UNINITIALIZED;
+    if (code != SUCCESS || index < 0 || (unsigned)index >= script.count)
+        return code != SUCCESS ? code : INVALID_ARGUMENT;
+    log_setting(&script.gpu[index], index, "asked", what, value);
+    code = begin_for_gpu(&script, function, handle, &gpu);
+    if (code == SUCCESS && (!*gpu->settings || most <= 0))
+        return NOT_SUPPORTED;
+    if (code == SUCCESS && value > most)
+        return INVALID_ARGUMENT;
+    if (code == SUCCESS)
+        log_setting(gpu, index, "did", what, value);
+    return code;
+}
+
+static double most_of(void *handle, int is_clock)
+{
+    Script script;
+    size_t index = (size_t)handle - 1;
+    if (load_script(&script) != SUCCESS || index >= script.count)
+        return 0;
+    return is_clock ? script.gpu[index].most_clock : 1000 * script.gpu[index].most_limit;
+}
+
+int nvmlDeviceSetPowerManagementLimit(void *handle, unsigned int limit)
+{
+    return set(__func__, handle, "power", limit, most_of(handle, 0));
+}
+
+int nvmlDeviceSetGpuLockedClocks(void *handle, unsigned int least, unsigned int most)
+{
+    return least != most ? INVALID_ARGUMENT : set(__func__, handle, "lock", most, most_of(handle, 1));
+}
+
+int nvmlDeviceResetGpuLockedClocks(void *handle)
+{
+    return set(__func__, handle, "unlock", 0, most_of(handle, 1));
+}
+
+int nvmlDeviceGetPowerManagementLimitConstraints(void *handle, unsigned int *least, unsigned int *most)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS && gpu->most_limit <= 0)
+        return NOT_SUPPORTED;
+    if (code == SUCCESS)
+        *least = (unsigned int)(gpu->least_limit * 1000 + 0.5), *most = (unsigned int)(gpu->most_limit * 1000 + 0.5);
+    return code;
+}
+
+static int give_clocks(unsigned int *count, unsigned int *clocks, double most, double least)
+{
+    unsigned int room = *count;
+    *count = 0;
+    for (double clock = most; clock >= least; clock -= CLOCK_STEP) {
+        if (*count < room && clocks)
+            clocks[*count] = (unsigned int)clock;
+        ++*count;
+    }
+    return *count > room ? INSUFFICIENT_SIZE : SUCCESS;
+}
+
+int nvmlDeviceGetSupportedMemoryClocks(void *handle, unsigned int *count, unsigned int *clocks)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS && gpu->most_clock <= 0)
+        return NOT_SUPPORTED;
+    return code != SUCCESS ? code : give_clocks(count, clocks, gpu->memory_clock, gpu->memory_clock);
+}
+
+int nvmlDeviceGetSupportedGraphicsClocks(void *handle, unsigned int memory_clock, unsigned int *count, unsigned int *clocks)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS && gpu->most_clock <= 0)
+        return NOT_SUPPORTED;
+    if (code == SUCCESS && memory_clock != (unsigned int)gpu->memory_clock)
+        return NOT_FOUND;
+    return code != SUCCESS ? code : give_clocks(count, clocks, gpu->most_clock, gpu->least_clock);
 }

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { MOST_NUMBERS = 8 };
 
@@ -164,6 +165,12 @@ static int take_state(Gpu *gpu, const Line *line)
         return line->count == 1 && (gpu->power_limit = n[0], 1);
     if (!strcmp(word, "enforced_limit"))
         return line->count == 1 && (gpu->enforced_limit = n[0], 1);
+    if (!strcmp(word, "limit_range"))
+        return line->count == 2 && (gpu->least_limit = n[0], gpu->most_limit = n[1], 1);
+    if (!strcmp(word, "clock_range"))
+        return line->count == 2 && (gpu->least_clock = n[0], gpu->most_clock = n[1], 1);
+    if (!strcmp(word, "settings"))
+        return strcpy(gpu->settings, line->first), 1;
     if (!strcmp(word, "persistence"))
         return line->count == 1 && (gpu->persistence = n[0] != 0, 1);
     if (!strcmp(word, "mig"))
@@ -357,6 +364,37 @@ static char *read_text(const char *path)
     if (file)
         fclose(file);
     return text;
+}
+
+Settings settings_of(const Gpu *gpu, int index)
+{
+    Settings found = {0, 0};
+    char *text = *gpu->settings ? read_text(gpu->settings) : NULL, *rest = text, *line;
+    while (rest && (line = strsep(&rest, "\n"))) {
+        int of;
+        char when[TEXT], what[TEXT];
+        double value = 0;
+        if (sscanf(line, "%*s %*s %d %95s %95s %lf", &of, when, what, &value) < 3 || of != index || strcmp(when, "did"))
+            continue;
+        if (!strcmp(what, "power"))
+            found.power_limit = value / 1000;
+        else
+            found.lock_clock = value;
+    }
+    free(text);
+    return found;
+}
+
+void log_setting(const Gpu *gpu, int index, const char *when, const char *what, double value)
+{
+    struct timespec now;
+    FILE *file = *gpu->settings ? fopen(gpu->settings, "ae") : NULL;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (!file)
+        return;
+    fprintf(file, "%lld %d %d %s %s", now.tv_sec * 1000000000LL + now.tv_nsec, (int)getpid(), index, when, what);
+    fprintf(file, value > 0 ? " %.0f\n" : "\n", value);
+    fclose(file);
 }
 
 Signal signal_of(const Script *script, const Gpu *gpu, double at, double *busy, void **owned)

@@ -40,7 +40,11 @@ typedef struct {
     double ambient, per_watt, thermal_tau, temperature; /* tau 0: the temperature is constant */
     double power_limit, enforced_limit, memory_clock;   /* enforced 0: as the other */
     int lost_code;                                      /* SUCCESS while it is there */
+    double least_limit, most_limit, least_clock, most_clock; /* most 0: cannot be set */
+    char settings[PATH_TEXT];                           /* the log of what was set; empty without one */
 } Gpu;
+
+typedef struct { double power_limit, lock_clock; } Settings; /* in W and MHz; 0: not set */
 
 typedef struct {
     char driver[TEXT];
@@ -60,6 +64,10 @@ int load_script(Script *script);
 double time_of(const Script *script);
 /* How this function fares now, for that GPU or for ANY_GPU, after the delay it has. */
 int fare(const Script *script, const char *function, int gpu);
+
+/* What its log says that holds now. */
+Settings settings_of(const Gpu *gpu, int index);
+void log_setting(const Gpu *gpu, int index, const char *when, const char *what, double value);
 
 /* What the GPU draws by now, and how busy its engine is (0 without one). What `owned` gets is for free(). */
 Signal signal_of(const Script *script, const Gpu *gpu, double at, double *busy, void **owned);

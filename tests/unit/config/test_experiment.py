@@ -294,3 +294,15 @@ def test_presets_are_greedy_and_an_unknown_one_is_refused_with_the_nearest() -> 
     with pytest.raises(ConfigurationError, match="quick-test") as caught:
         find_preset("quicktest")
     assert "vllm-throughput" in caught.value.hint
+
+
+def test_settings_of_gpus_need_a_gpu_and_samples_that_show_them() -> None:
+    assert problems(gpus=[], gpu={"power_limit_w": 250}) == ["gpu.power_limit_w needs_a_gpu"]
+    unseen = {"gpu": {"lock_clock_mhz": 1005}, "timeseries": {"enabled": False}}
+    assert problems(**unseen) == ["gpu.lock_clock_mhz needs_timeseries"]
+
+
+def test_settings_of_gpus_are_of_the_identity_and_need_no_load() -> None:
+    plain, none, limited = experiment(), experiment(gpu={"power_limit_w": None}), experiment(gpu={"power_limit_w": 250})
+    assert plain.identity() == none.identity() != limited.identity()
+    assert plain.engine_key() == limited.engine_key()

@@ -16,7 +16,7 @@ from lem.meters.curve import NotMeasured, Span
 from lem.meters.energy import EnergyFindings, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.machine import GpuSettings
-from lem.meters.samples import CpuUse, GpuSecond, Mark, MeterError, ProcessesSeen
+from lem.meters.samples import CpuUse, GpuSecond, LimitSeen, Mark, MeterError, ProcessesSeen
 from lem.record import Energy, Gpu, Idle, Work, carbon_of
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor
 from tests.doubles.powercap import Zone
@@ -162,7 +162,7 @@ def test_a_gpu_the_sampler_does_not_see_stands_in_the_record() -> None:
 
 
 def test_the_section_of_a_gpu() -> None:
-    settings = GpuSettings(700.0, 1.98e9, 1.98e9, True, 5, 16, 16, 18, 0)
+    settings = GpuSettings(700.0, 1.98e9, 1.98e9, True, 5, 16, 16, 18, 0, 650.0)
     attempt = gpu_attempt(sm_clocks_mhz=((0.0, 1000), (20.0, 2000)), temp_c=55).with_gpu_header(settings=settings)
     (gpu,) = attempt.measured().gpus
     assert gpu.power_mean_w == pytest.approx(LOAD_W, rel=0.002)
@@ -230,6 +230,39 @@ def test_without_samples_the_counter_counts_and_nobody_knows_of_clock_events() -
     assert "clocks_unwatched" in codes(found.warnings)
     without_counter = gpu_attempt(counter=None).measured(options=unwatched).energy
     assert without_counter.null_reasons["gpu_energy_j"].code == "power_not_sampled"
+
+
+# Settings of the GPU
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted_w", "reasons"),
+    [
+        ([(1, 250.0)], 250.0, []),
+        ([(1, 250.4)], 250.0, []),  # boards may round
+        ([(1, 700.0), (3, 250.0)], 250.0, []),  # set before the window
+        ([(1, 250.0), (27, 700.0)], 250.0, []),  # and restored after it
+        ([(1, 250.0), (20, 300.0)], 250.0, [("limit_changed", 250.0, 300.0)]),
+        ([(1, 700.0), (20, 300.0)], None, [("limit_changed", 700.0, 300.0)]),
+        ([(1, 700.0), (20, 300.0), (21, 700.0)], None, [("limit_changed", 700.0, 300.0)]),
+        ([(1, 250.0), (26, 300.0)], 250.0, [("limit_changed", 250.0, 300.0)]),  # seen by the first look after it
+        ([(1, 700.0)], 250.0, [("limit_not_kept", 250.0, 700.0)]),
+        ([(1, 700.0)], None, []),
+        ([], 250.0, []),  # a driver that does not tell
+    ],
+)
+def test_a_power_limit_that_is_not_the_wanted_one_makes_the_window_invalid(
+    limits: Sequence[tuple[float, float]], wanted_w: float | None, reasons: Sequence[tuple[str, float, float]]
+) -> None:
+    attempt = gpu_attempt().with_log(limits=tuple(LimitSeen(0, at(second), limit_w) for second, limit_w in limits))
+    found = attempt.measured(options={"gpu": {"power_limit_w": wanted_w}}).invalid_reasons
+    assert [(it.code, *[value for name, value in it.data.items() if name != "uuid"]) for it in found] == reasons
+
+
+@pytest.mark.parametrize(("clock_mhz", "is_kept"), [(1980, True), (1950, True), (1935, False), (1005, False)])
+def test_a_clock_above_the_locked_one_makes_the_window_invalid(clock_mhz: int, is_kept: bool) -> None:
+    found = gpu_attempt().measured(options={"gpu": {"lock_clock_mhz": clock_mhz}}).invalid_reasons
+    assert codes(found) == ([] if is_kept else ["clock_not_locked"])
 
 
 # Other programs

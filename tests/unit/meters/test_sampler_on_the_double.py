@@ -52,6 +52,15 @@ def sample(
     return PartReader(output).read()
 
 
+def test_the_power_limit_that_is_set_is_logged(double: NvmlDouble, tmp_path: Path) -> None:
+    settings = tmp_path / "settings"
+    settings.write_text("1 1 0 did power 250000\n", encoding="ascii")
+    log = sample(double, Trace(1, (GpuTrace(uuid="GPU-1", more=(f"settings {settings}", "enforced_limit 200")),)))
+    assert [(row.gpu, row.limit_w) for row in log.limits] == [(0, 250.0)]
+    assert log.header.gpus[0].settings.power_limit_set_w == 250.0
+    assert log.header.gpus[0].power_limit_w == 200.0, "the one in force"
+
+
 def has_changed(log: SampleLog, changes: int, gpus: int) -> bool:
     return changes == 0 or all(len(changes_of(log, place)) > changes for place in range(gpus))
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lem.meters.capabilities import Capabilities, CpuCapability, GpuCapability
+from lem.meters.control import Note, note_path
 from lem.meters.nvml import GpuProcess, GpuReading, GpuState
 from lem.meters.samples import GpuHeader
 from lem.meters.usage import Roots
@@ -158,6 +159,31 @@ def test_the_document_says_ok_and_lists_the_checks(here: FakeDocker) -> None:
     here.change(daemon="down")
     code, out, _ = run_lem("doctor", "--json")
     assert (code, json.loads(out)["ok"]) == (2, False)
+
+
+def test_gpu_settings_that_a_killed_campaign_left_are_a_warning_and_restored_or_kept(
+    here: FakeDocker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEM_LOCK_DIR", str(here.folder / "locks"))
+    assert run_lem("doctor", "--restore")[:2] == (0, "no GPU settings to restore\n")
+    (here.folder / "locks").mkdir()
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    note = Note("GPU-1", "demo\x1b[2J", boot_id, 650.0, is_clock_locked=False)
+    path = note_path(here.folder / "locks", "GPU-1")
+    path.write_text(json.dumps(dataclasses.asdict(note)), encoding="utf-8")
+    found = json.loads(run_lem("doctor", "--json")[1])["checks"]
+    (check,) = [item for item in found if item["name"] == "gpu_settings"]
+    assert (check["status"], path.name in check["message"]) == ("warning", True)
+    code, out, _ = run_lem("doctor", "--restore")  # without a driver
+    assert code == 2
+    assert out.startswith("not restored: GPU-1 cannot be restored: ")
+    assert path.exists()
+    document = json.loads(run_lem("doctor", "--restore", "--json")[1])
+    assert (document["ok"], document["restored"][0]["settings"]) == (
+        False,
+        "GPU-1: power limit 650 W, as before campaign demo�[2J",
+    )
+    assert run_lem("doctor", "--restore", "--backend", "vllm")[0] == 2
 
 
 def test_the_text_says_what_to_do_and_nothing_is_left_behind(here: FakeDocker) -> None:

@@ -97,6 +97,15 @@ def test_baselines_are_known_of_their_devices_engine_and_meter_until_they_are_to
     assert book.known(gpus, key, ttl_s=60, now_s=now_s) == known
 
 
+def test_a_baseline_at_a_locked_clock_is_not_taken_for_another_clock() -> None:
+    book = BaselineBook()
+    book.note(MEASURED, KEY, 100.0, 1005)
+    assert book.known(GPUS, KEY, ttl_s=60, now_s=110.0) == {}
+    assert book.known(GPUS, KEY, 1200, ttl_s=60, now_s=110.0) == {}
+    assert book.known(GPUS, KEY, 1005, ttl_s=60, now_s=110.0) == {COUNTER: Baselines(70.0, 95.0, 10.0)}
+    assert (GPUS, KEY) not in book.references, "gaps are kept without the lock"
+
+
 def test_the_reference_is_the_first_baseline_of_a_state():
     book = BaselineBook()
     book.note(MEASURED, KEY, now_s=100.0)

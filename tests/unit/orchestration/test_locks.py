@@ -279,3 +279,12 @@ def test_a_file_system_on_which_every_lock_succeeds_is_refused(tmp_path: Path) -
     answer = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout
     assert f"locks do not work in {tmp_path}: campaign.lock can be locked twice" in answer
     assert "io.state_dir" in answer
+
+
+def test_a_process_that_is_given_the_descriptor_holds_the_lock_after_its_parent(target: LockTarget) -> None:
+    with hold_locks([target], ME) as descriptors:
+        words = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+        child = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=descriptors)
+    refused(target)
+    child.communicate()
+    assert_free(target)
