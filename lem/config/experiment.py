@@ -49,6 +49,7 @@ _check_gpu = Matching(
     r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+|[0-9A-Fa-f]{4,}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-7]",
     "an index such as 0, a UUID such as GPU-8c7a…, or a PCI address such as 0000:03:00.0",
 )
+_check_image = Matching(r"[a-zA-Z0-9][a-zA-Z0-9_.:/@-]*", "the name of an image, such as vllm/vllm-openai:v0.11.0")
 _ENGINE_KEY_LENGTH = 12
 
 # By backend: options whose product is the number of GPUs for one copy of the model; options that make it draft tokens,
@@ -125,6 +126,14 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
         takes_integer=True,
         is_unique=True,
         reload=True,
+    )
+    image: str | None = option(
+        None,
+        "Image of the container, in place of that of the service; null: as the compose file has it.",
+        check=_check_image,
+        form="an image",
+        reload=True,
+        is_added=True,
     )
     ignore_eos: bool = option(False, "Continue past the end of a text, for equal output lengths.")
     random_seed: int | None = option(42, "Seed of sampling; null is unseeded.", min=0, max=2**32 - 1)
@@ -207,6 +216,8 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     def _check_server(self, section: ServerConfig) -> Iterator[Problem]:
         if section.command is None and section.url is None and section.service is None:
             yield Problem.of("server", "no_server", is_about_key=True)
+        if self.image is not None and section.service is None:
+            yield Problem.of("image", "image_unused")
         if self.is_chat and self.chat_template != OWN_TEMPLATE:
             yield Problem.of("chat_template", "server_templates")
         for name, untouched in _SERVER_DECIDES.items():
@@ -331,7 +342,12 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
 
     def engine_key(self) -> str:
         """12 hex digits over everything whose change needs another engine load."""
-        options = {name: getattr(self, name) for name, item in declared(ExperimentConfig).items() if item.reload}
+        reloading = {name: item for name, item in declared(ExperimentConfig).items() if item.reload}
+        options = {
+            name: value
+            for name, item in reloading.items()
+            if (value := getattr(self, name)) != item.default or not item.is_added
+        }
         options["model"] = _reload_options(self.model)
         options[self.backend] = {**_reload_options(self.section), **self.engine_lengths()}
         if isinstance(self.section, ServerConfig) and self.section.url is None and self.section.keeps_prompts:

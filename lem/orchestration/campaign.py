@@ -20,7 +20,7 @@ from lem.orchestration import gpu_control, preflight, resume
 from lem.orchestration.dispatch import WorkerUnavailable
 from lem.orchestration.locks import Holder, campaign_lock, gpu_locks, hold_locks
 from lem.orchestration.manifest import TOP_UP_NOTE, CampaignManifest, CampaignManifestEntry, ManifestManager
-from lem.orchestration.plan import Experiment, Plan, build_plan, write_configs
+from lem.orchestration.plan import Experiment, Plan, build_plan, needs_container, write_configs
 from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.session import Context, Session
 from lem.orchestration.status import ActivityWriter
@@ -370,9 +370,11 @@ def check_supported(plan: Plan, executor_name: str, rule: StoppingRule | None = 
     if campaign.cold_start.restart_container and executor_name != "docker":
         message = "cold_start.restart_container requires containers, but these experiments run in this Python"
         raise UserError(message, "use cold_start.force_cold_start, which starts a new worker for each experiment")
-    if executor_name != "docker" and (inside := [item for item in plan.experiments if item.is_served_inside]):
-        hint = "use `lem campaign` with --executor docker, or omit server.service to run server.command here"
-        raise UserError(f"server.service: {inside[0].container} requires containers", hint)
+    needed = next(filter(None, map(needs_container, plan.experiments)), None)
+    if executor_name != "docker" and needed:
+        option = needed.partition(":")[0]
+        hint = f"use `lem campaign` with --executor docker, or omit {option} to run on this machine"
+        raise UserError(f"{needed} requires containers", hint)
     wanted = {
         "cold_start": plan.is_cold,
         "execution.reuse: none": plan.execution.reuse == "none",

@@ -34,13 +34,14 @@ from lem.orchestration.docker import (
     Service,
 )
 from lem.orchestration.packing import provide_pyz
+from lem.orchestration.plan import service_and_image
 from lem.worker.guardian import new_mark
 
 _logger = logging.getLogger(__name__)
 
 # Every image lets every user write here; the user's own home folder does not exist inside.
 CONTAINER_HOME = "/tmp"  # noqa: S108 - inside a container
-PACKAGED_NAME = "docker-compose.yml"
+PACKAGED_NAME, IMAGES_NAME = "docker-compose.yml", "docker-compose.images.yml"
 PACKAGED = Path("packaged:docker-compose.yml")  # in a list of files: the one in lem's package
 
 # The names of Compose, in its order (compose-go, cli/options.go).
@@ -244,11 +245,12 @@ class ComposeProject:
     servers: frozenset[str] = frozenset()  # the services that are servers themselves: no worker runs in them
     mark: str = field(default_factory=new_mark)  # on the containers of servers
 
-    def prepare(self, names: Sequence[str]) -> Compose:
-        """Find or make everything that the named services need; nothing is started.
+    def prepare(self, slots: Sequence[str]) -> Compose:
+        """Find or make everything that the services of slots need (`plan.slot_of`); nothing is started.
 
         ContainerError: engine, plugin, compose file, service or image missing. UserError: a folder cannot be written.
         """
+        names = tuple(dict.fromkeys(service for service, _ in map(service_and_image, slots)))
         engine = Docker(self.environ).info()
         pyz = provide_pyz(self.environ)
         for folder in (self.state_folder, self.results_dir):
@@ -279,10 +281,21 @@ class ComposeProject:
                 _logger.warning("%s: lem runs its own engine in the container, and not the service's command", name)
                 overrides[name] |= {"entrypoint": ["sleep"], "command": ["infinity"]}
         text = override_text({"services": overrides, "volumes": _existing_volumes(base, version)})
-        prepared = replace(base, files=(*base.files, self._write(OVERRIDE_NAME, text)), pyz=PYZ_FOLDER / pyz.name)
+        files = [*base.files, self._write(OVERRIDE_NAME, text)]
+        if any(service_and_image(slot)[1] for slot in slots):
+            files.append(self.write_images(slots))
+        prepared = replace(base, files=tuple(files), pyz=PYZ_FOLDER / pyz.name)
         services = prepared.services  # Compose refuses an invalid combination here, before anything is started
-        prepared.images.update(_image_ids(prepared, [services[name] for name in names]))
+        prepared.images.update(_image_ids(prepared, {slot: services[service_and_image(slot)[0]] for slot in slots}))
         return prepared
+
+    def write_images(self, slots: Iterable[str]) -> Path:
+        """The file that gives services other images than the compose file; of each service the first slot counts."""
+        images: dict[str, str | None] = {}
+        for service, image in map(service_and_image, slots):
+            images.setdefault(service, image)
+        services = {service: {"image": image} for service, image in images.items() if image is not None}
+        return self._write(IMAGES_NAME, override_text({"services": services}))
 
     def as_written(self, pyz: Path | None, engine: Mapping[str, Any]) -> Compose:
         variables = self._variables(pyz, engine)
@@ -397,20 +410,26 @@ def override_text(document: Mapping[str, Any]) -> str:
     return f"# Written by lem at every start of a campaign; it overrides the compose file.\n{text}\n"
 
 
-def _image_ids(docker: Docker, services: Sequence[Service]) -> dict[str, str]:
-    for service in services:
+def with_image(service: Service, image: str | None) -> Service:
+    return service if image is None else replace(service, image=image, is_built=False)
+
+
+def _image_ids(docker: Docker, services: Mapping[str, Service]) -> dict[str, str]:
+    """The ids of images by slot."""
+    wanted = {slot: with_image(service, service_and_image(slot)[1]) for slot, service in services.items()}
+    for service in wanted.values():
         if service.image is None:
             message = f"service {service.name} has no `image`"
             raise ContainerError(message, "add one next to `build:`, and build it", kind="image")
-    found = {item.name: docker.image_id(str(item.image)) for item in services}
-    missing = [item for item in services if found[item.name] is None]
+    found = {slot: docker.image_id(str(item.image)) for slot, item in wanted.items()}
+    missing = [item for slot, item in wanted.items() if found[slot] is None]
     if not missing:
-        return {name: str(image_id) for name, image_id in found.items()}
+        return {slot: str(image_id) for slot, image_id in found.items()}
     message = f"image {missing[0].image} of service {missing[0].name} is missing, and a campaign pulls no images"
     message += "".join(f"; so is image {item.image} of service {item.name}" for item in missing[1:])
     hint = f"run {', '.join(item.how_to_get for item in missing)}, or load it with `docker load`"
     pythons = [python for item in missing if (python := demo_python(item.name)) is not None]
-    if len(pythons) == len(missing):
+    if len(pythons) == len(missing) and all(service_and_image(slot)[1] is None for slot in services):
         hint += f"; or run on this machine instead: --executor local --python {pythons[0]}"
     raise ContainerError(message, hint, kind="image")
 

@@ -28,6 +28,7 @@ from lem.orchestration.compose import ComposeProject, FileNames, Mount, compose_
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.docker import Compose, ContainerError, ContainerState, describe, explain
 from lem.orchestration.packing import provide_pyz
+from lem.orchestration.plan import service_and_image
 from lem.worker.guardian import new_mark
 
 __all__ = ["ContainerError", "ContainerHealthStatus", "ContainerManager"]
@@ -130,6 +131,7 @@ class ContainerManager:
         if project is not None:
             self.project = project
         self._compose: Compose | None = None
+        self._slots: dict[str, str] = {}  # by service; what its container has, or will have when it is made
         self.restarts: Counter[str] = Counter()  # of each service, to recover it
         self._workers: dict[str, list[Worker]] = {}
 
@@ -164,10 +166,17 @@ class ContainerManager:
         return self._compose
 
     def prepare(self, backends: Collection[str]) -> None:
-        """Find or make everything that these backends need; nothing is started."""
+        """Find or make everything that these backends need, or services in other images; nothing is started."""
         known = {} if self._compose is None else self._compose.images
         if not known.keys() >= set(backends):
-            self._compose = self.project.prepare(tuple(dict.fromkeys((*known, *backends))))
+            self._compose = self.project.prepare(tuple(dict.fromkeys((*self._slots.values(), *known, *backends))))
+        for slot in backends:
+            self._slots.setdefault(service_and_image(slot)[0], slot)
+
+    def choose_image(self, slot: str) -> None:
+        """Have the next container of a service made from the image of a slot, which was prepared."""
+        self._slots[service_and_image(slot)[0]] = slot
+        self.project.write_images(self._slots.values())
 
     def start_services(self, backends: Iterable[str], wait: bool = True, *, recreate: bool = False) -> None:
         """Start the services of these backends, and no others.
@@ -180,10 +189,11 @@ class ContainerManager:
             ContainerError: a `RuntimeError`; something is missing, or a container does not answer.
             UserError: a file or folder cannot be written.
         """
-        names = tuple(dict.fromkeys(backends))
-        if not names:  # `docker compose up` without names would start all services
+        slots = tuple(dict.fromkeys(backends))
+        if not slots:  # `docker compose up` without names would start all services
             return
-        self.prepare(names)
+        self.prepare(slots)
+        names = tuple(dict.fromkeys(service for service, _ in map(service_and_image, slots)))
         words = ("up", "--detach", "--no-build", *(("--force-recreate",) if recreate else ()))
         self.compose.must(*words, *names, doing=f"starting {', '.join(names)}", timeout_s=UP_TIMEOUT_S)
         if wait:

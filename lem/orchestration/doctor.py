@@ -21,7 +21,13 @@ from lem.meters.capabilities import Capabilities, CpuCapability, describe_power,
 from lem.meters.control import find_notes
 from lem.meters.nvml import GpuReading, open_nvml, read_gpus
 from lem.meters.usage import HERE, Limits, Roots, watch_machine
-from lem.orchestration.compose import ComposeProject, compose_variables, describe_files, find_compose_files
+from lem.orchestration.compose import (
+    ComposeProject,
+    compose_variables,
+    describe_files,
+    find_compose_files,
+    with_image,
+)
 from lem.orchestration.docker import (
     CPU_OVERRIDE,
     INSTALL_TOOLKIT,
@@ -31,7 +37,7 @@ from lem.orchestration.docker import (
     Service,
 )
 from lem.orchestration.locks import default_gpu_lock_folder
-from lem.orchestration.plan import ON_HOST, Experiment, Plan
+from lem.orchestration.plan import ON_HOST, Experiment, Plan, service_and_image, slot_of
 from lem.orchestration.served import find_server
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
@@ -75,7 +81,8 @@ class Host:
     folder: Path  # where relative paths start
     compose_files: tuple[str, ...] = ()
     env_file: Path | None = None
-    backends: tuple[str, ...] = ()  # that the campaign needs; () for any one of the compose file's
+    # Those that the campaign needs, with the images of a grid as in `slot_of`; () for any one of the compose file's.
+    backends: tuple[str, ...] = ()
     results_dir: Path = Path("results")
     state_dir: Path = Path(".state")
     experiments: tuple[Experiment, ...] = ()  # of the campaign, one of each configuration
@@ -105,8 +112,9 @@ class Host:
             results_dir=self.folder / self.results_dir,
             env_file=self.env_file,
             environ=self._variables,
-        ).described(self.backends)
-        return tuple(services[name] for name in self.backends or services)
+        ).described(tuple(dict.fromkeys(service_and_image(slot)[0] for slot in self.backends)))
+        pairs = map(service_and_image, self.backends or services)
+        return tuple(with_image(services[name], image) for name, image in pairs)
 
     @functools.cached_property
     def gpus(self) -> GpuReading:
@@ -134,7 +142,7 @@ def host_of(plan: Plan) -> Host:
     """This machine for a campaign."""
     io, items = plan.campaign.io, plan.configurations
     env_file = None if io.env_file is None else Path(io.env_file).absolute()
-    services = tuple(dict.fromkeys(item.container for item in items if item.container is not None))
+    services = tuple(dict.fromkeys(slot for item in items if (slot := slot_of(item.place))))
     folders = Path(io.results_dir), Path(io.state_dir)
     return Host(Path.cwd(), io.compose_file or (), env_file, services, *folders, experiments=items)
 

@@ -33,7 +33,7 @@ from lem.orchestration.dispatch import Outcome
 from lem.orchestration.docker import ContainerError, Docker, describe
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
 from lem.orchestration.packing import provide_pyz
-from lem.orchestration.plan import ON_HOST, Plan
+from lem.orchestration.plan import ON_HOST, Plan, needs_container, service_and_image, slot_of
 from lem.orchestration.schedule import StopRequest, Timeouts
 from lem.orchestration.served import HostWorker, keeper
 from lem.orchestration.status import Observer
@@ -49,12 +49,13 @@ _POLL_S = 0.2
 
 
 class ContainerWorker(dispatch.Worker):
-    """The worker in the container of one service; no other worker holds its device while it runs."""
+    """The worker in the container of one slot; no other worker holds its device while it runs."""
 
-    def __init__(self, executor: DockerExecutor, service: str, command: Sequence[str], **options: Any) -> None:
+    def __init__(self, executor: DockerExecutor, slot: str, command: Sequence[str], **options: Any) -> None:
         super().__init__(command, **options)
         self._executor = executor
-        self._service = service
+        self.slot = slot
+        self._service = service_and_image(slot)[0]
         self._begun_s = 0.0  # Unix time of the last attempt
         self.is_stale = False  # its container is to be replaced before its next use
         self.has_lost_gpu = False
@@ -62,16 +63,15 @@ class ContainerWorker(dispatch.Worker):
     def run(
         self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: StopRequest | None = None
     ) -> Outcome:
-        self._executor.make_way(self._service, stop)
+        self._executor.make_way(self.slot, stop)
         adapted = self.adapt(request)
         self._begun_s = time.time()
         return self._settle(adapted, super().run(adapted, on_event, timeouts, stop))
 
     def _open(self, stop: StopRequest | None, timeout_s: float) -> dispatch.WorkerConnection:
         executor, service = self._executor, self._service
-        if self.is_stale:
-            executor.recreate(service)
-            executor.await_answer(service)
+        if self.is_stale or not executor.is_in_place(self.slot):
+            executor.replace_container(self.slot)
             self.is_stale = False
         state = executor.state(service)
         if state is None or not state.is_running or self.has_lost_gpu:
@@ -79,7 +79,7 @@ class ContainerWorker(dispatch.Worker):
             self.has_lost_gpu = False
         provide_pyz(executor.project.environ)  # checked again: the container has been running for a while
         connection = super()._open(stop, timeout_s)
-        self.environment = {**self.environment, "image": executor.compose.images.get(service)}
+        self.environment = {**self.environment, "image": executor.compose.images.get(self.slot)}
         return connection
 
     def _recover(self) -> None:
@@ -93,7 +93,7 @@ class ContainerWorker(dispatch.Worker):
         if uuids and has_gpu:
             named = ("0",) if config.get("gpus") is None else config["gpus"]
             config["gpus"] = [uuids.get(str(name), str(name)) for name in named]
-        return dataclasses.replace(request, config=config, image=executor.compose.images.get(self._service))
+        return dataclasses.replace(request, config=config, image=executor.compose.images.get(self.slot))
 
     def _settle(self, request: RunRequest, outcome: Outcome) -> Outcome:
         """The outcome with what happened to the container; a result is invalid if it lost its GPU meanwhile."""
@@ -128,7 +128,8 @@ class ContainerWorker(dispatch.Worker):
 class DockerExecutor(ContainerManager):
     """Workers in one compose project, each backend in the service of its name; the first starts all containers.
 
-    Beside them, workers on this machine, for servers that are services themselves, or not in containers at all.
+    A service has one container: it is replaced when the next worker needs another image. Beside them, workers on this
+    machine, for servers that are services themselves, or not in containers at all.
     """
 
     name = "docker"
@@ -159,11 +160,27 @@ class DockerExecutor(ContainerManager):
                 self._beside[place] = HostWorker(self, place, self.make_way)
             return self._beside[place]
         if place not in self._made:
-            self._made[place] = self.worker_in(place, functools.partial(ContainerWorker, self, place))
+            service = service_and_image(place)[0]
+            self._made[place] = self.worker_in(service, functools.partial(ContainerWorker, self, place))
         return self._made[place]
 
     def prepare(self, backends: Collection[str]) -> None:
-        super().prepare(services_of(backends))
+        super().prepare(slots_of(backends))
+
+    def is_in_place(self, slot: str) -> bool:
+        """Whether the container of a service has the image of a slot."""
+        return self._slots[service_and_image(slot)[0]] == slot
+
+    def replace_container(self, slot: str) -> None:
+        """Give a service a new container, from the image of a slot; workers in the old one are ended."""
+        service = service_and_image(slot)[0]
+        for name, worker in self._made.items():
+            if name != slot and service_and_image(name)[0] == service:
+                worker.stop()
+        if not self.is_in_place(slot):
+            self.choose_image(slot)
+        self.recreate(service)
+        self.await_answer(service)
 
     @property
     def _workers_here(self) -> Mapping[str, ContainerWorker | HostWorker]:
@@ -176,7 +193,8 @@ class DockerExecutor(ContainerManager):
             if self.project.servers:
                 held.enter_context(keeper(self.compose, self.project.mark))
             try:  # recreated, since a container that an earlier run left may be in any state
-                self.start_services([place for place in self.backends if ON_HOST not in place], recreate=True)
+                inside = [place for place in self.backends if not place.startswith(ON_HOST)]
+                self.start_services(inside, recreate=True)
             except BaseException:
                 with contextlib.suppress(Interrupted):  # a second signal does not replace the error
                     self.teardown(TEARDOWN_S)
@@ -201,7 +219,7 @@ class DockerExecutor(ContainerManager):
 
     def close(self) -> None:
         held, self._held = self._held, None
-        for known in (self._made, self._beside, self._workers, self.restarts):
+        for known in (self._made, self._beside, self._workers, self._slots, self.restarts):
             known.clear()
         try:
             if held is not None:
@@ -215,7 +233,10 @@ class DockerExecutor(ContainerManager):
 
     def look_after(self, tell: Callable[[str], None]) -> None:
         health = self._campaign.health_check
-        for service, worker in self._made.items():
+        for slot, worker in self._made.items():
+            if not self.is_in_place(slot):
+                continue
+            service = service_and_image(slot)[0]
             status = self.check_health(service, health.gpu_memory_threshold_pct)
             if status.healthy:
                 continue
@@ -240,28 +261,30 @@ class DockerExecutor(ContainerManager):
         hint = "`lem doctor` shows what is missing; then continue with --resume"
         raise InfrastructureError(f"the container of {service} {what}: {status.reason}", hint)
 
-    def make_way(self, service: str, stop: StopRequest | None) -> None:
-        """Unload the engines of the other workers until none is on the GPU of a service; an error if one stays."""
-        open_ones = {name: item for name, item in self._workers_here.items() if name != service and item.is_open}
+    def make_way(self, place: str, stop: StopRequest | None) -> None:
+        """Unload the engines of the other workers until none is on the GPU of a place; an error if one stays."""
+        open_ones = {name: item for name, item in self._workers_here.items() if name != place and item.is_open}
         for worker in open_ones.values():
             worker.unload(stop)
-        others = [name for name in open_ones if name in self._made]  # on this machine nothing outlives an engine
+        # On this machine nothing outlives an engine, nor in a container that will be replaced.
+        service = service_and_image(place)[0]
+        slots = {service_and_image(name)[0]: name for name in open_ones if name in self._made}
+        others = [name for name in slots if name != service]
         if not others or not self.has_gpu(service) or self._becomes_free(service, others, stop):
             return
         for name in others:
-            self._made[name].stop()
+            self._made[slots[name]].stop()
             self.recreate(name)
         if not self._becomes_free(service, others, stop):
             message = f"the GPU of {service} is still in use by the containers of {', '.join(others)} after a restart"
             raise InfrastructureError(message, "if a process hangs in the driver, reset the GPU or reboot")
 
     def has_gpu(self, service: str) -> bool:
-        name = service.removeprefix(ON_HOST)
-        return bool(self.gpu_uuids) if not name else super().has_gpu(name)
+        return bool(self.gpu_uuids) if not service else super().has_gpu(service)
 
     def try_to_read_gpus(self, service: str) -> GpuReading | None:
         """None if the container does not answer; it is recovered when its worker is opened."""
-        if service.startswith(ON_HOST):
+        if not service or service in self.project.servers:
             return read_gpus()
         try:
             return self.read_gpus(service)
@@ -319,7 +342,7 @@ def choose_executor(
     if wanted == "docker" and python is not None:
         raise UserError("--python requires the local executor", "omit --python or --executor docker")
     places, is_local = _places(plan), wanted == "local" or python is not None
-    backends, served = services_of(places), [item.container for item in plan.experiments if item.is_served_inside]
+    backends, needed = services_of(places), next(filter(None, map(needs_container, plan.experiments)), None)
     if not backends and wanted == "docker":
         hint = "server.service runs a command in a container; omit --executor docker to run it here"
         raise UserError("--executor docker: no experiment runs in a container", hint)
@@ -329,8 +352,8 @@ def choose_executor(
         is_local = True
     elif wanted == "docker":
         reason = "requested"
-    elif served:
-        reason = f"chosen: server.service: {served[0]} needs it"
+    elif needed:
+        reason = f"chosen: {needed} needs it"
     elif campaign.cold_start.restart_container:
         reason = "chosen: cold_start.restart_container needs it"
     elif campaign.io.compose_file is not None or campaign.io.env_file is not None:
@@ -345,7 +368,7 @@ def choose_executor(
     return ExecutorChoice(
         "docker",
         lambda: docker_executor(campaign, plan, project),
-        lambda: f"docker, {place}, {_images(project, backends)} ({reason})",
+        lambda: f"docker, {place}, {_images(project, slots_of(places))} ({reason})",
     )
 
 
@@ -355,7 +378,11 @@ def _places(plan: Plan) -> tuple[str, ...]:
 
 def services_of(places: Iterable[str]) -> tuple[str, ...]:
     """The compose services of places, with those that are servers."""
-    return tuple(dict.fromkeys(name for place in places if (name := place.removeprefix(ON_HOST))))
+    return tuple(dict.fromkeys(name for place in places if (name := service_and_image(place)[0])))
+
+
+def slots_of(places: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(slot for place in places if (slot := slot_of(place))))
 
 
 def _what_is_installed(backends: Sequence[str], environ: Mapping[str, str]) -> tuple[bool, str]:
@@ -382,20 +409,22 @@ def _warn_of_container_options(campaign: CampaignConfig) -> None:
             _logger.warning("%s has no effect: it applies to containers, but experiments run in this Python", name)
 
 
-def _images(project: ComposeProject, backends: Sequence[str]) -> str:
+def _images(project: ComposeProject, slots: Sequence[str]) -> str:
     try:
-        services = project.described(backends)
+        services = project.described(services_of(slots))
     except ContainerError as error:
         return f"images unknown: {error.message}"
-    return "images " + ", ".join(f"{services[name].image or 'none'} ({name})" for name in backends if name in services)
+    pairs = [(services[name], image) for name, image in map(service_and_image, slots) if name in services]
+    return "images " + ", ".join(f"{image or service.image or 'none'} ({service.name})" for service, image in pairs)
 
 
 def docker_executor(
     campaign: CampaignConfig, plan: Plan, project: ComposeProject, gpus: Sequence[GpuFacts] | None = None
 ) -> DockerExecutor:
     places = _places(plan)
-    backends, servers = services_of(places), {name.removeprefix(ON_HOST) for name in places if ON_HOST in name} - {""}
-    if both := servers.intersection(places):
+    on_host = [place for place in places if place.startswith(ON_HOST)]
+    backends, servers = services_of(places), set(services_of(on_host))
+    if both := servers.intersection(services_of(place for place in places if place not in on_host)):
         hint = "name two services, or give all experiments of this one a command, or none"
         raise UserError(f"server.service: {both.pop()} is to be a server itself, and to run a command", hint)
     # A number has the same meaning as for a local engine.

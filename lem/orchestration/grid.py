@@ -84,7 +84,8 @@ def expand_campaign_grid(
 
     A list is an axis, anything else a fixed value; an option that is itself a list takes a list of lists. Dotted keys
     nest, and an override is a field of its backend's section. Axes whose change needs another engine load vary
-    slowest, so that configurations with equal engines lie together; beyond that the first axis varies slowest.
+    slowest, of these the image, so that configurations with equal engines lie together; beyond that the first axis
+    varies slowest.
 
     Args:
         base_config: values for every experiment, which axes win over; of the backends' sections each experiment gets
@@ -108,7 +109,7 @@ def _axes_of(grid: CampaignGridConfig, backend: str, base: Mapping[str, Any]) ->
     overrides = grid.backend_overrides.get(backend, {})
     axes.update({f"{backend}.{key}": _values_of(value) for key, value in overrides.items()})
     given = {*axes, *(f"{backend}.{key}" for key in base.get(backend) or ())}
-    return sorted(axes.items(), key=lambda axis: not _needs_reload(axis[0], backend, given))
+    return sorted(axes.items(), key=lambda axis: (axis[0] != "image", not _needs_reload(axis[0], backend, given)))
 
 
 def _values_of(value: Any) -> Sequence[Any]:
@@ -407,32 +408,38 @@ def _digest(value: Any) -> str:
 _Item = TypeVar("_Item")
 
 
-def cycle_order(engine_keys: Sequence[str], structure: str, seed: int, cycle: int) -> list[int]:
-    """The order of a cycle: indices of the configurations with these engine keys."""
-    # Equal keys are adjacent, since each cycle loads an engine once. The order depends on nothing but the arguments, so
-    # a campaign prolonged by a cycle keeps the order of the others.
-    by_key: dict[str, list[int]] = {}
-    for index, key in enumerate(engine_keys):
-        by_key.setdefault(key, []).append(index)
-    groups = list(by_key.values())
+def cycle_order(
+    engine_keys: Sequence[str], structure: str, seed: int, cycle: int, images: Sequence[str | None] = ()
+) -> list[int]:
+    """The order of a cycle: indices of the configurations with these engine keys and, where given, these images."""
+    # Equal images are adjacent, since a container is replaced for another one, and of these equal keys, since each
+    # cycle loads an engine once. The order depends on nothing but the arguments, so a campaign prolonged by a cycle
+    # keeps the order of the others.
+    by_image: dict[str | None, dict[str, list[int]]] = {}
+    for index, (key, image) in enumerate(zip(engine_keys, images or [None] * len(engine_keys), strict=True)):
+        by_image.setdefault(image, {}).setdefault(key, []).append(index)
+    tree = [list(by_key.values()) for by_key in by_image.values()]
     if structure == SHUFFLED:
         # Seeding with text hashes it with SHA-512, the same on every Python and machine.
         rng = random.Random(f"{seed}/{cycle}")
-        groups = [rng.sample(group, len(group)) for group in groups]
-        rng.shuffle(groups)
+        for groups in tree:
+            groups[:] = [rng.sample(group, len(group)) for group in groups]
+            rng.shuffle(groups)
+        rng.shuffle(tree)
     elif structure == BALANCED:
-        groups = _rotated_and_mirrored(groups, cycle)
-    return [index for group in groups for index in group]
+        tree = _rotated_and_mirrored(tree, cycle)
+    return [index for groups in tree for group in groups for index in group]
 
 
-def _rotated_and_mirrored(groups: Sequence[list[int]], cycle: int) -> list[list[int]]:
+def _rotated_and_mirrored(tree: Sequence[list[list[int]]], cycle: int) -> list[list[list[int]]]:
     """Every second cycle mirrors the one before, which cancels a linear trend; each pair of cycles starts one later."""
-    # Groups with several members rotate half as often as the members. At the same rate, two groups of two would only
-    # run the mirrored order again.
+    # What has several members rotates half as often as the members. At the same rate, two groups of two would only run
+    # the mirrored order again.
     pair = cycle // 2
-    turn = pair // 2 if any(len(group) > 1 for group in groups) else pair
-    rotated = [_rotated(group, pair) for group in _rotated(groups, turn)]
-    return [group[::-1] for group in rotated[::-1]] if cycle % 2 else rotated
+    turn = pair // 2 if any(len(group) > 1 for groups in tree for group in groups) else pair
+    slow = turn // 2 if any(len(groups) > 1 for groups in tree) else turn
+    rotated = [[_rotated(group, pair) for group in _rotated(groups, turn)] for groups in _rotated(tree, slow)]
+    return [[group[::-1] for group in groups[::-1]] for groups in rotated[::-1]] if cycle % 2 else rotated
 
 
 def _rotated(items: Sequence[_Item], by: int) -> list[_Item]:

@@ -34,6 +34,17 @@ from lem.worker.prompts import BUNDLED, resolve_on_host
 GapKind = Literal["configuration", "cycle"]
 # Begins the place of a worker that is on this machine whatever the executor; no service has such a name.
 ON_HOST = "server:"
+_IMAGE_MARK = "@"  # between a service and an image; no service has it in its name
+
+
+def slot_of(place: str) -> str:
+    """The service of a place, with `@IMAGE` where its container has another image than in the compose file."""
+    return place.removeprefix(ON_HOST)
+
+
+def service_and_image(place: str) -> tuple[str, str | None]:
+    service, _, image = slot_of(place).partition(_IMAGE_MARK)
+    return service, image or None
 
 
 @dataclass(frozen=True)
@@ -57,16 +68,17 @@ class Experiment:
 
     @property
     def place(self) -> str:
-        """Where its worker runs: a compose service where backends run in containers, or ON_HOST and its server."""
-        section = self.config.section
+        """Where its worker runs: a slot (`slot_of`) where backends run in containers, or ON_HOST and its server."""
+        section, image = self.config.section, self.config.image
+        ending = "" if image is None else f"{_IMAGE_MARK}{image}"
         if not isinstance(section, ServerConfig):
-            return self.backend
-        return section.service if section.command and section.service else f"{ON_HOST}{section.service or ''}"
+            return f"{self.backend}{ending}"
+        return f"{'' if section.command and section.service else ON_HOST}{section.service or ''}{ending}"
 
     @property
     def container(self) -> str | None:
         """The compose service that its engine needs, where backends run in containers; None for none."""
-        return self.place.removeprefix(ON_HOST) or None
+        return service_and_image(self.place)[0] or None
 
     @property
     def server(self) -> str | None:
@@ -81,11 +93,6 @@ class Experiment:
         return f"{section.command[0]}, {f'in service {section.service}' if section.service else 'on this machine'}"
 
     @property
-    def is_served_inside(self) -> bool:
-        """Whether it needs a container, since `server.service` names one."""
-        return isinstance(self.config.section, ServerConfig) and self.config.section.service is not None
-
-    @property
     def requested(self) -> dict[str, Any]:
         written: dict[str, Any] = as_written(self.config_dict)
         return written
@@ -95,6 +102,14 @@ class Experiment:
         given = canonical(ExperimentConfig, self.config_dict)
         resolved: dict[str, Any] = as_written(self.config.to_dict(), given)
         return resolved if resolved["config_name"] else {**resolved, "config_name": self.config_name}
+
+
+def needs_container(experiment: Experiment) -> str | None:
+    """The option by which an experiment cannot run outside a container, with its value; None where it can."""
+    config, section = experiment.config, experiment.config.section
+    if isinstance(section, ServerConfig) and section.service is not None:
+        return f"server.service: {section.service}"
+    return None if config.image is None else f"image: {config.image}"
 
 
 @dataclass(frozen=True)
@@ -452,10 +467,11 @@ def _cells_that_cannot_differ(given: Sequence[Experiment]) -> Iterator[GridValid
 
 def order_experiments(given: Sequence[Experiment], execution: CampaignExecutionConfig) -> tuple[Experiment, ...]:
     cycles, keys = range(execution.cycles), [item.engine_key for item in given]
+    images = [item.config.image for item in given]
     if execution.structure == GROUPED:
         ordered = [(item, cycle) for item in given for cycle in cycles]
     else:
-        orders = ((cycle, cycle_order(keys, execution.structure, execution.seed, cycle)) for cycle in cycles)
+        orders = ((cycle, cycle_order(keys, execution.structure, execution.seed, cycle, images)) for cycle in cycles)
         ordered = [(given[place], cycle) for cycle, order in orders for place in order]
     return tuple(
         replace(item, exp_id=experiment_id(item.config_hash, cycle), cycle_index=cycle, order_index=index)

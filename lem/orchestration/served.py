@@ -26,7 +26,7 @@ from lem.orchestration import dispatch
 from lem.orchestration.compose import override_text
 from lem.orchestration.container import UP_TIMEOUT_S, ContainerManager
 from lem.orchestration.docker import Compose, ContainerError, Docker, explain
-from lem.orchestration.plan import ON_HOST
+from lem.orchestration.plan import service_and_image, slot_of
 from lem.orchestration.schedule import StopRequest, Timeouts
 from lem.orchestration.status import Observer
 from lem.worker.channel import RunRequest
@@ -44,9 +44,10 @@ class HostWorker(dispatch.Worker):
         self, manager: ContainerManager, place: str, make_way: Callable[[str, StopRequest | None], None]
     ) -> None:
         self._manager, self._place, self._make_way = manager, place, make_way
-        self._service, env = place.removeprefix(ON_HOST), dict(os.environ)
+        self._slot, env = slot_of(place), dict(os.environ)
+        self._service = service_and_image(place)[0]
         if self._service:
-            env[SERVICE_VARIABLE] = service_variable(manager.compose, self._service, manager.project.mark)
+            env[SERVICE_VARIABLE] = service_variable(manager.compose, self._slot, manager.project.mark)
         super().__init__((*own_command(sys.executable), "worker"), env=env)
 
     def run(
@@ -78,7 +79,7 @@ class HostWorker(dispatch.Worker):
 
     @property
     def _image(self) -> str | None:
-        return self._manager.compose.images.get(self._service)
+        return self._manager.compose.images.get(self._slot)
 
     def _end_server(self) -> None:
         """Remove the container that an engine process was killed too fast to remove."""
@@ -90,16 +91,18 @@ class HostWorker(dispatch.Worker):
 # A service as the command of a server: an engine process starts and ends it as any other (`worker --service`)
 
 
-def service_variable(compose: Compose, service: str, mark: str, environ: Mapping[str, str] = os.environ) -> str:
+def service_variable(compose: Compose, slot: str, mark: str, environ: Mapping[str, str] = os.environ) -> str:
     """The value of SERVICE_VARIABLE: the command to which `NAME,NAME…` of variables and then options are added."""
+    service, image = service_and_image(slot)
     found = compose.services[service]
     words = found.command
     if words is None:
-        shown = compose.call("image", "inspect", "--format", "{{json .Config.Cmd}}", compose.images[service])
+        shown = compose.call("image", "inspect", "--format", "{{json .Config.Cmd}}", compose.images[slot])
         words = tuple(json.loads(shown.stdout or "null") or ()) if shown.code == 0 else ()
     # The worker inherits all else, so that no secret of this user is in argv.
     env = {name: value for name, value in compose.env.items() if environ.get(name) != value}
-    spec = {"service": service, "words": compose.arguments(), "command": words, "mark": mark, "env": env}
+    spec: dict[str, Any] = {"service": service, "image": image, "words": compose.arguments(), "command": words}
+    spec |= {"mark": mark, "env": env}
     command = (*own_command(sys.executable), "worker", "--service", json.dumps(spec))
     return json.dumps({"command": command, "url": found.url})
 
@@ -115,6 +118,7 @@ def run_service(arguments: Sequence[str]) -> int:
         with durable.scratch_folder(Path(tempfile.gettempdir())) as folder:
             changes: dict[str, Any] = {"command": [*spec["command"], *words]} if words else {}
             changes |= {"environment": dict.fromkeys(names)} if names else {}  # null: the value that compose has
+            changes |= {"image": spec["image"]} if spec["image"] else {}
             override = folder / "options.yml"
             override.write_text(override_text({"services": {service: changes}}), encoding="utf-8")
             more = ("--file", str(override)) if changes else ()

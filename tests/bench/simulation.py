@@ -86,7 +86,7 @@ class Simulated:
 @functools.lru_cache(maxsize=50_000)
 def order_of(n: int, cycles: int, structure: str, seed: int) -> Sequence[tuple[int, int]]:
     """Configuration and cycle of each experiment, in the order that lem plans."""
-    config: Any = SimpleNamespace(backend="pytorch")
+    config: Any = SimpleNamespace(backend="pytorch", image=None)
     given = [Experiment("", str(at), config, {}, "", f"{at:016x}", str(at), 0, 0) for at in range(n)]
     execution = CampaignExecutionConfig(cycles=cycles, structure=structure, seed=seed)
     return [(int(item.config_name), item.cycle_index) for item in order_experiments(given, execution)]

@@ -22,7 +22,7 @@ from lem.config.campaign_config import (
 from lem.config.experiment import ExperimentConfig
 from lem.config.load import complete_campaign
 from lem.meters.machine import GpuFacts
-from lem.orchestration.compose import ComposeProject, find_compose_files
+from lem.orchestration.compose import IMAGES_NAME, ComposeProject, find_compose_files
 from lem.orchestration.dispatch import LocalExecutor, Outcome
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.executor import (
@@ -76,9 +76,14 @@ class Place:
         self.executors.append(DockerExecutor(project, backends, campaign(**sections), uuids, free_timeout_s))
         return self.executors[-1]
 
-    def run(self, executor: DockerExecutor, name: str = "one", backend: str = "pytorch") -> Outcome:
-        request = self.rig.request(name, backend=backend)
-        return executor.worker_for(backend).run(request, lambda _event: None, PATIENT)
+    def run(self, executor: DockerExecutor, name: str = "one", place: str = "pytorch") -> Outcome:
+        request = self.rig.request(name, backend=place.partition("@")[0])
+        return executor.worker_for(place).run(request, lambda _event: None, PATIENT)
+
+    def images(self) -> dict[str, str]:
+        """The images that services would have by lem's own file, if a container was made now."""
+        text = (self.root / "state" / IMAGES_NAME).read_text().partition("\n")[2]
+        return {service: item["image"] for service, item in json.loads(text)["services"].items()}
 
     def record(self, name: str = "one") -> Record:
         return read_record(self.rig.folder / name / "result.json")
@@ -117,6 +122,38 @@ def test_every_missing_image_is_named_before_a_container_is_started(place: Place
     assert "image one of service pytorch is missing" in caught.value.message
     assert "; so is image two of service vllm" in caught.value.message
     assert "`docker pull one`, `docker pull two`" in caught.value.hint
+    assert place.fake.compose_calls("up") == []
+
+
+def test_a_container_is_replaced_when_the_next_experiment_has_another_image(place: Place) -> None:
+    place.fake.change(images=["img", "reg/two:2"])
+    one, two = "pytorch", "pytorch@reg/two:2"
+    executor = place.executor(one, two)
+    found = []
+    for number, slot in enumerate((one, one, two, one)):
+        assert place.run(executor, str(number), slot).error is None
+        found.append((place.images().get("pytorch"), place.record(str(number)).environment.image))
+    first, second = (None, "sha256:img"), ("reg/two:2", "sha256:reg/two:2")
+    assert found == [first, first, second, first]
+    ups = place.fake.compose_calls("up")
+    assert len(ups) == 3, "the start, and one for each change"
+    assert all("--force-recreate" in words for words in ups)
+    assert not executor.worker_for(two).is_open, "its container is gone"
+
+
+def test_a_service_need_not_have_the_image_of_its_compose_file(place: Place) -> None:
+    place.fake.change(images=["reg/two:2"])
+    executor = place.executor("pytorch@reg/two:2")
+    assert place.run(executor, "one", "pytorch@reg/two:2").error is None
+    assert place.images() == {"pytorch": "reg/two:2"}
+
+
+def test_an_image_of_an_axis_that_is_missing_is_refused_before_a_container_is_started(place: Place) -> None:
+    with pytest.raises(ContainerError, match="image reg/two:2 of service pytorch is missing") as caught:
+        place.executor("pytorch", "pytorch@reg/two:2").prepare(("pytorch", "pytorch@reg/two:2"))
+    assert caught.value.kind == "image"
+    assert "`docker pull reg/two:2`" in caught.value.hint
+    assert "--executor local" not in caught.value.hint, "it has no images"
     assert place.fake.compose_calls("up") == []
 
 
@@ -348,6 +385,14 @@ def test_options_for_containers_choose_containers(fake: FakeDocker, options: dic
     (fake.folder / "docker-compose.yml").write_text("services: {}\n")
     executor = choose(fake, campaign("pytorch", **options)).make()
     assert isinstance(executor, DockerExecutor)
+
+
+def test_images_of_an_axis_choose_containers_and_are_named_before_a_run(fake: FakeDocker) -> None:
+    choice = choose(fake, campaign("pytorch", shared={"image": [None, "reg/two:2", "reg/three@sha256:0f"]}))
+    assert choice.name == "docker"
+    text = "images img (pytorch), reg/two:2 (pytorch), reg/three@sha256:0f (pytorch)"
+    assert f"services pytorch of the compose file in lem's package, {text}" in choice.describe()
+    assert "image: reg/two:2 needs it" in choice.describe()
 
 
 @pytest.mark.parametrize("state", [{"daemon": "down"}, {"compose": None}])

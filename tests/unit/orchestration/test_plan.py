@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -271,6 +272,49 @@ def test_in_a_balanced_campaign_every_configuration_is_in_every_place_equally_of
     assert set(found.values()) == {cycles // len(engines)}
     shown = [word[0] for word in words[: len(names) * cycles]]
     assert not words or shown == [names[index] for order in orders for index in order]
+
+
+@pytest.mark.parametrize("structure", ["balanced", "interleaved", "shuffled"])
+def test_within_a_cycle_experiments_of_an_image_and_of_these_of_an_engine_are_adjacent(structure: str) -> None:
+    axes = {"fp_precision": ["float16", "float32"], "max_output_tokens": [1, 2], "image": ["a:1", "a:2", None]}
+    listed = [{"fp_precision": precision, "image": image} for precision in ("bfloat16", "float16") for image in "xy"]
+    found = plan(
+        grid={"backends": ["pytorch"], "shared": axes},
+        experiments=listed,
+        execution={"cycles": 8, "structure": structure},
+    )
+    for cycle in range(8):
+        configs = [item.config for item in found.experiments if item.cycle_index == cycle]
+        assert len(configs) == 16
+        assert len(list(itertools.groupby(configs, lambda item: item.image))) == 5
+        engines = itertools.groupby(configs, lambda item: item.engine_key())
+        assert len(list(engines)) == len({item.engine_key() for item in configs}) == 10
+
+
+def test_in_a_balanced_campaign_images_are_in_every_place_equally_often() -> None:
+    for images, engines, cycles in (("aabb", "xyxy", 8), ("abc", "xyz", 6), ("aaaabbbb", "xxyyxxyy", 32)):
+        orders = [cycle_order(engines, "balanced", 42, cycle, images) for cycle in range(cycles)]
+        found = Counter((place, index) for order in orders for place, index in enumerate(order))
+        assert set(found.values()) == {cycles // len(images)}, (images, engines)
+        assert len(found) == len(images) ** 2
+
+
+def test_an_image_needs_another_engine_and_container_and_without_one_identities_stay() -> None:
+    without = ExperimentConfig.from_dict({"model": "m"})
+    with_one = ExperimentConfig.from_dict({"model": "m", "image": "reg/two:2"})
+    assert without.engine_key() != with_one.engine_key()
+    assert "image" not in without.identity()
+    assert with_one.identity()["image"] == "reg/two:2"
+    found = plan(grid={"backends": ["vllm"], "shared": {"image": [None, "reg/two:2"]}}, execution={"cycles": 1})
+    assert [item.place for item in found.experiments] == ["vllm", "vllm@reg/two:2"]
+    assert found.loads() == [True, True]
+    assert [item.config_name for item in found.given] == ["vllm-image=null", "vllm-image=two_2"]
+
+
+@pytest.mark.parametrize("image", ["", "--help", "a b", "reg/two:2\n"])
+def test_what_is_no_name_of_an_image_is_refused(image: str) -> None:
+    with pytest.raises(ConfigurationError, match="image"):
+        ExperimentConfig.from_dict({"model": "m", "image": image})
 
 
 @pytest.mark.parametrize("reuse", ["cycle", "none"])

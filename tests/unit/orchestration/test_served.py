@@ -17,6 +17,7 @@ from lem.base import process
 from lem.base.errors import UserError
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
+from lem.config.kinds import ConfigProblems
 from lem.config.load import complete_campaign
 from lem.engines.named import find_server_problem
 from lem.meters.machine import GpuFacts
@@ -94,6 +95,27 @@ def test_the_form_of_a_server_decides_where_its_worker_runs(
     assert ("llama" in choice.describe()) == (container is not None)
 
 
+def test_a_server_in_another_image_is_another_place_and_its_container_gets_that_image(fake: FakeDocker) -> None:
+    fake.change(images=["img", "reg/two:2"], services={"llama": {"image": "img", "ports": [PUBLISHED]}})
+    found = campaign(SERVICE, image="reg/two:2")
+    (item,) = plan_of(found).configurations
+    assert (item.place, item.container) == ("server:llama@reg/two:2", "llama")
+    project, _ = prepared(fake, found)
+    compose = project.prepare(["llama@reg/two:2"])
+    assert compose.images == {"llama@reg/two:2": "sha256:reg/two:2"}
+    variable = service_variable(compose, "llama@reg/two:2", project.mark, fake.environ())
+    assert json.loads(json.loads(variable)["command"][-1])["image"] == "reg/two:2"
+
+
+@pytest.mark.parametrize("server", [COMMAND, {"url": ELSEWHERE}])
+def test_an_image_is_refused_where_the_server_runs_in_no_container(server: dict[str, Any]) -> None:
+    with pytest.raises(ConfigProblems) as caught:
+        ExperimentConfig.from_dict({**BASE, "image": "img", "server": server})
+    assert [(problem.path, problem.reason and problem.reason.code) for problem in caught.value.problems] == [
+        (("image",), "image_unused")
+    ]
+
+
 def test_a_server_that_runs_already_is_never_loaded() -> None:
     order = {"execution": {"cycles": 2, "structure": "interleaved"}}
     assert plan_of(campaign({"url": ELSEWHERE}, COMMAND, more=order)).loads() == [False, True, False, True]
@@ -107,6 +129,7 @@ def test_a_server_that_runs_already_is_never_loaded() -> None:
         ({"url": ELSEWHERE}, {"execution": {"reuse": "none"}}, "local", "execution.reuse: none"),
         ({"url": ELSEWHERE}, {"cold_start": {"force_cold_start": True}}, "local", "cold_start"),
         (COMMAND, {"cold_start": {"restart_container": True}}, "local", "restart_container"),
+        (COMMAND, {"experiments": [{"model": "m", "image": "img"}]}, "local", "image: img requires containers"),
     ],
 )
 def test_what_a_form_cannot_have_is_refused(
