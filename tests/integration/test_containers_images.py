@@ -139,7 +139,7 @@ def test_two_versions_of_transformers_are_compared_and_their_difference_is_inten
         grid["shared"] |= {name: [value] for name, value in common.items()}
         campaign = {
             "campaign_name": "versions",
-            "model": "tiny",
+            "model": str(places.models / "tiny"),
             "grid": grid,
             "execution": {"cycles": 3, "config_gap_seconds": 0, "cycle_gap_seconds": 0},
         }
