@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from lem.base.units import plural
+from lem.base.units import percent, plain, plural
 from lem.results.history import (
     LEAST_RUNS,
     NOTHING_ELSE,
@@ -121,7 +121,7 @@ def _figure(identifier: str, series: Series, history: History) -> Markup:
         for item in changed
     ]  # fmt: skip
     texts = [f"{change_text(item.ratio)} since run {item.run_id}" for item in series.changes]
-    spread = "unknown" if series.spread is None else f"{100 * series.spread:.2g} %"
+    spread = "unknown" if series.spread is None else percent(series.spread)
     return Plot(
         identifier,
         heading,
@@ -150,7 +150,7 @@ def _data(heading: str, series: Series, places: dict[str, int], share: Callable[
             places[item.run_id],
             item.run_id,
             plot.number_cell(item.value),
-            Cell(f"{math.exp(item.log):.4g}" if series.is_relative else "–", is_number=True),
+            Cell(plain(math.exp(item.log), ".4g") if series.is_relative else "–", is_number=True),
             Cell(f"{share(item.log):+.2f} %", is_number=True),
         ]
         for item in series.points
