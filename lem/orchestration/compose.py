@@ -285,16 +285,17 @@ class ComposeProject:
         if any(service_and_image(slot)[1] for slot in slots):
             files.append(self.write_images(slots))
         prepared = replace(base, files=tuple(files), pyz=PYZ_FOLDER / pyz.name)
-        services = prepared.services  # Compose refuses an invalid combination here, before anything is started
-        prepared.images.update(_image_ids(prepared, {slot: services[service_and_image(slot)[0]] for slot in slots}))
+        _ = prepared.services  # Compose refuses an invalid combination here, before anything is started
+        own = {slot: base.services[service_and_image(slot)[0]] for slot in slots}  # `prepared` has that of one slot
+        prepared.images.update(_image_ids(prepared, own))
         return prepared
 
     def write_images(self, slots: Iterable[str]) -> Path:
-        """The file that gives services other images than the compose file; of each service the first slot counts."""
+        """The file of other images than the compose file's, by the first slot of each service; servers name theirs."""
         images: dict[str, str | None] = {}
         for service, image in map(service_and_image, slots):
             images.setdefault(service, image)
-        services = {service: {"image": image} for service, image in images.items() if image is not None}
+        services = {name: {"image": image} for name, image in images.items() if image and name not in self.servers}
         return self._write(IMAGES_NAME, override_text({"services": services}))
 
     def as_written(self, pyz: Path | None, engine: Mapping[str, Any]) -> Compose:

@@ -184,7 +184,15 @@ class Command:
             services = {name: item for name, item in services.items() if name not in off}
         if self.state.get("unnamed") and "--project-name" not in sys.argv:
             raise Refused("project name must not be empty", 15)
+        if isinstance(services, dict):
+            services = {name: item and {**item, **self.image_of(name)} for name, item in services.items()}
         print(json.dumps({"name": "p", "services": services, "volumes": self.volumes(sys.argv)}, indent=2))
+
+    def image_of(self, service: str) -> dict[str, Any]:
+        """The image that lem's own file gives a service."""
+        files = [Path(word) for word in sys.argv if word.endswith("docker-compose.images.yml")]
+        found = [json.loads(file.read_text().partition("\n")[2])["services"].get(service, {}) for file in files]
+        return found[-1] if found else {}
 
     def volumes(self, words: list[str]) -> dict[str, Any]:
         project = words[words.index("--project-name") + 1] if "--project-name" in words else "user"

@@ -141,6 +141,19 @@ def test_a_container_is_replaced_when_the_next_experiment_has_another_image(plac
     assert not executor.worker_for(two).is_open, "its container is gone"
 
 
+def test_the_image_of_the_compose_file_is_its_own_where_another_comes_first(place: Place) -> None:
+    place.fake.change(images=["img", "reg/two:2"])
+    one, two = "pytorch", "pytorch@reg/two:2"
+    executor = place.executor(two, one)
+    for name, slot in (("two", two), ("one", one)):
+        assert place.run(executor, name, slot).error is None
+    assert place.record("two").environment.image == "sha256:reg/two:2"
+    assert place.record("one").environment.image == "sha256:img"
+    place.fake.change(images=["reg/two:2"])
+    with pytest.raises(ContainerError, match="image img of service pytorch is missing"):
+        place.executor(two, one).prepare((two, one))
+
+
 def test_a_service_need_not_have_the_image_of_its_compose_file(place: Place) -> None:
     place.fake.change(images=["reg/two:2"])
     executor = place.executor("pytorch@reg/two:2")

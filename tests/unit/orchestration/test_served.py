@@ -22,7 +22,7 @@ from lem.config.load import complete_campaign
 from lem.engines.named import find_server_problem
 from lem.meters.machine import GpuFacts
 from lem.orchestration.campaign import check_supported
-from lem.orchestration.compose import ComposeProject
+from lem.orchestration.compose import IMAGES_NAME, ComposeProject
 from lem.orchestration.docker import OVERRIDE_NAME, ContainerError
 from lem.orchestration.doctor import FAILED, OK, SKIPPED, Host, examine
 from lem.orchestration.executor import ExecutorChoice, campaign_project, choose_executor, docker_executor
@@ -105,6 +105,15 @@ def test_a_server_in_another_image_is_another_place_and_its_container_gets_that_
     assert compose.images == {"llama@reg/two:2": "sha256:reg/two:2"}
     variable = service_variable(compose, "llama@reg/two:2", project.mark, fake.environ())
     assert json.loads(json.loads(variable)["command"][-1])["image"] == "reg/two:2"
+
+
+def test_a_server_keeps_the_image_of_its_compose_file_where_another_comes_first(fake: FakeDocker) -> None:
+    fake.change(images=["img", "reg/two:2"], services={"llama": {"image": "img", "ports": [PUBLISHED]}})
+    project, _ = prepared(fake, campaign(SERVICE, image="reg/two:2"))
+    compose = project.prepare(["llama@reg/two:2", "llama"])
+    assert compose.images == {"llama@reg/two:2": "sha256:reg/two:2", "llama": "sha256:img"}
+    written = (project.state_folder / IMAGES_NAME).read_text().partition("\n")[2]
+    assert json.loads(written) == {"services": {}}
 
 
 @pytest.mark.parametrize("server", [COMMAND, {"url": ELSEWHERE}])
