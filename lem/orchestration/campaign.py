@@ -317,7 +317,7 @@ class CampaignRunner(Context):
                 worker.open(self.stop)
                 label = place.rstrip(":")
                 environment.update({f"{label}.{name}": value for name, value in worker.environment.items()})
-                if found.look_for_engine(self.executor.name, backend, worker.environment):
+                if found.look_for_engine(self.executor.name, backend, worker.environment, place):
                     found.ask(place, worker, find_secrets(os.environ), self.stop)
         except WorkerUnavailable as error:  # nothing has run yet: the host is unfit, no experiment has failed
             raise UserError(error.message, error.hint) from error

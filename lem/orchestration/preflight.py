@@ -19,7 +19,7 @@ from lem.engines.texts import allows_more, check_lengths, sure_lengths
 from lem.orchestration import doctor
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.gpu_control import find_problems
-from lem.orchestration.plan import Experiment, Plan
+from lem.orchestration.plan import Experiment, Plan, service_and_image
 from lem.orchestration.schedule import StopRequest
 from lem.worker import channel
 from lem.worker.datasets import choice_of, find_files
@@ -88,7 +88,10 @@ class Findings:
             for problem in find_problems(item.config, os.environ, may_set=may_set):
                 self.add(problem.message, problem.hint, [item])
 
-    def look_for_engine(self, executor: str, backend: str, environment: Mapping[str, Any]) -> bool:
+    def look_for_engine(
+        self, executor: str, backend: str, environment: Mapping[str, Any], place: str | None = None
+    ) -> bool:
+        """Whether the engine of a backend is there, in a place of its own or wherever its experiments run."""
         missing = missing_distributions(backend, environment)
         if not missing:
             return True
@@ -97,9 +100,12 @@ class Findings:
         other = f"name another Python: --executor local --python {demo_python(backend) or 'PROGRAM'}"
         hint = f"pip install {' '.join(missing)}, {other}, or use a container (lem doctor)"
         if executor == "docker":
-            where, python = f"in service {backend}", "its Python"
+            image = service_and_image(place or backend)[1]
+            where, python = f"in service {backend}{f' with image {image}' if image else ''}", "its Python"
             hint = "name an image that has it in the compose file; lem compose prints one with such images"
-        version, those = environment.get("python"), [item for item in self._all if item.backend == backend]
+            hint = hint if image is None else "name an image that has it (image)"
+        version = environment.get("python")
+        those = [item for item in self._all if item.backend == backend and place in (None, item.place)]
         text = f"backend {backend} cannot run {where}: {names} not installed in {python} ({version})"
         self.add(text, hint, those)
         return False

@@ -69,6 +69,20 @@ def test_everything_that_is_missing_is_one_error_and_nothing_was_run(place, tmp_
     ]
 
 
+def test_an_image_without_the_engine_is_named_with_its_configurations(tmp_path):
+    grid = _grid("gpt2", image=[None, "own/engine:2"])
+    items = build_plan(make_campaign(tmp_path, grid=grid)).given
+    (other,) = [item for item in items if item.config.image]
+    found = Findings(items)
+    without = {**ENVIRONMENT, "transformers": None}
+    assert found.look_for_engine("docker", "pytorch", ENVIRONMENT, "pytorch")
+    assert not found.look_for_engine("docker", "pytorch", without, other.place)
+    (problem,) = found.problems
+    assert "in service pytorch with image own/engine:2: transformers is not installed" in problem.message
+    assert problem.concerns == f"1 of 2 configurations: {other.config_name}"
+    assert "(image)" in problem.hint
+
+
 @pytest.mark.parametrize(
     ("shape", "is_refused"),
     [
