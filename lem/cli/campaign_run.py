@@ -72,9 +72,6 @@ class CampaignCommand:
             progress.StatusProgress(self._service),
         ]
         self._prometheus: PrometheusFile | None = None
-        if args.prometheus is not None:
-            self._prometheus = PrometheusFile(args.prometheus, job.campaign.campaign_name, self._read_run)
-            self._observers.append(self._prometheus)
         self._notification: Notification | None = None
         self._has_waited = False
 
@@ -103,7 +100,7 @@ class CampaignCommand:
             part=part.folder,
         )
         try:
-            with self._stop.installed(self._acknowledge), runner.reserved(), self._log_file():
+            with self._stop.installed(self._acknowledge), runner.reserved(), self._log_file(), self._exported():
                 outcome = self._run(runner)
         finally:
             self._console.close()
@@ -135,16 +132,10 @@ class CampaignCommand:
         return read_run(*place, reading=Reading(recount=recount))
 
     def _run_once(self, runner: CampaignRunner, deadline_s: float | None) -> CampaignOutcome:
-        code = int(ExitCode.BUG)
-        try:
-            outcome = self._run_to_end(runner, deadline_s)
-            code = exit_code_of_outcome(outcome) if self._stop.signum is None else 128 + self._stop.signum
-        except LemError as error:
-            code = exit_code_of(error)
-            raise
-        finally:
-            if self._prometheus is not None:
-                self._prometheus.end(int(code))
+        outcome = self._run_to_end(runner, deadline_s)
+        if self._prometheus is not None:
+            signum = self._stop.signum
+            self._prometheus.end(int(exit_code_of_outcome(outcome)) if signum is None else 128 + signum)
         return outcome
 
     def _run_to_end(self, runner: CampaignRunner, deadline_s: float | None) -> CampaignOutcome:
@@ -217,6 +208,20 @@ class CampaignCommand:
             answer = answers.get(line.strip().lower())
             if answer is not None:
                 return answer
+
+    @contextlib.contextmanager
+    def _exported(self) -> Iterator[None]:
+        """Keep the file of --prometheus, which belongs to the one process that holds the campaign."""
+        if self._args.prometheus is None:
+            yield
+            return
+        self._prometheus = PrometheusFile(self._args.prometheus, self._campaign.campaign_name, self._read_run)
+        self._observers.append(self._prometheus)
+        try:
+            yield
+        except BaseException as error:
+            self._prometheus.end(exit_code_of(error))
+            raise
 
     @contextlib.contextmanager
     def _log_file(self) -> Iterator[None]:

@@ -93,14 +93,17 @@ class PrometheusFile:
 
     def __call__(self, event: Event) -> None:
         now_s = self._now()
-        self._event = event
+        if self._is_running or event.kind == "campaign_started":  # a note between two runs of a daemon counts nothing
+            self._event = event
         if event.kind == "campaign_started":
             self._is_running, self._run_id = True, str(event.data["run_id"])
             self._run, self._ended = None, None
             self._began_s, self._next_read_s = now_s, 0.0
         elif event.kind in ("experiment_started", "gap"):
             self._activity = {**event.data, "phase": "gap" if event.kind == "gap" else "starting"}
-        elif event.kind in ("phase", "progress"):
+        elif event.kind == "phase":
+            self._activity |= {**event.data, "power_w": None}
+        elif event.kind == "progress":
             self._activity |= event.data
         # Results are read between experiments, where that disturbs no window.
         is_between = event.kind in ("campaign_started", "experiment_completed", "experiment_failed")
@@ -135,7 +138,8 @@ class PrometheusFile:
         durable.write_bytes(self._path, durable.utf8(text), is_synced=False)
 
     def _families(self) -> Iterator[_Family]:
-        yield _Family("lem_build_info", "The version of lem.", [({"version": __version__}, 1)])
+        # With the campaign, since the collector refuses a sample that two files have.
+        yield _Family("lem_build_info", "The version of lem.", [({**self._campaign, "version": __version__}, 1)])
         yield from self._state()
         if self._run is not None:
             yield from _results(self._campaign, self._run.configurations)
@@ -151,8 +155,9 @@ class PrometheusFile:
         ended_s, code = self._ended or (None, None)
         yield one("info", "The run of the campaign.", 1, run_id=self._run_id)
         yield one("running", "1 while the campaign runs.", int(self._is_running))
-        yield one("experiments_planned", "Experiments of the run.", event.total)
-        yield one("experiments_ended", "Experiments that were completed or failed.", event.done)
+        known = bool(self._run_id)
+        yield one("experiments_planned", "Experiments of the run.", event.total if known else None)
+        yield one("experiments_ended", "Experiments that were completed or failed.", event.done if known else None)
         yield one("start_timestamp_seconds", "When the campaign began or was resumed.", self._began_s)
         yield one("update_timestamp_seconds", "When this was written.", self._now())
         yield one("end_timestamp_seconds", "When the campaign ended.", ended_s)
@@ -161,8 +166,8 @@ class PrometheusFile:
             yield one("remaining_seconds", "Expected time to the end.", event.eta_s)
             yield one("power_watts", "Power in the window of the current experiment.", doing.get("power_w"))
             labels = {"configuration": "config_name", "backend": "backend", "phase": "phase"}
-            known = {label: doing.get(name, "") for label, name in labels.items()}
-            yield one("activity_info", "What the campaign is doing.", 1, **known)
+            found = {label: doing.get(name, "") for label, name in labels.items()}
+            yield one("activity_info", "What the campaign is doing.", 1, **found)
 
 
 def _results(campaign: _Labels, configurations: Sequence[Configuration]) -> Iterator[_Family]:

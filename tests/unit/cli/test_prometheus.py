@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from pathlib import Path
@@ -11,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lem.base.errors import UserError
 from lem.cli.prometheus import PrometheusFile, prometheus_path
+from lem.orchestration.locks import Holder, campaign_lock, hold_locks
 from lem.orchestration.status import Event
 from lem.results.run import Run, make_run
 from tests.campaign_rig import CampaignRig
@@ -153,6 +155,66 @@ def test_a_folder_that_is_missing_is_refused_at_once_and_one_that_vanishes_warne
     file(STARTED)
     file.end(0)
     assert [item.levelname for item in caplog.records] == ["WARNING"]
+
+
+def test_files_of_two_campaigns_have_no_sample_in_common(tmp_path: Path) -> None:
+    seen = []
+    for name in ("one", "two"):
+        watch = Watch(make_run([make_record(energy_per_output_tok_j=0.5)]))
+        file = PrometheusFile(tmp_path / f"{name}.prom", name, watch.read, watch.now)
+        file(STARTED)
+        file.end(0)
+        seen.append({(family, labels) for family, own in samples(tmp_path / f"{name}.prom").items() for labels in own})
+    assert seen[0]
+    assert seen[0].isdisjoint(seen[1])
+
+
+def test_a_note_outside_a_run_and_a_campaign_that_has_not_begun_count_no_experiments(tmp_path: Path) -> None:
+    path, watch = tmp_path / "lem.prom", Watch()
+    file = PrometheusFile(path, "demo", watch.read, watch.now)
+    watch.now_s += 60
+    file(Event("note", 0, 4, data={"text": "waiting"}))
+    assert {"lem_campaign_experiments_planned", "lem_campaign_experiments_ended"}.isdisjoint(samples(path))
+    file(STARTED)
+    file(Event("experiment_completed", 4, 4))
+    file.end(0)
+    watch.now_s += 60
+    file(Event("note", 0, 4, data={"text": "the next run is in 1 h"}))
+    assert only(path, "lem_campaign_update_timestamp_seconds") == 1120
+    assert only(path, "lem_campaign_experiments_ended") == 4
+
+
+def test_power_is_that_of_the_current_phase(tmp_path: Path) -> None:
+    path, watch = tmp_path / "lem.prom", Watch()
+    file = PrometheusFile(path, "demo", watch.read, watch.now)
+    file(STARTED)
+    file(Event("phase", 0, 4, data={"phase": "window"}))
+    watch.now_s += 10
+    file(Event("progress", 0, 4, data={"power_w": 212.5}))
+    assert only(path, "lem_campaign_power_watts") == 212.5
+    file(Event("phase", 0, 4, data={"phase": "cooldown"}))
+    assert only(path, "lem_campaign_power_watts") is None
+
+
+def test_a_start_that_is_refused_leaves_its_exit_code(tmp_path: Path) -> None:
+    path, manifest = tmp_path / "lem.prom", tmp_path / ".state" / "demo" / "campaign_manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("no manifest")
+    ended = CampaignRig(tmp_path).run("--executor", "local", "--resume", "--prometheus", str(path))
+    assert ended.code != 0
+    assert only(path, "lem_campaign_exit_code") == ended.code
+    assert only(path, "lem_campaign_end_timestamp_seconds") is not None
+
+
+def test_a_second_start_does_not_touch_the_file_of_the_campaign_that_runs(tmp_path: Path) -> None:
+    path, state = tmp_path / "lem.prom", tmp_path / ".state" / "demo"
+    path.write_text("of the first\n")
+    state.mkdir(parents=True)
+    with hold_locks([campaign_lock(state, "demo")], Holder(os.getpid(), "here", "demo", "2026-07-14T10:00:00Z")):
+        ended = CampaignRig(tmp_path).run("--executor", "local", "--prometheus", str(path))
+    assert ended.code != 0
+    assert "demo" in ended.err
+    assert path.read_text() == "of the first\n"
 
 
 @pytest.mark.parametrize("text", ["lem.txt", "lem", "prom"])
