@@ -55,6 +55,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     known = selection.list_runs(args.results_dir)
     chosen = [item for item in known if item.campaign == args.campaign][-(args.last or 0) :]
     if not chosen:
+        if (found := selection.find_run(known, args.campaign)) is not None:
+            raise UserError(f"{args.campaign} is one run", f"name its campaign: lem trend {found.campaign}")
         raise selection.no_such_name(args.campaign, known, args.results_dir)
     runs = [item.read() for item in chosen]
     problems = [problem for item in runs for problem in item.problems]

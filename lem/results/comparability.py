@@ -85,7 +85,7 @@ def environment_changes(records: Sequence[Record]) -> list[str]:
 
 
 def facts_of(records: Sequence[Record]) -> dict[str, str]:
-    """What records of one configuration ran on, by name: versions, image, machine and its settings."""
+    """What records of one configuration ran on, by name: versions, model, image, meter, machine and its settings."""
     found: dict[str, set[str]] = {}
     for record in records:
         environment, identity = record.environment, record.identity
@@ -94,6 +94,9 @@ def facts_of(records: Sequence[Record]) -> dict[str, str]:
             named = [(label, text) for label, text in named if label != "engine"]
         named += [*environment.versions.items(), ("lem", identity.lem_version), ("host", identity.machine)]
         named += [("image", environment.image and environment.image[:_IMAGE_SHOWN])]
+        named += [("model revision", environment.model_revision and environment.model_revision[:_ID_SHOWN])]
+        named += [("weights", environment.weights_sha256 and environment.weights_sha256[:_ID_SHOWN])]
+        named += [("meter", record.energy.energy_source), ("clocks", _clocks(record)), ("cards", _card_ids([record]))]
         for name, text in named:
             if text:
                 found.setdefault(name, set()).add(text)
@@ -127,8 +130,11 @@ def _cards(*sides: Sequence[Record]) -> tuple[str, str] | None:
     left, right = ({uuid for item in side for uuid in item.environment.gpu_uuids} for side in sides)
     if not left or not right or left <= right or right <= left:
         return None
-    before, after = (", ".join(sorted(uuid[:_ID_SHOWN] for uuid in side)) for side in (left, right))
-    return before, after
+    return _card_ids(sides[0]), _card_ids(sides[1])
+
+
+def _card_ids(records: Iterable[Record]) -> str:
+    return ", ".join(sorted({uuid[:_ID_SHOWN] for item in records for uuid in item.environment.gpu_uuids}))
 
 
 def _lengths(*sides: Sequence[Record]) -> tuple[float, float] | None:
@@ -169,6 +175,12 @@ def _clock_limits(*sides: Sequence[Record]) -> tuple[str, str] | None:
     else:
         return None
     return texts[0], texts[1]
+
+
+def _clocks(record: Record) -> str:
+    texts = {f"{gpu.sm_clock_app_hz / 1e6:.0f} MHz" for gpu in record.gpus if gpu.sm_clock_app_hz}
+    is_limited = any(gpu.clocks_set for gpu in record.gpus)
+    return ", ".join([*sorted(texts), *(["limited by a setting"] if is_limited else [])])
 
 
 def _power_limit(record: Record) -> str:

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from lem.base.doc import NAMES_SHOWN
 from lem.base.errors import UserError
@@ -18,7 +19,7 @@ from lem.base.reasons import Reason
 from lem.base.units import hash_label, plain, plural, some_of
 from lem.results.comparability import facts_of
 from lem.results.compare import find_effect, software_of
-from lem.results.configurations import group_of
+from lem.results.configurations import bare_name, group_of
 from lem.results.metrics import Metric
 from lem.results.run import Configuration, Run
 from lem.results.student import student_t_cdf
@@ -31,6 +32,7 @@ _SAME = 1e-9
 
 _Key = tuple[str, str]
 _Facts = Mapping[str, str]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -198,25 +200,34 @@ def make_history(runs: Sequence[Run], metrics: Sequence[Metric] = (), anchor: st
         unmeasured = " nor ".join(metric.lower_label for metric in WATCHED)
         raise UserError(f"neither {unmeasured} was measured", "name another metric with --metric")
     found = [
-        _series(metric, by_key[key], None if chosen in (None, key) else by_key[chosen], last.get(key))
-        for metric in shown
-        for key in keys
+        _series(metric, by_key[key], _of_anchor(by_key, key, chosen), last.get(key)) for metric in shown for key in keys
     ]
-    found = [replace(item, is_anchor=key == chosen) for item, key in zip(found, keys * len(shown), strict=True)]
+    found = [replace(item, is_anchor=chosen is not None and not item.is_relative) for item in found]
     tested = sum(len(item.points) >= LEAST_RUNS for item in found)
     facts = {key: {run_id: facts_of(item.used) for run_id, item in items.items()} for key, items in by_key.items()}
     done = tuple(
-        _with_changes(item, facts[key], facts.get(chosen) if item.is_relative and chosen else None, tested)
+        _with_changes(item, facts[key], _of_anchor(facts, key, chosen), tested)
         for item, key in zip(found, keys * len(shown), strict=True)
     )
     names = {key: _last(by_key[key]).name for key in keys}
-    name = names[chosen] if chosen else None
+    name = _bare_name(_last(by_key[chosen])) if chosen else None
     versions = tuple(_version_changes(run_ids, facts, names))
     return History(runs_used[-1][0].campaign_name, run_ids, shown, done, versions, name, has_moved)
 
 
 def _key(item: Configuration) -> _Key:
     return group_of(item.records[0].identity)
+
+
+def _of_anchor(known: Mapping[_Key, Mapping[str, _T]], key: _Key, chosen: _Key | None) -> Mapping[str, _T] | None:
+    """What is known of the anchor of a configuration, by run; None for an anchor, and without one."""
+    if chosen is None or key[0] == chosen[0]:
+        return None
+    return known.get((chosen[0], key[1]), {})  # each host has its own, since hosts share no cycles
+
+
+def _bare_name(item: Configuration) -> str:
+    return bare_name(item.records[0].identity)
 
 
 def _last(items: Mapping[str, Configuration]) -> Configuration:
@@ -233,7 +244,8 @@ def _choose_anchor(
         return any(other != first for other in others)
 
     if name:
-        named = [key for key in keys if name in (_last(by_key[key]).name, str(_last(by_key[key]).number))]
+        lasts = {key: _last(by_key[key]) for key in keys}
+        named = [key for key, it in lasts.items() if name in (it.name, str(it.number), _bare_name(it))]
         if not named:
             names = ", ".join(_last(by_key[key]).name for key in keys)
             raise UserError(f"no configuration {name!r} in these runs", f"configurations: {names}")
@@ -257,11 +269,13 @@ def _series(
         else:
             log, why = None, Reason.of("anchor_absent")
         if value is None or log is None:
-            reasons.append(why or Reason.of("verbatim", text=item.estimate(metric).null_reason or "not measured"))
+            null_reason = item.estimate(metric).null_reason
+            unknown = Reason.of("no_ratio") if null_reason is None else Reason.of("verbatim", text=null_reason)
+            reasons.append(unknown if value is None else why or unknown)
         else:
             points.append(Point(run_id, value, log))
     missing = reasons[0] if reasons else None
-    if len(points) < LEAST_RUNS:
+    if len(items) < LEAST_RUNS:
         missing = Reason.of("few_runs", count=len(points), least=LEAST_RUNS)
     number, last = None if now is None else now.number, _last(items)
     return Series(
@@ -359,8 +373,8 @@ def notes(history: History) -> Iterator[str]:
     short = [item for item in history.series if len(item.points) < LEAST_RUNS]
     if short:
         names = some_of(list(dict.fromkeys(item.name for item in short)), NAMES_SHOWN)
-        yield f"Too few runs to find a change point, which needs {LEAST_RUNS}: {names}."
-    partly = [item for item in history.series if item.missing is not None and item not in short]
+        yield f"Too few values to find a change point, which needs {LEAST_RUNS}: {names}."
+    partly = [item for item in history.series if item.missing is not None and item.missing.code != "few_runs"]
     for one in partly:
         left = len(history.run_ids) - len(one.points)
         yield f"{one.name}: {plural(left, 'run')} without a value of {one.metric.lower_label}: {one.missing}."

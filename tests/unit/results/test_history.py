@@ -16,8 +16,9 @@ import pytest
 from lem.base.errors import UserError
 from lem.cli.trend import render_history
 from lem.results.history import History, differing_facts, find_cuts, history_document, make_history
+from lem.results.metrics import parse_comparable
 from lem.results.report.trend import render_trend
-from lem.results.run import ENERGY, THROUGHPUT, Run, read_run
+from lem.results.run import ENERGY, THROUGHPUT, Run, make_run, read_run
 from lem.results.trends import FALSE_ALARMS
 from tests.command_rig import run_lem
 from tests.synthetic_campaign import Campaign, Configuration
@@ -166,6 +167,65 @@ def test_a_run_without_a_result_of_a_configuration_is_a_gap_with_its_reason(tmp_
     assert engine.missing.code == "anchor_absent"
 
 
+def _on_host(record: Any, host: str) -> Any:
+    identity = record.identity
+    return replace(record, identity=replace(identity, host=host, config_name=f"{identity.config_name} @ {host}"))
+
+
+def test_each_host_of_a_run_has_the_anchor_of_its_own(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, until=6, change=None)
+    both = [make_run([_on_host(item, host) for host in ("a", "b") for item in run.records]) for run in runs]
+    found = make_history(both)
+    assert found.anchor == "anchor"
+    engines = [item for item in found.series if item.name.startswith("engine")]
+    assert {item.name for item in engines} == {"engine @ a", "engine @ b"}
+    assert all(item.is_relative and len(item.points) == 6 for item in engines)
+    assert {item.name for item in found.series if item.is_anchor} == {"anchor @ a", "anchor @ b"}
+    assert make_history(both, anchor="anchor").anchor == "anchor"
+
+
+def test_another_model_meter_card_or_clock_is_named_beside_versions(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, until=5, change=None)
+    found = make_history([*runs[:3], *(_with_others(run) for run in runs[3:])])
+    names = {text.partition(" →")[0].rpartition(" ")[0] for item in found.versions for text in item.texts}
+    assert {"model revision", "weights", "meter", "cards", "clocks"} <= names
+
+
+def _with_others(run: Run) -> Run:
+    def changed(record: Any) -> Any:
+        environment = replace(
+            record.environment, model_revision="1" * 40, weights_sha256="2" * 64, gpu_uuids=("GPU-0badcafe-1",)
+        )
+        gpus = tuple(replace(gpu, sm_clock_app_hz=1.41e9, clocks_set=True) for gpu in record.gpus)
+        energy = replace(record.energy, energy_source="power_instant_integral")
+        return replace(record, environment=environment, gpus=gpus, energy=energy)
+
+    return replace(run, records=tuple(map(changed, run.records)))
+
+
+def test_what_no_run_measured_is_no_lack_of_runs(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, until=5, change=None)
+    found = make_history(runs, [parse_comparable("external_energy_per_output_tok_j")])
+    codes = {item.missing.code for item in found.series if item.missing}
+    assert codes
+    assert "few_runs" not in codes
+    assert "5 runs without a value" in " ".join(render_history(found).split())
+
+
+def test_a_value_that_is_not_positive_is_not_called_unmeasured(tmp_path: Path) -> None:
+    runs = [
+        replace(run, records=tuple(_with_net_energy_below_zero(item) for item in run.records))
+        for run in write_runs(tmp_path, until=4, change=None, configurations=(ENGINE,))
+    ]
+    (series,) = make_history(runs, [parse_comparable("net")]).series
+    assert series.missing is not None
+    assert series.missing.code == "no_ratio"
+
+
+def _with_net_energy_below_zero(record: Any) -> Any:
+    return replace(record, energy=replace(record.energy, gpu_energy_net_j=-1.0))
+
+
 def test_facts_that_appear_and_go_are_changes() -> None:
     assert differing_facts({"a": "1", "b": "2"}, {"b": "3", "c": "4"}) == ["a 1 → none", "b 2 → 3", "c none → 4"]
 
@@ -202,7 +262,15 @@ def test_the_same_results_give_the_same_page_and_document(history: History) -> N
     json.dumps(history_document(history), allow_nan=False)
 
 
-@pytest.mark.parametrize(("words", "text"), [(("nothing",), "nothing"), (("demo", "--last", "0"), "--last")])
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("nothing",), "nothing"),
+        (("demo", "--last", "0"), "--last"),
+        (("20260703T030000Z-0002",), "is one run"),
+        (("20260703T030000Z-0002",), "lem trend demo"),
+    ],
+)
 def test_what_cannot_be_shown_is_a_usage_error(folder: Path, words: tuple[str, ...], text: str) -> None:
     shown = run_lem("trend", *words, *_in(folder))
     assert shown.code == 2
