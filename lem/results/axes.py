@@ -131,6 +131,7 @@ def shared_settings(settings: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 # What follows from another setting, and is no axis of its own where both vary together.
 _DERIVED = frozenset({"device", "engine", "traffic.mode"})
+_OF_ENGINE = ("backend", "image")
 _WIDTHS = frozenset(f"{backend}.{option}" for backend, option in WIDTH_OPTIONS.items()) | {
     f"server.options.{dialect.width}" for dialect in DIALECTS.values() if dialect.width
 }
@@ -167,6 +168,11 @@ def find_axes(settings: Sequence[Mapping[str, str]]) -> tuple[Axis, ...]:
     found = [Axis(label, label, _shortened(each)) for label, each in differing.items()]
     partitions = {axis.partition for axis in found if axis.label not in _DERIVED}
     kept = [axis for axis in found if axis.label not in _DERIVED or axis.partition not in partitions]
+    causes = [values[label] for label in _OF_ENGINE if label in values]
+    chosen = {tuple(each[place] for each in causes) for place in known}
+    engines = {(*(each[place] for each in causes), values["engine"][place]) for place in known if "engine" in values}
+    if len(engines) == len(chosen):  # backend and image together say which
+        kept = [axis for axis in kept if axis.label != "engine"]
     return tuple(replace(axis, heading=_heading(axis.label, kept)) for axis in kept)
 
 

@@ -31,6 +31,35 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("cells", "headings"),
+    [
+        # Both, or images of which two have the same engine: engines are no axis of their own.
+        ("vllm a v1, vllm b v2, pytorch a t1, pytorch b t2", ["backend", "image"]),
+        ("vllm a v1, vllm b v1, vllm c v2", ["image"]),
+        ("vllm a v1, vllm a v2", ["engine"]),
+        ("vllm a v1, vllm b v2, vllm b v3", ["engine", "image"]),
+    ],
+)
+def test_an_engine_that_backend_and_image_decide_is_no_axis(cells: str, headings: list[str]) -> None:
+    names = ("backend", "image", "engine")
+    found = find_axes([dict(zip(names, cell.split(), strict=True)) for cell in cells.split(", ")])
+    assert sorted(axis.heading for axis in found) == headings
+
+
+def test_images_are_compared_where_backends_vary_too() -> None:
+    records = []
+    cells = itertools.product(range(3), enumerate(itertools.product(("vllm", "pytorch"), ("org/e:1", "org/e:2"))))
+    for cycle, (place, (backend, image)) in cells:
+        requested = {"backend": backend, "image": image}
+        found = make_record(config_name=f"{backend} {image}", cycle=cycle, order=4 * cycle + place, requested=requested)
+        identity = dataclasses.replace(found.identity, backend=backend)
+        environment = dataclasses.replace(found.environment, engine_version=f"{backend}-{image[-1]}")
+        records.append(dataclasses.replace(found, identity=identity, environment=environment))
+    (pair,) = compare_along(make_run(records), "image", None).pairs
+    assert (pair.baseline.name, pair.other.name) == ("image=e:1", "image=e:2")
+
+
 def grid() -> Campaign:
     """Two hub models, two precisions, two batch sizes, two output lengths: 16 configurations with long names."""
     cells = itertools.product(MODELS, ("float16", "bfloat16"), (1, 16), (64, 256))
