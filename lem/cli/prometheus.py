@@ -182,6 +182,7 @@ def _results(campaign: _Labels, configurations: Sequence[Configuration]) -> Iter
         facts = {"number": str(item.number), "config_hash": hash_label(item.config_hash)}
         identity = item.records[0].identity if item.records else None
         facts |= {"backend": identity.backend, "model": identity.model} if identity else {}
+        facts |= {"energy_source": ", ".join(item.energy_sources)} if identity else {}  # which may be an estimate
         described.append(({**own, **facts}, 1.0))
     yield _Family("lem_configuration_info", "A configuration of the run.", described)
     yield counts("cycles", "Cycles with a valid result.", lambda item: item.n_cycles)

@@ -116,7 +116,8 @@ def _table(series: list[Series], shortener: NameShortener) -> Table:
         cells.append((str(len(item.points)), value, level, spread, *change))
     heads = ("runs", "last", "× anchor", "spread", "change", "since")
     columns = tuple(map(Column, heads, zip(*cells, strict=True)))
-    return Table("#", tuple(_label(item, shortener) for item in series), columns, metric.heading)
+    heading = max((item.heading for item in series), key=len)  # of the one that says most
+    return Table("#", tuple(_label(item, shortener) for item in series), columns, heading)
 
 
 def _label(series: Series, shortener: NameShortener) -> str:

@@ -21,9 +21,10 @@ from lem.results.comparability import facts_of
 from lem.results.compare import find_effect, software_of
 from lem.results.configurations import bare_name, group_of
 from lem.results.metrics import Metric
-from lem.results.run import Configuration, Run
+from lem.results.run import Configuration, Run, estimate_note
 from lem.results.student import student_t_cdf
 from lem.results.trends import FALSE_ALARMS, WATCHED
+from lem.results.views import ESTIMATED
 
 # With fewer, too few degrees of freedom are left for the variation.
 LEAST_RUNS = 4
@@ -113,6 +114,11 @@ class Series:
     is_relative: bool = False  # to the anchor
     changes: tuple[Change, ...] = ()
     missing: Reason | None = None  # why runs have no point, or why no change can be found
+    estimate: str = ""  # that its energy is, or is partly, no measurement
+
+    @property
+    def heading(self) -> str:
+        return f"{self.metric.heading} {ESTIMATED}" if self.estimate else self.metric.heading
 
     @property
     def stretches(self) -> list[tuple[Point, ...]]:
@@ -171,7 +177,13 @@ class History:
     @property
     def unexplained(self) -> list[Versions]:
         """Changes of versions without a change point."""
-        moved = {(change.run_id, text) for _, change in self.changes for text in change.versions}
+        # Also in a run that has no value between the two runs of a change point.
+        moved = {
+            (run_id, text)
+            for _, it in self.changes
+            for run_id in self.run_ids[self.run_ids.index(it.before) + 1 : self.run_ids.index(it.run_id) + 1]
+            for text in it.versions
+        }
         rests = [replace(it, texts=tuple(text for text in it.texts if (it.run_id, text) not in moved))
                  for it in self.versions]  # fmt: skip
         return [item for item in rests if item.texts]
@@ -278,9 +290,9 @@ def _series(
     if len(items) < LEAST_RUNS:
         missing = Reason.of("few_runs", count=len(points), least=LEAST_RUNS)
     number, last = None if now is None else now.number, _last(items)
-    return Series(
-        metric, last.name, last.config_hash, number, tuple(points), is_relative=anchors is not None, missing=missing
-    )
+    found = Series(metric, last.name, last.config_hash, number, tuple(points), is_relative=anchors is not None)
+    estimate = estimate_note(items.values()).strip("()") if metric.group == "energy" else ""
+    return replace(found, missing=missing, estimate=estimate)
 
 
 def _with_changes(
@@ -358,6 +370,8 @@ def anchor_note(history: History) -> str:
 
 
 def notes(history: History) -> Iterator[str]:
+    for text in dict.fromkeys(item.estimate for item in history.series if item.estimate):
+        yield f"{ESTIMATED}: {text}, not a measurement."
     tested = history.n_tested
     if tested:
         share = f"{100 * FALSE_ALARMS:g} %"
@@ -425,6 +439,7 @@ def _series_document(series: Series) -> dict[str, object]:
             }
             for it in series.changes
         ],
+        "estimate": series.estimate or None,
         "missing": series.missing and series.missing.text,
         "missing_code": series.missing and series.missing.code,
     }

@@ -22,6 +22,7 @@ from lem.results.history import (
 from lem.results.report import page_body, plot, render_page
 from lem.results.report.plot import Cell, Markup, Plot, Row, Scale, join, marks, spot, table, tag
 from lem.results.trends import FALSE_ALARMS
+from lem.results.views import ESTIMATED
 
 _HEIGHT, _TOP, _BOTTOM = 300.0, 34.0, 252.0
 _LEAST_REACH_PCT = 1.0
@@ -93,7 +94,8 @@ def _figures(history: History) -> Markup:
 
 
 def _figure(identifier: str, series: Series, history: History) -> Markup:
-    heading = f"{series.name}: {series.metric.lower_label}" + (", relative to the anchor" if series.is_relative else "")
+    heading = f"{series.name}: {series.metric.lower_label}" + (f" {ESTIMATED}" if series.estimate else "")
+    heading += ", relative to the anchor" if series.is_relative else ""
     if not series.points:
         return plot.no_plot(identifier, heading, f"{series.missing}.")
     places = {run_id: place for place, run_id in enumerate(history.run_ids, 1)}
@@ -156,7 +158,7 @@ def _data(heading: str, series: Series, places: dict[str, int], share: Callable[
         for item in series.points
     ]
     return table(
-        heading, ["Number", "Run", series.metric.heading, "Ratio to the anchor", "Difference"], rows, row_head=1
+        heading, ["Number", "Run", series.heading, "Ratio to the anchor", "Difference"], rows, row_head=1
     )
 
 

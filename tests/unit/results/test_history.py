@@ -222,8 +222,28 @@ def test_a_value_that_is_not_positive_is_not_called_unmeasured(tmp_path: Path) -
     assert series.missing.code == "no_ratio"
 
 
+def test_an_energy_that_is_an_estimate_is_labelled(tmp_path: Path) -> None:
+    estimated = replace(ENGINE, energy_source="tdp_estimate")
+    found = make_history(write_runs(tmp_path, until=2, change=None, configurations=(estimated,)))
+    text = " ".join(render_history(found).split())
+    assert "Energy per output token, J (est.)" in text
+    assert "tok/s (est.)" not in text
+    assert "(est.): an estimate from TDP, not a measurement." in text
+    assert "(est.)" in render_trend(found)
+    assert {item["estimate"] for item in history_document(found)["series"]} == {"an estimate from TDP", None}
+
+
 def _with_net_energy_below_zero(record: Any) -> Any:
     return replace(record, energy=replace(record.energy, gpu_energy_net_j=-1.0))
+
+
+def test_versions_that_changed_in_a_run_without_a_value_belong_to_the_change_point_after_it(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path)
+    without = replace(runs[8], records=tuple(it for it in runs[8].records if it.identity.config_name != "anchor"))
+    found = make_history([*runs[:8], without, *runs[9:]], anchor="anchor")
+    assert {(change.before, change.run_id) for _, change in found.changes} == {(runs[7].run_id, runs[9].run_id)}
+    assert [item.run_id for item in found.versions] == [runs[8].run_id]
+    assert found.unexplained == []
 
 
 def test_facts_that_appear_and_go_are_changes() -> None:
