@@ -134,9 +134,11 @@ class Series:
     def spread(self) -> float | None:
         """The standard deviation of the logs from run to run, about their levels; None with too few runs."""
         freedom = len(self.points) - len(self.changes) - 1
+        if freedom < 1:
+            return None
         pairs = zip(self.stretches, self.levels, strict=True)
         squares = math.fsum((item.log - level) ** 2 for points, level in pairs for item in points)
-        return math.sqrt(squares / freedom) if freedom > 0 else None
+        return math.sqrt(squares / freedom)
 
 
 def _divided(points: tuple[Point, ...], places: Sequence[int]) -> list[tuple[Point, ...]]:

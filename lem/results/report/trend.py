@@ -157,9 +157,7 @@ def _data(heading: str, series: Series, places: dict[str, int], share: Callable[
         ]
         for item in series.points
     ]
-    return table(
-        heading, ["Number", "Run", series.heading, "Ratio to the anchor", "Difference"], rows, row_head=1
-    )
+    return table(heading, ["Number", "Run", series.heading, "Ratio to the anchor", "Difference"], rows, row_head=1)
 
 
 def _versions(history: History) -> Markup:
