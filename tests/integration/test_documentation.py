@@ -37,6 +37,8 @@ NOT_RUN: Mapping[str, str] = {
     r"make demo-containers.*": "tests/integration/test_containers_campaign.py runs campaigns in containers",
     r"docker pull .*": "wants the network",
     r"lem campaign rates\.yaml": "wants vLLM; tests/integration/test_served_engines.py runs such campaigns",
+    r"lem experiment running\.yaml": "wants a server; tests/unit/orchestration/test_served.py has one",
+    r"lem campaign .* --prometheus /.*": "wants the folder of node_exporter; tests/unit/cli/test_prometheus.py has one",
     r"lem measure .* (vllm|guidellm|aiperf|sh) .*": "wants a benchmark; tests/integration/test_measure.py has programs",
     r"(LEM_\w+=\w+ )?lem campaign .*--executor docker.*": "make demo-containers runs one in containers",
     r"lem campaign .*--until .*": "may take any number of cycles; tests/integration/test_campaign_topup.py runs it",
@@ -159,6 +161,7 @@ def test_commands_do_what_the_page_says(page: Path, tmp_path: Path) -> None:
     if page.name in ("results.md", "compare.md", "ci.md"):
         for campaign in _results():
             campaign.write(shell.folder)
+            replace(campaign, name="nightly", run_id=campaign.run_id.replace("2026", "2025")).write(shell.folder)
     try:
         for command in commands(page):
             if reason(command) is not None:
