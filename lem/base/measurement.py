@@ -49,7 +49,7 @@ ENERGY_COUNTED: Final[Mapping[str, str]] = {
     EnergyScope.CARD: "energy of whole cards only",
     EnergyScope.MODULE: "energy of GPU and CPU modules only",
     EnergyScope.CPU_PACKAGE: "energy of CPU packages and DRAM only",
-    EnergyScope.MACHINE: "energy by an external meter",
+    EnergyScope.MACHINE: "energy by a meter of the whole machine",
 }
 
 

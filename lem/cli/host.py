@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from lem.base import log, process
 from lem.base.clock import Clock, utc_now, utc_text
 from lem.base.doc import Column, columns, terminal_width, wrapped, write_json
-from lem.base.errors import EngineError, ExitCode, UserError
+from lem.base.errors import EngineError, ExitCode, LockedError, UserError
 from lem.base.launch import own_command
 from lem.base.log import paint
 from lem.base.units import GIB
@@ -97,7 +97,9 @@ def _restore(args: argparse.Namespace, out: TextIO) -> int:
     if args.file is not None or args.backend or args.compose_file or args.env_file is not None:
         raise UserError("--restore cannot be combined with a campaign or a check", "run lem doctor without --restore")
     found = [*restore_left(os.environ)]
-    others, is_ok = [*left_by_others(os.environ)], all(item.error is None for item in found)
+    # What a campaign that runs holds was not left: it restores that itself.
+    failed = [item for item in found if item.error is not None and not isinstance(item.error, LockedError)]
+    others, is_ok = [*left_by_others(os.environ)], not failed
     if args.json:
         items = [{"settings": item.what, "error": item.error and str(item.error)} for item in found]
         write_json(out, {"schema_version": 1, "ok": is_ok, "restored": items, "of_other_users": others})
@@ -105,6 +107,8 @@ def _restore(args: argparse.Namespace, out: TextIO) -> int:
     for item in found:
         if item.error is None:
             out.write(f"restored {item.what}\n")
+        elif isinstance(item.error, LockedError):
+            out.write(f"in use: {item.error}\n")
         else:
             out.write(f"not restored: {item.error}\n" + (f"   → {item.error.hint}\n" if item.error.hint else ""))
     out.writelines(f"{text}\n" for text in (others or ([] if found else ["no GPU settings to restore"])))

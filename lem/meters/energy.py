@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
@@ -113,7 +113,7 @@ def _energy(
         "dram_energy_j": measured(lambda: _domain_j(attempt, DRAM, found)),
         "sensor_energy_j": measured(lambda: _sensor_j(attempt, found)),
     }
-    parts["external_energy_j"] = _external_j(attempt, external, list(parts.values()))
+    parts["external_energy_j"] = _external_j(attempt, external, parts)
     # The energy that counts: of the GPUs, else of CPU packages and memory, else by the user's own meter.
     if sources.primary is None:
         primary: Measured[float] = known(None, sources.reasons["primary"])
@@ -151,12 +151,15 @@ def _energy(
     )
 
 
-def _external_j(attempt: AttemptLog, external: Measured[External], parts: Sequence[Measured[float]]) -> Measured[float]:
+def _external_j(
+    attempt: AttemptLog, external: Measured[External], parts: Mapping[str, Measured[float]]
+) -> Measured[float]:
     if external.value is None:
         return known(None, external.null_reason or "no_reason")
     found_j = external.value.energy_j
-    values_j = [part.value for part in parts if part.value is not None]
-    parts_j = 0.0 if is_estimate(attempt.sources.cpu_method) else sum(values_j)
+    values_j = {name: 0.0 if part.value is None else part.value for name, part in parts.items()}
+    sensor_j = values_j.pop("sensor_energy_j")  # may contain the others
+    parts_j = max(sensor_j, 0.0 if is_estimate(attempt.sources.cpu_method) else sum(values_j.values()))
     if found_j < parts_j:
         return known(None, "external_below_parts", source=external.value.source, energy_j=found_j, parts_j=parts_j)
     return Measured(found_j)

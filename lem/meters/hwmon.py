@@ -33,7 +33,12 @@ _DUAL_DIES: Final = frozenset({"0x7408", "0x740c"})
 # `energy_accumulator` of gpu_metrics, in bytes from its beginning: a u64 in units of 2^-16 J (15.259 uJ).
 _ACCUMULATOR_AT: Final = MappingProxyType({(1, 2): 24, (1, 3): 24, (1, 4): 24, (1, 5): 88})
 _ACCUMULATOR_J: Final = 2.0**-16
-_UNSET: Final = 2**64 - 1  # amdgpu fills the table with ones before it writes what the GPU has
+# It has 32 bits in the firmware of Radeon GPUs (`EnergyAccumulator` in smu13_driver_if_v13_0_0.h and others), and 64 in
+# that of Instinct. A counter beyond the first round has more than 32.
+_ACCUMULATOR_RANGE_J: Final = 2.0**32 * _ACCUMULATOR_J
+# amdgpu fills the table with ones before it writes what the GPU has, and writes UINT_MAX where the firmware of a Radeon
+# counts no longer.
+_UNSET: Final = frozenset({0, 2**32 - 1, 2**64 - 1})
 _APU_FORMATS: Final = (2, 3)
 # The register below Intel's `energyN_input` has 32 bits in units of 2^-14 J. The driver counts on beyond, if it is read
 # at least once in a round; 2^32 uJ are where a 32-bit `long` ends.
@@ -42,6 +47,7 @@ _INTEL_RANGES_J: Final = (2**32 / 1e6, float(2**32 >> 14))
 # How far power may lag behind: a driver that does not say over what it averages is taken for the slowest of NVML's.
 AVERAGE_LAG_S, INSTANT_LAG_S = 1.1, 0.2
 _LOST: Final = frozenset({errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ENOTDIR})
+_ASLEEP: Final = frozenset({errno.EPERM, errno.EBUSY})  # what amdgpu answers then in newer kernels
 _LASTING: Final = frozenset({errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL, errno.EISDIR, errno.ENODATA})
 _RIGHTS: Final = "this user may not read it; run lem as root, or let everybody read it: sudo chmod a+r {path}"
 _SECOND_DIE: Final = "this is the second chiplet of a card, which reports nothing: the first one reports both"
@@ -53,6 +59,9 @@ def _fail(path: Path, error: OSError | ValueError) -> MeterFailure:
     if error.errno == errno.EACCES:
         return MeterFailure(_RIGHTS.format(path=path), is_lasting=True)
     text = f"{path}: {error.strerror or error}"
+    control = (path.parent / "device" if path.parent.name.startswith("hwmon") else path.parent) / "power/control"
+    if error.errno in _ASLEEP and read_text(control.with_name("runtime_status")) == "suspended":
+        text += f" (it is asleep; keep it awake: echo on | sudo tee {control})"
     return MeterFailure(text, is_lasting=error.errno in _LASTING, is_lost=error.errno in _LOST)
 
 
@@ -127,6 +136,7 @@ class HwmonMeter:
         self._hwmon = self._device = Path()
         self.is_known = False
         self._readers: dict[str, Callable[[], Any]] = {}
+        self._ranges_j: tuple[float, ...] = ()
         self.header = self._look()
 
     def has(self, what: str) -> bool:
@@ -190,7 +200,7 @@ class HwmonMeter:
             power_interval_s=stated_interval_s(place.hwmon, power_sensor),
             power_lag_s=AVERAGE_LAG_S if is_average else INSTANT_LAG_S,
             covered_by=covered_by,
-            counter_ranges_j=() if place.driver == "amdgpu" else _INTEL_RANGES_J,
+            counter_ranges_j=self._ranges_j,
         )
 
     def _first_die(self, place: _Place) -> str | None:
@@ -215,10 +225,13 @@ class HwmonMeter:
                 return read_number(self._hwmon / file) // 1000
 
         try:
-            read()
+            begins_j = read() / 1000
         except MeterFailure as failure:
             return None, str(failure)
         self._readers["counter"] = read
+        self._ranges_j = _INTEL_RANGES_J
+        if place.driver == "amdgpu":
+            self._ranges_j = (_ACCUMULATOR_RANGE_J,) if begins_j < _ACCUMULATOR_RANGE_J else ()
         return name, None
 
     def _accumulator_mj(self) -> int:
@@ -239,7 +252,7 @@ class HwmonMeter:
             (value,) = struct.unpack_from("<Q", table, at)
         except (OSError, ValueError, struct.error) as error:
             raise _fail(path, error if isinstance(error, OSError) else ValueError(str(error))) from error
-        if value in (0, _UNSET):
+        if value in _UNSET:
             is_dual = read_text(self._device / "device") in _DUAL_DIES
             raise MeterFailure(_SECOND_DIE if is_dual else "the GPU reports no energy in gpu_metrics", is_lasting=True)
         return int(value * (1000 * _ACCUMULATOR_J))
@@ -280,7 +293,7 @@ class HwmonMeter:
         }
         self._readers |= {what: read for what, (path, read) in readers.items() if path.exists()}
         if self._limit_w() is not None:
-            self._readers["limit"] = self._limit_w
+            self._readers |= {"limit": self._limit_w, "set_limit": self._limit_w}
 
     def _limit_w(self) -> float | None:
         limits = (_watts(self._hwmon / name) for name in ("power1_cap", "power1_max", "power1_rated_max"))

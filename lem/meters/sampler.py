@@ -267,7 +267,8 @@ def _meters(names: Iterable[str], nvml: Any, sys: Path) -> Iterator[Meter]:
 
 def _needs_sensors(energy: str, gpus: Sequence[GpuHeader], *, has_packages: bool) -> bool:
     """Whether sensors of module and machine may give the energy: reading one may take long, as ACPI methods do."""
-    is_metered = all(None in (gpu.counter_error, gpu.power_error) for gpu in gpus) if gpus else has_packages
+    own = [gpu for gpu in gpus if gpu.covered_by is None]
+    is_metered = all(None in (gpu.counter_error, gpu.power_error) for gpu in own) if own else has_packages
     return energy == HWMON or (energy == "auto" and not is_metered)
 
 

@@ -150,8 +150,8 @@ def _other_settings(attempt: AttemptLog, place: int, window: Span) -> Iterator[R
 
 def sample_gap_max_s(attempt: AttemptLog) -> float:
     window, log = attempt.window, attempt.log
-    if attempt.sources.gpus:
-        series = [[row.at_ns for row in log.samples if row.gpu == place] for place in attempt.sources.gpus]
+    if places := attempt.sources.sensors or attempt.sources.gpus:
+        series = [[row.at_ns for row in log.samples if row.gpu == place] for place in places]
     else:
         series = [[row.at_ns for row in log.rapl if row.zone == zone] for zone in range(len(log.header.zones))]
         series = series if any(series) else [[row.at_ns for row in log.loads]]
@@ -215,7 +215,8 @@ def _meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[Reason
     errors = (error for error in attempt.log.errors if window.opened_ns <= error.at_ns <= window.closed_ns)
     for meter, message in {error.meter: error.message for error in errors}.items():
         yield Reason.of("meter_failed", meter=attempt.log.header.describe_meter(meter), error=message)
-    if attempt.sources.gpus and gap_s is not None and gap_s > HOLE_PERIODS * period_s:
+    is_sampled = attempt.sources.sensors or attempt.sources.gpus
+    if is_sampled and gap_s is not None and gap_s > HOLE_PERIODS * period_s:
         yield Reason.of("samples_missing", gap_s=gap_s, periods=HOLE_PERIODS, period_s=period_s)
     after, least_s = attempt.span(names.GUARD_AFTER), attempt.sources.least_guard_s
     if not attempt.is_steady_mode and after is not None and after.seconds < least_s:

@@ -17,7 +17,7 @@ from lem.base.errors import UserError
 from lem.base.measurement import INTERFERENCE_FROM, is_counter
 from lem.base.units import GIB, some_of
 from lem.engines.named import find_server_problem
-from lem.meters.capabilities import Capabilities, CpuCapability, describe_power, find_capabilities
+from lem.meters.capabilities import Capabilities, CpuCapability, GpuCapability, describe_power, find_capabilities
 from lem.meters.control import find_notes
 from lem.meters.nvml import GpuReading, open_nvml, read_gpus
 from lem.meters.usage import HERE, Limits, Roots, watch_machine
@@ -165,16 +165,21 @@ def examine(host: Host, names: Collection[str] | None = None) -> Verdict:
     return Verdict(findings)
 
 
+def _rank(gpu: GpuCapability) -> tuple[bool, ...]:
+    return gpu.meter.covered_by is not None, gpu.source is not None, is_counter(gpu.source)
+
+
 def check_gpu_energy(found: Capabilities) -> Finding:
     """Whether every GPU has an energy counter, and its resolution; at most a warning."""
     if not found.gpus:
         return Finding(SKIPPED, found.gpu_error or "no GPU to check")
-    worst_first = sorted(found.gpus, key=lambda gpu: (gpu.source is not None, is_counter(gpu.source)))
+    worst_first = sorted(found.gpus, key=_rank)
     lines = [f"{gpu.meter.label}: {'; '.join(gpu.describe())}" for gpu in worst_first]
     shown = some_of(lines, _MAX_SHOWN, " · ")
-    if all(is_counter(gpu.source) for gpu in found.gpus):
+    sources = [gpu.source for gpu in found.gpus if gpu.meter.covered_by is None]
+    if all(map(is_counter, sources)):
         return Finding(OK, shown)
-    if all(gpu.source is not None for gpu in found.gpus):
+    if None not in sources:
         remedy = "energy is integrated from power and labelled so; measurement.energy: nvml refuses that"
     else:
         remedy = "GPU energy is null in the records until then; measurement.energy: nvml refuses to run"

@@ -36,18 +36,21 @@ def find_problems(config: ExperimentConfig, environ: Mapping[str, str], *, may_s
     """Why the settings of an experiment cannot be made; with `may_set`, which tries what changes nothing."""
     if not config.gpu.changed():
         return
-    options = " and ".join(f"gpu.{name}" for name in config.gpu.changed())
     _, elsewhere = find_server(config, environ)
     with open_nvml() as nvml:
         gpus = gpus_to_set(config, environ)
         if elsewhere is not None or isinstance(nvml, str) or not gpus:
             why = elsewhere or (nvml if isinstance(nvml, str) else "no GPU here has the names in gpus")
             hint = "run lem on the machine with the GPU, or remove the option; lem gpus lists the GPUs"
-            yield ControlError(f"{options}: {why}", hint)
+            yield ControlError(f"{_options_of(config)}: {why}", hint)
             return
         for gpu in gpus:
             if (problem := find_obstacle(nvml, gpu.uuid, config.gpu, may_set=may_set)) is not None:
                 yield problem
+
+
+def _options_of(config: ExperimentConfig) -> str:
+    return " and ".join(f"gpu.{name}" for name in config.gpu.changed())
 
 
 @dataclass
@@ -62,10 +65,13 @@ class GpuControl:
     @contextlib.contextmanager
     def holding(self, config: ExperimentConfig) -> Iterator[None]:
         """The settings are in force within the block; EngineError where they cannot be made."""
-        uuids = [gpu.uuid for gpu in gpus_to_set(config, self.environ)]
         if not config.gpu.changed():
             yield
             return
+        uuids = [gpu.uuid for gpu in gpus_to_set(config, self.environ)]
+        if not uuids:  # since the preflight, which saw some
+            text = f"{_options_of(config)}: no GPU here has the names in gpus any more"
+            raise EngineError(text, "see lem gpus and the kernel log (dmesg)", kind="settings")
         folder = default_gpu_lock_folder(self.environ)
         words = [*self.command, "worker", "--hold", str(folder), "--campaign", self.campaign[:200]]
         words += ["--settings", json.dumps(config.gpu.to_dict())]

@@ -333,6 +333,7 @@ HWMON = (
         Row(f"hwmon: amdgpu, gpu_metrics v{version[0]}.{version[1]}", _sensed(amd(version=version)))
         for version in ((1, 2), (1, 3), (1, 4), (1, 5))
     ),
+    Row("hwmon: amdgpu, wrap of 32 bits, 2^16 J", _sensed(amd(begins=2**32 - 3_000 * 2**16, bits=32))),
     Row("hwmon: amdgpu, two cards", _sensed(amd(), amd("0000:83:00.0", version=(1, 5)))),
     Row("hwmon: amdgpu, unknown gpu_metrics v1.9, power1_average", _sensed(amd(version=(1, 9), mean_s=1.0))),
     Row("hwmon: amdgpu, unknown gpu_metrics v1.9, power1_input", _sensed(amd(version=(1, 9), power="power1_input"))),

@@ -52,10 +52,11 @@ def amd(
     device: str = "0x744c",
     gain: float = 1.0,
     begins: int = 9_000_000_000,
+    bits: int = 64,
     power: str = "power1_average",
     mean_s: float = 0.05,
 ) -> Device:
-    """A GPU with a counter in units of 2^-16 J from `begins` on, and one file of power."""
+    """A GPU with a counter of so many bits in units of 2^-16 J from `begins` on, and one file of power."""
     files: dict[str, Content] = {
         "power1_cap": "500000000\n",
         "temp1_input": "55000\n",
@@ -64,7 +65,7 @@ def amd(
         "device/vendor": "0x1002\n",
         "device/mem_info_vram_total": "68702699520\n",
         "device/mem_info_vram_used": "1073741824\n",
-        "device/gpu_metrics": lambda uj, _: metrics(version, begins + round(gain * uj * 1e-6 * 65536)),
+        "device/gpu_metrics": lambda uj, _: metrics(version, (begins + round(gain * uj * 1e-6 * 65536)) % 2**bits),
     }
     if power:
         files[power] = lambda _, mean_w: f"{round(mean_w(mean_s) * 1e6)}\n"
@@ -152,6 +153,7 @@ class HwmonTree:
             (named / "name").write_text(f"{device.driver}\n", encoding="ascii")
             for name, content in device.files.items():
                 if not callable(content):
+                    (hwmon / name).parent.mkdir(parents=True, exist_ok=True)
                     (hwmon / name).write_bytes(content if isinstance(content, bytes) else content.encode())
             self.update(number, uj, powers)
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lem.base.measurement import (
+    ENERGY_COUNTED,
     POWER_CAP_BIT,
     SLOWDOWN_BITS,
     SLOWDOWN_MASK,
@@ -35,6 +36,12 @@ KINDS = (is_gpu_source, is_integrated_power, is_cpu_source, is_estimate)
 )
 def test_what_a_source_is_follows_from_its_name_alone(source: str | None, kinds: set[object]) -> None:
     assert {kind for kind in KINDS if kind(source)} == kinds
+
+
+def test_the_energy_of_a_machine_is_not_said_to_be_by_an_external_meter() -> None:
+    """A sensor of hwmon has this scope, too."""
+    assert ENERGY_COUNTED.keys() == set(EnergyScope)
+    assert "external" not in ENERGY_COUNTED[EnergyScope.MACHINE]
 
 
 @pytest.mark.parametrize("member", [*EnergySource, *EnergyScope])

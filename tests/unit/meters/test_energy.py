@@ -16,7 +16,7 @@ from lem.meters.curve import NotMeasured, Span
 from lem.meters.energy import EnergyFindings, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.machine import GpuSettings
-from lem.meters.samples import CpuUse, GpuSecond, LimitSeen, Mark, MeterError, ProcessesSeen
+from lem.meters.samples import CpuUse, GpuHeader, GpuSample, GpuSecond, LimitSeen, Mark, MeterError, ProcessesSeen
 from lem.record import Energy, Gpu, Idle, Work, carbon_of
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor
 from tests.doubles.powercap import Zone
@@ -639,6 +639,20 @@ def test_the_users_own_meter_counts_where_nothing_else_does() -> None:
     assert missing.energy.primary_j.value is None
     assert missing.energy.primary_j.null_reason is not None
     assert missing.energy.primary_j.null_reason.code == "external_short"
+
+
+def test_a_sensor_that_contains_the_packages_is_not_added_to_them_and_its_own_samples_are_looked_at() -> None:
+    sensor = GpuHeader(
+        None, "board", "board", "power_meter", energy_scope="machine", power_source="average", meter="hwmon"
+    )
+    samples = tuple(GpuSample(0, at(place / 10), power_w=450.0) for place in range(350))
+    attempt = cpu_attempt(package()).with_header(sensors=(sensor,)).with_log(samples=samples)
+    options = {"measurement": {"energy": "hwmon", "external_csv": "plug.csv"}}
+    found = attempt.measured(options=options, external=plug(500)).energy
+    assert (found.cpu_package_energy_j, found.sensor_energy_j) == (pytest.approx(1400, rel=0.01), pytest.approx(4500))
+    assert (found.energy_source, found.primary_j.value) == ("hwmon_sensor", found.sensor_energy_j)
+    assert found.external_energy_j == pytest.approx(5000)
+    assert found.sample_gap_max_s == pytest.approx(0.1)
 
 
 # Quotients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import tempfile
@@ -15,6 +16,7 @@ import pytest
 
 from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergySource
+from lem.base.process import read_small
 from lem.cli.report import trace_of
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import visible_gpus
@@ -73,6 +75,7 @@ def test_the_energy_of_amdgpu_is_where_its_layout_has_it(tmp_path: Path, version
         (metrics((2, 3), 5), "v2.3, that of an APU, has no energy"),
         (metrics((1, 3), 0), "reports no energy"),
         (metrics((1, 3), 2**64 - 1), "reports no energy"),
+        (metrics((1, 3), 2**32 - 1), "reports no energy"),  # UINT_MAX of the drivers of Radeon GPUs
         (metrics((1, 5), 5)[:64], "not understood"),
         (b"", "not understood"),
         (b"\x10\x00\x01\x03" + bytes(40), "not understood: v1.3 with 16 bytes"),
@@ -289,6 +292,40 @@ def test_a_wrap_of_32_bits_is_corrected(readings: list[tuple[float, int]], energ
     curve = counter_curve(changes(*readings), 0, "it", RANGES_J)
     assert curve.holes == ()
     assert curve.energy_j[-1] == pytest.approx(energy_j, abs=2e-3)
+
+
+@pytest.mark.parametrize(("begins_j", "ranges_j"), [(65_535.9, (2.0**16,)), (65_536.1, ())])
+def test_a_counter_of_amdgpu_wraps_at_32_bits_unless_it_is_beyond(
+    tmp_path: Path, begins_j: float, ranges_j: tuple[float, ...]
+) -> None:
+    header = look(tree(tmp_path, amd(begins=round(begins_j * 2**16))))
+    assert header.counter_ranges_j == ranges_j
+    rows = changes((1, 65_535_900), (1.1, 65_535_960), (1.2, 20))
+    curve = counter_curve(rows, 0, "it", header.counter_ranges_j)
+    assert [hole.reason.code for hole in curve.holes] == ["counter_reset"] * (not ranges_j)
+    assert curve.energy_j[-1] == pytest.approx(0.12 if ranges_j else 0.06, abs=1e-3)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EBUSY])
+@pytest.mark.parametrize("status", ["suspended", "active"])
+def test_a_gpu_that_is_asleep_says_how_to_keep_it_awake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, status: str
+) -> None:
+    sys = tree(tmp_path, amd().having(**{"device/power/runtime_status": f"{status}\n"}))
+
+    def read(path: Path | str) -> bytes:
+        if Path(path).name in ("gpu_metrics", "power1_average"):
+            raise OSError(code, os.strerror(code), str(path))
+        return read_small(path)
+
+    monkeypatch.setattr("lem.meters.hwmon.read_small", read)
+    header = look(sys)
+    for error in (header.counter_error, header.power_error):
+        assert os.strerror(code) in str(error)
+        assert ("it is asleep; keep it awake: echo on | sudo tee " in str(error)) is (status == "suspended")
+        assert ("device/power/control)" in str(error) or f"{FIRST}/power/control)" in str(error)) is (
+            status == "suspended"
+        )
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from lem.meters.sampler import COUNTER_POLL_MS, PipeOwner, SampleFileError, SamplerOptions, run_sampler
 from lem.meters.samples import CounterChange, CpuUse, PartReader, SampleLog, read_tail
 from lem.meters.usage import Roots
-from tests.doubles.hwmon import Device, HwmonTree, acpi, amd
+from tests.doubles.hwmon import Device, HwmonTree, acpi, amd, overwrite, second_die
 from tests.doubles.powercap import Powercap
 from tests.unit.meters.nvml_stand_in import FakeClock, FakeNvml
 
@@ -460,6 +460,22 @@ def test_a_gpu_of_hwmon_that_comes_back_under_another_number_is_sampled_again(ri
     assert max(after - before for before, after in pairwise(times)) == pytest.approx(2.2, abs=0.15)
     assert [row.power_w for row in log.samples][-1] == 160.0
     assert [name for name, _ in errors_of(log)] == ["gpu0.power", "gpu0.handle"]
+
+
+def test_a_limit_of_hwmon_that_another_program_changes_is_told(rig: Rig) -> None:
+    rig.nvml, rig.gpus = "no driver", ("0000:03:00.0",)
+    tree = hwmon(rig, amd())
+    cap = Path(tree.folder_of(0), "power1_cap")
+    log = rig.run(4.0, (2.0, lambda: overwrite(cap, b"300000000\n")))
+    assert [row.limit_w for row in log.limits] == [500.0, 300.0]
+
+
+def test_the_second_chiplet_of_a_card_that_has_a_meter_asks_for_no_sensor(rig: Rig) -> None:
+    rig.nvml, rig.gpus = "no driver", ("0000:03:00.0", "0000:06:00.0")
+    hwmon(rig, amd(device="0x740c"), second_die("0000:06:00.0"), acpi())
+    header = rig.run(1.0).header
+    assert [gpu.covered_by for gpu in header.gpus] == [None, "0000:03:00.0"]
+    assert header.sensors == ()
 
 
 @pytest.mark.parametrize(

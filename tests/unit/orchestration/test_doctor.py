@@ -18,6 +18,7 @@ from lem.meters.samples import GpuHeader
 from lem.meters.usage import Roots
 from lem.orchestration.compose import packaged_compose_file
 from lem.orchestration.doctor import CHECKS, Finding, Host, check_cpu_energy, check_gpu_energy, examine
+from lem.orchestration.locks import Holder, gpu_locks, hold_locks
 from tests.command_rig import run_lem
 from tests.doubles.fake_docker import WITH_GPU, FakeDocker
 from tests.doubles.machine import Machine, Process
@@ -184,6 +185,12 @@ def test_gpu_settings_that_a_killed_campaign_left_are_a_warning_and_restored_or_
         "GPU-1: power limit 650 W, as before campaign demo�[2J",
     )
     assert run_lem("doctor", "--restore", "--backend", "vllm")[0] == 2
+    # What a campaign that runs holds is no failure: the unit of another one would end as failed (ExecStopPost=).
+    with hold_locks(gpu_locks(["GPU-1"], os.environ), Holder(1, "node", "other", "now")):
+        code, out, _ = run_lem("doctor", "--restore")
+        assert (code, out.startswith("in use: GPU GPU-1 is locked by pid 1 on node, campaign other")) == (0, True)
+        assert json.loads(run_lem("doctor", "--restore", "--json")[1])["ok"] is True
+    assert path.exists()
 
 
 def test_the_text_says_what_to_do_and_nothing_is_left_behind(here: FakeDocker) -> None:
@@ -269,6 +276,9 @@ def test_a_machine_that_does_not_show_its_cpus_is_not_judged(fake: FakeDocker, t
 
 COUNTED = GpuCapability(GpuHeader(0, "GPU-a", "Test", "580.1", power_source="instant"), 0.1)
 INTEGRATED = GpuCapability(GpuHeader(1, "GPU-b", "Test", "580.1", power_source="average", counter_error="too old"))
+COVERED = GpuCapability(
+    GpuHeader(1, "0000:06:00.0", "MI250", "amdgpu", counter_error="none", power_error="second", covered_by="GPU-a")
+)
 DARK = GpuCapability(GpuHeader(2, "GPU-c", "Test", "580.1", counter_error="MIG is on", power_error="MIG is on"))
 
 
@@ -276,6 +286,8 @@ DARK = GpuCapability(GpuHeader(2, "GPU-c", "Test", "580.1", counter_error="MIG i
     ("gpus", "status", "message", "remedy"),
     [
         ((COUNTED,), "ok", "every 100 ms", ""),
+        ((COUNTED, COVERED), "ok", "GPU 0: energy counter, updated every 100 ms", ""),
+        ((INTEGRATED, COVERED), "warning", "GPU 1: too old", "integrated from power and labelled so"),
         ((COUNTED, INTEGRATED), "warning", "GPU 1: too old", "integrated from power and labelled so"),
         ((COUNTED, INTEGRATED, DARK), "warning", "GPU 2: MIG is on", "null in the records"),
         ((), "skipped", "NVML sees no GPU", ""),
