@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ class Least:
     """The setting with the least energy per output token."""
 
     index: int  # of the point
-    low: float | None  # the interval of the setting; None with one cycle, or where cycles share a load
+    low: float | None  # the interval of the setting; None with one cycle, or where cycles are no repeats
     high: float | None
     n_cycles: int
 
@@ -67,7 +67,7 @@ class Sweep:
             return sums.index(min(sums))
 
         low = high = None
-        if len(cycles) > 1 and not any(item.is_load_shared for _, item in self.points):
+        if len(cycles) > 1 and all(item.no_interval is None for _, item in self.points):
             drawn = sorted((lowest(rows), count) for rows, count in resamples(len(cycles), _ITERATIONS, _SEED))
             found = [index for index, count in drawn for _ in range(count)]
             skipped = round(_ITERATIONS * (1 - CONFIDENCE) / 2)
@@ -76,11 +76,14 @@ class Sweep:
 
     def change(self, index: int, metric: Metric) -> Effect | None:
         """The ratio to the highest setting, over the cycles that both have; None for that itself, or without any."""
-        above, below = (self.points[place][1].values(metric) for place in (index, -1))
+        both = self.points[index][1], self.points[-1][1]
+        above, below = (item.values(metric) for item in both)
         cycles = [cycle for cycle in above if above[cycle] > 0 and below.get(cycle, 0) > 0]
         if not cycles or index == len(self.points) - 1:
             return None
-        return paired_effect([above[it] for it in cycles], [below[it] for it in cycles])
+        found = paired_effect([above[it] for it in cycles], [below[it] for it in cycles])
+        is_repeated = all(item.no_interval is None for item in both)
+        return found if is_repeated else replace(found, std_error=None, df=None)
 
     def interval_text(self) -> str:
         least = self.least

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -58,6 +59,21 @@ def test_one_cycle_has_no_interval_and_an_end_is_named() -> None:
     text = least_text(sweep, least)
     assert "no interval" in text
     assert text.endswith("; the least may be lower than all that were tried")
+
+
+def test_cycles_that_share_an_engine_load_have_no_interval() -> None:
+    records = [
+        dataclasses.replace(it, validity=dataclasses.replace(it.validity, engine_load_id="one"))
+        for it in limit_sweep(ENERGIES)
+    ]
+    (sweep,) = find_sweeps(make_run(records).with_results)
+    assert sweep.least is not None
+    assert (sweep.least.low, sweep.least.high) == (None, None)
+    for metric in (ENERGY, THROUGHPUT):
+        change = sweep.change(0, metric)
+        assert change is not None
+        assert change.interval() is None
+        assert change_text(change).endswith(" %")
 
 
 def test_changes_are_against_the_highest_setting() -> None:
