@@ -73,7 +73,7 @@ class GpuControl:
             text = f"{_options_of(config)}: no GPU here has the names in gpus any more"
             raise EngineError(text, "see lem gpus and the kernel log (dmesg)", kind="settings")
         folder = default_gpu_lock_folder(self.environ)
-        words = [*self.command, "worker", "--hold", str(folder), "--campaign", self.campaign[:200]]
+        words = [*self.command, "worker", "--hold", str(folder), f"--campaign={printable(self.campaign[:200])}"]
         words += ["--settings", json.dumps(config.gpu.to_dict())]
         words += [word for uuid in uuids for word in ("--gpu", uuid)]
         held = _Held(words, [note_path(folder, uuid) for uuid in uuids], self.locks)
