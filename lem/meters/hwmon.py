@@ -30,6 +30,7 @@ _CHANNEL: Final = re.compile(r"(?:power|energy)(\d+)_")
 
 # Both dies of these are one card, whose power and energy its first die reports (aldebaran_ppt.c): MI250X, MI250.
 _DUAL_DIES: Final = frozenset({"0x7408", "0x740c"})
+_APU_DEVICES: Final = frozenset({"0x74a0"})  # MI300A, whose gpu_metrics has the layouts of a GPU
 # `energy_accumulator` of gpu_metrics, in bytes from its beginning: a u64 in units of 2^-16 J (15.259 uJ).
 _ACCUMULATOR_AT: Final = MappingProxyType({(1, 2): 24, (1, 3): 24, (1, 4): 24, (1, 5): 88})
 _ACCUMULATOR_J: Final = 2.0**-16
@@ -174,7 +175,7 @@ class HwmonMeter:
         power_sensor, power_error = self._try_power()
         scope = EnergyScope.GPU
         if place.driver == "amdgpu":
-            if _is_apu(place):
+            if _is_apu(place) or read_text(place.device / "device") in _APU_DEVICES:
                 scope = EnergyScope.MODULE
             elif read_text(place.device / "device") in _DUAL_DIES:
                 scope = EnergyScope.CARD

@@ -94,6 +94,14 @@ def choose(*gpus: GpuHeader, sensors: tuple[GpuHeader, ...] = (), uuids: Any = N
     return choose_sources(config(measurement=options), header, [gpu.uuid for gpu in gpus] if uuids is None else uuids)
 
 
+def test_an_mi300a_is_the_gpu_to_use_and_its_energy_is_that_of_the_socket(tmp_path: Path) -> None:
+    sys = tree(tmp_path, amd(device="0x74a0", version=(1, 5)))
+    header = look(sys)
+    assert (header.counter_error, header.energy_scope) == (None, "module")
+    assert choose(header).scope == "module"
+    assert named_gpus(None, metered_gpus({}, sys, ()))[0].uuid == FIRST
+
+
 def test_of_two_chiplets_the_second_reports_nothing_and_counts_once(tmp_path: Path) -> None:
     sys = tree(tmp_path, amd(device="0x740c"), second_die(SECOND), amd("0000:83:00.0", device="0x740c"))
     first, second, other = (look(sys, address) for address in (FIRST, SECOND, "0000:83:00.0"))
