@@ -222,7 +222,8 @@ def _on(*gpus: GpuTrace, **changes: object) -> Scene:
 
 
 def _boosted(_at_s: float) -> tuple[str, ...]:
-    return ("gpu 0", "power_limit 140")
+    """Dynamic Boost raises the limit in force, and not the one that is set."""
+    return ("gpu 0", "enforced_limit 140")
 
 
 def _blink(at_s: float) -> tuple[str, ...]:
