@@ -108,7 +108,7 @@ class AttemptLog:
             gpu = self.log.header.gpus[place]
             what = f"the energy counter of {gpu.uuid}"
             curve = counter_curve(self.log.counters, place, what, gpu.counter_ranges_j, gpu.power_limit_w)
-            self._known[key] = self._checked(curve, gpu_meter(place, "counter"))
+            self._known[key] = self._checked(curve, gpu_meter(place, "counter"), gpu_meter(place, "handle"))
         return self._known[key]
 
     def gpu_power_curve(self, number: int, *, at_rest: bool = False) -> Curve:
@@ -123,7 +123,7 @@ class AttemptLog:
             period_s = max(self.sources.sample_period_s, self.sources.idle_period_s if at_rest else 0.0)
             what, lag_s = f"power of {device.uuid}", sensor_lag_s(device)
             curve = power_curve(self.log.samples, place, period_s, what, lag_s)
-            self._known[key] = self._checked(curve, gpu_meter(place, "power"))
+            self._known[key] = self._checked(curve, gpu_meter(place, "power"), gpu_meter(place, "handle"))
         return self._known[key]
 
     def gpu_mean_curve(self, number: int) -> Curve | None:
@@ -195,8 +195,8 @@ class AttemptLog:
             raise NotMeasured("no_window_mark")
         return span
 
-    def _checked(self, curve: Curve, meter: str) -> Curve:
-        errors = [error.message for error in self.log.errors if error.meter == meter]
+    def _checked(self, curve: Curve, *meters: str) -> Curve:
+        errors = [error.message for error in self.log.errors if error.meter in meters]
         if len(curve.at_ns) >= 2:
             return replace(curve, error=errors[-1]) if errors else curve
         if errors:

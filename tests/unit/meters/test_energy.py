@@ -142,6 +142,10 @@ def test_a_counter_that_is_lost_in_the_window_says_why() -> None:
     found = attempt.with_log(counters=rows["counters"], errors=errors).measured()
     assert str(found.energy.primary_j.null_reason).endswith("s too early (GPU is lost)")
     assert found.warnings == (Reason.of("meter_failed", meter="counter of GPU 0", error="GPU is lost"),)
+    # What is read first of a GPU that is gone says so; its counter is then not asked any more.
+    gone = (MeterError(at(20), "gpu0.power", "gone"), MeterError(at(21), "gpu0.handle", "GPU is lost"))
+    found = attempt.with_log(counters=rows["counters"], errors=gone).measured()
+    assert str(found.energy.primary_j.null_reason).endswith("s too early (GPU is lost)")
     ended = attempt.with_log(**rows).measured()
     assert str(ended.energy.primary_j.null_reason).endswith("s too early; the sampler had ended, or hung")
 
