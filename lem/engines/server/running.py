@@ -90,16 +90,21 @@ class Address:
             headers = {**self.headers, **({} if body is None else {"Content-Type": "application/json"})}
             connection.connect()
             cut = _Cut(connection.sock, self._patience_s)
+            slow = TimeoutError(f"no whole answer within {self._patience_s:g} s")
             try:
                 connection.request("GET" if body is None else "POST", self.path(path), data, headers)
                 answer = connection.getresponse()
                 found = answer.status, answer.read(_MOST_B).decode("utf-8", "replace")
-            except http.client.HTTPException as error:
+            except (OSError, http.client.HTTPException) as error:
+                if cut.has_happened:
+                    raise slow from error
+                if isinstance(error, OSError):
+                    raise
                 raise ConnectionError(f"no HTTP: {shortened(error)}") from error
             finally:
                 cut.cancel()
             if cut.has_happened:
-                raise TimeoutError(f"no whole answer within {self._patience_s:g} s")
+                raise slow
             return found
 
     def read(self, path: str, body: Mapping[str, Any] | None = None) -> Any:

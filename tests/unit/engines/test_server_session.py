@@ -594,11 +594,12 @@ def test_an_address_may_name_the_version_of_the_api(url: str) -> None:
     assert Address("http://[::1]:8000/base/v1").url("/health") == "http://[::1]:8000/base/health"
 
 
-def test_a_server_whose_answer_does_not_end_is_not_waited_for() -> None:
+@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_a_server_whose_answer_does_not_end_is_not_waited_for(begin: bytes) -> None:
     def drip(talk: Talk) -> None:
-        talk.send(b"HTTP/1.1 200 OK\r\n\r\n")
+        talk.send(begin)
         while talk.is_idle(0.01):
-            talk.send(b"line\n")
+            talk.send(b"line")
 
     with ScriptedServer(drip) as server:
         address = Address(f"http://127.0.0.1:{server.port}", patience_s=0.3)
