@@ -18,7 +18,7 @@ from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, 
 from lem.config.experiment import ExperimentConfig
 from lem.config.load import ListedExperiment, Loaded, encode_config, load_experiment
 from lem.meters.nvml import find_gpus
-from lem.orchestration.campaign import CampaignRunner
+from lem.orchestration.campaign import CampaignRunner, check_supported
 from lem.orchestration.dispatch import LocalExecutor
 from lem.orchestration.plan import Plan, build_plan
 from lem.orchestration.schedule import CampaignOutcome, StopRequest
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         if plan.warnings and not args.quiet:
             err.write(render_findings(plan, is_colour=log.is_colour_wanted(err)))
         executor = LocalExecutor(args.python)
+        check_supported(plan, executor.name)
         if args.dry_run:
             _describe(plan, campaign, executor.python, args, out)
             args.next = typed_again(args, "--dry-run")

@@ -1,9 +1,9 @@
 """Settings of GPUs, the power limit and a locked clock: what can be set, setting it, and restoring what was set before.
 
 A process of its own holds the settings (`hold`): it writes a note of what was set before, sets, and restores when its
-stdin is closed, which the kernel does however the host process ends. Should the holder itself end first, the host
-process restores by the note, and when both are gone, whoever finds the note. A note of another boot is void: the driver
-forgets both settings when it is loaded.
+stdin is closed, which the kernel does however the host process ends. If the holder ends first, the host process
+restores from the note; if both have ended, the next lem that finds the note does. A note from before a reboot is void:
+the driver forgets both settings when it is loaded.
 """
 
 from __future__ import annotations

@@ -134,3 +134,11 @@ def test_a_dry_run_shows_the_experiment_and_writes_nothing(rig):
     assert document["config"]["max_input_tokens"] == 64
     assert '"max_input_tokens": 64' in text.out
     assert [item.name for item in rig.folder.iterdir() if item.is_dir()] == []
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_an_image_is_refused_without_a_container_also_by_a_dry_run(rig, words):
+    ended = _run(rig, *words, "--set", "image=engine:1")
+    assert (ended.code, ended.out) == (2, "")
+    assert "image: engine:1 requires containers" in ended.err
+    assert [item.name for item in rig.folder.iterdir() if item.is_dir()] == []
