@@ -32,6 +32,8 @@ WARM_EXPERIMENTS = (2, 22)
 # Pairs of runs, which need a machine to themselves for some minutes.
 BESIDE = """
 Beside others, in ABBA pairs, for some minutes on a machine that does nothing else:
+  lem's own time and memory beside those of the first build, with the targets (--help lists the groups):
+    {python} -m tests.bench.speed
   a bare loop around `generate` of transformers:
     {python} -m tests.bench.bare
   a second program beside a campaign, and quiet windows of real engines:
