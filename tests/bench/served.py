@@ -37,7 +37,7 @@ ROWS = (
     ("output tok/s", "tokens that arrived in the window / its length; vLLM bench: all / first send to last answer"),
     ("TTFT mean, ms", "from the scheduled arrival; vLLM bench: from just before the request is made, and it connects"),
     ("TPOT mean, ms", "per request, (end - first token) / (output tokens - 1); the same in vLLM bench"),
-    ("ICL mean, ms", "between chunks by arrival; ITL of vLLM bench: between chunks by their reading"),
+    ("ICL mean, ms", "between arrivals, events of one arrival are one chunk; ITL of vLLM bench: between all events"),
     ("E2E mean, ms", "from the scheduled arrival; vLLM bench: from just before the request is made"),
 )
 Figures = tuple[float, ...]
@@ -109,11 +109,12 @@ def own_figures(record: Record) -> Figures:
 
 
 def their_figures(requests: Sequence[Request]) -> Figures:
-    """lem's requests by the definitions of vLLM bench: all of them, from their sending."""
+    """lem's requests by the definitions of vLLM bench: all of them, from their sending, and each token's gap, also one
+    of zero (this server sends each token in an event of its own)."""
     ms = 1e6
     times = [(it.started_ns or 0, it.token_times_ns or (), it.finished_ns or 0) for it in requests]
     span_s = (max(end for _, _, end in times) - min(sent for sent, _, _ in times)) / NS_PER_S
-    gaps = [after - before for _, tokens, _ in times for before, after in itertools.pairwise(dict.fromkeys(tokens))]
+    gaps = [after - before for _, tokens, _ in times for before, after in itertools.pairwise(tokens)]
     return (
         len(times) / span_s,
         sum(len(tokens) for _, tokens, _ in times) / span_s,
