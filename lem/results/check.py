@@ -23,7 +23,7 @@ from lem.results.comparability import LENGTH_TOLERANCE, environment_changes, fin
 from lem.results.compare import exclusion_reason, find_effect
 from lem.results.metrics import Metric
 from lem.results.run import REPLAYED, SHARED_LOAD, Configuration, Run
-from lem.results.stats import AUTOCORRELATION_SOUGHT, CONFIDENCE, UNPLANNED, cycles_to_settle
+from lem.results.stats import AUTOCORRELATION_SOUGHT, CONFIDENCE, UNPLANNED, Effect, cycles_to_settle
 from lem.results.stopping import MOST_CYCLES
 from lem.results.student import POWER
 
@@ -287,19 +287,32 @@ def _pairs(run: Run) -> Found:
     metric = run.primary_metric
     known = [(value, item) for item in run.with_results if (value := item.estimate(metric).value)]
     ranked = [item for _, item in sorted(known, key=lambda entry: entry[0])]
-    open_pairs = [found for pair in itertools.pairwise(ranked) if (found := _open_pair(metric, *pair)) is not None]
-    yield from open_pairs[:_PAIRS_SHOWN]
+    found = ((pair, _open_interval(metric, *pair)) for pair in itertools.pairwise(ranked))
+    open_pairs = [(pair, it) for pair, it in found if it is not None]
+    yield from (_open_pair(metric, *pair, *it) for pair, it in open_pairs[:_PAIRS_SHOWN])
     if (more := len(open_pairs) - _PAIRS_SHOWN) > 0:
         yield _finding("indistinguishable", Reason.of("more_pairs", count=more), remedy="lem compare lists them")
 
 
-def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Finding | None:
+def _level(lower: Configuration, upper: Configuration) -> float:
+    return 1 - (1 - CONFIDENCE) * min(lower.share, upper.share)
+
+
+def _open_interval(
+    metric: Metric, lower: Configuration, upper: Configuration
+) -> tuple[Effect, tuple[float, float]] | None:
+    """The effect between two configurations with its interval, if that contains 1."""
     effect, reason = find_effect(metric, lower, upper)
-    level = 1 - (1 - CONFIDENCE) * min(lower.share, upper.share)
-    interval = effect.interval(level) if effect and not reason and not trends.ran_apart(lower, upper) else None
-    if effect is None or interval is None or not interval[0] <= 1 <= interval[1]:
+    if effect is None or reason or trends.ran_apart(lower, upper):
         return None
-    further = cycles_to_settle(effect, 0.0, 1 - (1 - level) / UNPLANNED)
+    interval = effect.interval(_level(lower, upper))
+    return None if interval is None or not interval[0] <= 1 <= interval[1] else (effect, interval)
+
+
+def _open_pair(
+    metric: Metric, lower: Configuration, upper: Configuration, effect: Effect, interval: tuple[float, float]
+) -> Finding:
+    further = cycles_to_settle(effect, 0.0, 1 - (1 - _level(lower, upper)) / UNPLANNED)
     n_cycles, names = min(effect.n_cycles), (lower.name, upper.name)
     low, high = (plain(100 * (bound - 1), "+.2g") for bound in interval)
     data = {"more": upper.name, "less": lower.name, "metric": metric.lower_label, "low": low, "high": high}

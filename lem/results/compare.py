@@ -392,11 +392,12 @@ def finished(comparison: Comparison) -> Comparison:
     adjusted = {index: min(1.0, scale * p_value) for index, p_value in zip(p_values, holms, strict=True)}
     questions = [(gates[row.metric], row.effect, row.reason) for row in rows if row.metric in gates]
     judged = iter(stats.judge(questions, confidence=1 - comparison.alpha))
+    confidence = comparison.interval_confidence  # it counts the intervals of all pairs
     done = (
         replace(
             row,
             p_adjusted=adjusted.get(index),
-            interval=row.effect.interval(comparison.interval_confidence) if row.effect else None,
+            interval=row.effect.interval(confidence) if row.effect else None,
             judgement=next(judged) if row.metric in gates else None,
         )
         for index, row in enumerate(rows)

@@ -104,8 +104,8 @@ class Effect:
     @property
     def p_value(self) -> float | None:
         """Two-sided, of the true ratio being 1; None without a standard error."""
-        below, above = self.p_below(0.0), self.p_above(0.0)
-        return None if below is None or above is None else min(1.0, 2 * min(below, above))
+        tail = self._tail(-abs(self.log_ratio))  # the smaller one
+        return None if tail is None else min(1.0, 2 * tail)
 
     def p_above(self, bound: float) -> float | None:
         """One-sided p of the true log ratio being at most `bound`: a small one means that it is above."""

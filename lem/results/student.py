@@ -76,17 +76,18 @@ def _beta_fraction(a: float, b: float, x: float, complement: float) -> float:
             term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
         else:
             term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        denominator = 1 / _not_zero(1 + term * denominator)
-        numerator = _not_zero(1 + term / numerator)
+        denominator = 1 + term * denominator
+        numerator = 1 + term / numerator
+        if -_TINY <= denominator <= _TINY:
+            denominator = _TINY
+        if -_TINY <= numerator <= _TINY:
+            numerator = _TINY
+        denominator = 1 / denominator
         step = numerator * denominator
         value *= step
-        if abs(step - 1) < 1e-15:
+        if -1e-15 < step - 1 < 1e-15:
             return front / value
     raise ArithmeticError(f"the incomplete beta function did not converge at a={a}, b={b}, x={x}")
-
-
-def _not_zero(value: float) -> float:
-    return value if abs(value) > _TINY else _TINY
 
 
 def power_of(distance: float, std_error: float, df: float, confidence: float) -> float:

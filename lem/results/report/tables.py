@@ -15,6 +15,7 @@ from lem.results.agreement import NOTE as AGREEMENT_NOTE
 from lem.results.axes import Key
 from lem.results.bootstrap import bootstrap_coverage_label, coverage_notes
 from lem.results.compare import Comparison
+from lem.results.compare import Row as ComparisonRow
 from lem.results.comparison import ratio_notes_of
 from lem.results.metrics import METRIC_BY_NAME, Metric, mean_of
 from lem.results.report import plot
@@ -156,6 +157,8 @@ def _overview(report: Report, *, best: int | None) -> Markup:
         if metric is report.headline and report.comparison is not None:
             head.append(f"Ratio to {report.comparison.pairs[0].baseline.number}")
     head += [*(label for label, _ in latencies), "Cycles"]
+    compared = report.comparison.rows(report.headline) if report.comparison is not None else []
+    ratios = {pair.other.number: row for pair, row in reversed(compared)}
     rows: list[Row] = []
     for index, entry in enumerate(entries):
         first, *others = (column.cells[index] for column in known)
@@ -165,7 +168,7 @@ def _overview(report: Report, *, best: int | None) -> Markup:
             is_estimated = entry.is_estimate and metric is ENERGY
             row.append(plot.interval_cell(entry.configuration.estimate(metric), digits, is_estimate=is_estimated))
             if metric is report.headline and report.comparison is not None:
-                row.append(_ratio(entry, metric, report.comparison))
+                row.append(_ratio(entry, report.comparison, ratios.get(entry.number)))
         for _, name in latencies:
             estimate = entry.configuration.estimate(name)
             row.append(plot.number_cell(estimate.value, estimate.null_reason, format_latency))
@@ -182,10 +185,9 @@ def _axes(entries: Sequence[Entry]) -> Sequence[Column]:
     return [names if column.heading == names.heading else column for column in found or [names]]
 
 
-def _ratio(entry: Entry, metric: Metric, comparison: Comparison) -> Cell:
+def _ratio(entry: Entry, comparison: Comparison, row: ComparisonRow | None) -> Cell:
     if entry.number == comparison.pairs[0].baseline.number:
         return Cell("baseline", 1.0, is_number=True)
-    row = next((row for pair, row in comparison.rows(metric) if pair.other.number == entry.number), None)
     if row is None or row.effect is None:
         why = row.reason.text if row is not None and row.reason else None
         return Cell(tag("span", "none", class_="absent", title=why), is_number=True)
