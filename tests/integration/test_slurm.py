@@ -160,8 +160,8 @@ driver = "overlay"
 graphroot = "{folder}/images"
 runroot = "{folder}/run"
 """
-# A machine that may not raise limits refuses those that podman sets. crun, the default, refuses a machine with cgroups of
-# both versions, as the hosts of the lab leave it; runc comes with Docker.
+# A machine that may not raise limits refuses those that podman sets. crun, the default, refuses a machine with cgroups
+# of both versions, as the hosts of the lab leave it; runc comes with Docker.
 _ENGINE = """\
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
