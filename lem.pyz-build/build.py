@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SHEBANG = b"#!/usr/bin/env python3\n"
 VENDOR_LIST = HERE / "vendor.txt"
+ENTRY = HERE / "entry.py"
 
 # A file with any other suffix is a mistake, such as an editor's backup or a model, and stops the build.
 SHIPPED_SUFFIXES = frozenset(
@@ -42,14 +43,6 @@ WHEEL_PLATFORM = (
 )
 PIP_TIMEOUT_S = 600
 
-ENTRY = '''\
-"""Entry point of lem.pyz. Old Pythons must be able to parse it: lem/__main__.py rejects them."""
-import sys
-
-from lem.__main__ import run
-
-sys.exit(run())
-'''
 VENDOR_INIT = '"""Third-party code, separate from the copies of an engine; see LICENSES/vendor.txt."""\n'
 
 
@@ -96,7 +89,7 @@ def own_members(root: Path) -> dict[str, bytes]:
     Raises:
         BuildError: `lem` contains a file of an unknown kind.
     """
-    members = {"__main__.py": ENTRY.encode(), "LICENSE": (root / "LICENSE").read_bytes()}
+    members = {"__main__.py": ENTRY.read_bytes(), "LICENSE": (root / "LICENSE").read_bytes()}
     for path in sorted((root / "lem").rglob("*")):
         name = path.relative_to(root)
         is_left_out = any(part == "__pycache__" or part.startswith(".") for part in name.parts)

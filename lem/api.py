@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import Interrupted, UserError
 from lem.cli.report import make_report
 from lem.cli.selection import recount, resolve_run, write_file

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime, timezone
 
+from lem.base.dataclass import dataclass
 from lem.base.units import NS_PER_MS, NS_PER_S, format_duration
 
 _READINGS = 3

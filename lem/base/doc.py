@@ -13,9 +13,9 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, TextIO, TypedDict
 
+from lem.base.dataclass import dataclass
 from lem.base.log import WIDTH, bounded_width, is_colour_wanted, paint
 
 # The columns that a name gets in a table, and how many names a sentence lists.

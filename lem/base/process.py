@@ -10,10 +10,10 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import UserError
 
 _logger = logging.getLogger(__name__)

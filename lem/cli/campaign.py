@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base import log
+from lem.base.dataclass import dataclass
 from lem.base.doc import Column, columns, terminal_width, wrapped, write_json
 from lem.base.durable import GROUPED
 from lem.base.errors import UserError

@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from lem.base.clock import utc_now
+from lem.base.dataclass import dataclass
 from lem.base.doc import write_json
 from lem.base.errors import UserError
 from lem.base.units import format_duration, plural

@@ -6,12 +6,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from lem.base import __version__, durable
+from lem.base.dataclass import dataclass
 from lem.base.errors import LemError, UserError
 from lem.base.units import hash_label
 from lem.orchestration.status import Event

@@ -9,12 +9,12 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from lem.base import durable
 from lem.base.clock import utc_now
+from lem.base.dataclass import dataclass
 from lem.base.doc import printable
 from lem.base.errors import UserError, did_you_mean
 from lem.base.measurement import Section

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base.clock import utc_now
+from lem.base.dataclass import dataclass
 from lem.base.doc import NAME_WIDTH, Column, Doc, NameShortener, Table, printable, terminal_width, write_json
 from lem.base.errors import UserError, did_you_mean
 from lem.base.log import WIDTH, is_colour_wanted
@@ -112,7 +113,7 @@ _PHASE_NAMES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Viewer:
     now: datetime
     zone: tzinfo | None = None

@@ -8,12 +8,13 @@ import dataclasses
 import enum
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base import durable
 from lem.base.answers import OUTPUT_IDS_FILE
+from lem.base.dataclass import dataclass
 from lem.base.doc import Column, Doc, Table, terminal_width, write_json
 from lem.base.errors import ExitCode, MeterRefused, UserError
 from lem.base.units import format_quantity, plural, some_of

@@ -2,16 +2,16 @@
 
 Options without a default are left to the engine, whose own default is recorded.
 """
-# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 from __future__ import annotations
 
 import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import ConfigurationError, did_you_mean
 from lem.base.variables import GPU_VARIABLE
 from lem.config.dialects import DIALECTS, SALT, Dialect

@@ -1,5 +1,4 @@
 """A campaign: which experiments to run, how often, in which order, and what to do around them."""
-# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 from __future__ import annotations
 
@@ -9,11 +8,11 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lem.base import durable, units
+from lem.base.dataclass import dataclass
 from lem.base.durable import BALANCED, MANIFEST_FILENAME, STRUCTURES
 from lem.base.errors import nearest
 from lem.config.backends import BACKENDS

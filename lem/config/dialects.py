@@ -7,8 +7,10 @@ TensorRT-LLM (`trtllm-serve`), text-generation-inference 3 and Ollama.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
+
+from lem.base.dataclass import dataclass
 
 SALT = "{salt}"
 

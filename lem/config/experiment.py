@@ -1,5 +1,4 @@
 """One experiment: a model, a backend, the work it is given, and how it is measured."""
-# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 from __future__ import annotations
 
@@ -8,10 +7,11 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, ClassVar
 
+from lem.base.dataclass import dataclass
 from lem.base.measurement import is_estimate
 from lem.config.backends import (
     BACKENDS,

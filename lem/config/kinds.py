@@ -10,9 +10,9 @@ import operator
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import ConfigurationError, in_brackets, nearest
 from lem.base.log import shorten
 from lem.base.reasons import Reason

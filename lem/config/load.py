@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path as FilePath
 from typing import Any, Generic, TypeVar
 
+from lem.base.dataclass import dataclass
 from lem.base.doc import json_text
 from lem.base.durable import in_home
 from lem.base.errors import ConfigurationError, nearest

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import nearest
 from lem.config import kinds
 from lem.config.terms import meant
@@ -32,7 +33,7 @@ def option(
     return dataclasses.field(default=kinds.UNSET, metadata={_METADATA: declaration})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Matching:
     pattern: str  # a regular expression of both Python and JSON Schema
     wanted: str  # the same in words

@@ -1,12 +1,11 @@
 """The sections of an experiment: its model, its prompts, the decoder, the traffic, and how it is measured."""
-# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from lem.base.dataclass import dataclass
 from lem.base.measurement import SHORT_WINDOW_S, EnergySource
 from lem.config.kinds import REQUIRED, Problem
 from lem.config.option import Section, option

@@ -11,7 +11,6 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from lem.base import durable
+from lem.base.dataclass import dataclass
 from lem.base.durable import sha256_of
 from lem.base.errors import EngineError
 from lem.base.variables import DOWNLOAD_ONCE, is_cache_read_only

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, TypeVar
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import EngineError, OptionRefused, did_you_mean
 from lem.base.log import shorten
 from lem.base.reasons import Reason
@@ -146,7 +147,7 @@ def shortened(message: BaseException | str) -> str:
 Arguments = Mapping[str, tuple[str, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Signature:
     version: str
     arguments: frozenset[str]
@@ -157,7 +158,7 @@ class Signature:
         return argument in self.arguments if not outer else outer in self.arguments and inner in self.nested[outer]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Folders:
     model: str
     tokenizer: str | None = None

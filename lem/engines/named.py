@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from lem.base import durable
+from lem.base.dataclass import dataclass
 from lem.base.errors import EngineError, OptionRefused
 from lem.config.backends import ServerConfig
 from lem.config.experiment import ExperimentConfig

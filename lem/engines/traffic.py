@@ -6,9 +6,9 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from lem.base.clock import seconds_between
+from lem.base.dataclass import dataclass
 from lem.base.units import NS_PER_S
 
 

@@ -6,12 +6,13 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from lem.base.clock import Clock
 from lem.base.codec import encode
+from lem.base.dataclass import dataclass
 from lem.base.measurement import EnergyScope, EnergySource, Measured, Section, known
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import measured, need

@@ -11,13 +11,13 @@ import math
 import re
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timezone
 from itertools import pairwise
 from pathlib import Path
 
 from lem.base import durable
 from lem.base.clock import parse_time
+from lem.base.dataclass import dataclass
 from lem.base.errors import MeterRefused
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S

@@ -11,11 +11,11 @@ import errno
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from lem.base.dataclass import dataclass
 from lem.base.measurement import EnergyScope
 from lem.base.process import read_small
 from lem.base.variables import GPU_VARIABLE, OTHER_GPU_VARIABLES

@@ -10,11 +10,11 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lem.base import durable
+from lem.base.dataclass import dataclass
 from lem.base.variables import GPU_VARIABLE, cache_folder
 
 _SM = 1  # NVML_CLOCK_SM

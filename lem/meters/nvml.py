@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lem.base.codec import decode
+from lem.base.dataclass import dataclass
 from lem.base.measurement import EnergyScope
 from lem.meters.machine import GpuFacts, is_name_of, kept_lag_s
 from lem.meters.samples import GpuHeader

@@ -6,11 +6,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lem.base import durable
+from lem.base.dataclass import dataclass
 from lem.base.errors import did_you_mean
 from lem.base.measurement import Measured, known
 from lem.base.reasons import Reason

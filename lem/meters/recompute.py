@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lem.base import measurement as names
+from lem.base.dataclass import dataclass
 from lem.base.measurement import EnergySource, Measured, Section, known
 from lem.config.experiment import ExperimentConfig, MeteredConfig, ProgramConfig
 from lem.config.sections import SloConfig

@@ -10,11 +10,11 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from lem.base.clock import Clock
+from lem.base.dataclass import dataclass
 from lem.base.process import PROC, TICK_S, below, list_processes, numbered, read_small, read_stat
 from lem.base.units import NS_PER_S
 from lem.meters.rapl import POWERCAP

@@ -7,10 +7,10 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, pvariance
 from typing import Any
 
+from lem.base.dataclass import dataclass
 from lem.base.measurement import PROMPTS_NEEDED, Distribution, Measured, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_MS, NS_PER_S

@@ -12,12 +12,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lem.base import process
 from lem.base.codec import decode_hint
+from lem.base.dataclass import dataclass
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
 from lem.base.units import some_of

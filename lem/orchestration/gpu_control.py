@@ -9,11 +9,11 @@ import os
 import socket
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from lem.base import process
 from lem.base.clock import utc_now, utc_text
+from lem.base.dataclass import dataclass
 from lem.base.doc import printable
 from lem.base.errors import EngineError, LemError
 from lem.config.experiment import ExperimentConfig

@@ -10,13 +10,13 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import MAXYEAR, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lem.base import durable
 from lem.base.clock import utc_stamp
+from lem.base.dataclass import dataclass
 from lem.base.durable import BALANCED, SHUFFLED
 from lem.base.errors import in_brackets
 from lem.base.reasons import Reason

@@ -15,10 +15,11 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import NamedTuple
 
+from lem.base.dataclass import dataclass
 from lem.base.durable import reason_of
 from lem.base.errors import UserError
 from lem.base.launch import own_command

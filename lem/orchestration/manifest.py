@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from lem.base import durable
 from lem.base.clock import utc_now, utc_stamp, utc_text
 from lem.base.codec import decode
+from lem.base.dataclass import dataclass
 from lem.base.errors import LemError, LockedError, UserError
 from lem.orchestration import journal
 from lem.orchestration.journal import SCHEMA_VERSION, DamagedJournal, Journal

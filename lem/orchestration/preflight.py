@@ -6,9 +6,9 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import EngineError, UserError
 from lem.base.units import format_duration, plural, some_of
 from lem.config.backends import ServerConfig

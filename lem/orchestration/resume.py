@@ -8,12 +8,12 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lem.base.clock import utc_text
+from lem.base.dataclass import dataclass
 from lem.base.durable import GROUPED, read_sealed, sha256_of
 from lem.base.errors import UserError
 from lem.base.units import percent, plural, some_of

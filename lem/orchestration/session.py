@@ -10,12 +10,13 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lem.base.clock import StepWatch, utc_now, utc_text
+from lem.base.dataclass import dataclass
 from lem.base.durable import write_text
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
 from lem.base.measurement import WINDOW

@@ -10,7 +10,7 @@ import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from lem.base import durable
 from lem.base.clock import parse_time, utc_text
 from lem.base.codec import decode
+from lem.base.dataclass import dataclass
 from lem.base.durable import MANIFEST_FILENAME
 from lem.base.errors import LemError, UserError
 from lem.config.campaign_config import slug_of

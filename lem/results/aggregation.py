@@ -6,13 +6,13 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from lem.base.clock import parse_time
 from lem.base.codec import shown
+from lem.base.dataclass import dataclass
 from lem.base.units import hash_label, percent
 from lem.record import Record, RecordError, ResultKey, decode_record
 from lem.results.axes import find_axes

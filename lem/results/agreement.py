@@ -11,10 +11,10 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lem.base.answers import OUTPUT_IDS_FILE, Answer, AnswersError, read_answers
+from lem.base.dataclass import dataclass
 from lem.base.durable import reason_of
 from lem.base.measurement import Measured, known
 from lem.base.reasons import Reason

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import UserError
 from lem.base.units import some_of
 from lem.results.axes import Axis, find_axes, is_label, shared_settings

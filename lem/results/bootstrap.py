@@ -16,9 +16,9 @@ import random
 import statistics
 import types
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from lem.base.dataclass import dataclass
 from lem.base.reasons import Reason
 from lem.record import Window
 from lem.results.stats import CONFIDENCE, check_confidence, paired_effect

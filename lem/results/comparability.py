@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from lem.base.dataclass import dataclass
 from lem.base.reasons import Reason
 from lem.base.units import plain
 from lem.record import Record

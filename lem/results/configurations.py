@@ -12,12 +12,13 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from lem.base import durable
 from lem.base.codec import complete, decode
+from lem.base.dataclass import dataclass
 from lem.base.durable import make_folder
 from lem.base.measurement import Section
 from lem.base.reasons import Reason

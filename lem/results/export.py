@@ -13,9 +13,9 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from lem.base.dataclass import dataclass
 from lem.base.doc import json_text, markdown_escaped
 from lem.base.errors import UserError, did_you_mean
 from lem.base.log import escaped

@@ -17,12 +17,12 @@ import os
 import sys
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lem.base import durable
 from lem.base.codec import hints_of, pack, unpack
+from lem.base.dataclass import dataclass
 from lem.base.errors import UserError
 from lem.record import Record, RecordError, parse_record
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
+from lem.base.dataclass import dataclass
 from lem.base.doc import printable
 from lem.results.check import KINDS, Finding
 from lem.results.compare import Comparison, Pair, Row

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
+from lem.base.dataclass import dataclass
 from lem.base.doc import Column, Table
 from lem.base.reasons import Reason
 from lem.base.units import ABSENT, format_quantity, percent, plural

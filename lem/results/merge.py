@@ -12,11 +12,12 @@ import statistics
 import tarfile
 import zlib
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path, PurePosixPath
 
 from lem.base import durable
 from lem.base.codec import decode
+from lem.base.dataclass import dataclass
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import UserError
 from lem.base.units import ABSENT, plain, plural, some_of

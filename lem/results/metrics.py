@@ -6,9 +6,9 @@ import math
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import UserError, did_you_mean
 from lem.base.measurement import Section
 from lem.base.reasons import Reason

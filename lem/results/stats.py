@@ -9,8 +9,8 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
 from lem.base.units import parse_percentage

@@ -15,12 +15,12 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lem.base import durable
 from lem.base.codec import complete, decode
+from lem.base.dataclass import dataclass
 from lem.base.durable import make_folder
 from lem.base.errors import UserError
 from lem.base.reasons import Reason

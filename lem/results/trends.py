@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 
+from lem.base.dataclass import dataclass
 from lem.base.reasons import Reason
 from lem.base.units import percent, plain
 from lem.record import Record

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from lem.base.dataclass import dataclass
 from lem.base.doc import Column, Table
 from lem.base.measurement import EDGES, SENSOR, Measured, known, parts_of_source
 from lem.base.reasons import Reason

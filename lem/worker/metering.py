@@ -10,12 +10,13 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Protocol
 
 from lem.base import durable, measurement
 from lem.base.clock import Clock, seconds_between
+from lem.base.dataclass import dataclass
 from lem.base.errors import EngineError, MeterRefused
 from lem.base.measurement import (
     WINDOW_UPDATES,

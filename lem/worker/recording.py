@@ -8,7 +8,6 @@ import json
 import os
 import platform
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from lem import record
 from lem.base import __version__
 from lem.base.clock import utc_text
+from lem.base.dataclass import dataclass
 from lem.base.errors import EngineError
 from lem.base.measurement import MAX_FAILED_RATIO, Measured, known
 from lem.base.reasons import Reason

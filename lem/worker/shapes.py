@@ -6,8 +6,10 @@ import contextlib
 import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
+
+from lem.base.dataclass import dataclass
 
 # Of a conversation: `role` (system, user, assistant or tool) and `content`, which is text, or None beside `tool_calls`;
 # `name` and `tool_call_id` where they are given. The arguments of a call are an object, as chat templates expect.

@@ -8,13 +8,13 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import REPEATING, EngineError, OptionRefused
 from lem.base.reasons import Reason
 from lem.config.backends import PyTorchConfig

@@ -6,10 +6,10 @@ Imports no PyTorch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import did_you_mean
 from lem.base.reasons import Reason
 from lem.config.backends import PyTorchConfig

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from lem.base import durable
 from lem.base.codec import shown
+from lem.base.dataclass import dataclass
 from lem.base.reasons import Reason
 from lem.config.backends import TensorRTConfig
 from lem.config.experiment import ExperimentConfig

@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from tensorrt_llm import LLM, SamplingParams
 from tensorrt_llm.llmapi import DraftTargetDecodingConfig, KvCacheConfig, TorchLlmArgs
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import REPEATING, EngineError, OptionRefused
 from lem.base.units import NS_PER_US
 from lem.base.variables import GPU_VARIABLE, TOKEN_VARIABLE

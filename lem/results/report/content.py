@@ -7,10 +7,10 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+from lem.base.dataclass import dataclass
 from lem.base.doc import SEPARATORS, name_tokens, printable, text_width
 from lem.base.units import format_quantity, plural, some_of
 from lem.record import Record

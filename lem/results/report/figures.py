@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from lem.base.dataclass import dataclass
 from lem.base.measurement import PROMPTS_NEEDED, Distribution
 from lem.base.units import format_latency, format_quantity, plural, some_of
 from lem.results.comparability import workload_of

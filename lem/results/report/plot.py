@@ -7,10 +7,11 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from lem.base import units
+from lem.base.dataclass import dataclass
 from lem.base.doc import printable, text_width
 from lem.base.reasons import Reason
 from lem.base.units import SIGNIFICANT_DIGITS, percent, plain, with_decimals

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
 
+from lem.base.dataclass import dataclass
 from lem.base.doc import Column
 from lem.base.reasons import Reason, alike
 from lem.base.units import format_latency, plural, some_of
