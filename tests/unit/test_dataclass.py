@@ -73,7 +73,8 @@ OURS, STANDARD = described(dataclass), described(dataclasses.dataclass)
 
 @pytest.mark.parametrize("name", OURS)
 def test_the_class_is_described_alike(name: str) -> None:
-    ours, standard = OURS[name], STANDARD[name]
+    ours: Any = OURS[name]
+    standard: Any = STANDARD[name]
     assert dataclasses.is_dataclass(ours)
     assert [str(item) for item in dataclasses.fields(ours)] == [str(item) for item in dataclasses.fields(standard)]
     assert ours.__match_args__ == standard.__match_args__
