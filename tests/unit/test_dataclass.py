@@ -73,12 +73,11 @@ OURS, STANDARD = described(dataclass), described(dataclasses.dataclass)
 
 @pytest.mark.parametrize("name", OURS)
 def test_the_class_is_described_alike(name: str) -> None:
-    ours: Any = OURS[name]
-    standard: Any = STANDARD[name]
+    ours, standard = OURS[name], STANDARD[name]
     assert dataclasses.is_dataclass(ours)
     assert [str(item) for item in dataclasses.fields(ours)] == [str(item) for item in dataclasses.fields(standard)]
-    assert ours.__match_args__ == standard.__match_args__
     assert ours.__doc__ == (standard.__doc__ if standard.__doc__ == "A docstring." else None)
+    assert vars(ours)["__match_args__"] == vars(standard)["__match_args__"]
     for method in ("__eq__", "__hash__", "__repr__", "__setattr__"):
         assert (getattr(ours, method) is getattr(object, method, None)) == (
             getattr(standard, method) is getattr(object, method, None)
