@@ -6,28 +6,31 @@ in a campaign inside that campaign. Where a target is a ratio both sides are mea
 
 from __future__ import annotations
 
-import os
+import io
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lem.cli.main import main as run_lem
 from lem.config.campaign_config import CampaignGridConfig
 from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
 from lem.orchestration.manifest import CampaignManifestEntry, ManifestManager
+from tests.bench.builds import PYZ, ROOT, Build
 from tests.bench.containers import containers, dispatch
 from tests.bench.fleet import fleet
-from tests.bench.host import HEADER, PYZ, Figure, HostCost, run_host
-from tests.bench.scale import report, scale
+from tests.bench.host import HEADER, Figure, process_cost, run_host
+from tests.browser import browser, opened
 from tests.lab.places import Places
 from tests.needs import missing
+from tests.synthetic_campaign import sweep
 
 STARTS = 21
 SAVES = 25
-WARM_EXPERIMENTS = (2, 22)
+WARM_EXPERIMENTS = 22
+IN_REPORT = 1000
 
 # Pairs of runs, which need a machine to themselves for some minutes.
 BESIDE = """
@@ -59,7 +62,7 @@ def main() -> int:
     if sys.argv[1:2] == ["fleet"]:
         show(fleet(*map(int, sys.argv[2:])))
         return 0
-    for measure in (start_up, grid, manifest, host_of_a_campaign, scale):
+    for measure in (start_up, grid, manifest, host_of_a_campaign):
         show(measure())
     if (no_browser := missing("chromium")) is None:
         show(report())
@@ -82,8 +85,8 @@ def show(figures: Iterator[Figure]) -> None:
 
 def start_up() -> Iterator[Figure]:
     """CPU time and memory of `lem.pyz --help`, beside a Python that does nothing."""
-    nothing, helping = [sys.executable, "-c", "pass"], [sys.executable, str(PYZ), "--help"]
-    pairs = [(process_cost(nothing), process_cost(helping)) for _ in range(STARTS)]
+    here = Path()
+    pairs = [(process_cost(here, "-c", "pass"), process_cost(here, str(PYZ), "--help")) for _ in range(STARTS)]
     unit_ms = 1000 * statistics.median(nothing.cpu_s for nothing, _ in pairs)
     help_ms = 1000 * statistics.median(helping.cpu_s for _, helping in pairs)
     yield Figure("python -c pass, CPU time (the unit)", unit_ms, "ms", None)
@@ -91,16 +94,6 @@ def start_up() -> Iterator[Figure]:
     yield Figure("lem.pyz --help, CPU time in units", help_ms / unit_ms, "units", 5 + 60 / unit_ms)
     memory_mib = statistics.median(helping.memory_kib for _, helping in pairs) / 1024
     yield Figure("lem.pyz --help, memory", memory_mib, "MiB", 25)
-
-
-def process_cost(command: list[str]) -> HostCost:
-    """CPU time and peak memory of a process, from wait4."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise RuntimeError(f"{command} fails with {process.returncode}")
-    return HostCost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
 
 
 def grid() -> Iterator[Figure]:
@@ -156,11 +149,38 @@ def transition_time(folder: Path, count: int) -> float:
 def host_of_a_campaign() -> Iterator[Figure]:
     """What the host costs beside the worker, with an engine that answers at once and stays loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        few, many = (run_host(Path(folder) / str(count), count) for count in WARM_EXPERIMENTS)
-    more = WARM_EXPERIMENTS[1] - WARM_EXPERIMENTS[0]
-    yield Figure("host, CPU time an experiment (warm)", 1000 * (many.cpu_s - few.cpu_s) / more, "ms", 10)
-    yield Figure("host, from a result written to the next one's start", 1000 * many.turn_s, "ms", 10)
-    yield Figure("host process of a campaign, memory", many.memory_kib / 1024, "MiB", 60)
+        cost = run_host(Build(PYZ, ROOT), Path(folder) / "campaign", WARM_EXPERIMENTS, WARM_EXPERIMENTS)
+    yield Figure("host, CPU time an experiment (warm)", 1000 * cost.each_cpu_s, "ms", 10)
+    yield Figure("host, from a result written to the next one's start", 1000 * cost.turn_s, "ms", 10)
+    yield Figure("host process of a campaign, memory", cost.memory_kib / 1024, "MiB", 60)
+
+
+# From the start of the navigation to the first frame after the page was loaded and laid out.
+_DRAWN = """() => new Promise(resolve => {
+    document.body.getBoundingClientRect();
+    requestAnimationFrame(() => requestAnimationFrame(() => resolve(performance.now())));
+})"""
+
+
+def report() -> Iterator[Figure]:
+    """With one cycle, which gives the most configurations, and with five."""
+    for cycles in (1, 5):
+        with tempfile.TemporaryDirectory() as folder:
+            yield from _report_of(cycles, Path(folder))
+
+
+def _report_of(cycles: int, folder: Path) -> Iterator[Figure]:
+    written = sweep(IN_REPORT, cycles=cycles).write(folder)
+    page = folder / "report.html"
+    name = f"report of {IN_REPORT:,} experiments, {cycles} {'cycle' if cycles == 1 else 'cycles'}"
+    command = ["report", written.campaign, "--results-dir", str(written.results_dir), "--output", str(page)]
+    begin_s = time.process_time()
+    if run_lem(command, io.StringIO(), io.StringIO()) != 0:
+        raise RuntimeError("lem report fails")
+    yield Figure(f"{name}: to make, CPU time", time.process_time() - begin_s, "s")
+    yield Figure(f"{name}: size", page.stat().st_size / 1e6, "MB", 2)
+    with browser() as started, opened(started, page) as found:
+        yield Figure(f"{name}: drawn in", found.evaluate(_DRAWN) / 1000, "s", 2)
 
 
 if __name__ == "__main__":

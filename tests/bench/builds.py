@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OLD_COMMIT = "524ec812cc1bf80f2de91037c5c71a564ab2e100"
 BUILD = ROOT / "build" / "bench"
 WHEELS = ROOT / "build" / "vendor"
+PYZ = ROOT / "lem.pyz"  # of `make bench`
+OLD_TREE = BUILD / f"old-{OLD_COMMIT[:7]}" / "tree"
 
 
 class BuildError(Exception):
@@ -30,6 +32,10 @@ class Build:
     tree: Path
 
     @property
+    def is_first(self) -> bool:
+        return self.tree == OLD_TREE
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the zip."""
         return hashlib.sha256(self.zip.read_bytes()).hexdigest()
@@ -42,9 +48,7 @@ def old_build() -> Build:
     Raises:
         BuildError: the commit is not in this repository, or its build failed.
     """
-    folder = BUILD / f"old-{OLD_COMMIT[:7]}"
-    tree = folder / "tree"
-    if not tree.exists():
+    if not OLD_TREE.exists():
         archive = subprocess.run(["git", "-C", str(ROOT), "archive", OLD_COMMIT], capture_output=True, check=False)
         if archive.returncode != 0:
             raise BuildError(
@@ -52,11 +56,11 @@ def old_build() -> Build:
                 "fetch the complete history (git fetch --unshallow)\n"
                 f"git: {archive.stderr.decode(errors='replace').strip()}"
             )
-        unfinished = folder / f"tree.{os.getpid()}"
+        unfinished = OLD_TREE.with_name(f"tree.{os.getpid()}")
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
             files.extractall(unfinished, filter="data")
-        unfinished.rename(tree)
-    return build_of(tree, folder / "lem.pyz")
+        unfinished.rename(OLD_TREE)
+    return build_of(OLD_TREE, OLD_TREE.with_name("lem.pyz"))
 
 
 def build_of(tree: Path, zip_path: Path) -> Build:

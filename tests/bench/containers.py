@@ -20,7 +20,8 @@ from datetime import datetime
 from pathlib import Path
 
 from lem.record import Record, read_record
-from tests.bench.host import PYZ, Figure
+from tests.bench.builds import PYZ
+from tests.bench.host import Figure
 from tests.container_rig import ContainerRig, container_campaign
 from tests.lab.places import COMPOSE_FILES, Places
 

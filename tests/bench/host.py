@@ -1,4 +1,4 @@
-"""Figures; what the host process of a campaign costs beside its worker; and pairs of runs."""
+"""Figures; what a process costs, and the host of a campaign beside its worker; and pairs of runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from lem.base.errors import ExitCode
 from lem.results.bootstrap import log_t_interval
+from tests.bench.builds import Build
 
 HEADER = f"{'figure':<64}{'value':>10} {'unit':<6}{'target':>10}"
 
@@ -36,91 +37,106 @@ class Figure:
         return f"{line}{self.target:>10.2f}  {'ok' if self.value <= self.target else 'OVER'}"
 
 
-ROOT = Path(__file__).resolve().parents[2]
-PYZ = ROOT / "lem.pyz"
 TIMEOUT_S = 600
+_WARM_AFTER = 5  # results
+_NEW_OPTION = "    measurement.max_wait_pct: [null]\n"  # unknown to the first build
 
-# Runs lem.pyz as Python would, then says what the host process itself took (its children left out).
-HOST = """
-import json, resource, runpy, sys, time
-report = sys.argv[1]
-sys.argv = sys.argv[2:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as stop:
-    code = stop.code
-memory_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-json.dump({"code": code, "cpu_s": time.process_time(), "memory_kib": memory_kib}, open(report, "w"))
+# A small process starts the one that is measured, since the largest size of a child includes that of its parent.
+_ACCOUNT = """
+import os, sys
+quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=quiet)
+_, status, usage = os.wait4(pid, 0)
+print(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
 """
 
 
 @dataclass(frozen=True)
-class HostCost:
-    """What the host process of a campaign took, its workers left out.
-
-    Attributes:
-        turn_s: median over experiments of the time from the event that one is completed to the first phase of the next.
-    """
-
-    cpu_s: float
-    memory_kib: int
-    turn_s: float = 0.0
+class Cost:
+    cpu_s: float  # of a process and all that it waited for
+    memory_kib: int  # the largest resident size
 
 
-def run_host(folder: Path, experiments: int, *options: str, stop_after: int | None = None) -> HostCost:
-    """What it takes to run a campaign of so many experiments that share one engine load.
+def process_cost(folder: Path, *arguments: str, codes: Sequence[int] = (0,), environ: Mapping[str, str] = {}) -> Cost:
+    """What Python takes with these arguments, by the kernel's account (wait4).
 
     Args:
-        options: of `lem campaign`.
-        stop_after: end it by SIGTERM once so many are completed; `--resume` in the same folder then goes on."""
-    folder.mkdir(exist_ok=True)
-    (folder / "bench.yaml").write_text(campaign_text(experiments), encoding="utf-8")
-    (folder / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
-    words = ["campaign", "bench.yaml", "--executor", "local", *(options or ("--fresh",)), "--yes", "--json"]
-    with open(folder / "errors", "wb") as errors:
-        process = _start(folder, words, subprocess.PIPE, errors)
-        turn_s = _follow(process, stop_after)
-        process.wait(TIMEOUT_S)
-    cost = _cost(folder, int(ExitCode.OK) if stop_after is None else int(ExitCode.SIGTERM))
-    return HostCost(cost.cpu_s, cost.memory_kib, turn_s)
+        codes: that it may exit with.
+        environ: more variables.
+    """
+    command = [sys.executable, "-I", "-S", "-c", _ACCOUNT, sys.executable, *arguments]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("LEM", "PYTHON"))}
+    done = subprocess.run(
+        command, cwd=folder, env={**plain, **environ}, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+    )
+    code, cpu_s, memory_kib = done.stdout.split()
+    if int(code) not in codes:
+        raise RuntimeError(f"{' '.join(arguments)} fails with {code}:\n{done.stderr[-2000:]}")
+    return Cost(float(cpu_s), int(memory_kib))
 
 
-def command_cost(folder: Path, *words: str) -> HostCost:
-    with open(folder / "errors", "wb") as errors:
-        _start(folder, words, subprocess.DEVNULL, errors).wait(TIMEOUT_S)
-    return _cost(folder, int(ExitCode.OK))
+@dataclass(frozen=True)
+class HostCost:
+    """What the host process of a campaign takes, its workers left out; of an experiment, once some have run."""
+
+    first_cpu_s: float  # until the first result
+    each_cpu_s: float  # from one result to the next
+    turn_s: float  # median time from the event of a result to the first phase of the next experiment
+    memory_kib: int  # the largest resident size
 
 
-def _start(folder: Path, words: Sequence[str], out: int, errors: IO[bytes]) -> subprocess.Popen[bytes]:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LEM")}
-    environ |= {"PYTHONPATH": str(ROOT / "tests" / "doubles"), "LEM_LOCK_DIR": str(folder)}
-    command = [sys.executable, "-c", HOST, "host.json", str(PYZ), *words]
-    return subprocess.Popen(command, cwd=folder, env=environ, stdout=out, stderr=errors)
-
-
-def _cost(folder: Path, code: int) -> HostCost:
-    report = json.loads((folder / "host.json").read_text(encoding="utf-8"))
-    if report["code"] != code:
-        raise RuntimeError(f"lem fails with {report['code']}:\n{(folder / 'errors').read_text()[-2000:]}")
-    return HostCost(report["cpu_s"], report["memory_kib"])
-
-
-def _follow(process: subprocess.Popen[bytes], stop_after: int | None) -> float:
-    """The median of the seconds from a completed experiment to the next one's first phase."""
+def run_host(build: Build, folder: Path, planned: int, results: int) -> HostCost:
+    """Run a campaign of so many experiments until so many results are there."""
+    folder.mkdir(parents=True)
+    cpu_s: list[float] = []
     turns_s: list[float] = []
     completed_s: float | None = None
-    completed = 0
-    for line in process.stdout or ():
-        event, now_s = json.loads(line)["event"], time.perf_counter()
-        if event == "phase" and completed_s is not None:
-            turns_s.append(now_s - completed_s)
-            completed_s = None
-        elif event == "experiment_completed":
-            completed_s = now_s
-            completed += 1
-            if completed == stop_after:
-                process.send_signal(signal.SIGTERM)
-    return statistics.median(turns_s) if turns_s else 0.0
+    memory_kib = 0
+    with start_campaign(build, folder, planned) as process:
+        for line in process.stdout or ():
+            event, now_s = json.loads(line)["event"], time.perf_counter()
+            if event == "phase" and completed_s is not None:
+                turns_s.append(now_s - completed_s)
+                completed_s = None
+            elif event == "experiment_completed":
+                completed_s = now_s
+                cpu_s.append(time.clock_gettime(~process.pid << 3 | 2))  # its CPU clock: clock_getcpuclockid(3)
+                memory_kib = max(memory_kib, _largest_kib(process.pid))
+                if len(cpu_s) == results < planned:
+                    process.send_signal(signal.SIGTERM)
+        code = process.wait(TIMEOUT_S)
+    if code != (ExitCode.OK if results == planned else ExitCode.SIGTERM):
+        raise RuntimeError(f"lem fails with {code}:\n{(folder / 'errors').read_text()[-2000:]}")
+    each_cpu_s = (cpu_s[results - 1] - cpu_s[_WARM_AFTER - 1]) / (results - _WARM_AFTER)
+    return HostCost(cpu_s[0], each_cpu_s, statistics.median(turns_s[_WARM_AFTER:]), memory_kib)
+
+
+def start_campaign(
+    build: Build, folder: Path, planned: int, *, program: Sequence[str] = (), environ: Mapping[str, str] = {}
+) -> subprocess.Popen[bytes]:
+    """`lem campaign` of so many experiments on one load of an engine that answers at once; it prints its events.
+
+    Args:
+        program: arguments of Python that come before lem.pyz.
+        environ: more variables.
+    """
+    text = campaign_text(planned).replace(_NEW_OPTION, "" if build.is_first else _NEW_OPTION)
+    (folder / "bench.yaml").write_text(text, encoding="utf-8")
+    (folder / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("LEM")}
+    doubles = {"PYTHONPATH": str(build.tree / "tests" / "doubles"), "LEM_LOCK_DIR": str(folder)}
+    words = ["campaign", "bench.yaml", "--executor", "local", "--fresh", "--yes", "--json"]
+    command = [sys.executable, *program, str(build.zip), *words]
+    with open(folder / "errors", "wb") as errors:
+        return subprocess.Popen(
+            command, cwd=folder, env={**plain, **doubles, **environ}, stdout=subprocess.PIPE, stderr=errors
+        )
+
+
+def _largest_kib(pid: int) -> int:
+    """The largest resident size of a process so far; 0 once it has ended."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text("ascii").splitlines())
+    return int(fields.get("VmHWM", "0 kB").split()[0])
 
 
 def campaign_text(experiments: int) -> str:

@@ -29,7 +29,7 @@ from lem.base.process import below, list_processes
 from lem.meters.sampler import PipeOwner, SamplerOptions, run_sampler
 from lem.meters.usage import Roots
 from tests.bench.builds import OLD_COMMIT, ROOT, Build, build_of, old_build
-from tests.bench.host import campaign_text, in_turn
+from tests.bench.host import in_turn, start_campaign
 from tests.doubles.hwmon import Device, HwmonTree, acpi, amd, intel, jetson
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Level, PowerSignal, Trace
@@ -37,7 +37,6 @@ from tests.processes import wait_for
 
 PAIRS, SECONDS = 4.0, 20.0
 UUID = "GPU-11111111-2222-3333-4444-555555555555"
-_NEW_OPTION = "    measurement.max_wait_pct: [null]\n"  # unknown to the first build
 _ENGINE = "import threading, time\nfor _ in range(15): threading.Thread(target=time.sleep, args=(600,)).start()\n"
 _SETTLED_S = 3.0
 _READY_S = 60.0
@@ -111,15 +110,10 @@ def hwmon(seconds: float) -> None:
 
 def heartbeat_cost(build: Build, folder: Path, environ: dict[str, str], seconds: float) -> float:
     """The share of a CPU that a campaign takes while its engine sleeps."""
-    text = campaign_text(1).replace(_NEW_OPTION, "" if build == old_build() else _NEW_OPTION)
+    script = json.dumps({"token_s": seconds})
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        (Path(place) / "bench.yaml").write_text(text, "utf-8")
-        (Path(place) / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
-        script = json.dumps({"token_s": seconds})
-        env = {**environ, "PYTHONPATH": str(build.tree / "tests" / "doubles"), "LEMTEST_ENGINE_SCRIPT": script}
-        words = ["campaign", "bench.yaml", "--executor", "local", "--fresh", "--yes", "--json"]
-        command = [sys.executable, str(build.zip), *words]
-        with subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as host:
+        more = {**environ, "LEMTEST_ENGINE_SCRIPT": script}
+        with start_campaign(build, Path(place), 1, environ=more) as host:
             for line in host.stdout or ():
                 event = json.loads(line)
                 if event["event"] == "phase" and event.get("phase") == "window":

@@ -1,38 +1,34 @@
 """What lem itself costs beside the first build: time and memory of commands, and of the host of a campaign.
 
-    python -m tests.bench.speed [GROUP …] [--pairs N] [--size N]
+    python -m tests.bench.speed [GROUP …] [--pairs N] [--size N] [--growth]
 
 Both builds run in turn, in ABBA pairs, each on results of its own format. CPU time is that of a process with all that
-it starts, and memory is the largest resident size, both by the kernel's account (wait4).
+it starts, of a campaign that of the host process alone; memory is the largest resident size. Growth repeats it with
+other numbers of results or experiments.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.bench.builds import OLD_COMMIT, ROOT, Build, build_of, old_build
-from tests.bench.host import TIMEOUT_S, in_turn
+from tests.bench.host import Cost, HostCost, in_turn, process_cost, run_host
 
 PAIRS = 7
 SIZE = 10_000
-
-# Run by a small process, since a child's largest size includes that of the process it was forked from.
-_ACCOUNT = """
-import os, sys
-quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
-pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=quiet)
-_, status, usage = os.wait4(pid, 0)
-print(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
-"""
+SIZES = (100, 1_000, SIZE)
+PLAN_SIZES = (*SIZES, 30_000)
+MOST_LARGE_PAIRS = 3  # of sizes above SIZE
+FINDINGS = 4  # exit code of `lem check`
 
 # Run in the tree of a build. A campaign of this build records digests and an index; the first build has neither.
 _RESULTS = """
@@ -76,33 +72,18 @@ execution: {{cycles: 1}}
 
 
 @dataclass(frozen=True)
-class Cost:
-    cpu_s: float
-    memory_kib: int
-
-
-@dataclass(frozen=True)
 class Side:
     """A build, and the folder in which it finds what it reads."""
 
     build: Build
     folder: Path
 
-    def run(self, folder: Path, *words: str) -> Cost:
-        """What a command of lem takes, in a folder."""
-        return self.cost_of(folder, str(self.build.zip), *words)
+    def lem(self, folder: Path, *words: str) -> Cost:
+        return self.python(folder, str(self.build.zip), *words)
 
-    def cost_of(self, folder: Path, *arguments: str) -> Cost:
-        command = [sys.executable, "-I", "-S", "-c", _ACCOUNT, sys.executable, *arguments]
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(("LEM", "PYTHON"))}
-        environ |= {"LEM_LOCK_DIR": str(self.folder), "LEM_CACHE_DIR": str(self.folder)}
-        done = subprocess.run(
-            command, cwd=folder, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
-        )
-        code, cpu_s, memory_kib = done.stdout.split()
-        if int(code) not in (0, 4):  # `lem check` says 4 where it finds something
-            raise RuntimeError(f"{' '.join(arguments)} fails with {code}:\n{done.stderr[-2000:]}")
-        return Cost(float(cpu_s), int(memory_kib))
+    def python(self, folder: Path, *arguments: str) -> Cost:
+        environ = {"LEM_LOCK_DIR": str(self.folder), "LEM_CACHE_DIR": str(self.folder)}
+        return process_cost(folder, *arguments, codes=(0, FINDINGS), environ=environ)
 
     def results(self, count: int) -> Path:
         """A folder with a campaign of that many results, 5 for each configuration."""
@@ -113,20 +94,26 @@ class Side:
         return self._made("demo", _DEMO)
 
     def grid(self, count: int) -> Path:
+        """A folder with a campaign file of that many experiments."""
         folder = self.folder / f"grid-{count}"
         folder.mkdir(exist_ok=True)
-        axes = (range(1, count // 100 + 1), range(101, 111), range(1, 11))
-        text = _GRID.format(list(axes[0]), list(axes[1]), [value / 10 for value in axes[2]])
-        (folder / "grid.yaml").write_text(text, encoding="utf-8")
+        axes = (range(1, count // 100 + 1), range(101, 111), (value / 10 for value in range(1, 11)))
+        (folder / "grid.yaml").write_text(_GRID.format(*map(list, axes)), encoding="utf-8")
         return folder
+
+    def host(self, planned: int, results: int) -> HostCost:
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            return run_host(self.build, Path(folder) / "campaign", planned, results)
 
     def _made(self, name: str, program: str, *arguments: str) -> Path:
         folder = self.folder / name
         if not folder.exists():
             folder.mkdir()
-            command = [sys.executable, "-c", program, str(folder), *arguments]
-            subprocess.run(command, cwd=self.build.tree, check=True)
+            subprocess.run([sys.executable, "-c", program, str(folder), *arguments], cwd=self.build.tree, check=True)
         return folder
+
+
+Pairs = Sequence[tuple[float, float]]  # the new and the old value
 
 
 @dataclass(frozen=True)
@@ -135,84 +122,188 @@ class Row:
     unit: str
     target: float | None = None
     is_of_old: bool = True  # whether the target limits the ratio of new to old; otherwise it limits the new value
+    is_each: bool = False  # a cost of each one, which should not grow, rather than of all
 
-    def line(self, pairs: Sequence[tuple[float, float]]) -> str:
-        """A line of the table from pairs of the new and the old value."""
-        new, old = (statistics.median(side) for side in zip(*pairs, strict=True))
+    def line(self, pairs: Pairs) -> str:
+        """A line of the table."""
+        new, old = _medians(pairs)
         ratio = statistics.median(mine / theirs for mine, theirs in pairs)
-        line = f"{self.name:<56}{old:>10.3f}{new:>10.3f} {self.unit:<4}{ratio:>8.3f}"
+        line = f"{self.name:<52}{old:>11.3f}{new:>11.3f} {self.unit:<4}{ratio:>8.3f}"
         if self.target is None:
             return line.rstrip()
         judged, unit = (ratio, "x") if self.is_of_old else (new, self.unit)
         return f"{line}{f'{self.target:.2f} {unit}':>10}  {'ok' if judged <= self.target else 'OVER'}"
 
+    def growth_lines(self, found: Mapping[int, Pairs]) -> tuple[str, str]:
+        """A line for each build: the row at each size, and the exponent by which it grows."""
+        new, old = zip(*(_medians(pairs) for pairs in found.values()), strict=True)
+        fit, sizes = slope if self.is_each else exponent, tuple(found)
+        return (
+            f"{f'{self.name} [{self.unit}]':<52}{OLD_COMMIT[:7]:>8}{_cells(old)}{fit(sizes, old):>10.2f}",
+            f"{'':<52}{'now':>8}{_cells(new)}{fit(sizes, new):>10.2f}",
+        )
 
-HEADER = f"{'median of pairs':<56}{OLD_COMMIT[:7]:>10}{'now':>10} {'unit':<4}{'ratio':>8}{'target':>10}"
+
+HEADER = f"{'median of pairs':<52}{OLD_COMMIT[:7]:>11}{'now':>11} {'unit':<4}{'ratio':>8}{'target':>10}"
+GROWTH_HEADER = f"{'growth':<52}{'build':>8}{''.join(f'{size:>10,}' for size in PLAN_SIZES)}{'exponent':>10}"
+
+
+def _medians(pairs: Pairs) -> tuple[float, float]:
+    new, old = zip(*pairs, strict=True)
+    return statistics.median(new), statistics.median(old)
+
+
+def _cells(values: Sequence[float]) -> str:
+    cells = [f"{value:>10.2f}" for value in values]
+    return "".join(cells + [f"{'':>10}"] * (len(PLAN_SIZES) - len(cells)))
+
+
+def _dot(one: Sequence[float], other: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
+    """The power of n by which a cost grows beside its constant part: k of a + b * n**k, by least relative errors."""
+
+    def error(power: float) -> float:
+        ones, basis = [1 / value for value in values], [math.pow(size, power) for size in sizes]
+        scaled = [one * x for one, x in zip(ones, basis, strict=True)]
+        # constant * ones + factor * scaled is to be 1 everywhere
+        aa, ab, bb = _dot(ones, ones), _dot(ones, scaled), _dot(scaled, scaled)
+        constant = max((sum(ones) * bb - sum(scaled) * ab) / (aa * bb - ab * ab), 0.0)
+        factor = (sum(scaled) - constant * ab) / bb
+        return sum((constant * one + factor * x - 1) ** 2 for one, x in zip(ones, scaled, strict=True))
+
+    return min((step / 100 for step in range(1, 301)), key=error)
+
+
+def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
+    """The power of n by which a cost grows: k of b * n**k."""
+    line = statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, values)])
+    return float(line.slope)
+
+
+# What one run of a build gives with so many results or experiments: a value for each row of its group
+
+Measure = Callable[[Side, int], tuple[float, ...]]
+
+
+def _reading(words: Sequence[str], side: Side, count: int) -> tuple[float, ...]:
+    """A command that reads results."""
+    cost = side.lem(side.results(count), *words)
+    return cost.cpu_s, cost.memory_kib / 1024
+
+
+def _without_index(side: Side, count: int) -> tuple[float, ...]:
+    for index in (side.results(count) / "results").glob("*/*/index.jsonl"):
+        index.unlink()
+    return _reading(("results", "list"), side, count)
+
+
+def _dry_run(side: Side, count: int) -> tuple[float, ...]:
+    cost = side.lem(side.grid(count), "campaign", "grid.yaml", "--dry-run")
+    return cost.cpu_s, cost.memory_kib / 1024
+
+
+def _start_up(side: Side, _: int) -> tuple[float, ...]:
+    """Milliseconds of CPU time above those of Python alone."""
+    folder, file = side.demo(), str(side.build.tree / "examples" / "demo.yaml")
+    bare_s = statistics.median(side.python(folder, "-c", "pass").cpu_s for _ in range(3))
+    commands = (
+        ("config", "validate", file),
+        ("status", "demo"),
+        ("compare", "demo"),
+        ("report", "demo", "--output", "demo.html"),
+        ("--help",),
+    )
+    return tuple(1000 * (side.lem(folder, *words).cpu_s - bare_s) for words in commands)
+
+
+RESULTS = 60  # of a campaign that is then stopped
+FEW, FEWER = 100, 22  # experiments of small plans
+
+
+def _host(side: Side, planned: int) -> tuple[float, ...]:
+    cost = side.host(planned, RESULTS)
+    return cost.first_cpu_s, cost.memory_kib / 1024, 1000 * cost.each_cpu_s, 1000 * cost.turn_s
+
+
+def _host_and_small(side: Side, planned: int) -> tuple[float, ...]:
+    """With what an experiment costs relative to one of a small plan."""
+    *others, each_ms, turn_ms = _host(side, planned)
+    few, fewer = side.host(FEW, RESULTS), side.host(FEWER, FEWER)
+    return *others, each_ms, turn_ms, each_ms / 1000 / few.each_cpu_s, turn_ms / 1000 / fewer.turn_s
 
 
 @dataclass(frozen=True)
 class Group:
-    """What one run of a build gives: a value for each row."""
-
     rows: tuple[Row, ...]
-    measure: Callable[[Side, int], tuple[float, ...]]
-    pair_s: float  # what a pair of both takes, roughly
-    more_pairs: int = 1  # factor where a pair takes no time
+    measure: Measure
+    pair_s: float  # roughly, with SIZE
+    sizes: tuple[int, ...] = SIZES  # at which its growth is measured
+    at_others: Measure | None = None  # gives the first rows at other sizes than SIZE; None: `measure` gives all
+    factor: int = 1  # on the number of pairs, where one takes little time
 
-    def pairs(self, now: Side, then: Side, size: int, count: int) -> list[tuple[tuple[float, float], ...]]:
-        """For each row, its pairs of the new and the old value."""
-        found = in_turn(lambda: self.measure(now, size), lambda: self.measure(then, size), count)
-        runs = [tuple(zip(new, old, strict=True)) for new, old in found]
-        return list(zip(*runs, strict=True))
-
-
-def _reading(title: str, *words: str, cpu: float | None = None, memory: float | None = None, pair_s: float) -> Group:
-    """A command that reads results."""
-
-    def measure(side: Side, count: int) -> tuple[float, ...]:
-        cost = side.run(side.results(count), *words)
-        return cost.cpu_s, cost.memory_kib / 1024
-
-    return Group((Row(f"{title}: CPU time", "s", cpu), Row(f"{title}: memory", "MiB", memory)), measure, pair_s)
+    def pairs(self, now: Side, then: Side, size: int, count: int) -> list[Pairs]:
+        """The pairs of each row."""
+        measure = self.measure if size == SIZE or self.at_others is None else self.at_others
+        runs = in_turn(partial(measure, now, size), partial(measure, then, size), count * self.factor)
+        return list(zip(*(zip(new, old, strict=True) for new, old in runs), strict=True))
 
 
-def _dry_run(side: Side, count: int) -> tuple[float, ...]:
-    cost = side.run(side.grid(count), "campaign", "grid.yaml", "--dry-run")
-    return cost.cpu_s, cost.memory_kib / 1024
+def _rows(title: str, cpu: float | None = None, memory: float | None = None) -> tuple[Row, Row]:
+    return Row(f"{title}: CPU time", "s", cpu), Row(f"{title}: memory", "MiB", memory)
 
 
-_STARTS = (
-    (Row("config validate of the demo, above bare Python", "ms", 0.5), ("config", "validate", "{demo.yaml}")),
-    (Row("status of the demo, above bare Python", "ms", 0.5), ("status", "demo")),
-    (Row("compare of the demo, above bare Python", "ms", 0.5), ("compare", "demo")),
-    (Row("report of the demo, above bare Python", "ms", 0.5), ("report", "demo", "--output", "demo.html")),
-    (Row("--help, above bare Python", "ms", 25, is_of_old=False), ("--help",)),
-)
-
-
-def _start_up(side: Side, _: int) -> tuple[float, ...]:
-    folder, file = side.demo(), str(side.build.tree / "examples" / "demo.yaml")
-    bare_s = statistics.median(side.cost_of(folder, "-c", "pass").cpu_s for _ in range(3))
-    costs = (side.run(folder, *(file if word == "{demo.yaml}" else word for word in words)) for _, words in _STARTS)
-    return tuple(1000 * (cost.cpu_s - bare_s) for cost in costs)
-
+_REPORT = ("report", "demo", "--output", "demo.html")
+_EXPORT = ("results", "export", "demo", "--output", "demo.csv")
 
 GROUPS: Mapping[str, Group] = {
-    "startup": Group(tuple(row for row, _ in _STARTS), _start_up, 4, more_pairs=3),
-    "report": _reading("report", "report", "demo", "--output", "demo.html", cpu=0.2, pair_s=25),
-    "compare": _reading("compare", "compare", "demo", cpu=0.2, pair_s=12),
-    "check": _reading("check", "check", "demo", cpu=0.2, pair_s=12),
-    "export": _reading(
-        "results export", "results", "export", "demo", "--output", "demo.csv", cpu=0.35, memory=0.2, pair_s=15
+    "startup": Group(
+        (
+            *(Row(f"{name} of the demo, above Python", "ms", 0.5) for name in ("config validate", "status", "compare")),
+            Row("report of the demo, above Python", "ms", 0.5),
+            Row("--help, above Python", "ms", 25, is_of_old=False),
+        ),
+        _start_up,
+        4,
+        sizes=(),
+        factor=3,
     ),
-    "status": _reading("status", "status", "demo", pair_s=2),
-    "list": _reading("results list", "results", "list", pair_s=6),
-    "grid": Group(
-        (Row("campaign --dry-run: CPU time", "s", 0.5), Row("campaign --dry-run: memory", "MiB")),
-        _dry_run,
-        8,
+    "report": Group(_rows("report", 0.2), partial(_reading, _REPORT), 25),
+    "compare": Group(_rows("compare", 0.2), partial(_reading, ("compare", "demo")), 12),
+    "check": Group(_rows("check", 0.2), partial(_reading, ("check", "demo")), 12),
+    "export": Group(_rows("results export", 0.35, 0.2), partial(_reading, _EXPORT), 15),
+    "status": Group(_rows("status"), partial(_reading, ("status", "demo")), 2),
+    "list": Group(_rows("results list"), partial(_reading, ("results", "list")), 6),
+    "index": Group(_rows("results list, without an index"), _without_index, 14),
+    "grid": Group(_rows("campaign --dry-run", 0.5), _dry_run, 8, PLAN_SIZES),
+    "host": Group(
+        (
+            Row("campaign: CPU time until the first result", "s"),
+            Row("campaign: memory", "MiB", 0.5),
+            Row("campaign: CPU time of an experiment", "ms", is_each=True),
+            Row("campaign: result to next start, wall time", "ms", is_each=True),
+            Row(f"campaign: CPU time of an experiment / of {FEW}", "x", 1.15, is_of_old=False),
+            Row(f"campaign: result to next start / of {FEWER}", "x", 1.2, is_of_old=False),
+        ),
+        _host_and_small,
+        60,
+        PLAN_SIZES,
+        _host,
     ),
 }
+
+
+def growth(group: Group, found: dict[int, list[Pairs]], now: Side, then: Side, count: int) -> None:
+    """Print the rows of a group at its sizes; those in `found` were measured before."""
+    for size in group.sizes:
+        if size not in found:
+            found[size] = group.pairs(now, then, size, min(count, MOST_LARGE_PAIRS) if size > SIZE else count)
+    for index, row in enumerate(group.rows if group.sizes else ()):
+        if all(index < len(found[size]) for size in group.sizes):  # `at_others` gives the first rows only
+            for line in row.growth_lines({size: found[size][index] for size in group.sizes}):
+                print(line, flush=True)
 
 
 def main() -> int:
@@ -221,29 +312,43 @@ def main() -> int:
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)} (default: all)")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="pairs of runs (default: %(default)s)")
     parser.add_argument("--size", type=int, default=SIZE, help="results, or experiments (default: %(default)s)")
+    parser.add_argument("--growth", action="store_true", help="also at other sizes")
     arguments = parser.parse_args()
     if unknown := set(arguments.groups) - set(GROUPS):
         parser.error(f"unknown group: {', '.join(sorted(unknown))}")
-    names = arguments.groups or list(GROUPS)
-    seconds = (
-        sum(GROUPS[name].pair_s * (arguments.pairs * GROUPS[name].more_pairs + 1) for name in names)
-        * arguments.size
-        / SIZE
+    groups = {name: GROUPS[name] for name in arguments.groups or GROUPS}
+    print(
+        f"about {_minutes([*groups.values()], arguments)} min on an idle machine, and more beside other work",
+        flush=True,
     )
-    print(f"about {math.ceil(seconds / 60)} min on an idle machine, and more beside other work", flush=True)
     with tempfile.TemporaryDirectory(prefix="lem-speed-") as text:
         folder = Path(text)
-        (folder / "then").mkdir()
-        (folder / "now").mkdir()
+        for name in ("then", "now"):
+            (folder / name).mkdir()
         then = Side(old_build(), folder / "then")
         now = Side(build_of(ROOT, folder / "lem.pyz"), folder / "now")
-        print(HEADER)
-        for name in names:
-            group = GROUPS[name]
-            found = group.pairs(now, then, arguments.size, arguments.pairs * group.more_pairs)
-            for row, pairs in zip(group.rows, found, strict=True):
+        size, found = arguments.size, {}
+        print(f"{HEADER}  ({size:,} results, or experiments)")
+        for name, group in groups.items():
+            found[name] = group.pairs(now, then, size, arguments.pairs)
+            for row, pairs in zip(group.rows, found[name], strict=False):
                 print(row.line(pairs), flush=True)
+        if arguments.growth:
+            print(f"\n{GROWTH_HEADER}")
+            for name, group in groups.items():
+                growth(group, {size: found[name]}, now, then, arguments.pairs)
     return 0
+
+
+def _minutes(groups: Sequence[Group], arguments: argparse.Namespace) -> int:
+    """The expected duration; a pair takes time in proportion to its size."""
+    seconds = 0.0
+    for group in groups:
+        sizes = {arguments.size, *(group.sizes if arguments.growth else ())}
+        for size in sizes:
+            count = min(arguments.pairs, MOST_LARGE_PAIRS) if size > SIZE else arguments.pairs * group.factor
+            seconds += group.pair_s * max(size / SIZE, 0.05) * (count + 1)
+    return math.ceil(seconds / 60)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -22,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.builds import BUILD, OLD_COMMIT, ROOT, Build, build_of, old_build
-from tests.bench.host import TIMEOUT_S, campaign_text
+from tests.bench.host import TIMEOUT_S, start_campaign
 
 # design.md: of a change, its line in the journal; of a snapshot, the file and then the folder of its name.
 REQUIRED_SYNCS = 1
 LARGEST_SHARE = 1 / 100
-
-_NEW_OPTION = "    measurement.max_wait_pct: [null]\n"  # unknown to the first build
 
 # Runs lem.pyz as Python would, and adds up what it writes at each result.
 _HOST = """
@@ -76,17 +72,9 @@ class Writes:
 def measure(build: Build, folder: Path, experiments: int, results: int) -> Writes:
     """Run a plan of so many experiments until so many results are there."""
     folder.mkdir()
-    text = campaign_text(experiments)
-    (folder / "bench.yaml").write_text(text.replace(_NEW_OPTION, "" if build == old_build() else _NEW_OPTION), "utf-8")
-    (folder / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LEM")}
-    environ |= {"PYTHONPATH": str(build.tree / "tests" / "doubles"), "LEM_LOCK_DIR": str(folder)}
-    words = ["campaign", "bench.yaml", "--executor", "local", "--fresh", "--yes", "--json"]
-    command = [sys.executable, "-c", _HOST, "marks.json", str(build.zip), *words]
     state = folder / ".state" / "bench"
     journal_b: list[int] = []
-    with open(folder / "errors", "wb") as errors:
-        process = subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=errors)
+    with start_campaign(build, folder, experiments, program=("-c", _HOST, "marks.json")) as process:
         for line in process.stdout or ():
             if json.loads(line)["event"] == "experiment_completed":
                 journal = state / "campaign_manifest.journal"
