@@ -33,7 +33,8 @@ _TOKEN = re.compile(rf"[^{SEPARATORS} ]*[{SEPARATORS} ]*")
 
 
 def printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "�" for char in " ".join(text.split()))
+    spaced = " ".join(text.split())
+    return spaced if spaced.isprintable() else "".join(char if char.isprintable() else "�" for char in spaced)
 
 
 def name_tokens(name: str) -> list[str]:
@@ -42,6 +43,8 @@ def name_tokens(name: str) -> list[str]:
 
 def text_width(text: str) -> int:
     """The columns that `text` takes on a terminal: wide East Asian characters two, combining marks none."""
+    if text.isascii():
+        return len(text)
     return sum(
         0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
     )

@@ -1,9 +1,13 @@
-"""The index of a run: one line for each result, so that tables read one file instead of ten thousand.
+"""The index of a run: one short line for each result, so that tables read one file instead of ten thousand.
 
 It is a cache beside the results, with paths relative to the run's folder. A line counts while size, time and inode of
 its result are as they were; otherwise the result is read again. A line that is torn or damaged is ignored, and of two
 lines for one result the later counts. What is no cache is the digest of a result that the campaign itself recorded when
 it was measured: it stays, and a result that no longer has it is not used.
+
+Results of a run differ in numbers and little else. So the line of a result has its numbers; what it shares with others
+is in lines of their own: a template for each section of a record, and a shape, which names the templates of a record. A
+line of a result does not count without its shape and templates.
 """
 
 from __future__ import annotations
@@ -12,24 +16,30 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import math
+import operator
 import os
 import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lem.base import durable
 from lem.base.codec import hints_of, pack, unpack
-from lem.base.dataclass import dataclass
 from lem.base.errors import UserError
 from lem.record import Record, RecordError, parse_record
 
 INDEX_FILE = "index.jsonl"
 
+_VERSION = 2  # 1 had whole records in its lines
 _CHECK = b'{"check":"'
 _CHECK_DIGITS = 16
+_REST = len(_CHECK) + _CHECK_DIGITS + len(b'",')
+_NAME_DIGITS = 12
+_AT_ONCE = 2000  # lines that are parsed together
 # A file system that gives a file another inode at each mount would have all lines written again each time.
 _MOST_LINES = 4
 
@@ -48,42 +58,206 @@ class Found(NamedTuple):
     is_recorded: bool  # whether the campaign recorded that digest when the result was measured
 
 
-_Stamp = tuple[int, int, int]
+_Stamp = tuple[int, int, int]  # size, time, inode
+_Maker = Callable[[Sequence[Any]], Any]
 
 
-@dataclass(frozen=True)
-class _Line:
+class _Line(NamedTuple):
     path: str  # of the result, relative to the folder of the run
     size_b: int
     mtime_ns: int
     inode: int
     sha256: str
     is_recorded: bool
-    layout: str  # by which the record is packed
-    record: Mapping[str, str]  # the sections as JSON
+    shape: str
+    requested: str  # the template of the section that is another one in each configuration
+    values: Sequence[Any]  # what its templates leave out, in the order of the sections
 
     @property
     def stamp(self) -> _Stamp:
-        return self.size_b, self.mtime_ns, self.inode
-
-    def unpacked(self) -> Record:
-        return Record.lazily(lambda name: _section(name, self.record[name]))
-
-    def encode(self) -> bytes:
-        rest = durable.utf8(json.dumps(vars(self), separators=(",", ":"), ensure_ascii=False)[1:]) + b"\n"
-        return _CHECK + _check_of(rest) + b'",' + rest
+        return self[1:4]
 
 
-_TYPES: Mapping[str, type] = {
-    "path": str,
-    "size_b": int,
-    "mtime_ns": int,
-    "inode": int,
-    "sha256": str,
-    "is_recorded": bool,
-    "layout": str,
-    "record": dict,
+_TYPES = (str, int, int, int, str, bool, str, str, list)
+_REQUESTED = "requested"
+# Those that are the same in many results, with all their numbers, and then one object.
+_SHARED = frozenset({"environment", "extra_metadata", "served"})
+# Texts that differ between results or configurations.
+_OWN_TEXTS: Mapping[str, Sequence[str]] = {
+    "identity": ("experiment_id", "config_name", "config_hash", "backend", "model", "start_utc"),
+    "validity": ("engine_load_id",),
 }
+
+
+class _Shape:
+    """What makes the sections of records from the values of their lines."""
+
+    def __init__(self, sections: Mapping[str, tuple[_Maker, tuple[type, ...]]]) -> None:
+        ends = list(itertools.accumulate((len(kinds) for _, kinds in sections.values()), initial=0))
+        self.parts = {
+            name: (make, slice(*edges))
+            for (name, (make, _)), edges in zip(sections.items(), itertools.pairwise(ends), strict=True)
+        }
+        self._kinds = tuple(itertools.chain.from_iterable(kinds for _, kinds in sections.values()))
+        floats = [at for at, kind in enumerate(self._kinds) if kind is float]
+        self._floats = operator.itemgetter(*floats, *floats[:1]) if floats else lambda _: ()  # a tuple, also of one
+
+    def fits(self, values: Sequence[Any]) -> bool:
+        return tuple(map(type, values)) == self._kinds and math.isfinite(sum(self._floats(values)))
+
+
+class _Shapes:
+    def __init__(self) -> None:
+        self.templates: dict[str, Any] = {}  # as JSON values: what a section has, and the places of its values
+        self.shapes: dict[str, Sequence[str]] = {}  # the templates of all sections but `requested`
+        self._known: dict[str, _Shape | None] = {}
+        self._makers: dict[tuple[str, str], tuple[_Maker, tuple[type, ...]]] = {}
+
+    def record(self, line: _Line) -> Record | None:
+        """The record of a line, each section made when it is asked for; None where the line does not count."""
+        if line.shape not in self._known:
+            self._known[line.shape] = self._shape(self.shapes.get(line.shape, ()))
+        shape, values = self._known[line.shape], line.values
+        if shape is None or line.requested not in self.templates or not shape.fits(values):
+            return None
+        parts = shape.parts
+
+        def load(name: str) -> Any:
+            if name == _REQUESTED:
+                return _requested(self.templates[line.requested])
+            make, place = parts[name]
+            return make(values[place])
+
+        return Record.lazily(load)
+
+    def _shape(self, names: Sequence[str]) -> _Shape | None:
+        if len(names) != len(_sections()) or not all(name in self.templates for name in names):
+            return None
+        makers = self._makers
+        for section, name in zip(_sections(), names, strict=True):
+            if (section, name) not in makers:
+                makers[section, name] = _checked_maker(section, self.templates[name])
+        return _Shape({section: makers[section, name] for section, name in zip(_sections(), names, strict=True)})
+
+    def add(self, record: Record) -> tuple[str, str, list[Any]]:
+        """The shape, the template of `requested`, and the values of a record."""
+        names, values = [], list[Any]()
+        for section in _sections():
+            places: list[list[Any]] = []
+            packed = pack(getattr(record, section))
+            if section not in _SHARED:
+                packed = _without_values(packed, [], places, values, _own_places(section))
+            names.append(self._named([packed, places]))
+        requested = self._named([pack(record.requested), []])
+        shape = _name_of([_layout(), *names])
+        if shape not in self.shapes or self._known.get(shape) is None:
+            self.shapes[shape] = names
+            self._known.pop(shape, None)
+        return shape, requested, values
+
+    def _named(self, template: Any) -> str:
+        name = _name_of(template)
+        self.templates[name] = template
+        return name
+
+    def definitions(self, lines: Iterable[_Line], written: set[str]) -> Iterator[bytes]:
+        """The lines that these need before them and that are not `written` yet, which they are then."""
+        for shape, requested in dict.fromkeys((line.shape, line.requested) for line in lines):
+            names = self.shapes[shape]
+            for name in dict.fromkeys((*names, requested)):
+                if name not in written:
+                    yield _encoded("template", [name, *self.templates[name]])
+            if shape not in written:
+                yield _encoded("shape", [shape, _layout(), *names])
+            written.update((shape, requested, *names))
+
+    def take(self, others: _Shapes, line: _Line) -> None:
+        names = self.shapes[line.shape] = others.shapes[line.shape]
+        self.templates |= {name: others.templates[name] for name in (*names, line.requested)}
+
+
+@functools.cache
+def _sections() -> tuple[str, ...]:
+    return tuple(name for name in hints_of(Record) if name != _REQUESTED)
+
+
+@functools.cache
+def _own_places(section: str) -> frozenset[int]:
+    own = _OWN_TEXTS.get(section)
+    names = hints_of(hints_of(Record)[section]) if own else ()
+    return frozenset(at for at, name in enumerate(names) if own and name in own)
+
+
+def _without_values(
+    value: Any, place: list[Any], places: list[list[Any]], values: list[Any], own_texts: frozenset[int]
+) -> Any:
+    kind = type(value)
+    if kind is float or kind is int or (kind is str and len(place) == 1 and place[0] in own_texts):
+        places.append(place)
+        values.append(value)
+        return kind()
+    if kind is list:
+        return [_without_values(item, [*place, at], places, values, own_texts) for at, item in enumerate(value)]
+    if kind is dict and value and all(type(item) is float for item in value.values()):  # an uncertainty by its causes
+        return {key: _without_values(item, [*place, key], places, values, own_texts) for key, item in value.items()}
+    return value
+
+
+def _requested(template: Any) -> Any:
+    if not isinstance(template[0], dict):
+        raise _corrupt(_REQUESTED, "expected an object")
+    return template[0]
+
+
+def _checked_maker(section: str, template: Any) -> tuple[_Maker, tuple[type, ...]]:
+    try:
+        packed, places = template
+        example = unpack(hints_of(Record)[section], packed)
+        kinds = tuple(type(functools.reduce(operator.getitem, place, packed)) for place in places)
+        if not {*kinds} <= {int, float, str}:
+            raise ValueError("expected places of numbers and texts")
+        return _maker(example, [(place, at) for at, place in enumerate(places)]), kinds
+    except (LookupError, TypeError, ValueError) as error:  # by another program, since lines have checksums
+        raise _corrupt(section, str(error)) from error
+
+
+def _corrupt(section: str, why: str) -> UserError:
+    return UserError(f"an {INDEX_FILE} is corrupt: {section}: {why}", "remove it; it is made again")
+
+
+def _maker(example: Any, places: Sequence[tuple[Sequence[Any], int]]) -> _Maker:
+    """What makes a copy of `example` with other values in these places, given with their numbers."""
+    if not places:
+        return lambda _: example
+    kind = type(example)
+    names = tuple(hints_of(kind)) if dataclasses.is_dataclass(kind) else None
+    fixed = vars(example) if names is not None else example
+    inner: dict[Any, list[tuple[Sequence[Any], int]]] = {}
+    for (first, *rest), number in places:
+        inner.setdefault(first if names is None else names[first], []).append((rest, number))
+    plain = [(name, found[0][1]) for name, found in inner.items() if not found[0][0]]
+    nested = [(name, _maker(fixed[name], found)) for name, found in inner.items() if found[0][0]]
+
+    def section(values: Sequence[Any]) -> Any:
+        # Without the constructor, at a tenth of its time: the example went through it, and the values have its types.
+        made = object.__new__(kind)
+        fields = made.__dict__
+        fields.update(fixed)
+        for name, number in plain:
+            fields[name] = values[number]
+        for name, make in nested:
+            fields[name] = make(values)
+        return made
+
+    def other(values: Sequence[Any]) -> Any:
+        found: Any = fixed.copy() if kind is dict else list(fixed)
+        for name, number in plain:
+            found[name] = values[number]
+        for name, make in nested:
+            found[name] = make(values)
+        return found if kind is dict else kind(found)
+
+    return other if names is None else section
 
 
 class Index:
@@ -91,144 +265,188 @@ class Index:
         self._path = folder / INDEX_FILE
         self._folder = folder
         self.lines: dict[str, _Line] = {}
+        self.shapes = _Shapes()
         self._recorded: dict[str, str] = {}
-        self._n_lines = 0
+        self._n_lines = 0  # of results
         self._new: list[_Line] = []
         with contextlib.suppress(OSError), durable.open_regular(self._path, durable.MOST_B) as stream:
-            for data in stream:
-                self._n_lines += 1
-                if (line := _decode(data)) is not None:
-                    self._take(line)
+            while lines := list(itertools.islice(stream, _AT_ONCE)):
+                for entry in _parsed(lines):
+                    self._enter(entry)
+        self._written = {*self.shapes.templates, *self.shapes.shapes}
 
-    def read(self, path: Path, *, is_checked: bool = False) -> Found:
-        """The result in a file of the run, by its line while that counts; OSError, RecordError or AlteredError."""
-        name = path.relative_to(self._folder).as_posix()
+    def read(self, name: str, *, is_checked: bool = False) -> Found:
+        """The result in that file of the run, by its line while that counts; OSError, RecordError or AlteredError."""
+        path = f"{self._folder}/{name}"
         line, recorded = self.lines.get(name), self._recorded.get(name)
         is_recorded = recorded is not None
-        is_known = line is not None and recorded in (None, line.sha256)
-        if line is not None and is_known and not is_checked and _stamp(path.stat()) == line.stamp:
-            return Found(line.unpacked(), line.sha256, is_recorded)
-        with durable.open_regular(path) as stream:
+        record = None if line is None else self.shapes.record(line)
+        is_known = line is not None and record is not None and recorded in (None, line.sha256)
+        if line and record and is_known and not is_checked and _stamp(os.stat(path)) == line.stamp:  # noqa: PTH116 - quick
+            return Found(record, line.sha256, is_recorded)
+        with durable.open_regular(Path(path)) as stream:
             stamp, data = _stamp(os.fstat(stream.fileno())), stream.read()
         digest = hashlib.sha256(data).hexdigest()
         if recorded not in (None, digest):
             raise AlteredError(describe_altered(digest, str(recorded)))
-        if line is None or line.sha256 != digest:
-            line = _line(name, stamp, digest, parse_record(data), is_recorded=is_recorded)
+        if line is None or record is None or line.sha256 != digest:
+            line = _Line(name, *stamp, digest, is_recorded, *self.shapes.add(parse_record(data)))
             self._note(line)
         elif stamp != line.stamp:
-            line = _Line(name, *stamp, digest, is_recorded, line.layout, line.record)
+            line = _Line(name, *stamp, digest, is_recorded, line.shape, line.requested, line.values)
             self._note(line)
-        # Not the record that was parsed: sections of the line are shared by all results that have the same.
-        return Found(line.unpacked(), digest, is_recorded)
+        # Not the record that was parsed: what templates have is shared by all results of the same.
+        return Found(self.shapes.record(line) or parse_record(data), digest, is_recorded)
 
     def write(self) -> None:
         if self._new and self._n_lines + len(self._new) <= _MOST_LINES * len(self.lines):
             with contextlib.suppress(OSError):
-                _append(self._path, self._new)
+                _append(self._path, self._new, self.shapes, self._written)
         self._new = []
 
     def _note(self, line: _Line) -> None:
         self._take(line)
         self._new.append(line)
 
+    def _enter(self, entry: Mapping[str, Any]) -> None:
+        ((kind, values),) = entry.items()
+        if kind == _RESULT:
+            self._n_lines += 1
+            if tuple(map(type, values)) == _TYPES:
+                self._take(_Line._make(values))
+        elif kind == "template" and len(values) == 3:
+            self.shapes.templates[values[0]] = values[1:]
+        elif kind == "shape" and values[1:2] == [_layout()] and all(isinstance(name, str) for name in values):
+            self.shapes.shapes[values[0]] = values[2:]
+        elif kind == _OF_VERSION_1:
+            self._recorded[values[0]] = values[1]
+
     def _take(self, line: _Line) -> None:
         if line.is_recorded:
             self._recorded[line.path] = line.sha256
-        if line.layout == _layout():
-            self.lines[line.path] = line
+        self.lines[line.path] = line
 
 
-def record_result(folder: Path, path: Path, record: Record, digest: str) -> None:
-    name = path.relative_to(folder).as_posix()
-    _append(folder / INDEX_FILE, [_line(name, _stamp(path.stat()), digest, record, is_recorded=True)])
+def record_result(folder: Path, path: Path, record: Record, digest: str, written: set[str] | None = None) -> None:
+    """`written` are the names of templates and shapes that this process has already put into the index."""
+    shapes, name = _Shapes(), path.relative_to(folder).as_posix()
+    line = _Line(name, *_stamp(path.stat()), digest, True, *shapes.add(record))
+    _append(folder / INDEX_FILE, [line], shapes, set() if written is None else written)
 
 
 class CopiedLines:
     """Lines of results that are copied to another run, which then need not be read again there."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, Mapping[str, _Line]] = {}
+        self._known: dict[Path, Index] = {}
+        self._shapes = _Shapes()
         self._new: dict[Path, list[_Line]] = {}
 
     def add(self, source: tuple[Path, Path], copy: Path, target: tuple[Path, Path], found: Found) -> None:
         """`copy` will be renamed to `target`. Like `source`, that is the folder of a run and the path of a result."""
         run, path = source
-        if run not in self._known:
-            self._known[run] = Index(run).lines
-        line = self._known[run].get(path.relative_to(run).as_posix())
+        index = self._known[run] if run in self._known else self._known.setdefault(run, Index(run))
+        line = index.lines.get(path.relative_to(run).as_posix())
         # Not the record in `found`, whose configuration may have got the name of its host.
-        is_known = line is not None and line.sha256 == found.sha256
-        packed = line.record if line is not None and is_known else _packed(parse_record(durable.read_bytes(copy)))
+        if line is not None and line.sha256 == found.sha256 and index.shapes.record(line) is not None:
+            self._shapes.take(index.shapes, line)
+            parts: tuple[str, str, Sequence[Any]] = line.shape, line.requested, line.values
+        else:
+            parts = self._shapes.add(parse_record(durable.read_bytes(copy)))
         folder, name = target[0], target[1].relative_to(target[0]).as_posix()
-        own = _Line(name, *_stamp(copy.stat()), found.sha256, found.is_recorded, _layout(), packed)
+        own = _Line(name, *_stamp(copy.stat()), found.sha256, found.is_recorded, *parts)
         self._new.setdefault(folder, []).append(own)
 
     def write(self) -> None:
         for folder, lines in self._new.items():
-            _append(folder / INDEX_FILE, lines)
+            _append(folder / INDEX_FILE, lines, self._shapes, set())
 
 
-def _append(path: Path, lines: Iterable[_Line]) -> None:
+def _append(path: Path, lines: Sequence[_Line], shapes: _Shapes, written: set[str]) -> None:
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    data = b"".join(line.encode() for line in lines)
+    named = set(written)
+    data = b"".join([*shapes.definitions(lines, named), *(_encoded(_RESULT, line) for line in lines)])
     sys.audit("lem.write", str(path))
     with open(os.open(path, flags, 0o666), "r+b", buffering=0) as stream:
         size = stream.seek(0, os.SEEK_END)
         # After a line that a crash has torn, the next one starts anew.
         is_torn = size > 0 and os.pread(stream.fileno(), 1, size - 1) != b"\n"
         stream.write(b"\n" * is_torn + data)
+    written |= named
 
 
 def _stamp(found: os.stat_result) -> _Stamp:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _line(name: str, stamp: _Stamp, digest: str, record: Record, *, is_recorded: bool) -> _Line:
-    return _Line(name, *stamp, digest, is_recorded, _layout(), _packed(record))
+_RESULT = "result"
+_OF_VERSION_1 = "recorded"
 
 
-def _packed(record: Record) -> dict[str, str]:
-    sections = {field: pack(getattr(record, field)) for field in hints_of(Record)}
-    return {field: json.dumps(item, separators=(",", ":"), ensure_ascii=False) for field, item in sections.items()}
+def _text(value: Any) -> bytes:
+    return durable.utf8(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+
+
+def _encoded(kind: str, values: Sequence[Any]) -> bytes:
+    rest = b'"%s":%s}\n' % (kind.encode(), _text(values))
+    return _CHECK + _check_of(rest) + b'",' + rest
 
 
 def _check_of(rest: bytes) -> bytes:
     return hashlib.sha256(rest).hexdigest()[:_CHECK_DIGITS].encode()
 
 
-def _decode(data: bytes) -> _Line | None:
-    begin, end = len(_CHECK), len(_CHECK) + _CHECK_DIGITS
-    rest = data[end + len(b'",') :]
-    if not data.startswith(_CHECK) or data[end : end + 2] != b'",' or _check_of(rest) != data[begin:end]:
-        return None
+def _name_of(template: Any) -> str:
+    return hashlib.sha256(_text(template)).hexdigest()[:_NAME_DIGITS]
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
+    """The intact lines, each an object with one list; those of version 1 with what is no cache."""
+    rests = []
+    for line in lines:
+        rest = line[_REST:]
+        if line.startswith(_CHECK) and line[len(_CHECK) : _REST] == _check_of(rest) + b'",':
+            rests.append(_of_version_1(rest) if rest.startswith(b'"path":') else rest)
     try:
-        fields = json.loads(b"{" + rest)
+        found = _json(b"[{" + b",{".join(filter(None, rests)) + b"]") if any(rests) else []
+    except (RecursionError, ValueError):  # by another program, since lines have checksums
+        found = list(filter(None, map(_alone, rests)))
+    for entry in found:
+        if isinstance(entry, dict) and len(entry) == 1:
+            (values,) = entry.values()
+            if isinstance(values, list) and values and isinstance(values[0], str):
+                yield entry
+
+
+def _of_version_1(rest: bytes) -> bytes:
+    # A path of a result has no quotes, and at most 600 bytes.
+    entry = _alone(rest) if b'"is_recorded":false' not in rest[:1000] else None
+    if not isinstance(entry, dict) or entry.get("is_recorded") is not True:
+        return b""
+    return b'"%s":%s}' % (_OF_VERSION_1.encode(), _text([entry.get("path"), str(entry.get("sha256"))]))
+
+
+def _alone(rest: bytes) -> Any:
+    try:
+        return _json(b"{" + rest)
     except (RecursionError, ValueError):
         return None
-    # By hand, since `decode` takes longer than all the rest of reading thousands of lines.
-    if {name: type(value) for name, value in fields.items()} != _TYPES:
-        return None
-    line = _Line(**fields)
-    if line.layout == _layout() and line.record.keys() != hints_of(Record).keys():
-        return None
-    return line if all(type(text) is str for text in line.record.values()) else None
 
 
-@functools.lru_cache(4096)  # most sections are the same in every result of a configuration
-def _section(name: str, text: str) -> Any:
-    try:
-        return unpack(hints_of(Record)[name], json.loads(text))
-    except ValueError as error:  # by another program, since the line has its checksum
-        raise UserError(f"an {INDEX_FILE} is corrupt: {name}: {error}", "remove it; it is made again") from error
+def _json(data: bytes) -> Any:
+    return json.loads(data, parse_constant=_refuse)
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 @functools.cache
 def _layout() -> str:
     kinds: list[Any] = [Record]
-    names = []
+    names = [str(_VERSION)]
     for kind in kinds:
         for name, hint in hints_of(kind).items():
             names.append(f"{kind.__name__}.{name}: {hint}")
             kinds += [item for item in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(item)]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:_NAME_DIGITS]

@@ -129,6 +129,7 @@ class Repository:
         self.folder = results_dir / check_name(campaign, "campaign")
         self._part = part and check_name(part, "part")
         self._indexes: dict[Path, Index] = {}
+        self._written: dict[str, set[str]] = {}  # by run: what its index names, as far as it was put there
 
     def run_folder(self, run_id: str) -> Path:
         return self.folder / check_name(run_id, "run") / self._part
@@ -165,17 +166,18 @@ class Repository:
             if folder not in self._indexes:
                 self._indexes[folder] = Index(folder)
             read = functools.partial(self._indexes[folder].read, is_checked=True)
-            found += _experiment_items(folder / check_name(exp_id, "experiment"), run_id, read)
+            found += _experiment_items(check_name(exp_id, "experiment"), folder, run_id, read)
         results = tuple(item for item in found if isinstance(item, StoredResult))
         return Scan(results, tuple(item for item in found if isinstance(item, Problem)))
 
     def find_campaign_name(self) -> str | None:
-        found = _nested(self.folder, lambda run: _run_items(run, run.name, is_checked=False))
+        found = _nested(self.folder, lambda name: _run_items(self.folder / name, name, is_checked=False))
         return next((item.record.identity.campaign_name for item in found if isinstance(item, StoredResult)), None)
 
     def record_result(self, run_id: str, result: StoredResult) -> None:
+        written = self._written.setdefault(run_id, set())
         try:
-            record_result(self.run_folder(run_id), result.path, result.record, result.sha256)
+            record_result(self.run_folder(run_id), result.path, result.record, result.sha256, written)
         except OSError as error:
             _logger.warning("%s: %s is not in the index: %s", self.run_folder(run_id), result.path, reason_of(error))
 
@@ -192,7 +194,7 @@ class Repository:
         # `is_checked`, its digest must be the same, too. A result that has none of the `digests` is altered. Each
         # configuration has its current label. Without a `reading`, everything else is as recorded.
         if run_id is None:
-            found = list(_nested(self.folder, lambda run: _run_items(run, run.name, is_checked=is_checked)))
+            found = list(_nested(self.folder, lambda it: _run_items(self.folder / it, it, is_checked=is_checked)))
         else:
             found = list(_run_items(self.run_folder(run_id), run_id, is_checked=is_checked))
         found = [_compared(item, digests or {}) if isinstance(item, StoredResult) else item for item in found]
@@ -288,21 +290,21 @@ def config_of_problem(problem: Problem) -> tuple[str | None, Mapping[str, Any] |
     return name if isinstance(name, str) else None, requested if isinstance(requested, dict) else None
 
 
-def _nested(folder: Path, read: Callable[[Path], Iterator[StoredResult | Problem]]) -> Iterator[StoredResult | Problem]:
+def _nested(folder: Path, read: Callable[[str], Iterator[StoredResult | Problem]]) -> Iterator[StoredResult | Problem]:
     try:
         names = _folder_names(folder)
     except OSError as error:
         yield Problem(folder, "unreadable", reason_of(error))
         return
     for name in names:
-        yield from read(folder / name)
+        yield from read(name)
 
 
 def _run_items(folder: Path, run_id: str, *, is_checked: bool) -> Iterator[StoredResult | Problem]:
     for part in part_folders(folder):
         index = Index(part)
         read = functools.partial(index.read, is_checked=is_checked)
-        yield from _nested(part, functools.partial(_experiment_items, run_id=run_id, read=read))
+        yield from _nested(part, functools.partial(_experiment_items, part=part, run_id=run_id, read=read))
         index.write()
 
 
@@ -320,65 +322,71 @@ def is_part(folder: Path) -> bool:
 
 def part_folders(run_folder: Path) -> list[Path]:
     try:
-        return [run_folder, *(path for name in _folder_names(run_folder) if is_part(path := run_folder / name))]
+        others = [name for name in _folder_names(run_folder) if EXPERIMENT_NAME.fullmatch(name) is None]
+        return [run_folder, *(path for name in others if is_part(path := run_folder / name))]
     except OSError:
         return [run_folder]
 
 
-_Reader = Callable[[Path], Found]
+_Reader = Callable[[str], Found]
 
 
-def _experiment_items(folder: Path, run_id: str, read: _Reader) -> Iterator[StoredResult | Problem]:
+def _experiment_items(name: str, part: Path, run_id: str, read: _Reader) -> Iterator[StoredResult | Problem]:
+    folder = f"{part}/{name}"  # no `Path`, which takes longer than all the rest for thousands of results
     try:
         numbers = sorted(_attempt_numbers(folder))
     except FileNotFoundError:
         return
     except OSError as error:
-        yield _problem(folder, run_id, folder, "unreadable", reason_of(error))
+        yield _problem(name, run_id, Path(folder), "unreadable", reason_of(error))
         return
-    yield from (_read_attempt(folder, run_id, number, read) for number in numbers)
+    for number in numbers:
+        yield _read_attempt(part, name, run_id, number, read)
 
 
-def _read_attempt(folder: Path, run_id: str, number: int, read: _Reader) -> StoredResult | Problem:
-    attempt = folder / f"attempt-{number}"
-    path = attempt / RESULT_FILE
+def _read_attempt(part: Path, name: str, run_id: str, number: int, read: _Reader) -> StoredResult | Problem:
+    place = f"{name}/attempt-{number}/{RESULT_FILE}"
+    path = part / place
     try:
-        found = read(path)
+        found = read(place)
     except FileNotFoundError:
-        return _describe_missing(folder, run_id, attempt)
+        return _describe_missing(name, run_id, path.parent)
     except OSError as error:
-        return _problem(folder, run_id, path, "unreadable", reason_of(error))
+        return _problem(name, run_id, path, "unreadable", reason_of(error))
     except AlteredError as error:
-        return _problem(folder, run_id, path, "altered", str(error))
+        return _problem(name, run_id, path, "altered", str(error))
     except RecordError as error:
-        return _problem(folder, run_id, path, "corrupt", str(error))
-    identity, exp_id = found.record.identity, folder.name.partition(_HOST_MARK)[0]
+        return _problem(name, run_id, path, "corrupt", str(error))
+    identity, exp_id = found.record.identity, name.partition(_HOST_MARK)[0]
+    if (run_id, exp_id, number) == (identity.run_id, identity.experiment_id, identity.attempt):
+        return StoredResult(path, *found)
     facts: tuple[tuple[str, object, object], ...] = (
         ("run", run_id, identity.run_id),
         ("experiment", exp_id, identity.experiment_id),
         ("attempt", number, identity.attempt),
     )
-    strange = [f"expected {what} {place}, got {str(named)!r:.80}" for what, place, named in facts if named != place]
-    return _problem(folder, run_id, path, "foreign", ", ".join(strange)) if strange else StoredResult(path, *found)
+    strange = [f"expected {what} {it}, got {str(named)!r:.80}" for what, it, named in facts if named != it]
+    return _problem(name, run_id, path, "foreign", ", ".join(strange))
 
 
-def _describe_missing(folder: Path, run_id: str, attempt: Path) -> Problem:
+def _describe_missing(name: str, run_id: str, attempt: Path) -> Problem:
     try:
         is_cut_off = any(item.name.startswith(durable.TEMPORARY_PREFIX) for item in attempt.iterdir())
     except OSError as error:
-        return _problem(folder, run_id, attempt, "unreadable", reason_of(error))
+        return _problem(name, run_id, attempt, "unreadable", reason_of(error))
     kind, why = "missing", "the attempt failed, was interrupted, or is still running"
     if is_cut_off:
         kind, why = "half-written", "writing was cut off"
-    return _problem(folder, run_id, attempt, kind, f"no {RESULT_FILE}: {why}")
+    return _problem(name, run_id, attempt, kind, f"no {RESULT_FILE}: {why}")
 
 
-def _problem(experiment: Path, run_id: str, path: Path, kind: str, message: str) -> Problem:
-    return Problem(path, kind, message, run_id, experiment.name.partition(_HOST_MARK)[0])
+def _problem(experiment: str, run_id: str, path: Path, kind: str, message: str) -> Problem:
+    return Problem(path, kind, message, run_id, experiment.partition(_HOST_MARK)[0])
 
 
-def _attempt_numbers(folder: Path) -> list[int]:
-    return [int(match[1]) for item in folder.iterdir() if (match := _ATTEMPT.fullmatch(item.name))]
+def _attempt_numbers(folder: Path | str) -> list[int]:
+    names = os.listdir(folder)  # noqa: PTH208 - quick
+    return [int(match[1]) for name in names if (match := _ATTEMPT.fullmatch(name))]
 
 
 def experiment_names(run_folder: Path) -> tuple[str, ...]:

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +62,21 @@ def change(
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + (0 if is_hidden else 1)))
 
 
+def entries_of(written: Written) -> list[tuple[str, list[Any]]]:
+    """The lines of the index: what each is of, and its values."""
+    lines = (json.loads(line) for line in index_of(written).read_bytes().splitlines())
+    return [(kind, values) for line in lines for kind, values in line.items() if kind != "check"]
+
+
+def n_results(written: Written) -> int:
+    return sum(kind == "result" for kind, _ in entries_of(written))
+
+
+def lines_with_checks(documents: Iterable[Mapping[str, Any]]) -> bytes:
+    rests = [json.dumps(document, separators=(",", ":"))[1:].encode() + b"\n" for document in documents]
+    return b"".join(b'{"check":"' + hashlib.sha256(rest).hexdigest()[:16].encode() + b'",' + rest for rest in rests)
+
+
 def kinds(found: Scan) -> list[str]:
     return [item.kind for item in found.problems]
 
@@ -109,7 +126,7 @@ def test_digests_that_were_recorded_go_with_a_copy(written: Written, tmp_path: P
     shutil.copytree(written.results_dir, tmp_path / "copy" / "results")
     copy = Written(tmp_path / "copy" / "results", tmp_path, tmp_path, written.campaign, written.run_id)
     assert all(item.is_recorded for item in scan(copy).results)
-    assert index_of(copy).read_bytes().count(b"\n") == 10  # the lines of the copies, too
+    assert n_results(copy) == 10  # the lines of the copies, too
     assert scan(copy) == scan(copy)
     change(results_of(copy)[2], '"host": "lab1"', '"host": "lab2"')
     assert kinds(scan(copy)) == ["altered"]
@@ -190,17 +207,47 @@ def test_without_an_index_that_can_be_written_everything_is_read_and_nothing_sai
 
 def test_lines_of_another_lem_are_not_used_but_their_digests_are(written: Written) -> None:
     record_all(written)
-    lines = []
-    for data in index_of(written).read_bytes().splitlines():
-        line = json.loads(data)
-        line = {**line, "layout": "0" * 12, "record": {"identity": "[1]"}}
-        del line["check"]
-        rest = json.dumps(line)[1:].encode() + b"\n"
-        lines.append(b'{"check":"' + hashlib.sha256(rest).hexdigest()[:16].encode() + b'",' + rest)
-    index_of(written).write_bytes(b"".join(lines))
-    assert len(scan(written).results) == 5
+    of_version_1 = [
+        {
+            **dict(zip(("path", "size_b", "mtime_ns", "inode", "sha256", "is_recorded"), values, strict=False)),
+            "layout": "0" * 12,
+            "record": {"identity": "[1]"},
+        }
+        for kind, values in entries_of(written)
+        if kind == "result"
+    ]
+    index_of(written).write_bytes(lines_with_checks(of_version_1))
+    first = scan(written)
+    assert len(first.results) == 5
+    assert all(item.is_recorded for item in first.results)
+    assert n_results(written) == 5  # in the form of this lem
     change(results_of(written)[0], '"host": "lab1"', '"host": "lab2"')
     assert kinds(scan(written)) == ["altered"]
+
+
+def test_what_results_share_is_in_the_index_once(written: Written) -> None:
+    record_all(written)
+    found = entries_of(written)
+    names = [values[0] for kind, values in found if kind != "result"]
+    assert len(names) == len(set(names))
+    assert names == [values[0] for kind, values in entries_of(written) if kind != "result"]
+    for place, (kind, values) in enumerate(found):
+        if kind == "shape":
+            assert {*values[2:]} <= {values[0] for kind, values in found[:place] if kind == "template"}
+
+
+def test_a_result_whose_template_is_missing_is_read_again(written: Written) -> None:
+    first = scan(written)
+    whole = index_of(written).read_bytes().splitlines(keepends=True)
+    for place, line in enumerate(whole):
+        if b'"template":' in line:
+            index_of(written).write_bytes(b"".join(whole[:place] + whole[place + 1 :]))
+            assert scan(written) == first
+            for path in results_of(written):
+                change(path, is_hidden=True)
+            assert scan(written) == first  # by the line that took its place
+            for path in results_of(written):
+                change(path, '"schema_versiom": ', '"schema_version": ', is_hidden=True)
 
 
 def test_an_index_does_not_grow_for_ever_where_times_never_match(written: Written) -> None:
@@ -208,7 +255,7 @@ def test_an_index_does_not_grow_for_ever_where_times_never_match(written: Writte
         for path in results_of(written):
             os.utime(path, ns=(0, 1_000_000 + number))
         assert len(scan(written).results) == 5
-    assert index_of(written).read_bytes().count(b"\n") <= 20
+    assert n_results(written) <= 20
 
 
 def test_a_result_that_cannot_be_put_into_the_index_is_a_warning(
@@ -223,11 +270,9 @@ def test_a_result_that_cannot_be_put_into_the_index_is_a_warning(
 
 def test_a_line_that_another_program_made_is_an_error_with_a_remedy(written: Written) -> None:
     scan(written)
-    line = json.loads(index_of(written).read_bytes().splitlines()[0])
-    line["record"]["identity"] = "[1]"
-    del line["check"]
-    rest = json.dumps(line)[1:].encode() + b"\n"
-    index_of(written).write_bytes(b'{"check":"' + hashlib.sha256(rest).hexdigest()[:16].encode() + b'",' + rest)
+    documents = [{kind: values} for kind, values in entries_of(written)]
+    documents[0]["template"][1] = [1]
+    index_of(written).write_bytes(lines_with_checks(documents))
     with pytest.raises(UserError, match="corrupt: identity") as caught:
         scan(written)
     assert caught.value.hint == "remove it; it is made again"
