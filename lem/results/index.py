@@ -35,6 +35,7 @@ from lem.record import Record, RecordError, parse_record
 INDEX_FILE = "index.jsonl"
 
 _VERSION = 2  # 1 had whole records in its lines
+_RESULT, _OF_VERSION_1 = "result", "recorded"
 _CHECK = b'{"check":"'
 _CHECK_DIGITS = 16
 _REST = len(_CHECK) + _CHECK_DIGITS + len(b'",')
@@ -133,11 +134,11 @@ class _Shapes:
     def _shape(self, names: Sequence[str]) -> _Shape | None:
         if len(names) != len(_sections()) or not all(name in self.templates for name in names):
             return None
-        makers = self._makers
-        for section, name in zip(_sections(), names, strict=True):
+        named, makers = [*zip(_sections(), names, strict=True)], self._makers
+        for section, name in named:
             if (section, name) not in makers:
                 makers[section, name] = _checked_maker(section, self.templates[name])
-        return _Shape({section: makers[section, name] for section, name in zip(_sections(), names, strict=True)})
+        return _Shape({section: makers[section, name] for section, name in named})
 
     def add(self, record: Record) -> tuple[str, str, list[Any]]:
         """The shape, the template of `requested`, and the values of a record."""
@@ -377,10 +378,6 @@ def _append(path: Path, lines: Sequence[_Line], shapes: _Shapes, written: set[st
 
 def _stamp(found: os.stat_result) -> _Stamp:
     return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-_RESULT = "result"
-_OF_VERSION_1 = "recorded"
 
 
 def _text(value: Any) -> bytes:
