@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Generator
 
 import pytest
 
 from tests.needs import NEEDS, RAN_ELSEWHERE, is_ci, lacking, missing
+
+
+# Containers often forbid bytecode, and then each of the hundreds of processes that tests start compiles all of lem: a
+# quarter of what a campaign with the trivial engine costs.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
