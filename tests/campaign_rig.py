@@ -22,6 +22,7 @@ from typing import Any
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
 from lem.record import Record, read_record
 from tests.processes import PATIENCE_S, Marker
+from tests.warm import WarmProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUR, EIGHT = "pytorch-max_output_tokens=4", "pytorch-max_output_tokens=8"
@@ -58,15 +59,32 @@ class Ended:
         return [json.loads(line) for line in self.out.splitlines()]
 
 
+LEM = (sys.executable, "-m", "lem")
+DOUBLES_PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "doubles")])  # lem with the trivial engine
+
+
+def can_be_warm(command: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Whether a command is one of lem with the trivial engine, which can be forked (tests/warm.py)."""
+    return tuple(command[: len(LEM)]) == LEM and environ.get("PYTHONPATH") == DOUBLES_PATH
+
+
 class Running:
     """A command that runs, with its output in files so that nobody has to read for it to go on."""
 
-    def __init__(self, command: Sequence[str], folder: Path, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], folder: Path, environ: Mapping[str, str], *, is_warm: bool = False
+    ) -> None:
+        """Start it; with `is_warm` a command of lem is forked (tests/warm.py), as are its workers."""
         self.patience_s = PATIENCE_S
         self._out, self._err = (tempfile.TemporaryFile(buffering=0) for _ in range(2))  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err
-        )
+        self.process: subprocess.Popen[bytes] | WarmProcess
+        if is_warm and can_be_warm(command, environ):
+            outputs = [Path(f"/proc/{os.getpid()}/fd/{file.fileno()}") for file in (self._out, self._err)]
+            self.process = WarmProcess(command[len(LEM) :], folder, environ, outputs)
+        else:
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err
+            )
 
     def wait_for_event(self, kind: str, **fields: Any) -> dict[str, Any]:
         """The first event of a kind with these fields, once it was told (with --json)."""
@@ -125,19 +143,25 @@ class Terminal:
     """A command in the foreground of a terminal of its own."""
 
     def __init__(
-        self, command: Sequence[str], folder: Path, environ: Mapping[str, str], size: tuple[int, int] = (24, 80)
+        self,
+        command: Sequence[str],
+        folder: Path,
+        environ: Mapping[str, str],
+        size: tuple[int, int] = (24, 80),
+        *,
+        is_warm: bool = False,
     ) -> None:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
         # A session whose terminal this is, so that Ctrl-C reaches its foreground process group.
-        self.process = subprocess.Popen(
-            ["setsid", "--ctty", *command],
-            cwd=folder,
-            env={**environ, "TERM": "xterm", "COLUMNS": str(size[1]), "LINES": str(size[0])},
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-        )
+        environ = {**environ, "TERM": "xterm", "COLUMNS": str(size[1]), "LINES": str(size[0])}
+        self.process: subprocess.Popen[bytes] | WarmProcess
+        if is_warm and can_be_warm(command, environ):
+            self.process = WarmProcess(command[len(LEM) :], folder, environ, terminal=os.ttyname(slave))
+        else:
+            self.process = subprocess.Popen(
+                ["setsid", "--ctty", *command], cwd=folder, env=environ, stdin=slave, stdout=slave, stderr=slave
+            )
         os.close(slave)
         self.shown = ""
 
@@ -179,6 +203,8 @@ class Terminal:
 class CampaignRig:
     """One folder with a campaign file, and the marked processes that run it."""
 
+    is_warm = True  # campaigns are forked, unless a test wants processes with command lines of their own
+
     def __init__(self, folder: Path, text: str | None = None) -> None:
         self.folder = folder
         self.marker = Marker()
@@ -193,25 +219,36 @@ class CampaignRig:
         return {
             **plain,
             **self.marker.environ(),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "doubles")]),
+            "PYTHONPATH": DOUBLES_PATH,
             "LEM_LOCK_DIR": str(self.folder / "locks"),
             "LEMTEST_ENGINE_SCRIPT": json.dumps({"rules": list(rules)}),
             **more,
         }
 
     def command(self, *options: str, file: str = "c.yaml") -> list[str]:
-        return [sys.executable, "-m", "lem", "campaign", file, *options]
+        return [*LEM, "campaign", file, *options]
 
     def start(
-        self, *options: str, rules: Sequence[Mapping[str, Any]] = (), file: str = "c.yaml", **more: str
+        self,
+        *options: str,
+        rules: Sequence[Mapping[str, Any]] = (),
+        file: str = "c.yaml",
+        is_warm: bool | None = None,
+        **more: str,
     ) -> Running:
-        return Running(self.command(*options, file=file), self.folder, self.environ(rules, **more))
+        """The campaign, started; without `is_warm` each of its processes is a Python of its own."""
+        chosen = self.is_warm if is_warm is None else is_warm
+        return Running(self.command(*options, file=file), self.folder, self.environ(rules, **more), is_warm=chosen)
 
-    def run(self, *options: str, rules: Sequence[Mapping[str, Any]] = (), file: str = "c.yaml", **more: str) -> Ended:
-        return self.start(*options, rules=rules, file=file, **more).wait()
+    def run(self, *options: str, **more: Any) -> Ended:
+        return self.start(*options, **more).wait()
+
+    def lem(self, *words: str | Path, **more: str) -> Ended:
+        """Another command of lem."""
+        return Running([*LEM, *map(str, words)], self.folder, self.environ((), **more), is_warm=True).wait()
 
     def terminal(self, *options: str, rules: Sequence[Mapping[str, Any]] = ()) -> Terminal:
-        return Terminal(self.command(*options), self.folder, self.environ(rules))
+        return Terminal(self.command(*options), self.folder, self.environ(rules), is_warm=self.is_warm)
 
     def manifest(self, campaign: str = "demo") -> CampaignManifest:
         manifest = ManifestManager(self.folder / ".state" / campaign / "campaign_manifest.json").load_strict()

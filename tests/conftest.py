@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -11,7 +12,6 @@ from collections.abc import Generator
 import pytest
 
 from tests.needs import NEEDS, RAN_ELSEWHERE, is_ci, lacking, missing
-
 
 # Containers often forbid bytecode, and then each of the hundreds of processes that tests start compiles all of lem: a
 # quarter of what a campaign with the trivial engine costs.
@@ -35,14 +35,23 @@ _LAST = ("tests/fleet/", "tests/integration/test_gpu_reservation.py")
 # Tests that share one Docker Engine, which `make test` runs in one process beside all others.
 _ONE_AT_A_TIME = {"docker", "lab", "fleet"}
 
+# Files that take minutes. They begin first, after the lab: one that begins last keeps everybody waiting for it.
+_LONG = ("test_vllm_in_the_lab.py", "test_served_engines.py", "test_faults.py", "test_linters.py", "test_measure.py")
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what changes the machine behind everything else; give processes whole files, and the lab to one of them."""
-    items.sort(key=lambda item: item.nodeid.startswith(_LAST))
+    """Give processes whole files, and the lab to one of them; put long ones first, what changes the machine last."""
+    orders: dict[pytest.Item, tuple[int, bool]] = {}
     for item in items:
         needs = {name for marker in item.iter_markers("needs") for name in marker.args}
-        item.add_marker(pytest.mark.xdist_group("lab" if needs & _ONE_AT_A_TIME else item.nodeid.partition("::")[0]))
+        path = item.nodeid.partition("::")[0]
+        is_lab = bool(needs & _ONE_AT_A_TIME)
+        item.add_marker(pytest.mark.xdist_group("lab" if is_lab else path))
+        name = path.rpartition("/")[2]
+        rank = 1 + _LONG.index(name) if name in _LONG else len(_LONG) + 1 + path.startswith("tests/unit/")
+        orders[item] = (0 if is_lab else rank, path.startswith(_LAST))
+    items.sort(key=orders.__getitem__)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -52,7 +61,15 @@ def pytest_xdist_node_collection_finished(ids: list[str]) -> None:
         pytest.exit("xdist has not grouped the tests: run with --dist loadgroup and the pinned versions", returncode=4)
 
 
+FROZEN = pytest.StashKey[tuple[object, int]]()  # the file, and hundreds of modules loaded, when the heap was frozen
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    # An engine that is unloaded collects garbage, which would look at torch and all that tests keep, each time.
+    current = (item.path, len(sys.modules) // 300)
+    if item.config.stash.get(FROZEN, None) != current:
+        gc.freeze()
+        item.config.stash[FROZEN] = current
     for marker in item.iter_markers("needs"):
         for name in marker.args:
             if name not in NEEDS:

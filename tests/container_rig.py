@@ -74,6 +74,8 @@ def compose_text(folder: Path, name: str, *, image: str = BASE_IMAGE, limit: str
 class ContainerRig(CampaignRig):
     """One folder with a campaign and a compose file, and the containers of it."""
 
+    is_warm = False
+
     def __init__(self, folder: Path, text: str | None = None, *, image: str = BASE_IMAGE, limit: str = "") -> None:
         super().__init__(folder, container_campaign() if text is None else text)
         self.name = secrets.token_hex(6)

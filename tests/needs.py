@@ -135,6 +135,14 @@ def _lab() -> str | None:
     return f"the lab is not up (python3 -m tests.lab up): {'; '.join(lines)}" if lines else None
 
 
+def _environments() -> str | None:
+    from tests.lab.places import Places
+    from tests.lab.state import lacking_environments
+
+    lines = lacking_environments(Places.of())
+    return f"the lab lacks environments (python3 -m tests.lab up): {'; '.join(lines)}" if lines else None
+
+
 def _ansible(folder: Path) -> str | None:
     if (folder / "ansible-playbook").exists():
         return None
@@ -192,6 +200,8 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "fish": Need(partial(_program, "fish"), is_mandatory=False),
         "yaml-language-server": Need(_language_server, is_mandatory=False),
         "lab": Need(_lab, is_mandatory=True),
+        # Its engines and models, without Docker.
+        "environments": Need(_environments, is_mandatory=True),
         "ansible": Need(partial(_ansible, Path(sys.executable).parent), is_mandatory=True),
         "oldest_ansible": Need(partial(_ansible, OLDEST_ANSIBLE.parent), is_mandatory=True),
         # Hosts that are containers of the lab, and Ansible to reach them.

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from tests.doubles.warm_start import MARK_VARIABLE
+
 T = TypeVar("T")
 
-VARIABLE = "LEMTEST_MARKER"
+VARIABLE = MARK_VARIABLE
 PATIENCE_S = 40.0
 _POLL_S = 0.02
 
@@ -63,7 +65,7 @@ class Marker:
         def find() -> int | None:
             commands = {pid: set(_command(pid).split()) for pid in self.pids()}
             found = [pid for pid, command in commands.items() if set(words) <= command and without not in command]
-            found = [pid for pid in found if _parent(pid) not in found]
+            found = [pid for pid in found if parent_of(pid) not in found]
             return found[0] if len(found) == 1 else None
 
         return wait_for(find)
@@ -96,11 +98,12 @@ def children_of(pid: int) -> tuple[int, ...]:
     return tuple(
         int(folder.name)
         for folder in Path("/proc").iterdir()
-        if folder.name.isdigit() and _parent(int(folder.name)) == pid and _read(folder / "environ")
+        if folder.name.isdigit() and parent_of(int(folder.name)) == pid and _read(folder / "environ")
     )
 
 
-def _parent(pid: int) -> int | None:
+def parent_of(pid: int) -> int | None:
+    """The parent of a process; None when it is gone."""
     stat = _read(Path(f"/proc/{pid}/stat"))
     return int(stat.rpartition(b")")[2].split()[1]) if stat else None
 

@@ -49,7 +49,7 @@ def find_pythons() -> tuple[Python, ...]:
 def _on_path() -> Iterator[Path]:
     for name in NAMES:
         found = shutil.which(name)
-        if found:
+        if found and Path(found).parent.name != "shims":  # of pyenv: slow, and what they start is found below
             yield Path(found)
 
 

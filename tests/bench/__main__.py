@@ -50,6 +50,8 @@ Beside others, in ABBA pairs, for some minutes on a machine that does nothing el
     {python} -m tests.bench.client
   the playbooks on 100 hosts that are not there, first build and new (about 20 minutes of CPU time):
     {python} -m tests.bench fleet
+  `make test` of the first build and of this tree, each with its own environment and lab (an hour or more, as root):
+    {python} -m tests.bench.suite
   vLLM's own offline benchmark, once the lab is up:
     {lab}/environments/vllm/bin/python -m tests.bench.offline {lab}/models/demo
   `vllm bench serve` on the same server, once the lab is up:

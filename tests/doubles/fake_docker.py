@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +40,11 @@ def reading(*processes: tuple[int, int | None], used_b: int = GIB, error: str | 
     return {"gpus": [] if error else [gpu], "driver": "1", "error": error}
 
 
-@dataclass(frozen=True)
 class FakeDocker:
     """The test's side: how the engine is, and what was asked of it."""
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     @classmethod
     def install(cls, folder: Path, **state: Any) -> FakeDocker:
@@ -54,7 +52,9 @@ class FakeDocker:
         fake = cls(folder)
         (folder / "bin").mkdir(parents=True)
         command = folder / "bin" / "docker"
-        command.write_text(f"#!{sys.executable} -I\nimport runpy\nrunpy.run_path({__file__!r}, run_name='__main__')\n")
+        # It is called hundreds of times: without site, with its bytecode, and with few imports.
+        source = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import fake_docker as it"
+        command.write_text(f"#!{sys.executable} -IS\n{source}; sys.exit(it.main())\n")
         command.chmod(command.stat().st_mode | stat.S_IXUSR)
         usual = {"services": {"pytorch": {"image": "img"}, "vllm": {"image": "img"}}, "images": ["img"]}
         fake.write({**usual, "containers": {}, "compose": "2.26.1-4", **state})
@@ -254,6 +254,8 @@ class Command:
             nothing: dict[str, Any] = {"gpus": [], "driver": None, "error": "NVML Shared Library Not Found"}
             print(json.dumps(self.state.get("gpus", {}).get(service, nothing)))
             return 0
+        import subprocess
+
         launch = Path(__file__).parents[2] / "lem" / "base" / "launch.py"
         # A session of its own: killing the client of the real one reaches nothing inside either.
         return subprocess.call(
@@ -267,10 +269,9 @@ class Command:
         return {"PYTHONPATH": str(Path(__file__).parent)}
 
 
-if __name__ == "__main__":
+def main() -> int:
     try:
-        code = Command(FakeDocker(Path(os.environ[FOLDER_VARIABLE]))).run(sys.argv[1:])
+        return Command(FakeDocker(Path(os.environ[FOLDER_VARIABLE]))).run(sys.argv[1:])
     except Refused as refusal:
         print(refusal, file=sys.stderr)
-        code = refusal.code
-    sys.exit(code)
+        return refusal.code

@@ -25,13 +25,14 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import traceback
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 VARIABLE = "LEMTEST_WARM"
-MARK_VARIABLE = "LEMTEST_SANDBOX"  # of the server: as long as each mark that takes its place
+MARK_VARIABLE = "LEMTEST_MARKER"  # of the server: as long as each mark that takes its place
 _LAUNCH = os.path.join("lem", "base", "launch.py")  # noqa: PTH118 - the end of an argument
 _FIRST_FREE = 100  # above the descriptors that are replaced
 
@@ -92,7 +93,8 @@ def _set_environ(environ: Mapping[str, str]) -> None:
 def _run_lem(words: list[str]) -> NoReturn:
     """`python -u launch.py …` or `python -m lem …` in this process, to its end."""
     _forget()
-    sys.orig_argv, sys.argv = words, ["lem", *words[3:]]
+    program = importlib.import_module("lem").__path__[0]
+    sys.orig_argv, sys.argv = words, [os.path.join(program, "__main__.py"), *words[3:]]  # noqa: PTH118 - a text
     importlib.import_module("fault_injector").install()
     code: object = 1
     try:
@@ -164,10 +166,18 @@ def _answer(client: socket.socket, mark_at: int) -> None:
     """Start one command in a process of its own, and tell its pid and, once it has ended, its exit code."""
     with client.makefile("rw", encoding="utf-8") as file:
         request = json.loads(file.readline())
+        is_terminal = request["terminal"] is not None
+        if is_terminal:
+            standard = [os.open(request["terminal"], os.O_RDWR | os.O_NOCTTY)] * 3
+        else:
+            outputs = [os.open(path, os.O_WRONLY | os.O_APPEND) for path in request["outputs"]]
+            standard = [os.open(os.devnull, os.O_RDONLY), *outputs]
         pid = os.fork()
         if pid == 0:
-            output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
-            _take_descriptors((os.open(os.devnull, os.O_RDONLY), output, output), ())
+            if is_terminal:
+                os.setsid()
+                fcntl.ioctl(standard[0], termios.TIOCSCTTY, 0)
+            _take_descriptors(standard, ())
             os.chdir(request["folder"])
             _set_environ(request["environ"])
             # /proc shows the environment as it was at the start; the mark is sought there.
@@ -177,6 +187,8 @@ def _answer(client: socket.socket, mark_at: int) -> None:
             if request["is_as_others"]:
                 _give_up_writing_everywhere()
             _run_lem([sys.executable, "-m", "lem", *request["words"]])
+        for descriptor in set(standard):
+            os.close(descriptor)
         file.write(f"{pid}\n")
         file.flush()
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import json
 import os
 import re
-import select
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import threading
-import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,22 +20,19 @@ from lem.meters.requestlog import REQUESTS_FILENAME, RequestLogError, read_reque
 from lem.meters.samples import FINISHED_FILENAME, SampleLogError, read_finished
 from lem.orchestration.manifest import ManifestManager
 from lem.record import RecordError, read_record
-from tests.doubles import wall_clock, warm_start
-from tests.doubles.fault_injector import VARIABLE, Fault, process_of, without_interpreter
+from tests.doubles import fault_injector, wall_clock
+from tests.doubles.fault_injector import Fault, process_of, without_interpreter
 from tests.faults.scenarios import Tools
+from tests.processes import VARIABLE, Marker, parent_of
+from tests.warm import WarmProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A mark in the environment is inherited by everything a run starts, whatever session or group it moves to.
-MARK = warm_start.MARK_VARIABLE
 RUN_TIMEOUT_S = 120
 # A supervisor whose host was killed ends its engine: TERM, grace, KILL.
 END_TIMEOUT_S = 30
 _JOURNAL = "journal"
 _COUNTS = ("n", "n_prompts")  # in a distribution, beside the seconds
-_LOADER = ("LD_PRELOAD", "LD_LIBRARY_PATH")  # read once, when a program is loaded
-
-_SERVERS = threading.Lock()  # held while one is started
 
 # Root may write to what is read-only, which nobody else may; without that right it is an owner like others.
 AS_OTHERS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
@@ -127,7 +115,7 @@ class Sandbox:
         """Write the campaign; `tools` is what `copy_program` made."""
         self.folder, self._rig = folder / "work", folder
         self.setting = setting
-        self.mark = uuid.uuid4().hex
+        self.marker = Marker()
         self._program = tools.program
         self.folder.mkdir(parents=True, exist_ok=True)
         self._environ = setting.prepare(self.folder, self._rig, tools)
@@ -161,27 +149,26 @@ class Sandbox:
             "LEM_CACHE_DIR": str(self.folder / "cache"),
             "PYTHONDONTWRITEBYTECODE": "",  # compiling lem anew would be most of what a run takes
             **self._environ,
-            MARK: self.mark,
+            VARIABLE: self.marker.value,
         }
         command = [sys.executable, "-m", "lem", *words]
         if fault is not None:
-            environ[VARIABLE] = fault.to_json()
+            environ[fault_injector.VARIABLE] = fault.to_json()
         with open(self.output, "ab") as output:
             output.write(f"$ {' '.join(words)} {fault}\n".encode())
             output.flush()
             is_as_others = fault is not None and fault.action == "readonly" and os.geteuid() == 0
             if is_warm:
-                loader = tuple((name, environ[name]) for name in _LOADER if name in environ)
-                with _SERVERS:
-                    address, _ = _warm_server(self._program, loader)
-                request = {
-                    "words": words,
-                    "folder": str(self.folder),
-                    "environ": environ,
-                    "output": str(self.output),
-                    "is_as_others": is_as_others,
-                }
-                return Started(WarmProcess(address, request), self)
+                process: subprocess.Popen[bytes] | WarmProcess = WarmProcess(
+                    words,
+                    self.folder,
+                    environ,
+                    (self.output, self.output),
+                    program=self._program,
+                    doubles=self._program / "doubles",
+                    is_as_others=is_as_others,
+                )
+                return Started(process, self)
             command = [*(AS_OTHERS if is_as_others else ()), *command]
             process = subprocess.Popen(
                 command,
@@ -205,23 +192,23 @@ class Sandbox:
     def processes(self) -> dict[str, int]:
         found: dict[str, int] = {}
         engines: set[int] = set()
-        for pid, argv in sorted(self._living()):
-            kind = process_of(argv)
-            if kind == "engine":
-                engines.add(pid)
-                kind = "engine" if _parent(pid) in engines else "guardian"
-            found[kind] = pid
+        for pid in sorted(self.marker.pids()):
+            # One that ends while it is looked at is not alive.
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+                if words == [""]:
+                    continue
+                kind = process_of(without_interpreter(words))
+                if kind == "engine":
+                    engines.add(pid)
+                    kind = "engine" if parent_of(pid) in engines else "guardian"
+                found[kind] = pid
         return found
 
     def processes_left(self, timeout_s: float = END_TIMEOUT_S) -> int:
         """How many processes are alive once they have had the time to end by themselves; those are killed."""
-        deadline = time.monotonic() + timeout_s
-        for pid, _ in self._living():
-            _wait_for_end(pid, deadline - time.monotonic())
-        left = [pid for pid, _ in self._living()]
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        left = self.marker.survivors(timeout_s)
+        self.marker.kill()
         return len(left)
 
     @property
@@ -232,69 +219,6 @@ class Sandbox:
 
     def look(self) -> Outcome:
         return look_at(self.folder, "faults")
-
-    def _living(self) -> Iterator[tuple[int, list[str]]]:
-        """Pid and command line (without the interpreter) of every process that carries the mark, zombies left out."""
-        wanted = f"{MARK}={self.mark}".encode()
-        for folder in Path("/proc").iterdir():
-            if not folder.name.isdigit():
-                continue
-            # A process that ends while it is read is not alive.
-            with contextlib.suppress(OSError):
-                if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                    words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                    if words != [""]:
-                        yield int(folder.name), without_interpreter(words)
-
-
-class WarmProcess:
-    """A command of lem that a server of `warm_start` has started, held as `subprocess.Popen` holds one."""
-
-    def __init__(self, address: Path, request: Mapping[str, object]) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(address))
-        self._socket.sendall(json.dumps(request).encode() + b"\n")
-        self._told = b""
-        self.returncode: int | None = None
-        self.pid = int(self._line(RUN_TIMEOUT_S))
-
-    def wait(self, timeout: float | None = None) -> int:
-        if self.returncode is None:
-            self.returncode = int(self._line(timeout))
-            self._socket.close()
-        return self.returncode
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-
-    def _line(self, timeout_s: float | None) -> bytes:
-        self._socket.settimeout(timeout_s)
-        while b"\n" not in self._told:
-            try:
-                received = self._socket.recv(100)
-            except TimeoutError as error:
-                raise subprocess.TimeoutExpired("lem", timeout_s or 0.0) from error
-            if not received:
-                raise OSError("the server that starts lem has ended")
-            self._told += received
-        line, _, self._told = self._told.partition(b"\n")
-        return line
-
-
-@functools.cache
-def _warm_server(program: Path, loader: tuple[tuple[str, str], ...]) -> tuple[Path, subprocess.Popen[bytes]]:
-    """The address of a server of `warm_start` for this program, with these variables of the dynamic loader."""
-    address = Path(tempfile.mkdtemp(prefix="lem-warm-"), "socket")
-    path = os.pathsep.join([str(program), str(program / "doubles")])
-    environ = {**os.environ, **dict(loader), "PYTHONPATH": path, warm_start.VARIABLE: str(address), MARK: "0" * 32}
-    command = [sys.executable, "-m", "warm_start"]
-    server = subprocess.Popen(
-        command, cwd=program, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
-    if server.stdout is None or server.stdout.readline() != b"listening\n":
-        raise OSError("the server that starts lem does not start")
-    return address, server
 
 
 @dataclass(frozen=True)
@@ -345,23 +269,3 @@ def _durations_s(section: Mapping[str, Any]) -> Iterator[float]:
             yield from (found for item in value if isinstance(item, Mapping) for found in _durations_s(item))
         elif name.endswith("_s") and not name.endswith("per_s") and isinstance(value, (int, float)):
             yield float(value)
-
-
-def _parent(pid: int) -> int:
-    """The pid of a process's parent; 0 when it is gone."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("PPid:"):
-                return int(line.split()[1])
-    return 0
-
-
-def _wait_for_end(pid: int, timeout_s: float) -> None:
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        select.select([descriptor], [], [], max(0.0, timeout_s))
-    finally:
-        os.close(descriptor)

@@ -150,9 +150,11 @@ class Simulated:
         (plan.parent / "hosts").mkdir(parents=True)
         divide = ["--write-plan", str(plan), "--hosts", ",".join(self.hosts), "--replicate"]
         part = ["--plan", str(plan), "--shard", f"1/{len(self.hosts)}", "--yes", "--executor", "local"]
-        environ = {**os.environ, "PYTHONPATH": str(self.build.tree / "tests/doubles"), "LEM_LOCK_DIR": str(self.folder)}
+        tree = self.build.tree  # unlike the zip, its bytecode is kept
+        path = os.pathsep.join([str(tree), str(tree / "tests/doubles")])
+        environ = {**os.environ, "PYTHONPATH": path, "LEM_LOCK_DIR": str(self.folder)}
         for words in (divide, part):
-            command = [sys.executable, str(self.build.zip), "campaign", str(self.campaign), *words]
+            command = [sys.executable, "-m", "lem", "campaign", str(self.campaign), *words]
             command += ["--results-dir", str(self.folder / "results")]
             subprocess.run(command, cwd=self.folder, env=environ, check=True, capture_output=True, timeout=TIMEOUT_S)
         copy = [sys.executable, "-c", _COPY_RESULTS, str(self.folder / "results"), str(self.double)]

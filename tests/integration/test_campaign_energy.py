@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,12 +112,8 @@ def test_a_campaign_measures_the_energy_that_was_drawn(metered: MeteredRig) -> N
 
 def test_every_figure_is_worked_out_again_from_the_samples(metered: MeteredRig) -> None:
     assert metered.run("--yes", cycles=1, baseline={"enabled": False}).code == 0
-    command = [sys.executable, "-m", "lem", "results", "recompute", "demo"]
-    environ = {**metered.rig.environ(), "COLUMNS": "80"}
-    again = subprocess.run(
-        command, cwd=metered.rig.folder, env=environ, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert again.returncode == 0, again.stdout + again.stderr
+    again = metered.rig.lem("results", "recompute", "demo")
+    assert again.code == 0, again.out + again.err
 
 
 def test_pandas_and_scipy_compute_the_same_table_from_the_files(

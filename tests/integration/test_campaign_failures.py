@@ -76,7 +76,7 @@ def test_what_is_missing_is_reported_at_once_before_anything_is_measured(rig):
 def test_a_worker_that_is_killed_is_replaced_and_the_experiment_tried_again(rig, victim):
     rig.write(campaign_text(outputs=(4,), cycles=1))
     rules = [{"at": "generate", "do": "hang", "once": "hung"}]
-    running = rig.start("--yes", "--json", rules=rules)
+    running = rig.start("--yes", "--json", rules=rules, is_warm=False)  # victims are known by their command lines
     running.wait_for_event("phase", phase="window")
     wait_for(lambda: (rig.folder / "hung").exists() or None)  # else the next attempt hangs, for the first time
     os.kill(rig.marker.pid_of(*victim, without="--sampler"), signal.SIGKILL)

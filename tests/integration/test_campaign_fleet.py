@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -24,11 +22,6 @@ def hosts(tmp_path):
     yield rigs
     for rig in rigs:
         rig.marker.kill()
-
-
-def _lem(rig: CampaignRig, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lem", *map(str, words)]
-    return subprocess.run(command, cwd=rig.folder, env=rig.environ(), capture_output=True, text=True, check=False)
 
 
 def _store_plan(rig: CampaignRig, *options: str) -> Path:
@@ -53,8 +46,7 @@ def test_parts_of_one_plan_merge_to_one_run_and_a_second_start_does_nothing(host
     assert {record.identity.host for record in one.records()} == {"one"}
     assert [len(one.records()), len(two.records())] == [4, 4]  # the anchor and one more, twice
 
-    merged = _lem(
-        controller,
+    merged = controller.lem(
         "merge",
         one.folder,
         two.folder,
@@ -66,12 +58,12 @@ def test_parts_of_one_plan_merge_to_one_run_and_a_second_start_does_nothing(host
         "1e9%",
         "--json",
     )
-    assert merged.returncode == 0, merged.stderr
-    document = json.loads(merged.stdout)
+    assert merged.code == 0, merged.err
+    document = json.loads(merged.out)
     assert (document["results"], document["lacking"], document["problems"]) == (8, [], [])
-    shown = _lem(controller, "results", "show", "demo", "--results-dir", "all")
-    assert "@ one" in shown.stdout
-    assert "@ two" in shown.stdout
+    shown = controller.lem("results", "show", "demo", "--results-dir", "all")
+    assert "@ one" in shown.out
+    assert "@ two" in shown.out
 
 
 def test_a_replicated_campaign_is_run_whole_by_every_host(hosts):
@@ -97,7 +89,7 @@ def test_what_a_lost_host_lacks_is_planned_anew_for_the_others(hosts):
     part = ["--executor", "local", "--yes"]
     assert one.run("--plan", str(plan), "--shard", "1/2", *part).code == 0
     merge = ["--output", "results", "--anchor-tolerance", "1e9%", "--json"]
-    assert _lem(controller, "merge", one.folder, *merge, "--plan", plan).returncode == 1
+    assert controller.lem("merge", one.folder, *merge, "--plan", plan).code == 1
 
     anew = controller.folder / "anew.json"
     ended = controller.run("--write-plan", str(anew), "--plan", str(plan), "--hosts", "one,three")
@@ -107,10 +99,10 @@ def test_what_a_lost_host_lacks_is_planned_anew_for_the_others(hosts):
         assert rig.run("--plan", str(anew), "--shard", f"{number}/2", *part).code == 0
     assert before.items() <= one.results().items()
     assert {record.identity.host for record in two.records()} == {"three"}
-    ended = _lem(controller, "merge", one.folder, two.folder, *merge, "--plan", anew)
-    assert ended.returncode == 0, ended.stdout
+    ended = controller.lem("merge", one.folder, two.folder, *merge, "--plan", anew)
+    assert ended.code == 0, ended.out
     assert len({item["exp_id"] for item in json.loads(anew.read_text())["experiments"]}) == 6
-    assert json.loads(ended.stdout)["lacking"] == []
+    assert json.loads(ended.out)["lacking"] == []
 
 
 def test_parts_without_a_stored_plan_are_told_by_numbers_alone(hosts):
@@ -148,20 +140,20 @@ def test_hosts_that_share_their_folders_each_run_their_own_part_at_the_same_time
     assert sorted(path.parent.name for path in run.rglob("index.jsonl")) == ["one", "two"]
     for name in ("campaign_manifest.json", "campaign.lock"):
         assert {path.parent.name for path in (shared.folder / ".state").rglob(name)} == {"one", "two"}
-    shown = json.loads(_lem(shared, "results", "show", "demo", "--json").stdout)
+    shown = json.loads(shared.lem("results", "show", "demo", "--json").out)
     assert sum(item["n_cycles"] for item in shown["configurations"]) == 2 * own
     assert shown["problems"] == []
-    statuses = json.loads(_lem(shared, "status", "demo", "--json").stdout)
+    statuses = json.loads(shared.lem("status", "demo", "--json").out)
     assert [(item["part"], item["state"], item["completed"]) for item in statuses] == [
         ("one", "done", own),
         ("two", "done", own),
     ]
-    assert json.loads(_lem(shared, "status", "demo/two", "--json").stdout)["part"] == "two"
-    verified = json.loads(_lem(shared, "verify", "demo", "--json").stdout)
+    assert json.loads(shared.lem("status", "demo/two", "--json").out)["part"] == "two"
+    verified = json.loads(shared.lem("verify", "demo", "--json").out)
     assert [set(item["digests"]) for item in verified["results"]] == [{"index", "manifest"}] * 2 * own
-    merged = _lem(shared, "merge", "results", "--output", "all", "--plan", plan, "--anchor-tolerance", "1e9%", "--json")
-    assert merged.returncode == 0, merged.stdout + merged.stderr
-    document = json.loads(merged.stdout)
+    merged = shared.lem("merge", "results", "--output", "all", "--plan", plan, "--anchor-tolerance", "1e9%", "--json")
+    assert merged.code == 0, merged.out + merged.err
+    document = json.loads(merged.out)
     assert (document["results"], document["lacking"], document["problems"]) == (2 * own, [], [])
 
 

@@ -4,18 +4,18 @@ import itertools
 import json
 import os
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
 from lem.record import read_record
-from tests.campaign_rig import EIGHT, FOUR, Terminal, campaign_text
+from tests.campaign_rig import EIGHT, FOUR, LEM, RUN_TIMEOUT_S, Terminal, campaign_text
+from tests.warm import WarmProcess
 
 
 def test_a_campaign_leaves_a_whole_manifest_whole_results_and_a_table(rig):
-    ended = rig.run("--yes", "--structure", "shuffled", "--seed", "7")
+    ended = rig.run("--yes", "--structure", "shuffled", "--seed", "7", is_warm=False)
     assert ended.code == 0, ended.err
     rig.assert_no_process_left()
     manifest, records = rig.manifest(), rig.records()
@@ -72,9 +72,8 @@ def test_every_cycle_draws_arrivals_and_prompts_that_its_configurations_share_an
     assert drawn[0][0] != pytest.approx(drawn[1][0], abs=1e-3)
     assert ([len(found) for found in prompts.values()], prompts[0] & prompts[1]) == ([1, 1], set())
     for words in (["verify", "demo"], ["results", "recompute", "demo"]):
-        command = [sys.executable, "-m", "lem", *words]
-        done = subprocess.run(command, check=False, cwd=rig.folder, env=rig.environ(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = rig.lem(*words)
+        assert done.code == 0, done.out + done.err
 
 
 def test_a_sweep_has_a_knee_by_the_service_levels_of_now_without_measuring_again(rig):
@@ -86,10 +85,9 @@ def test_a_sweep_has_a_knee_by_the_service_levels_of_now_without_measuring_again
         rig.write(text.replace("0.01", "0.5"))
 
     def shown(*words: str) -> str:
-        command = [sys.executable, "-m", "lem", *words]
-        done = subprocess.run(command, check=False, cwd=rig.folder, env=rig.environ(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        done = rig.lem(*words)
+        assert done.code == 0, done.out + done.err
+        return str(done.out)
 
     written(60_000)
     assert rig.run("--yes").code == 0
@@ -138,9 +136,8 @@ def test_a_reader_of_the_events_that_goes_away_does_not_end_the_campaign(rig):
     rig.write(campaign_text(cycles=1))
     reader, writer = os.pipe()
     with open(rig.folder / "stderr", "wb") as err:
-        process = subprocess.Popen(
-            rig.command("--yes", "--json"), cwd=rig.folder, env=rig.environ(), stdout=writer, stderr=err
-        )
+        outputs = [Path(f"/proc/{os.getpid()}/fd/{descriptor}") for descriptor in (writer, err.fileno())]
+        process = WarmProcess(rig.command("--yes", "--json")[len(LEM) :], rig.folder, rig.environ(), outputs)
     os.close(writer)
     first = os.read(reader, 10)
     os.close(reader)
@@ -162,10 +159,10 @@ def test_a_terminal_that_goes_away_does_not_end_a_campaign_that_ignores_hangups(
 @pytest.mark.parametrize("options", [["--json"], []])
 def test_results_that_cannot_be_shown_are_kept_and_that_is_said(rig, options):
     rig.write(campaign_text(outputs=(4,), cycles=1))
-    with open("/dev/full", "wb") as full, open(rig.folder / "stderr", "wb") as err:
-        command = rig.command("--yes", *options)
-        process = subprocess.run(command, cwd=rig.folder, env=rig.environ(), stdout=full, stderr=err, check=False)
-    assert process.returncode == 0
+    (rig.folder / "stderr").touch()
+    outputs = (Path("/dev/full"), rig.folder / "stderr")
+    command = rig.command("--yes", *options)
+    assert WarmProcess(command[len(LEM) :], rig.folder, rig.environ(), outputs).wait(RUN_TIMEOUT_S) == 0
     assert "no more output on stdout: No space left on device" in (rig.folder / "stderr").read_text()
     assert rig.statuses() == ["completed"]
 

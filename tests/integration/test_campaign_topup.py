@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -29,10 +27,9 @@ def _hang_in_cycle(rig, cycle):
 
 
 def _status(rig, *words):
-    command = [sys.executable, "-m", "lem", "status", *words]
-    ended = subprocess.run(command, cwd=rig.folder, env=rig.environ(), capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    return ended.stdout
+    ended = rig.lem("status", *words)
+    assert (ended.code, ended.err) == (0, "")
+    return ended.out
 
 
 def _status_document(rig):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.campaign_rig import DOUBLES_PATH, LEM, Ended, Running
 from tests.documentation import ROOT, Command, commands, files, pages
 from tests.processes import Marker
 from tests.synthetic_campaign import Campaign, Configuration
@@ -28,6 +29,7 @@ from tests.synthetic_campaign import Campaign, Configuration
 pytestmark = pytest.mark.needs("torch", "transformers")
 
 TIMEOUT_S = 120
+SHELL = set("|&;<>$*`")  # of a command that means something only to a shell
 
 # A pattern of commands, and why they are not run here.
 NOT_RUN: Mapping[str, str] = {
@@ -129,27 +131,21 @@ class Shell:
         path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
 
-    def run(self, command: Command) -> subprocess.CompletedProcess[str]:
+    def run(self, command: Command) -> Ended:
         plain = {name: value for name, value in os.environ.items() if not name.startswith("LEM")}
         environ: dict[str, Any] = {
             **plain,
             **self.marker.environ(),
             "PATH": os.pathsep.join([str(self.programs), os.environ["PATH"]]),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "doubles")]),
+            "PYTHONPATH": DOUBLES_PATH,
             "LEM_LOCK_DIR": str(self.folder / "locks"),
             "LEM_CACHE_DIR": str(self.folder / "cache"),
-            "LEMTEST_ENGINE_SCRIPT": json.dumps({"rules": []}),
+            "LEMTEST_ENGINE_SCRIPT": json.dumps({"token_s": 0.0005}),  # else a window of seconds is much work
         }
-        return subprocess.run(
-            ["sh", "-c", command.text],
-            cwd=self.folder,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        program, *words = shlex.split(command.text)
+        needs_shell = program != "lem" or set(command.text) & SHELL
+        line = ["sh", "-c", command.text] if needs_shell else [*LEM, *words]
+        return Running(line, self.folder, environ, is_warm=True).wait(TIMEOUT_S)
 
 
 PAGES = [page for page in pages() if any(reason(command) is None for command in commands(page))]
@@ -168,8 +164,8 @@ def test_commands_do_what_the_page_says(page: Path, tmp_path: Path) -> None:
                 continue
             ended = shell.run(command)
             others = next((codes for pattern, codes in CODES.items() if re.fullmatch(pattern, command.text)), ())
-            assert ended.returncode in (0, *others), f"{command}\n{ended.stdout}\n{ended.stderr}"
-            assert "Traceback" not in ended.stderr, f"{command}\n{ended.stderr}"
+            assert ended.code in (0, *others), f"{command}\n{ended.out}\n{ended.err}"
+            assert "Traceback" not in ended.err, f"{command}\n{ended.err}"
     finally:
         shell.marker.kill()
 

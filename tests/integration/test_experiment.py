@@ -9,7 +9,7 @@ import pytest
 
 from lem.base.units import format_energy
 from lem.record import decode_record
-from tests.campaign_rig import CampaignRig, Running
+from tests.campaign_rig import LEM, CampaignRig, Running
 
 EXPERIMENT = """\
 model: none
@@ -28,8 +28,7 @@ def rig(tmp_path):
 
 
 def _start(rig, *words, rules=(), **environ):
-    command = [sys.executable, "-m", "lem", "experiment", "c.yaml", *words]
-    return Running(command, rig.folder, rig.environ(rules, **environ))
+    return Running([*LEM, "experiment", "c.yaml", *words], rig.folder, rig.environ(rules, **environ), is_warm=True)
 
 
 def _run(rig, *words, rules=(), **environ):
@@ -53,7 +52,7 @@ def test_an_experiment_without_a_file_is_measured_and_suggests_the_next_command(
     more = ("measurement.max_foreign_pct=null", "prompts={type: synthetic, input_tokens: 3, sample_size: 2}")
     words = ["--model", "none", "--set", "max_output_tokens=4", "-o", "out"]
     words += [word for option in (*options, *more) for word in ("--set", option)]
-    ended = Running([sys.executable, "-m", "lem", "experiment", *words], rig.folder, rig.environ(())).wait()
+    ended = rig.lem("experiment", *words)
     assert ended.code == 0, ended.err
     path = rig.folder / ended.out.splitlines()[-1]
     assert path.match("out/none/*/*/attempt-1/result.json")

@@ -25,7 +25,7 @@ def attempts(rig: CampaignRig) -> list[Record]:
 def test_a_window_with_a_hole_is_invalid_and_measured_again(rig: CampaignRig, command: str, code: str) -> None:
     rig.write(campaign_text(outputs=(4,), cycles=1))
     rule: dict[str, Any] = {"at": "generate", "do": "shell", "command": command, "once": str(rig.folder / "stopped")}
-    ended = rig.run("--yes", rules=[rule])
+    ended = rig.run("--yes", rules=[rule], is_warm=False)
     assert ended.code == 0, ended.err
     first, second = attempts(rig)
     assert codes(first.validity.invalid_reasons) == [code]

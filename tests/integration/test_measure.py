@@ -21,7 +21,7 @@ import lem
 from lem.base import measurement, process
 from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.record import Record, decode_record, read_record
-from tests.campaign_rig import ROOT, Ended, Running
+from tests.campaign_rig import DOUBLES_PATH, LEM, ROOT, Ended, Running
 from tests.command_rig import run_lem
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Trace
@@ -70,15 +70,15 @@ class Rig:
         environ = {
             **plain,
             **self.marker.environ(),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": DOUBLES_PATH,
             "LEM_LOCK_DIR": str(self.folder / "locks"),
         }
         environ |= double.variables() if double else {}
         # Other tests may run beside it.
         limits = ["--max-wait-pct", "100"]
         limits += [] if "--whole-machine" in words else ["--max-foreign-pct", "100"]
-        command = [*before, sys.executable, "-m", "lem", "measure", *limits, *words]
-        return Running(command, self.folder, environ)
+        command = [*before, *LEM, "measure", *limits, *words]
+        return Running(command, self.folder, environ, is_warm=double is None)
 
     def measure(self, *words: str, **more: Any) -> Ended:
         return self.start(*words, **more).wait()

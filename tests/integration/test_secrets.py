@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import base64
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.campaign_rig import RUN_TIMEOUT_S, CampaignRig, campaign_text
+from tests.campaign_rig import CampaignRig, campaign_text
 from tests.webhook import SECRET, Webhook, serving_webhook
 
 TOKEN = "hf_canary4713"
@@ -84,18 +82,16 @@ def traces(rig: CampaignRig, said: dict[str, str], secrets: tuple[str, ...]) -> 
 
 
 def lem(rig: CampaignRig, *words: str, **more: str) -> str:
-    command = [sys.executable, "-m", "lem", *words]
-    ended = subprocess.run(
-        command, cwd=rig.folder, env={**rig.environ(), **more}, capture_output=True, timeout=RUN_TIMEOUT_S, check=False
-    )
-    assert ended.returncode in (0, 1, 2, 4), ended.stderr
-    return (ended.stdout + ended.stderr).decode()
+    ended = rig.lem(*words, **more)
+    assert ended.code in (0, 1, 2, 4), ended.err
+    return ended.out + ended.err
 
 
 def test_no_secret_stays_anywhere_whatever_is_done_with_a_campaign(rig: CampaignRig, webhook: Webhook) -> None:
-    environ = {"HOOK": webhook.url, "HF_TOKEN": TOKEN}
+    environ: dict[str, Any] = {"HOOK": webhook.url, "HF_TOKEN": TOKEN}
     secrets = (TOKEN, *ENCODED, SECRET, webhook.url)
-    ended = rig.run("--yes", "-vv", "--json", "--executor", "local", rules=RULES, **environ)
+    # Command lines are looked at, so each process has its own.
+    ended = rig.run("--yes", "-vv", "--json", "--executor", "local", rules=RULES, is_warm=False, **environ)
     assert ended.code == 0, ended.err
     said = {"stdout of the campaign": ended.out, "stderr of the campaign": ended.err}
     said |= {" ".join(words): lem(rig, *words, **environ) for words in COMMANDS}
@@ -126,7 +122,7 @@ def test_a_webhook_that_is_written_out_is_hidden_and_the_file_itself_is_the_only
 
 
 def test_a_secret_stays_out_of_what_is_left_of_an_interrupted_campaign(rig: CampaignRig, webhook: Webhook) -> None:
-    environ = {"HOOK": webhook.url, "HF_TOKEN": TOKEN}
+    environ: dict[str, Any] = {"HOOK": webhook.url, "HF_TOKEN": TOKEN}
     rules: list[dict[str, Any]] = [RULES[0], {"at": "generate", "do": "hang"}]
     running = rig.start("--yes", "-vv", "--json", "--executor", "local", rules=rules, **environ)
     running.wait_for_event("phase", phase="window")

@@ -33,7 +33,7 @@ from tests.served_rig import (
     vllm,
 )
 
-pytestmark = [pytest.mark.needs("lab"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.needs("environments"), pytest.mark.timeout(900)]
 
 RATES = (2, 4)
 LLAMACPP = [
@@ -206,6 +206,7 @@ def containers(tmp_path: Path) -> Iterator[ServedContainersRig]:
         yield rig
 
 
+@pytest.mark.needs("lab")
 def test_a_compose_service_is_the_server_in_a_new_container_for_each_load(containers):
     section = {"engine": "llamacpp", "service": "llamacpp"}
     options = {"model": "/opt/huggingface/demo.gguf", "threads": 1, "metrics": True}
@@ -231,6 +232,7 @@ def test_a_compose_service_is_the_server_in_a_new_container_for_each_load(contai
         assert_measured(containers, record)
 
 
+@pytest.mark.needs("lab")
 @pytest.mark.long
 def test_vllm_serve_runs_in_the_container_of_its_service(containers):
     command = ["python3", "-m", VLLM_MODULE, "--model", "/opt/huggingface/tiny", "--port", "{port}"]

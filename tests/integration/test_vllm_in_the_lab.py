@@ -23,7 +23,7 @@ TIMEOUT_S = 1800
 RUN = "import sys; sys.path += sys.argv.pop(1).split(':'); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
-@pytest.mark.needs("lab")
+@pytest.mark.needs("environments")
 @pytest.mark.timeout(TIMEOUT_S + 60)
 @pytest.mark.parametrize("cases", ["not long", pytest.param("long", marks=pytest.mark.long)])
 def test_the_vllm_backend_holds_on_a_real_vllm(record_property: Callable[[str, object], None], cases: str) -> None:

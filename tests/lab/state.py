@@ -13,16 +13,24 @@ from tests.lab.places import BACKENDS, BASE_IMAGE, LAB_COMPOSE_FILES, MODELS, Pl
 
 def lacking(places: Places) -> tuple[str, ...]:
     """A line for each thing that is missing; empty when the lab is up."""
-    return tuple(_missing(places))
+    return (*_missing_containers(), *lacking_environments(places))
 
 
-def _missing(places: Places) -> Iterator[str]:
+def lacking_environments(places: Places) -> tuple[str, ...]:
+    """A line for each thing that is missing to run engines without containers."""
+    return tuple(_missing_environments(places))
+
+
+def _missing_containers() -> Iterator[str]:
     if engine_version() is None:
         yield "no Docker Engine answers"
     elif image_recipe() != RECIPE:
         yield f"the engine has no image {BASE_IMAGE} of recipe {RECIPE}"
     if compose_version() is None:
         yield "the docker command has no Compose plugin from 2.17 on"
+
+
+def _missing_environments(places: Places) -> Iterator[str]:
     for backend in BACKENDS:
         if not is_filled(places, backend):
             yield f"{places.environment(backend)} does not hold what requirements-{backend}.txt pins"

@@ -21,13 +21,12 @@ BUGS |= {"RuntimeError", "TypeError", "ZeroDivisionError"}
 CATCHERS = {"explained": 1, "suppress": 0}
 
 
+NAMES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lem").rglob("*.py")) if "_vendor" not in path.parts]
+
+
 @functools.cache
 def modules() -> dict[str, ast.Module]:
-    return {
-        str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8"))
-        for path in sorted((ROOT / "lem").rglob("*.py"))
-        if "_vendor" not in path.parts
-    }
+    return {name: ast.parse((ROOT / name).read_text(encoding="utf-8")) for name in NAMES}
 
 
 @functools.cache
@@ -101,7 +100,7 @@ def ends_with_bare_raise(handler: ast.ExceptHandler) -> bool:
     return isinstance(last, ast.Raise) and last.exc is None
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", NAMES)
 def test_what_bugs_raise_is_caught_around_calls_of_other_code_alone(name: str) -> None:
     tree = modules()[name]
     found = [

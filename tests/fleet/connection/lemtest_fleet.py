@@ -1,10 +1,10 @@
 """A connection to a host that is not there: Ansible's controller works as always, and the answers cost nothing.
 
 It reads the module and its arguments from what Ansible sends, and answers as a host would on which all of it works. The
-folder LEMTEST_FLEET holds what hosts differ in: `<host>.json` with `dead_after` (how many exchanges), `back_after` (how
-many that failed), `states` of its unit, one for each poll, `problems` for which it is not fit, `latency_s` of a poll,
-`is_tampered` (a byte of what is fetched changes); and `<host>.tar.gz`, its results. Every exchange is a line of
-`<host>.log`.
+folder LEMTEST_FLEET holds what hosts differ in: `<host>.json` with `dead_after` (how many exchanges; `poll`: the first
+one of these), `back_after` (how many that failed), `states` of its unit, one for each poll, `problems` for which it is
+not fit, `latency_s` of a poll, `is_tampered` (a byte of what is fetched changes); and `<host>.tar.gz`, its results.
+Every exchange is a line of `<host>.log`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ class Connection(ConnectionBase):  # type: ignore[misc]
 
     def _must_answer(self):
         dead_after = self.described.get("dead_after")
-        if dead_after is None or self._count("asked") < dead_after:
+        if dead_after is None:
+            return
+        was_polled = (self.folder / f"{self.host}.polls").exists()
+        if not was_polled if dead_after == "poll" else self._count("asked") < dead_after:
             return
         if self._count("failed") < self.described.get("back_after", 10**9):
             raise AnsibleConnectionFailure(f"connect to host {self.host} port 22: No route to host")
