@@ -27,7 +27,7 @@ PAIRS = 7
 SIZE = 10_000
 SIZES = (100, 1_000, SIZE)
 PLAN_SIZES = (*SIZES, 30_000)
-MOST_LARGE_PAIRS = 3  # of sizes above SIZE
+GROWTH_PAIRS = 3
 FINDINGS = 4  # exit code of `lem check`
 
 # Run in the tree of a build. A campaign of this build records digests and an index; the first build has neither.
@@ -219,7 +219,7 @@ def _start_up(side: Side, _: int) -> tuple[float, ...]:
     return tuple(1000 * (side.lem(folder, *words).cpu_s - bare_s) for words in commands)
 
 
-RESULTS = 60  # of a campaign that is then stopped
+RESULTS = 40  # of a campaign that is then stopped
 FEW, FEWER = 100, 22  # experiments of small plans
 
 
@@ -295,11 +295,11 @@ GROUPS: Mapping[str, Group] = {
 }
 
 
-def growth(group: Group, found: dict[int, list[Pairs]], now: Side, then: Side, count: int) -> None:
+def growth(group: Group, found: dict[int, list[Pairs]], now: Side, then: Side) -> None:
     """Print the rows of a group at its sizes; those in `found` were measured before."""
     for size in group.sizes:
         if size not in found:
-            found[size] = group.pairs(now, then, size, min(count, MOST_LARGE_PAIRS) if size > SIZE else count)
+            found[size] = group.pairs(now, then, size, GROWTH_PAIRS)
     for index, row in enumerate(group.rows if group.sizes else ()):
         if all(index < len(found[size]) for size in group.sizes):  # `at_others` gives the first rows only
             for line in row.growth_lines({size: found[size][index] for size in group.sizes}):
@@ -336,7 +336,7 @@ def main() -> int:
         if arguments.growth:
             print(f"\n{GROWTH_HEADER}")
             for name, group in groups.items():
-                growth(group, {size: found[name]}, now, then, arguments.pairs)
+                growth(group, {size: found[name]}, now, then)
     return 0
 
 
@@ -344,10 +344,9 @@ def _minutes(groups: Sequence[Group], arguments: argparse.Namespace) -> int:
     """The expected duration; a pair takes time in proportion to its size."""
     seconds = 0.0
     for group in groups:
-        sizes = {arguments.size, *(group.sizes if arguments.growth else ())}
-        for size in sizes:
-            count = min(arguments.pairs, MOST_LARGE_PAIRS) if size > SIZE else arguments.pairs * group.factor
-            seconds += group.pair_s * max(size / SIZE, 0.05) * (count + 1)
+        seconds += group.pair_s * (arguments.pairs * group.factor + 1) * max(arguments.size / SIZE, 0.05)
+        others = {*group.sizes} - {arguments.size} if arguments.growth else ()
+        seconds += sum(group.pair_s * (GROWTH_PAIRS + 1) * max(size / SIZE, 0.05) for size in others)
     return math.ceil(seconds / 60)
 
 
