@@ -36,7 +36,10 @@ _LAST = ("tests/fleet/", "tests/integration/test_gpu_reservation.py")
 _ONE_AT_A_TIME = {"docker", "lab", "fleet"}
 
 # Files that take minutes. They begin first, after the lab: one that begins last keeps everybody waiting for it.
-_LONG = ("test_vllm_in_the_lab.py", "test_served_engines.py", "test_faults.py", "test_linters.py", "test_measure.py")
+_LONG = (
+    "test_vllm_in_the_lab.py", "test_served_engines.py", "test_playbooks.py", "test_faults.py", "test_linters.py",
+    "test_campaign_energy.py", "test_gpu_settings.py", "test_measure.py", "test_first_hour.py",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,9 +65,14 @@ def pytest_xdist_node_collection_finished(ids: list[str]) -> None:
 
 
 FROZEN = pytest.StashKey[tuple[object, int]]()  # the file, and hundreds of modules loaded, when the heap was frozen
+NICE = pytest.StashKey[bool]()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if hasattr(item.config, "workerinput") and not item.nodeid.endswith("@lab") and NICE not in item.config.stash:
+        # The lab is what the whole run waits for in the end, so others leave the processors to it.
+        os.nice(5)
+        item.config.stash[NICE] = True
     # An engine that is unloaded collects garbage, which would look at torch and all that tests keep, each time.
     current = (item.path, len(sys.modules) // 300)
     if item.config.stash.get(FROZEN, None) != current:
