@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import io
 import itertools
 import json
@@ -69,7 +70,7 @@ class Column:
     is_text: bool = False  # aligned left, as names are; numbers are aligned right
     rank: int = 0  # where a table chooses: 0 is always shown, of others the lowest first
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         return max(map(text_width, (*self.heading.split("\n"), *self.cells)))
 

@@ -65,7 +65,7 @@ class Reason:
             raise ValueError(f"{code} takes {', '.join(formats) or 'no data'}, got {', '.join(data) or 'none'}")
         return cls(code, {name: _as_shown(value, formats[name]) for name, value in data.items()})
 
-    @property
+    @functools.cached_property
     def text(self) -> str:
         return _PLAIN.format(TEXTS[self.code], **self.data)
 

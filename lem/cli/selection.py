@@ -56,6 +56,7 @@ S = TypeVar("S", SloConfig, MeasurementConfig)
 def add_results_dir(parser: argparse.ArgumentParser) -> None:
     text = f"results folder (default: {RESULTS_DIR})"
     parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR, metavar="DIR", help=text)
+    parser.set_defaults(is_reader=True)
 
 
 def add_state_dir(parser: argparse.ArgumentParser) -> None:

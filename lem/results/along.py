@@ -9,6 +9,7 @@ from lem.base.dataclass import dataclass
 from lem.base.errors import UserError
 from lem.base.units import some_of
 from lem.results.axes import Axis, find_axes, is_label, shared_settings
+from lem.results.comparability import find_obstacles
 from lem.results.compare import Along, Comparison, finished, metrics_to_show, pair_within, without_result
 from lem.results.metrics import Cycle, Cycles, Metric, mean_of, used_cycles
 from lem.results.run import Configuration, Run
@@ -85,7 +86,10 @@ def compare_along(
         hint = "it takes two configurations with the same values of all other axes"
         raise UserError(f"no two configurations differ in {axis.heading} alone", hint)
     shown, further = metrics_to_show(metrics, gates, [item for sides in pairs for item in sides], is_whole=is_whole)
-    compared = tuple(pair_within(before, after, (*shown, *further)) for before, after in pairs)
+    compared = tuple(
+        pair_within(before, after, (*shown, *further), find_obstacles(before.used, after.used))
+        for before, after in pairs
+    )
     held, with_it = (tuple(item.heading for item in each) for each in (others, own))
     along = Along(axis.heading, held, with_it, tuple(left_out))
     return finished(Comparison((run,), compared, shown, tuple(gates), along=along, missing=tuple(without_result(run))))

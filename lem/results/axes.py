@@ -149,9 +149,10 @@ class Axis:
 
     @property
     def partition(self) -> tuple[int, ...]:
-        return tuple(map(self.values.index, self.values))
+        first = {value: place for place, value in reversed([*enumerate(self.values)])}
+        return tuple(map(first.__getitem__, self.values))
 
-    @property
+    @functools.cached_property
     def column(self) -> Column:
         return Column(self.heading.replace("_", "_\n"), self.values, is_text=True)
 

@@ -8,20 +8,23 @@ the log of the geometric mean, and its t interval covers what it claims for any 
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import functools
+import itertools
 import math
+import operator
 import random
 import statistics
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lem.base.dataclass import dataclass
 from lem.base.reasons import Reason
 from lem.record import Window
-from lem.results.stats import CONFIDENCE, check_confidence, paired_effect
+from lem.results.stats import CONFIDENCE, check_confidence, paired_effect, stdev
 
 __all__ = [
     "BOOTSTRAP_COVERAGE",
@@ -97,15 +100,18 @@ def bootstrap_ci(
     if min(values) == max(values):
         # Rounding in a mean of equal values would otherwise make it differ from them.
         return BootstrapResult(values[0], 0.0, values[0], values[0], n, confidence, warning)
-    # A mean does not depend on the order (`fmean` rounds once), so that of equal resamples is taken once.
-    rows = resamples(n, n_iterations, seed)
+    # A mean does not depend on the order (`fsum` rounds once), so that of equal resamples is taken once.
     # Scaled, so that no sum exceeds the range of floats; by a power of two, so that no digit changes.
     exponent = math.frexp(max(map(abs, values)))[1]
     scaled = [math.ldexp(value, -exponent) for value in values]
-    counted = sorted((statistics.fmean([scaled[index] for index in row]), count) for row, count in rows)
-    means = [math.ldexp(mean, exponent) for mean, count in counted for _ in range(count)]
-    low, high = (_quantile(means, (1 + sign * confidence) / 2) for sign in (-1, 1))
-    mean, std = (math.ldexp(of(scaled), exponent) for of in (statistics.fmean, statistics.stdev))
+    counted = sorted([(math.fsum(take(scaled)) / n, count) for take, count in _takers(n, n_iterations, seed)])
+    ends = list(itertools.accumulate(count for _, count in counted))
+
+    def ordered(place: int) -> float:
+        return math.ldexp(counted[bisect.bisect_right(ends, place)][0], exponent)
+
+    low, high = (_quantile(ordered, n_iterations, (1 + sign * confidence) / 2) for sign in (-1, 1))
+    mean, std = (math.ldexp(of(scaled), exponent) for of in (statistics.fmean, stdev))
     return BootstrapResult(mean, std, low, high, n, confidence, warning)
 
 
@@ -179,6 +185,12 @@ def resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[tuple[int, ..
     return tuple(collections.Counter(rows).items())
 
 
+@functools.lru_cache(maxsize=8)
+def _takers(n: int, n_iterations: int, seed: int) -> tuple[tuple[Callable[[Sequence[float]], Any], int], ...]:
+    """What takes the values of each resample, of two and more."""
+    return tuple((operator.itemgetter(*row), count) for row, count in resamples(n, n_iterations, seed))
+
+
 def _checked(samples: Iterable[float]) -> list[float]:
     values = list(map(float, samples))
     if not values:
@@ -189,11 +201,11 @@ def _checked(samples: Iterable[float]) -> list[float]:
     return values
 
 
-def _quantile(ordered: Sequence[float], probability: float) -> float:
-    position = probability * (len(ordered) - 1)
+def _quantile(ordered: Callable[[int], float], n: int, probability: float) -> float:
+    position = probability * (n - 1)
     below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+    low, high = ordered(below), ordered(min(below + 1, n - 1))
+    return low + (high - low) * (position - below)
 
 
 def coverage_notes(windows: Iterable[Window]) -> Iterable[str]:

@@ -20,7 +20,7 @@ from lem.base.reasons import Reason, alike, read_tables
 from lem.base.units import percent, plain, plural, some_of
 from lem.record import Record
 from lem.results import trends
-from lem.results.comparability import LENGTH_TOLERANCE, environment_changes, find_obstacles
+from lem.results.comparability import LENGTH_TOLERANCE, environment_changes, obstacles_to
 from lem.results.compare import exclusion_reason, find_effect
 from lem.results.metrics import Metric
 from lem.results.run import REPLAYED, SHARED_LOAD, Configuration, Run
@@ -220,8 +220,9 @@ def _work(run: Run) -> Found:
 def _obstacles(run: Run) -> Found:
     first, *others = [item for item in run.with_results if item.used] or [Configuration("")]
     seen: dict[Reason, list[str]] = {}
+    find = obstacles_to(first.used)
     for other in others:
-        for obstacle in find_obstacles(first.used, other.used):
+        for obstacle in find(other.used):
             if obstacle.reason.code != "other_output_lengths":
                 seen.setdefault(obstacle.reason, []).append(other.name)
     for reason, names in seen.items():

@@ -37,6 +37,7 @@ class Obstacle:
 
 
 Sides = tuple[Sequence[Record], Sequence[Record]]
+Obstacles = tuple[Obstacle, ...]
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,32 @@ def find_obstacles(
     before: Sequence[Record], after: Sequence[Record], anchors: Sides | None = None
 ) -> tuple[Obstacle, ...]:
     """What differs between the used records of two configurations besides what is compared."""
+    return obstacles_to(before, anchors)(after)
+
+
+def obstacles_to(before: Sequence[Record], anchors: Sides | None = None) -> Callable[[Sequence[Record]], Obstacles]:
+    """`find_obstacles` for many of which each is compared with the same records, which are read once."""
     # Work, meters, cards and machines that differ allow no verdict. A setting of the machine or the version of a
     # program is named beside the verdict. Where each side is compared with an anchor of its own run in which the same
     # differs (the sensor of a card, a driver, a power limit), that divides out: it is reported and blocks nothing.
-    if not before or not after:
-        return ()
-    found = []
-    for item in CIRCUMSTANCES:
-        values = item.find(before, after)
-        if values is not None and not any(_is_axis(option, before, after) for option in item.axes):
-            reason = Reason.of(item.code, before=values[0], after=values[1])
-            is_shared = anchors is not None and item.is_of_host and item.find(*anchors) == values
-            found.append(Obstacle(reason, item.is_blocking and not is_shared, is_shared, item.groups))
-    return tuple(found)
+    known = {item.code: _texts(before, item.read) for item in CIRCUMSTANCES if item.read is not None}
+
+    def find(after: Sequence[Record]) -> Obstacles:
+        if not before or not after:
+            return ()
+        found = []
+        for item in CIRCUMSTANCES:
+            if item.read is None:
+                values = item.find(before, after)
+            else:
+                values = _differing(known[item.code], _texts(after, item.read))
+            if values is not None and not any(_is_axis(option, before, after) for option in item.axes):
+                reason = Reason.of(item.code, before=values[0], after=values[1])
+                is_shared = anchors is not None and item.is_of_host and item.find(*anchors) == values
+                found.append(Obstacle(reason, item.is_blocking and not is_shared, is_shared, item.groups))
+        return tuple(found)
+
+    return find
 
 
 def blocking_reason(obstacles: Iterable[Obstacle], group: str) -> Reason | None:
@@ -119,10 +133,20 @@ def _requested(record: Record, option: str) -> Any:
 
 def _one(code: str, label: str, read: Callable[[Record], str | None], **rest: Any) -> Circumstance:
     def find(*sides: Sequence[Record]) -> tuple[str, str] | None:
-        left, right = (sorted({text for item in side if (text := read(item))}) for side in sides)
-        return None if not left or not right or left == right else (", ".join(left), ", ".join(right))
+        left, right = (_texts(side, read) for side in sides)
+        return _differing(left, right)
 
     return Circumstance(code, find, label, read, **rest)
+
+
+def _texts(side: Iterable[Record], read: Callable[[Record], str | None]) -> set[str]:
+    return {text for item in side if (text := read(item))}
+
+
+def _differing(left: set[str], right: set[str]) -> tuple[str, str] | None:
+    if not left or not right or left == right:
+        return None
+    return ", ".join(sorted(left)), ", ".join(sorted(right))
 
 
 def _cards(*sides: Sequence[Record]) -> tuple[str, str] | None:
@@ -154,9 +178,9 @@ def _libraries(*sides: Sequence[Record]) -> tuple[str, str] | None:
     """The programs beside the engine that both sides have, in other versions."""
     found: list[dict[str, set[str]]] = [{}, {}]
     for versions, side in zip(found, sides, strict=True):
-        for record in side:
-            for name, version in record.environment.versions.items():
-                if name not in ("driver", record.environment.engine_name):
+        for environment in {id(record.environment): record.environment for record in side}.values():
+            for name, version in environment.versions.items():
+                if name not in ("driver", environment.engine_name):
                     versions.setdefault(name, set()).add(version)
     names = [name for name, versions in found[0].items() if found[1].get(name, versions) != versions]
     before, after = (", ".join(f"{name} {'/'.join(sorted(item[name]))}" for name in names) for item in found)

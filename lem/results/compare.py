@@ -21,7 +21,7 @@ from lem.base.units import plain, some_of
 from lem.record import Record
 from lem.results import stats
 from lem.results.agreement import Agreement, agreement_of
-from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
+from lem.results.comparability import Obstacle, blocking_reason, find_obstacles, obstacles_to
 from lem.results.metrics import METRICS, Metric
 from lem.results.run import Configuration, Run, make_run
 from lem.results.trends import BLOCKS, ran_apart
@@ -157,7 +157,8 @@ def compare_configurations(
 ) -> Comparison:
     """Each of `others` against `baseline`, within cycles; `is_whole` adds all comparable metrics, without verdicts."""
     chosen, further = metrics_to_show(metrics, gates, [baseline, *others], is_whole=is_whole)
-    pairs = tuple(pair_within(baseline, other, (*chosen, *further)) for other in others)
+    find = obstacles_to(baseline.used)
+    pairs = tuple(pair_within(baseline, other, (*chosen, *further), find(other.used)) for other in others)
     return finished(Comparison((run,), pairs, chosen, tuple(gates), missing=tuple(without_result(run))))
 
 
@@ -269,8 +270,10 @@ def metrics_to_show(
     return chosen, measured(it for it in METRICS if is_whole and it.is_comparable and it not in chosen)
 
 
-def pair_within(baseline: Configuration, other: Configuration, metrics: Sequence[Metric]) -> Pair:
-    obstacles, sides = find_obstacles(baseline.used, other.used), (baseline, other)
+def pair_within(
+    baseline: Configuration, other: Configuration, metrics: Sequence[Metric], obstacles: tuple[Obstacle, ...]
+) -> Pair:
+    sides = baseline, other
     unpaired = exclusion_reason(*sides) or (BLOCKS if ran_apart(baseline, other) else None)
     rows = []
     for metric in metrics:
@@ -279,7 +282,7 @@ def pair_within(baseline: Configuration, other: Configuration, metrics: Sequence
         ratio = above / below if below and above and any(item.all_attempts for item in estimates) else None
         found, causes = find_effect(metric, *sides), ratio_causes(metric, baseline.used, other.used)
         row = _row(metric, sides, found, blocking_reason(obstacles, metric.group) or unpaired, causes=causes)
-        rows.append(replace(row, all_attempts_ratio=ratio))
+        rows.append(row if ratio is None else replace(row, all_attempts_ratio=ratio))
     return Pair(baseline, other, obstacles, tuple(rows))
 
 
@@ -385,13 +388,13 @@ def finished(comparison: Comparison) -> Comparison:
         for pair in comparison.pairs
         for row in pair.rows
     ]
-    gates = {gate.metric: gate for gate in comparison.gates}
+    gates = {gate.metric.name: gate for gate in comparison.gates}
     found = ((index, row.effect.p_value) for index, row in enumerate(rows) if row.effect and not row.reason)
     p_values = {index: p_value for index, p_value in found if p_value is not None}
     holms = stats.holm(list(p_values.values()))
     scale = SIGNIFICANCE / comparison.alpha  # so that a p value below `SIGNIFICANCE` is one below what is left
     adjusted = {index: min(1.0, scale * p_value) for index, p_value in zip(p_values, holms, strict=True)}
-    questions = [(gates[row.metric], row.effect, row.reason) for row in rows if row.metric in gates]
+    questions = [(gates[row.metric.name], row.effect, row.reason) for row in rows if row.metric.name in gates]
     judged = iter(stats.judge(questions, confidence=1 - comparison.alpha))
     confidence = comparison.interval_confidence  # it counts the intervals of all pairs
     done = (
@@ -399,7 +402,7 @@ def finished(comparison: Comparison) -> Comparison:
             row,
             p_adjusted=adjusted.get(index),
             interval=row.effect.interval(confidence) if row.effect else None,
-            judgement=next(judged) if row.metric in gates else None,
+            judgement=next(judged) if row.metric.name in gates else None,
         )
         for index, row in enumerate(rows)
     )

@@ -296,11 +296,12 @@ def share_a_load(cycles: Cycles) -> bool:
 
 def cycle_values(metric: Metric, cycles: Cycles) -> dict[Cycle, float]:
     """One value per cycle: the mean over its records that measured the metric; cycles without one are left out."""
-    measured = {
-        cycle: [value for record in members if (value := metric.read(record)[0]) is not None]
-        for cycle, members in cycles.items()
-    }
-    return {cycle: statistics.fmean(values) for cycle, values in measured.items() if values}
+    found = {}
+    for cycle, members in cycles.items():
+        values = [value for record in members if (value := metric.read(record)[0]) is not None]
+        if values:
+            found[cycle] = values[0] if len(values) == 1 else statistics.fmean(values)
+    return found
 
 
 def mean_of(values: Sequence[float]) -> float:

@@ -223,7 +223,25 @@ class Configuration:
 
     def values(self, metric: Metric, *, of_attempts: bool = False) -> Mapping[metrics.Cycle, float]:
         """One value for each cycle that measured the metric; with `of_attempts`, over every attempt in it."""
-        return metrics.cycle_values(metric, self.attempts if of_attempts else self.cycles)
+        key = metric.name, of_attempts and not self.is_all_used
+        if key not in self._values:
+            self._values[key] = metrics.cycle_values(metric, self.attempts if key[1] else self.cycles)
+        return self._values[key]
+
+    @cached_property
+    def _values(self) -> dict[tuple[str, bool], Mapping[metrics.Cycle, float]]:
+        return {}
+
+    @cached_property
+    def is_all_used(self) -> bool:
+        """Whether the estimates rest on every record."""
+        return len(self.used) == len(self.records)
+
+    @cached_property
+    def span(self) -> tuple[str, str]:
+        """When the first and the last of the records started that the estimates rest on."""
+        times = [record.identity.start_utc for record in self.used]
+        return min(times, default=""), max(times, default="")
 
     def estimate(self, metric: str | Metric) -> Estimate:
         """The estimate of a metric, or of its name or alias; UserError where there is no such metric."""
@@ -252,16 +270,20 @@ class Configuration:
             n_attempts = sum(metric.read(record)[0] is not None for record in self.records)
             geometric = math.exp(statistics.fmean(map(math.log, attempts))) if min(attempts) > 0 else None
             all_attempts = AllAttempts(statistics.fmean(attempts), geometric, len(attempts), n_attempts)
-        reasons = "; ".join(dict.fromkeys(reason.text for record in self.used if (reason := metric.read(record)[1])))
         why = self.no_interval
         combined = uncertainty_of(metric, self.used, values, self.confidence, why)
         if not values:
-            null_reason = reasons or "no valid result"
+            null_reason = self._why_missing(metric) or "no valid result"
             return Estimate(metric, all_attempts=all_attempts, null_reason=null_reason, combined=combined)
-        is_partial = len(values) < self.n_cycles
-        warning = f"measured in {len(values)} of {self.n_cycles} cycles: {reasons}" if is_partial else None
+        warning = None
+        if len(values) < self.n_cycles:
+            warning = f"measured in {len(values)} of {self.n_cycles} cycles: {self._why_missing(metric)}"
         no_interval = why if len(values) > 1 else None
         return Estimate(metric, values, self.confidence, self.share, no_interval, all_attempts, None, warning, combined)
+
+    def _why_missing(self, metric: Metric) -> str:
+        reasons = (metric.read(record)[1] for record in self.used)
+        return "; ".join(dict.fromkeys(reason.text for reason in reasons if reason))
 
 
 def _has_seed(requested: Mapping[str, Any]) -> bool:

@@ -74,10 +74,12 @@ class Autocorrelation:
 
 
 def autocorrelation_of(values: Sequence[float]) -> Autocorrelation | None:
+    if len(values) < AUTOCORRELATION_FROM:
+        return None
     mean = statistics.fmean(values)
     left = [value - mean for value in values]
     squares = math.fsum(value**2 for value in left)
-    if len(values) < AUTOCORRELATION_FROM or squares <= 0:
+    if squares <= 0:
         return None
     return Autocorrelation(math.fsum(one * two for one, two in itertools.pairwise(left)) / squares, len(values))
 
@@ -156,8 +158,27 @@ def paired_effect(numerators: Sequence[float], denominators: Sequence[float]) ->
             raise ValueError(f"a ratio needs positive and finite values on both sides, got {value}")
     logs = [log_ratio(above, below) for above, below in zip(numerators, denominators, strict=True)]
     n = len(logs)
-    std_error = statistics.stdev(logs) / math.sqrt(n) if n > 1 else None
+    std_error = stdev(logs) / math.sqrt(n) if n > 1 else None
     return Effect(statistics.fmean(logs), std_error, n - 1 if n > 1 else None, (n,), autocorrelation_of(logs))
+
+
+def stdev(values: Sequence[float]) -> float:
+    """The sample standard deviation, rounded once, as by `statistics` since Python 3.11, in a tenth of the time."""
+    ratios = [value.as_integer_ratio() for value in values]
+    n, one = len(ratios), max(bottom for _, bottom in ratios)  # powers of two
+    whole = [top * (one // bottom) for top, bottom in ratios]
+    top = n * sum(it * it for it in whole) - sum(whole) ** 2
+    bottom = n * (n - 1) * one * one
+    # With enough bits, of which the last one is odd where something was cut off, rounding them is rounding the root.
+    shift = (top.bit_length() - bottom.bit_length() - 109) // 2
+    if shift >= 0:
+        return _odd_root(top, bottom << 2 * shift) << shift
+    return _odd_root(top << -2 * shift, bottom) / (1 << -shift)
+
+
+def _odd_root(top: int, bottom: int) -> int:
+    root = math.isqrt(top // bottom)
+    return root | (root * root * bottom != top)
 
 
 def anchored_effect(now: Effect, before: Effect) -> Effect:

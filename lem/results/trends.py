@@ -111,19 +111,14 @@ def without_means(values: Sequence[float], *groupings: Sequence[Hashable]) -> li
 
 
 def ran_apart(one: Configuration, other: Configuration) -> bool:
-    (first, last), (begin, end) = _span(one), _span(other)
+    (first, last), (begin, end) = one.span, other.span
     return min(one.n_cycles, other.n_cycles) > 1 and (last < begin or end < first)
 
 
 def ran_later(run: Run) -> list[Configuration]:
     several = [item for item in run.with_results if item.n_cycles > 1]
-    ended_first = min((_span(item)[1] for item in several), default="")
-    return [item for item in several if _span(item)[0] > ended_first]
-
-
-def _span(configuration: Configuration) -> tuple[str, str]:
-    times = [record.identity.start_utc for record in configuration.used]
-    return min(times, default=""), max(times, default="")
+    ended_first = min((item.span[1] for item in several), default="")
+    return [item for item in several if item.span[0] > ended_first]
 
 
 def is_same_order(run: Run) -> bool:

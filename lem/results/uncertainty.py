@@ -85,8 +85,10 @@ def uncertainty_of(
         return known(None, "no_ratio" if values else "nothing_to_compare")
     if no_interval is not None:
         return known(None, no_interval)
-    mean = paired_effect(values, [1.0] * len(values))
-    return of_effect(mean, common_causes(metric, records), None, confidence)
+    causes = common_causes(metric, records)
+    if causes.value is None:
+        return Measured(None, causes.null_reason)
+    return of_effect(paired_effect(values, [1.0] * len(values)), causes, None, confidence)
 
 
 def common_causes(metric: Metric, records: Sequence[Record]) -> Measured[Causes]:

@@ -8,7 +8,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 from lem.base import units
 from lem.base.dataclass import dataclass
@@ -30,6 +30,7 @@ class Markup(str):
 _BEFORE_UNIT = re.compile(r"(?<=\d) (?=[%×]|(?:J|W|s|ms|tok/s)\b)")
 
 
+@lru_cache(1 << 14)  # names and settings are in every table
 def escape(text: str) -> Markup:
     return Markup(html.escape(_BEFORE_UNIT.sub("\u00a0", printable(text))))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from lem.base.measurement import EnergySource, Section, is_estimate
 from lem.base.units import format_bytes, format_duration, format_latency, format_power, plural, some_of
@@ -55,9 +56,14 @@ def _listed(values: Iterable[str]) -> str:
 
 
 def _fact(name: str, section: str = "environment") -> Callable[[Record], str]:
+    last: list[Any] = [None, ""]  # most results have the environment of the one before
+
     def read(record: Record) -> str:
-        owners = record.gpus if section == "gpus" else (getattr(record, section),)
-        return _listed(_known_or_why(owner, name) for owner in owners)
+        owners = getattr(record, section)
+        if owners is not last[0]:
+            found = owners if section == "gpus" else (owners,)
+            last[:] = owners, _listed(_known_or_why(owner, name) for owner in found)
+        return str(last[1])
 
     return read
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from lem.results.stats import (
     judge,
     paired_effect,
     parse_gate,
+    stdev,
 )
 from lem.results.student import (
     POWER,
@@ -334,3 +337,16 @@ def test_a_change_beyond_all_measure_is_no_overflow() -> None:
     assert change_of(1e6) > 1e300
     assert change_of(-1e6) == -1.0
     assert change_of(0.0) == 0.0
+
+
+def test_a_standard_deviation_is_the_exact_one_rounded_once() -> None:
+    generator = random.Random(3)
+    for n in (2, 3, 5, 30):
+        for scale in (1e-300, 1e-9, 1.0, 3e150):
+            values = [scale * (1 + generator.gauss(0, 0.01)) for _ in range(n)]
+            exact = statistics.variance(map(Fraction, values))
+            low, high = (Fraction(math.nextafter(stdev(values), to)) for to in (0.0, math.inf))
+            found = Fraction(stdev(values))
+            assert ((low + found) / 2) ** 2 <= exact <= ((high + found) / 2) ** 2
+    assert stdev([0.1, 0.1, 0.1]) == 0.0
+    assert stdev([-1.0, 1.0]) == math.sqrt(2)
