@@ -155,7 +155,7 @@ def _execute(arguments: list[str], console: log.Console, out: TextIO, err: TextI
 
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
-    """For commands that read results and end: in thousands of records, looking for garbage takes a fifth of the time."""
+    """For commands that read results and end: among thousands, looking for garbage takes a fifth of the time."""
     is_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -223,7 +223,7 @@ class Configuration:
 
     def values(self, metric: Metric, *, of_attempts: bool = False) -> Mapping[metrics.Cycle, float]:
         """One value for each cycle that measured the metric; with `of_attempts`, over every attempt in it."""
-        key = metric.name, of_attempts and not self.is_all_used
+        key = metric.name, of_attempts and len(self.used) < len(self.records)
         if key not in self._values:
             self._values[key] = metrics.cycle_values(metric, self.attempts if key[1] else self.cycles)
         return self._values[key]
@@ -231,11 +231,6 @@ class Configuration:
     @cached_property
     def _values(self) -> dict[tuple[str, bool], Mapping[metrics.Cycle, float]]:
         return {}
-
-    @cached_property
-    def is_all_used(self) -> bool:
-        """Whether the estimates rest on every record."""
-        return len(self.used) == len(self.records)
 
     @cached_property
     def span(self) -> tuple[str, str]:
