@@ -51,7 +51,7 @@ class MeteredRig:
         self.rig.write(campaign(**experiment))
         command = self.rig.command(*options)
         environ = {**self.rig.environ(), **double.variables(), "LEMTEST_ENGINE_SCRIPT": json.dumps(script)}
-        return Running(command, self.rig.folder, environ).wait()
+        return Running(command, self.rig.folder, environ, is_warm=True).wait()
 
     def true_j(self, record_path: Path, name: str = measurement.WINDOW) -> float:
         _, found = read_finished(record_path.with_name(FINISHED_FILENAME))
