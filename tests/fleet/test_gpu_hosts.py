@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.doubles.nvml.library import LIBRARY_NAME, SCRIPT_VARIABLE, build_library
+from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Trace
 from tests.fleet.conftest import Fleet
-from tests.fleet.hosts import Host, start_host
+from tests.fleet.controller import HOLD, environment, held, trivial, unit
+from tests.fleet.hosts import Host, start_host, wait_for
 
 pytestmark = [pytest.mark.needs("fleet"), pytest.mark.timeout(1200), pytest.mark.long]
 
@@ -76,3 +79,66 @@ def test_a_runtime_for_gpus_is_added_once_and_docker_restarts(fleet: Fleet, bare
     old = fleet.controller.play("provision", **GPUS, lem_nvidia_driver_oldest="999.0")
     assert old.code != 0
     assert "NVIDIA driver 999.0 or newer is required, found 570.86.15" in " ".join(old.text.split())
+
+
+UUID = "GPU-11111111-2222-3333-4444-555555555555"
+NVML = "/var/lib/lem-nvml"
+STATE = "/var/lib/lem/nvml"  # what a unit may write
+CAP_SYS_ADMIN = 21
+
+
+@pytest.mark.needs("gcc")
+def test_the_unit_may_set_a_gpu_and_restores_it_when_all_its_processes_are_killed(provisioned: Fleet) -> None:
+    host, controller = provisioned.gpu1, provisioned.controller
+    host.run("mkdir", "--parents", "--mode=0777", NVML, STATE)
+    library = (build_library() / LIBRARY_NAME).read_bytes()
+    host.run("sh", "-c", f"cat > {NVML}/{LIBRARY_NAME}", stdin=library)
+    gpu = ("power_limit 650", "limit_range 100 700", "clock_range 210 1980", f"settings {STATE}/settings")
+    load = Load(f"{STATE}/load", 80.0, 200.0)
+    script = Trace(1, (GpuTrace(UUID, load=load, counter=Counter(period_s=0.02), more=gpu),)).lines()
+    host.run("sh", "-c", f"cat > {NVML}/script", stdin="".join(f"{line}\n" for line in script).encode())
+    host.run("sh", "-c", f"touch {STATE}/settings {STATE}/load {HOLD}; chmod 666 {STATE}/settings {STATE}/load")
+    rule = held({"max_output_tokens": 8})
+    variables = {**environment(rule), "LD_LIBRARY_PATH": NVML, SCRIPT_VARIABLE: f"{NVML}/script"}
+    variables["LEMTEST_ENGINE_SCRIPT"] = json.dumps(
+        {"gpus": [UUID], "load_log": f"{STATE}/load", "token_s": 0.01, "rules": [rule]}
+    )
+    path = controller.write_campaign(
+        "limit",
+        outputs=[8],
+        cycles=1,
+        gpus=[["0"]],
+        **{"gpu.power_limit_w": [250], "measurement.max_foreign_pct": [None], "measurement.energy": ["none"]},
+    )
+
+    def done() -> list[str]:
+        lines = host.read(f"{STATE}/settings").splitlines()
+        return [" ".join(line.split()[4:]) for line in lines if " did " in line]
+
+    given = trivial(rule, lem_campaign_file=path, lem_campaign_environment=variables, lem_campaign_gpu_settings=True)
+    controller.know(host)
+    try:
+        with controller.start("run_campaign", **given) as playing:
+
+            def is_set() -> bool:
+                assert playing.process.poll() is None, host.run("journalctl", "--unit", unit("limit"), "--output=cat")
+                return done()[-1:] == ["power 250000"]
+
+            wait_for("the limit is set", is_set)
+            (pid,) = host.run("pgrep", "--full", "--", "--hold").split()
+            status = dict(line.split(":", 1) for line in host.read(f"/proc/{pid}/status").splitlines())
+            assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 1 << CAP_SYS_ADMIN
+            assert int(status["Uid"].split()[0]) != 0
+            host.run("systemctl", "kill", "--signal=KILL", unit("limit"))
+            wait_for("it is restored", lambda: done()[-1:] == ["power 650000"])
+            ended = playing.wait()
+        assert ended.code != 0
+        assert ".settings" not in host.run("ls", "/run/lock/lem")
+        assert "power limit 650 W" in host.run("journalctl", "--unit", unit("limit"), "--output=cat")
+        host.run("rm", HOLD)
+        controller.must("run_campaign", **given)
+        assert len(host.results("limit")) == 1
+        assert done()[-2:] == ["power 250000", "power 650000"]
+    finally:
+        host.run("rm", "-rf", HOLD, NVML, STATE)
+        controller.know(provisioned.gpu1, provisioned.gpu2)
