@@ -376,7 +376,12 @@ class Record:
         return record
 
     def with_sections(self, **others: Any) -> Record:
-        return Record.lazily(lambda name: others[name] if name in others else getattr(self, name))
+        return Record.lazily(lambda name: others[name] if name in others else self.section(name))
+
+    def section(self, name: str) -> Any:
+        """The section, which the record does not keep: of thousands of them, all would fill the memory."""
+        found = vars(self)
+        return found[name] if name in found else found["_load"](name)
 
     if not TYPE_CHECKING:  # else every misspelt name would have a value
 

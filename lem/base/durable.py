@@ -19,7 +19,7 @@ import pkgutil
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -43,6 +43,11 @@ _NOT_REGULAR = "expected a regular file"
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
     """Replace `path` by `data`, whole or not at all; OSError if it cannot, and then no temporary file is left."""
+    write_parts(path, (data,), is_synced=is_synced)
+
+
+def write_parts(path: Path, parts: Iterable[bytes], *, is_synced: bool = True) -> None:
+    """As `write_bytes`, of data that need not be in memory as a whole."""
     # rename(2) is atomic, and only the fsync of the folder makes the new name survive a power cut. Both fsyncs take
     # milliseconds; files that can be made again need none.
     folder = path.parent
@@ -53,9 +58,10 @@ def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
     try:
         with open(descriptor, "wb", buffering=0) as stream:
             sys.audit("lem.write", str(path))
-            view = memoryview(data)
-            while view:
-                view = view[stream.write(view) :]
+            for data in parts:
+                view = memoryview(data)
+                while view:
+                    view = view[stream.write(view) :]
             if is_synced:
                 sys.audit("lem.fsync", str(path))
                 os.fsync(descriptor)

@@ -63,7 +63,8 @@ def shorten(text: str, width: int) -> str:
 
 
 def escaped(text: str) -> str:
-    return text if text.isascii() and text.isprintable() else _CONTROLS.sub(lambda it: json.dumps(it[0])[1:-1], text)
+    is_plain = text.isascii() and text.replace("\n", "").isprintable()
+    return text if is_plain else _CONTROLS.sub(lambda it: json.dumps(it[0])[1:-1], text)
 
 
 class Output:

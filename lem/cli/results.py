@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -15,7 +15,8 @@ from lem.cli.verify import Outcome, recompute_result, shown
 from lem.record import encode_record
 from lem.results.aggregation import run_document
 from lem.results.detail import render_record
-from lem.results.export import make_table, render, summary_columns, with_columns, with_values
+from lem.results.export import render
+from lem.results.rows import make_table, summary_columns, with_columns, with_values
 from lem.results.run import Run
 from lem.results.store import Problem, Scan, StoredResult
 from lem.results.table import render_run
@@ -101,11 +102,11 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         results, others = _chosen(item.scan(reading=selection.reading_of(args)), exp_ids)
         found |= {it.path: it for it in results}
         problems |= {it.path: it for it in others}
-    text = _table_of(args, found.values())
+    parts = _rendered(args, found.values())
     if args.output is None:
-        out.write(text)
+        out.writelines(parts)
     else:
-        selection.write_file(args.output, text)
+        selection.write_file(args.output, parts)
     selection.list_problems(err, selection.damaged(problems.values()))
     whole = {(it.record.identity.run_id, it.record.identity.experiment_id) for it in found.values()}
     without = {(it.run_id, it.exp_id) for it in problems.values()} - whole
@@ -113,14 +114,13 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         err.write(f"left out, no complete result: {len(without)} of {len(without) + len(whole)} experiments\n")
 
 
-def _table_of(args: argparse.Namespace, results: Iterable[StoredResult]) -> str:
+def _rendered(args: argparse.Namespace, results: Collection[StoredResult]) -> Iterator[str]:
     form = args.format or (_FORMAT_OF_SUFFIX.get(args.output.suffix.lower()) if args.output else None) or "csv"
-    found = [StoredResult(item.path.relative_to(args.results_dir), item.record) for item in results]
-    table = make_table(found, is_every_attempt=args.attempts == "all")
+    table = make_table(results, base=args.results_dir, is_every_attempt=args.attempts == "all")
     if args.columns is not None:
         table = with_columns(table, [name.strip() for name in args.columns.split(",") if name.strip()])
     elif form == "markdown":
-        table = with_columns(table, summary_columns(found))
+        table = with_columns(table, summary_columns(results))
     elif form == "csv":
         table = with_values(table)
     return render(table, form)

@@ -294,8 +294,13 @@ def add_junit(parser: argparse._ActionsContainer, what: str) -> None:
     parser.add_argument("--junit", type=Path, metavar="FILE", help=text)
 
 
-def write_file(path: Path, text: str, option: str = "--output") -> None:
+def write_file(path: Path, text: str | Iterable[str], option: str = "--output") -> None:
+    parts = map(durable.utf8, (text,) if isinstance(text, str) else text)
     try:
-        durable.write_text(path, text)
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a device or pipe: a new file must not replace it
+            with open(path, "wb") as stream:
+                stream.writelines(parts)
+        else:
+            durable.write_parts(path, parts)
     except OSError as error:
         raise UserError(f"{path}: {durable.reason_of(error)}", f"name another file with {option}") from error

@@ -19,8 +19,8 @@ from lem.record import Record, ResultKey
 from lem.results import axes, metrics
 from lem.results.bootstrap import BootstrapResult, LogTInterval, bootstrap_ci, log_t_interval
 from lem.results.configurations import Listing, Reading, group_of, numbers_of, read_listing, read_numbered
-from lem.results.export import cell_text, make_table
 from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric
+from lem.results.rows import cell_text, make_table
 from lem.results.stats import CONFIDENCE
 from lem.results.stopping import StoppingRule, read_stopping_rule
 from lem.results.store import Digests, Problem, Repository, StoredResult, count_failed
@@ -390,10 +390,9 @@ class Run:
     def rows(self) -> list[dict[str, Any]]:
         """A flat dict per experiment, ready for `pandas.DataFrame`: the columns and texts of `lem results export`."""
         base = self.folder.parents[1] if self.folder else Path()
-        stored = [StoredResult(item.path.relative_to(base), item.record) for item in self.results]
         return [
             {name: cell_text(value) if isinstance(value, list) else value for name, (value, _) in row.items()}
-            for row in make_table(stored).rows
+            for row in make_table(self.results, base=base).rows()
         ]
 
     @property

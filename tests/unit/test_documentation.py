@@ -18,8 +18,8 @@ from lem.cli.main import make_parser
 from lem.config import introspection
 from lem.config.load import load_campaign, load_experiment
 from lem.record import Record
-from lem.results.export import make_table
 from lem.results.metrics import METRIC_BY_NAME, parse_comparable
+from lem.results.rows import make_table
 from lem.results.store import StoredResult
 from tests.documentation import ROOT, blocks, commands, files, links, pages, prose
 from tests.records import make_record

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,17 @@ def test_a_file_gets_the_format_that_is_asked_for_or_that_of_its_name(
 ) -> None:
     assert run("export", "-o", name, *words) == (0, "", "")
     assert Path(name).read_text(encoding="utf-8").startswith(start)
+
+
+def test_output_to_a_pipe_is_written_into_it(folder: Path) -> None:
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert run("export", "-o", "pipe", "--columns", "campaign_name", RUN) == (0, "", "")
+        assert os.read(reader, 1000) == b"campaign_name\ndemo\ndemo\ndemo\n"
+    finally:
+        os.close(reader)
+    assert Path("pipe").is_fifo()
 
 
 def test_a_file_that_cannot_be_written_is_told(folder: Path) -> None:

@@ -10,11 +10,16 @@ import pytest
 from lem.base.errors import UserError
 from lem.record import encode_record
 from lem.results.aggregation import run_document
-from lem.results.export import FORMATS, make_table, render, summary_columns, with_columns, with_values
+from lem.results.export import FORMATS, render
+from lem.results.rows import Table, make_table, summary_columns, with_columns, with_values
 from lem.results.run import make_run
 from lem.results.store import StoredResult
 from tests.goldens import assert_golden
 from tests.records import make_gpu, make_record
+
+
+def _text(table: Table, form: str) -> str:
+    return "".join(render(table, form))
 
 
 def _exported(*records):
@@ -43,13 +48,13 @@ def _fixed():
 
 
 def test_fixed_results_as_json():
-    assert_golden("export/all_attempts.json", render(make_table(_exported(*_fixed()), is_every_attempt=True), "json"))
+    assert_golden("export/all_attempts.json", _text(make_table(_exported(*_fixed()), is_every_attempt=True), "json"))
 
 
 def test_markdown_has_a_few_columns_numbers_at_the_right():
     results = _exported(*_fixed())
     table = with_columns(make_table(results), summary_columns(results))
-    head, rule, first, second = render(table, "markdown").splitlines()
+    head, rule, first, second = _text(table, "markdown").splitlines()
     assert head.startswith(r"| config\_name | cycle\_index | attempt | valid | output\_tok\_per\_s |")
     assert rule.startswith("| --- | ---: | ---: |")
     assert first.startswith("| pytorch \\| bfloat16 | 0 | 1 |")
@@ -60,20 +65,20 @@ def test_markdown_has_a_few_columns_numbers_at_the_right():
 def test_the_order_in_which_results_are_found_does_not_matter(form):
     results = _exported(*_fixed())
     table = make_table(results)
-    assert render(table, form) == render(make_table(results[::-1]), form)
-    assert [json.loads(line) for line in render(table, "jsonl").splitlines()] == json.loads(render(table, "json"))
+    assert _text(table, form) == _text(make_table(results[::-1]), form)
+    assert [json.loads(line) for line in _text(table, "jsonl").splitlines()] == json.loads(_text(table, "json"))
 
 
 def test_a_csv_reads_back_to_the_very_numbers():
     record = make_record(output_tok_per_s=0.1 + 0.2, energy_per_output_tok_j=1e-17)
-    (row,) = csv.DictReader(io.StringIO(render(make_table(_exported(record)), "csv")))
+    (row,) = csv.DictReader(io.StringIO(_text(make_table(_exported(record)), "csv")))
     assert float(row["output_tok_per_s"]) == 0.1 + 0.2
     assert float(row["energy_per_output_tok_j"]) == 1e-17
     assert (row["valid"], row["cycle_index"], row["gpu_energy_net_j"]) == ("true", "0", "")
 
 
 def test_json_says_why_a_value_is_missing():
-    (row,) = json.loads(render(make_table(_exported(make_record())), "json"))
+    (row,) = json.loads(_text(make_table(_exported(make_record())), "json"))
     assert row["gpu_energy_j"] is None
     assert row["null_reasons"]["gpu_energy_j"] == "no energy meter was used"
     assert row["null_reasons"]["ttft_p50_s"] == "the engine gave no time for each token"
@@ -85,7 +90,7 @@ def test_json_says_why_a_value_is_missing():
 
 def test_every_number_of_a_record_is_in_its_row():
     record = dataclasses.replace(make_record(energy_per_output_tok_j=0.5, ttft_p50_s=0.1), gpus=(make_gpu(),))
-    (row,) = json.loads(render(make_table(_exported(record)), "json"))
+    (row,) = json.loads(_text(make_table(_exported(record)), "json"))
     document = encode_record(record)
     for section in ("identity", "validity", "window", "energy", "idle", "work", "throughput", "efficiency", "carbon"):
         for name, value in document[section].items():
@@ -108,7 +113,7 @@ def test_every_number_of_a_record_is_in_its_row():
 )
 def test_an_experiment_is_one_row_its_last_valid_attempt_or_else_its_last(are_valid, attempt, is_used):
     records = [make_record(attempt=number, is_valid=is_valid) for number, is_valid in enumerate(are_valid, 1)]
-    (row,) = make_table(_exported(*records)).rows
+    (row,) = make_table(_exported(*records)).rows()
     assert (row["attempt"][0], row["valid"][0], row["used"][0]) == (attempt, is_used, is_used)
 
 
@@ -128,19 +133,34 @@ def test_a_wider_result_adds_columns_at_the_end_alone():
 def test_what_one_result_has_and_another_has_not_is_empty_and_says_so():
     other = make_record(cycle=1, requested={"fp_precision": "float16", "vllm": {"max_num_seqs": 8}})
     table = make_table(_exported(make_record(), other))
-    assert table.rows[0]["requested.vllm.max_num_seqs"] == (None, "not given for this experiment")
-    assert table.rows[1]["requested.vllm.max_num_seqs"][0] == 8
+    first, second = table.rows()
+    assert first["requested.vllm.max_num_seqs"] == (None, "not given for this experiment")
+    assert second["requested.vllm.max_num_seqs"][0] == 8
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_json_is_indented_as_python_does(is_mixed):
+    text = _text(make_table(_mixed() if is_mixed else _exported(*_fixed())), "json")
+    assert text == json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n"
+
+
+def test_rows_come_in_parts_that_do_not_grow_with_their_number():
+    table = make_table(_exported(*(make_record(cycle=cycle) for cycle in range(40))))
+    for form in ("json", "jsonl"):
+        parts = list(render(table, form))
+        assert len(parts) > 2
+        assert max(map(len, parts)) < len("".join(parts)) / 2
 
 
 def test_no_results_are_an_empty_table():
     table = make_table([])
-    assert [render(table, form) for form in FORMATS] == ["\n", "[]\n", "", ""]
+    assert [_text(table, form) for form in FORMATS] == ["\n", "[]\n", "", ""]
 
 
 def test_columns_are_those_named_in_that_order():
     table = make_table(_exported(make_record()))
-    assert render(with_columns(table, ["valid", "config_name"]), "csv") == "valid,config_name\ntrue,small\n"
-    assert render(with_columns(table, ["valid", "config_name", "valid"]), "csv").splitlines()[1] == "true,small,true"
+    assert _text(with_columns(table, ["valid", "config_name"]), "csv") == "valid,config_name\ntrue,small\n"
+    assert _text(with_columns(table, ["valid", "config_name", "valid"]), "csv").splitlines()[1] == "true,small,true"
     with pytest.raises(UserError) as caught:
         with_columns(table, ["output_tok_pers"])
     assert str(caught.value) == "unknown column 'output_tok_pers' (did you mean 'output_tok_per_s'?)"
@@ -161,7 +181,7 @@ def _mixed() -> Any:
 @pytest.mark.needs("datasets")  # which brings pandas and pyarrow
 def test_a_csv_has_no_cell_of_json_and_no_column_without_a_value():
     table = with_values(make_table(_mixed()))
-    rows = [*csv.DictReader(io.StringIO(render(table, "csv")))]
+    rows = [*csv.DictReader(io.StringIO(_text(table, "csv")))]
     assert [cell for row in rows for cell in row.values() if cell.startswith(("{", "["))] == []
     assert [name for name in rows[0] if not any(row[name] for row in rows)] == []
     assert [row["requested.vllm.gpu_memory_utilization"] for row in rows] == ["0.9", "auto", ""]
@@ -169,7 +189,7 @@ def test_a_csv_has_no_cell_of_json_and_no_column_without_a_value():
     assert rows[1]["requested.vllm.odd.0"] == "1; 2"
     import pandas as pd
 
-    frame = pd.read_csv(io.StringIO(render(table, "csv")))
+    frame = pd.read_csv(io.StringIO(_text(table, "csv")))
     assert not frame.isna().all().any()
 
 
@@ -182,13 +202,13 @@ def test_lines_of_json_convert_to_parquet_and_back(columns: list[str] | None, tm
 
     table = make_table([*_mixed(), *_exported(*_fixed())], is_every_attempt=True)
     table = table if columns is None else with_columns(table, columns)
-    text = render(table, "jsonl")
+    text = _text(table, "jsonl")
     read = arrow_json.read_json(io.BytesIO(text.encode()))
     parquet.write_table(read, tmp_path / "all.parquet")
     found = parquet.read_table(tmp_path / "all.parquet")
-    assert found.num_rows == len(table.rows)
+    assert found.num_rows == len(table)
     for name in table.columns:
-        assert found[name].to_pylist() == [row[name][0] for row in table.rows]
+        assert found[name].to_pylist() == [row[name][0] for row in table.rows()]
     pd.DataFrame(map(json.loads, text.splitlines())).to_parquet(tmp_path / "frame.parquet")
 
 
@@ -206,8 +226,8 @@ def test_no_hash_is_read_as_a_number(digits: str) -> None:
     )
     table = make_table(_exported(record))
     names = ["config_hash", "campaign_id", "engine_load_id", "fingerprint", "experiment_id"]
-    (of_csv,) = pd.read_csv(io.StringIO(render(table, "csv")))[names].to_dict("records")
-    (of_json,) = pd.read_json(io.StringIO(render(table, "json")))[names].to_dict("records")
+    (of_csv,) = pd.read_csv(io.StringIO(_text(table, "csv")))[names].to_dict("records")
+    (of_json,) = pd.read_json(io.StringIO(_text(table, "json")))[names].to_dict("records")
     assert of_csv == of_json
     assert all(isinstance(value, str) for value in of_csv.values())
     assert of_csv["config_hash"] == f"h{digits}"

@@ -18,9 +18,10 @@ from lem.record import Energy, Record, decode_record, encode_record
 from lem.results.compare import compare_configurations
 from lem.results.comparison import render_text
 from lem.results.detail import render_record
-from lem.results.export import make_table, render, summary_columns, with_columns
+from lem.results.export import render
 from lem.results.report import render_report
 from lem.results.report.content import compose
+from lem.results.rows import Table, make_table, summary_columns, with_columns
 from lem.results.run import make_run
 from lem.results.store import StoredResult
 from lem.results.table import render_run
@@ -31,6 +32,10 @@ from tests.scripted_attempt import Attempt, at, cpu_attempt, gpu_attempt
 LOST = Reason.of("verbatim", text="lost")
 BOARD_NOTE = "board sensors"
 BOARD_CAUTION = "the power sensor of each board"
+
+
+def _text(table: Table, form: str) -> str:
+    return "".join(render(table, form))
 
 
 def zone(number: int, name: str) -> Zone:
@@ -111,8 +116,8 @@ def summary_of(record: Record) -> dict[str, Any]:
     """The row of a Markdown table that no columns were named for."""
     results = [StoredResult(Path("a"), record)]
     table = with_columns(make_table(results), summary_columns(results))
-    cells = {name: value for name, (value, _) in table.rows[0].items()}
-    shown = render(table, "markdown")
+    cells = {name: value for name, (value, _) in next(iter(table.rows())).items()}
+    shown = _text(table, "markdown")
     assert [value for value in cells.values() if isinstance(value, float) and f"{value:.6g}" not in shown] == []
     return cells
 
