@@ -77,6 +77,12 @@ def plain(value: float, spec: str) -> str:
     return format(value, f"{sign}.0f") if abs(value) >= 1 else format(Decimal(text), f"{sign}f")
 
 
+def fixed(value: float, decimals: int, sign: str = "") -> str:
+    """With so many decimals; as `2.4e+80` where it is far too large for them, as a bound of two cycles may be."""
+    is_huge = abs(value) >= (1e5 if decimals else 1e9)
+    return f"{value:{sign}.1e}" if is_huge else f"{value:{sign}.{decimals}f}"
+
+
 def hash_label(digits: str) -> str:
     return f"h{digits}" if digits else ""
 
@@ -135,7 +141,7 @@ def percent(share: float) -> str:
 
 
 def with_decimals(value: float, decimals: int | None) -> str:
-    return format_quantity(value) if decimals is None else f"{value:.{decimals}f}"
+    return format_quantity(value) if decimals is None else fixed(value, decimals)
 
 
 def some_of(texts: Sequence[str], at_most: int, separator: str = ", ") -> str:

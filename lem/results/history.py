@@ -17,7 +17,7 @@ from lem.base.dataclass import dataclass
 from lem.base.doc import NAMES_SHOWN
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
-from lem.base.units import hash_label, plain, plural, some_of
+from lem.base.units import fixed, hash_label, plain, plural, some_of
 from lem.results.comparability import facts_of
 from lem.results.compare import find_effect, software_of
 from lem.results.configurations import bare_name, group_of
@@ -351,7 +351,7 @@ NOTHING_ELSE = "no version or setting that lem records"
 
 
 def change_text(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f} %"
+    return f"{fixed(100 * (ratio - 1), 1, '+')} %"
 
 
 def versions_text(texts: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from lem.base.dataclass import dataclass
 from lem.base.doc import Column, Table
-from lem.base.units import ABSENT, format_quantity, some_of
+from lem.base.units import ABSENT, fixed, format_quantity, some_of
 from lem.config.option import declared
 from lem.config.sections import GpuConfig
 from lem.record import Record
@@ -96,10 +96,10 @@ class Sweep:
 def change_text(effect: Effect | None) -> str:
     if effect is None:
         return ABSENT
-    ends, centre = effect.interval(), f"{100 * (effect.ratio - 1):+.1f} %"
+    ends, centre = effect.interval(), f"{fixed(100 * (effect.ratio - 1), 1, '+')} %"
     if ends is None:
         return centre
-    low, high = (f"{100 * (end - 1):+.1f}" for end in ends)
+    low, high = (fixed(100 * (end - 1), 1, "+") for end in ends)
     return f"{centre} ({low} to {high})"
 
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from lem.base.doc import Column, Table
 from lem.base.measurement import Measured
-from lem.base.units import ABSENT, plain
+from lem.base.units import ABSENT, fixed, plain
 from lem.results.agreement import Agreement, repeatability_of
 from lem.results.along import Pooled
 from lem.results.axes import Key
@@ -226,7 +226,7 @@ def share_text(share: float) -> str:
 
 
 def ratio_text(value: float, decimals: int | None) -> str:
-    return plain(value, ".3g") if decimals is None else f"{value:.{decimals}f}"
+    return plain(value, ".3g") if decimals is None else fixed(value, decimals)
 
 
 def bounds_text(interval: tuple[float, float], decimals: int | None) -> str:

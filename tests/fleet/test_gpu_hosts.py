@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -103,13 +104,9 @@ def test_the_unit_may_set_a_gpu_and_restores_it_when_all_its_processes_are_kille
     variables["LEMTEST_ENGINE_SCRIPT"] = json.dumps(
         {"gpus": [UUID], "load_log": f"{STATE}/load", "token_s": 0.01, "rules": [rule]}
     )
-    path = controller.write_campaign(
-        "limit",
-        outputs=[8],
-        cycles=1,
-        gpus=[["0"]],
-        **{"gpu.power_limit_w": [250], "measurement.max_foreign_pct": [None], "measurement.energy": ["none"]},
-    )
+    axes: dict[str, Any] = {"gpus": [["0"]], "gpu.power_limit_w": [250], "measurement.energy": ["none"]}
+    axes["measurement.max_foreign_pct"] = [None]
+    path = controller.write_campaign("limit", outputs=[8], cycles=1, **axes)
 
     def done() -> list[str]:
         lines = host.read(f"{STATE}/settings").splitlines()
