@@ -10,8 +10,9 @@ from pathlib import Path
 
 from lem.base.dataclass import dataclass
 from lem.base.errors import Interrupted, UserError
+from lem.cli.options import write_file
 from lem.cli.report import make_report
-from lem.cli.selection import recount, resolve_run, write_file
+from lem.cli.selection import recount, resolve_run
 from lem.config.campaign_config import CampaignConfig, slug_of
 from lem.config.load import Loaded, load_campaign
 from lem.config.sections import SloConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 
 from lem.base.dataclass import dataclass
 from lem.base.units import NS_PER_MS, NS_PER_S, format_duration
@@ -89,3 +89,27 @@ def parse_time(text: str) -> datetime | None:
         return datetime.fromisoformat(text[:-1] + "+00:00" if text[-1:] in ("Z", "z") else text)
     except ValueError:
         return None
+
+
+_RUN_ID = re.compile(r"([0-9]{4})([0-9]{2})([0-9]{2})T([0-9]{2})([0-9]{2})([0-9]{2})Z-[0-9a-f]{4}")
+# Clocks of several hosts agree to a second or so.
+_CLOCK_TOLERANCE = timedelta(minutes=5)
+
+
+def run_time(run_id: str) -> datetime | None:
+    """When the run with this ID began; None for another name."""
+    match = _RUN_ID.fullmatch(run_id)
+    if match is None:
+        return None
+    year, month, day, hour, minute, second = map(int, match.groups())
+    try:
+        return datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc)
+    except ValueError:
+        return None
+
+
+def describe_future(run_id: str, now: datetime) -> str:
+    began = run_time(run_id)
+    if began is None or began <= now + _CLOCK_TOLERANCE:
+        return ""
+    return f"run {run_id} is dated in the future: the clock was wrong when it began, or is wrong now"

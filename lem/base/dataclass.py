@@ -17,10 +17,7 @@ else:
 
     def dataclass(cls=None, /, *, frozen=False, eq=True, repr=True):  # noqa: A002 - as in the standard library
         def decorated(cls):
-            text = cls.__doc__
-            cls.__doc__ = text or cls.__name__  # without one, the standard decorator makes one from the signature
-            dataclasses.dataclass(init=False, repr=False, eq=False)(cls)
-            cls.__doc__ = text
+            _declare_fields(cls)
             fields = dataclasses.fields(cls)
             methods = {"__init__": _late_init(cls, fields, is_frozen=frozen)}
             if repr:
@@ -37,6 +34,20 @@ else:
             return cls
 
         return decorated if cls is None else decorated(cls)
+
+    def _declare_fields(cls):
+        # The standard decorator spends most of its time on making a docstring from the signature, and on patterns that
+        # tell whether the text of an annotation names a ClassVar.
+        text, annotations = cls.__doc__, cls.__annotations__
+        cls.__doc__ = text or cls.__name__
+        cls.__annotations__ = {
+            name: it if not isinstance(it, str) or it.startswith(("ClassVar", "KW_ONLY", "InitVar")) else object
+            for name, it in annotations.items()
+        }
+        dataclasses.dataclass(init=False, repr=False, eq=False)(cls)
+        cls.__doc__, cls.__annotations__ = text, annotations
+        for field in dataclasses.fields(cls):
+            field.type = annotations.get(field.name, field.type)
 
     @recursive_repr()
     def _repr(self):

@@ -1,16 +1,13 @@
-"""Text for terminals and pipes: blocks of paragraphs and tables, colour, Markdown; the standard streams."""
+"""Text for terminals and pipes: blocks of paragraphs and tables, colour, Markdown."""
 
 from __future__ import annotations
 
-import codecs
 import functools
-import io
 import itertools
 import json
 import os
 import re
 import shutil
-import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -209,27 +206,6 @@ def _shared_start(names: Sequence[Sequence[str]], most: int) -> list[str]:
     return [tokens[0] for tokens in itertools.islice(shared, most)]
 
 
-_ESCAPES = "lem.escapes"
-
-
-def prepare_streams() -> None:
-    """Make this process's own streams take whatever is written; those that a test puts in their place stay alone."""
-    # One that was closed (`>&-`) leads nowhere, where the next file to be opened would otherwise get its descriptor.
-    # What a stream's encoding does not have is written as JSON escapes it: plain for a person, right for a program.
-    for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors: each takes the lowest free one
-        if getattr(sys, f"__{name}__") is None:
-            descriptor = os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(descriptor, True)
-            stream = open(descriptor, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115 - to the end
-            setattr(sys, f"__{name}__", stream)
-            if getattr(sys, name) is None:
-                setattr(sys, name, stream)
-    codecs.register_error(_ESCAPES, _escape)
-    for current, own in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)):
-        if current is own and isinstance(current, io.TextIOWrapper):
-            current.reconfigure(errors=_ESCAPES)
-
-
 def json_text(document: Any) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -250,9 +226,3 @@ class Screen(TypedDict):
 
 def screen_of(out: TextIO) -> Screen:
     return Screen(is_colour=is_colour_wanted(out), width=terminal_width(out))
-
-
-def _escape(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    return json.dumps(error.object[error.start : error.end])[1:-1], error.end

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gzip
 import io
 import json
 import logging
 import math
 import os
-import pkgutil
-import shutil
+import re
 import stat
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -135,6 +133,8 @@ def unpacked_lines(path: Path, most_b: int, free_b: int) -> Generator[bytes, Non
     # A damaged or hostile file must not fill the memory: rows of meters shrink to a ninth, of one error over and over
     # to a thirty-fifth, and a file that is made to fill the memory to a thousandth. However small it is, it may unpack
     # to `free_b`.
+    import gzip
+
     with open_regular(path) as packed, gzip.open(packed) as file:
         most_b = min(most_b, free_b + _MOST_RATIO * os.fstat(packed.fileno()).st_size)
         left = most_b
@@ -192,6 +192,8 @@ def parse_json(data: bytes) -> Any:
 
 def packaged_text(package: str, name: str) -> str:
     """A text file of lem's own beside the modules of a package, in the zip too."""
+    import pkgutil
+
     return (pkgutil.get_data(package, name) or b"").decode()
 
 
@@ -217,6 +219,8 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
+        import shutil
+
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -290,3 +294,23 @@ MANIFEST_FILENAME = "campaign_manifest.json"
 
 # The orders of experiments that `execution.structure` can ask for.
 BALANCED, INTERLEAVED, SHUFFLED, GROUPED = STRUCTURES = ("balanced", "interleaved", "shuffled", "grouped")
+
+
+_MAX_SLUG = 64
+
+
+def generate_campaign_id(name: str) -> str:
+    """The first 8 hex digits of the MD5 of a campaign's name."""
+    import hashlib  # OpenSSL, which not every process of lem needs
+
+    return hashlib.md5(utf8(name), usedforsecurity=False).hexdigest()[:8]
+
+
+def slug_of(name: str) -> str:
+    """The name in `[a-z0-9][a-z0-9_-]*`, for files, units and projects; its campaign id if empty or too long."""
+    slug = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")
+    if not slug:
+        return f"campaign-{generate_campaign_id(name)}"
+    if len(slug) > _MAX_SLUG:
+        return f"{slug[: _MAX_SLUG - 9].rstrip('-_')}-{generate_campaign_id(name)}"
+    return slug

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Sequence
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # The numbers of an OSError for a full disk or quota.
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})

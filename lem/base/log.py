@@ -5,16 +5,24 @@ The rest of lem logs with the standard `logging`; this module renders it.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
-import json
-import logging
+import io
 import os
 import re
-import shutil
+import sys
 import time
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, TextIO, cast
+
+# Every command starts here: what only some of them need is imported later.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import logging
+    from collections.abc import Iterable
+    from pathlib import Path
+    from typing import Any, TextIO
+
+# Those of `logging`.
+CRITICAL, ERROR, WARNING, INFO, DEBUG = 50, 40, 30, 20, 10
 
 # Columns for text that goes to no terminal, and their bounds on one: a terminal can claim 0 columns, and lines over 120
 # are hard to read.
@@ -33,7 +41,7 @@ _CONTROLS = re.compile(
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001-\U000e007f]"
 )
 # Levels of syslog(3), which the journal reads from `<N>` at the beginning of a line (sd-daemon(3)).
-_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+_PRIORITIES = ((CRITICAL, 2), (ERROR, 3), (WARNING, 4), (INFO, 6))
 
 
 def is_colour_wanted(stream: TextIO) -> bool:
@@ -64,7 +72,13 @@ def shorten(text: str, width: int) -> str:
 
 def escaped(text: str) -> str:
     is_plain = text.isascii() and text.replace("\n", "").isprintable()
-    return text if is_plain else _CONTROLS.sub(lambda it: json.dumps(it[0])[1:-1], text)
+    return text if is_plain else _CONTROLS.sub(lambda it: _escape(it[0]), text)
+
+
+def _escape(text: str) -> str:
+    import json
+
+    return json.dumps(text)[1:-1]
 
 
 class Output:
@@ -73,7 +87,7 @@ class Output:
 
     @classmethod
     def over(cls, stream: TextIO) -> TextIO:
-        return stream if isinstance(stream, cls) else cast(TextIO, cls(stream))
+        return stream if isinstance(stream, cls) else cls(stream)  # type: ignore[return-value]
 
     def write(self, text: str) -> int:
         shown = escaped(text)
@@ -97,7 +111,7 @@ class Console:
     def paint(self, text: str, colour: str) -> str:
         return paint(text, colour, is_colour=self.is_colour)
 
-    def line(self, text: str = "", level: int = logging.INFO) -> None:
+    def line(self, text: str = "", level: int = INFO) -> None:
         clear = _CLEAR_LINE if self._live else ""
         if self.is_journal:
             priority = next((number for least, number in _PRIORITIES if level >= least), 7)
@@ -106,12 +120,14 @@ class Console:
 
     def error(self, message: str, hint: str = "") -> None:
         self.close()
-        self.line(f"{self.paint('error:', 'red')} {message}", logging.ERROR)
+        self.line(f"{self.paint('error:', 'red')} {message}", ERROR)
         if hint:
-            self.line(f"{self.paint('hint:', 'cyan')} {hint}", logging.ERROR)
+            self.line(f"{self.paint('hint:', 'cyan')} {hint}", ERROR)
 
     def live(self, text: str) -> None:
         if self.is_live:
+            import shutil
+
             self._live = shorten(text, shutil.get_terminal_size().columns - 1)
             self._write(f"{_CLEAR_LINE}{self._live}")
 
@@ -128,56 +144,80 @@ class Console:
             self.is_live = False
 
 
-class _ConsoleHandler(logging.Handler):
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            colour = "red" if record.levelno >= logging.ERROR else "yellow"
-            message = f"{self._console.paint(f'{record.levelname.lower()}:', colour)} {message}"
-        if not self._console.is_live and not self._console.is_journal:  # the journal has times of its own
-            message = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {message}"
-        self._console.line(message, record.levelno)
-
-
-class _Formatter(logging.Formatter):
-    converter = staticmethod(time.gmtime)
-
-    def format(self, record: logging.LogRecord) -> str:
-        return escaped(super().format(record))
-
-
-class _FileHandler(logging.FileHandler):
-    """Ignores a full disk: the campaign is worth more than its log."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
-        """Drop the message."""
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # closing writes again what a full disk did not take
-            super().close()
-
-
 def configure(console: Console, *, verbosity: int = 0) -> None:
-    handler = _ConsoleHandler(console)
-    handler.setLevel({-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG))
+    import logging
+
+    class ConsoleHandler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if record.levelno >= WARNING:
+                colour = "red" if record.levelno >= ERROR else "yellow"
+                message = f"{console.paint(f'{record.levelname.lower()}:', colour)} {message}"
+            if not console.is_live and not console.is_journal:  # the journal has times of its own
+                message = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {message}"
+            console.line(message, record.levelno)
+
+    handler = ConsoleHandler({-1: ERROR, 0: WARNING, 1: INFO}.get(verbosity, DEBUG))
+    handler.name = "console"
     root = logging.getLogger("lem")
-    for old in [item for item in root.handlers if isinstance(item, _ConsoleHandler)]:
+    for old in [item for item in root.handlers if item.name == handler.name]:
         root.removeHandler(old)
     root.addHandler(handler)
-    root.setLevel(logging.DEBUG)
+    root.setLevel(DEBUG)
     root.propagate = False
 
 
 def log_to_file(path: Path) -> logging.Handler:
+    import logging
+
+    class Formatter(logging.Formatter):
+        converter = staticmethod(time.gmtime)
+
+        def format(self, record: logging.LogRecord) -> str:
+            return escaped(super().format(record))
+
+    class FileHandler(logging.FileHandler):
+        """Ignores a full disk: the campaign is worth more than its log."""
+
+        def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+            """Drop the message."""
+
+        def close(self) -> None:
+            with contextlib.suppress(OSError):  # closing writes again what a full disk did not take
+                super().close()
+
     path.parent.mkdir(parents=True, exist_ok=True)
     # A path that is not UTF-8 is logged with its bytes escaped.
-    handler = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = FileHandler(path, encoding="utf-8", errors="backslashreplace")
     form = "%(asctime)sZ %(levelname)s %(name)s: %(message)s"
-    handler.setFormatter(_Formatter(form, datefmt="%Y-%m-%dT%H:%M:%S"))
-    handler.setLevel(logging.DEBUG)
+    handler.setFormatter(Formatter(form, datefmt="%Y-%m-%dT%H:%M:%S"))
+    handler.setLevel(DEBUG)
     logging.getLogger("lem").addHandler(handler)
     return handler
+
+
+_ESCAPES = "lem.escapes"
+
+
+def prepare_streams() -> None:
+    """Make this process's own streams take whatever is written; those that a test puts in their place stay alone."""
+    # One that was closed (`>&-`) leads nowhere, where the next file to be opened would otherwise get its descriptor.
+    # What a stream's encoding does not have is written as JSON escapes it: plain for a person, right for a program.
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors: each takes the lowest free one
+        if getattr(sys, f"__{name}__") is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+            stream = open(descriptor, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115 - to the end
+            setattr(sys, f"__{name}__", stream)
+            if getattr(sys, name) is None:
+                setattr(sys, name, stream)
+    codecs.register_error(_ESCAPES, _escaped_as_json)
+    for current, own in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)):
+        if current is own and isinstance(current, io.TextIOWrapper):
+            current.reconfigure(errors=_ESCAPES)
+
+
+def _escaped_as_json(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return _escape(error.object[error.start : error.end]), error.end

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from decimal import Decimal
 
 # Shown for a missing number.
 ABSENT = "–"
@@ -74,6 +73,8 @@ def plain(value: float, spec: str) -> str:
     if "e" not in text or not 1e-9 < abs(value) < 1e15:
         return text
     sign = "+" if spec.startswith("+") else ""
+    from decimal import Decimal
+
     return format(value, f"{sign}.0f") if abs(value) >= 1 else format(Decimal(text), f"{sign}f")
 
 

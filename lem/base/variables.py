@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Final
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from typing import Final
 
 DATASETS_VARIABLE: Final = "LEM_DATASETS_DIR"
 LOCK_FOLDER_VARIABLE: Final = "LEM_LOCK_DIR"
@@ -55,6 +58,8 @@ OTHER_GPU_VARIABLES: Final = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    from pathlib import Path  # not every command needs it
+
     if chosen := environ.get(CACHE_VARIABLE):
         return Path(chosen).absolute()
     return Path(environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()).absolute() / "lem"

@@ -20,9 +20,9 @@ from lem.base.reasons import Reason
 from lem.base.units import ABSENT, format_duration, hash_label, parse_duration, percent, plural, some_of
 from lem.cli.campaign_run import CampaignCommand, Job
 from lem.cli.config import add_flags, given_flags
+from lem.cli.options import add_json, add_repeated, checked, typed_again
 from lem.cli.parts import FleetPart, own_part, store_plan
 from lem.cli.prometheus import prometheus_path
-from lem.cli.selection import add_json, add_repeated, checked, typed_again
 from lem.config.campaign_config import CampaignConfig
 from lem.config.load import Loaded, load_campaign, load_campaign_of_files
 from lem.config.option import declared

@@ -25,9 +25,10 @@ from lem.base.durable import reason_of
 from lem.base.errors import ExitCode, Interrupted, LemError, UserError, exit_code_of
 from lem.base.units import hash_label
 from lem.cli import progress
+from lem.cli.options import folder_options, without_secret
 from lem.cli.parts import FleetPart
 from lem.cli.prometheus import PrometheusFile
-from lem.cli.selection import folder_options, recount, without_secret
+from lem.cli.selection import recount
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.executor import ExecutorChoice

@@ -10,17 +10,9 @@ from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, NameShortener, screen_of,
 from lem.base.errors import ExitCode
 from lem.base.log import WIDTH
 from lem.base.units import plural, some_of
-from lem.cli.selection import (
-    add_json,
-    add_junit,
-    add_results_dir,
-    add_state_dir,
-    folder_options,
-    resolve_run,
-    write_file,
-)
+from lem.cli.options import add_json, add_junit, add_results_dir, add_state_dir, folder_options, write_file
+from lem.cli.selection import resolve_run
 from lem.results.check import Finding, check_run
-from lem.results.junit import junit_of_check
 from lem.results.run import Run
 
 SCHEMA_VERSION = 1
@@ -47,6 +39,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
     findings = check_run(checked)
     args.next = ["report", args.campaign, *folder_options(args.results_dir)]
     if args.junit is not None:
+        from lem.results.junit import junit_of_check
+
         write_file(args.junit, junit_of_check(checked, findings), "--junit")
     if args.json:
         write_json(out, check_document(checked, findings))

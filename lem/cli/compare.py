@@ -10,12 +10,11 @@ from typing import Any, NamedTuple, TextIO
 from lem.base.doc import screen_of, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.units import parse_percentage
-from lem.cli import selection
+from lem.cli import options, selection
 from lem.results import compare
 from lem.results.along import compare_along
 from lem.results.comparison import comparison_document, render_markdown, render_text
 from lem.results.configurations import Reading
-from lem.results.junit import junit_of_gates
 from lem.results.metrics import parse_comparable
 from lem.results.run import Configuration, Run
 from lem.results.stats import parse_gates
@@ -38,17 +37,17 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anchor", default="", metavar="NAME", help="for two runs: the configuration common to both")
     text = "largest change of the anchor that still allows a verdict (default: 5%%)"
     parser.add_argument("--anchor-tolerance", default=_DEFAULT_TOLERANCE, metavar="PERCENT%", help=text)
-    selection.add_repeated(parser, "--metric", "NAME", "compare this metric")
-    selection.add_repeated(parser, "--gate", "METRIC=PERCENT%", "judge whether the metric changed by more than this")
+    options.add_repeated(parser, "--metric", "NAME", "compare this metric")
+    options.add_repeated(parser, "--gate", "METRIC=PERCENT%", "judge whether the metric changed by more than this")
     strictness = parser.add_mutually_exclusive_group()
     strictness.add_argument("--lenient", action="store_true", help="exit with 0 if a gate is inconclusive")
     strictness.add_argument("--strict", action="store_true", help="the default: exit with 4 if a gate is inconclusive")
-    selection.add_junit(parser, "the verdicts of the gates")
-    selection.add_budget(parser)
+    options.add_junit(parser, "the verdicts of the gates")
+    options.add_budget(parser)
     selection.add_rates(parser)
-    selection.add_results_dir(parser)
+    options.add_results_dir(parser)
     form = parser.add_mutually_exclusive_group()
-    selection.add_json(form)
+    options.add_json(form)
     form.add_argument("--markdown", action="store_true", help="print Markdown, for a comment on a pull request")
     parser.set_defaults(run=run)
 
@@ -64,7 +63,9 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     selection.list_problems(err, selection.damaged(problems))
     code = compare.gate_code(comparison, is_lenient=args.lenient)
     if args.junit is not None:
-        selection.write_file(args.junit, junit_of_gates(comparison, is_lenient=args.lenient), "--junit")
+        from lem.results.junit import junit_of_gates
+
+        options.write_file(args.junit, junit_of_gates(comparison, is_lenient=args.lenient), "--junit")
     if args.json:
         document = {**comparison_document(comparison), "problems": selection.problem_documents(problems)}
         write_json(out, {**document, "exit_code": int(code)})
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     else:
         out.write(render_text(comparison, has_budget=args.budget, **screen_of(out)))
         if len(comparison.runs) == 1:
-            args.next = ["report", comparison.runs[0].campaign_name, *selection.folder_options(args.results_dir)]
+            args.next = ["report", comparison.runs[0].campaign_name, *options.folder_options(args.results_dir)]
     if code is ExitCode.USAGE:
         names = dict.fromkeys(row.metric.name for row in compare.unmeasured(comparison))
         raise UserError(f"gate on a metric that was not measured: {', '.join(names)}", "gate one that both sides have")

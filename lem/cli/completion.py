@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
 
 from lem.cli.main import COMMANDS, make_parser
-from lem.cli.selection import RESULTS_DIR
+from lem.cli.options import RESULTS_DIR
 from lem.results.store import folder_names
 
 _FILES = ("FILE", "PLAN", "PROGRAM", "[KIND=]FILE[:FIELD]")

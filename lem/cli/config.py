@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from lem.base import log
 from lem.base.doc import write_json
 from lem.base.errors import ConfigurationError, ExitCode, did_you_mean
-from lem.cli.selection import add_json, add_repeated, typed_again
+from lem.cli.options import add_json, add_repeated, typed_again
 from lem.config import introspection, rules
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig

@@ -12,8 +12,8 @@ from lem.base.doc import screen_of, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.cli.campaign import render_findings
 from lem.cli.config import add_flags, given_flags
+from lem.cli.options import add_json, add_repeated, folder_options, typed_again
 from lem.cli.progress import choose_progress
-from lem.cli.selection import add_json, add_repeated, folder_options, typed_again
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, CampaignIOConfig, with_campaign_defaults
 from lem.config.experiment import ExperimentConfig
 from lem.config.load import ListedExperiment, Loaded, encode_config, load_experiment

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from lem.base.doc import Column, columns, printable, terminal_width, text_width, wrapped, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.units import parse_percentage, plain, plural, some_of
-from lem.cli import selection
+from lem.cli import options, selection
 from lem.results import merge
 
 # Compiling the modules of plans, bundles and the report takes longer than the other commands here, so that they are
@@ -33,11 +33,11 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, required=True, metavar="DIR", help="results folder to merge into")
     add("--campaign", metavar="NAME", help="the campaign, if the folders hold several")
     add("--plan", type=Path, metavar="PLAN", help="stored plan: merge only its run, and list what is missing")
-    kind = partial(selection.checked, parse_percentage)
+    kind = partial(options.checked, parse_percentage)
     text = "largest difference of a host from the median of all hosts in the plan's anchor (default: 5%%)"
     add("--anchor-tolerance", type=kind, default=0.05, metavar="PERCENT%", help=text)
     add("--report", type=Path, metavar="FILE", help="also write the report of the merged campaign")
-    selection.add_json(parser)
+    options.add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         from lem.cli.report import make_report
 
         page = make_report(selection.resolve_run(args.output, gathered.campaign).read())
-        selection.write_file(args.report, page)
+        options.write_file(args.report, page)
     if args.json:
         write_json(out, _document(gathered, matrix, anchor, new))
     else:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         counts = f"{plural(len(gathered.results), 'result')} of {plural(len(matrix.hosts), 'host')}"
         out.write("\n".join([*lines, f"{counts} in {args.output}, {new} of them new"]) + "\n")
         selection.list_problems(err, gathered.problems, lead="left out: ")
-        args.next = ["check", gathered.campaign, *selection.folder_options(args.output)]
+        args.next = ["check", gathered.campaign, *options.folder_options(args.output)]
     is_partial = matrix.missing or anchor.outliers or selection.damaged(gathered.problems)
     return ExitCode.EXPERIMENT_FAILED if is_partial else ExitCode.OK
 
@@ -147,14 +147,14 @@ def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
     add("--python", default="python3", metavar="PROGRAM", help="Python interpreter with the engines (default: python3)")
     add("--container", choices=_CONTAINERS, help="run each part in a container of this runtime")
     add("--image", metavar="IMAGE", help="with --container: its image")
-    selection.add_repeated(slurm, "--sbatch", "OPTION", "another option of sbatch, such as --sbatch=--account=lab")
+    options.add_repeated(slurm, "--sbatch", "OPTION", "another option of sbatch, such as --sbatch=--account=lab")
     slurm.set_defaults(run=_slurm)
     text = "check and unpack the archives of hosts: DIR/HOST/results.tar.gz to DIR/HOST/results"
     receiving = actions.add_parser("receive", help=text, description=f"{text[0].upper()}{text[1:]}.")
     receiving.add_argument("folder", type=Path, metavar="DIR", help="folder of the hosts")
     text = "their checksums on the hosts, as lines of sha256sum: SHA256  HOST/results.tar.gz (default: standard input)"
     receiving.add_argument("--sums", type=argparse.FileType("r"), default="-", metavar="FILE", help=text)
-    selection.add_json(receiving)
+    options.add_json(receiving)
     receiving.set_defaults(run=_receive)
 
 
@@ -203,10 +203,10 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     making = actions.add_parser("make", help="make a bundle: DIR/lem-airgap-VERSION")
     making.add_argument("folder", type=Path, metavar="DIR", help="folder to make it in")
-    selection.add_repeated(making, "--image", "NAME", "image in the local Docker engine")
-    selection.add_repeated(making, "--model", "DIR", "model folder", Path)
-    selection.add_repeated(making, "--deb", "FILE", "Debian package", Path)
-    selection.add_repeated(making, "--wheel", "FILE", "Python wheel", Path)
+    options.add_repeated(making, "--image", "NAME", "image in the local Docker engine")
+    options.add_repeated(making, "--model", "DIR", "model folder", Path)
+    options.add_repeated(making, "--deb", "FILE", "Debian package", Path)
+    options.add_repeated(making, "--wheel", "FILE", "Python wheel", Path)
     making.add_argument("--sign-key", type=Path, metavar="KEY", help="private SSH key that signs the bundle")
     making.set_defaults(run=_make)
     verifying = actions.add_parser("verify", help="verify the checksums and the signature of a bundle")
@@ -216,7 +216,7 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     verifying.add_argument("--identity", metavar="NAME", help="expected signer")
     verifying.set_defaults(run=_verify)
     for action in (making, verifying):
-        selection.add_json(action)
+        options.add_json(action)
 
 
 def _make(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:

@@ -23,7 +23,7 @@ from lem.base.launch import own_command
 from lem.base.log import paint
 from lem.base.units import GIB
 from lem.base.variables import GPU_VARIABLE
-from lem.cli.selection import add_json, add_repeated, add_results_dir
+from lem.cli.options import add_json, add_repeated, add_results_dir
 from lem.config.backends import PRESETS, find_preset
 from lem.config.introspection import render_yaml
 from lem.config.load import load_campaign

@@ -7,20 +7,17 @@ import contextlib
 import errno
 import gc
 import importlib
-import logging
 import os
-import shlex
-import shutil
 import sys
-import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn, TextIO
 
 from lem.base import __version__, log
-from lem.base.doc import prepare_streams
 from lem.base.errors import DISK_FULL, ExitCode, LemError, UserError, did_you_mean, exit_code_of, in_brackets
 from lem.base.variables import COMPOSE_VARIABLES, VARIABLES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import Any, NoReturn, TextIO
 
 # Each has a function `add_NAME_arguments(parser)`, which sets `run(args, out, err)`: it returns an exit code, or None
 # for 0. Only the module of the given command is imported, since imports are most of the start-up time. A command
@@ -87,7 +84,7 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
         out, err: for results and for messages (default: this process's streams).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    prepare_streams()
+    log.prepare_streams()
     out, err = log.Output.over(out or sys.stdout), log.Output.over(err or sys.stderr)
     console = log.Console(err)
     try:
@@ -143,10 +140,12 @@ def _execute(arguments: list[str], console: log.Console, out: TextIO, err: TextI
     for name in sorted(os.environ):
         if name.startswith("LEM_") and name not in VARIABLES | COMPOSE_VARIABLES:
             label, known = console.paint("warning:", "yellow"), ", ".join(sorted(VARIABLES))
-            console.line(f"{label} unknown environment variable {name} (known: {known})", logging.WARNING)
+            console.line(f"{label} unknown environment variable {name} (known: {known})", log.WARNING)
     with _without_collections() if getattr(args, "is_reader", False) else contextlib.nullcontext():
         code = int(args.run(args, out, err) or ExitCode.OK)
     if args.next and not args.quiet and not getattr(args, "json", False):
+        import shlex
+
         out.flush()
         words = map(str, [*own_call(), *args.next])
         console.line(f"next: {' '.join(word if word == '>' else shlex.quote(word) for word in words)}")
@@ -167,6 +166,9 @@ def _without_collections() -> Iterator[None]:
 
 def own_call() -> list[str]:
     """The words that started lem, for commands that are to be copied; `lem` where it is on PATH."""
+    import shutil
+    from pathlib import Path
+
     started = Path(sys.argv[0])
     is_own = started.suffix == ".pyz" or started.parts[-2:] == ("lem", "__main__.py")
     is_own = is_own or (started.name == "lem" and shutil.which("lem") != str(started))
@@ -190,7 +192,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     named = next((word for word in arguments if not word.startswith("-")), None)
     if named is not None and named not in COMMANDS:
         raise UserError(f"unknown command {named!r}{did_you_mean(named, list(COMMANDS))}", "see `lem --help`")
-    parser = make_parser([] if named is None else [named])
+    # Without one that stands first, the help of all may be meant.
+    known = {named: COMMANDS[named]} if named == arguments[0] else COMMANDS
+    parser = make_parser([] if named is None else [named], known)
     common = argparse.Namespace(quiet=False, verbose=0, no_color=False, next=(), typed=arguments)
     args, unknown = parser.parse_known_args(arguments, common)
     if unknown:
@@ -223,7 +227,7 @@ def discard_output(stream: TextIO) -> None:
         os.close(nothing)
 
 
-def make_parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
+def make_parser(names: Iterable[str] = COMMANDS, known: Mapping[str, str] = COMMANDS) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lem",
         description="Measure what LLM inference costs: joules, tokens per second, latency, and their uncertainty.",
@@ -236,7 +240,7 @@ def make_parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     parsers = {
         name: subparsers.add_parser(name, help=text) if text else subparsers.add_parser(name)
-        for name, text in COMMANDS.items()
+        for name, text in known.items()
     }
     for name in names:
         module = importlib.import_module(f"lem.cli.{_MODULES.get(name, name)}")
@@ -269,6 +273,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _report_bug(console: log.Console, error: Exception) -> None:
     # Imported here to keep the start-up fast.
     import tempfile
+    import traceback
 
     from lem.base import durable
 
@@ -283,4 +288,4 @@ def _report_bug(console: log.Console, error: Exception) -> None:
         console.line(text)
         where = ""
     summary = f"{type(error).__name__}: {error}".splitlines()[0]
-    console.line(f"{console.paint('bug:', 'red')} {log.shorten(summary, 200)}{where}", logging.CRITICAL)
+    console.line(f"{console.paint('bug:', 'red')} {log.shorten(summary, 200)}{where}", log.CRITICAL)

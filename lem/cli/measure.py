@@ -18,7 +18,7 @@ from lem.base.doc import screen_of, write_json
 from lem.base.errors import ExitCode, Interrupted, MeterRefused, UserError
 from lem.base.measurement import EnergySource
 from lem.cli.config import add_flags, given_flags
-from lem.cli.selection import add_json, add_repeated, checked, folder_options
+from lem.cli.options import add_json, add_repeated, checked, folder_options
 from lem.config.campaign_config import generate_campaign_id, slug_of
 from lem.config.experiment import ProgramConfig
 from lem.config.option import merge, nest

@@ -14,7 +14,7 @@ from lem.base.dataclass import dataclass
 from lem.base.doc import write_json
 from lem.base.errors import UserError
 from lem.base.units import format_duration, plural
-from lem.cli import selection
+from lem.cli import options
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration import fleet
 from lem.orchestration.manifest import SKIPPED, ManifestManager
@@ -53,9 +53,9 @@ def store_plan(
         identities = [item.record.identity for item in scan.results]
         present = {(identity.host, identity.experiment_id) for identity in identities}
         made = fleet.replan(stored, hosts, present, fleet.costs_of(plan.configurations, measured_by_config))
-    words = selection.typed_again(args, *_PLAN_OPTIONS)
+    words = options.typed_again(args, *_PLAN_OPTIONS)
     words = words[words.index("campaign") + 1 :]
-    arguments = () if any(selection.HIDDEN in word for word in words) else tuple(words)
+    arguments = () if any(options.HIDDEN in word for word in words) else tuple(words)
     made = dataclasses.replace(made, arguments=arguments, results_dir=campaign.io.results_dir)
     merge.write_plan(args.write_plan, made)
     if args.json:

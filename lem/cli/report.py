@@ -15,7 +15,7 @@ from lem.base.errors import UserError
 from lem.base.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.cli import selection
+from lem.cli import options, selection
 from lem.meters import samples
 from lem.meters.curve import HOLE_PERIODS
 from lem.meters.rapl import PACKAGE, distinct_zones, rapl_step_j
@@ -34,8 +34,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     text = "the configuration to compare with, as for `lem compare` (default: the first)"
     parser.add_argument("--baseline", metavar="NAME", help=text)
     selection.add_rates(parser)
-    selection.add_results_dir(parser)
-    selection.add_json(parser, "print the path and size as a JSON document")
+    options.add_results_dir(parser)
+    options.add_json(parser, "print the path and size as a JSON document")
     parser.set_defaults(run=run)
 
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         out.write(text)
         return
     path = Path(args.output) if args.output else args.results_dir / chosen.campaign / _FILENAME
-    selection.write_file(path, text)
+    options.write_file(path, text)
     if args.json:
         document = {
             "path": str(path),

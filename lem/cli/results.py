@@ -10,7 +10,7 @@ from typing import TextIO
 from lem.base.doc import Column, columns, printable, screen_of, terminal_width, write_json
 from lem.base.errors import ExitCode
 from lem.base.units import plural
-from lem.cli import selection
+from lem.cli import options, selection
 from lem.cli.verify import Outcome, recompute_result, shown
 from lem.record import encode_record
 from lem.results.aggregation import run_document
@@ -33,7 +33,7 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     showing = actions.add_parser("show", help="show a run as a table, or an experiment in full")
     named = "a run, RUN/EXPERIMENT, an experiment, RUN/CONFIGURATION, or a campaign (its last run)"
     showing.add_argument("id", metavar="ID", help=named)
-    selection.add_budget(showing)
+    options.add_budget(showing)
     selection.add_rates(showing)
     showing.set_defaults(run=_show)
     again = actions.add_parser("recompute", help="recompute every figure from the samples and requests")
@@ -49,13 +49,13 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     text = "only these columns (default: markdown: a selection, csv: those with a value, json: all)"
     exporting.add_argument("--columns", metavar="A,B,…", help=text)
     selection.add_rates(exporting)
-    selection.add_results_dir(exporting)
+    options.add_results_dir(exporting)
     exporting.set_defaults(run=_export)
     for action in (listing, showing, again):
-        selection.add_results_dir(action)
-        selection.add_json(action)
+        options.add_results_dir(action)
+        options.add_json(action)
     for action in (listing, showing):
-        selection.add_state_dir(action)
+        options.add_state_dir(action)
 
 
 def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
@@ -88,7 +88,7 @@ def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         write_json(out, {**run_document(found), "problems": selection.problem_documents(found.problems)})
     else:
         out.write(render_run(found, has_budget=args.budget, **screen_of(out)))
-        args.next = ["check", args.id, *selection.folder_options(args.results_dir, args.state_dir)]
+        args.next = ["check", args.id, *options.folder_options(args.results_dir, args.state_dir)]
         selection.list_problems(err, found.problems)
 
 
@@ -106,7 +106,7 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     if args.output is None:
         out.writelines(parts)
     else:
-        selection.write_file(args.output, parts)
+        options.write_file(args.output, parts)
     selection.list_problems(err, selection.damaged(problems.values()))
     whole = {(it.record.identity.run_id, it.record.identity.experiment_id) for it in found.values()}
     without = {(it.run_id, it.exp_id) for it in problems.values()} - whole

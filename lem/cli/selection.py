@@ -1,4 +1,4 @@
-"""Finding the run that an argument names, and options and output that commands share."""
+"""Finding the run that an argument names, and output that commands share."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import argparse
 import dataclasses
 import functools
 import logging
-import socket
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TextIO, TypeVar
 
-from lem.base import durable
-from lem.base.clock import utc_now
+from lem.base.clock import describe_future, utc_now
 from lem.base.dataclass import dataclass
 from lem.base.doc import printable
 from lem.base.errors import UserError, did_you_mean
 from lem.base.measurement import Section
 from lem.base.units import some_of
-from lem.config.campaign_config import CampaignConfig
-from lem.config.option import declared, is_secret
+from lem.cli.options import STATE_DIR, checked
+from lem.config.option import declared
 from lem.config.scalars import resolve_plain
 from lem.config.sections import MeasurementConfig, SloConfig
 from lem.orchestration.journal import find_fact
@@ -41,8 +40,6 @@ from lem.results.run import Run, read_run
 
 _logger = logging.getLogger(__name__)
 
-RESULTS_DIR, STATE_DIR = Path("results"), Path(".state")
-HIDDEN = "(hidden)"
 _PROBLEMS_SHOWN = 10
 _DATE_LENGTH = 8  # of a run ID; a shorter number is that of a configuration
 
@@ -51,46 +48,6 @@ commas), or by a part of its name"""
 
 T = TypeVar("T")
 S = TypeVar("S", SloConfig, MeasurementConfig)
-
-
-def add_results_dir(parser: argparse.ArgumentParser) -> None:
-    text = f"results folder (default: {RESULTS_DIR})"
-    parser.add_argument("--results-dir", type=Path, default=RESULTS_DIR, metavar="DIR", help=text)
-    parser.set_defaults(is_reader=True)
-
-
-def add_state_dir(parser: argparse.ArgumentParser) -> None:
-    text = f"state folder (default: {STATE_DIR})"
-    parser.add_argument("--state-dir", type=Path, default=STATE_DIR, metavar="DIR", help=text)
-
-
-def folder_options(results_dir: Path, state_dir: Path = STATE_DIR) -> list[str]:
-    given = {"--results-dir": (results_dir, RESULTS_DIR), "--state-dir": (state_dir, STATE_DIR)}
-    return [word for name, (path, usual) in given.items() if path != usual for word in (name, str(path))]
-
-
-def typed_again(args: argparse.Namespace, *dropped: str) -> list[str]:
-    kept: list[str] = []
-    for before, word in zip(["", *args.typed], args.typed, strict=False):
-        takes_value = before in dropped and not isinstance(getattr(args, before[2:].replace("-", "_"), True), bool)
-        if word.partition("=")[0] not in dropped and not takes_value:
-            kept.append(without_secret(word))
-    return kept
-
-
-def without_secret(word: str) -> str:
-    start = "--set=" if word.startswith("--set=") else ""
-    key, sign, _ = word[len(start) :].partition("=")
-    return f"{start}{key}={HIDDEN}" if sign and is_secret(CampaignConfig, tuple(key.split("."))) else word
-
-
-def add_json(parser: argparse._ActionsContainer, text: str = "print one JSON document") -> None:
-    parser.add_argument("--json", action="store_true", help=text)
-
-
-def add_budget(parser: argparse._ActionsContainer) -> None:
-    text = "also list what the combined uncertainty of each energy consists of"
-    parser.add_argument("--budget", action="store_true", help=text)
 
 
 def add_rates(parser: argparse._ActionsContainer) -> None:
@@ -136,17 +93,6 @@ def reading_of(args: argparse.Namespace) -> Reading:
     return Reading(rates, args.slo, recount)
 
 
-def add_repeated(parser: argparse._ActionsContainer, name: str, metavar: str, text: str, kind: Any = str) -> None:
-    parser.add_argument(name, action="append", default=[], type=kind, metavar=metavar, help=f"{text}; may be repeated")
-
-
-def checked(parse: Callable[[str], T], text: str) -> T:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 @dataclass(frozen=True)
 class SelectedRun:
     results_dir: Path
@@ -182,7 +128,7 @@ class SelectedRun:
                 # Of many runs one has the manifest, which may be long.
                 if path is None or find_fact(path, "run_id") not in (None, self.run_id):
                     continue
-                found.append(read_status(folder, Viewpoint(utc_now(), socket.gethostname()), path))
+                found.append(read_status(folder, Viewpoint(utc_now(), os.uname().nodename), path))
             except OSError:  # the state folder of another user
                 continue
         return [item for item in found if item.manifest is not None and item.manifest.run_id == self.run_id]
@@ -201,7 +147,7 @@ def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
 
 
 def _last(runs: Sequence[SelectedRun]) -> SelectedRun:
-    future = store.describe_future(runs[-1].run_id, utc_now())
+    future = describe_future(runs[-1].run_id, utc_now())
     if future:
         _logger.warning("%s", future)
     return runs[-1]
@@ -287,20 +233,3 @@ def list_problems(
     err.writelines(printable(text) + "\n" for text in texts)
     if len(problems) > _PROBLEMS_SHOWN:
         err.write(f"and {len(problems) - _PROBLEMS_SHOWN} more: {rest}\n")
-
-
-def add_junit(parser: argparse._ActionsContainer, what: str) -> None:
-    text = f"also write {what} as JUnit XML, for a CI system"
-    parser.add_argument("--junit", type=Path, metavar="FILE", help=text)
-
-
-def write_file(path: Path, text: str | Iterable[str], option: str = "--output") -> None:
-    parts = map(durable.utf8, (text,) if isinstance(text, str) else text)
-    try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a device or pipe: a new file must not replace it
-            with open(path, "wb") as stream:
-                stream.writelines(parts)
-        else:
-            durable.write_parts(path, parts)
-    except OSError as error:
-        raise UserError(f"{path}: {durable.reason_of(error)}", f"name another file with {option}") from error

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import socket
+import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, TextIO
 
-from lem.base.clock import utc_now
+from lem.base.clock import describe_future, utc_now
 from lem.base.dataclass import dataclass
 from lem.base.doc import NAME_WIDTH, Column, Doc, NameShortener, Table, printable, terminal_width, write_json
+from lem.base.durable import slug_of
 from lem.base.errors import UserError, did_you_mean
 from lem.base.log import WIDTH, is_colour_wanted
 from lem.base.units import format_duration, hash_label
-from lem.cli.selection import add_json, add_state_dir
-from lem.config.campaign_config import slug_of
-from lem.config.load import load_campaign
+from lem.cli.options import add_json, add_state_dir
 from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, SKIPPED, TOP_UP_NOTE, CampaignManifestEntry
 from lem.orchestration.status import (
     CampaignStatus,
@@ -33,7 +32,6 @@ from lem.orchestration.status import (
     remainder_of,
     state_folders,
 )
-from lem.results.store import describe_future
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +44,7 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
-    viewpoint = Viewpoint(utc_now(), socket.gethostname(), boot_time())
+    viewpoint = Viewpoint(utc_now(), os.uname().nodename, boot_time())
     viewer = Viewer(viewpoint.now, width=terminal_width(out), is_colour=is_colour_wanted(out))
     if args.campaign is None:
         statuses = [read_status(folder, viewpoint) for folder in find_folders(args.state_dir)]
@@ -69,6 +67,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> list[CampaignStatus]:
     given = Path(wanted)
     if given.suffix in (".yaml", ".yml") and given.is_file():
+        from lem.config.load import load_campaign  # and YAML
+
         campaign = load_campaign(str(given)).config
         folder = Path(campaign.io.state_dir) / campaign.slug
         parts = [part for part in state_folders(folder) if part != folder]

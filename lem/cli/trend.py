@@ -11,7 +11,7 @@ from lem.base.doc import NAME_WIDTH, Column, Doc, NameShortener, Table, screen_o
 from lem.base.errors import UserError
 from lem.base.log import WIDTH
 from lem.base.units import ABSENT, percent, plain, plural
-from lem.cli import selection
+from lem.cli import options, selection
 from lem.results.history import (
     NOTHING_ELSE,
     Change,
@@ -41,11 +41,11 @@ def add_trend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign with several runs")
     text = "the configuration, by name or number, that the others are relative to (default: the first with the same "
     parser.add_argument("--anchor", default="", metavar="NAME", help=f"{text}software in all runs)")
-    selection.add_repeated(parser, "--metric", "NAME", "show this metric (default: energy and throughput)")
+    options.add_repeated(parser, "--metric", "NAME", "show this metric (default: energy and throughput)")
     parser.add_argument("--last", type=int, metavar="N", help="only the last N runs (default: all)")
     parser.add_argument("--output", "-o", metavar="FILE", help="also write all of it as an HTML page")
-    selection.add_results_dir(parser)
-    selection.add_json(parser)
+    options.add_results_dir(parser)
+    options.add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     selection.list_problems(err, selection.damaged(problems))
     history = make_history(runs, [parse_comparable(text) for text in args.metric], args.anchor)
     if args.output:
-        selection.write_file(Path(args.output), render_trend(history))
+        options.write_file(Path(args.output), render_trend(history))
     if args.json:
         write_json(out, {**history_document(history), "problems": selection.problem_documents(problems)})
         return
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     if args.output:
         out.write(f"\n{args.output}\n")
     else:
-        args.next = [*selection.typed_again(args), "--output", "trend.html"]
+        args.next = [*options.typed_again(args), "--output", "trend.html"]
 
 
 def render_history(history: History, *, is_colour: bool = False, width: int = WIDTH) -> str:

@@ -14,11 +14,12 @@ from typing import Any, TextIO
 
 from lem.base import durable
 from lem.base.answers import OUTPUT_IDS_FILE
+from lem.base.clock import run_time
 from lem.base.dataclass import dataclass
 from lem.base.doc import Column, Doc, Table, terminal_width, write_json
 from lem.base.errors import ExitCode, MeterRefused, UserError
 from lem.base.units import format_quantity, plural, some_of
-from lem.cli import selection
+from lem.cli import options, selection
 from lem.config.campaign_config import slug_of
 from lem.config.experiment import ExperimentConfig, MeteredConfig, ProgramConfig
 from lem.meters.external import read_external
@@ -28,7 +29,7 @@ from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.orchestration.manifest import ManifestManager
 from lem.orchestration.status import digests_of, find_manifest, state_folders
 from lem.record import CONFIG_FILE, PROMPTS_FILE, RESULT_FILE
-from lem.results.store import DigestKey, Digests, Problem, Repository, Scan, StoredResult, digest_key, run_time
+from lem.results.store import DigestKey, Digests, Problem, Repository, Scan, StoredResult, digest_key
 from lem.worker.prompts import PromptError, fingerprint, read_prompt_file
 
 SCHEMA_VERSION = 1
@@ -49,9 +50,9 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = f"a {RESULT_FILE}, the folder of an attempt, run or campaign, or a name as for `lem results show`"
     parser.add_argument("results", nargs="+", metavar="RESULT", help=text)
-    selection.add_results_dir(parser)
-    selection.add_state_dir(parser)
-    selection.add_json(parser)
+    options.add_results_dir(parser)
+    options.add_state_dir(parser)
+    options.add_json(parser)
     parser.set_defaults(run=run)
 
 

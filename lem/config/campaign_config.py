@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lem.base import durable, units
+from lem.base import units
 from lem.base.dataclass import dataclass
-from lem.base.durable import BALANCED, MANIFEST_FILENAME, STRUCTURES
+from lem.base.durable import BALANCED, MANIFEST_FILENAME, STRUCTURES, generate_campaign_id, slug_of
 from lem.base.errors import nearest
 from lem.config.backends import BACKENDS
 from lem.config.experiment import ExperimentConfig
@@ -43,25 +41,9 @@ _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY_GROUPS = {"weekdays": _WEEKDAYS[:5], "weekends": _WEEKDAYS[5:]}
 _check_time = Matching(r"([01][0-9]|2[0-3]):[0-5][0-9]", "a time from 00:00 to 23:59")
 _check_file_name = Matching(r"(?!\.\.?$)[^/]+", "a file name without a folder")
-_MAX_SLUG = 64
 
 # Twelve days of measuring at 10 s each. A plan of this size takes 0.4 GB of memory; a few long axes exceed any limit.
 MAX_EXPERIMENTS = 100_000
-
-
-def generate_campaign_id(name: str) -> str:
-    """The first 8 hex digits of the MD5 of a campaign's name."""
-    return hashlib.md5(durable.utf8(name), usedforsecurity=False).hexdigest()[:8]
-
-
-def slug_of(name: str) -> str:
-    """The name in `[a-z0-9][a-z0-9_-]*`, for files, units and projects; its campaign id if empty or too long."""
-    slug = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")
-    if not slug:
-        return f"campaign-{generate_campaign_id(name)}"
-    if len(slug) > _MAX_SLUG:
-        return f"{slug[: _MAX_SLUG - 9].rstrip('-_')}-{generate_campaign_id(name)}"
-    return slug
 
 
 def _check_duration(text: str) -> str | None:

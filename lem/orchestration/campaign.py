@@ -10,7 +10,7 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
-from lem.base.clock import utc_text
+from lem.base.clock import describe_future, utc_text
 from lem.base.dataclass import dataclass
 from lem.base.errors import InfrastructureError, Interrupted, LockedError, UserError
 from lem.config.load import complete_campaign
@@ -28,7 +28,6 @@ from lem.orchestration.status import ActivityWriter
 from lem.orchestration.systemd import find_secrets
 from lem.results.configurations import write_listing
 from lem.results.stopping import StoppingRule, next_stage, read_stopping_rule, write_stopping_rule
-from lem.results.store import describe_future
 from lem.worker.recording import read_host
 
 __all__ = ["CampaignExperiment", "CampaignRunner", "check_supported"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lem.base import durable
-from lem.base.clock import utc_stamp
+from lem.base.clock import run_time, utc_stamp
 from lem.base.dataclass import dataclass
 from lem.base.durable import BALANCED, SHUFFLED
 from lem.base.errors import in_brackets
@@ -28,7 +28,7 @@ from lem.config.option import canonical, declared, find_option, put
 from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
 from lem.config.sections import SyntheticPrompts
-from lem.results.store import ID_HASH_LENGTH, run_time
+from lem.results.store import ID_HASH_LENGTH
 from lem.worker.datasets import choice_of
 from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate, read_template, resolve_on_host, template_digest
 

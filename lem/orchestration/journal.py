@@ -11,7 +11,6 @@ the journal's removal.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -121,6 +120,8 @@ class Journal:
 
 
 def _sha256(data: bytes) -> str:
+    import hashlib  # OpenSSL, which not every process of lem needs
+
     return hashlib.sha256(data).hexdigest()
 
 

@@ -7,21 +7,19 @@ import enum
 import itertools
 import json
 import shlex
-import statistics
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lem.base import durable
 from lem.base.clock import parse_time, utc_text
 from lem.base.codec import decode
 from lem.base.dataclass import dataclass
-from lem.base.durable import MANIFEST_FILENAME
+from lem.base.durable import MANIFEST_FILENAME, slug_of
 from lem.base.errors import LemError, UserError
-from lem.config.campaign_config import slug_of
 from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, is_locked, read_holder
 from lem.orchestration.manifest import (
     COMPLETED,
@@ -33,7 +31,9 @@ from lem.orchestration.manifest import (
     CampaignManifestEntry,
     ManifestManager,
 )
-from lem.results.store import Digests
+
+if TYPE_CHECKING:
+    from lem.results.store import Digests
 
 
 @dataclass(frozen=True)
@@ -418,4 +418,6 @@ def estimate_left_s(manifest: CampaignManifest) -> float | None:
     ends = sorted(moment for moment in moments if moment is not None)
     if len(ends) < 2:
         return None
+    import statistics
+
     return n_left * statistics.median((later - earlier).total_seconds() for earlier, later in itertools.pairwise(ends))

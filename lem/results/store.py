@@ -11,13 +11,12 @@ import logging
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 from lem.base import durable
+from lem.base.clock import run_time
 from lem.base.dataclass import dataclass
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
@@ -137,6 +136,8 @@ class Repository:
     def check_writable(self) -> None:
         try:
             make_folder(self.folder)
+            import tempfile
+
             with tempfile.TemporaryFile(dir=self.folder) as probe:  # without a name: no crash leaves it behind
                 sys.audit("lem.write", str(self.folder))
                 probe.write(bytes(_PROBE_B))
@@ -410,25 +411,6 @@ def _folder_names(folder: Path) -> tuple[str, ...]:
         return ()
 
 
-_RUN_ID = re.compile(r"([0-9]{8}T[0-9]{6}Z)-[0-9a-f]{4}")
-# Clocks of several hosts agree to a second or so.
-_CLOCK_TOLERANCE = timedelta(minutes=5)
-
-
-def run_time(run_id: str) -> datetime | None:
-    match = _RUN_ID.fullmatch(run_id)
-    with contextlib.suppress(ValueError):
-        return datetime.strptime(match[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc) if match else None
-    return None
-
-
 def in_order(run_ids: Iterable[str]) -> list[str]:
     """The runs, the last one last; IDs only grow, whatever the clock did. Names that lem did not give come first."""
     return sorted(run_ids, key=lambda name: (run_time(name) is not None, name))
-
-
-def describe_future(run_id: str, now: datetime) -> str:
-    began = run_time(run_id)
-    if began is None or began <= now + _CLOCK_TOLERANCE:
-        return ""
-    return f"run {run_id} is dated in the future: the clock was wrong when it began, or is wrong now"

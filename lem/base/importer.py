@@ -1,0 +1,114 @@
+"""How lem.pyz imports its modules: each is compiled once, and its code kept for the next command.
+
+Python's own importer compiles each module of a zip twice in every process: for its file name, and to run it. That was
+up to three quarters of a command's time. Since the code that is kept is run, only a file counts that this user owns and
+nobody else can write, whose name has the hash of this lem.pyz, and which begins with the hash of its content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import marshal
+import os
+import sys
+import time
+import zipimport
+from importlib.util import MAGIC_NUMBER, source_hash
+
+from lem.base.variables import CACHE_VARIABLE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import CodeType
+
+FOLDER = "bytecode"
+_HASH_SIZE = 8
+_KEPT_S = 90 * 86_400.0  # code of a lem.pyz that no command has added to for as long is removed
+
+
+class CodeCache:
+    """The code of lem.pyz's modules, by name, in one file; without a folder, or with one that is unusable, nothing."""
+
+    def __init__(self, archive: str, folder: str) -> None:
+        self._folder, self._codes, self._is_changed = folder, dict[str, bytes](), False
+        self._name = ""
+        if not os.path.isabs(folder):  # a user without a home
+            return
+        with contextlib.suppress(OSError):
+            with open(archive, "rb") as stream:
+                given = f"{os.path.abspath(archive)}\n{sys.flags.optimize}\n".encode(errors="surrogateescape")
+                self._name = f"{source_hash(given + stream.read()).hex()}-{MAGIC_NUMBER.hex()}"
+            self._codes = _read(os.path.join(folder, self._name))
+
+    def get(self, module: str) -> CodeType | None:
+        code = self._codes.get(module)
+        return None if code is None else marshal.loads(code)
+
+    def add(self, module: str, code: CodeType) -> None:
+        self._codes[module] = marshal.dumps(code)
+        self._is_changed = True
+
+    def save(self) -> None:
+        if not (self._is_changed and self._name) or sys.dont_write_bytecode:
+            return
+        data = marshal.dumps(self._codes)
+        temporary = os.path.join(self._folder, f".{self._name}.{os.getpid()}")
+        with contextlib.suppress(OSError):  # a read-only or full disk
+            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with open(descriptor, "wb") as stream:
+                stream.write(source_hash(data) + data)
+            os.replace(temporary, os.path.join(self._folder, self._name))
+            for item in os.scandir(self._folder):
+                if item.stat(follow_symlinks=False).st_mtime < time.time() - _KEPT_S:
+                    os.unlink(item)
+
+
+def _read(path: str) -> dict[str, bytes]:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
+        found = os.fstat(stream.fileno())
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            return {}
+        data = stream.read()
+    is_whole = source_hash(data[_HASH_SIZE:]) == data[:_HASH_SIZE]
+    return marshal.loads(data[_HASH_SIZE:]) if is_whole else {}
+
+
+class Importer(zipimport.zipimporter):
+    def __init__(self, path: str, cache: CodeCache) -> None:
+        super().__init__(path)
+        self._cache = cache
+        self._codes: dict[str, CodeType] = {}
+
+    def get_filename(self, fullname: str) -> str:
+        code = self._codes[fullname] = self._cache.get(fullname) or self._compiled(fullname)
+        return code.co_filename
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self._codes.pop(fullname, None) or super().get_code(fullname)
+
+    def _compiled(self, fullname: str) -> CodeType:
+        code = super().get_code(fullname)
+        self._cache.add(fullname, code)
+        return code
+
+
+def install(archive: str) -> CodeCache:
+    """Import the modules of `archive` by an `Importer` from now on; its cache is to be saved at the end."""
+    cache = CodeCache(archive, cache_folder_of(os.environ))
+
+    def importer_of(path: str) -> Importer:
+        if path != archive and not path.startswith(archive + os.sep):
+            raise ImportError(path)
+        return Importer(path, cache)
+
+    sys.path_hooks.insert(0, importer_of)
+    for path in [path for path in sys.path_importer_cache if path.startswith(archive)]:
+        del sys.path_importer_cache[path]
+    return cache
+
+
+def cache_folder_of(environ: Mapping[str, str]) -> str:
+    cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(environ.get(CACHE_VARIABLE) or os.path.join(cache, "lem"), FOLDER)
