@@ -43,6 +43,11 @@ WHEEL_PLATFORM = (
 )
 PIP_TIMEOUT_S = 600
 
+# What lem/config/yamlfile.py reads files with: of PyYAML, neither the constructors nor all that writes.
+YAML_MODULES = frozenset(
+    f"yaml/{name}.py" for name in ("composer", "error", "events", "nodes", "parser", "reader", "scanner", "tokens")
+)
+YAML_INIT = '"""A part of PyYAML; see LICENSES/PyYAML.txt and LICENSES/vendor.txt."""\n'
 VENDOR_INIT = '"""Third-party code, separate from the copies of an engine; see LICENSES/vendor.txt."""\n'
 
 
@@ -106,11 +111,11 @@ def own_members(root: Path) -> dict[str, bytes]:
 def vendor_members(wheels: Mapping[str, Path]) -> dict[str, bytes]:
     """The vendored modules and their licences by their name in the zip."""
     members = {"lem/_vendor/__init__.py": VENDOR_INIT.encode(), "LICENSES/vendor.txt": VENDOR_LIST.read_bytes()}
+    # PyYAML's own imports the whole package. Without the rest, no loader can be the C one of an engine's own PyYAML.
+    members["lem/_vendor/yaml/__init__.py"] = YAML_INIT.encode()
     with zipfile.ZipFile(wheels["pyyaml"]) as wheel:
         for name in wheel.namelist():
-            # Without cyaml.py, `yaml` knows that it has no C loader. With it, `yaml` would import the one of an
-            # engine's own PyYAML.
-            if re.fullmatch(r"yaml/\w+\.py", name) and name != "yaml/cyaml.py":
+            if name in YAML_MODULES:
                 members[f"lem/_vendor/{name}"] = wheel.read(name)
             elif name.endswith(".dist-info/licenses/LICENSE"):
                 members["LICENSES/PyYAML.txt"] = wheel.read(name)
@@ -118,7 +123,7 @@ def vendor_members(wheels: Mapping[str, Path]) -> dict[str, bytes]:
         source = wheel.read("pynvml.py")
     members["lem/_vendor/pynvml.py"] = source
     members["LICENSES/nvidia-ml-py.txt"] = leading_comment(source)
-    missing = {"lem/_vendor/yaml/__init__.py", "LICENSES/PyYAML.txt"} - set(members)
+    missing = {"LICENSES/PyYAML.txt", *(f"lem/_vendor/{name}" for name in YAML_MODULES)} - set(members)
     if missing:
         raise BuildError(f"unexpected layout of the PyYAML wheel: missing {', '.join(sorted(missing))}")
     return members

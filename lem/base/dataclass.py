@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from dataclasses import dataclass as dataclass  # noqa: PLC0414 - exported
 else:
 
-    def dataclass(cls=None, /, *, frozen=False, eq=True, repr=True):  # noqa: A002 - as in the standard library
+    def dataclass(cls=None, /, *, frozen=False, eq=True, repr=True, slots=False):  # noqa: A002 - as in the standard library
         def decorated(cls):
-            _declare_fields(cls)
+            cls = _with_fields(cls, slots)
             fields = dataclasses.fields(cls)
             methods = {"__init__": _late_init(cls, fields, is_frozen=frozen)}
             if repr:
@@ -28,6 +28,8 @@ else:
                     del cls.__hash__  # it is None because the class defines `__eq__`
             if frozen:
                 methods |= _freeze(cls, frozenset(field.name for field in fields))
+                if slots:
+                    methods |= {"__getstate__": _pickled, "__setstate__": _unpickled}
             for name, method in methods.items():
                 if name not in cls.__dict__:
                     setattr(cls, name, method)
@@ -35,7 +37,7 @@ else:
 
         return decorated if cls is None else decorated(cls)
 
-    def _declare_fields(cls):
+    def _with_fields(cls, has_slots):
         # The standard decorator spends most of its time on making a docstring from the signature, and on patterns that
         # tell whether the text of an annotation names a ClassVar.
         text, annotations = cls.__doc__, cls.__annotations__
@@ -44,10 +46,11 @@ else:
             name: it if not isinstance(it, str) or it.startswith(("ClassVar", "KW_ONLY", "InitVar")) else object
             for name, it in annotations.items()
         }
-        dataclasses.dataclass(init=False, repr=False, eq=False)(cls)
+        cls = dataclasses.dataclass(init=False, repr=False, eq=False, slots=has_slots)(cls)
         cls.__doc__, cls.__annotations__ = text, annotations
         for field in dataclasses.fields(cls):
             field.type = annotations.get(field.name, field.type)
+        return cls
 
     @recursive_repr()
     def _repr(self):
@@ -77,6 +80,13 @@ else:
             super(cls, self).__delattr__(name)
 
         return {"__setattr__": assign, "__delattr__": delete}
+
+    def _pickled(self):
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
+    def _unpickled(self, state):
+        for field, value in zip(dataclasses.fields(self), state, strict=True):
+            object.__setattr__(self, field.name, value)
 
     def _late_init(cls, fields, *, is_frozen):
         def init(self, /, *args, **kwargs):

@@ -1,8 +1,8 @@
 """How lem.pyz imports its modules: each is compiled once, and its code kept for the next command.
 
 Python's own importer compiles each module of a zip twice in every process: for its file name, and to run it. That was
-up to three quarters of a command's time. Since the code that is kept is run, only a file counts that this user owns and
-nobody else can write, whose name has the hash of this lem.pyz, and which begins with the hash of its content.
+half of a command's time. Since the code that is kept is run, a file counts only if this user owns it and nobody else
+can write it, if its name has the hash of this zip's directory, and if it begins with the hash of its content.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FOLDER = "bytecode"
 _HASH_SIZE = 8
+_DIRECTORY_SIZE = 1 << 16  # at the end of the zip: names, sizes, times and CRC-32 of some 600 members
 _KEPT_S = 90 * 86_400.0  # code of a lem.pyz that no command has added to for as long is removed
 
 
@@ -37,7 +38,9 @@ class CodeCache:
             return
         with contextlib.suppress(OSError):
             with open(archive, "rb") as stream:
-                given = f"{os.path.abspath(archive)}\n{sys.flags.optimize}\n".encode(errors="surrogateescape")
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(max(0, size - _DIRECTORY_SIZE))
+                given = f"{os.path.abspath(archive)}\n{sys.flags.optimize}\n{size}\n".encode(errors="surrogateescape")
                 self._name = f"{source_hash(given + stream.read()).hex()}-{MAGIC_NUMBER.hex()}"
             self._codes = _read(os.path.join(folder, self._name))
 

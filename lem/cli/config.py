@@ -12,7 +12,7 @@ from lem.base import log
 from lem.base.doc import write_json
 from lem.base.errors import ConfigurationError, ExitCode, did_you_mean
 from lem.cli.options import add_json, add_repeated, typed_again
-from lem.config import introspection, rules
+from lem.config import rules
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
@@ -167,6 +167,8 @@ def _problem_documents(error: ConfigurationError) -> list[dict[str, Any]]:
 
 
 def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+    from lem.config import introspection
+
     kind = kind_of(args.file)
     read: Any = load_campaign if kind == "campaign" else load_experiment
     loaded: Loaded[Any] = read(args.file, args.set, args.preset)
@@ -200,11 +202,14 @@ def _without_secrets(loaded: Loaded[Any]) -> dict[str, Any]:
 
 
 def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+    from lem.config import introspection
+
     _check_backend(args.backend)
     out.write(introspection.template(args.kind, args.backend))
 
 
 def _convert(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+    from lem.config import introspection
     from lem.config.convert import convert
 
     words = args.file[1:] if args.file[:1] == ["--"] else args.file
@@ -230,6 +235,8 @@ def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
 
 
 def _fields(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+    from lem.config import introspection
+
     if args.markdown:
         out.write(introspection.render_page())
         return

@@ -25,9 +25,11 @@ from lem.config.option import is_secret, redacted
 from lem.config.scalars import ExpansionError, expand, resolve_plain
 
 try:
-    from lem._vendor import yaml
-except ImportError:  # an installation has PyYAML beside lem, not inside it
-    import yaml  # type: ignore[import-untyped, unused-ignore]
+    from lem._vendor.yaml import composer, nodes, parser, reader, scanner
+    from lem._vendor.yaml import error as errors
+except ImportError:
+    from yaml import composer, nodes, parser, reader, scanner  # type: ignore[import-untyped, unused-ignore]
+    from yaml import error as errors
 
 
 MAX_FILE_B = 16 * MIB
@@ -227,7 +229,7 @@ def _read_text(text: str, name: str, path: FilePath, environ: Mapping[str, str])
     lines = tuple(text.splitlines())
     try:
         node = _Loader(_REFERENCE.sub(lambda found: found[0].translate(_MASK), text)).get_single_node()
-    except yaml.YAMLError as error:
+    except errors.YAMLError as error:
         raise FileProblems([_syntax_problem(error, name, text)]) from error
     builder = _Builder(environ)
     tree = builder.build(node, ()) if node is not None else None
@@ -235,16 +237,16 @@ def _read_text(text: str, name: str, path: FilePath, environ: Mapping[str, str])
     return Document(name, path, lines, tree, builder.keys, builder.values, problems, spans)
 
 
-class _TooMuch(yaml.MarkedYAMLError):  # type: ignore[misc, unused-ignore]
+class _TooMuch(errors.MarkedYAMLError):  # type: ignore[misc, unused-ignore]
     """More nesting or more values than a configuration has."""
 
 
-class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml.composer.Composer):  # type: ignore[misc, unused-ignore]
+class _Loader(reader.Reader, scanner.Scanner, parser.Parser, composer.Composer):  # type: ignore[misc, unused-ignore]
     def __init__(self, text: str) -> None:
-        yaml.reader.Reader.__init__(self, text)
-        yaml.scanner.Scanner.__init__(self)
-        yaml.parser.Parser.__init__(self)
-        yaml.composer.Composer.__init__(self)
+        reader.Reader.__init__(self, text)
+        scanner.Scanner.__init__(self)
+        parser.Parser.__init__(self)
+        composer.Composer.__init__(self)
         self._depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -261,7 +263,7 @@ class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml
             return super().scan_flow_scalar_non_spaces(double, start_mark)
         except (OverflowError, ValueError) as error:  # of chr(), which PyYAML gives any eight digits
             message = "expected at most \\U0010FFFF, the last character of Unicode"
-            raise yaml.scanner.ScannerError(None, None, message, self.get_mark()) from error
+            raise scanner.ScannerError(None, None, message, self.get_mark()) from error
 
     def descend_resolver(self, *_: Any) -> None:
         """Nothing: PyYAML's resolver is not used."""
@@ -269,9 +271,9 @@ class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml
     ascend_resolver = descend_resolver
 
     def resolve(self, kind: Any, _value: Any, implicit: Any) -> str:
-        if kind is yaml.ScalarNode:
+        if kind is nodes.ScalarNode:
             return _PLAIN if implicit[0] else _TEXT
-        return _LIST if kind is yaml.SequenceNode else _MAPPING
+        return _LIST if kind is nodes.SequenceNode else _MAPPING
 
 
 class _Builder:
@@ -294,7 +296,7 @@ class _Builder:
         if id(node) in self._open:
             self._note(path, "an alias (*name) that contains itself")
             return None
-        if not isinstance(node, yaml.MappingNode):  # whose keys and values are noted
+        if not isinstance(node, nodes.MappingNode):  # whose keys and values are noted
             self.spans.append(Span.of(path, node))
         self._open.add(id(node))
         value = self._build(node, path)
@@ -302,11 +304,11 @@ class _Builder:
         return value
 
     def _build(self, node: Any, path: Path) -> Any:
-        if isinstance(node, yaml.MappingNode) and node.tag == _MAPPING:
+        if isinstance(node, nodes.MappingNode) and node.tag == _MAPPING:
             return self._build_mapping(node, path)
-        if isinstance(node, yaml.SequenceNode) and node.tag == _LIST:
+        if isinstance(node, nodes.SequenceNode) and node.tag == _LIST:
             return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
-        if isinstance(node, yaml.ScalarNode) and node.tag in (_PLAIN, _TEXT):
+        if isinstance(node, nodes.ScalarNode) and node.tag in (_PLAIN, _TEXT):
             return self._build_scalar(node, path)
         self.spans.append(Span.of(path, node))
         tag = "this tag" if self.spans[-1].is_secret else f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')}"
@@ -316,7 +318,7 @@ class _Builder:
     def _build_mapping(self, node: Any, path: Path) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in (_PLAIN, _TEXT):
+            if not isinstance(key_node, nodes.ScalarNode) or key_node.tag not in (_PLAIN, _TEXT):
                 self.spans += Span.of((*path, ""), key_node), Span.of((*path, ""), value_node)
                 self._note(path, "expected plain text as the key", _mark(key_node))
                 continue
@@ -362,7 +364,7 @@ def _mark(node: Any) -> Mark:
 
 
 def _syntax_problem(error: Any, name: str, text: str) -> tuple[Place, Problem]:
-    if isinstance(error, yaml.reader.ReaderError):
+    if isinstance(error, reader.ReaderError):
         before = text[: error.position]
         mark = Mark(before.count("\n") + 1, error.position - before.rfind("\n"))
         complaint = f"contains the control character U+{ord(text[error.position]):04X}; remove it"

@@ -14,13 +14,14 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
 from lem.base import durable
 from lem.base.codec import MOST, complete, decode, decode_row, shown
+from lem.base.dataclass import dataclass
 from lem.base.measurement import EnergyScope
 from lem.base.reasons import Reason
 from lem.base.units import GIB, KIB, MIB, NS_PER_S

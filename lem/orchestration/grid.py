@@ -29,7 +29,6 @@ from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
 from lem.config.sections import SyntheticPrompts
 from lem.results.store import ID_HASH_LENGTH
-from lem.worker.datasets import choice_of
 from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate, read_template, resolve_on_host, template_digest
 
 __all__ = ["GridExpansionResult", "GridValidationIssue", "expand_campaign_grid", "validate_campaign_grid"]
@@ -356,6 +355,8 @@ def _source_fingerprint(config: ExperimentConfig, resolved: ResolvedPrompts | No
 
 def _joined_columns(config: ExperimentConfig) -> dict[str, Any]:
     """Columns that an alias joins; an earlier lem took the first alone, and its results are of other prompts."""
+    from lem.worker.datasets import choice_of
+
     columns = choice_of(config).columns
     return {"columns": list(columns)} if len(columns) > 1 else {}
 

@@ -25,7 +25,6 @@ from lem.config.option import canonical, leaves
 from lem.config.rules import Gpu
 from lem.config.sections import FilePrompts
 from lem.config.yamlfile import FileProblems
-from lem.meters.nvml import find_gpus
 from lem.orchestration import grid
 from lem.orchestration.grid import GridValidationIssue, cycle_order, experiment_id
 from lem.record import RATES
@@ -289,6 +288,8 @@ def _sum_known(names: Sequence[str], known: Mapping[str, float]) -> float | None
 
 
 def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
+    from lem.meters.nvml import find_gpus
+
     gpus = find_gpus() or None
     plan = build_plan(loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source, gpus=gpus)
     unused = [

@@ -35,9 +35,9 @@ for name in names:
     except ModuleNotFoundError as error:  # a helper of a backend that stands on its engine
         missing = error.name.split(".")[0]
         assert name.startswith("lem.engines.") and missing not in {"lem", *sys.stdlib_module_names}, error
-from lem._vendor import yaml
-assert yaml.safe_load("a: [1, 2]") == {"a": [1, 2]}
-assert yaml.__with_libyaml__ is False
+from lem.config.yamlfile import parse_value
+assert parse_value("[1, {a: b}]", {}, "test") == [1, {"a": "b"}]
+assert "lem._vendor.yaml.composer" in sys.modules
 assert not {"yaml", "pynvml"} & set(sys.modules), "the vendored copies shadow an engine's own"
 assert "lem._vendor.pynvml" in names, names
 print(len(names))

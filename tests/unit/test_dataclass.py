@@ -65,7 +65,12 @@ def described(decorate: Callable[..., Any]) -> dict[str, Any]:
     class Plain:
         value: int
 
-    return {kind.__name__: kind for kind in (Base, Derived, Changing, Own, Empty, Plain)}
+    @decorate(frozen=True, slots=True)
+    class Slim:
+        name: str
+        size: int = 3
+
+    return {kind.__name__: kind for kind in (Base, Derived, Changing, Own, Empty, Plain, Slim)}
 
 
 OURS, STANDARD = described(dataclass), described(dataclasses.dataclass)
@@ -98,6 +103,8 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("Changing", ([1],), {"count": 1}),
     ("Own", (1,), {}),
     ("Empty", (), {}),
+    ("Slim", ("x",), {}),
+    ("Slim", (1, 2, 3), {}),
 ]
 
 
@@ -107,7 +114,7 @@ def outcome(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         made = kind(*args, **kwargs)
     except TypeError as error:
         return str(error)
-    return vars(made), repr(made)
+    return {item.name: getattr(made, item.name) for item in dataclasses.fields(made)}, repr(made)
 
 
 @pytest.mark.parametrize(("name", "args", "kwargs"), CALLS)
@@ -154,6 +161,21 @@ def test_factories_give_each_instance_its_own_value() -> None:
 class Kept:
     name: str
     parts: tuple[Kept, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Slim:
+    name: str
+    parts: tuple[int, ...] = ()
+
+
+def test_a_class_with_slots_has_nothing_else() -> None:
+    slim = Slim("a", (1,))
+    assert not hasattr(slim, "__dict__")
+    assert pickle.loads(pickle.dumps(slim)) == copy.deepcopy(slim) == slim == Slim("a", parts=(1,))  # noqa: S301
+    assert dataclasses.replace(slim, name="b") == Slim("b", (1,))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        slim.name = "b"  # type: ignore[misc]
 
 
 def test_instances_are_copied_replaced_and_pickled() -> None:
