@@ -118,7 +118,7 @@ else:
         if hasattr(cls, "__post_init__"):
             body.append("self.__post_init__()")
         signature = ", ".join([*parameters, *(["*"] if keywords else []), *keywords])
-        exec(f"def __init__({signature}):\n " + "\n ".join(body or ["pass"]), names)  # noqa: S102 - names of fields
+        exec(f"def __init__({signature}):\n " + "\n ".join(body or ["pass"]), names)  # noqa: S102 # nosec B102 - names of fields
         init = names["__init__"]
         init.__qualname__ = f"{cls.__qualname__}.__init__"
         return init

@@ -46,7 +46,7 @@ class CodeCache:
 
     def get(self, module: str) -> CodeType | None:
         code = self._codes.get(module)
-        return None if code is None else marshal.loads(code)
+        return None if code is None else marshal.loads(code)  # nosec B302 - of a checked file
 
     def add(self, module: str, code: CodeType) -> None:
         self._codes[module] = marshal.dumps(code)
@@ -75,7 +75,7 @@ def _read(path: str) -> dict[str, bytes]:
             return {}
         data = stream.read()
     is_whole = source_hash(data[_HASH_SIZE:]) == data[:_HASH_SIZE]
-    return marshal.loads(data[_HASH_SIZE:]) if is_whole else {}
+    return marshal.loads(data[_HASH_SIZE:]) if is_whole else {}  # nosec B302
 
 
 class Importer(zipimport.zipimporter):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lem.engines.common import BACKEND_MODULES
 
@@ -232,6 +233,37 @@ def test_help_imports_no_engine_and_nothing_that_measures() -> None:
     assert not {
         name for name in loaded if name.split(".")[0] in {"numpy", "torch", "transformers"} or "yaml" in name.split(".")
     }
+
+
+# What a command does not import before it knows that it needs it: most of a short command's time is imports.
+NOT_IMPORTED = {
+    "--help": {"dataclasses", "json", "logging", "pathlib", "typing", "traceback", "lem.base.doc", "lem.cli.options"},
+    "status": {
+        *("lem.config", "lem.results", "lem.meters", "lem.engines", "lem.worker", "lem._vendor", "yaml"),
+        *("socket", "statistics", "tempfile", "subprocess"),
+    },
+    "compare nothing": {
+        *("lem.config.load", "lem.config.yamlfile", "lem.meters", "lem.worker", "lem.engines", "yaml"),
+        *("lem.orchestration.plan", "lem.results.report", "lem.results.junit", "html", "socket", "tempfile"),
+    },
+    "config validate demo.yaml": {
+        *("lem.meters.nvml", "lem.meters.samples", "lem.worker.datasets", "lem.engines"),
+        *("lem.results.run", "lem.config.introspection", "socket", "subprocess"),
+    },
+    "report nothing": {"lem.config.load", "lem.config.yamlfile", "lem.worker", "lem.engines", "yaml"},
+}
+
+
+@pytest.mark.parametrize("words", NOT_IMPORTED)
+def test_a_command_imports_only_what_it_needs(words: str, tmp_path: Path) -> None:
+    (tmp_path / "demo.yaml").write_bytes((ROOT / "examples" / "demo.yaml").read_bytes())
+    program = f"import os, io, lem.cli.main\nos.chdir({str(tmp_path)!r})\n"
+    program += f"sys.path.append({str(Path(yaml.__file__).parents[1])!r})\n"
+    program += f"code = lem.cli.main.main({words.split()!r}, io.StringIO(), io.StringIO())\n"
+    program += f"assert code == {2 if 'nothing' in words else 0}, code"
+    loaded = loaded_after(program)
+    assert "lem.cli.main" in loaded
+    assert NOT_IMPORTED[words] & loaded == set()
 
 
 def test_merge_and_fleet_receive_import_neither_plans_nor_the_report() -> None:

@@ -74,9 +74,18 @@ def test_a_danger_is_seen(source: str) -> None:
     assert list(dangers_in(source))
 
 
+# `__init__` from the names of fields, as in the standard library; and lem's own modules, which lem.pyz compiled for this
+# user and nobody else can write (tests/unit/test_importer.py).
+MADE_OF_NAMES_AND_CHECKED_CODE = {
+    "lem/base/dataclass.py": ["exec"],
+    "lem/base/importer.py": ["marshal.loads", "marshal.loads"],
+}
+
+
 def test_nothing_runs_a_shell_or_makes_code_of_data() -> None:
     found = {str(path.relative_to(ROOT)): list(dangers_in(path.read_text(encoding="utf-8"))) for path in SOURCES}
-    assert {name: lines for name, lines in found.items() if lines} == {}
+    dangers = {name: [line.split(": ")[1] for line in lines] for name, lines in found.items() if lines}
+    assert dangers == MADE_OF_NAMES_AND_CHECKED_CODE
 
 
 def tasks_in(node: Any) -> Iterator[dict[str, Any]]:
