@@ -74,8 +74,8 @@ def test_a_danger_is_seen(source: str) -> None:
     assert list(dangers_in(source))
 
 
-# `__init__` from the names of fields, as in the standard library; and lem's own modules, which lem.pyz compiled for this
-# user and nobody else can write (tests/unit/test_importer.py).
+# `__init__` from the names of fields, as in the standard library; and lem's own modules, compiled by lem.pyz for this
+# user, which nobody else can write (tests/unit/test_importer.py).
 MADE_OF_NAMES_AND_CHECKED_CODE = {
     "lem/base/dataclass.py": ["exec"],
     "lem/base/importer.py": ["marshal.loads", "marshal.loads"],
