@@ -19,8 +19,9 @@ from lem.base.units import plural
 from lem.config.campaign_config import slug_of
 from lem.orchestration.grid import campaign_config_hash
 from lem.orchestration.plan import Experiment, Plan
+from lem.results.configurations import EXPERIMENT_NAME
 from lem.results.merge import REPLICATE, SHARD, FleetPlan, HostPart, PlannedExperiment
-from lem.results.store import EXPERIMENT_NAME, check_name
+from lem.results.store import check_name
 
 
 def parse_shard(text: str) -> tuple[int, int]:

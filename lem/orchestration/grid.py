@@ -28,7 +28,7 @@ from lem.config.option import canonical, declared, find_option, put
 from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
 from lem.config.sections import SyntheticPrompts
-from lem.results.store import ID_HASH_LENGTH
+from lem.results.configurations import ID_HASH_LENGTH
 from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate, read_template, resolve_on_host, template_digest
 
 __all__ = ["GridExpansionResult", "GridValidationIssue", "expand_campaign_grid", "validate_campaign_grid"]

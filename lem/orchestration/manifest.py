@@ -76,7 +76,8 @@ class CampaignManifestEntry:
     attempts: tuple[Attempt, ...] = ()  # oldest first
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__[name] = _checked(name, value)
+        is_plain = type(value) in _PLAIN_TYPES and name in _PLAIN_NAMES
+        self.__dict__[name] = value if is_plain else _checked(name, value)
         self.__dict__.pop("_line", None)
 
     def put_attempt(self, attempt: Attempt) -> None:
@@ -95,6 +96,8 @@ class CampaignManifestEntry:
 
 
 _ENTRY_NAMES = tuple(item.name for item in dataclasses.fields(CampaignManifestEntry))
+# As most values of thousands of entries are.
+_PLAIN_TYPES, _PLAIN_NAMES = frozenset({str, int, type(None)}), frozenset(_ENTRY_NAMES) - {"status", "attempts"}
 
 
 def _checked(name: str, value: Any) -> Any:

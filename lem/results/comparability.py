@@ -65,12 +65,14 @@ def obstacles_to(before: Sequence[Record], anchors: Sides | None = None) -> Call
     # program is named beside the verdict. Where each side is compared with an anchor of its own run in which the same
     # differs (the sensor of a card, a driver, a power limit), that divides out: it is reported and blocks nothing.
     known = {item.code: _texts(before, item.read) for item in CIRCUMSTANCES if item.read is not None}
+    conditions = set(map(_conditions, before))
 
     def find(after: Sequence[Record]) -> Obstacles:
         if not before or not after:
             return ()
         found = []
-        for item in CIRCUMSTANCES:
+        is_same = set(map(_conditions, after)) == conditions
+        for item in _OF_WORK if is_same else CIRCUMSTANCES:
             if item.read is None:
                 values = item.find(before, after)
             else:
@@ -82,6 +84,13 @@ def obstacles_to(before: Sequence[Record], anchors: Sides | None = None) -> Call
         return tuple(found)
 
     return find
+
+
+def _conditions(record: Record) -> tuple[Any, ...]:
+    """All that `CIRCUMSTANCES` read but for the work; where it is equal, nothing else differs."""
+    gpus = ((it.name, it.power_limit_w, it.clocks_set, it.sm_clock_app_hz) for it in record.gpus)
+    traffic, source = record.window.traffic_mode, record.energy.energy_source
+    return (id(record.environment), id(record.machine), traffic, source, *gpus)
 
 
 def blocking_reason(obstacles: Iterable[Obstacle], group: str) -> Reason | None:
@@ -229,6 +238,9 @@ def _cpu_settings(record: Record) -> str:
 
 def _other_prompts(*sides: Sequence[Record]) -> tuple[str, str] | None:
     """The prompts of a cycle that both sides have, if they differ: every cycle draws its own."""
+    texts = _texts(sides[0], _prompts)
+    if len(texts) == 1 and texts == _texts(sides[1], _prompts) and all(map(_prompts, (*sides[0], *sides[1]))):
+        return None
     left, right = ({index: members for (_, _, index), members in by_cycle(side).items()} for side in sides)
     of_cycle = _one("other_prompts", "", _prompts)
     found = (of_cycle.find(left[index], right[index]) for index in left if index in right)
@@ -290,3 +302,4 @@ CIRCUMSTANCES: tuple[Circumstance, ...] = (
     _one("other_traffic", "", lambda item: item.window.traffic_mode.replace("_", " ")),
     _one("other_meter", "", lambda item: item.energy.energy_source, groups=("energy",)),
 )
+_OF_WORK = tuple(item for item in CIRCUMSTANCES if item.code in ("other_prompts", "other_output_lengths"))

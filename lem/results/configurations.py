@@ -11,6 +11,8 @@ import collections
 import dataclasses
 import functools
 import itertools
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -26,6 +28,9 @@ from lem.config.kinds import ConfigProblems
 from lem.config.sections import SloConfig
 from lem.record import Identity, Record, ResultKey, carbon_of
 
+ID_HASH_LENGTH = 12  # digits of a configuration's hash that the IDs of its experiments begin with
+HOST_MARK = "+"  # in no exp_id, which is hex digits and a cycle
+EXPERIMENT_NAME = re.compile(rf"[0-9a-f]{{1,{ID_HASH_LENGTH}}}-c[0-9]+(\{HOST_MARK}.*)?")
 CONFIGURATIONS_FILE = "configurations.json"
 _SCHEMA_VERSION = 1
 
@@ -105,8 +110,12 @@ def _read(run_folder: Path) -> _List | None:
     without = "names are those that the results were measured under"
     if (run_folder / CONFIGURATIONS_FILE).exists():
         return durable.read_if_whole(run_folder / CONFIGURATIONS_FILE, decoded, without)
-    # The parts of a stored plan have a list each.
-    paths = sorted(run_folder.glob(f"*/{CONFIGURATIONS_FILE}"))
+    # The parts of a stored plan have a list each; of experiments there may be thousands.
+    try:
+        names = [name for name in os.listdir(run_folder) if EXPERIMENT_NAME.fullmatch(name) is None]  # noqa: PTH208
+    except OSError:
+        return None
+    paths = [path for name in sorted(names) if (path := run_folder / name / CONFIGURATIONS_FILE).exists()]
     lists = [found for path in paths if (found := durable.read_if_whole(path, decoded, without)) is not None]
     if not lists:
         return None
@@ -125,15 +134,17 @@ def numbers_of(numbered: Sequence[str], listing: Listing | None, known: Sequence
     return found
 
 
-def superseded(results: Iterable[tuple[Path, Identity]]) -> frozenset[ResultKey]:
+def superseded(results: Iterable[tuple[str, Identity]]) -> frozenset[ResultKey]:
     """Those that another node measured before the cycle started over on the node of the last attempt.
 
     Each is given with the folder of its experiment: a campaign without a plan has the host that it runs on, and the
     parts of a replicated one have the same experiments.
     """
-    attempts: dict[Path, list[Identity]] = {}
+    attempts: dict[str, list[Identity]] = {}
     for folder, identity in results:
         attempts.setdefault(folder, []).append(identity)
+    if len({identity.machine for found in attempts.values() for identity in found}) < 2:
+        return frozenset()
     last = {folder: max(found, key=lambda item: item.attempt).machine for folder, found in attempts.items()}
     return frozenset(item.key for folder, found in attempts.items() for item in found if item.machine != last[folder])
 

@@ -22,7 +22,18 @@ from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
 from lem.base.units import MIB
 from lem.record import CONFIG_FILE, LOG_FILE, RESULT_FILE, Identity, Record, RecordError
-from lem.results.configurations import Listing, Reading, as_read, labels_of, read_listing, read_superseded, superseded
+from lem.results.configurations import (
+    EXPERIMENT_NAME,
+    HOST_MARK,
+    ID_HASH_LENGTH,
+    Listing,
+    Reading,
+    as_read,
+    labels_of,
+    read_listing,
+    read_superseded,
+    superseded,
+)
 from lem.results.index import AlteredError, Found, Index, describe_altered, record_result
 
 _logger = logging.getLogger(__name__)
@@ -75,8 +86,6 @@ def stopping_campaign(path: Path) -> Iterator[Path]:
         raise InfrastructureError(f"results: {path}: {reason_of(error)}", hint) from error
 
 
-ID_HASH_LENGTH = 12  # digits of a configuration's hash that the IDs of its experiments begin with
-_HOST_MARK = "+"  # in no exp_id, which is hex digits and a cycle
 _PROBE_B = MIB  # room for the files of a few attempts
 
 
@@ -208,10 +217,10 @@ class Repository:
         for item in results:
             runs.setdefault(item.record.identity.run_id, []).append(item.record.identity)
         listings = {run_id: read_listing(self.run_folder(run_id)) for run_id in runs}
-        folders = {item.path.parents[2] for item in results}
-        again = frozenset(itertools.chain.from_iterable(map(read_superseded, folders)))
-        results = [item for item in results if item.path.parent not in again]
-        left_out = superseded((item.path.parents[1], item.record.identity) for item in results)
+        folders = {_above(item.path, 3) for item in results}
+        again = frozenset(itertools.chain.from_iterable(read_superseded(Path(folder)) for folder in folders))
+        results = [item for item in results if item.path.parent not in again] if again else results
+        left_out = superseded((_above(item.path, 2), item.record.identity) for item in results)
         counted = {run_id: [item for item in every if item.key not in left_out] for run_id, every in runs.items()}
         labels = {run_id: labels_of(identities, listings[run_id]) for run_id, identities in counted.items()}
         found = []
@@ -228,9 +237,17 @@ class Repository:
         return tuple(found)
 
 
+def _above(path: Path, levels: int) -> str:
+    """The folder so many levels above, without making one object for each."""
+    return str(path).rsplit(os.sep, levels)[0]
+
+
 def _with_nodes(results: Sequence[StoredResult]) -> list[StoredResult]:
     """Results of an older build, which names no node, are taken to be of the first that a later one names."""
     first: dict[tuple[str, str], str] = {}
+    nodes = {item.record.identity.node for item in results}
+    if "" not in nodes or len(nodes) == 1:
+        return list(results)
     for identity in sorted((item.record.identity for item in results), key=lambda item: item.start_utc):
         if identity.node:
             first.setdefault((identity.run_id, identity.host), identity.node)
@@ -258,7 +275,7 @@ def _compared(result: StoredResult, digests: Digests) -> StoredResult | Problem:
 
 
 def experiment_folder_name(exp_id: str, host: str) -> str:
-    return check_name(f"{exp_id}{_HOST_MARK}{host}", "host")
+    return check_name(f"{exp_id}{HOST_MARK}{host}", "host")
 
 
 def count_failed(scan: Scan, listing: Listing | None = None) -> dict[str, int]:
@@ -309,9 +326,6 @@ def _run_items(folder: Path, run_id: str, *, is_checked: bool) -> Iterator[Store
         index.write()
 
 
-EXPERIMENT_NAME = re.compile(rf"[0-9a-f]{{1,{ID_HASH_LENGTH}}}-c[0-9]+(\{_HOST_MARK}.*)?")
-
-
 def is_part(folder: Path) -> bool:
     if EXPERIMENT_NAME.fullmatch(folder.name) is not None:
         return False
@@ -358,7 +372,7 @@ def _read_attempt(part: Path, name: str, run_id: str, number: int, read: _Reader
         return _problem(name, run_id, path, "altered", str(error))
     except RecordError as error:
         return _problem(name, run_id, path, "corrupt", str(error))
-    identity, exp_id = found.record.identity, name.partition(_HOST_MARK)[0]
+    identity, exp_id = found.record.identity, name.partition(HOST_MARK)[0]
     if (run_id, exp_id, number) == (identity.run_id, identity.experiment_id, identity.attempt):
         return StoredResult(path, *found)
     facts: tuple[tuple[str, object, object], ...] = (
@@ -382,7 +396,7 @@ def _describe_missing(name: str, run_id: str, attempt: Path) -> Problem:
 
 
 def _problem(experiment: str, run_id: str, path: Path, kind: str, message: str) -> Problem:
-    return Problem(path, kind, message, run_id, experiment.partition(_HOST_MARK)[0])
+    return Problem(path, kind, message, run_id, experiment.partition(HOST_MARK)[0])
 
 
 def _attempt_numbers(folder: Path | str) -> list[int]:
