@@ -238,8 +238,8 @@ def _cpu_settings(record: Record) -> str:
 
 def _other_prompts(*sides: Sequence[Record]) -> tuple[str, str] | None:
     """The prompts of a cycle that both sides have, if they differ: every cycle draws its own."""
-    texts = _texts(sides[0], _prompts)
-    if len(texts) == 1 and texts == _texts(sides[1], _prompts) and all(map(_prompts, (*sides[0], *sides[1]))):
+    texts = {_prompts(item) for side in sides for item in side}
+    if len(texts) == 1 and "" not in texts:
         return None
     left, right = ({index: members for (_, _, index), members in by_cycle(side).items()} for side in sides)
     of_cycle = _one("other_prompts", "", _prompts)

@@ -73,7 +73,8 @@ class Metric:
         if value is None:
             return None, section.why_none(self.field)
         if self.percentile is not None:
-            return getattr(value, self.percentile), value.null_reasons.get(self.percentile)
+            found = getattr(value, self.percentile)
+            return found, value.null_reasons.get(self.percentile) if found is None else None
         if self.per is not None:
             if not (count := self.per.count(record)):
                 return None, record.work.why_uncounted or Reason.of("no_work", what=f"{self.per.noun}s")

@@ -79,11 +79,12 @@ class Cell:
         return self.text if isinstance(self.text, Markup) else escape(self.text)
 
     def render(self, *, is_sortable: bool) -> Markup:
+        content = self.content
         if not self.is_number:
-            return Markup(f"<td class={'t' if self.content else 'none'}>{self.content}")
+            return Markup(f"<td class={'t' if content else 'none'}>{content}")
         if not is_sortable:
-            return Markup(f"<td>{self.content}")
-        return Markup(f'<td data-v="{"" if self.value is None else f"{self.value:.7g}"}">{self.content}')
+            return Markup(f"<td>{content}")
+        return Markup(f'<td data-v="{"" if self.value is None else f"{self.value:.7g}"}">{content}')
 
 
 Row = Sequence[Cell | str | int]

@@ -56,14 +56,14 @@ def _listed(values: Iterable[str]) -> str:
 
 
 def _fact(name: str, section: str = "environment") -> Callable[[Record], str]:
-    last: list[Any] = [None, ""]  # most results have the environment of the one before
+    known: dict[tuple[Any, ...], str] = {}  # most of thousands of results say the same
 
     def read(record: Record) -> str:
-        owners = getattr(record, section)
-        if owners is not last[0]:
-            found = owners if section == "gpus" else (owners,)
-            last[:] = owners, _listed(_known_or_why(owner, name) for owner in found)
-        return str(last[1])
+        owners = record.gpus if section == "gpus" else (getattr(record, section),)
+        key = tuple([(getattr(owner, name), id(owner.null_reasons.get(name))) for owner in owners])
+        if key not in known:
+            known[key] = _listed(_known_or_why(owner, name) for owner in owners)
+        return known[key]
 
     return read
 

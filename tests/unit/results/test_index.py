@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
+from lem.base.codec import decode_hint, unpack
 from lem.base.errors import UserError
-from lem.record import read_record
+from lem.record import parse_record, read_record
+from lem.results.check import check_run
+from lem.results.compare import compare_configurations
+from lem.results.comparison import render_text
 from lem.results.index import INDEX_FILE
+from lem.results.run import read_run
 from lem.results.store import Repository, Scan, StoredResult
 from tests.synthetic_campaign import Campaign, Configuration, Written
 
@@ -96,6 +105,43 @@ def test_a_record_from_the_index_is_the_one_in_the_file(written: Written) -> Non
         assert [item.record for item in found] == whole
         assert len({id(item.record.environment) for item in found}) == len({str(item.environment) for item in whole})
     assert len(whole) == 5
+
+
+def calls_of(functions: Iterable[Callable[..., Any]], action: Callable[[], object]) -> Counter[str]:
+    names = {function.__code__: function.__name__ for function in functions}
+    found = Counter[str]()
+
+    def seen(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code in names:
+            found[names[frame.f_code]] += 1
+
+    sys.setprofile(seen)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_a_comparison_decodes_no_record_however_many_there_are(tmp_path: Path) -> None:
+    found = []
+    for cycles in (3, 9):
+        written = dataclasses.replace(CAMPAIGN, cycles=cycles).write(tmp_path / str(cycles))
+        record_all(written)
+
+        def read(written: Written = written) -> None:
+            run = read_run(written.results_dir, written.campaign, written.run_id)
+            assert len(run.records) == 2 * len(run.configurations[0].cycles) + 1
+            baseline, *others = run.configurations
+            render_text(compare_configurations(run, baseline, others))
+            check_run(run)
+
+        read()  # what is kept for later is not counted
+        found.append(calls_of((parse_record, unpack, decode_hint), read))
+    few, many = found
+    assert few["parse_record"] == many["parse_record"] == 0
+    assert few["unpack"] == many["unpack"] > 0  # one example of each template
+    assert few["decode_hint"] == many["decode_hint"]
 
 
 def test_a_changed_file_is_read_again_where_nothing_is_known_of_its_measurement(written: Written) -> None:
