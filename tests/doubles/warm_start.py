@@ -1,10 +1,10 @@
 """Starts lem without importing it anew, which is nine tenths of the CPU time of a small campaign.
 
-`python -m warm_start`, with sitecustomize on PYTHONPATH, imports lem once, listens at the Unix socket LEMTEST_WARM and
-forks for each command of lem that a client sends; it ends with its stdin. A process so made starts its workers as forks
-of itself: `subprocess` still makes the child, with its pid, session, descriptors, folder and environment, and only the
-last step, the exec of Python, is left out. Everything that a new interpreter would have of its own is made anew:
-arguments, streams, signals, log handlers. Command lines in /proc remain those of the server.
+`python -m warm_start`, with sitecustomize on PYTHONPATH, imports lem once, listens at the Unix socket LEMTEST_WARM, in
+a folder of its own, and forks for each command of lem that a client sends; it ends with its stdin. A process so made
+starts its workers as forks of itself: `subprocess` still makes the child, with its pid, session, descriptors, folder
+and environment, and only the last step, the exec of Python, is left out. Everything that a new interpreter would have
+of its own is made anew: arguments, streams, signals, log handlers. Command lines in /proc remain those of the server.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import pkgutil
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -152,6 +153,7 @@ def main() -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         if 0 in ready:
+            shutil.rmtree(os.path.dirname(os.environ[VARIABLE]))  # noqa: PTH120 - a text
             return
         client, _ = listener.accept()
         with client:
