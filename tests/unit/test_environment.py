@@ -21,12 +21,20 @@ def fill(folder: Path, requirements: Path, python: Path | str = sys.executable) 
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
-def test_environment_is_made_once_and_filled_again_only_for_other_requirements(tmp_path: Path) -> None:
-    folder, requirements = tmp_path / "env", tmp_path / "requirements.txt"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An environment, and its requirements."""
+    folder = tmp_path_factory.mktemp("made")
+    requirements = folder / "requirements.txt"
     requirements.write_text(NOTHING, encoding="utf-8")
-    first = fill(folder, requirements)
+    first = fill(folder / "env", requirements)
     assert first.returncode == 0, first.stderr
     assert "creating a virtual environment" in first.stdout
+    return folder / "env", requirements
+
+
+def test_environment_is_made_once_and_filled_again_only_for_other_requirements(made: tuple[Path, Path]) -> None:
+    folder, requirements = made
     mark = folder / "what a person installed"
     mark.touch()
     again = fill(folder, requirements)
@@ -44,11 +52,11 @@ def test_environment_is_made_once_and_filled_again_only_for_other_requirements(t
     assert not mark.exists()
 
 
-def test_environment_that_could_not_be_filled_is_tried_again(tmp_path: Path) -> None:
+def test_environment_that_could_not_be_filled_is_tried_again(made: tuple[Path, Path], tmp_path: Path) -> None:
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("./no-such-folder\n", encoding="utf-8")
     for _ in range(2):
-        finished = fill(tmp_path / "env", requirements)
+        finished = fill(made[0], requirements)
         assert finished.returncode == 1
         assert "pip could not install" in finished.stderr
         assert "Traceback" not in finished.stderr

@@ -74,28 +74,34 @@ needs_ansible = pytest.mark.skipif(
 )
 
 
-def play(folder: Path, variables: dict[str, Any], tasks: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
-    """A play on this machine."""
-    document = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": variables, "tasks": tasks}
-    (folder / "play.yml").write_text(yaml.safe_dump([document]), encoding="utf-8")
+def play(folder: Path, *plays: tuple[dict[str, Any], list[dict[str, Any]]]) -> list[Any]:
+    """Plays on this machine, each with its variables and tasks, and the `answer` that each ends with."""
+    here = {"hosts": "localhost", "connection": "local", "gather_facts": False}
+    documents = []
+    for number, (variables, tasks) in enumerate(plays):
+        copy = {"content": "{{ answer | to_json }}", "dest": str(folder / f"answer-{number}"), "mode": "0600"}
+        documents.append({**here, "vars": variables, "tasks": [*tasks, {"ansible.builtin.copy": copy}]})
+    (folder / "play.yml").write_text(yaml.safe_dump(documents), encoding="utf-8")
     command = [str(PLAYBOOK), str(folder / "play.yml")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=folder)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=folder)
+    assert ended.returncode == 0, ended.stdout
+    return [json.loads((folder / f"answer-{number}").read_text()) for number in range(len(plays))]
+
+
+# What daemon.json holds (None: there is no such file), and the options that are read from it.
+DAEMON: dict[str | None, dict[str, Any]] = {None: {}, "": {}, " \n": {}, '{"debug": true}': {"debug": True}}
 
 
 @needs_ansible
-@pytest.mark.parametrize(("text", "options"), [(None, {}), ("", {}), (" \n", {}), ('{"debug": true}', {"debug": True})])
-def test_options_of_docker_are_read_also_where_there_are_none(
-    tmp_path: Path, text: str | None, options: dict[str, Any]
-) -> None:
-    """`text` is what daemon.json holds; None is no such file."""
+def test_options_of_docker_are_read_also_where_there_are_none(tmp_path: Path) -> None:
     (block,) = load(ROOT / "roles" / "lem_docker" / "tasks" / "main.yml")
     (merging,) = (task for task in block["block"] if "lem_docker_present" in task.get("vars", {}))
-    found = {} if text is None else {"content": base64.b64encode(text.encode()).decode()}
-    copy = {"content": "{{ lem_docker_present | to_json }}", "dest": str(tmp_path / "read"), "mode": "0600"}
-    variables = {**merging["vars"], "lem_docker_daemon_json": found, "lem_docker_daemon_options": {}}
-    ended = play(tmp_path, variables, [{"ansible.builtin.copy": copy}])
-    assert ended.returncode == 0, ended.stdout
-    assert json.loads((tmp_path / "read").read_text()) == options
+    plays = []
+    for text in DAEMON:
+        found = {} if text is None else {"content": base64.b64encode(text.encode()).decode()}
+        given = {"lem_docker_daemon_json": found, "lem_docker_daemon_options": {}}
+        plays.append(({**merging["vars"], **given, "answer": "{{ lem_docker_present }}"}, []))
+    assert dict(zip(DAEMON, play(tmp_path, *plays), strict=True)) == DAEMON
 
 
 def assertion(path: str, name: str) -> Any:
@@ -116,59 +122,57 @@ _TOLERANCE = (
 _RUNNING = ("playbooks/uninstall.yml", "Check that no campaign is running", "lem_uninstall_units")
 
 
-@needs_ansible
-@pytest.mark.parametrize(
-    ("place", "good", "bad"),
-    [
-        (_NAME, ["demo", "0-a_b"], ["demo\n", "demo\n[Service]", "x demo", "-demo", "../demo", "demo\x1b", ""]),
-        (_TOLERANCE, ["5%", "2.5%", ".5%", "+1e9%"], ["5%\n", "5", "x5%", "5; rm%", "..%", "5%5%", "5%\n--x %", "."]),
-        (
-            _RUNNING,
-            [{"stdout": ""}, {"stdout": _UNITS.format("a", "inactive") + "x lem-campaign@b.service loaded active x"}],
-            [{"stdout": _UNITS.format("a", "inactive") + _UNITS.format("b", "active")}],
-        ),
-    ],
-)
-def test_a_check_of_a_role_takes_the_whole_value_and_nothing_beside_it(
-    tmp_path: Path, place: tuple[str, str, str], good: list[Any], bad: list[Any]
-) -> None:
-    path, name, variable = place
-    task = assertion(path, name)
-    module = {**task["ansible.builtin.assert"], "fail_msg": "refused"}
-    tasks: list[dict[str, Any]] = [
-        {
-            "name": f"value {number}",
-            "ansible.builtin.assert": module,
-            "vars": {**task.get("vars", {}), variable: value},
-            "register": f"answer_{number}",
-            "ignore_errors": True,
-        }
-        for number, value in enumerate([*good, *bad])
-    ]
-    answers = ["{{ answer_" + str(number) + " is failed }}" for number in range(len(tasks))]
-    copy = {"content": "{{ answers | to_json }}", "dest": str(tmp_path / "answers"), "mode": "0600"}
-    ended = play(tmp_path, {}, [*tasks, {"ansible.builtin.copy": copy, "vars": {"answers": answers}}])
-    assert ended.returncode == 0, ended.stdout
-    assert json.loads((tmp_path / "answers").read_text()) == [False] * len(good) + [True] * len(bad)
+# Of each check: values that it takes, and values that it refuses.
+CHECKS: dict[tuple[str, str, str], tuple[list[Any], list[Any]]] = {
+    _NAME: (["demo", "0-a_b"], ["demo\n", "demo\n[Service]", "x demo", "-demo", "../demo", "demo\x1b", ""]),
+    _TOLERANCE: (
+        ["5%", "2.5%", ".5%", "+1e9%"],
+        ["5%\n", "5", "x5%", "5; rm%", "..%", "5%5%", "5%\n--x %", "."],
+    ),
+    _RUNNING: (
+        [{"stdout": ""}, {"stdout": _UNITS.format("a", "inactive") + "x lem-campaign@b.service loaded active x"}],
+        [{"stdout": _UNITS.format("a", "inactive") + _UNITS.format("b", "active")}],
+    ),
+}
 
 
 @needs_ansible
-@pytest.mark.parametrize(
-    ("state", "outcome"), [("active", "still running"), ("inactive", "ended"), ("failed", "failed: ActiveState=failed")]
-)
-def test_the_state_of_a_unit_is_read_from_its_own_line(tmp_path: Path, state: str, outcome: str) -> None:
+def test_a_check_of_a_role_takes_the_whole_value_and_nothing_beside_it(tmp_path: Path) -> None:
+    plays = []
+    for (path, name, variable), (good, bad) in CHECKS.items():
+        task = assertion(path, name)
+        module = {**task["ansible.builtin.assert"], "fail_msg": "refused"}
+        tasks: list[dict[str, Any]] = [
+            {
+                "name": f"value {number}",
+                "ansible.builtin.assert": module,
+                "vars": {**task.get("vars", {}), variable: value},
+                "register": f"answer_{number}",
+                "ignore_errors": True,
+            }
+            for number, value in enumerate([*good, *bad])
+        ]
+        answer = ["{{ answer_" + str(number) + " is failed }}" for number in range(len(tasks))]
+        plays.append(({"answer": answer}, tasks))
+    for found, (place, (good, bad)) in zip(play(tmp_path, *plays), CHECKS.items(), strict=True):
+        assert found == [False] * len(good) + [True] * len(bad), place
+
+
+OUTCOMES = {"active": "still running", "inactive": "ended", "failed": "failed: ActiveState=failed"}
+
+
+@needs_ansible
+def test_the_state_of_a_unit_is_read_from_its_own_line(tmp_path: Path) -> None:
     """The text of the status, in which campaigns write names, is beside it."""
     poll = assertion("roles/lem_campaign/tasks/poll.yml", "Poll the campaign")
     record = assertion("roles/lem_campaign/tasks/wait.yml", "Record how it ended")
-    lines = [f"ActiveState={state}", "StatusText=[1/2] ActiveState=failed ActiveState=inactive"]
-    variables = {
-        "lem_campaign_seen": {"stdout": "\n".join(lines), "stdout_lines": lines},
-        "lem_campaign_deadline": 4e9,
-        "answers": [record["ansible.builtin.set_fact"]["lem_campaign_outcome"], "{{ (" + poll["until"] + ") | bool }}"],
-    }
-    copy = {"content": "{{ answers | to_json }}", "dest": str(tmp_path / "answers"), "mode": "0600"}
-    ended = play(tmp_path, variables, [{"ansible.builtin.copy": copy}])
-    assert ended.returncode == 0, ended.stdout
-    found, is_over = json.loads((tmp_path / "answers").read_text())
-    assert found.startswith(outcome)
-    assert str(is_over) == str(state != "active")
+    outcome = record["ansible.builtin.set_fact"]["lem_campaign_outcome"]
+    plays = []
+    for state in OUTCOMES:
+        lines = [f"ActiveState={state}", "StatusText=[1/2] ActiveState=failed ActiveState=inactive"]
+        seen = {"stdout": "\n".join(lines), "stdout_lines": lines}
+        answer = [outcome, "{{ (" + poll["until"] + ") | bool }}"]
+        plays.append(({"lem_campaign_seen": seen, "lem_campaign_deadline": 4e9, "answer": answer}, []))
+    for (found, is_over), (state, expected) in zip(play(tmp_path, *plays), OUTCOMES.items(), strict=True):
+        assert found.startswith(expected)
+        assert str(is_over) == str(state != "active")
