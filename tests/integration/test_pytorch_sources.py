@@ -28,17 +28,21 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 # Loads in a process of its own: offline mode and the place of the cache are read when the hub's package is imported.
 LOAD = """
-import json, sys
+import json, os, sys
 from lem.engines.pytorch import load
 from lem.config.experiment import (ExperimentConfig)
 from lem.base.errors import EngineError
-config = ExperimentConfig.from_dict({"gpus": [], "fp_precision": "float32", **json.loads(sys.argv[1])})
-try:
-    report = load(config, {"HF_TOKEN": "hf_verysecret"}).report
-except EngineError as error:
-    found = {"kind": error.kind, "message": error.message, "hint": error.hint, "is_permanent": error.is_permanent}
-else:
-    found = {"revision": report.model_revision, "weights": report.weights_sha256, "effective": report.effective}
+found = []
+for options, variables in json.loads(sys.argv[1]):
+    os.environ.update(variables)
+    config = ExperimentConfig.from_dict({"gpus": [], "fp_precision": "float32", **options})
+    try:
+        report = load(config, {"HF_TOKEN": "hf_verysecret"}).report
+    except EngineError as error:
+        it = {"kind": error.kind, "message": error.message, "hint": error.hint, "is_permanent": error.is_permanent}
+    else:
+        it = {"revision": report.model_revision, "weights": report.weights_sha256, "effective": report.effective}
+    found.append(it)
 print(json.dumps(found))
 """
 
@@ -51,13 +55,13 @@ def failure(model: Path | str, **options: Any) -> EngineError:
     return caught.value
 
 
-def load_offline(cache: Path, config: dict[str, Any], **variables: str) -> tuple[dict[str, Any], str]:
-    """What a process without network makes of a load, and everything it printed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), **variables}
-    command = [sys.executable, "-c", LOAD, json.dumps(config)]
+def load_offline(cache: Path, *loads: tuple[dict[str, Any], dict[str, str]]) -> tuple[tuple[dict[str, Any], ...], str]:
+    """What a process without network makes of loads, each after it sets variables, and everything it printed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
+    command = [sys.executable, "-c", LOAD, json.dumps(loads)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
+    return tuple(json.loads(done.stdout.splitlines()[-1])), done.stdout + done.stderr
 
 
 def broken_copy(tiny_model: Path, folder: Path, *, without: str = "", **contents: str) -> Path:
@@ -153,13 +157,13 @@ def test_a_tokenizer_of_another_model_is_told_by_its_ids(tiny_model: Path, tmp_p
 
 
 def test_a_model_that_is_nowhere_says_where_it_was_looked_for(tmp_path: Path) -> None:
-    found, printed = load_offline(tmp_path, {"model": "nobody/nothing"})
+    nothing = {"model": "nobody/nothing"}
+    (found, inside), printed = load_offline(tmp_path, (nothing, {}), (nothing, {"LEM_MODEL_CACHE_READ_ONLY": "true"}))
     assert found["kind"] == "model"
     assert found["is_permanent"] is True
     assert "nobody/nothing" in found["message"]
     assert "HF_HUB_OFFLINE" in found["hint"]
     assert str(ROOT) in found["hint"]  # it could have been a folder
-    inside, _ = load_offline(tmp_path, {"model": "nobody/nothing"}, LEM_MODEL_CACHE_READ_ONLY="true")
     assert "run once with LEM_MODEL_CACHE_READ_ONLY=false" in inside["hint"]
     assert "hf_verysecret" not in printed
 
@@ -177,12 +181,12 @@ def test_a_model_of_the_hub_is_reported_with_its_commit_and_the_hash_of_its_blob
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         shutil.copyfile(path, cached / "blobs" / digest)
         (snapshot / path.name).symlink_to(Path("../../blobs") / digest)
-    found, printed = load_offline(tmp_path, {"model": "acme/tiny"})
+    of_revision = {"model": {"name": "acme/tiny", "revision": "v2"}}
+    (found, absent), printed = load_offline(tmp_path, ({"model": "acme/tiny"}, {}), (of_revision, {}))
     assert found["revision"] == COMMIT
     digest = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()
     assert found["weights"] == hashlib.sha256(f"{digest}  model.safetensors\n".encode()).hexdigest()
     assert "hf_verysecret" not in printed + json.dumps(found)
-    absent, _ = load_offline(tmp_path, {"model": {"name": "acme/tiny", "revision": "v2"}})
     assert absent["kind"] == "model"
 
 
