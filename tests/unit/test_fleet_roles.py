@@ -74,7 +74,10 @@ needs_ansible = pytest.mark.skipif(
 )
 
 
-def play(folder: Path, *plays: tuple[dict[str, Any], list[dict[str, Any]]]) -> list[Any]:
+Play = tuple[dict[str, Any], list[dict[str, Any]]]
+
+
+def play(folder: Path, *plays: Play) -> list[Any]:
     """Plays on this machine, each with its variables and tasks, and the `answer` that each ends with."""
     here = {"hosts": "localhost", "connection": "local", "gather_facts": False}
     documents = []
@@ -96,7 +99,7 @@ DAEMON: dict[str | None, dict[str, Any]] = {None: {}, "": {}, " \n": {}, '{"debu
 def test_options_of_docker_are_read_also_where_there_are_none(tmp_path: Path) -> None:
     (block,) = load(ROOT / "roles" / "lem_docker" / "tasks" / "main.yml")
     (merging,) = (task for task in block["block"] if "lem_docker_present" in task.get("vars", {}))
-    plays = []
+    plays: list[Play] = []
     for text in DAEMON:
         found = {} if text is None else {"content": base64.b64encode(text.encode()).decode()}
         given = {"lem_docker_daemon_json": found, "lem_docker_daemon_options": {}}
@@ -138,7 +141,7 @@ CHECKS: dict[tuple[str, str, str], tuple[list[Any], list[Any]]] = {
 
 @needs_ansible
 def test_a_check_of_a_role_takes_the_whole_value_and_nothing_beside_it(tmp_path: Path) -> None:
-    plays = []
+    plays: list[Play] = []
     for (path, name, variable), (good, bad) in CHECKS.items():
         task = assertion(path, name)
         module = {**task["ansible.builtin.assert"], "fail_msg": "refused"}
@@ -167,7 +170,7 @@ def test_the_state_of_a_unit_is_read_from_its_own_line(tmp_path: Path) -> None:
     poll = assertion("roles/lem_campaign/tasks/poll.yml", "Poll the campaign")
     record = assertion("roles/lem_campaign/tasks/wait.yml", "Record how it ended")
     outcome = record["ansible.builtin.set_fact"]["lem_campaign_outcome"]
-    plays = []
+    plays: list[Play] = []
     for state in OUTCOMES:
         lines = [f"ActiveState={state}", "StatusText=[1/2] ActiveState=failed ActiveState=inactive"]
         seen = {"stdout": "\n".join(lines), "stdout_lines": lines}
