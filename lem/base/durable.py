@@ -135,7 +135,7 @@ def unpacked_lines(path: Path, most_b: int, free_b: int) -> Generator[bytes, Non
     # to `free_b`.
     import gzip
 
-    with open_regular(path) as packed, gzip.open(packed) as file:
+    with open_regular(path) as packed, io.BufferedReader(gzip.open(packed)) as file:
         most_b = min(most_b, free_b + _MOST_RATIO * os.fstat(packed.fileno()).st_size)
         left = most_b
         while line := file.readline(min(left + 1, _MOST_LINE_B)):

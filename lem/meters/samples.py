@@ -13,7 +13,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from operator import attrgetter
 from pathlib import Path
@@ -371,7 +371,7 @@ class _Rows:
     def take(self, lines: Iterable[bytes]) -> None:
         try:
             for line in lines:
-                value = json.loads(line)
+                value = _value_of(line)
                 if self._header is None:
                     header = self._header = _decode_header(value)
                     gpus, zones = len(header.devices), len(header.zones)
@@ -391,6 +391,19 @@ class _Rows:
         if self._header is None:
             raise SampleLogError(f"{self._path}: not a sample log: it has no header")
         return SampleLog(self._header, *map(tuple, self._found.values()))
+
+
+_scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+
+
+def _value_of(line: bytes) -> Any:
+    """As `json.loads`, which takes twice as long for a short line: it looks for the encoding, and for blanks."""
+    try:
+        text = line.decode()
+        value, end = _scan(text, 0)
+    except (StopIteration, ValueError):
+        return json.loads(line)
+    return value if text[end:] in ("", "\n") else json.loads(line)
 
 
 def _decode_header(document: Any) -> SampleHeader:
