@@ -19,7 +19,7 @@ from lem.base.errors import UserError, did_you_mean
 from lem.base.measurement import Section
 from lem.base.units import some_of
 from lem.cli.options import STATE_DIR, checked
-from lem.config.option import declared
+from lem.config.option import declarations
 from lem.config.scalars import resolve_plain
 from lem.config.sections import MeasurementConfig, SloConfig
 from lem.orchestration.journal import find_fact
@@ -52,7 +52,7 @@ S = TypeVar("S", SloConfig, MeasurementConfig)
 
 def add_rates(parser: argparse._ActionsContainer) -> None:
     for name in RATES:
-        text = declared(MeasurementConfig)[name].description.rstrip(".")
+        text = declarations(MeasurementConfig)[name].description.rstrip(".")
         text = f"{text[0].lower()}{text[1:]} (default: measurement.{name} of the campaign)"
         kind = functools.partial(checked, functools.partial(_rate, name))
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="NUMBER", help=text)

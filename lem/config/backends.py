@@ -16,7 +16,7 @@ from lem.base.errors import ConfigurationError, did_you_mean
 from lem.base.variables import GPU_VARIABLE
 from lem.config.dialects import DIALECTS, SALT, Dialect
 from lem.config.kinds import Problem, check_url
-from lem.config.option import Matching, Section, declared, option
+from lem.config.option import Matching, Section, declarations, option
 
 BACKENDS = ("pytorch", "vllm", "tensorrt", "server")
 
@@ -370,7 +370,10 @@ SECTIONS: Mapping[str, type[Section]] = dict(
 
 # The option of each backend that bounds how many requests are computed together; that of a server depends on it.
 WIDTH_OPTIONS: Mapping[str, str] = {
-    backend: name for backend, section in SECTIONS.items() for name, item in declared(section).items() if item.is_width
+    backend: name
+    for backend, section in SECTIONS.items()
+    for name, item in declarations(section).items()
+    if item.is_width
 }
 
 

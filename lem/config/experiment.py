@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -283,7 +284,7 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     def section(self) -> PyTorchConfig | VllmConfig | TensorRTConfig | ServerConfig:
         """The options of the chosen backend; its defaults where nothing is given."""
         section: PyTorchConfig | VllmConfig | TensorRTConfig | ServerConfig
-        section = getattr(self, self.backend) or _DEFAULTS[self.backend]
+        section = getattr(self, self.backend) or _defaults_of(self.backend)
         return section
 
     @property
@@ -396,7 +397,10 @@ class ProgramConfig(Section):
 
 MeteredConfig = ExperimentConfig | ProgramConfig
 
-_DEFAULTS: Mapping[str, Any] = {backend: section() for backend, section in SECTIONS.items()}
+
+@functools.cache
+def _defaults_of(backend: str) -> Any:
+    return SECTIONS[backend]()
 
 
 def _reload_options(section: Section) -> dict[str, Any]:

@@ -222,19 +222,23 @@ def _of_class(function: Callable[[type[Any]], T]) -> Callable[[type[Any]], T]:
     return typing.cast("Callable[[type[Any]], T]", functools.cache(function))
 
 
+def declarations(section: type[Any]) -> dict[str, kinds.Option]:
+    """The options of a section as they were declared, for what needs neither their kinds nor their sections."""
+    return {field.name: field.metadata[_METADATA] for field in dataclasses.fields(section)}
+
+
 @_of_class
 def declared(section: type[Any]) -> Mapping[str, kinds.Option]:
     hints = typing.get_type_hints(section)
     options: dict[str, kinds.Option] = {}
-    for field in dataclasses.fields(section):
-        item: kinds.Option = field.metadata[_METADATA]
+    for name, item in declarations(section).items():
         reload = section.reloads if item.reload is kinds.UNSET else item.reload
-        members = typing.get_args(hints[field.name])
+        members = typing.get_args(hints[name])
         is_nullable = types.NoneType in members
         others = tuple(member for member in members if member is not types.NoneType)
-        kind = _kind_of(typing.Union[others] if is_nullable else hints[field.name], item)  # noqa: UP007
-        of_field: dict[str, Any] = {"name": field.name, "kind": kind, "is_nullable": is_nullable, "reload": reload}
-        options[field.name] = dataclasses.replace(item, **of_field)
+        kind = _kind_of(typing.Union[others] if is_nullable else hints[name], item)  # noqa: UP007
+        of_field: dict[str, Any] = {"name": name, "kind": kind, "is_nullable": is_nullable, "reload": reload}
+        options[name] = dataclasses.replace(item, **of_field)
     return options
 
 

@@ -16,7 +16,7 @@ from lem.base.units import ABSENT, hash_label, some_of
 from lem.config.backends import WIDTH_OPTIONS
 from lem.config.dialects import DIALECTS
 from lem.config.experiment import ExperimentConfig
-from lem.config.option import leaves, walk
+from lem.config.option import find_option, leaves
 from lem.record import Record
 
 _CANDIDATES_SHOWN = 8
@@ -102,9 +102,10 @@ _SLO = "traffic_simulation.slo"
 
 
 @functools.cache
-def rates_and_limits() -> frozenset[str]:
-    """Options that are no setting, since they change no measurement."""
-    return frozenset(name for name, item, _ in walk(ExperimentConfig) if item.is_dropped or name.startswith(_SLO))
+def _is_setting(name: str) -> bool:
+    """Whether an option can change a measurement, as rates and limits cannot."""
+    item = find_option(ExperimentConfig, name)
+    return not name.startswith(_SLO) and (item is None or not item.is_dropped)
 
 
 def headline_settings(record: Record) -> dict[str, str]:
@@ -315,7 +316,7 @@ def _texts(readers: Mapping[str, Callable[[Record], Any]], record: Record) -> di
 def _flatten(options: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     for path, value in leaves(options):
         name = ".".join(map(str, path))
-        if name not in rates_and_limits() and not isinstance(value, Mapping):
+        if not isinstance(value, Mapping) and _is_setting(name):
             yield name, _plain(value)
 
 
