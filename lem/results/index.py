@@ -285,8 +285,8 @@ class Index:
         is_known = line is not None and record is not None and recorded in (None, line.sha256)
         if line and record and is_known and not is_checked and _stamp(os.stat(path)) == line.stamp:  # noqa: PTH116 - quick
             return Found(record, line.sha256, is_recorded)
-        with durable.open_regular(Path(path)) as stream:
-            stamp, data = _stamp(os.fstat(stream.fileno())), stream.read()
+        status, data = durable.read_with_status(path)
+        stamp = _stamp(status)
         digest = hashlib.sha256(data).hexdigest()
         if recorded not in (None, digest):
             raise AlteredError(describe_altered(digest, str(recorded)))
