@@ -16,7 +16,7 @@ from lem.base.variables import COMPOSE_VARIABLES, VARIABLES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from typing import Any, NoReturn, TextIO
 
 # Each has a function `add_NAME_arguments(parser)`, which sets `run(args, out, err)`: it returns an exit code, or None
@@ -192,9 +192,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     named = next((word for word in arguments if not word.startswith("-")), None)
     if named is not None and named not in COMMANDS:
         raise UserError(f"unknown command {named!r}{did_you_mean(named, list(COMMANDS))}", "see `lem --help`")
-    # Without one that stands first, the help of all may be meant.
-    known = {named: COMMANDS[named]} if named == arguments[0] else COMMANDS
-    parser = make_parser([] if named is None else [named], known)
+    parser = make_parser([] if named is None else [named])
     common = argparse.Namespace(quiet=False, verbose=0, no_color=False, next=(), typed=arguments)
     args, unknown = parser.parse_known_args(arguments, common)
     if unknown:
@@ -227,7 +225,14 @@ def discard_output(stream: TextIO) -> None:
         os.close(nothing)
 
 
-def make_parser(names: Iterable[str] = COMMANDS, known: Mapping[str, str] = COMMANDS) -> argparse.ArgumentParser:
+class _Listed:
+    """In the place of the parser of a command that is only listed: making a parser of each takes milliseconds."""
+
+
+def make_parser(names: Collection[str] = COMMANDS) -> argparse.ArgumentParser:
+    def parser_of(**settings: Any) -> _Parser | _Listed:
+        return _Parser(**settings) if settings["prog"].split()[-1] in names else _Listed()
+
     parser = _Parser(
         prog="lem",
         description="Measure what LLM inference costs: joules, tokens per second, latency, and their uncertainty.",
@@ -237,10 +242,10 @@ def make_parser(names: Iterable[str] = COMMANDS, known: Mapping[str, str] = COMM
         "129 SIGHUP · 130 SIGINT · 143 SIGTERM",
     )
     parser.add_argument("--version", action="version", version=f"lem {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=parser_of)  # type: ignore[call-overload]
     parsers = {
         name: subparsers.add_parser(name, help=text) if text else subparsers.add_parser(name)
-        for name, text in known.items()
+        for name, text in COMMANDS.items()
     }
     for name in names:
         module = importlib.import_module(f"lem.cli.{_MODULES.get(name, name)}")
@@ -264,6 +269,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         if isinstance(item, argparse._SubParsersAction):  # noqa: SLF001
             helps = {choice.dest: choice.help for choice in item._choices_actions}  # noqa: SLF001
             for name, child in item.choices.items():
+                if isinstance(child, _Listed):
+                    continue
                 text = helps.get(name) or ""
                 child.description = child.description or (f"{text[:1].upper()}{text[1:]}." if text else "")
                 child.set_defaults(parser=child)
