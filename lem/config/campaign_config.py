@@ -393,6 +393,14 @@ def with_campaign_defaults(
     Args:
         forced: options of the campaign by dotted name, given on the command line: they win over the experiment's own.
     """
+    return fill_defaults(campaign, without_forced(experiment, forced))
+
+
+# The options of an experiment that the next two functions depend on.
+WITH_DEFAULTS = ("model", "dataset", "prompts", "warmup", "max_input_tokens")
+
+
+def without_forced(experiment: Mapping[str, Any], forced: Collection[str]) -> dict[str, Any]:
     out = canonical(ExperimentConfig, experiment)
     for key, options in _DEFAULTS_OF.items():
         if any(name == key or name.startswith(f"{key}.") for name in forced):
@@ -400,12 +408,17 @@ def with_campaign_defaults(
                 holder = out.get(section) if option else out
                 if isinstance(holder, dict):
                     holder.pop(option or section, None)
+    return out
+
+
+def fill_defaults(campaign: CampaignConfig, experiment: Mapping[str, Any]) -> dict[str, Any]:
+    out = canonical(ExperimentConfig, experiment)
     if campaign.model is not None:
         _fill_named(out, "model", campaign.model)
     if campaign.dataset is not None and out.get("prompts") is None:
         _fill_named(out, "dataset", campaign.dataset)
     if campaign.num_samples is not None:
-        fill_sample_size(out, campaign.num_samples)
+        out = with_sample_size(out, campaign.num_samples)
     warmup = out["warmup"] = {} if out.get("warmup") is None else out["warmup"]
     if isinstance(warmup, dict):  # else for validation to refuse
         prompts = campaign.execution.warmup_prompts
@@ -423,10 +436,12 @@ def _fill_named(out: dict[str, Any], key: str, default: Section) -> None:
         out[key] = {**default.changed(), **own}
 
 
-def fill_sample_size(out: dict[str, Any], num_samples: int) -> None:
+def with_sample_size(experiment: Mapping[str, Any], num_samples: int) -> dict[str, Any]:
+    """The experiment with that many prompts where it does not say how many."""
+    out = dict(experiment)
     for key in ("dataset", "prompts"):
         if isinstance(out.get(key), dict):
-            out[key].setdefault("sample_size", num_samples)
+            out[key] = {**out[key], "sample_size": out[key].get("sample_size", num_samples)}
     if out.get("dataset") is None and out.get("prompts") is None:
         longest = out.get("max_input_tokens")
         is_shorter = isinstance(longest, int) and 0 < longest < BUNDLED_INPUT_TOKENS
@@ -436,3 +451,4 @@ def fill_sample_size(out: dict[str, Any], num_samples: int) -> None:
             "sample_size": num_samples,
             "distribution": BUNDLED_DISTRIBUTION,
         }
+    return out

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -25,8 +25,8 @@ from lem.config.backends import (
     flag_name,
 )
 from lem.config.dialects import Dialect
-from lem.config.kinds import REQUIRED, Problem
-from lem.config.option import Matching, Section, declared, option, plain
+from lem.config.kinds import REQUIRED, Option, Problem
+from lem.config.option import Matching, Memo, Section, declared, identity_text, of_class, option, plain
 from lem.config.sections import (
     BaselineConfig,
     DatasetConfig,
@@ -333,28 +333,38 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
             return self.config_name
         return f"{self.model.name.rstrip('/').rpartition('/')[2] or self.model.name}-{self.backend}"
 
-    def make_identity(self, *, is_first: bool) -> dict[str, Any]:
+    def identity(self, *, is_first: bool = False) -> dict[str, Any]:
         """What can change a measured number, the chosen backend's section filled in, as plain JSON values."""
-        out = {name: value for name, value in super().make_identity(is_first=is_first).items() if name not in BACKENDS}
+        out = {name: value for name, value in super().identity(is_first=is_first).items() if name not in BACKENDS}
         out[self.backend] = self.section.identity(is_first=is_first)
-        if self.is_templated and self.chat_template != OWN_TEMPLATE:
-            out["chat_template"] = "file"  # known by its content, as a file of prompts
+        if self._has_template_file:
+            out["chat_template"] = "file"
         return out
+
+    def identity_texts(self, *, is_first: bool = False) -> dict[str, str]:
+        found = super().identity_texts(is_first=is_first)
+        for backend in BACKENDS:
+            if backend != self.backend:
+                del found[backend]
+        found[self.backend] = f'"{self.backend}":{identity_text(self.section, is_first=is_first)}'
+        if self._has_template_file:
+            found["chat_template"] = '"chat_template":"file"'
+        return found
+
+    @property
+    def _has_template_file(self) -> bool:
+        """Whether its template is known by its content, as a file of prompts."""
+        return self.is_templated and self.chat_template != OWN_TEMPLATE
 
     def engine_key(self) -> str:
         """12 hex digits over everything whose change needs another engine load."""
-        reloading = {name: item for name, item in declared(ExperimentConfig).items() if item.reload}
-        options = {
-            name: value
-            for name, item in reloading.items()
-            if (value := getattr(self, name)) != item.default or not item.is_added
-        }
-        options["model"] = _reload_options(self.model)
-        options[self.backend] = {**_reload_options(self.section), **self.engine_lengths()}
-        if isinstance(self.section, ServerConfig) and self.section.url is None and self.section.keeps_prompts:
-            options["experiment"] = self.to_dict()  # else it would find the prompts of the one before it in the cache
-        text = json.dumps(options, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_ENGINE_KEY_LENGTH]
+        section = self.section
+        options = [(name, getattr(self, name)) for name in _reloading(ExperimentConfig)[0] if name != "model"]
+        # Else it would find the prompts of the one before it in the cache.
+        is_own = isinstance(section, ServerConfig) and section.url is None and section.keeps_prompts
+        whole = _KEY_ENCODER.encode(self.to_dict()) if is_own else None
+        lengths = tuple(self.engine_lengths().items())
+        return _ENGINE_KEYS(section, _RELOAD_TEXTS(self.model), self.backend, tuple(options), lengths, whole)
 
     def engine_lengths(self) -> dict[str, int]:
         """The lengths that the engine is built for, given or derived, by the option of its section."""
@@ -403,13 +413,42 @@ def _defaults_of(backend: str) -> Any:
     return SECTIONS[backend]()
 
 
+_KEY_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+
+
+@functools.lru_cache(4096)  # so that equal keys are one text, and are computed once
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_ENGINE_KEY_LENGTH]
+
+
+def _engine_key(
+    section: Section, model: str, backend: str, given: Sequence[tuple[str, Any]], lengths: Any, whole: str | None
+) -> str:
+    reloading = _reloading(ExperimentConfig)[0]
+    options = {name: value for name, value in given if value != reloading[name].default or not reloading[name].is_added}
+    options |= {"model": json.loads(model), backend: {**_reload_options(section), **dict(lengths)}}
+    if whole is not None:
+        options["experiment"] = json.loads(whole)
+    return _short_digest(_KEY_ENCODER.encode(options))
+
+
 def _reload_options(section: Section) -> dict[str, Any]:
     """The options of a section, nested ones included, whose change needs a reload."""
-    out: dict[str, Any] = {}
-    for name, item in declared(type(section)).items():
-        value = getattr(section, name)
-        if item.reload:
-            out[name] = plain(value)
-        elif isinstance(value, Section):
+    options, others = _reloading(type(section))
+    out = {name: plain(getattr(section, name)) for name in options}
+    for name in others:
+        if isinstance(value := getattr(section, name), Section):
             out[name] = _reload_options(value)
     return out
+
+
+@of_class
+def _reloading(section: type[Section]) -> tuple[Mapping[str, Option], tuple[str, ...]]:
+    """The options of a section whose change needs a reload, and those that may be sections with such options."""
+    options = declared(section)
+    others = tuple(name for name, item in options.items() if not item.reload and item.kind.sections)
+    return {name: item for name, item in options.items() if item.reload}, others
+
+
+_RELOAD_TEXTS = Memo[str](lambda section: _KEY_ENCODER.encode(_reload_options(section)))
+_ENGINE_KEYS = Memo[str](_engine_key)

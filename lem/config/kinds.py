@@ -63,14 +63,26 @@ class ConfigProblems(ConfigurationError):
         super().__init__("\n".join(map(str, self.problems)) if text is None else text, hint)
 
 
+# The name and the value of an option, by its key and the number of the object it was read from, which is kept, too.
+KnownValues = dict[tuple[Any, int], tuple[str, Any, Any]]
+
+
 class Sink:
     """Collects problems; a partial one, for a part of a section, requires nothing and compares no options."""
 
-    def __init__(self, root: type[Any], chosen: Collection[str] = (), *, is_partial: bool = False) -> None:
+    def __init__(
+        self,
+        root: type[Any],
+        chosen: Callable[[], Collection[str]] = tuple,
+        *,
+        is_partial: bool = False,
+        known: KnownValues | None = None,
+    ) -> None:
         self.problems: list[Problem] = []
         self.is_partial = is_partial
+        self.known = known
         self.root = root  # the section that paths begin in
-        self.chosen = chosen  # the backends, and the sections that are given, to choose between options by
+        self.chosen = chosen  # gives the backends and the sections that are given, to choose between options by
 
     def add(self, path: Path, message: str, suggestion: str | None = None, *, is_about_key: bool = False) -> Any:
         self.problems.append(Problem(path, message, suggestion, is_about_key))

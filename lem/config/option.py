@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from lem.base.dataclass import dataclass
 from lem.base.errors import nearest
@@ -77,8 +78,9 @@ class Section:
         sink.raise_if_any()
 
     @classmethod
-    def from_dict(cls: type[S], mapping: Mapping[str, Any]) -> S:
-        sink = kinds.Sink(cls, _chosen(cls, mapping))
+    def from_dict(cls: type[S], mapping: Mapping[str, Any], known: kinds.KnownValues | None = None) -> S:
+        """The section; ConfigProblems. With `known`, an option that has the same object as before is not read again."""
+        sink = kinds.Sink(cls, functools.partial(_chosen, cls, mapping), known=known)
         section: S = cls.read(mapping, (), sink)
         sink.raise_if_any()
         return section
@@ -86,7 +88,7 @@ class Section:
     @classmethod
     def read(cls, value: Any, path: kinds.Path, sink: kinds.Sink) -> Any:
         value = cls.written_out(value)
-        if not isinstance(value, Mapping):
+        if not isinstance(value, (dict, Mapping)):  # the first is much quicker to check
             wanted = "a mapping" if cls.shorthand is None else f"a {cls.shorthand} or a mapping"
             got = "" if value is not None and secrets_of(cls) else f", got {kinds.describe(value)}"
             return sink.add(path, f"expected {wanted}{got}")
@@ -118,18 +120,13 @@ class Section:
         return name in self.__dict__["_given"]
 
     def changed(self) -> dict[str, Any]:
-        options = declared(type(self))
-        return {name: value for name, value in self.to_dict().items() if value != options[name].default}
+        return dict(_CHANGED(self))
 
-    def identity(self, *, is_first: bool = False) -> Mapping[str, Any]:
-        """The options that can change a measured number, as plain JSON values that must not be changed."""
-        # With `is_first`, those that the first build counted among them. Computed once: thousands of experiments of a
-        # grid share the sections that are not among its axes.
-        cache = "_first_identity" if is_first else "_identity"
-        known: Mapping[str, Any] | None = self.__dict__.get(cache)
-        return self.__dict__.setdefault(cache, self.make_identity(is_first=is_first)) if known is None else known
+    def identity(self, *, is_first: bool = False) -> dict[str, Any]:
+        """The options that can change a measured number, as plain JSON values.
 
-    def make_identity(self, *, is_first: bool) -> dict[str, Any]:
+        With `is_first`, those that the first build counted among them.
+        """
         found = {name: (self.__dict__[name], option) for name, option in declared(type(self)).items()}
         return {
             name: plain(
@@ -139,6 +136,19 @@ class Section:
             for name, (value, option) in found.items()
             if option.identity and not (option.is_added and value == option.default)
         }
+
+    def identity_texts(self, *, is_first: bool = False) -> dict[str, str]:
+        """`identity` as JSON without spaces, in the order of the names: of each option its name and its value."""
+        # A grid has thousands of configurations that share most of their sections, and most options have defaults.
+        found, values = {}, self.__dict__
+        for name, default, text, item in _default_texts(typing.cast("Any", type(self)), is_first):
+            value = values[name]
+            if value is default or (item.is_dropped and not is_first):
+                if not item.is_added:
+                    found[name] = text
+            elif not (item.is_added and value == default):
+                found[name] = f'"{name}":{identity_text(value, is_first=is_first)}'
+        return found
 
     @classmethod
     def rewrite(cls, mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -217,7 +227,7 @@ class VariantKind(SectionKind):
         return kinds.INVALID if best.problems else dict(value)
 
 
-def _of_class(function: Callable[[type[Any]], T]) -> Callable[[type[Any]], T]:
+def of_class(function: Callable[[type[Any]], T]) -> Callable[[type[Any]], T]:
     # `functools.cache`, cast, since mypy takes the hash of a class for that of its instances.
     return typing.cast("Callable[[type[Any]], T]", functools.cache(function))
 
@@ -227,7 +237,7 @@ def declarations(section: type[Any]) -> dict[str, kinds.Option]:
     return {field.name: field.metadata[_METADATA] for field in dataclasses.fields(section)}
 
 
-@_of_class
+@of_class
 def declared(section: type[Any]) -> Mapping[str, kinds.Option]:
     hints = typing.get_type_hints(section)
     options: dict[str, kinds.Option] = {}
@@ -245,9 +255,12 @@ def declared(section: type[Any]) -> Mapping[str, kinds.Option]:
 def _read_given(
     section: type[Section], mapping: Mapping[Any, Any], path: kinds.Path, sink: kinds.Sink
 ) -> dict[str, Any]:
-    options = declared(section)
+    options, known = declared(section), None if path else sink.known
     given: dict[str, Any] = {}
     for key, item in mapping.items():
+        if known is not None and (found := known.get((key, id(item)))) is not None and found[0] not in given:
+            given[found[0]] = found[1]
+            continue
         name = section.aliases.get(key, key) if isinstance(key, str) else key
         if name not in options:
             _note_unknown(section, key, path, sink)
@@ -258,32 +271,100 @@ def _read_given(
             declaration = options[name]
             if kinds.simple(item) is not None or not declaration.takes_null:
                 given[name] = declaration.kind.read(item, (*path, key), sink)
+                if known is not None and given[name] is not kinds.INVALID:
+                    known[key, id(item)] = (name, given[name], item)
             elif declaration.is_nullable:
                 given[name] = None  # else as if it was left out
     return given
 
 
 def _complete(instance: Section, given: Mapping[str, Any], path: kinds.Path, sink: kinds.Sink, before: int = 0) -> None:
-    options = declared(type(instance))
-    misspelt = {problem.suggestion for problem in sink.problems if problem.path[:-1] == path}
-    for name, item in options.items():
-        if item.default is kinds.REQUIRED and name not in given and name not in misspelt:
-            sink.add((*path, name), "is required", is_about_key=True)
+    defaults, required = _defaults(type(instance))
+    if missing := [name for name in required if name not in given]:
+        misspelt = {problem.suggestion for problem in sink.problems if problem.path[:-1] == path}
+        for name in missing:
+            if name not in misspelt:
+                sink.add((*path, name), "is required", is_about_key=True)
     valid = {name: value for name, value in given.items() if value is not kinds.INVALID}
     _note(instance.check_given(valid), path, sink)
     if len(sink.problems) > before:
         return
     values = instance.__dict__  # around the freeze
-    for name, item in options.items():
-        default = kinds.Items(item.default) if isinstance(item.default, tuple) else item.default
-        values[name] = given.get(name, {} if isinstance(default, dict) else default)
+    values.update(defaults)
+    values.update(given)
     values["_given"] = frozenset(given)
     values.update(instance.derive(given))
     _note(instance.check(), path, sink)
 
 
+@of_class
+def _defaults(section: type[Section]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Of each option its default, as it is in a section, and the names of those that are required."""
+    found = {name: item.default for name, item in declared(section).items()}
+    frozen = {name: kinds.Items(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    return frozen, tuple(name for name, value in found.items() if value is kinds.REQUIRED)
+
+
+@functools.cache
+def _default_texts(section: Any, is_first: bool) -> Sequence[tuple[str, Any, str, kinds.Option]]:
+    """Of each option of the identity its name, its default as it is in a section, and that as JSON."""
+    defaults, options = _defaults(section)[0], declared(section)
+    found = []
+    for name, default in sorted(defaults.items()):
+        text = "" if default is kinds.REQUIRED else f'"{name}":{identity_text(default, is_first=is_first)}'
+        if options[name].identity:
+            found.append((name, default, text, options[name]))
+    return found
+
+
+def identity_text(value: Any, *, is_first: bool = False) -> str:
+    """A value of `Section.identity` as JSON."""
+    if isinstance(value, Section):
+        return _FIRST_TEXTS(value) if is_first else _TEXTS(value)
+    if value is None or isinstance(value, (dict, list, tuple)):
+        return canonical_text(plain(value, lambda item: item.identity(is_first=is_first)))
+    return str(value) if type(value) is int else canonical_text(value)
+
+
+def joined_texts(texts: Mapping[str, str]) -> str:
+    """One JSON object of what `identity_texts` gives."""
+    return f"{{{','.join(texts.values())}}}"
+
+
+# One text for equal values; 1 and 1.0 differ.
+canonical_text = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+
+
+class Memo(Generic[T]):
+    """Remembers what a function makes of an object, by which object it is: sections are slow to compare."""
+
+    def __init__(self, function: Callable[..., T], most: int = 1024) -> None:
+        self._function, self._most = function, most
+        self._known: dict[Any, tuple[Any, T]] = {}  # with the object, whose number stays its own for as long
+
+    def __call__(self, item: Any, *more: Any) -> T:
+        key = (id(item), *more)
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= self._most:
+                self._known.clear()
+            found = self._known[key] = (item, self._function(item, *more))
+        return found[1]
+
+
+def _changed(section: Section) -> dict[str, Any]:
+    options = declared(type(section))
+    return {name: value for name, value in section.to_dict().items() if value != options[name].default}
+
+
+_CHANGED = Memo[dict[str, Any]](_changed)
+_TEXTS = Memo[str](lambda section: joined_texts(section.identity_texts()))
+_FIRST_TEXTS = Memo[str](lambda section: joined_texts(section.identity_texts(is_first=True)))
+
+
 def _note(problems: Iterable[kinds.Problem], path: kinds.Path, sink: kinds.Sink) -> None:
-    sink.problems.extend(dataclasses.replace(problem, path=(*path, *problem.path)) for problem in problems)
+    for problem in problems:
+        sink.problems.append(dataclasses.replace(problem, path=(*path, *problem.path)))
 
 
 def _note_unknown(section: type[Section], key: Any, path: kinds.Path, sink: kinds.Sink) -> None:
@@ -297,7 +378,7 @@ def _note_unknown(section: type[Section], key: Any, path: kinds.Path, sink: kind
     else:
         at = [part for part in path if isinstance(part, str)]
         own, known = [*declared(section), *section.aliases], _names(sink.root)
-        remedy, near = meant(key, at, own, known, sink.chosen, (section.elsewhere, sink.root.elsewhere))
+        remedy, near = meant(key, at, own, known, sink.chosen(), (section.elsewhere, sink.root.elsewhere))
     sink.add((*path, key), f"unknown key; {remedy}" if remedy else "unknown key", near, is_about_key=True)
 
 
@@ -308,19 +389,19 @@ def _chosen(section: type[Section], mapping: Any) -> set[str]:
     return {str(name) for name in (*found, named) if isinstance(name, str)}
 
 
-@_of_class
+@of_class
 def _names(section: type[Section]) -> frozenset[str]:
     leaves = [name.split(".") for name, _, _ in walk(section)]
     return frozenset(".".join(parts[:end]) for parts in leaves for end in range(1, len(parts) + 1))
 
 
 def check_partial(section: type[Section], mapping: Any, chosen: Collection[str] = ()) -> tuple[kinds.Problem, ...]:
-    sink = kinds.Sink(section, chosen or _chosen(section, mapping), is_partial=True)
+    sink = kinds.Sink(section, lambda: chosen or _chosen(section, mapping), is_partial=True)
     section.read(mapping, (), sink)
     return tuple(sink.problems)
 
 
-@_of_class
+@of_class
 def secrets_of(section: type[Section]) -> tuple[str, ...]:
     """The dotted names of the options that are never shown."""
     return tuple(name for name, item, _ in walk(section) if item.secret)

@@ -5,7 +5,7 @@ Combinations that cannot work are errors and are raised when an `ExperimentConfi
 
 from __future__ import annotations
 
-import functools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from lem.base.errors import nearest
 from lem.config.backends import PyTorchConfig, ServerConfig, TensorRTConfig, VllmConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import Problem
-from lem.config.option import declared
+from lem.config.kinds import Path, Problem, dotted
+from lem.config.option import Memo, Section, declared, identity_text, joined_texts, leaves
 from lem.config.sections import DATASET_ALIASES, TrafficConfig
 
 # FP8 tensor cores came with Ada (8.9); flash attention 2 and TensorRT-LLM need Ampere (8.0).
@@ -66,33 +66,70 @@ def width_warning(config: ExperimentConfig, prompts: int | None) -> Problem | No
     return Problem.of(name, "width_unreached", width=width, most=most)
 
 
-def effective(config: ExperimentConfig, options: Mapping[str, Any], prompts: int | None) -> dict[str, Any]:
-    """Identity by dotted option, as far as it has an effect; equal ones with equal prompts cannot differ."""
-    decoder, traffic, warmup = config.decoder, config.traffic_simulation, config.warmup
-    idle = ["prompts", "dataset", *(name for name in _SWITCHED if not getattr(config, name).enabled)]
-    idle += [f"traffic_simulation.{name}" for name in _UNUSED_BY_MODE[traffic.mode]]
+def effective(config: ExperimentConfig, texts: Mapping[str, str], prompts: int | None) -> dict[str, str]:
+    """The texts of its identity, as far as they have an effect; equal ones with equal prompts cannot differ."""
+    decoder, traffic, own = config.decoder, config.traffic_simulation, config.backend
+    found = dict(texts)
+    idle: dict[str, tuple[str, ...]] = {own: ("min_p",) if decoder.is_greedy else ()}
     if decoder.is_greedy:
-        idle += ["decoder.temperature", "decoder.top_k", "decoder.top_p", f"{config.backend}.min_p"]
-    if config.ignore_eos:
-        idle.append("min_output_tokens")
-    if config.streaming and not config.runs_alone:
-        idle.append("streaming")
-    if not warmup.convergence_detection:
-        idle += ["warmup.cv_threshold", "warmup.max_prompts", "warmup.window_size"]
-    found = {name: options[name] for name in _without(tuple(options), tuple(idle))}
+        idle["decoder"] = ("temperature", "top_k", "top_p")
+    if traffic.enabled:
+        idle["traffic_simulation"] = _UNUSED_BY_MODE[traffic.mode]
+    if not config.warmup.convergence_detection:
+        idle["warmup"] = ("cv_threshold", "max_prompts", "window_size")
     most = config.most_at_once(prompts)
     if (name := config.width_option) is not None and (width := config.width) is not None:
-        found[name] = width if most is None else min(width, most)
+        idle[own] = (*idle[own], name.partition(".")[2])
+        found[name] = str(width if most is None else min(width, most))
+    for name, options in idle.items():
+        found[name] = _TEXTS_WITHOUT(config.section if name == own else getattr(config, name), options)
+    for name in ("prompts", "dataset", *(name for name in _SWITCHED if not getattr(config, name).enabled)):
+        found.pop(name, None)
+    if config.ignore_eos:
+        del found["min_output_tokens"]
+    if config.streaming and not config.runs_alone:
+        del found["streaming"]
     draws_arrivals = traffic.enabled and traffic.mode == "poisson" and traffic.seed is None
     if decoder.is_greedy and not draws_arrivals:
-        found["random_seed"] = config.random_seed is not None  # vLLM samples more slowly with a seed
+        found["random_seed"] = str(config.random_seed is not None)  # vLLM samples more slowly with a seed
     return found
 
 
-@functools.lru_cache  # the same for most of the thousands of configurations of a grid
-def _without(names: tuple[str, ...], sections: tuple[str, ...]) -> tuple[str, ...]:
-    within = tuple(f"{name}." for name in sections)
-    return tuple(name for name in names if not f"{name}.".startswith(within))
+def _text_without(section: Section, options: tuple[str, ...]) -> str:
+    """Its identity as JSON, without some options, by their dotted names."""
+    found = section.identity_texts()
+    for name in options:
+        top, _, nested = name.partition(".")
+        if nested:
+            held = getattr(section, top)
+            found[top] = identity_text({key: value for key, value in held.items() if key != nested})
+        else:
+            found.pop(top, None)
+    return joined_texts(found)
+
+
+_TEXTS_WITHOUT = Memo[str](_text_without)
+
+
+def differing(one: ExperimentConfig, other: ExperimentConfig) -> list[str]:
+    """The options, by dotted names, in which the identities of two configurations differ."""
+    texts = one.identity_texts(), other.identity_texts()
+    found = []
+    for name in declared(ExperimentConfig):
+        if texts[0].get(name) != texts[1].get(name):
+            before, now = (_leaves_of(config, name, text) for config, text in zip((one, other), texts, strict=True))
+            found += [dotted((name, *path)) for path in {**before, **now} if before.get(path) != now.get(path)]
+    return found
+
+
+def _leaves_of(config: ExperimentConfig, name: str, texts: Mapping[str, str]) -> Mapping[Path, Any]:
+    value = config.section if name == config.backend else getattr(config, name)
+    if isinstance(value, Section) and name in texts:
+        return _LEAVES(value)
+    return {(): json.loads(f"{{{texts[name]}}}")[name]} if name in texts else {}
+
+
+_LEAVES = Memo[Mapping[Path, Any]](lambda section: dict(leaves(section.identity())))
 
 
 def parameters_by_name(name: str) -> float | None:

@@ -23,8 +23,8 @@ from lem.base.reasons import Reason
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig
 from lem.config.experiment import ENGINE_LENGTHS, ExperimentConfig, MeteredConfig
-from lem.config.kinds import ConfigProblems, Expanded, Items, Option, Problem, dotted
-from lem.config.option import canonical, declared, find_option, put
+from lem.config.kinds import ConfigProblems, Expanded, Items, KnownValues, Option, Problem, dotted
+from lem.config.option import canonical, canonical_text, declared, find_option, joined_texts, put
 from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
 from lem.config.sections import SyntheticPrompts
@@ -90,20 +90,49 @@ def expand_campaign_grid(
         base_config: values for every experiment, which axes win over; of the backends' sections each experiment gets
             its own backend's alone.
     """
+    return [_plain(config) for config in expand_shared(grid, base_config)]
+
+
+def expand_shared(grid: CampaignGridConfig, base_config: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """As `expand_campaign_grid`, where equal sections of several configurations are one object: not to be changed."""
     configs = []
     for backend in grid.backends:
         own = {key: value for key, value in (base_config or {}).items() if key == backend or key not in BACKENDS}
-        base = canonical(ExperimentConfig, {**own, "backend": backend})
+        base: dict[str, Any] = _plain(canonical(ExperimentConfig, {**own, "backend": backend}))
         layer = [base]
         for key, values in _axes_of(grid, backend, base):
-            lay = _layer_of(key)
+            lay = Shared(_part_of(key), _layer_of(key))
             layer = [lay(config, value) for config in layer for value in values]
         configs.extend(layer)
-    return [_finished(config) for config in configs]
+    finish = Shared(("model",), lambda part, _: {key: _short_model(model) for key, model in part.items()})
+    return [finish(config) for config in configs]
+
+
+class Shared:
+    """A function of some keys of a configuration, which is called once for those that have the same objects there.
+
+    The function gets a mapping of these keys alone, which it must not change, and returns what replaces them.
+    """
+
+    def __init__(self, keys: Sequence[str], function: Callable[[Mapping[str, Any], Any], dict[str, Any]]) -> None:
+        self._keys, self._function = tuple(keys), function
+        self._known: dict[Any, tuple[dict[str, Any], Any, dict[str, Any]]] = {}
+
+    def __call__(self, config: Mapping[str, Any], value: Any = None) -> dict[str, Any]:
+        """The configuration with its part replaced; `value` is handed on to the function."""
+        key = (id(value), *[id(config[name]) if name in config else None for name in self._keys])
+        known = self._known.get(key)
+        if known is None:
+            part = {name: config[name] for name in self._keys if name in config}
+            known = self._known[key] = (part, value, self._function(part, value))
+        part, _, changed = known
+        out = {name: item for name, item in config.items() if name not in part or name in changed}
+        out.update(changed)
+        return out
 
 
 def _axes_of(grid: CampaignGridConfig, backend: str, base: Mapping[str, Any]) -> list[tuple[str, Sequence[Any]]]:
-    axes: dict[str, Sequence[Any]] = {"model": grid.models} if grid.models else {}
+    axes: dict[str, Sequence[Any]] = {"model": _values_of(grid.models)} if grid.models else {}
     axes.update({key: _values_of(value) for key, value in grid.shared.items()})
     overrides = grid.backend_overrides.get(backend, {})
     axes.update({f"{backend}.{key}": _values_of(value) for key, value in overrides.items()})
@@ -137,13 +166,20 @@ def _reloads(option: Option) -> bool:
     return option.reload or any(_reloads(item) for one in option.kind.sections for item in declared(one).values())
 
 
+def _part_of(key: str) -> tuple[str, ...]:
+    """The options of a configuration that an axis can change."""
+    written = key.partition(".")[0]
+    name = ExperimentConfig.aliases.get(written, written)
+    return ExperimentConfig.exclusive if name in ExperimentConfig.exclusive else (name, written)
+
+
 def _layer_of(key: str) -> Callable[[Mapping[str, Any], Any], dict[str, Any]]:
     found = find_option(ExperimentConfig, key)
     if found is None or found.kind.sections:
-        return lambda config, value: put(ExperimentConfig, config, key, value)
-    # Of a plain option nothing needs merging, which matters for a grid of 10,000.
+        return lambda part, value: put(ExperimentConfig, part, key, value)
+    # Of a plain option nothing needs merging.
     parts = tuple(key.split("."))
-    return lambda config, value: _with_leaf(config, parts, value)
+    return lambda part, value: _with_leaf(part, parts, value)
 
 
 def _with_leaf(config: Mapping[str, Any], parts: tuple[str, ...], value: Any) -> dict[str, Any]:
@@ -155,12 +191,8 @@ def _with_leaf(config: Mapping[str, Any], parts: tuple[str, ...], value: Any) ->
     return out
 
 
-def _finished(config: dict[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = _plain(config)
-    model = out.get("model")
-    if isinstance(model, dict) and model.keys() == {"name"}:
-        out["model"] = model["name"]
-    return out
+def _short_model(model: Any) -> Any:
+    return model["name"] if isinstance(model, dict) and model.keys() == {"name"} else model
 
 
 def validate_campaign_grid(config_dicts: Sequence[dict[str, Any]]) -> GridExpansionResult:
@@ -177,9 +209,10 @@ def validate_named(
     configs: list[ExperimentConfig | None] = []
     filtered: list[GridValidationIssue] = []
     warnings: list[GridValidationIssue] = []
+    known: KnownValues = {}
     for name, config_dict in named:
         try:
-            config = ExperimentConfig.from_dict(config_dict)
+            config = ExperimentConfig.from_dict(config_dict, known)
         except ConfigProblems as error:
             model = config_dict.get("model", config_dict.get("model_name"))  # in any of the ways to write it
             has_model = bool(model.get("name") if isinstance(model, Mapping) else model)
@@ -188,8 +221,8 @@ def validate_named(
             configs.append(None)
             continue
         configs.append(config)
-        reasons = map(coded, warnings_about(config, gpus))
-        warnings += [GridValidationIssue.of(name, reason, severity="warning") for reason in reasons]
+        found = warnings_about(config, gpus)
+        warnings += [GridValidationIssue.of(name, coded(problem), severity="warning") for problem in found]
     return configs, Items(filtered), Items(warnings)
 
 
@@ -222,15 +255,23 @@ _IGNORED = {_BACKEND, _MODEL, ("config_name",)}
 
 def name_configurations(config_dicts: Sequence[Mapping[str, Any]]) -> list[str]:
     """A name for each, fit for a file: backend, options that vary, the model where it varies or nothing else does."""
-    flat = [_flatten(config) for config in config_dicts]
-    models = {str(options[_MODEL]) for options in flat if options.get(_MODEL)}
-    keys = [key for key in _varying(flat) if key not in _IGNORED]
+    # By the object that an option has, which many configurations of a grid share.
+    known: dict[tuple[Any, int], Flat] = {}
+    flat = [
+        [
+            known.get(at := (key, id(value))) or known.setdefault(at, _flatten({key: value}))
+            for key, value in config.items()
+        ]
+        for config in config_dicts
+    ]
+    models = {str(part[_MODEL]) for part in known.values() if part.get(_MODEL)}
+    keys = [key for key in _varying(flat, known.values()) if key not in _IGNORED]
     labels = _labels(keys)
     short = {model: model.rstrip("/").rpartition("/")[2] for model in models if not keys or len(models) > 1}
     counts = Counter(short.values())
     shown_models = {model: _clean(name if counts[name] == 1 else model) for model, name in short.items()}
-    names = [_name(options, labels, shown_models) for options in flat]
-    return distinct_names(names, config_dicts)
+    texts = {id(part): _texts(part, labels, shown_models) for part in known.values()}
+    return distinct_names([_name([texts[id(part)] for part in parts], labels) for parts in flat], config_dicts)
 
 
 def distinct_names(names: Sequence[str], contents: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -257,13 +298,14 @@ def _flatten(config: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Flat:
     return out
 
 
-def _varying(flat: Sequence[Flat]) -> list[tuple[str, ...]]:
+def _varying(flat: Sequence[Sequence[Flat]], known: Iterable[Flat]) -> list[tuple[str, ...]]:
+    times = Counter(id(part) for parts in flat for part in parts)
     seen: dict[tuple[str, ...], set[str]] = {}
     counts: Counter[tuple[str, ...]] = Counter()
-    for options in flat:
-        counts.update(options.keys())
-        for key, value in options.items():
+    for part in known:
+        for key, value in part.items():
             seen.setdefault(key, set()).add(repr(value))
+            counts[key] += times[id(part)]
     return [key for key, values in seen.items() if len(values) > 1 or counts[key] < len(flat)]
 
 
@@ -277,15 +319,24 @@ def _labels(keys: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     return labels
 
 
-def _name(options: Flat, labels: Mapping[tuple[str, ...], str], models: Mapping[str, str]) -> str:
-    model = models.get(str(options.get(_MODEL)))
-    parts = [_clean(_text(options.get(_BACKEND, "pytorch"))), *([model] if model else [])]
-    parts += [
-        _value(options[key]) if key in _SELF_EXPLAINING and options[key] else label + _value(options[key])
-        for key, label in labels.items()
-        if key in options
-    ]
-    return _shortened("-".join(parts))
+def _texts(part: Flat, labels: Mapping[tuple[str, ...], str], models: Mapping[str, str]) -> dict[tuple[str, ...], str]:
+    found = {
+        key: _value(value) if key in _SELF_EXPLAINING and value else labels[key] + _value(value)
+        for key, value in part.items()
+        if key in labels
+    }
+    if _BACKEND in part:
+        found[_BACKEND] = _clean(_text(part[_BACKEND]))
+    if model := models.get(str(part.get(_MODEL))):
+        found[_MODEL] = model
+    return found
+
+
+def _name(parts: Iterable[Mapping[tuple[str, ...], str]], labels: Iterable[tuple[str, ...]]) -> str:
+    texts: dict[tuple[str, ...], str] = {_BACKEND: "pytorch"}
+    for part in parts:
+        texts.update(part)
+    return _shortened("-".join([texts[key] for key in (_BACKEND, _MODEL, *labels) if key in texts]))
 
 
 def file_stem(name: str) -> str:
@@ -373,8 +424,13 @@ def generator_version() -> str:
 
 def config_hash(config: MeteredConfig, prompts: Mapping[str, Any], *, is_first: bool = False) -> str:
     """16 hex digits over all that can change an experiment's numbers; with `is_first`, as the first build had it."""
-    settings = {key: value for key, value in config.identity(is_first=is_first).items() if key not in _PROMPT_KEYS}
-    return _digest({"config": settings, "prompts": prompts})
+    return hash_of(config.identity_texts(is_first=is_first), prompts)
+
+
+def hash_of(texts: Mapping[str, str], prompts: Mapping[str, Any]) -> str:
+    """`config_hash` of the texts of an identity."""
+    settings = {key: text for key, text in texts.items() if key not in _PROMPT_KEYS}
+    return _digest(f'{{"config":{joined_texts(settings)},"prompts":{canonical_text(prompts)}}}')
 
 
 def experiment_id(configuration_hash: str, cycle_index: int) -> str:
@@ -395,12 +451,10 @@ def campaign_config_hash(campaign: CampaignConfig, config_hashes: Sequence[str],
     """16 hex digits over what is measured and how; with `is_first`, as the first build computed it."""
     execution = campaign.execution.identity(is_first=is_first)
     sections = {"execution": execution, "cold_start": campaign.cold_start.to_dict()}
-    return _digest({**sections, "experiments": list(config_hashes)})
+    return _digest(canonical_text({**sections, "experiments": list(config_hashes)}))
 
 
-def _digest(value: Any) -> str:
-    # Keys sorted, no spaces: one text for equal values. 1 and 1.0 differ, as JSON writes them.
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+def _digest(text: str) -> str:
     return hashlib.sha256(durable.utf8(text)).hexdigest()[:CONFIG_HASH_LENGTH]
 
 

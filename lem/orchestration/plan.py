@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,11 +18,18 @@ from lem.base.reasons import Reason
 from lem.base.variables import TOKEN_VARIABLE
 from lem.config import rules
 from lem.config.backends import ServerConfig
-from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, fill_sample_size, with_campaign_defaults
+from lem.config.campaign_config import (
+    WITH_DEFAULTS,
+    CampaignConfig,
+    CampaignExecutionConfig,
+    fill_defaults,
+    with_sample_size,
+    without_forced,
+)
 from lem.config.experiment import NO_TEMPLATE, OWN_TEMPLATE, ExperimentConfig
-from lem.config.kinds import Problem, as_written, dotted
+from lem.config.kinds import KnownValues, Problem, as_written
 from lem.config.load import ListedExperiment, Loaded, Source, encode_config
-from lem.config.option import canonical, leaves
+from lem.config.option import canonical, joined_texts
 from lem.config.rules import Gpu
 from lem.config.sections import FilePrompts
 from lem.config.yamlfile import FileProblems
@@ -318,14 +326,17 @@ def build_plan(
     configs, filtered, warnings = grid.validate_named([(item.name, item.config_dict) for item in candidates], gpus)
     valid = [(item, config) for item, config in zip(candidates, configs, strict=True) if config is not None]
     sized = _with_enough_prompts(valid)
-    given, repeated = _identify(sized)
+    given, repeated, idle = _identify(sized)
+    experiments = order_experiments(given, campaign.execution)
+    first = {item.config_hash: item for item in experiments if not item.cycle_index}
+    given = tuple(first[item.config_hash] for item in given)  # thousands need not be there twice
     return Plan(
         campaign=campaign,
-        experiments=order_experiments(given, campaign.execution),
+        experiments=experiments,
         given=given,
         total_generated=len(candidates),
         filtered=filtered,
-        warnings=(*warnings, *repeated, *_cells_that_cannot_differ(given)),
+        warnings=(*warnings, *repeated, *idle),
         given_before=given if sized is valid else _identify(valid)[0],
     )
 
@@ -343,28 +354,35 @@ class _Candidate:
 def _collect(
     campaign: CampaignConfig, listed: Sequence[ListedExperiment], preset: Mapping[str, Any], source: Source | None
 ) -> list[_Candidate]:
-    expanded = [] if campaign.grid is None else grid.expand_campaign_grid(campaign.grid, preset)
+    expanded = [] if campaign.grid is None else grid.expand_shared(campaign.grid, preset)
     unnamed = iter(grid.name_configurations([one.mapping for one in listed if one.name is None]))
     forced = source.forced if source is not None else ()
-    of_grid = [with_campaign_defaults(campaign, item, forced) for item in expanded]
+    remove = grid.Shared(WITH_DEFAULTS, lambda part, _: without_forced(part, forced))
+    fill = grid.Shared(WITH_DEFAULTS, lambda part, _: fill_defaults(campaign, part))
+    place = grid.Shared(_WITH_FILES, lambda part, _: _found_files(part, source, is_of_grid=True))
+    of_grid = [fill(remove(item)) for item in expanded]
     names = [one.name or next(unnamed) for one in listed] + grid.name_configurations(of_grid)
     config_dicts = [*(dict(one.mapping) for one in listed), *of_grid]
     names = grid.distinct_names(names, config_dicts)
-    folder = Path(campaign.io.configs_dir) / campaign.slug
+    folder = str(Path(campaign.io.configs_dir) / campaign.slug)
     stems = grid.distinct_names([grid.file_stem(name) for name in names], config_dicts)
     origins = [*((one.path, one.source, False) for one in listed), *[(None, source, True)] * len(of_grid)]
-    for config_dict, (_, origin, is_of_grid) in zip(config_dicts, origins, strict=True):
-        _find_files(config_dict, origin, is_of_grid)
+    of_files = [_found_files(one.mapping, one.source, is_of_grid=False) for one in listed]
+    config_dicts = [*of_files, *map(place, of_grid)]
     return [
-        _Candidate(name, config_dict, str(file or folder / f"{stem}.yaml"), file is None, origin, is_of_grid)
+        _Candidate(name, config_dict, str(file or f"{folder}/{stem}.yaml"), file is None, origin, is_of_grid)
         for name, config_dict, stem, (file, origin, is_of_grid) in zip(names, config_dicts, stems, origins, strict=True)
     ]
 
 
-def _find_files(config_dict: dict[str, Any], source: Source | None, is_of_grid: bool) -> None:
-    """Make paths of prompts and of a template relative to the working directory, not to the file that names them."""
+_WITH_FILES = ("prompts", "chat_template")
+
+
+def _found_files(options: Mapping[str, Any], source: Source | None, *, is_of_grid: bool) -> dict[str, Any]:
+    """The options, with paths of files from the working directory, and not from the file that names them."""
+    config_dict = dict(options)
     if source is None:
-        return
+        return config_dict
     prompts, template = config_dict.get("prompts"), config_dict.get("chat_template")
     inside = ("grid", "shared") if is_of_grid else ()
     if isinstance(prompts, Mapping) and isinstance(prompts.get("path"), str):
@@ -372,6 +390,7 @@ def _find_files(config_dict: dict[str, Any], source: Source | None, is_of_grid: 
         config_dict["prompts"] = {**prompts, "path": path}
     if isinstance(template, str) and template not in (NO_TEMPLATE, OWN_TEMPLATE):
         config_dict["chat_template"] = source.found_file(template, (*inside, "chat_template"))
+    return config_dict
 
 
 _Valid = Sequence[tuple[_Candidate, ExperimentConfig]]
@@ -385,22 +404,25 @@ def _with_enough_prompts(valid: _Valid) -> _Valid:
     size = max(widths, default=0)
     if size <= BUNDLED.sample_size:
         return valid
+    known: KnownValues = {}
+    fill = grid.Shared(("dataset", "prompts", "max_input_tokens"), lambda part, _: with_sample_size(part, size))
     found = []
     for (item, config), is_bare in zip(valid, bare, strict=True):
         if is_bare:
-            config_dict = dict(item.config_dict)
-            fill_sample_size(config_dict, size)
-            found.append((replace(item, config_dict=config_dict), ExperimentConfig.from_dict(config_dict)))
-        else:
-            found.append((item, config))
+            item = replace(item, config_dict=fill(item.config_dict))
+            config = ExperimentConfig.from_dict(item.config_dict, known)
+        found.append((item, config))
     return found
 
 
-def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidationIssue]]:
+def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidationIssue], list[GridValidationIssue]]:
+    """The configurations, and warnings about those that are repeated, and about those that cannot differ."""
     prompts: dict[Any, tuple[dict[str, Any], int | None]] = {}
     unusable: dict[Any, FileProblems] = {}
     found: dict[str, Experiment] = {}
-    repeated = []
+    repeated: list[GridValidationIssue] = []
+    idle: list[GridValidationIssue] = []
+    seen: dict[bytes, Experiment] = {}
     for item, config in valid:
         key = (config.dataset, config.prompts, config.chat_template)
         if key not in prompts and key not in unusable:
@@ -410,12 +432,13 @@ def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidatio
                 unusable[key] = error
         if key in unusable:
             continue
-        digest = grid.config_hash(config, prompts[key][0])
+        texts, (fingerprint, n_prompts) = config.identity_texts(), prompts[key]
+        digest = grid.hash_of(texts, fingerprint)
         if digest in found:
             same = Reason.of("repeated_experiment", name=found[digest].config_name)
             repeated.append(GridValidationIssue.of(item.name, same, severity="warning"))
             continue
-        found[digest] = Experiment(
+        found[digest] = experiment = Experiment(
             exp_id=experiment_id(digest, 0),
             config_name=item.name,
             config=config,
@@ -426,14 +449,15 @@ def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidatio
             cycle_index=0,
             order_index=0,
             is_generated=item.is_generated,
-            prompts=prompts[key][0],
-            n_prompts=prompts[key][1],
+            prompts=fingerprint,
+            n_prompts=n_prompts,
         )
+        idle += _without_effect(experiment, texts, seen)
     if unusable:
         located = [place for error in unusable.values() for place in error.located]
         hints = {error.hint for error in unusable.values()}
         raise FileProblems(located, hints.pop() if len(hints) == 1 else "correct these files, or name others")
-    return tuple(found.values()), repeated
+    return tuple(found.values()), repeated, idle
 
 
 def _find_prompts(item: _Candidate, config: ExperimentConfig) -> tuple[dict[str, Any], int | None]:
@@ -451,20 +475,23 @@ def _find_prompts(item: _Candidate, config: ExperimentConfig) -> tuple[dict[str,
     return fingerprint, len(resolved.prompts) if resolved else source.sample_size
 
 
-def _cells_that_cannot_differ(given: Sequence[Experiment]) -> Iterator[GridValidationIssue]:
-    """A warning for each width that is not reached, and for each configuration that does what an earlier one does."""
-    seen: dict[str, Mapping[str, Any]] = {}
-    for item in given:
-        config = item.config
-        reasons = [grid.coded(found)] if (found := rules.width_warning(config, item.n_prompts)) else []
-        options = {dotted(path): value for path, value in leaves(config.identity())}
-        key = json.dumps([item.prompts, rules.effective(config, options, item.n_prompts)])
-        other = seen.setdefault(key, options)
-        if other is not options:
-            names = [name for name in {**other, **options} if other.get(name) != options.get(name)]
-            reasons.append(Reason.of("cannot_differ", options=" and ".join(names)))
-        for reason in reasons:
-            yield GridValidationIssue.of(item.config_name, reason, severity="warning")
+def _without_effect(
+    item: Experiment, texts: dict[str, str], seen: dict[bytes, Experiment]
+) -> Iterator[GridValidationIssue]:
+    """A warning for a width that is not reached, and for a configuration that does what one seen before does.
+
+    `texts` are those of its identity.
+    """
+    config = item.config
+    reasons = [grid.coded(found)] if (found := rules.width_warning(config, item.n_prompts)) else []
+    effective = joined_texts(rules.effective(config, texts, item.n_prompts))
+    key = hashlib.sha256(durable.utf8(f"{json.dumps(item.prompts)}{effective}")).digest()
+    other = seen.setdefault(key, item)
+    if other is not item:
+        names = rules.differing(other.config, config)
+        reasons.append(Reason.of("cannot_differ", options=" and ".join(names)))
+    for reason in reasons:
+        yield GridValidationIssue.of(item.config_name, reason, severity="warning")
 
 
 def order_experiments(given: Sequence[Experiment], execution: CampaignExecutionConfig) -> tuple[Experiment, ...]:

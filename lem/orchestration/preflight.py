@@ -46,11 +46,15 @@ class Findings:
         self._all = {item.config_hash: item for item in experiments}.values()
         # Configurations that need the same models, data and positions.
         self._groups: dict[Any, list[Experiment]] = {}
+        known: dict[Any, tuple[Any, ...]] = {}
         for item in self._all:
             config = item.config
-            named, lengths = named_models(config), {} if allows_more(config) else sure_lengths(config)
-            needed = (*named.values(), *lengths.items())
-            key = (item.place, config.model, needed, config.dataset, config.prompts, _server_of(config))
+            lengths = {} if allows_more(config) else sure_lengths(config)
+            parts = (config.section, config.model)  # which thousands of a grid share
+            at = (item.place, *map(id, parts))
+            if at not in known:
+                known[at] = (item.place, config.model, *named_models(config).values(), *_server_of(config))
+            key = (known[at], *lengths.items(), config.dataset, config.prompts)
             self._groups.setdefault(key, []).append(item)
         self._names: dict[tuple[str, str], dict[str, None]] = {}
 
