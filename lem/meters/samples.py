@@ -13,7 +13,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from operator import attrgetter
 from pathlib import Path
@@ -305,15 +305,25 @@ class PartReader:
         self._log: SampleLog | None = None
 
     def read(self) -> SampleLog:
+        self._take()
+        if self._log is None:
+            self._log = self._rows.log()
+        return self._log
+
+    def latest_ns(self, kinds: Collection[type[Row]]) -> int:
+        """When the last row of these kinds was written, else the header; much quicker than `read` where rows arrive."""
+        self._take()
+        return self._rows.latest_ns(kinds)
+
+    def _take(self) -> None:
         with durable.open_regular(self._path) as file:
             file.seek(self._offset)
             data = file.read()
         size = data.rfind(b"\n") + 1  # what follows the last end of line is still being written
-        if size or self._log is None:
+        if size:
+            self._log = None
             self._rows.take(data[:size].split(b"\n")[:-1])
             self._offset += size
-            self._log = self._rows.log()
-        return self._log
 
 
 def read_tail(path: Path) -> list[Row]:
@@ -367,6 +377,7 @@ class _Rows:
         self._header: SampleHeader | None = None
         self._places: dict[str, int] = {}
         self._found: dict[str, list[Any]] = {letter: [] for letter in _KINDS}
+        self._tuples: dict[str, tuple[Any, ...]] = dict.fromkeys(_KINDS, ())  # of the last log
 
     def take(self, lines: Iterable[bytes]) -> None:
         try:
@@ -387,10 +398,20 @@ class _Rows:
         except (RecursionError, ValueError) as error:
             raise SampleLogError(f"{self._path}:{self._next}: not a sample log: {error}") from error
 
-    def log(self) -> SampleLog:
+    @property
+    def header(self) -> SampleHeader:
         if self._header is None:
             raise SampleLogError(f"{self._path}: not a sample log: it has no header")
-        return SampleLog(self._header, *map(tuple, self._found.values()))
+        return self._header
+
+    def log(self) -> SampleLog:
+        grown = {letter: tuple(rows) for letter, rows in self._found.items() if len(rows) > len(self._tuples[letter])}
+        self._tuples.update(grown)
+        return SampleLog(self.header, *self._tuples.values())
+
+    def latest_ns(self, kinds: Collection[type[Row]]) -> int:
+        found = (self._found[_LETTERS[kind]] for kind in kinds)
+        return max((rows[-1].at_ns for rows in found if rows), default=self.header.started_ns)
 
 
 _scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]

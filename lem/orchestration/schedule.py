@@ -245,11 +245,13 @@ class Countdown:
         self._caps_s = [*itertools.accumulate(reversed(caps_s), initial=0.0)][::-1]
         self._loads = [*itertools.accumulate(reversed(loads), initial=0)][::-1]
         self._left = Counter(self._order)
+        # The time expected of the experiments left of configurations that were measured, and how many others are left.
+        self._known_s = sum(count * float(self._work[name]) for name, count in self._left.items() if name in self._work)
+        self._n_unknown = sum(count for name, count in self._left.items() if name not in self._work)
         self._place, self._loading_s = 0, 0.0
         self._begun_s: float | None = None  # the current experiment, moved on by gaps within it
         self._load_begun_s: float | None = None
         self._gap: tuple[float, float] | None = None  # cap and begin of the current one
-        self._work_s = self._expected_s()
 
     def after(self, event: Event, now_s: float) -> float | None:
         if self._gap is not None and event.kind not in ("gap", "tick", "note"):
@@ -273,13 +275,16 @@ class Countdown:
             self._load.add(self._loading_s)
         if has_result:
             self._measured.add(work_s)
-        self._work.setdefault(name, _Mean()).add(work_s)
+        left = self._left[name]
+        if (mean := self._work.get(name)) is None:
+            mean = self._work[name] = _Mean()
+            self._n_unknown -= left
+        else:
+            self._known_s -= left * float(mean)
+        mean.add(work_s)
         self._left[name] -= 1
+        self._known_s += (left - 1) * float(mean)
         self._place, self._begun_s = self._place + 1, None
-        self._work_s = self._expected_s()
-
-    def _expected_s(self) -> float:
-        return sum(count * float(self._work.get(name, self._measured)) for name, count in self._left.items())
 
     def _left_s(self, now_s: float) -> float | None:
         if not self._measured.n or self._place == len(self._order):
@@ -287,7 +292,7 @@ class Countdown:
         share = float(self._gap_share) if self._gap_share.n else 1.0
         caps_s, later_caps_s = self._caps_s[self._place : self._place + 2]
         loads, later_loads = self._loads[self._place : self._place + 2]
-        left_s = self._work_s + loads * float(self._load)
+        left_s = self._known_s + self._n_unknown * float(self._measured) + loads * float(self._load)
         left_s += share * (later_caps_s if self._gap or self._begun_s is not None else caps_s)
         if self._gap is not None:
             left_s += max(0.0, share * self._gap[0] - (now_s - self._gap[1]))

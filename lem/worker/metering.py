@@ -125,13 +125,10 @@ class Metering:
         self._reader = None if self.path is None else samples.PartReader(self.path)
 
     def read(self) -> SampleLog:
-        try:
-            if self._reader is None:
-                return SampleLog(self.nothing)
+        if self._reader is None:
+            return SampleLog(self.nothing)
+        with self._reading():
             log = self._reader.read()
-        except (OSError, samples.SampleLogError) as error:
-            reason = durable.reason_of(error) if isinstance(error, OSError) else error
-            raise EngineError(f"{self.path}: the samples cannot be read: {reason}", kind="meter") from error
         if (why := self.elsewhere) is not None:
             header = dataclasses.replace(log.header, gpus=(), zones=(), gpu_error=why, rapl_error=why, cpu_tdp_w=None)
             return SampleLog(header, loads=log.loads, usage=log.usage, clocks=log.clocks)
@@ -139,6 +136,19 @@ class Metering:
             return log
         # A sampler without GPUs does not know why there are none.
         return dataclasses.replace(log, header=dataclasses.replace(log.header, gpu_error=self.gpu_error))
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, samples.SampleLogError) as error:
+            reason = durable.reason_of(error) if isinstance(error, OSError) else error
+            raise EngineError(f"{self.path}: the samples cannot be read: {reason}", kind="meter") from error
+
+    def _latest_ns(self, reader: samples.PartReader, *, is_loads: bool) -> int:
+        kinds = _LOADS if is_loads else _ANY_LOADS if self.elsewhere is not None else _READINGS
+        with self._reading():
+            return reader.latest_ns(kinds)
 
     @property
     def baselines(self) -> Baselines:
@@ -293,7 +303,8 @@ class Metering:
             there = self.find_processes()
             log = self.read()
             # A GPU whose processes were not read may have some of the engine's.
-            if there and _latest_ns(log, is_loads=True) >= asked_ns and len(there) == len(log.header.gpus):
+            last_ns = log.loads[-1].at_ns if log.loads else log.header.started_ns
+            if there and last_ns >= asked_ns and len(there) == len(log.header.gpus):
                 others = {pid for pids in self.foreign.values() for pid in pids}
                 self.own_pids = frozenset(pid for pids in there.values() for pid in pids) - others
         return self.own_pids
@@ -371,7 +382,7 @@ class Metering:
     def _catch_up(self, until_ns: int, *, is_loads: bool = False) -> None:
         if self._reader is None:
             return
-        while (latest_ns := _latest_ns(self.read(), is_loads=is_loads)) < until_ns:
+        while (latest_ns := self._latest_ns(self._reader, is_loads=is_loads)) < until_ns:
             if self._seconds_since(until_ns) > _LAG_S:
                 _logger.warning("the sampler is %.1f s behind", seconds_between(latest_ns, until_ns))
                 return
@@ -385,8 +396,6 @@ def _processes_of(log: SampleLog) -> dict[str, tuple[int, ...]]:
     return {log.header.gpus[row.gpu].uuid: row.pids for row in log.processes}
 
 
-def _latest_ns(log: SampleLog, *, is_loads: bool) -> int:
-    groups: Sequence[Sequence[Row]] = (
-        (log.loads,) if is_loads else (log.counters, log.samples, log.rapl, log.loads, log.usage)
-    )
-    return max((rows[-1].at_ns for rows in groups if rows), default=log.header.started_ns)
+_LOADS: Sequence[type[Row]] = (samples.CpuLoad,)
+_ANY_LOADS: Sequence[type[Row]] = (samples.CpuLoad, samples.CpuUse)  # where no meter here measures the server
+_READINGS = (samples.CounterChange, samples.GpuSample, samples.RaplReading, *_ANY_LOADS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -59,6 +60,29 @@ def test_a_line_that_is_still_being_written_is_read_once_it_is_whole(tmp_path: P
     add(path, line[6:] + "\n")
     assert reader.read().loads == (CpuLoad(5, 0.25),)
     assert reader.read() is reader.read()
+
+
+def test_rows_that_arrive_do_not_have_the_others_copied(tmp_path: Path) -> None:
+    path, count = tmp_path / "samples.part", 10_000
+    add(path, encode_header(HEADER) + "\n")
+    add(path, "".join(f"{encode_row(CounterChange(0, at, at + 1, at))}\n" for at in range(count)))
+    reader = PartReader(path)
+    before = reader.read()
+    tracemalloc.start()
+    for at in range(20):
+        add(path, encode_row(CounterChange(0, count + at, count + at + 1, at)) + "\n")
+        add(path, encode_row(CpuLoad(2 * count + at, 0.5)) + "\n")
+        assert reader.latest_ns([CounterChange]) == count + at + 1
+        assert reader.latest_ns([CounterChange, CpuLoad]) == 2 * count + at
+    _, peak_b = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_b < sys.getsizeof(before.counters)
+    assert reader.latest_ns([MeterError]) == HEADER.started_ns
+    counters = reader.read().counters
+    assert len(counters) == count + 20
+    add(path, encode_row(CpuLoad(3 * count, 0.5)) + "\n")
+    assert reader.read().counters is counters
+    assert len(reader.read().loads) == 21
 
 
 @pytest.mark.parametrize(
