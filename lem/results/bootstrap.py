@@ -24,7 +24,7 @@ from typing import Any
 from lem.base.dataclass import dataclass
 from lem.base.reasons import Reason
 from lem.record import Window
-from lem.results.stats import CONFIDENCE, check_confidence, paired_effect, stdev
+from lem.results.stats import CONFIDENCE, check_confidence, paired_effect, ratio_of, stdev
 
 __all__ = [
     "BOOTSTRAP_COVERAGE",
@@ -160,6 +160,13 @@ def log_t_interval(samples: Iterable[float], confidence: float = CONFIDENCE) -> 
     low, high = interval or (None, None)
     reason = None if interval else Reason.of("out_of_range")
     return LogTInterval(mean.ratio, low, high, n, confidence, reason)
+
+
+def geometric_mean(samples: Sequence[float]) -> float | None:
+    """That of `log_t_interval`, which takes ten times as long; None where a sample is zero or negative."""
+    if min(samples) <= 0:
+        return None
+    return float(samples[0]) if min(samples) == max(samples) else ratio_of(statistics.fmean(map(math.log, samples)))
 
 
 def bootstrap_coverage_label(n_samples: int, confidence: float = CONFIDENCE) -> str | None:

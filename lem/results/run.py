@@ -17,7 +17,7 @@ from lem.base.reasons import Reason
 from lem.config.experiment import PROGRAM
 from lem.record import Record, ResultKey
 from lem.results import axes, metrics
-from lem.results.bootstrap import BootstrapResult, LogTInterval, bootstrap_ci, log_t_interval
+from lem.results.bootstrap import BootstrapResult, LogTInterval, bootstrap_ci, geometric_mean, log_t_interval
 from lem.results.configurations import Listing, Reading, group_of, numbers_of, read_listing, read_numbered
 from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric
 from lem.results.rows import cell_text, make_table
@@ -77,15 +77,17 @@ class Estimate:
         if not self.values:
             return None
         level = 1 - (1 - self.confidence) * self.share
-        found, why = replace(log_t_interval(self.values, level), confidence=self.confidence), self.no_interval
+        found, why = log_t_interval(self.values, level), self.no_interval
+        if found.confidence != self.confidence:
+            found = replace(found, confidence=self.confidence)
         if why is None:
             return found
         return replace(found, ci_lower=None, ci_upper=None, reason=found.reason or why)
 
-    @property
+    @cached_property
     def value(self) -> float | None:
         """The geometric mean over the cycles, in `unit`; None with `null_reason`, or where a value is not positive."""
-        return self.t_log.geometric_mean if self.t_log else None
+        return geometric_mean(self.values) if self.values else None
 
     @property
     def low(self) -> float | None:

@@ -12,6 +12,7 @@ from lem.results.bootstrap import (
     bootstrap_ci,
     bootstrap_coverage_label,
     compute_metric_ci,
+    geometric_mean,
     log_t_interval,
 )
 
@@ -119,3 +120,10 @@ def test_the_true_coverage_of_the_bootstrap_is_named_by_sample_size() -> None:
     labels = [bootstrap_coverage_label(n) for n in (1, 2, 3, 4, 5, 20, 30, 31)]
     assert labels == [None, "50 %", "75 %", "75 to 84 %", "84 %", "90 to 93 %", "93 %", "over 93 %"]
     assert bootstrap_coverage_label(5, 0.9) is None
+
+
+@pytest.mark.parametrize(
+    "samples", [[0.3], [0.3, 0.3], [0.1, 0.2, 0.30000000000000004], [1e-300, 1e300], [0.0, 1.0], [-1.0, 2.0], [3, 5, 7]]
+)
+def test_a_geometric_mean_alone_is_that_of_the_interval(samples: list[float]) -> None:
+    assert geometric_mean(samples) == log_t_interval(samples).geometric_mean
