@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -93,6 +93,20 @@ def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 
 
 def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
+    found, problems = _found(args)
+    whole = {(it.record.identity.run_id, it.record.identity.experiment_id) for it in found.values()}
+    parts = _rendered(args, found)
+    if args.output is None:
+        out.writelines(parts)
+    else:
+        options.write_file(args.output, parts)
+    selection.list_problems(err, selection.damaged(problems.values()))
+    without = {(it.run_id, it.exp_id) for it in problems.values()} - whole
+    if without:
+        err.write(f"left out, no complete result: {len(without)} of {len(without) + len(whole)} experiments\n")
+
+
+def _found(args: argparse.Namespace) -> tuple[dict[Path, StoredResult], dict[Path, Problem]]:
     wanted = [selection.resolve_experiments(args.results_dir, name) for name in args.ids]
     if not args.ids:
         wanted = [(item, None) for item in selection.list_runs(args.results_dir)]
@@ -102,25 +116,19 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         results, others = _chosen(item.scan(reading=selection.reading_of(args)), exp_ids)
         found |= {it.path: it for it in results}
         problems |= {it.path: it for it in others}
-    parts = _rendered(args, found.values())
-    if args.output is None:
-        out.writelines(parts)
-    else:
-        options.write_file(args.output, parts)
-    selection.list_problems(err, selection.damaged(problems.values()))
-    whole = {(it.record.identity.run_id, it.record.identity.experiment_id) for it in found.values()}
-    without = {(it.run_id, it.exp_id) for it in problems.values()} - whole
-    if without:
-        err.write(f"left out, no complete result: {len(without)} of {len(without) + len(whole)} experiments\n")
+    return found, problems
 
 
-def _rendered(args: argparse.Namespace, results: Collection[StoredResult]) -> Iterator[str]:
+def _rendered(args: argparse.Namespace, found: dict[Path, StoredResult]) -> Iterator[str]:
+    """The parts of the text; `found` is emptied, so that each result can go when its row is made."""
     form = args.format or (_FORMAT_OF_SUFFIX.get(args.output.suffix.lower()) if args.output else None) or "csv"
+    summary = summary_columns(found.values()) if form == "markdown" and args.columns is None else ()
+    results = (found.popitem()[1] for _ in range(len(found)))
     table = make_table(results, base=args.results_dir, is_every_attempt=args.attempts == "all")
     if args.columns is not None:
         table = with_columns(table, [name.strip() for name in args.columns.split(",") if name.strip()])
     elif form == "markdown":
-        table = with_columns(table, summary_columns(results))
+        table = with_columns(table, summary)
     elif form == "csv":
         table = with_values(table)
     return render(table, form)

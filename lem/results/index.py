@@ -40,7 +40,7 @@ _CHECK = b'{"check":"'
 _CHECK_DIGITS = 16
 _REST = len(_CHECK) + _CHECK_DIGITS + len(b'",')
 _NAME_DIGITS = 12
-_AT_ONCE = 2000  # lines that are parsed together
+_AT_ONCE = 100  # lines that are parsed together
 # A file system that gives a file another inode at each mount would have all lines written again each time.
 _MOST_LINES = 4
 
@@ -268,6 +268,7 @@ class Index:
         self.lines: dict[str, _Line] = {}
         self.shapes = _Shapes()
         self._recorded: dict[str, str] = {}
+        self._before: dict[str, Sequence[Any]] = {}  # the last values, by shape
         self._n_lines = 0  # of results
         self._new: list[_Line] = []
         with contextlib.suppress(OSError), durable.open_regular(self._path, durable.MOST_B) as stream:
@@ -314,7 +315,10 @@ class Index:
         if kind == _RESULT:
             self._n_lines += 1
             if tuple(map(type, values)) == _TYPES:
-                self._take(_Line._make(values))
+                line = _Line._make(values)
+                before = self._before.get(line.shape, line.values)
+                self._before[line.shape] = values = _shared_with(before, line.values)
+                self._take(line._replace(values=values))
         elif kind == "template" and len(values) == 3:
             self.shapes.templates[values[0]] = values[1:]
         elif kind == "shape" and values[1:2] == [_layout()] and all(isinstance(name, str) for name in values):
@@ -326,6 +330,14 @@ class Index:
         if line.is_recorded:
             self._recorded[line.path] = line.sha256
         self.lines[line.path] = line
+
+
+def _shared_with(before: Sequence[Any], values: Sequence[Any]) -> Sequence[Any]:
+    """The values, those that are equal being the same objects: most are, from result to result."""
+    if len(before) != len(values):
+        return values
+    pairs = zip(before, values, strict=True)
+    return tuple([old if old == new and old and type(old) is type(new) else new for old, new in pairs])  # 0.0 is -0.0
 
 
 def record_result(folder: Path, path: Path, record: Record, digest: str, written: set[str] | None = None) -> None:

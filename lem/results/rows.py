@@ -48,9 +48,7 @@ _Names = tuple[str, ...]
 _Whys = tuple[str, ...]
 
 
-class _Part(NamedTuple):
-    """Cells that follow each other in a row. Names and reasons that are the same in many are one object."""
-
+class _Part(NamedTuple):  # names and reasons that are the same in many are one object
     names: _Names
     values: Sequence[Any]
     whys: _Whys  # why each value is None
@@ -71,17 +69,31 @@ class _Column:
         self.is_partial = self.is_partial or value is None
 
 
-class _Rows:
-    """Rows without what they have in common, and what is known of their columns."""
+_Keep = Callable[[Sequence[Any]], Sequence[Any]]
 
+
+class _Shape(NamedTuple):
+    names: _Names
+    whys: _Whys
+    kept: Sequence[int]  # the places of values that are not None
+    keep: _Keep
+
+
+def _keeping(places: Sequence[int]) -> _Keep:
+    if len(places) < 2:  # of which `itemgetter` gives no tuple
+        return lambda values: [values[at] for at in places]
+    return operator.itemgetter(*places)
+
+
+class _Rows:
     def __init__(self) -> None:
         self.columns: dict[str, _Column] = {}
-        self._shapes: list[tuple[_Names, _Whys]] = []
-        self._shape_numbers: dict[tuple[int, int], int] = {}  # by identity
+        self._shapes: list[_Shape] = []
+        self._shape_numbers: dict[Any, int] = {}  # by identity and types
         self._shared: dict[int, int] = {}  # by identity
         self._shared_parts: list[tuple[int, _Part]] = []  # with their shapes
         self._forms: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}  # shapes of a row, and its shared parts
-        self._rows: list[tuple[Any, ...]] = []  # its form, then the values that it does not share
+        self._rows: list[tuple[Any, ...]] = []  # its form, then the values that it does not share, without None
         self._seen: set[Any] = set()
 
     def __len__(self) -> int:
@@ -91,38 +103,41 @@ class _Rows:
         shapes, shared, row = list[int](), list[int](), list[Any]()
         for part in parts:
             if not part.is_shared:
-                shapes.append(self._shape_of(part))
-                row += part.values
+                shape, keep = self._shape_of(part)
+                shapes.append(shape)
+                row += keep(part.values)
                 continue
             if id(part) not in self._shared:
                 self._shared[id(part)] = len(self._shared)
-                self._shared_parts.append((self._shape_of(part), part))
+                self._shared_parts.append((self._shape_of(part)[0], part))
             shared.append(self._shared[id(part)])
         form = (tuple(shapes), tuple(shared))
         self._rows.append((self._forms.setdefault(form, len(self._forms)), *row))
 
-    def _shape_of(self, part: _Part) -> int:
-        key = id(part.names), id(part.whys)
-        shape = self._shape_numbers.setdefault(key, len(self._shapes))
-        if shape == len(self._shapes):
-            self._shapes.append((part.names, part.whys))
+    def _shape_of(self, part: _Part) -> tuple[int, _Keep]:
         types = tuple(map(type, part.values))
-        look = (shape, types, tuple(map(bool, part.values)))
+        key = id(part.names), id(part.whys), types
+        if (shape := self._shape_numbers.get(key)) is None:
+            shape = self._shape_numbers[key] = len(self._shapes)
+            kept = [at for at, kind in enumerate(types) if kind is not type(None)]
+            self._shapes.append(_Shape(part.names, part.whys, kept, _keeping(kept)))
+        look = shape, tuple(map(bool, part.values))
         is_new = look not in self._seen
         if is_new or list in types:
             self._seen.add(look)
             for name, value, kind in zip(part.names, part.values, types, strict=True):
                 if is_new or (kind is list and value):
                     self.columns.setdefault(name, _Column()).add(value)
-        return shape
+        return shape, self._shapes[shape].keep
 
     def lists(self, columns: _Names) -> Iterator[tuple[list[Any], Sequence[str]]]:
         """Of each row its values in these columns, and why they are None."""
         as_text = [at for at, name in enumerate(columns) if self.is_mixed(name)]
-        plans = {shapes: self._places(shapes, columns) for shapes in {shapes for shapes, _ in self._full_forms}}
-        forms = [(self._shared_values(shared), *plans[shapes]) for shapes, shared in self._full_forms]
+        places_of = functools.lru_cache(256)(lambda shapes: self._places(shapes, columns))
+        forms = self._full_forms
         for row in self._rows:
-            shared, places, whys = forms[row[0]]
+            shapes, shared = forms[row[0]]
+            places, whys = places_of(shapes)
             values = (*row, *shared, None)
             chosen = [values[place] for place in places]
             for at in as_text:
@@ -130,20 +145,24 @@ class _Rows:
             yield chosen, whys
 
     @functools.cached_property
-    def _full_forms(self) -> Sequence[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """With the shapes of shared parts, too."""
-        parts = self._shared_parts
-        return [((*shapes, *(parts[number][0] for number in shared)), shared) for shapes, shared in self._forms]
-
-    def _shared_values(self, numbers: Iterable[int]) -> Sequence[Any]:
-        return [value for number in numbers for value in self._shared_parts[number][1].values]
+    def _full_forms(self) -> Sequence[tuple[tuple[int, ...], Sequence[Any]]]:
+        """With the shapes of shared parts, too, and their values."""
+        found = []
+        for shapes, numbers in self._forms:
+            parts = [self._shared_parts[number] for number in numbers]
+            values = [value for shape, part in parts for value in self._shapes[shape].keep(part.values)]
+            found.append(((*shapes, *(shape for shape, _ in parts)), values))
+        return found
 
     def _places(self, shapes: tuple[int, ...], columns: _Names) -> tuple[Sequence[int], Sequence[str]]:
-        names = [name for shape in shapes for name in self._shapes[shape][0]]
-        whys = ["", *(why for shape in shapes for why in self._shapes[shape][1]), _NOT_GIVEN]
-        places = {name: place for place, name in enumerate(names, 1)}
-        found = [places.get(name, -1) for name in columns]
-        return found, [whys[place] for place in found]
+        places: dict[str, tuple[int, str]] = {}
+        first = 1
+        for shape in map(self._shapes.__getitem__, shapes):
+            at = dict(zip(shape.kept, range(first, first + len(shape.kept)), strict=True))
+            first += len(at)
+            places |= {name: (at.get(it, -1), shape.whys[it]) for it, name in enumerate(shape.names)}
+        found = [places.get(name, (-1, _NOT_GIVEN)) for name in columns]
+        return [place for place, _ in found], [why for _, why in found]
 
     def has_value(self, name: str) -> bool:
         column = self.columns.get(name, _Column())
@@ -154,7 +173,7 @@ class _Rows:
 
     @functools.cached_property
     def _names_of_rows(self) -> Sequence[Set[str]]:
-        names = [names for names, _ in self._shapes]
+        names = [shape.names for shape in self._shapes]
         shapes = {shapes for shapes, _ in self._full_forms}
         return [{name for shape in each for name in names[shape]} for each in shapes]
 
@@ -187,10 +206,14 @@ def make_table(results: Iterable[StoredResult], *, base: Path | None = None, is_
     known = sorted(results, key=_place)
     used = {record.identity.key for record in used_records(item.record for item in known)}
     rows, converter = _Rows(), _Converter()
-    for item in known if is_every_attempt else _one_an_experiment(known, used):
-        path = item.path if base is None else item.path.relative_to(base)
-        is_used = item.record.identity.key in used
-        rows.add(converter.parts(path.as_posix(), item.record, is_used=is_used))
+    chosen = known if is_every_attempt else _one_an_experiment(known, used)
+    del known
+    chosen.reverse()
+    prefix = "" if base is None else f"{base.as_posix()}/"
+    while chosen:  # each result can go when its row is made
+        item = chosen.pop()
+        path, is_used = item.path.as_posix().removeprefix(prefix), item.record.identity.key in used
+        rows.add(converter.parts(path, item.record, is_used=is_used))
     return Table(_ordered_columns(rows.columns), rows)
 
 
@@ -273,7 +296,7 @@ class _Converter:
         layout = _layout_of(section.__class__)
         values, whys, names = [*layout.read(section)], self._whys_of(section, layout), layout.names
         if not _PLAIN.issuperset(map(type, values)):
-            values = [_plain(it) for it in values]
+            values = [it if type(it) in _PLAIN else _plain(it) for it in values]
         for at in layout.hashes:
             values[at] = values[at] and hash_label(values[at])
         mappings = tuple(at for at in layout.mappings if values[at] is not None)
