@@ -29,11 +29,16 @@ _KEPT_S = 90 * 86_400.0  # code of a lem.pyz that no command has added to for as
 
 
 class CodeCache:
-    """The code of lem.pyz's modules, by name, in one file; without a folder, or with one that is unusable, nothing."""
+    """The code of lem.pyz's modules, by name, in one file; without a folder, or with one that is unusable, nothing.
+
+    The file: the hash and the length of an index, the index (where each module's code is, and its hash), the codes. Of
+    a large file, a command checks and loads only what it imports.
+    """
 
     def __init__(self, archive: str, folder: str) -> None:
-        self._folder, self._codes, self._is_changed = folder, dict[str, bytes](), False
-        self._name = ""
+        self._folder, self._name, self._data = folder, "", b""
+        self._places: dict[str, tuple[int, int, bytes]] = {}
+        self._added: dict[str, bytes] = {}
         if not os.path.isabs(folder):  # a user without a home
             return
         with contextlib.suppress(OSError):
@@ -42,40 +47,55 @@ class CodeCache:
                 stream.seek(max(0, size - _DIRECTORY_SIZE))
                 given = f"{os.path.abspath(archive)}\n{sys.flags.optimize}\n{size}\n".encode(errors="surrogateescape")
                 self._name = f"{source_hash(given + stream.read()).hex()}-{MAGIC_NUMBER.hex()}"
-            self._codes = _read(os.path.join(folder, self._name))
+            self._data = _read(os.path.join(folder, self._name))
+            self._places = _index_of(self._data)
 
     def get(self, module: str) -> CodeType | None:
-        code = self._codes.get(module)
+        code = self._code(module)
         return None if code is None else marshal.loads(code)  # nosec B302 - of a checked file
 
     def add(self, module: str, code: CodeType) -> None:
-        self._codes[module] = marshal.dumps(code)
-        self._is_changed = True
+        self._added[module] = marshal.dumps(code)
 
     def save(self) -> None:
-        if not (self._is_changed and self._name) or sys.dont_write_bytecode:
+        if not (self._added and self._name) or sys.dont_write_bytecode:
             return
-        data = marshal.dumps(self._codes)
+        kept = {module: code for module in self._places if (code := self._code(module)) is not None}
+        codes, places, at = {**kept, **self._added}, {}, 0
+        for module, code in codes.items():
+            places[module] = (at, at + len(code), source_hash(code))
+            at += len(code)
+        index = marshal.dumps(places)
         temporary = os.path.join(self._folder, f".{self._name}.{os.getpid()}")
         with contextlib.suppress(OSError):  # a read-only or full disk
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             with open(descriptor, "wb") as stream:
-                stream.write(source_hash(data) + data)
+                stream.writelines([source_hash(index), len(index).to_bytes(_HASH_SIZE, "little"), index])
+                stream.writelines(codes.values())
             os.replace(temporary, os.path.join(self._folder, self._name))
             for item in os.scandir(self._folder):
                 if item.stat(follow_symlinks=False).st_mtime < time.time() - _KEPT_S:
                     os.unlink(item)
 
+    def _code(self, module: str) -> bytes | None:
+        begin, end, expected = self._places.get(module, (0, 0, b""))
+        codes = 2 * _HASH_SIZE + int.from_bytes(self._data[_HASH_SIZE : 2 * _HASH_SIZE], "little")
+        code = self._data[codes + begin : codes + end]
+        return code if source_hash(code) == expected else None
 
-def _read(path: str) -> dict[str, bytes]:
+
+def _read(path: str) -> bytes:
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
         found = os.fstat(stream.fileno())
-        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            return {}
-        data = stream.read()
-    is_whole = source_hash(data[_HASH_SIZE:]) == data[:_HASH_SIZE]
-    return marshal.loads(data[_HASH_SIZE:]) if is_whole else {}  # nosec B302
+        is_private = found.st_uid == os.geteuid() and not found.st_mode & 0o022
+        return stream.read() if is_private else b""
+
+
+def _index_of(data: bytes) -> dict[str, tuple[int, int, bytes]]:
+    size = int.from_bytes(data[_HASH_SIZE : 2 * _HASH_SIZE], "little")
+    index = data[2 * _HASH_SIZE : 2 * _HASH_SIZE + size]
+    return marshal.loads(index) if index and source_hash(index) == data[:_HASH_SIZE] else {}  # nosec B302
 
 
 class Importer(zipimport.zipimporter):

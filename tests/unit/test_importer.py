@@ -63,13 +63,13 @@ def test_a_module_is_compiled_once_and_the_next_command_compiles_nothing(lem: Le
     assert file.parent.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("damage", ["content", "cut", "empty", "shared", "link"])
+@pytest.mark.parametrize("damage", ["index", "code", "cut", "empty", "shared", "link"])
 def test_a_file_that_may_not_be_its_own_is_not_run(lem: Lem, tmp_path: Path, damage: str) -> None:
     whole = lem("status", "--help")
     (file,) = kept(tmp_path)
     data = bytearray(file.read_bytes())
-    if damage == "content":
-        data[len(data) // 2] ^= 1
+    if damage in ("index", "code"):
+        data[40 if damage == "index" else len(data) - 40] ^= 1
         file.write_bytes(data)
     elif damage in ("cut", "empty"):
         file.write_bytes(data[: len(data) // 2 if damage == "cut" else 0])
@@ -79,7 +79,9 @@ def test_a_file_that_may_not_be_its_own_is_not_run(lem: Lem, tmp_path: Path, dam
         file.rename(tmp_path / "elsewhere")
         file.symlink_to(tmp_path / "elsewhere")
     again = lem("status", "--help")
-    assert (again.returncode, again.stdout, again.stderr) == (0, whole.stdout, whole.stderr)
+    assert (again.returncode, again.stdout) == (0, whole.stdout)
+    names, rest = set(whole.stderr.split()), set(again.stderr.split())
+    assert rest < names if damage in ("code", "cut") else rest == names
     assert lem("status", "--help").stderr.split() == []  # it was replaced
 
 
