@@ -124,12 +124,13 @@ def start_campaign(
     (folder / "bench.yaml").write_text(text, encoding="utf-8")
     (folder / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
     plain = {name: value for name, value in os.environ.items() if not name.startswith("LEM")}
-    doubles = {"PYTHONPATH": str(build.tree / "tests" / "doubles"), "LEM_LOCK_DIR": str(folder)}
+    doubles = {"PYTHONPATH": str(build.tree / "tests" / "doubles")}
+    places = {"LEM_LOCK_DIR": str(folder), "LEM_CACHE_DIR": str(folder.parent)}
     words = ["campaign", "bench.yaml", "--executor", "local", "--fresh", "--yes", "--json"]
     command = [sys.executable, *program, str(build.zip), *words]
     with open(folder / "errors", "wb") as errors:
         return subprocess.Popen(
-            command, cwd=folder, env={**plain, **doubles, **environ}, stdout=subprocess.PIPE, stderr=errors
+            command, cwd=folder, env={**plain, **doubles, **places, **environ}, stdout=subprocess.PIPE, stderr=errors
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -102,8 +103,11 @@ class Side:
         return folder
 
     def host(self, planned: int, results: int) -> HostCost:
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            return run_host(self.build, Path(folder) / "campaign", planned, results)
+        folder = self.folder / "campaign"
+        try:
+            return run_host(self.build, folder, planned, results)
+        finally:
+            shutil.rmtree(folder)
 
     def _made(self, name: str, program: str, *arguments: str) -> Path:
         folder = self.folder / name
