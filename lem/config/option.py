@@ -113,7 +113,7 @@ class Section:
         return {**({} if variant is None else {"type": variant.default}), cls.shorthand: value}
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: plain(self.__dict__[name]) for name in declared(type(self))}
+        return {name: plain(getattr(self, name)) for name in declared(type(self))}
 
     def is_given(self, name: str) -> bool:
         """Whether an option was written, also with the value of its default."""
@@ -127,7 +127,7 @@ class Section:
 
         With `is_first`, those that the first build counted among them.
         """
-        found = {name: (self.__dict__[name], option) for name, option in declared(type(self)).items()}
+        found = {name: (getattr(self, name), option) for name, option in declared(type(self)).items()}
         return {
             name: plain(
                 option.default if option.is_dropped and not is_first else value,
@@ -140,9 +140,9 @@ class Section:
     def identity_texts(self, *, is_first: bool = False) -> dict[str, str]:
         """`identity` as JSON without spaces, in the order of the names: of each option its name and its value."""
         # A grid has thousands of configurations that share most of their sections, and most options have defaults.
-        found, values = {}, self.__dict__
+        found, given = {}, self.__dict__
         for name, default, text, item in _default_texts(typing.cast("Any", type(self)), is_first):
-            value = values[name]
+            value = given.get(name, default)
             if value is default or (item.is_dropped and not is_first):
                 if not item.is_added:
                     found[name] = text
@@ -279,7 +279,7 @@ def _read_given(
 
 
 def _complete(instance: Section, given: Mapping[str, Any], path: kinds.Path, sink: kinds.Sink, before: int = 0) -> None:
-    defaults, required = _defaults(type(instance))
+    required = _defaults(type(instance))[1]
     if missing := [name for name in required if name not in given]:
         misspelt = {problem.suggestion for problem in sink.problems if problem.path[:-1] == path}
         for name in missing:
@@ -290,18 +290,28 @@ def _complete(instance: Section, given: Mapping[str, Any], path: kinds.Path, sin
     if len(sink.problems) > before:
         return
     values = instance.__dict__  # around the freeze
-    values.update(defaults)
+    values.clear()  # what is not given has its default in the class: thousands of sections would repeat it
     values.update(given)
-    values["_given"] = frozenset(given)
+    values["_given"] = _shared_names(frozenset(given))
     values.update(instance.derive(given))
     _note(instance.check(), path, sink)
 
 
+@functools.lru_cache(4096)
+def _shared_names(names: frozenset[str]) -> frozenset[str]:
+    return names
+
+
 @of_class
 def _defaults(section: type[Section]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """Of each option its default, as it is in a section, and the names of those that are required."""
+    """Of each option its default, as it is in a section, and the names of those that are required.
+
+    The class gets the defaults, which are those of all its sections.
+    """
     found = {name: item.default for name, item in declared(section).items()}
     frozen = {name: kinds.Items(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    for name, value in frozen.items():
+        setattr(section, name, value)
     return frozen, tuple(name for name, value in found.items() if value is kinds.REQUIRED)
 
 

@@ -85,13 +85,15 @@ class CampaignManifestEntry:
         others = [item for item in self.attempts if item.number != attempt.number]
         self.attempts = tuple(sorted([*others, attempt], key=lambda item: item.number))
 
-    def encode(self) -> bytes:
-        """The entry as one line of JSON, encoded again only after a change."""
+    def encode(self, *, is_kept: bool = False) -> bytes:
+        """The entry as one line of JSON; with `is_kept`, encoded again only after a change."""
         line: bytes | None = self.__dict__.get("_line")
         if line is None:
             values = {name: self.__dict__[name] for name in _ENTRY_NAMES}
             values["attempts"] = [vars(attempt) for attempt in self.attempts]
-            line = self.__dict__["_line"] = _encode(values)
+            line = _encode(values)
+            if is_kept:
+                self.__dict__["_line"] = line
         return line
 
 
@@ -202,7 +204,8 @@ _HEAD_NAMES = tuple(item.name for item in dataclasses.fields(CampaignManifest) i
 def encode_manifest(manifest: CampaignManifest) -> bytes:
     head = {name: getattr(manifest, name) for name in _HEAD_NAMES}
     lines = b"".join([b"  " + _encode(name) + b": " + _encode(value) + b",\n" for name, value in head.items()])
-    entries = b",\n".join([b"    " + entry.encode() for entry in manifest.experiments])
+    is_short = len(manifest.experiments) < JOURNALED_FROM  # and so encoded at every change
+    entries = b",\n".join([b"    " + entry.encode(is_kept=is_short) for entry in manifest.experiments])
     # In one join: of 10,000 entries every copy costs milliseconds.
     return journal.sealed(b"".join([lines, b'  "experiments": [\n', entries, b"\n  ]\n}\n"]))
 
