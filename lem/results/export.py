@@ -46,17 +46,15 @@ def _as_csv(table: Table) -> Iterator[str]:
     others = [at for at, name in enumerate(table.columns) if not table.packed.is_number(name)]
     for values, _ in table.packed.lists(table.columns):
         for at in others:
-            values[at] = _csv_cell(values[at])
+            value = values[at]
+            if value is not None:  # which is written as no text
+                values[at] = _not_a_formula(value if type(value) is str else cell_text(value))
         writer.writerow(values)
         if out.tell() >= _CHUNK:
             yield out.getvalue()
             out.seek(0)
             out.truncate()
     yield out.getvalue()
-
-
-def _csv_cell(value: Any) -> str:
-    return _not_a_formula(value if type(value) is str else cell_text(value))
 
 
 @functools.lru_cache(4096)
