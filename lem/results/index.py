@@ -205,21 +205,34 @@ def _without_values(
 
 
 def _requested(template: Any) -> Any:
-    if not isinstance(template[0], dict):
+    given = next(iter(template), None)
+    if not isinstance(given, dict):
         raise _corrupt(_REQUESTED, "expected an object")
-    return template[0]
+    return given
 
 
 def _checked_maker(section: str, template: Any) -> tuple[_Maker, tuple[type, ...]]:
+    packed, places = template if isinstance(template, list) and len(template) == 2 else (None, None)
+    if not isinstance(places, list) or not all(isinstance(place, list) for place in places):
+        raise _corrupt(section, "expected values and their places")
+    kinds = tuple(type(_value_at(packed, place)) for place in places)
+    if not {*kinds} <= {int, float, str}:
+        raise _corrupt(section, "expected places of numbers and texts")
     try:
-        packed, places = template
         example = unpack(hints_of(Record)[section], packed)
-        kinds = tuple(type(functools.reduce(operator.getitem, place, packed)) for place in places)
-        if not {*kinds} <= {int, float, str}:
-            raise ValueError("expected places of numbers and texts")
-        return _maker(example, [(place, at) for at, place in enumerate(places)]), kinds
-    except (LookupError, TypeError, ValueError) as error:  # by another program, since lines have checksums
+    except ValueError as error:  # by another program, since lines have checksums
         raise _corrupt(section, str(error)) from error
+    return _maker(example, [(place, at) for at, place in enumerate(places)]), kinds
+
+
+def _value_at(value: Any, place: Sequence[Any]) -> Any:
+    for step in place:
+        if isinstance(value, dict) and isinstance(step, str):
+            value = value.get(step)
+        else:
+            is_there = isinstance(value, list) and type(step) is int and 0 <= step < len(value)
+            value = value[step] if is_there else None
+    return value
 
 
 def _corrupt(section: str, why: str) -> UserError:
