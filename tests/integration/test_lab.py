@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.engine import unmount_namespaces
 from tests.lab.places import COMPOSE_FILES, MODELS, Places
 from tests.lab.servers import llama_server, serving
 from tests.processes import wait_until_ended
@@ -243,3 +244,16 @@ def test_missing_folder_or_image_is_refused_and_not_made_or_pulled(
         assert not (tmp_path / "nowhere").exists()
     finally:
         started.compose("down")
+
+
+def test_network_namespaces_that_an_engine_leaves_are_unmounted_and_nothing_else(tmp_path: Path) -> None:
+    namespace, disk = tmp_path / "netns", tmp_path / "disk"
+    namespace.touch()
+    disk.mkdir()
+    subprocess.run(["mount", "--bind", "/proc/self/ns/net", namespace], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", disk], check=True)
+    try:
+        unmount_namespaces(tmp_path)
+        assert (os.path.ismount(disk), str(namespace) in Path("/proc/mounts").read_text()) == (True, False)
+    finally:
+        subprocess.run(["umount", disk], check=True)

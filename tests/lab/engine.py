@@ -162,6 +162,7 @@ def stop_engine(places: Places) -> None:
             os.killpg(engine.process.pid, signal.SIGKILL)
             raise UserError(f"dockerd did not end within {STOP_TIMEOUT_S} s and was killed; {_tail(engine.log)}")
         (places.engine / RECORD).unlink(missing_ok=True)
+        unmount_namespaces(EXEC_ROOT)
         _remove_unmounted(EXEC_ROOT)
         current.outcome = f"ended process {engine.process.pid}"
     return None
@@ -178,8 +179,19 @@ def remove_data(places: Places) -> None:
     return None
 
 
+def unmount_namespaces(folder: Path) -> None:
+    """Unmount the network namespaces there: dockerd leaves that of containers on the host's network."""
+    for mount, kind in _mounts(folder):
+        if kind == "nsfs":
+            subprocess.run(["umount", mount], check=False)  # what is still mounted then is told
+
+
+def _mounts(folder: Path) -> list[tuple[str, str]]:
+    lines = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    return [(place, kind) for _, place, kind, *_ in lines if Path(place).is_relative_to(folder)]
+
+
 def _remove_unmounted(folder: Path) -> None:
-    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
-    if inside := [mount for mount in mounts if Path(mount).is_relative_to(folder)]:
-        raise UserError(f"still mounted: {inside[0]}", "end what uses it, then `umount` it")
+    if inside := _mounts(folder):
+        raise UserError(f"still mounted: {inside[0][0]}", "end what uses it, then `umount` it")
     shutil.rmtree(folder, ignore_errors=True)
