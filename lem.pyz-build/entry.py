@@ -1,5 +1,6 @@
 """Entry point of lem.pyz. Old Pythons must be able to parse it: lem/__main__.py rejects them."""
 
+import contextlib
 import sys
 
 from lem import __main__
@@ -11,5 +12,6 @@ from lem.base import importer
 
 cache = importer.install(sys.path[0])
 code = __main__.run()
-cache.save()
+with contextlib.suppress(KeyboardInterrupt):  # the command is done
+    cache.save()
 sys.exit(code)

@@ -1,8 +1,8 @@
 """How lem.pyz imports its modules: each is compiled once, and its code kept for the next command.
 
 Python's own importer compiles each module of a zip twice in every process: for its file name, and to run it. That was
-half of a command's time. Since the code that is kept is run, a file counts only if this user owns it and nobody else
-can write it, if its name has the hash of this zip's directory, and if it begins with the hash of its content.
+half of a command's time. Since the code that is kept is run, a file counts only if this user owns it and its folder and
+nobody else can write them, if its name has the hash of this zip's directory, and if it has the hashes of its content.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import marshal
 import os
+import stat
 import sys
 import time
 import zipimport
@@ -39,16 +40,14 @@ class CodeCache:
         self._folder, self._name, self._data = folder, "", b""
         self._places: dict[str, tuple[int, int, bytes]] = {}
         self._added: dict[str, bytes] = {}
+        self._archive = archive
         if not os.path.isabs(folder):  # a user without a home
             return
         with contextlib.suppress(OSError):
-            with open(archive, "rb") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                stream.seek(max(0, size - _DIRECTORY_SIZE))
-                given = f"{os.path.abspath(archive)}\n{sys.flags.optimize}\n{size}\n".encode(errors="surrogateescape")
-                self._name = f"{source_hash(given + stream.read()).hex()}-{MAGIC_NUMBER.hex()}"
-            self._data = _read(os.path.join(folder, self._name))
-            self._places = _index_of(self._data)
+            self._name = _name_of(archive)
+            if _is_private(folder):
+                self._data = _read(os.path.join(folder, self._name))
+                self._places = _index_of(self._data)
 
     def get(self, module: str) -> CodeType | None:
         code = self._code(module)
@@ -68,14 +67,24 @@ class CodeCache:
         index = marshal.dumps(places)
         temporary = os.path.join(self._folder, f".{self._name}.{os.getpid()}")
         with contextlib.suppress(OSError):  # a read-only or full disk
+            # The zip may have been replaced meanwhile, and root may have another user's HOME.
+            if _name_of(self._archive) != self._name or not _may_be_made(self._folder):
+                return
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
+            if not _is_private(self._folder):
+                return
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with open(descriptor, "wb") as stream:
-                stream.writelines([source_hash(index), len(index).to_bytes(_HASH_SIZE, "little"), index])
-                stream.writelines(codes.values())
-            os.replace(temporary, os.path.join(self._folder, self._name))
+            try:
+                with open(descriptor, "wb") as stream:
+                    stream.writelines([source_hash(index), len(index).to_bytes(_HASH_SIZE, "little"), index])
+                    stream.writelines(codes.values())
+                os.replace(temporary, os.path.join(self._folder, self._name))
+            except BaseException:
+                os.unlink(temporary)
+                raise
             for item in os.scandir(self._folder):
-                if item.stat(follow_symlinks=False).st_mtime < time.time() - _KEPT_S:
+                is_old = item.stat(follow_symlinks=False).st_mtime < time.time() - _KEPT_S
+                if is_old and _is_name(item.name):
                     os.unlink(item)
 
     def _code(self, module: str) -> bytes | None:
@@ -85,10 +94,38 @@ class CodeCache:
         return code if source_hash(code) == expected else None
 
 
+def _name_of(archive: str) -> str:
+    with open(archive, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - _DIRECTORY_SIZE))
+        given = f"{archive}\n{sys.flags.optimize}\n{size}\n".encode(errors="surrogateescape")
+        return f"{source_hash(given + stream.read()).hex()}-{MAGIC_NUMBER.hex()}"
+
+
+def _is_name(name: str) -> bool:
+    """Whether `_name_of` gives such names, in any version of Python; `.NAME.PID` is a temporary one."""
+    digest, _, magic = name.removeprefix(".").partition("-")
+    return len(digest) == 2 * _HASH_SIZE and magic[4:8] == MAGIC_NUMBER[2:].hex()
+
+
+def _is_private(folder: str) -> bool:
+    found = os.lstat(folder)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _may_be_made(folder: str) -> bool:
+    """Whether it, or what it is to be made in (`.cache/lem/bytecode` at most), belongs to this user or to root."""
+    for _ in range(3):
+        if os.path.lexists(folder):
+            break
+        folder = os.path.dirname(folder)
+    return os.lstat(folder).st_uid in (0, os.geteuid())
+
+
 def _read(path: str) -> bytes:
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as stream:
         found = os.fstat(stream.fileno())
-        is_private = found.st_uid == os.geteuid() and not found.st_mode & 0o022
+        is_private = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
         return stream.read() if is_private else b""
 
 

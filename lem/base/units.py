@@ -78,10 +78,9 @@ def plain(value: float, spec: str) -> str:
     return format(value, f"{sign}.0f") if abs(value) >= 1 else format(Decimal(text), f"{sign}f")
 
 
-def fixed(value: float, decimals: int, sign: str = "") -> str:
-    """With so many decimals; as `2.4e+80` where it is far too large for them, as a bound of two cycles may be."""
-    is_huge = abs(value) >= (1e5 if decimals else 1e9)
-    return f"{value:{sign}.1e}" if is_huge else f"{value:{sign}.{decimals}f}"
+def fixed(value: float, decimals: int, sign: str = "", widest: float = 1e5) -> str:
+    """With so many decimals; from `widest` on, where a bound of two cycles may be, as `2.4e+80`."""
+    return f"{value:{sign}.1e}" if abs(value) >= widest else f"{value:{sign}.{decimals}f}"
 
 
 def hash_label(digits: str) -> str:
@@ -142,7 +141,7 @@ def percent(share: float) -> str:
 
 
 def with_decimals(value: float, decimals: int | None) -> str:
-    return format_quantity(value) if decimals is None else fixed(value, decimals)
+    return format_quantity(value) if decimals is None else fixed(value, decimals, widest=1e9)
 
 
 def some_of(texts: Sequence[str], at_most: int, separator: str = ", ") -> str:

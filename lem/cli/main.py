@@ -228,6 +228,9 @@ def discard_output(stream: TextIO) -> None:
 class _Listed:
     """In the place of the parser of a command that is only listed: making a parser of each takes milliseconds."""
 
+    def _check_help(self, action: argparse.Action) -> None:
+        """Nothing; argparse calls it since Python 3.14."""
+
 
 def make_parser(names: Collection[str] = COMMANDS) -> argparse.ArgumentParser:
     def parser_of(**settings: Any) -> _Parser | _Listed:

@@ -79,7 +79,9 @@ def write_file(path: Path, text: str | Iterable[str], option: str = "--output") 
 
     parts = map(durable.utf8, (text,) if isinstance(text, str) else text)
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a device or pipe: a new file must not replace it
+        # A new file must not replace a device or pipe, or the link to one: /dev/stdout may lead to a file.
+        is_device = path.exists() and not (path.is_file() or path.is_dir())
+        if is_device or (path.is_symlink() and path.parts[1:2] in (("dev",), ("proc",))):
             with open(path, "wb") as stream:
                 stream.writelines(parts)
         else:

@@ -219,9 +219,12 @@ def _lines(
         if isinstance(value, Mapping) and value and where not in comments:
             yield f"{indent}{yaml_scalar(key)}:", ""
             yield from _lines(value, comments, where)
-        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+        elif isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) and item for item in value):
             yield f"{indent}{yaml_scalar(key)}:", comments.get(where, "")
             for item in value:
+                if not isinstance(item, Mapping) or not item:
+                    yield f"{indent}  - {yaml_scalar(item)}", ""
+                    continue
                 for number, (text, _) in enumerate(_lines(item, {}, (*where, "-"))):
                     yield f"{text[: len(indent) + 2]}- {text[len(indent) + 4 :]}" if number == 0 else text, ""
         else:

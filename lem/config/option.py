@@ -77,6 +77,10 @@ class Section:
         _complete(self, _read_given(type(self), given, (), sink), (), sink)
         sink.raise_if_any()
 
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        _defaults(type(self))  # another process may not have them yet
+        self.__dict__.update(state)
+
     @classmethod
     def from_dict(cls: type[S], mapping: Mapping[str, Any], known: kinds.KnownValues | None = None) -> S:
         """The section; ConfigProblems. With `known`, an option that has the same object as before is not read again."""
@@ -270,8 +274,9 @@ def _read_given(
         else:
             declaration = options[name]
             if kinds.simple(item) is not None or not declaration.takes_null:
+                before = len(sink.problems)
                 given[name] = declaration.kind.read(item, (*path, key), sink)
-                if known is not None and given[name] is not kinds.INVALID:
+                if known is not None and len(sink.problems) == before:
                     known[key, id(item)] = (name, given[name], item)
             elif declaration.is_nullable:
                 given[name] = None  # else as if it was left out
@@ -291,6 +296,7 @@ def _complete(instance: Section, given: Mapping[str, Any], path: kinds.Path, sin
         return
     values = instance.__dict__  # around the freeze
     values.clear()  # what is not given has its default in the class: thousands of sections would repeat it
+    values.update((name, {}) for name in _with_own_mapping(type(instance)))
     values.update(given)
     values["_given"] = _shared_names(frozenset(given))
     values.update(instance.derive(given))
@@ -313,6 +319,12 @@ def _defaults(section: type[Section]) -> tuple[Mapping[str, Any], tuple[str, ...
     for name, value in frozen.items():
         setattr(section, name, value)
     return frozen, tuple(name for name, value in found.items() if value is kinds.REQUIRED)
+
+
+@of_class
+def _with_own_mapping(section: type[Section]) -> tuple[str, ...]:
+    """The options whose default is a mapping: a caller may put something into that of a section."""
+    return tuple(name for name, default in _defaults(section)[0].items() if default == {})
 
 
 @functools.cache

@@ -299,7 +299,7 @@ class Countdown:
         elif self._begun_s is not None:
             work = self._work.get(self._order[self._place], self._measured)
             left_s -= min(now_s - self._begun_s, float(work) + (loads - later_loads) * float(self._load))
-        return left_s
+        return max(0.0, left_s)  # sums of rounded numbers may be just below
 
 
 @dataclass(frozen=True)

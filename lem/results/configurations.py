@@ -108,14 +108,14 @@ def _read(run_folder: Path) -> _List | None:
         return decode(_List, complete(_List, document, Reason.of("not_recorded")), "list")
 
     without = "names are those that the results were measured under"
-    if (run_folder / CONFIGURATIONS_FILE).exists():
+    if os.path.exists(run_folder / CONFIGURATIONS_FILE):  # noqa: PTH110 - false where permission is denied
         return durable.read_if_whole(run_folder / CONFIGURATIONS_FILE, decoded, without)
     # The parts of a stored plan have a list each; of experiments there may be thousands.
     try:
         names = [name for name in os.listdir(run_folder) if EXPERIMENT_NAME.fullmatch(name) is None]  # noqa: PTH208
     except OSError:
         return None
-    paths = [path for name in sorted(names) if (path := run_folder / name / CONFIGURATIONS_FILE).exists()]
+    paths = [path for name in sorted(names) if os.path.exists(path := run_folder / name / CONFIGURATIONS_FILE)]  # noqa: PTH110 - false where permission is denied
     lists = [found for path in paths if (found := durable.read_if_whole(path, decoded, without)) is not None]
     if not lists:
         return None

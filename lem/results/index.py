@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 from lem.base import durable
 from lem.base.codec import hints_of, pack, unpack
-from lem.base.errors import UserError
 from lem.record import Record, RecordError, parse_record
 
 INDEX_FILE = "index.jsonl"
@@ -112,20 +111,25 @@ class _Shapes:
         self.templates: dict[str, Any] = {}  # as JSON values: what a section has, and the places of its values
         self.shapes: dict[str, Sequence[str]] = {}  # the templates of all sections but `requested`
         self._known: dict[str, _Shape | None] = {}
-        self._makers: dict[tuple[str, str], tuple[_Maker, tuple[type, ...]]] = {}
+        self._makers: dict[tuple[str, str], tuple[_Maker, tuple[type, ...]] | None] = {}
+        self._requests: dict[str, Any] = {}
 
     def record(self, line: _Line) -> Record | None:
         """The record of a line, each section made when it is asked for; None where the line does not count."""
         if line.shape not in self._known:
             self._known[line.shape] = self._shape(self.shapes.get(line.shape, ()))
         shape, values = self._known[line.shape], line.values
-        if shape is None or line.requested not in self.templates or not shape.fits(values):
+        if shape is None or not shape.fits(values):
             return None
-        parts = shape.parts
+        if line.requested not in self._requests:
+            self._requests[line.requested] = _requested(self.templates.get(line.requested))
+        parts, requested = shape.parts, self._requests[line.requested]
+        if requested is None:
+            return None
 
         def load(name: str) -> Any:
             if name == _REQUESTED:
-                return _requested(self.templates[line.requested])
+                return requested
             make, place = parts[name]
             return make(values[place])
 
@@ -134,11 +138,13 @@ class _Shapes:
     def _shape(self, names: Sequence[str]) -> _Shape | None:
         if len(names) != len(_sections()) or not all(name in self.templates for name in names):
             return None
-        named, makers = [*zip(_sections(), names, strict=True)], self._makers
-        for section, name in named:
-            if (section, name) not in makers:
-                makers[section, name] = _checked_maker(section, self.templates[name])
-        return _Shape({section: makers[section, name] for section, name in named})
+        found = {}
+        for section, name in zip(_sections(), names, strict=True):
+            if (section, name) not in self._makers:
+                self._makers[section, name] = _maker_of(section, self.templates[name])
+            found[section] = self._makers[section, name]
+        checked = {section: made for section, made in found.items() if made is not None}
+        return _Shape(checked) if len(checked) == len(found) else None
 
     def add(self, record: Record) -> tuple[str, str, list[Any]]:
         """The shape, the template of `requested`, and the values of a record."""
@@ -204,25 +210,27 @@ def _without_values(
     return value
 
 
-def _requested(template: Any) -> Any:
-    given = next(iter(template), None)
-    if not isinstance(given, dict):
-        raise _corrupt(_REQUESTED, "expected an object")
-    return given
+# What cannot be read below is of another lem, since lines have checksums: its results are read from their files.
 
 
-def _checked_maker(section: str, template: Any) -> tuple[_Maker, tuple[type, ...]]:
+def _requested(template: Any) -> Mapping[str, Any] | None:
+    with contextlib.suppress(ValueError):
+        found = unpack(hints_of(Record)[_REQUESTED], next(iter(template or ()), None))
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _maker_of(section: str, template: Any) -> tuple[_Maker, tuple[type, ...]] | None:
     packed, places = template if isinstance(template, list) and len(template) == 2 else (None, None)
     if not isinstance(places, list) or not all(isinstance(place, list) for place in places):
-        raise _corrupt(section, "expected values and their places")
+        return None
     kinds = tuple(type(_value_at(packed, place)) for place in places)
     if not {*kinds} <= {int, float, str}:
-        raise _corrupt(section, "expected places of numbers and texts")
-    try:
+        return None
+    with contextlib.suppress(ValueError):
         example = unpack(hints_of(Record)[section], packed)
-    except ValueError as error:  # by another program, since lines have checksums
-        raise _corrupt(section, str(error)) from error
-    return _maker(example, [(place, at) for at, place in enumerate(places)]), kinds
+        return _maker(example, [(place, at) for at, place in enumerate(places)]), kinds
+    return None
 
 
 def _value_at(value: Any, place: Sequence[Any]) -> Any:
@@ -233,10 +241,6 @@ def _value_at(value: Any, place: Sequence[Any]) -> Any:
             is_there = isinstance(value, list) and type(step) is int and 0 <= step < len(value)
             value = value[step] if is_there else None
     return value
-
-
-def _corrupt(section: str, why: str) -> UserError:
-    return UserError(f"an {INDEX_FILE} is corrupt: {section}: {why}", "remove it; it is made again")
 
 
 def _maker(example: Any, places: Sequence[tuple[Sequence[Any], int]]) -> _Maker:
@@ -336,7 +340,7 @@ class Index:
             self.shapes.templates[values[0]] = values[1:]
         elif kind == "shape" and values[1:2] == [_layout()] and all(isinstance(name, str) for name in values):
             self.shapes.shapes[values[0]] = values[2:]
-        elif kind == _OF_VERSION_1:
+        elif kind == _OF_VERSION_1 and len(values) == 2:
             self._recorded[values[0]] = values[1]
 
     def _take(self, line: _Line) -> None:

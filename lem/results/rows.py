@@ -169,7 +169,8 @@ class _Rows:
         return column.has_text if self.is_mixed(name) else column.has_value
 
     def is_partial(self, name: str) -> bool:
-        return self.columns[name].is_partial or not all(name in names for names in self._names_of_rows)
+        column = self.columns.get(name)  # none of a table without rows
+        return column is None or column.is_partial or not all(name in names for names in self._names_of_rows)
 
     @functools.cached_property
     def _names_of_rows(self) -> Sequence[Set[str]]:

@@ -172,7 +172,7 @@ def stdev(values: Sequence[float]) -> float:
     # With enough bits, of which the last one is odd where something was cut off, rounding them is rounding the root.
     shift = (top.bit_length() - bottom.bit_length() - 109) // 2
     if shift >= 0:
-        return _odd_root(top, bottom << 2 * shift) << shift
+        return float(_odd_root(top, bottom << 2 * shift) << shift)
     return _odd_root(top << -2 * shift, bottom) / (1 << -shift)
 
 

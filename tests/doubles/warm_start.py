@@ -61,7 +61,8 @@ def install() -> None:
 def _become_child(words: list[str], arguments: Sequence[Any]) -> NoReturn:
     """Be what `_posixsubprocess.fork_exec` would have started with these arguments."""
     keep, folder, environ = set(arguments[3]) - {arguments[13]}, arguments[4], arguments[5]
-    os.setsid()
+    if arguments[15]:  # start_new_session
+        os.setsid()
     _take_descriptors((arguments[6], arguments[9], arguments[11]), keep)
     if folder is not None:
         os.chdir(folder)

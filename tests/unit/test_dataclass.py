@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import KW_ONLY, field
@@ -183,3 +184,20 @@ def test_instances_are_copied_replaced_and_pickled() -> None:
     assert pickle.loads(pickle.dumps(kept)) == copy.deepcopy(kept) == kept  # noqa: S301
     assert dataclasses.replace(kept, name="c") == Kept("c", (Kept("b"),))
     assert dataclasses.asdict(kept) == {"name": "a", "parts": ({"name": "b", "parts": ()},)}
+
+
+def test_a_signature_is_shown_before_and_after_the_first_instance() -> None:
+    @dataclass(frozen=True)
+    class Shown:
+        name: str
+        size: int = 3
+
+    @dataclass(frozen=True)
+    class Longer(Shown):
+        more: str = ""
+
+    before = str(inspect.signature(Longer)), str(inspect.signature(Shown))
+    assert (Longer("a").size, Shown("a").size) == (3, 3)
+    assert before == (str(inspect.signature(Longer)), str(inspect.signature(Shown)))
+    assert before == ("(name, size=3, more='')", "(name, size=3)")
+    assert Shown.__init__.__module__ == __name__

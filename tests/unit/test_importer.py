@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.base.importer import FOLDER
+from lem.base.importer import FOLDER, CodeCache
 from tests.unit.test_build import ROOT, build
 
 Lem = Callable[..., subprocess.CompletedProcess[str]]
@@ -137,3 +137,76 @@ except ValueError:
     assert ended.stdout == "def parse_duration(text: str) -> float:\n"
     assert f'File "{path}/lem/base/units.py", line ' in ended.stderr
     assert 'raise ValueError(f"{text!r} is not a duration' in ended.stderr
+
+
+def test_the_same_file_is_read_by_another_spelling_of_its_path(lem: Lem, tmp_path: Path) -> None:
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LEM_"))}
+    environ = {**inherited, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for place, name in ((folder, "../lem.pyz"), (tmp_path, "lem.pyz")):
+        ended = subprocess.run(
+            [sys.executable, name, "presets"], cwd=place, env=environ, capture_output=True, text=True, check=False
+        )
+        assert (ended.returncode, ended.stderr) == (0, "")
+    assert len(kept(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_only_old_code_is_removed_and_only_in_a_folder_of_its_own(lem: Lem, tmp_path: Path, is_link: bool) -> None:
+    folder = tmp_path / "cache/lem" / FOLDER
+    place = tmp_path / "elsewhere" if is_link else folder
+    place.mkdir(parents=True, mode=0o700)
+    if is_link:
+        folder.parent.mkdir(parents=True)
+        folder.symlink_to(place)
+    names = ["notes.txt", f"{'0' * 16}-a70d0d0a", f".{'0' * 16}-a70d0d0a.17"]
+    for name in names:
+        (place / name).touch()
+        os.utime(place / name, (0, 0))
+    assert lem("--version").returncode == 0
+    left = {path.name for path in place.iterdir()}
+    assert left == set(names) if is_link else left & set(names) == {"notes.txt"}
+
+
+def test_what_cannot_be_written_whole_leaves_nothing(lem: Lem, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        ["sh", "-c", f"ulimit -f 20; exec {sys.executable} lem.pyz --version"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert kept(tmp_path) == []
+
+
+def test_a_pipe_in_its_place_is_not_waited_for(lem: Lem, tmp_path: Path) -> None:
+    lem("--version")
+    (file,) = kept(tmp_path)
+    file.unlink()
+    os.mkfifo(file)
+    assert lem("--version").returncode == 0
+
+
+def test_nothing_is_kept_of_a_zip_that_was_replaced_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "lem.pyz"
+    path.write_bytes(b"the first one")
+    cache = CodeCache(str(path), str(tmp_path / FOLDER))
+    cache.add("module", compile("1", "name", "eval"))
+    path.write_bytes(b"another one")
+    cache.save()
+    assert not (tmp_path / FOLDER).exists()
+    path.write_bytes(b"the first one")
+    cache.save()
+    assert len(list((tmp_path / FOLDER).iterdir())) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
+def test_root_keeps_nothing_in_the_home_of_another_user(lem: Lem, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, 65534, 65534)
+    assert lem("--version", XDG_CACHE_HOME="", HOME=str(home)).returncode == 0
+    assert list(home.iterdir()) == []

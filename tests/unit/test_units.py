@@ -130,17 +130,19 @@ def test_numbers_of_few_digits_are_formatted_without_an_exponent_everywhere() ->
 
 
 @pytest.mark.parametrize(
-    ("value", "decimals", "shown"),
+    ("value", "decimals", "ratio", "quantity"),
     [
-        (1.5, 2, "1.50"),
-        (99_999.0, 2, "99999.00"),
-        (2.4484e82, 2, "2.4e+82"),
-        (-3e7, 1, "-3.0e+07"),
-        (123_456.0, 0, "123456"),
-        (1e9, 0, "1.0e+09"),
-        (0.0, 2, "0.00"),
+        (1.5, 2, "1.50", "1.50"),
+        (99_999.0, 2, "99999.00", "99999.00"),
+        (154_321.05, 2, "1.5e+05", "154321.05"),
+        (2.4484e82, 2, "2.4e+82", "2.4e+82"),
+        (-3e7, 1, "-3.0e+07", "-30000000.0"),
+        (1e9, 0, "1.0e+09", "1.0e+09"),
+        (0.0, 2, "0.00", "0.00"),
     ],
 )
-def test_a_bound_that_is_far_too_large_for_its_decimals_is_short(value: float, decimals: int, shown: str) -> None:
-    assert units.fixed(value, decimals) == shown
-    assert units.with_decimals(value, decimals) == shown
+def test_a_bound_that_is_far_too_large_for_its_decimals_is_short(
+    value: float, decimals: int, ratio: str, quantity: str
+) -> None:
+    assert units.fixed(value, decimals) == ratio
+    assert units.with_decimals(value, decimals) == quantity

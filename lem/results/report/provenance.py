@@ -60,7 +60,7 @@ def _fact(name: str, section: str = "environment") -> Callable[[Record], str]:
 
     def read(record: Record) -> str:
         owners = record.gpus if section == "gpus" else (getattr(record, section),)
-        key = tuple([(getattr(owner, name), id(owner.null_reasons.get(name))) for owner in owners])
+        key = tuple([(getattr(owner, name), owner.null_reasons.get(name)) for owner in owners])
         if key not in known:
             known[key] = _listed(_known_or_why(owner, name) for owner in owners)
         return known[key]

@@ -235,3 +235,16 @@ def test_what_lem_suggests_can_be_copied_from_every_way_to_start_it(folder: Path
     for path, words in ((os.environ["PATH"], command[:2]), (f"{program.parent}:{os.environ['PATH']}", ("lem",))):
         last = started(*command, environ={"PATH": path}).stderr.decode().splitlines()[-1]
         assert last == f"next: {shlex.join([*words, 'campaign', 'c.yaml', '--dry-run'])}"
+
+
+def test_help_is_shown_where_argparse_checks_the_help_of_each_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = argparse._SubParsersAction.add_parser
+
+    def add_and_check(self: Any, name: str, **settings: Any) -> Any:  # as since Python 3.14
+        parser = add(self, name, **settings)
+        parser._check_help(self._choices_actions[-1])
+        return parser
+
+    monkeypatch.setattr(argparse._SubParsersAction, "add_parser", add_and_check)
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", lambda *_: None, raising=False)
+    assert "campaign" in make_parser(()).format_help()

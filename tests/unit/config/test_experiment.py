@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +23,8 @@ from lem.config.sections import (
     HuggingFacePrompts,
     SyntheticPrompts,
 )
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def experiment(**options: Any) -> ExperimentConfig:
@@ -306,3 +312,24 @@ def test_settings_of_gpus_are_of_the_identity_and_need_no_load() -> None:
     plain, none, limited = experiment(), experiment(gpu={"power_limit_w": None}), experiment(gpu={"power_limit_w": 250})
     assert plain.identity() == none.identity() != limited.identity()
     assert plain.engine_key() == limited.engine_key()
+
+
+def test_a_value_that_was_refused_is_refused_in_each_experiment_that_shares_it() -> None:
+    known: dict[Any, Any] = {}
+    shared = {1.5: "no text"}
+    for _ in range(2):
+        with pytest.raises(ConfigProblems, match="extra_metadata"):
+            ExperimentConfig.from_dict({"model": "gpt2", "extra_metadata": shared}, known)
+
+
+def test_a_mapping_that_was_not_given_is_of_its_own_experiment() -> None:
+    first, second = experiment(), experiment()
+    first.extra_metadata["k"] = 1  # type: ignore[index]
+    assert (second.extra_metadata, experiment().extra_metadata, second.changed()) == ({}, {}, experiment().changed())
+
+
+def test_an_experiment_goes_to_another_process_with_its_defaults() -> None:
+    code = "import pickle, sys; it = pickle.load(sys.stdin.buffer); print(it.max_output_tokens, it.backend)"
+    data = pickle.dumps(experiment(max_output_tokens=7))
+    ended = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, cwd=ROOT, check=True)
+    assert ended.stdout.decode().split() == ["7", experiment().backend]

@@ -113,3 +113,8 @@ def test_values_written_are_read_back(value: Any):
 def test_yaml_is_aligned_with_its_comments():
     text = render_yaml({"a": 1, "b": {"long_name": [1, 2]}, "c": {}}, {("a",): "x", ("b", "long_name"): "y"})
     assert text == "a: 1                 # x\nb:\n  long_name: [1, 2]  # y\nc: {}\n"
+
+
+def test_what_is_no_mapping_or_empty_stays_in_a_list_of_mappings() -> None:
+    tree = {"warmup": [{}, None, {"min_prompts": 3, "max_prompts": 4}]}
+    assert render_yaml(tree, {}) == ("warmup:\n  - {}\n  - null\n  - min_prompts: 3\n    max_prompts: 4\n")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -325,3 +326,14 @@ def test_a_failure_at_once_says_nothing_about_the_experiments_after_it(tmp_path:
     countdown.after(Event("experiment_started"), 2.0)
     # 100 s more of the second; the first fails again after 2 s.
     assert countdown.after(Event("experiment_completed"), 102.0) == pytest.approx(102.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_time_left_is_never_below_zero(seed: int, tmp_path: Path) -> None:
+    plan = build_plan(make_campaign(tmp_path, execution={"cycles": 9}))
+    countdown, random, now_s = Countdown(), Random(seed), 0.0
+    countdown.begin(plan.experiments, [0.0] * len(plan.experiments), [False] * len(plan.experiments))
+    for _ in plan.experiments:
+        for kind in ("experiment_started", "tick", "experiment_completed"):
+            assert (countdown.after(Event(kind), now_s) or 0.0) >= 0.0
+            now_s += random.random() * 100

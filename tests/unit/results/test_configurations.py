@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,21 @@ def test_the_lists_of_hosts_are_merged_where_all_have_one(
     run = read_run(tmp_path / "all", "demo", RUN)
     assert {item.name for item in run.configurations} == labels
     assert run.removed == ()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a while")
+def test_a_folder_that_may_not_be_looked_into_has_no_list() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        folder = host(Path(name), "h1", a="tiny") / "demo" / RUN
+        (folder / CONFIGURATIONS_FILE).unlink()
+        (folder / "private").mkdir(mode=0o700)
+        for place in (Path(name), *folder.parents[:3], folder):
+            place.chmod(0o755)
+        os.seteuid(65534)
+        try:
+            assert read_listing(folder) is None
+        finally:
+            os.seteuid(0)
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"configurations": 1}', '{"configurations": [{"config_hash": 5}]}'])

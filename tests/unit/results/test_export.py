@@ -234,3 +234,9 @@ def test_no_hash_is_read_as_a_number(digits: str) -> None:
     found = make_run([record, make_record(config_name="other")])
     assert {found.select(text).config_hash for text in (digits, f"h{digits}", f"h{digits[:6]}")} == {digits}
     assert run_document(found)["configurations"][0]["config_hash"] == f"h{digits}"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_columns_of_no_results_are_no_rows(form):
+    table = with_columns(make_table([]), ["config_name", "valid"])
+    assert len(_text(table, form).splitlines()) == {"csv": 1, "json": 1, "jsonl": 0, "markdown": 2}[form]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -17,7 +19,6 @@ from typing import Any
 import pytest
 
 from lem.base.codec import decode_hint, unpack
-from lem.base.errors import UserError
 from lem.record import parse_record, read_record
 from lem.results.check import check_run
 from lem.results.compare import compare_configurations
@@ -314,11 +315,32 @@ def test_a_result_that_cannot_be_put_into_the_index_is_a_warning(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_a_line_that_another_program_made_is_an_error_with_a_remedy(written: Written) -> None:
-    scan(written)
+def _of_another_lem(template: list[Any]) -> None:
+    template[1] = [1]
+
+
+def _with_another_reason(template: list[Any]) -> None:
+    text = json.dumps(template[1])
+    template[1] = json.loads(re.sub(r'{"code": "\w+"', '{"code": "of_a_later_lem"', text))
+
+
+def _infinite(template: list[Any]) -> None:
+    template[1] = {**template[1], "batch_size": math.inf} if isinstance(template[1], dict) else template[1]
+
+
+@pytest.mark.parametrize("change_it", [_of_another_lem, _with_another_reason, _infinite])
+def test_a_result_whose_template_cannot_be_read_is_read_from_its_file(
+    written: Written, change_it: Callable[[list[Any]], None]
+) -> None:
+    record_all(written)
+    first = scan(written)
     documents = [{kind: values} for kind, values in entries_of(written)]
-    documents[0]["template"][1] = [1]
+    changed = json.dumps(documents)
+    for document in documents:
+        if "template" in document:
+            change_it(document["template"])
+    assert json.dumps(documents) != changed
     index_of(written).write_bytes(lines_with_checks(documents))
-    with pytest.raises(UserError, match="corrupt: identity") as caught:
-        scan(written)
-    assert caught.value.hint == "remove it; it is made again"
+    again = scan(written)
+    assert again == first
+    assert all(item.is_recorded for item in again.results)

@@ -350,3 +350,4 @@ def test_a_standard_deviation_is_the_exact_one_rounded_once() -> None:
             assert ((low + found) / 2) ** 2 <= exact <= ((high + found) / 2) ** 2
     assert stdev([0.1, 0.1, 0.1]) == 0.0
     assert stdev([-1.0, 1.0]) == math.sqrt(2)
+    assert repr(stdev([1e300, 2e300])) == repr(statistics.stdev([1e300, 2e300]))  # a float, also where it is whole
