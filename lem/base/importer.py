@@ -1,8 +1,8 @@
 """How lem.pyz imports its modules: each is compiled once, and its code kept for the next command.
 
 Python's own importer compiles each module of a zip twice in every process: for its file name, and to run it. That was
-half of a command's time. Since the code that is kept is run, a file counts only if this user owns it and its folder and
-nobody else can write them, if its name has the hash of this zip's directory, and if it has the hashes of its content.
+half of a command's time. The cached code is executed, so a file is used only if this user alone owns and can write it
+and its folder, if its name has the hash of the zip's directory, and if its content matches the hashes in it.
 """
 
 from __future__ import annotations
