@@ -154,11 +154,11 @@ class Campaign:
         """Write the campaign under `folder`, which may hold others: `results/` and `.state/`."""
         results_dir, state_dir, slug = folder / "results", folder / ".state", slug_of(self.name)
         done = {experiment.exp_id for experiment in self._done()}
-        entries = []
+        entries, indexed = [], set[str]()  # as the one process of a campaign writes its index
         for experiment in self.experiments():
             place = results_dir / slug / self.run_id / experiment.exp_id
             if experiment.exp_id in done:
-                entries.append(self._write_experiment(experiment, place))
+                entries.append(self._write_experiment(experiment, place, indexed))
             else:
                 entries.append(self._write_undone(experiment, place, is_running=len(entries) == len(done)))
         manifest_path = state_dir / slug / "campaign_manifest.json"
@@ -304,9 +304,10 @@ class Campaign:
             environment={"driver": self.driver, "gpus": [gpu.uuid for gpu in self._gpus()]},
         )
 
-    def _write_experiment(self, experiment: Experiment, place: Path) -> CampaignManifestEntry:
+    def _write_experiment(self, experiment: Experiment, place: Path, indexed: set[str]) -> CampaignManifestEntry:
         attempts = [
-            self._write_run(run, place / f"attempt-{run.identity.attempt}") for run in self._attempts(experiment)
+            self._write_run(run, place / f"attempt-{run.identity.attempt}", indexed)
+            for run in self._attempts(experiment)
         ]
         if not attempts:  # what went wrong goes wrong again
             attempts = [self._write_failure(experiment, place / f"attempt-{number}", number) for number in (1, 2)]
@@ -344,7 +345,7 @@ class Campaign:
             **course,
         )
 
-    def _write_run(self, run: Run, folder: Path) -> Attempt:
+    def _write_run(self, run: Run, folder: Path, indexed: set[str]) -> Attempt:
         self._write_config(run.configuration, folder)
         record, path, digest = run.record, folder / "result.json", None
         if self.has_samples and run.energy_per_output_tok_j is not None:
@@ -356,7 +357,7 @@ class Campaign:
         path.write_bytes(data)
         if self.is_verifiable:
             digest = hashlib.sha256(data).hexdigest()
-            record_result(folder.parents[1], path, record, digest)
+            record_result(folder.parents[1], path, record, digest, indexed)
         return self._ended(
             run.identity, folder, 50, result_path=str(path), valid=record.validity.valid, result_sha256=digest
         )
