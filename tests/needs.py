@@ -7,6 +7,7 @@ at the end of the run. With CI=true a missing mandatory need fails the whole run
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 PROBE_TIMEOUT_S = 60
 # The oldest ansible-core that is supported, in an environment of its own (make test-env).
@@ -32,6 +34,18 @@ class Need:
 
     probe: Callable[[], str | None]  # what is missing and how to get it, in words; None when it is there
     is_mandatory: bool  # CI has it, so a run there that lacks it is a failure
+
+
+class Late:
+    """A module that is imported when it is used: every process collects all tests, and few run those with torch."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):  # pytest looks whether this is a test
+            raise AttributeError(attribute)
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 def is_ci(environ: Mapping[str, str] = os.environ) -> bool:

@@ -9,7 +9,6 @@ import pytest
 
 from lem.base.errors import EngineError
 from lem.config.experiment import ExperimentConfig
-from lem.engines.checkpoints import find_problems
 from lem.engines.protocol import TokenRequest
 from lem.engines.pytorch import load
 from lem.worker.requests import encode_prompts
@@ -102,6 +101,8 @@ def test_a_model_that_only_encodes_is_refused_as_before(tmp_path: Path) -> None:
 def test_lengths_that_the_model_has_no_positions_for_are_found_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str | None
 ) -> None:
+    from lem.engines.checkpoints import find_problems
+
     model = make_model(tmp_path / "llama", "llama")
     found = [error.message for error in find_problems(experiment(model, **options), None)]
     assert found == ([] if words is None else [f"{words} exceed the 512 positions of the model"])

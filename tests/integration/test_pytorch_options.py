@@ -18,7 +18,6 @@ from lem.config.kinds import ConfigProblems
 from lem.config.option import walk
 from lem.engines.protocol import Engine, EngineReport, TokenRequest
 from lem.engines.pytorch import load
-from lem.engines.pytorch.generation import BatchRunner, describe_effective
 from tests.integration.engine_answers import (
     SAMPLING,
     answers,
@@ -322,6 +321,8 @@ def test_steps_that_transformers_compiles_give_the_tokens_of_the_others(bench: B
     # As on a GPU under reduce-overhead, whose own mode means nothing on a CPU.
     from torch._dynamo.utils import counters
     from transformers import CompileConfig
+
+    from lem.engines.pytorch.generation import BatchRunner, describe_effective
 
     expected = bench.outputs({"cache_implementation": "static", "batch_size": 2})
     session: Any = bench.engine

@@ -12,18 +12,11 @@ import pytest
 
 from lem.base.errors import EngineError
 from lem.config.experiment import ExperimentConfig
-from lem.engines.checkpoints import (
-    Source,
-    commit_of,
-    count_embedding_parameters,
-    explained,
-    hash_weights,
-    identify,
-    locate,
-    weight_files,
-)
 from lem.engines.named import NamedModel
 from lem.engines.pytorch import load
+from tests.needs import Late
+
+checkpoints: Any = Late("lem.engines.checkpoints")
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
 
@@ -40,11 +33,11 @@ LLAMA = {
 def checkpoint(folder: Path, text: str) -> Any:
     (folder / "config.json").write_text(text, encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"weights")
-    return locate(NamedModel("model", str(folder), "config.json"), None)
+    return checkpoints.locate(NamedModel("model", str(folder), "config.json"), None)
 
 
 def test_parameters_are_counted_without_weights_in_memory(tmp_path: Path) -> None:
-    found = identify(checkpoint(tmp_path, json.dumps(LLAMA)))
+    found = checkpoints.identify(checkpoint(tmp_path, json.dumps(LLAMA)))
     assert (found.model_parameters, found.embedding_parameters) == (95_040, 12_800)
     assert found.active_parameters == 95_040
     assert found.weights_sha256 is not None
@@ -70,7 +63,7 @@ MIXTURES = {
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_of_a_mixture_of_experts_those_count_that_a_token_uses(kind: str, tmp_path: Path) -> None:
     options, unused = MIXTURES[kind]
-    found = identify(checkpoint(tmp_path, json.dumps({"model_type": kind, **SMALL, **options})))
+    found = checkpoints.identify(checkpoint(tmp_path, json.dumps({"model_type": kind, **SMALL, **options})))
     assert found.model_parameters is not None
     assert found.active_parameters is not None
     layers = 1 if kind == "deepseek_v3" else 2
@@ -86,7 +79,7 @@ def test_of_a_mixture_of_experts_those_count_that_a_token_uses(kind: str, tmp_pa
     ],
 )
 def test_experts_that_cannot_be_counted_leave_the_active_parameters_unknown(shape: Any, tmp_path: Path) -> None:
-    found = identify(checkpoint(tmp_path, json.dumps({**SMALL, **shape})))
+    found = checkpoints.identify(checkpoint(tmp_path, json.dumps({**SMALL, **shape})))
     assert (found.model_parameters or 0) > 0
     assert found.active_parameters is None
 
@@ -108,7 +101,7 @@ BROKEN = {
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_model_has_unknown_parameters_and_does_not_load(tmp_path: Path, text: str) -> None:
     source = checkpoint(tmp_path, text)
-    found = identify(source)
+    found = checkpoints.identify(source)
     assert (found.model_parameters, found.embedding_parameters) == (None, None)
     assert found.weights_sha256 is not None
     experiment = ExperimentConfig.from_dict({"model": source.name, "gpus": [], "fp_precision": "float32"})
@@ -118,9 +111,12 @@ def test_a_broken_model_has_unknown_parameters_and_does_not_load(tmp_path: Path,
 
 
 def test_only_what_a_call_is_known_to_raise_is_explained() -> None:
-    with pytest.raises(EngineError, match="weights of m: a file"), explained("weights of m", (OSError, ValueError)):
+    with (
+        pytest.raises(EngineError, match="weights of m: a file"),
+        checkpoints.explained("weights of m", (OSError, ValueError)),
+    ):
         raise OSError("a file")
-    with pytest.raises(TypeError), explained("weights of m", (OSError, ValueError)):
+    with pytest.raises(TypeError), checkpoints.explained("weights of m", (OSError, ValueError)):
         raise TypeError("a bug of lem")
 
 
@@ -129,8 +125,8 @@ def test_only_what_a_call_is_known_to_raise_is_explained() -> None:
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def source(folder: Path) -> Source:
-    return Source(folder.name, folder, None)
+def source(folder: Path) -> Any:
+    return checkpoints.Source(folder.name, folder, None)
 
 
 def write(folder: Path, **files: bytes) -> Path:
@@ -145,16 +141,16 @@ def index_of(*parts: str) -> bytes:
 
 
 def test_weights_are_searched_for_as_transformers_does(tmp_path: Path) -> None:
-    assert (weight_files(tmp_path), hash_weights(source(tmp_path))) == ((), None)
+    assert (checkpoints.weight_files(tmp_path), checkpoints.hash_weights(source(tmp_path))) == ((), None)
     write(tmp_path, pytorch_model__bin=b"old", model__safetensors=b"new")
     (tmp_path / "model.safetensors.index.json").write_bytes(index_of("part-1"))
-    assert weight_files(tmp_path) == (tmp_path / "model.safetensors",)
+    assert checkpoints.weight_files(tmp_path) == (tmp_path / "model.safetensors",)
 
 
 def test_weights_in_parts_are_those_of_the_index_and_no_others(tmp_path: Path) -> None:
     write(tmp_path, **{"part-2": b"2", "part-1": b"1", "stray.safetensors": b"x"})
     (tmp_path / "model.safetensors.index.json").write_bytes(index_of("part-2", "part-1", "part-2"))
-    assert weight_files(tmp_path) == (tmp_path / "part-1", tmp_path / "part-2")
+    assert checkpoints.weight_files(tmp_path) == (tmp_path / "part-1", tmp_path / "part-2")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +159,7 @@ def test_weights_in_parts_are_those_of_the_index_and_no_others(tmp_path: Path) -
 def test_an_index_of_another_shape_is_an_error_of_the_model(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(EngineError, match=r"weight_map|Expecting|nested") as caught:
-        hash_weights(source(tmp_path))
+        checkpoints.hash_weights(source(tmp_path))
     assert (caught.value.kind, caught.value.is_permanent) == ("model", True)
 
 
@@ -177,7 +173,7 @@ def test_parameters_of_embeddings_are_counted_where_they_are_matrices(inputs: An
     if isinstance(outputs, tuple):
         second = layer(*outputs)
     model = SimpleNamespace(get_input_embeddings=lambda: first, get_output_embeddings=lambda: second)
-    assert count_embedding_parameters(model) == count
+    assert checkpoints.count_embedding_parameters(model) == count
 
 
 def layer(rows: int, columns: int) -> Any:
@@ -190,21 +186,21 @@ def test_the_hash_is_over_lines_of_hash_and_name_also_of_an_adapter(tmp_path: Pa
     # What `sha256sum adapter/* *.safetensors | sha256sum` prints.
     lines = [f"{hashlib.sha256(name).hexdigest()}  " for name in (b"adapter", b"model")]
     both = f"{lines[0]}adapter/adapter_model.safetensors\n{lines[1]}model.safetensors\n"
-    assert hash_weights(model, adapter) == hashlib.sha256(both.encode()).hexdigest()
-    assert hash_weights(model) == hashlib.sha256(f"{lines[1]}model.safetensors\n".encode()).hexdigest()
+    assert checkpoints.hash_weights(model, adapter) == hashlib.sha256(both.encode()).hexdigest()
+    assert checkpoints.hash_weights(model) == hashlib.sha256(f"{lines[1]}model.safetensors\n".encode()).hexdigest()
 
 
 def test_one_changed_byte_changes_the_hash_and_the_folder_does_not(tmp_path: Path) -> None:
     contents = {"here": b"0" * 5_000_000, "there": b"0" * 5_000_000, "other": b"0" * 4_999_999 + b"1"}
     folders = [write(tmp_path / name, model__safetensors=content) for name, content in contents.items()]
-    here, there, other = (hash_weights(source(folder)) for folder in folders)
+    here, there, other = (checkpoints.hash_weights(source(folder)) for folder in folders)
     assert here == there != other
 
 
 def test_a_file_that_changed_since_it_was_hashed_is_read_again(tmp_path: Path) -> None:
-    first = hash_weights(source(write(tmp_path, model__safetensors=b"first")))
+    first = checkpoints.hash_weights(source(write(tmp_path, model__safetensors=b"first")))
     (write(tmp_path, other=b"other") / "other").replace(tmp_path / "model.safetensors")
-    assert hash_weights(source(tmp_path)) != first
+    assert checkpoints.hash_weights(source(tmp_path)) != first
 
 
 def test_a_large_file_of_the_hubs_cache_is_taken_at_the_name_of_its_blob(tmp_path: Path) -> None:
@@ -212,10 +208,10 @@ def test_a_large_file_of_the_hubs_cache_is_taken_at_the_name_of_its_blob(tmp_pat
     blobs = write(tmp_path / "blobs", **{digest: b"weights"})
     snapshot = write(tmp_path / "snapshots" / COMMIT)
     (snapshot / "model.safetensors").symlink_to(blobs / digest)
-    expected = hash_weights(source(write(tmp_path / "plain", model__safetensors=b"weights")))
-    assert hash_weights(source(snapshot)) == expected
+    expected = checkpoints.hash_weights(source(write(tmp_path / "plain", model__safetensors=b"weights")))
+    assert checkpoints.hash_weights(source(snapshot)) == expected
     (blobs / digest).write_bytes(b"not read")
-    assert hash_weights(source(snapshot)) == expected
+    assert checkpoints.hash_weights(source(snapshot)) == expected
 
 
 def test_a_link_elsewhere_is_read(tmp_path: Path) -> None:
@@ -224,7 +220,7 @@ def test_a_link_elsewhere_is_read(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", **{name: b"content"})
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "elsewhere" / name)
     plain = write(tmp_path / "plain", model__safetensors=b"content")
-    assert hash_weights(source(tmp_path)) == hash_weights(source(plain))
+    assert checkpoints.hash_weights(source(tmp_path)) == checkpoints.hash_weights(source(plain))
 
 
 @pytest.mark.parametrize(
@@ -236,4 +232,4 @@ def test_a_link_elsewhere_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_the_commit_is_the_name_of_a_snapshot(folder: Path, commit: str | None) -> None:
-    assert commit_of(folder) == commit
+    assert checkpoints.commit_of(folder) == commit

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scipy import stats
 
 from lem.base.answers import OUTPUT_IDS_FILE, Answer, request_digest, write_answers
 from lem.base.measurement import Measured
@@ -20,7 +19,10 @@ from lem.results.bootstrap import bootstrap_ci
 from lem.results.compare import compare, compare_configurations
 from lem.results.comparison import comparison_document, render_markdown, render_text
 from lem.results.run import Run, make_run
+from tests.needs import Late
 from tests.records import make_record
+
+stats: Any = Late("scipy.stats")
 
 # Output ids by prompt, in each cycle.
 Outputs = Sequence[Mapping[int, Sequence[int]]]

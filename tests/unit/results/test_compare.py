@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from scipy import stats
 
 from lem.base.errors import ExitCode, UserError
 from lem.base.reasons import Reason
@@ -16,7 +15,10 @@ from lem.results.comparison import comparison_document, render_text
 from lem.results.metrics import parse_metric
 from lem.results.run import NO_INTERVAL, Run, make_run
 from lem.results.stats import Effect, Verdict, holm, parse_gate
+from tests.needs import Late
 from tests.synthetic_campaign import Campaign, Configuration
+
+stats: Any = Late("scipy.stats")
 
 ENERGY = parse_metric("energy")
 THROUGHPUT = parse_metric("throughput")

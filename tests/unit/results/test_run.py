@@ -5,16 +5,19 @@ import json
 import math
 import statistics
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import pytest
-from scipy import stats
 
 from lem.base.units import percent
 from lem.results.aggregation import earlier_times, measure_precision, run_document
 from lem.results.run import make_run
 from lem.results.stopping import STOPPING_FILE, StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from lem.results.table import render_run
+from tests.needs import Late
 from tests.records import make_record
+
+stats: Any = Late("scipy.stats")
 
 RULE = StoppingRule(Target(0.02), 5, 20)
 LOOKED = StoppingRule(Target(0.02, "output_tok_per_s", "ratio"), 5, 20, looks=(5, 6, 8), added=(3,))

@@ -7,10 +7,9 @@ import random
 import statistics
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
-import numpy as np
 import pytest
-from scipy import stats
 
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
@@ -35,6 +34,10 @@ from lem.results.student import (
     student_t_quantile,
 )
 from lem.results.trends import Drift, change_of, is_chance, trend_of
+from tests.needs import Late
+
+np: Any = Late("numpy")
+stats: Any = Late("scipy.stats")
 
 
 @pytest.mark.parametrize(
