@@ -16,7 +16,6 @@ from lem.base import log, process
 from lem.base.clock import utc_now, utc_text
 from lem.base.doc import screen_of, write_json
 from lem.base.errors import ExitCode, Interrupted, MeterRefused, UserError
-from lem.base.measurement import EnergySource
 from lem.cli.config import add_flags, given_flags
 from lem.cli.options import add_json, add_repeated, checked, folder_options
 from lem.config.campaign_config import generate_campaign_id, slug_of
@@ -56,7 +55,6 @@ _FLAGS = {
     "timeseries.sample_interval_ms": ("--sample-interval-ms", "time between samples of a GPU (default: 100)"),
     "timeseries.save": ("--save-samples", "keep the samples beside the result (default: yes)"),
 }
-_NO_REST = ("none", EnergySource.TDP_ESTIMATE)  # no meter of power at rest
 _SIGNALLED = 128
 
 
@@ -143,14 +141,13 @@ def _prepare(args: argparse.Namespace, command: list[str], stop: StopRequest, re
     requested: dict[str, Any] = {"command": [redact(word, secrets) for word in command]}
     requested |= {"work": [str(source) for source in args.work]} if args.work else {}
     flags = dict(given_flags(args, _FLAGS))
-    wanted = flags.get("measurement.energy")
-    off = "--no-idle" if flags.get("baseline.enabled") is False else f"--energy {wanted}" if wanted in _NO_REST else ""
-    if off and (flags.get("baseline.enabled") or "baseline.duration_sec" in flags):
-        option = "--idle" if flags.get("baseline.enabled") else "--baseline"
-        raise UserError(f"{option}: has no effect with {off}")
     for key, value in flags.items():
         requested = merge(ProgramConfig, requested, nest(key, value))
     config = ProgramConfig.from_dict(requested)
+    is_idle = flags.get("baseline.enabled")
+    if (is_idle or "baseline.duration_sec" in flags) and not (config.baseline.enabled and config.measurement.has_rest):
+        off = f"--energy {config.measurement.energy}" if config.baseline.enabled else "--no-idle"
+        raise UserError(f"{'--idle' if is_idle else '--baseline'}: has no effect with {off}")
     gpus = metered_gpus(os.environ)
     named = [gpu for gpu in gpus if gpu.is_default] if config.gpus is None else named_gpus(config.gpus, gpus)
     if len(named) < len(config.gpus or ()):

@@ -15,7 +15,7 @@ from lem.config.backends import PyTorchConfig, ServerConfig, TensorRTConfig, Vll
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import Path, Problem, dotted
 from lem.config.option import Memo, Section, declared, identity_text, joined_texts, leaves
-from lem.config.sections import DATASET_ALIASES, TrafficConfig
+from lem.config.sections import DATASET_ALIASES, HuggingFacePrompts, TrafficConfig
 
 # FP8 tensor cores came with Ada (8.9); flash attention 2 and TensorRT-LLM need Ampere (8.0).
 # https://developer.nvidia.com/cuda-gpus, the READMEs of flash-attention and TensorRT-LLM.
@@ -52,7 +52,7 @@ class Gpu(Protocol):
 
 
 def warnings(config: ExperimentConfig, gpus: Sequence[Gpu] | None = None) -> tuple[Problem, ...]:
-    found = (*_work_warnings(config), *_engine_warnings(config), *_other_warnings(config))
+    found = (*_work_warnings(config), *_meter_warnings(config), *_engine_warnings(config), *_other_warnings(config))
     return found if gpus is None else (*found, *_gpu_warnings(config, gpus))
 
 
@@ -85,6 +85,8 @@ def effective(config: ExperimentConfig, texts: Mapping[str, str], prompts: int |
         found[name] = _TEXTS_WITHOUT(config.section if name == own else getattr(config, name), options)
     for name in ("prompts", "dataset", *(name for name in _SWITCHED if not getattr(config, name).enabled)):
         found.pop(name, None)
+    if not config.measurement.has_rest:
+        found.pop("baseline", None)
     if config.ignore_eos:
         del found["min_output_tokens"]
     if config.streaming and not config.runs_alone:
@@ -164,6 +166,21 @@ def _work_warnings(config: ExperimentConfig) -> Iterator[Problem]:
         for name in _UNUSED_BY_MODE[traffic.mode]:
             if getattr(traffic, name) != declared(TrafficConfig)[name].default:
                 yield Problem.of(f"traffic_simulation.{name}", "other_traffic_mode", mode=traffic.mode)
+    warmup, prompts = config.warmup, config.prompts
+    if warmup.enabled and not warmup.convergence_detection:
+        for name in sorted(warmup.changed().keys() & {"cv_threshold", "window_size"}):
+            yield Problem.of(f"warmup.{name}", "unused_with", setting="convergence_detection: false")
+    if isinstance(prompts, HuggingFacePrompts) and not prompts.shuffle and "seed" in prompts.changed():
+        yield Problem.of("prompts.seed", "unused_with", setting="shuffle: false")
+
+
+def _meter_warnings(config: ExperimentConfig) -> Iterator[Problem]:
+    baseline, measurement = config.baseline, config.measurement
+    if baseline.enabled and not measurement.has_rest:  # the energy may be an axis of a grid
+        for name in sorted(baseline.changed()):
+            yield Problem.of(f"baseline.{name}", "unused_with", setting=f"measurement.energy: {measurement.energy}")
+    if measurement.external_unit is not None and measurement.external_csv is None:
+        yield Problem.of("measurement.external_unit", "unused_with", setting="external_csv: null")
 
 
 def _engine_warnings(config: ExperimentConfig) -> Iterator[Problem]:

@@ -266,6 +266,11 @@ class MeasurementConfig(Section):
         None, "Price of energy, in any currency.", min=0, unit="1/kWh", is_dropped=True
     )
 
+    @property
+    def has_rest(self) -> bool:
+        """Whether its meter can measure power at rest."""
+        return self.energy not in ("none", EnergySource.TDP_ESTIMATE)
+
 
 @dataclass(frozen=True)
 class GpuConfig(Section):

@@ -89,10 +89,32 @@ def test_a_plain_experiment_has_no_findings():
         ),
         ({"backend": "vllm", "vllm": {"tensor_parallel_size": 2}}, "vllm needs_gpus"),
         ({"dataset": "alpacca"}, "dataset.name no_dataset_alias"),
+        ({"baseline": {"duration_sec": 5}, "measurement": {"energy": "none"}}, "baseline.duration_sec unused_with"),
+        (
+            {"baseline": {"sample_interval_ms": 50}, "measurement": {"energy": "tdp_estimate"}},
+            "baseline.sample_interval_ms unused_with",
+        ),
+        ({"measurement": {"external_unit": "kW"}}, "measurement.external_unit unused_with"),
+        ({"warmup": {"convergence_detection": False, "cv_threshold": 0.1}}, "warmup.cv_threshold unused_with"),
+        ({"prompts": {"type": "huggingface", "dataset": "a/b", "seed": 5}}, "prompts.seed unused_with"),
     ],
 )
 def test_what_a_person_should_know_is_warned_about(options: dict[str, Any], warning: str):
     assert warnings(**options) == [warning]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"baseline": {"duration_sec": 5}, "measurement": {"energy": "rapl"}},
+        {"baseline": {"enabled": False, "duration_sec": 5}, "measurement": {"energy": "none"}},
+        {"measurement": {"external_csv": "meter.csv", "external_unit": "kW"}},
+        {"warmup": {"cv_threshold": 0.1}},
+        {"prompts": {"type": "huggingface", "dataset": "a/b", "shuffle": True, "seed": 5}},
+    ],
+)
+def test_options_that_have_an_effect_or_are_switched_off_are_not_warned_about(options: dict[str, Any]) -> None:
+    assert warnings(**options) == []
 
 
 def test_a_checkpoint_named_as_quantized_is_not_warned_about():

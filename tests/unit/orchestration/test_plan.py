@@ -403,6 +403,8 @@ def same(options: str) -> str:
         ),
         ({**GREEDY, "random_seed": [1, None]}, {}, []),
         ({"ignore_eos": True, "min_output_tokens": [1, 128]}, {}, [same("min_output_tokens")]),
+        ({"measurement.energy": "none", "baseline.enabled": [True, False]}, {}, [same("baseline.enabled")]),
+        ({"measurement.energy": "rapl", "baseline.enabled": [True, False]}, {}, []),
         ({"max_output_tokens": [1, 128]}, {}, []),
     ],
 )  # fmt: skip
