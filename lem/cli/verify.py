@@ -65,8 +65,9 @@ class Verdict(enum.Enum):
 @dataclass(frozen=True)
 class Outcome:
     result: StoredResult
-    status: str  # agrees, differs, unmeasured (nothing beside the record to recompute it from) or impossible
-    message: str = ""  # why it is impossible, or a note
+    # agrees, differs, incomplete (all that is there agrees), unmeasured (nothing to recompute it from) or impossible
+    status: str
+    message: str = ""  # why it is incomplete or impossible, or a note
     recomputed: Recomputed | None = None
 
     @property
@@ -207,21 +208,22 @@ def recorded_digests(folders: Iterable[Path]) -> Digests:
 
 def recompute_result(result: StoredResult) -> Outcome:
     record, folder = result.record, result.path.parent
-    samples, prompts = folder / FINISHED_FILENAME, folder / PROMPTS_FILE
-    has_prompts = has_requests(record) or prompts.exists()
+    kept = {
+        FINISHED_FILENAME: has_energy(record),
+        REQUESTS_FILENAME: has_requests(record),
+        PROMPTS_FILE: has_requests(record),
+        OUTPUT_IDS_FILE: record.work.output_ids_sha256 is not None,
+    }
     try:
         config = _read_config(folder)
-        requests = read_requests(folder / REQUESTS_FILENAME) if has_requests(record) else None
-        log, marks = read_finished(samples) if has_energy(record) or samples.exists() else (None, ())
-        digest = fingerprint(read_prompt_file(prompts)) if has_prompts else None
-        has_ids = record.work.output_ids_sha256 is not None
-        ids_digest = durable.sha256_of(folder / OUTPUT_IDS_FILE) if has_ids else None
+        there = {name for name in kept if (folder / name).exists()}
+        is_counted = kept[REQUESTS_FILENAME] and REQUESTS_FILENAME in there
+        requests = read_requests(folder / REQUESTS_FILENAME) if is_counted else None
+        log, marks = read_finished(folder / FINISHED_FILENAME) if FINISHED_FILENAME in there else (None, ())
+        digest = fingerprint(read_prompt_file(folder / PROMPTS_FILE)) if PROMPTS_FILE in there else None
+        ids_digest = durable.sha256_of(folder / OUTPUT_IDS_FILE) if OUTPUT_IDS_FILE in there else None
     except PromptError as error:
         return Outcome(result, "impossible", error.message)
-    except FileNotFoundError as error:
-        name = Path(error.filename).name
-        why = " (samples are kept unless timeseries.save is false)" if name == FINISHED_FILENAME else ""
-        return Outcome(result, "impossible", f"no such file: {name}{why}")
     except OSError as error:
         return Outcome(result, "impossible", f"{error.filename}: {durable.reason_of(error)}")
     except ValueError as error:
@@ -234,9 +236,17 @@ def recompute_result(result: StoredResult) -> Outcome:
         found = recompute(record, config, RawData(log, marks, external, requests, digest, ids_digest))
     except MeterRefused as error:
         return Outcome(result, "impossible", error.message)
+    missing = [name for name, is_kept in kept.items() if is_kept and name not in there]
+    if missing:
+        why = " (samples are kept unless timeseries.save is false)" if FINISHED_FILENAME in missing else ""
+        text = f"no such file: {', '.join(missing)}{why}"
+        if not found.compared:
+            return Outcome(result, "impossible", text)
+        found = dataclasses.replace(found, notes=(*found.notes, text))
     if not found.compared:
         return Outcome(result, "unmeasured", "no energy was measured, and requests were not kept")
-    return Outcome(result, "agrees" if found.agrees else "differs", "; ".join(found.notes), found)
+    status = "differs" if not found.agrees else "incomplete" if missing else "agrees"
+    return Outcome(result, status, "; ".join(found.notes), found)
 
 
 def _read_config(folder: Path) -> MeteredConfig:

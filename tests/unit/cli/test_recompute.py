@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lem.base import durable
+from lem.base.answers import OUTPUT_IDS_FILE
 from lem.meters.requestlog import REQUESTS_FILENAME, read_requests
 from lem.meters.samples import FINISHED_FILENAME, write_finished
 from lem.record import PROMPTS_FILE, Record, read_record, write_record
@@ -222,6 +223,26 @@ def test_a_figure_that_does_not_follow_from_the_requests_is_named(
     assert found["differences"][0]["recorded"] == 7.0
 
 
+ANSWERS = {"measurement": {"agreement": True}, "decoder": {"temperature": 0}}
+
+
+@pytest.mark.parametrize("missing", [OUTPUT_IDS_FILE, PROMPTS_FILE])
+def test_without_the_output_ids_or_prompts_the_figures_are_recomputed_and_the_gap_is_named(
+    missing: str, tmp_path: Path
+) -> None:
+    folder = run(tmp_path, **ANSWERS)
+    ((whole,), other) = (documents(tmp_path, "demo"), ({OUTPUT_IDS_FILE, PROMPTS_FILE} - {missing}).pop())
+    assert whole["status"] == "agrees"
+    (folder / missing).unlink()
+    (found,) = documents(tmp_path, "demo")
+    expected = {"status": "incomplete", "message": f"no such file: {missing}"}
+    assert found == {**whole, **expected}
+    assert recompute("demo", "--results-dir", str(tmp_path)).code == 1
+    (folder / other).write_bytes(b'{"prompt": "other"}\n')
+    (found,) = documents(tmp_path, "demo")
+    assert (found["status"], found["message"]) == ("differs", f"no such file: {missing}")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{}"])
 def test_requests_that_are_missing_or_damaged_are_no_agreement(content: bytes | None, tmp_path: Path) -> None:
     path = run(tmp_path) / REQUESTS_FILENAME
@@ -247,6 +268,6 @@ def test_other_prompts_than_those_of_the_record_differ(tmp_path: Path) -> None:
     assert documents(tmp_path, "demo")[0]["status"] == "impossible"
     (folder / PROMPTS_FILE).unlink()
     (found,) = documents(tmp_path, "demo")
-    assert (found["status"], PROMPTS_FILE in found["message"]) == ("impossible", True)
+    assert (found["status"], PROMPTS_FILE in found["message"]) == ("incomplete", True)
     write_prompts(folder, prompts)
     assert documents(tmp_path, "demo") == [agreeing]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lem.base.doc import text_width
+from lem.base.measurement import Measured
 from lem.meters.samples import FINISHED_FILENAME
 from lem.orchestration.manifest import (
     COMPLETED,
@@ -154,6 +155,21 @@ def test_a_result_with_nothing_to_recompute_it_from_does_not_count_as_agreeing(p
     assert code == 4
     assert "1 result: nothing was recomputed: no such file: samples.jsonl.gz" in " ".join(out.split())
     assert document("demo")["counts"] == {"agrees": 1, "differs": 0, "not verified": 1}
+
+
+def test_a_result_without_its_output_ids_is_compared_with_its_samples_and_does_not_count_as_agreeing(
+    place: Path,
+) -> None:
+    record = measured_record(2)
+    record = dataclasses.replace(record, work=record.work.having(output_ids_sha256=Measured("0" * 64)))
+    path = store(Path("results"), record) / "result.json"
+    found, digest = read_with_digest(path)
+    Repository(Path("results"), "demo").record_result(RUN, StoredResult(path, found, digest))
+    code, out, _ = verify("demo")
+    assert (code, "1 result: no such file: output_ids.jsonl.gz" in out) == (4, True)
+    statuses = {item["figures"]["status"]: item["figures"]["compared"] for item in document("demo")["results"]}
+    assert statuses["incomplete"] == statuses["agrees"] > 30
+    assert document("demo")["counts"] == {"agrees": 2, "differs": 0, "not verified": 1}
 
 
 def test_a_figure_that_does_not_follow_from_the_samples_differs_although_its_digest_agrees(place: Path) -> None:
