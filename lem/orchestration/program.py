@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import field, fields
 from datetime import datetime
 from pathlib import Path
@@ -60,6 +60,7 @@ _START_TIMEOUT_S = 30.0
 # How long the program may take to end after the signal that lem got, and its guardian to kill what is left of it.
 _PATIENCE_S, _KILL_S = 5.0, 12.0
 _TICK_S = 1.0
+_ROUNDS = 100  # in which a program is stopped that starts processes meanwhile
 _LATE_S = 1.0  # a wait that takes so much longer was a stop of this process
 _WALK_SHARE = 200  # walks over /proc take at most this part of a CPU
 
@@ -102,20 +103,23 @@ class Program:
 
     def _suspend(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a handler gets both
         """Ctrl-Z: stop with the program, which has no terminal, and go on with it."""
-        begin_s, pids = time.monotonic(), process.descendants(self.pid)  # not the guardian, which must outlive lem
+        begin_s = time.monotonic()
         signal.signal(signum, signal.SIG_DFL)
-        for each in (signal.SIGSTOP, signal.SIGCONT):
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, each)
-            if each is signal.SIGSTOP:
-                os.kill(os.getpid(), signum)
+        stopped: set[int] = set()
+        for _ in range(_ROUNDS):
+            found = set(process.descendants(self.pid)) - stopped  # not the guardian, which must outlive lem
+            if not found:
+                break
+            _signal(found, signal.SIGSTOP)
+            stopped |= found
+        os.kill(os.getpid(), signum)
+        _signal(stopped, signal.SIGCONT)
         signal.signal(signum, self._suspend)
         self.stopped_s += time.monotonic() - begin_s
 
     def has_ended(self, timeout_s: float, stop: StopRequest) -> bool:
         """Wait for its end; Interrupted, after it was ended, when a stop is requested."""
-        begin_s, before_s = time.monotonic(), self.stopped_s
+        before_s, begin_s = self.stopped_s, time.monotonic()  # in this order, so that no stop between counts twice
         readable = select.select([self._message, stop.fileno()], [], [], timeout_s)[0]
         late_s = time.monotonic() - begin_s - timeout_s - (self.stopped_s - before_s)
         self.stopped_s += late_s if late_s > _LATE_S else 0.0
@@ -270,7 +274,8 @@ class Measurer:
         lost = work.requests_failed if work.requests_ok is not None else None
         unanswered = (Reason.of("work_failed", failed=lost, total=work.tried),) if lost else ()
         is_unfit = (lost or 0) > MAX_FAILED_RATIO * work.tried
-        invalid = (*failed, *stopped, *(unanswered if is_unfit else ()), *energy.invalid_reasons)
+        found = [item for item in energy.invalid_reasons if not (stopped and _is_same_stop(item, run.stopped_s))]
+        invalid = (*failed, *stopped, *(unanswered if is_unfit else ()), *found)
         warnings = (*(() if is_unfit else unanswered), *energy.warnings)
 
         def rate(name: str) -> Measured[float]:
@@ -318,6 +323,17 @@ class Measurer:
             interference=energy.interference,
             machine=energy.machine,
         )
+
+
+def _signal(pids: Collection[int], signum: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
+
+def _is_same_stop(reason: Reason, stopped_s: float) -> bool:
+    """Whether the program was stopped because lem was: Ctrl-Z stops both."""
+    return reason.code == "engine_stopped" and float(reason.data["stopped_s"]) <= stopped_s + _LATE_S
 
 
 def _unseen_but(section: type[_Section], **seen: Any) -> _Section:

@@ -20,7 +20,7 @@ import pytest
 
 import lem
 from lem.base import measurement, process
-from lem.meters.samples import FINISHED_FILENAME, read_finished
+from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, PartReader, read_finished
 from lem.record import Record, decode_record, read_record
 from tests.campaign_rig import DOUBLES_PATH, LEM, ROOT, Ended, Running
 from tests.command_rig import run_lem
@@ -289,9 +289,9 @@ def test_without_a_rest_none_is_told(rig: Rig) -> None:
         ]
 
 
-def test_ctrl_z_stops_the_program_too_and_makes_its_run_invalid(rig: Rig) -> None:
-    script = "echo $$ > pid; echo begun >&2; while [ ! -e done ]; do sleep 0.05; done"
-    command = [sys.executable, "-m", "lem", "measure", "--no-idle", "--energy", "none", "--", "sh", "-c", script]
+def suspended(rig: Rig, *program: str) -> subprocess.Popen[str]:
+    """A program that writes its number to `pid` and then `begun`, stopped by Ctrl-Z."""
+    command = [sys.executable, "-m", "lem", "measure", "--no-idle", "--energy", "none", "--", *program]
     environ = {**os.environ, **rig.marker.environ(), "PYTHONPATH": str(ROOT), "LEM_LOCK_DIR": str(rig.folder / "locks")}
     # A group of its own in this session, as a shell with job control makes one.
     options: dict[str, Any] = {"cwd": rig.folder, "env": environ, "stderr": subprocess.PIPE, "text": True}
@@ -300,20 +300,57 @@ def test_ctrl_z_stops_the_program_too_and_makes_its_run_invalid(rig: Rig) -> Non
     assert any(line == "begun\n" for line in child.stderr)
     os.killpg(child.pid, signal.SIGTSTP)
     assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
-    pid, begun_s = int((rig.folder / "pid").read_text()), time.monotonic()
+    return child
 
-    def has_stood() -> bool | None:  # the kernel stops it a moment later
-        stat = process.read_stat(pid)
-        return (stat is not None and stat.state == "T" and time.monotonic() - begun_s >= 0.3) or None
 
-    wait_for(has_stood)
+def test_ctrl_z_stops_the_program_too_and_makes_its_run_invalid(rig: Rig) -> None:
+    os.mkfifo(rig.folder / "done")
+    child = suspended(rig, "sh", "-c", "echo $$ > pid; echo begun >&2; read line < done")
+    (samples,) = rig.folder.rglob(PART_FILENAME)
+    wait_for(lambda: any((row.stopped_s or 0.0) >= 0.3 for row in PartReader(samples).read().usage) or None)
+    os.killpg(child.pid, signal.SIGCONT)
+    (rig.folder / "done").write_text("\n")
+    child.communicate(timeout=120)
+    assert child.returncode == 0
+    ((_, record),) = rig.results()
+    reason, *others = (it for it in record.validity.invalid_reasons if it.code in ("lem_stopped", "engine_stopped"))
+    assert (reason.code, others) == ("lem_stopped", [])
+    assert 0.3 <= reason.data["stopped_s"] <= round(record.window.window_s + 0.05, 1)
+    assert record.interference.stopped_s
+
+
+# Its child is replaced every few milliseconds by a child of its own.
+FORKING = """
+import os, sys, time
+if os.fork() == 0:
+    while not os.path.exists("done"):
+        time.sleep(0.003)
+        if os.fork():
+            os._exit(0)
+    os._exit(0)
+with open("pid", "w") as stream:
+    stream.write(str(os.getpid()))
+print("begun", file=sys.stderr, flush=True)
+while not os.path.exists("done"):
+    time.sleep(0.01)
+"""
+
+
+def test_ctrl_z_stops_processes_that_the_program_starts_meanwhile(rig: Rig) -> None:
+    child = suspended(rig, sys.executable, "-c", FORKING)
+    program = process.read_stat(int((rig.folder / "pid").read_text()))
+    assert program is not None
+
+    def states() -> set[str]:
+        found = map(process.read_stat, process.descendants(program.parent))
+        return {stat.state for stat in found if stat is not None}
+
+    wait_for(lambda: states() == {"T"} or None)  # the kernel stops them a moment later
     (rig.folder / "done").touch()
     os.killpg(child.pid, signal.SIGCONT)
     child.communicate(timeout=120)
     assert child.returncode == 0
-    ((_, record),) = rig.results()
-    (reason,) = (it for it in record.validity.invalid_reasons if it.code == "lem_stopped")
-    assert 0.3 <= reason.data["stopped_s"] <= record.window.window_s
+    assert rig.marker.survivors() == ()
 
 
 @contextmanager
