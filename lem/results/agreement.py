@@ -1,8 +1,9 @@
 """How far the answers of two configurations agree: output ids of greedy runs, request by request.
 
-Two answers are compared if they answer the same request (ids of the prompt and bounds of the output) in the same cycle.
-A request that several cycles repeat counts once, by the mean over them: greedy answers hardly vary, so repeats would
-only make intervals too narrow. The intervals say what other requests of this kind would give.
+Two answers are compared if they answer the same request (ids of the prompt, bounds of the output, and whether it goes
+on past the end of a text) in the same cycle. A request that several cycles repeat counts once, by the mean over them:
+greedy answers hardly vary, so repeats would only make intervals too narrow. The intervals say what other requests of
+this kind would give.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lem.base.dataclass import dataclass
 from lem.base.durable import reason_of
 from lem.base.measurement import Measured, known
 from lem.base.reasons import Reason
+from lem.record import Record
 from lem.results.bootstrap import bootstrap_ci
 from lem.results.run import Configuration
 from lem.results.stats import CONFIDENCE
@@ -121,12 +123,13 @@ def _read(item: Configuration) -> _Answers | Reason:
         except (OSError, AnswersError) as error:
             text = str(error) if isinstance(error, AnswersError) else f"{path}: {reason_of(error)}"
             return Reason.of("answers_unread", error=text)
-        found |= {_key(record.identity.cycle_index, answer): answer.output_ids for answer in answers}
+        found |= {_key(record, answer): answer.output_ids for answer in answers}
     return found
 
 
-def _key(cycle: int, answer: Answer) -> _Key:
-    return cycle, answer.prompt, answer.request
+def _key(record: Record, answer: Answer) -> _Key:
+    is_endless = record.requested.get("ignore_eos") is True
+    return record.identity.cycle_index, answer.prompt, f"{answer.request}{' ignore_eos' if is_endless else ''}"
 
 
 def _agreement(pairs: Iterable[tuple[_Answers, _Answers]]) -> Measured[Agreement]:

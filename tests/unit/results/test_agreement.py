@@ -96,6 +96,12 @@ def test_a_request_that_cycles_repeat_counts_once_by_its_mean(tmp_path: Path) ->
     assert found.equal_interval == pytest.approx(binomial_interval(4 * found.equal_ratio, 4))
 
 
+def test_answers_that_all_continue_past_the_end_of_a_text_are_compared(tmp_path: Path) -> None:
+    options = {name: {"requested": {"ignore_eos": True}} for name in ("one", "two")}
+    found = agreement(run_of(tmp_path, one=SAME, two=OTHER, options=options))
+    assert (found.requests, found.equal_ratio) == (4, 0.5)
+
+
 def test_a_longer_answer_is_not_equal_to_its_beginning(tmp_path: Path) -> None:
     found = agreement(run_of(tmp_path, one={0: (1, 2)}, two={0: (1, 2, 3)}))
     assert (found.equal_ratio, found.prefix_tok, found.output_tok) == (0.0, 2.0, 3.0)
@@ -125,6 +131,7 @@ def test_of_many_requests_the_interval_of_the_prefix_is_the_t_interval(tmp_path:
         ({"one": SAME, "two": "off"}, "answers_missing"),
         ({"one": [SAME, "off"], "two": [SAME, SAME]}, "answers_missing"),
         ({"one": SAME, "two": OTHER, "requests": {"two": "shorter"}}, "no_same_request"),
+        ({"one": SAME, "two": SAME, "options": {"two": {"requested": {"ignore_eos": True}}}}, "no_same_request"),
     ],
 )
 def test_why_answers_are_not_compared(tmp_path: Path, given: dict[str, Any], code: str) -> None:
