@@ -12,7 +12,6 @@ import marshal
 import os
 import stat
 import sys
-import time
 import zipimport
 from importlib.util import MAGIC_NUMBER, source_hash
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 FOLDER = "bytecode"
 _HASH_SIZE = 8
 _DIRECTORY_SIZE = 1 << 16  # at the end of the zip: names, sizes, times and CRC-32 of some 600 members
-_KEPT_S = 90 * 86_400.0  # code of a lem.pyz that no command has added to for as long is removed
+_KEPT = 3  # files: one for each lem.pyz, path to it and version of Python
 
 
 class CodeCache:
@@ -82,10 +81,9 @@ class CodeCache:
             except BaseException:
                 os.unlink(temporary)
                 raise
-            for item in os.scandir(self._folder):
-                is_old = item.stat(follow_symlinks=False).st_mtime < time.time() - _KEPT_S
-                if is_old and _is_name(item.name):
-                    os.unlink(item)
+            others = [item for item in os.scandir(self._folder) if _is_name(item.name) and item.name != self._name]
+            for item in sorted(others, key=lambda item: item.stat(follow_symlinks=False).st_mtime_ns)[: 1 - _KEPT]:
+                os.unlink(item)
 
     def _code(self, module: str) -> bytes | None:
         begin, end, expected = self._places.get(module, (0, 0, b""))

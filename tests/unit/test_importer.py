@@ -153,20 +153,28 @@ def test_the_same_file_is_read_by_another_spelling_of_its_path(lem: Lem, tmp_pat
 
 
 @pytest.mark.parametrize("is_link", [False, True])
-def test_only_old_code_is_removed_and_only_in_a_folder_of_its_own(lem: Lem, tmp_path: Path, is_link: bool) -> None:
+def test_the_newest_code_is_kept_and_only_a_folder_of_its_own_is_tidied(
+    lem: Lem, tmp_path: Path, is_link: bool
+) -> None:
     folder = tmp_path / "cache/lem" / FOLDER
     place = tmp_path / "elsewhere" if is_link else folder
     place.mkdir(parents=True, mode=0o700)
     if is_link:
         folder.parent.mkdir(parents=True)
         folder.symlink_to(place)
-    names = ["notes.txt", f"{'0' * 16}-a70d0d0a", f".{'0' * 16}-a70d0d0a.17"]
-    for name in names:
+    older = [f".{'0' * 16}-a70d0d0a.17", f"{'1' * 16}-a70d0d0a", f"{'2' * 16}-cb0d0d0a", f"{'3' * 16}-a70d0d0a"]
+    names = ["notes.txt", *older]
+    for number, name in enumerate(names):
         (place / name).touch()
-        os.utime(place / name, (0, 0))
+        written_s = number if name != older[-1] else 2**33  # before the clock was set back
+        os.utime(place / name, (written_s, written_s))
     assert lem("--version").returncode == 0
     left = {path.name for path in place.iterdir()}
-    assert left == set(names) if is_link else left & set(names) == {"notes.txt"}
+    if is_link:
+        assert left == set(names)
+    else:
+        assert left & set(names) == {"notes.txt", *older[-2:]}
+        assert len(left) == 4
 
 
 def test_what_cannot_be_written_whole_leaves_nothing(lem: Lem, tmp_path: Path) -> None:
