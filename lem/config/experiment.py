@@ -403,6 +403,8 @@ class ProgramConfig(Section):
             yield Problem.of("measurement.cpu_tdp_w", "tdp_unused", energy=wanted.energy)
         if self.whole_machine and wanted.max_foreign_pct != MeasurementConfig().max_foreign_pct:
             yield Problem(("measurement", "max_foreign_pct"), "has no effect with whole_machine")
+        if self.whole_machine and is_estimate(wanted.energy):
+            yield Problem(("measurement", "energy"), "tdp_estimate is the share of one program; not with whole_machine")
 
 
 MeteredConfig = ExperimentConfig | ProgramConfig

@@ -253,6 +253,7 @@ def test_nothing_is_left_of_a_program_when_lem_is_ended(rig: Rig, signum: str, c
         (("--energy", "nvml", "--", "true"), 2),
         (("--cpu-tdp-w", "90", "--", "true"), 2),
         (("--baseline", "5", "--", "true"), 2),
+        (("--whole-machine", "--energy", "tdp_estimate", "--cpu-tdp-w", "90", "--", "true"), 2),
         (("--work", "outptu_tokens=a.json:n_tokens", "--", "true"), 2),
     ],
 )
