@@ -104,11 +104,13 @@ def bootstrap_ci(
     # Scaled, so that no sum exceeds the range of floats; by a power of two, so that no digit changes.
     exponent = math.frexp(max(map(abs, values)))[1]
     scaled = [math.ldexp(value, -exponent) for value in values]
-    counted = sorted([(math.fsum(take(scaled)) / n, count) for take, count in _takers(n, n_iterations, seed)])
-    ends = list(itertools.accumulate(count for _, count in counted))
+    takers, counts = _takers(n, n_iterations, seed)
+    sums = list(map(math.fsum, zip(*[take(scaled) for take in takers], strict=True)))
+    order = sorted(range(len(counts)), key=sums.__getitem__)
+    ends = list(itertools.accumulate(map(counts.__getitem__, order)))
 
     def ordered(place: int) -> float:
-        return math.ldexp(counted[bisect.bisect_right(ends, place)][0], exponent)
+        return math.ldexp(sums[order[bisect.bisect_right(ends, place)]] / n, exponent)
 
     low, high = (_quantile(ordered, n_iterations, (1 + sign * confidence) / 2) for sign in (-1, 1))
     mean, std = (math.ldexp(of(scaled), exponent) for of in (statistics.fmean, stdev))
@@ -193,9 +195,11 @@ def resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[tuple[int, ..
 
 
 @functools.lru_cache(maxsize=8)
-def _takers(n: int, n_iterations: int, seed: int) -> tuple[tuple[Callable[[Sequence[float]], Any], int], ...]:
-    """What takes the values of each resample, of two and more."""
-    return tuple((operator.itemgetter(*row), count) for row, count in resamples(n, n_iterations, seed))
+def _takers(n: int, n_iterations: int, seed: int) -> tuple[Sequence[Callable[[Sequence[float]], Any]], Sequence[int]]:
+    """What takes the first values of all distinct resamples, the second values, and so on; how often each occurs."""
+    rows, counts = zip(*resamples(n, n_iterations, seed), strict=True)
+    # With a value more, so that it takes a tuple also of one resample.
+    return [operator.itemgetter(*column, 0) for column in zip(*rows, strict=True)], counts
 
 
 def _checked(samples: Iterable[float]) -> list[float]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lem.base.dataclass import dataclass
 from lem.base.doc import SEPARATORS, name_tokens, printable, text_width
+from lem.base.reasons import Reason
 from lem.base.units import format_quantity, plural, some_of
 from lem.record import Record
 from lem.results.axes import settings_without_record, with_one_width
@@ -87,6 +88,9 @@ def union(spans: Iterable[tuple[float, float]], hole_s: float = 0.0) -> list[tup
     return found
 
 
+Reading = tuple[float | None, Reason | None]
+
+
 @dataclass(frozen=True)
 class Entry:
     number: int  # in every table of the run
@@ -104,9 +108,31 @@ class Entry:
     def used(self) -> tuple[Record, ...]:
         return self.configuration.used
 
-    @property
+    @functools.cached_property
+    def are_used(self) -> Sequence[bool]:
+        """Of each record, whether the estimates rest on it."""
+        if len(self.used) == len(self.records):
+            return [True] * len(self.records)
+        used = {record.identity.key for record in self.used}
+        return [record.identity.key in used for record in self.records]
+
+    @functools.cached_property
     def is_estimate(self) -> bool:
         return self.configuration.is_estimate
+
+    def readings(self, metric: Metric) -> Sequence[Reading]:
+        """What each record says of the metric."""
+        if metric.name not in self._readings:
+            self._readings[metric.name] = [*map(metric.read, self.records)]
+        return self._readings[metric.name]
+
+    def measured(self, metric: Metric, *, is_used: bool) -> list[float]:
+        found = zip(self.readings(metric), self.are_used, strict=True)
+        return [value for (value, _), it in found if it == is_used and value is not None]
+
+    @functools.cached_property
+    def _readings(self) -> dict[str, Sequence[Reading]]:
+        return {}
 
     def centre(self, metric: str | Metric) -> float | None:
         return self.configuration.estimate(metric).value
@@ -159,20 +185,28 @@ class Report:
 
     def unbroken(self, text: str) -> Markup:
         """The text; a name that does not fit on a line is on the next one, whole, with its number and punctuation."""
-        return Markup(self._names.sub(r"<span class=name>\g<0></span>", escape(text)))
+        shown = escape(text)
+        found = {name for name in self._names if name in shown}
+        if not found:
+            return shown
+        longest_first = "|".join(map(re.escape, sorted(found, key=len, reverse=True)))
+        around = r"(?<![\w-])\(?(?:\d+ )?[(“]?", r"(?![\w-])[”),.;:]*"
+        pattern = f"{around[0]}(?<![\\w-])(?:{longest_first}){around[1]}"
+        return Markup(re.sub(pattern, r"<span class=name>\g<0></span>", shown))
 
     @functools.cached_property
-    def _names(self) -> re.Pattern[str]:
-        known = {escape(name) for entry in self.entries for name in (entry.name, entry.label) if "-" in name}
-        longest_first = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
-        around = r"(?<![\w-])\(?(?:\d+ )?[(“]?", r"(?![\w-])[”),.;:]*"
-        return re.compile(f"{around[0]}(?<![\\w-])(?:{longest_first}){around[1]}" if known else r"(?!)")
+    def _names(self) -> set[str]:
+        return {escape(name) for entry in self.entries for name in (entry.name, entry.label) if "-" in name}
+
+    @functools.cached_property
+    def workloads(self) -> list[list[Entry]]:
+        return workloads_of(self.entries)
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
         return (ENERGY, THROUGHPUT) if self.has_energy else (THROUGHPUT,)
 
-    @property
+    @functools.cached_property
     def estimate_note(self) -> str:
         found = (entry.configuration for entry in self.entries)
         note = estimate_note(item for item in found if item.estimate(ENERGY).values)

@@ -15,7 +15,26 @@ from lem.record import Record
 from lem.results.metrics import Metric
 from lem.results.report import content, plot
 from lem.results.report.content import NOT_GIVEN, Entry, Phase, Report, Trace
-from lem.results.report.plot import GROUPS_MAX, Cell, Markup, Plot, Row, Scale, join, marks, spot, table, tag, text
+from lem.results.report.plot import (
+    GROUPS_MAX,
+    Cells,
+    Markup,
+    Number,
+    Plot,
+    Row,
+    Scale,
+    counts,
+    join,
+    marks,
+    number,
+    quantities,
+    spot,
+    table,
+    table_of,
+    tag,
+    text,
+    texts,
+)
 from lem.results.run import ENERGY
 from lem.results.trends import DRIFT_FLAGGED, FALSE_ALARMS, change_of, drift_of, without_means
 
@@ -79,9 +98,9 @@ def heatmap_section(report: Report) -> Markup:
     if len(facets) > _FACETS:
         facets = {(): entries}
     figures = []
-    for number, (chosen, members) in enumerate(sorted(facets.items()), 1):
+    for place, (chosen, members) in enumerate(sorted(facets.items()), 1):
         where = ", ".join(f"{_short(key)} {value}" for key, value in zip(others, chosen, strict=False))
-        identifier = f"grid-{number}" if len(facets) > 1 else "grid"
+        identifier = f"grid-{place}" if len(facets) > 1 else "grid"
         figures.append(_heatmap(identifier, f"{heading}: {where}" if where else heading, grid, members, report))
     return tag("div", *figures, class_="pair" if len(figures) > 1 else None)
 
@@ -110,7 +129,7 @@ def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[Entry
     rows: list[Row] = []
     for row in grid.rows:
         found_here = [squares.get((column, row), _Square((), None)) for column in grid.columns]
-        rows.append([row, *(Cell(it.text, is_number=True) for it in found_here)])
+        rows.append([row, *(number(it.text) for it in found_here)])
     return Plot(
         identifier,
         heading,
@@ -198,11 +217,16 @@ def _order(metric: Metric, report: Report) -> Markup:
     top, bottom, half = y_scale(flagged / 2), y_scale(-flagged / 2), 100 * drift.change / 2
     fitted = [(x_scale(places[0]), y_scale(-half)), (x_scale(places[-1]), y_scale(half))]
     dots: dict[int, list[str]] = {}
-    rows: list[Row] = []
-    for (place, entry, record, value), share in zip(values, shares, strict=True):
+    for (place, entry, *_), share in zip(values, shares, strict=True):
         dots.setdefault(entry.group, []).append(spot(x_scale(place), y_scale(share), plot.DOT))
-        cycle, difference = record.identity.cycle_index + 1, Cell(f"{share:+.2f} %", share, is_number=True)
-        rows.append([place, entry.number, entry.label, cycle, plot.number_cell(value), difference])
+    columns = [
+        counts("Position", places),
+        counts("No.", numbers),
+        texts("Configuration", (entry.label for _, entry, _, _ in values)),
+        counts("Cycle", (record.identity.cycle_index + 1 for _, _, record, _ in values)),
+        quantities(name, ((value, None) for *_, value in values)),
+        Cells("Difference", [f"{share:+.2f}\u00a0%" for share in shares], is_number=True),
+    ]
     chance = "" if drift.is_significant or drift.ci_lower is None else "; this may be chance"
     note = report.estimate_note if metric is ENERGY else ""
     finding = f"{name}{note} {drift.moved} from the first experiment to the last ({drift.interval}{chance})."
@@ -225,7 +249,7 @@ def _order(metric: Metric, report: Report) -> Markup:
                 f"the interval does not contain 0: in at most {100 * FALSE_ALARMS:g} % of campaigns without drift."
             ),
         ],
-        table(heading, ["Position", "No.", "Configuration", "Cycle", name, "Difference"], rows),
+        table_of(heading, columns),
     ).render()
 
 
@@ -383,11 +407,10 @@ def _trace_table(phases: Iterable[Phase]) -> Markup:
         low, high = phase.temp_min_c, phase.temp_max_c
         span = plot.NOT_MEASURED if low is None or high is None else f"{low:.0f} – {high:.0f}"
         numbers = (phase.begin_s, phase.end_s - phase.begin_s, phase.power_mean_w, phase.power_max_w)
-        temperature = Cell(span, low, is_number=True)
-        rows.append([_phase(phase), *map(_decimal, numbers), temperature, _decimal(phase.throttled_s)])
+        rows.append([_phase(phase), *map(_decimal, numbers), number(span), _decimal(phase.throttled_s)])
     head = ["Phase", "Start, s", "Length, s", "Mean power, W", "Maximum power, W", "Temperature, °C", "Throttled, s"]
     return table("Power and temperature by phase", head, rows)
 
 
-def _decimal(value: float | None) -> Cell:
-    return Cell(plot.NOT_MEASURED if value is None else f"{value:.1f}", value, is_number=True)
+def _decimal(value: float | None) -> Number:
+    return number(plot.NOT_MEASURED if value is None else f"{value:.1f}")

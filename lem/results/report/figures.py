@@ -5,16 +5,33 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from typing import NamedTuple
 
 from lem.base.dataclass import dataclass
 from lem.base.measurement import PROMPTS_NEEDED, Distribution
+from lem.base.reasons import Reason
 from lem.base.units import format_latency, format_quantity, plural, some_of
+from lem.record import Record
 from lem.results.comparability import workload_of
 from lem.results.metrics import LATENCIES, READABLE_LATENCIES, Metric, mean_of
 from lem.results.report import plot
-from lem.results.report.content import Entry, Report, frontier, workloads_of
-from lem.results.report.plot import Cell, Markup, Plot, Row, Scale, join, marks, number_cell, spot, table, tag, text
+from lem.results.report.content import Entry, Report, frontier
+from lem.results.report.plot import (
+    Cells,
+    Markup,
+    Plot,
+    Scale,
+    counts,
+    escape,
+    join,
+    marks,
+    quantities,
+    spot,
+    table_of,
+    tag,
+    text,
+    texts,
+)
 from lem.results.run import ENERGY, THROUGHPUT
 
 # --- energy against speed: which configurations no other beats in both
@@ -35,15 +52,14 @@ class _Axis:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class _Point:
+class _Point(NamedTuple):
     entry: Entry
     x: float
     y: float
     x_span: tuple[float, float] | None
     y_span: tuple[float, float] | None
-    workload: int = 0  # from 0
-    is_best: bool = False  # on the frontier of its workload
+    workload: int  # from 0
+    is_best: bool  # on the frontier of its workload
 
 
 def pareto_section(report: Report) -> Markup:
@@ -66,8 +82,9 @@ def pareto_section(report: Report) -> Markup:
 
 
 def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, report: Report) -> Markup:
-    workloads = enumerate(workloads_of(report.entries))
-    points = [point for number, entries in workloads for point in _points(number, entries, across, up)]
+    points = [
+        point for number, entries in enumerate(report.workloads) for point in _points(number, entries, across, up)
+    ]
     if not points:
         return plot.no_plot(identifier, title, "No configuration has a valid result with both values.")
     best = sorted((point for point in points if point.is_best), key=lambda p: p.x, reverse=not across.is_less_better)
@@ -98,14 +115,17 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, report: Repor
 
 
 def _points(workload: int, entries: Iterable[Entry], across: _Axis, up: _Axis) -> list[_Point]:
-    points = [
-        _Point(entry, x, y, entry.span(across.metric), entry.span(up.metric), workload)
+    found = [
+        (entry, x, y)
         for entry in entries
         if (x := entry.centre(across.metric)) is not None and (y := entry.centre(up.metric)) is not None
     ]
     signs = [1 if axis.is_less_better else -1 for axis in (across, up)]
-    best = frontier([(signs[0] * point.x, signs[1] * point.y) for point in points])
-    return [replace(point, is_best=index in best) for index, point in enumerate(points)]
+    best = {*frontier([(signs[0] * x, signs[1] * y) for _, x, y in found])}
+    return [
+        _Point(entry, x, y, entry.span(across.metric), entry.span(up.metric), workload, index in best)
+        for index, (entry, x, y) in enumerate(found)
+    ]
 
 
 def _fronts(best: Sequence[_Point]) -> Iterator[str]:
@@ -176,16 +196,21 @@ def _numbers(points: Iterable[tuple[float, float, str]], markers: Sequence[plot.
 
 
 def _pareto_table(points: Sequence[_Point], across: _Axis, up: _Axis) -> Markup:
-    head = ["No.", "Configuration", across.label, "95 % t interval", up.label, "95 % t interval", "On the frontier"]
-    rows: list[Row] = []
-    for point in points:
-        spans = [
-            Cell(" – ".join(map(format_quantity, span)) if span else "none", span[0] if span else None, is_number=True)
-            for span in (point.x_span, point.y_span)
-        ]
-        found = [number_cell(point.x), spans[0], number_cell(point.y), spans[1]]
-        rows.append([point.entry.number, point.entry.label, *found, "yes" if point.is_best else "no"])
-    return table(f"{up.label} against {across.label}", head, rows, row_head=1)
+    columns = [
+        counts("No.", (point.entry.number for point in points)),
+        texts("Configuration", (point.entry.label for point in points)),
+        quantities(across.label, ((point.x, None) for point in points)),
+        _intervals(point.x_span for point in points),
+        quantities(up.label, ((point.y, None) for point in points)),
+        _intervals(point.y_span for point in points),
+        texts("On the frontier", ("yes" if point.is_best else "no" for point in points)),
+    ]
+    return table_of(f"{up.label} against {across.label}", columns, row_head=1)
+
+
+def _intervals(spans: Iterable[tuple[float, float] | None]) -> Cells:
+    contents = [f"{format_quantity(span[0])} – {format_quantity(span[1])}" if span else "none" for span in spans]
+    return Cells("95 % t interval", contents, is_number=True)
 
 
 # --- rows of configurations: cycles and latency
@@ -230,7 +255,8 @@ def cycles_section(report: Report) -> Markup:
 def _cycles(metric: Metric, report: Report) -> Markup:
     identifier, heading = f"cycles-{metric.name}", f"{metric.label}, by cycle"
     label = f"{metric.label}, {'J' if metric is ENERGY else metric.unit}"
-    values = [value for record in report.records if (value := metric.read(record)[0]) is not None]
+    readings = itertools.chain.from_iterable(entry.readings(metric) for entry in report.entries)
+    values = [value for value, _ in readings if value is not None]
     if not values:
         return plot.no_plot(identifier, heading, "No result has a value.")
     begin = plot.label_room(_cycles_label(entry, metric) for entry in report.entries)
@@ -275,15 +301,9 @@ def _reach(metric: Metric, entries: Sequence[Entry]) -> float:
     for entry in entries:
         centre, span = entry.centre(metric), entry.span(metric)
         if centre:
-            known = [*_values(metric, entry, is_used=True), *(span or ())]
+            known = [*entry.measured(metric, is_used=True), *(span or ())]
             found += [abs(100 * (value / centre - 1)) for value in known]
     return min(1.08 * max(found), _REACH_MAX)
-
-
-def _values(metric: Metric, entry: Entry, *, is_used: bool) -> list[float]:
-    used = {record.identity.key for record in entry.used}
-    values = (metric.read(record)[0] for record in entry.records if (record.identity.key in used) == is_used)
-    return [value for value in values if value is not None]
 
 
 def _cycles_marks(metric: Metric, rows: _Rows, values: Scale, shares: Scale, below: float) -> Iterator[Markup]:
@@ -298,7 +318,7 @@ def _cycles_marks(metric: Metric, rows: _Rows, values: Scale, shares: Scale, bel
     crosses: list[str] = []
     remarks: list[Markup] = []
     for entry, y in rows:
-        counted, left_out = (_values(metric, entry, is_used=is_used) for is_used in (True, False))
+        counted, left_out = (entry.measured(metric, is_used=is_used) for is_used in (True, False))
         centre, span = entry.centre(metric), entry.span(metric)
         places: list[tuple[Callable[[float], float], float]] = [(values, y)]
         if centre is None:
@@ -321,16 +341,24 @@ def _cycles_marks(metric: Metric, rows: _Rows, values: Scale, shares: Scale, bel
 
 
 def _cycles_table(metric: Metric, label: str, entries: Sequence[Entry]) -> Markup:
-    rows: list[Row] = []
-    for entry in entries:
-        used = {record.identity.key for record in entry.used}
-        for record in entry.records:
-            identity, (value, reason) = record.identity, metric.read(record)
-            counts = "yes" if identity.key in used else "no, invalid" if not record.validity.valid else "no"
-            numbers = (identity.cycle_index + 1, identity.attempt, number_cell(value, reason))
-            rows.append([entry.number, _cycles_label(entry, metric), *numbers, counts])
-    head = ["No.", "Configuration", "Cycle", "Attempt", label, "Counts"]
-    return table(f"{label}, every attempt", head, rows, row_head=1)
+    rows = [
+        (entry.number, _cycles_label(entry, metric), record.identity, "yes" if it else _why_left_out(record))
+        for entry in entries
+        for record, it in zip(entry.records, entry.are_used, strict=True)
+    ]
+    columns = [
+        counts("No.", (number for number, *_ in rows)),
+        texts("Configuration", (name for _, name, _, _ in rows)),
+        counts("Cycle", (identity.cycle_index + 1 for _, _, identity, _ in rows)),
+        counts("Attempt", (identity.attempt for _, _, identity, _ in rows)),
+        quantities(label, itertools.chain.from_iterable(entry.readings(metric) for entry in entries)),
+        texts("Counts", (is_used for *_, is_used in rows)),
+    ]
+    return table_of(f"{label}, every attempt", columns, row_head=1)
+
+
+def _why_left_out(record: Record) -> str:
+    return "no" if record.validity.valid else "no, invalid"
 
 
 # --- latency: the percentiles of every configuration
@@ -364,12 +392,10 @@ def _distributions(entry: Entry, kind: str) -> list[Distribution]:
 
 
 def _percentiles(entry: Entry, kind: str) -> _Percentiles:
-    found: dict[str, float] = {}
-    for level in ("mean", *_LEVELS):
-        values = [getattr(item, level) for item in _distributions(entry, kind)]
-        if values and None not in values:
-            found[level] = mean_of(values)
-    return found
+    if not (distributions := _distributions(entry, kind)):
+        return {}
+    each = {level: [getattr(item, level) for item in distributions] for level in ("mean", *_LEVELS)}
+    return {level: mean_of(values) for level, values in each.items() if None not in values}
 
 
 def _latency(kind: str, name: str, entries: Sequence[Entry], found: Mapping[int, _Percentiles]) -> Markup:
@@ -428,16 +454,26 @@ def _latency_marks(rows: Sequence[tuple[Entry, _Percentiles, float]], kind: str,
 
 
 def _latency_table(name: str, kind: str, entries: Sequence[Entry], found: Mapping[int, _Percentiles]) -> Markup:
-    head = ["No.", "Configuration", "Mean", *_LEVELS, "Requests"]
-    rows: list[Row] = []
-    for entry in entries:
-        distributions = _distributions(entry, kind)
-        counts = [item.n for item in distributions]
-        reason = next(filter(None, (item.latency.null_reasons.get(kind) for item in entry.records)), None)
-        cells = []
-        for level in ("mean", *_LEVELS):
-            few = next((why.text for item in distributions if (why := item.null_reasons.get(level))), None)
-            cells.append(number_cell(found[entry.number].get(level), few or reason, format_latency))
-        requests = sum(counts) if counts else Cell("none", is_number=True)
-        rows.append([entry.number, entry.label, *cells, requests])
-    return table(f"{name}, percentiles", head, rows, row_head=1)
+    def percentile(heading: str, level: str) -> Cells:
+        known = (found[entry.number].get(level) for entry in entries)
+        contents = [
+            plot.absent(_why_absent(entry, kind, level)) if value is None else escape(format_latency(value))
+            for entry, value in zip(entries, known, strict=True)
+        ]
+        return Cells(heading, contents, is_number=True)
+
+    requests = ([item.n for item in _distributions(entry, kind)] for entry in entries)
+    columns = [
+        counts("No.", (entry.number for entry in entries)),
+        texts("Configuration", (entry.label for entry in entries)),
+        percentile("Mean", "mean"),
+        *(percentile(level, level) for level in _LEVELS),
+        Cells("Requests", [str(sum(each)) if each else "none" for each in requests], is_number=True),
+    ]
+    return table_of(f"{name}, percentiles", columns, row_head=1)
+
+
+def _why_absent(entry: Entry, kind: str, level: str) -> Reason | None:
+    of_level = (item.null_reasons.get(level) for item in _distributions(entry, kind))
+    of_kind = (record.latency.null_reasons.get(kind) for record in entry.records)
+    return next(filter(None, (*of_level, *of_kind)), None)

@@ -8,7 +8,7 @@ from lem.base.units import format_quantity, plural
 from lem.results.limits import Sweep, change_text, find_sweeps, least_text, limit_notes
 from lem.results.report import plot
 from lem.results.report.content import Report
-from lem.results.report.plot import Cell, Markup, Plot, Row, join, marks, number_cell, spot, tag, text
+from lem.results.report.plot import Markup, Number, Plot, Row, join, marks, number, number_cell, spot, tag, text
 from lem.results.run import ENERGY, THROUGHPUT, Estimate
 
 _TOP, _BOTTOM, _NAME_ROOM = 50.0, 330.0, 50.0
@@ -77,11 +77,11 @@ def _extent(estimates: Sequence[Estimate]) -> list[float]:
 def _table(title: str, sweep: Sweep) -> Markup:
     rows: list[Row] = []
     for index, (value, item) in enumerate(sweep.points):
-        cells: list[Cell] = []
+        cells: list[Number] = []
         for metric in (THROUGHPUT, ENERGY):
             found = item.estimate(metric)
             cells += [number_cell(found.value, found.null_reason), _interval(found)]
-            cells.append(Cell(change_text(sweep.change(index, metric)), is_number=True))
+            cells.append(number(change_text(sweep.change(index, metric))))
         is_least = sweep.least is not None and sweep.least.index == index
         rows.append([item.number, sweep.text(value), *cells, "yes" if is_least else "no"])
     change = f"Against {sweep.text(sweep.points[-1][0])}"
@@ -90,7 +90,7 @@ def _table(title: str, sweep: Sweep) -> Markup:
     return plot.table(title, head, rows, row_head=1)
 
 
-def _interval(found: Estimate) -> Cell:
+def _interval(found: Estimate) -> Number:
     if found.low is None or found.high is None:
-        return Cell("none", is_number=True)
-    return Cell(f"{format_quantity(found.low)} – {format_quantity(found.high)}", found.low, is_number=True)
+        return number("none")
+    return number(f"{format_quantity(found.low)} – {format_quantity(found.high)}")

@@ -11,7 +11,7 @@ from lem.results.load import GOOD_SHARE, LOADS, Knee, Series, find_series, knee_
 from lem.results.metrics import Metric
 from lem.results.report import plot
 from lem.results.report.content import Report
-from lem.results.report.plot import GROUPS_MAX, Cell, Markup, Plot, Row, Scale, join, marks, number_cell, spot, tag
+from lem.results.report.plot import GROUPS_MAX, Markup, Plot, Row, Scale, join, marks, number_cell, spot, tag
 from lem.results.run import ENERGY, Configuration
 
 _TOP, _BOTTOM, _LANE = 50.0, 310.0, 10.0
@@ -47,9 +47,7 @@ def _knees(found: Sequence[Series]) -> Iterator[Markup]:
     for item in knee_tables(found):
         heads = [item.heading, *(column.heading for column in item.columns)]
         cells = zip(*(column.cells for column in item.columns), strict=True)
-        rows: list[Row] = [
-            [name, *(Cell(it, is_number=True) for it in row)] for name, row in zip(item.names, cells, strict=True)
-        ]
+        rows: list[Row] = [[name, *map(plot.number, row)] for name, row in zip(item.names, cells, strict=True)]
         yield tag("h3", item.title)
         yield plot.scroller(item.title, plot.table(item.title, heads, rows))
     yield from (tag("p", note) for note in knee_notes(found))
@@ -140,8 +138,6 @@ def _table(shown: Sequence[Series], points: _Points, metric: Metric, label: str)
             value, low, high = points.get((n, load), (None, 0.0, 0.0))
             interval = f"{format_quantity(low)} – {format_quantity(high)}" if low < high else "none"
             cells = number_cell(load), number_cell(value, configuration.estimate(metric).null_reason)
-            rows.append(
-                [configuration.number, item.label or configuration.name, *cells, Cell(interval, is_number=True)]
-            )
+            rows.append([configuration.number, item.label or configuration.name, *cells, plot.number(interval)])
     head = ["No.", "Configuration", f"{shown[0].option}, {shown[0].unit}", label, "95 % t interval"]
     return plot.table(f"{label} against {shown[0].option}", head, rows, row_head=1)

@@ -6,9 +6,9 @@ import html
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 
 from lem.base import units
 from lem.base.dataclass import dataclass
@@ -68,35 +68,53 @@ def details(summary: str, *content: Markup, is_open: bool = False) -> Markup:
     return tag("details", tag("summary", summary), *content, open="" if is_open else None)
 
 
+class Number(Markup):
+    """A cell that is aligned right, as integers are."""
+
+    __slots__ = ()
+
+
+Row = Sequence[str | int]
+
+
+def absent(reason: Reason | str | None = None) -> Markup:
+    return _absent(f"{NOT_MEASURED}: {reason}" if reason else NOT_MEASURED)
+
+
+@lru_cache
+def _absent(title: str) -> Markup:
+    return tag("span", NOT_MEASURED, class_="absent", title=title)
+
+
+def number(text: str) -> Number:
+    return Number(escape(text))
+
+
+def number_cell(value: float | None, reason: Reason | str | None = None) -> Number:
+    return Number(absent(reason)) if value is None else number(units.format_quantity(value))
+
+
 @dataclass(frozen=True)
-class Cell:
-    text: str  # escaped unless it is markup
-    value: float | None = None  # what a number is sorted by; None sorts last
-    is_number: bool = False  # aligned right and compared as a number
+class Cells:
+    """A column of a table."""
 
-    @property
-    def content(self) -> Markup:
-        return self.text if isinstance(self.text, Markup) else escape(self.text)
-
-    def render(self, *, is_sortable: bool) -> Markup:
-        content = self.content
-        if not self.is_number:
-            return Markup(f"<td class={'t' if content else 'none'}>{content}")
-        if not is_sortable:
-            return Markup(f"<td>{content}")
-        return Markup(f'<td data-v="{"" if self.value is None else f"{self.value:.7g}"}">{content}')
+    heading: str
+    contents: Sequence[str]  # markup
+    is_number: bool = False  # aligned right and compared as numbers
+    values: Sequence[float | None] = ()  # what numbers are sorted by; None sorts last
 
 
-Row = Sequence[Cell | str | int]
+def texts(heading: str, found: Iterable[str]) -> Cells:
+    return Cells(heading, [*map(escape, found)])
 
 
-def number_cell(
-    value: float | None, reason: Reason | str | None = None, form: Callable[[float], str] = units.format_quantity
-) -> Cell:
-    if value is not None:
-        return Cell(form(value), value, is_number=True)
-    text = f"{NOT_MEASURED}: {reason}" if reason else NOT_MEASURED
-    return Cell(tag("span", NOT_MEASURED, class_="absent", title=text), is_number=True)
+def counts(heading: str, found: Iterable[int]) -> Cells:
+    return Cells(heading, [*map(str, found)], is_number=True)
+
+
+def quantities(heading: str, found: Iterable[tuple[float | None, Reason | str | None]]) -> Cells:
+    contents = [absent(why) if value is None else units.format_quantity(value) for value, why in found]
+    return Cells(heading, contents, is_number=True)
 
 
 def decimals_of(values: Iterable[float | None]) -> int | None:
@@ -105,75 +123,84 @@ def decimals_of(values: Iterable[float | None]) -> int | None:
     return max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(known)))) if is_alike else None
 
 
-def interval_cell(estimate: Estimate, decimals: int | None, *, is_estimate: bool) -> Cell:
+def interval_of(estimate: Estimate, decimals: int | None, *, is_estimate: bool) -> Markup:
     t_log, bootstrap, every = estimate.t_log, estimate.bootstrap, estimate.all_attempts
-    notes: list[Markup] = []
+    notes = ""
     if every is not None and every.geometric_mean is not None:
-        notes.append(tag("small", f"all attempts {with_decimals(every.geometric_mean, decimals)}"))
+        notes = f"<small>all attempts {with_decimals(every.geometric_mean, decimals)}</small>"
     if t_log is None or bootstrap is None or t_log.geometric_mean is None:
         reason = estimate.null_reason or (t_log.warning if t_log else None)
         shown = "no geometric mean" if estimate.values else NOT_MEASURED  # a zero was measured
-        return Cell(join([tag("span", shown, class_="absent", title=reason), *notes]), is_number=True)
+        return Markup(tag("span", shown, class_="absent", title=reason) + notes)
     if is_estimate:
-        notes.insert(0, tag("small", "estimate", class_="tag estimate"))
-    intervals = [
-        tag("div", tag("span", kind, class_="kind"), Markup(" "), _interval(item.ci_lower, item.ci_upper, decimals))
+        notes = f'<small class="tag estimate">estimate</small>{notes}'
+    intervals = "".join([
+        f'<div><span class="kind">{kind}</span> {_interval(item.ci_lower, item.ci_upper, decimals)}</div>'
         for kind, item in (("t", t_log), ("bootstrap", bootstrap))
-    ]
+    ])  # fmt: skip
     if t_log.ci_lower is None and bootstrap.ci_lower is None:
         why = None if t_log.n_samples == 1 else t_log.warning or bootstrap.warning
-        intervals = [tag("div", tag("span", "no interval", class_="absent", title=why))]
+        intervals = tag("div", tag("span", "no interval", class_="absent", title=why))
     elif estimate.combined is not None and (combined := estimate.combined.value) is not None:
         causes = ", ".join(f"{cause.replace('_', ' ')} {percent(share)}" for cause, share in combined.budget.items())
         title = f"{causes} (k = 1), times k = {combined.factor:.2f}"
         label = tag("span", "combined", class_="kind", title=title)
-        intervals.append(tag("div", label, Markup(" "), combined.text))
-    mean = tag("b", with_decimals(t_log.geometric_mean, decimals))
-    return Cell(join([mean, *notes, *intervals]), t_log.geometric_mean, is_number=True)
+        intervals += tag("div", label, Markup(" "), combined.text)
+    return Markup(f"<b>{with_decimals(t_log.geometric_mean, decimals)}</b>{notes}{intervals}")
 
 
 def _interval(low: float | None, high: float | None, decimals: int | None) -> str:
     if low is None or high is None:
         return "none"
-    more = decimals
-    while more is not None and low < high and with_decimals(low, more) == with_decimals(high, more) and more < 9:
-        more += 1
-    return f"{with_decimals(low, more)} – {with_decimals(high, more)}"
+    ends = with_decimals(low, decimals), with_decimals(high, decimals)
+    while decimals is not None and low < high and ends[0] == ends[1] and decimals < 9:
+        decimals += 1
+        ends = with_decimals(low, decimals), with_decimals(high, decimals)
+    return " – ".join(ends)
 
 
-def table(
+def table(caption: str, head: Sequence[str], rows: Iterable[Row], *, row_head: int | None = 0) -> Markup:
+    columns = [*zip(*rows, strict=True)] or [()] * len(head)
+    return table_of(caption, [*map(_cells, head, columns)], row_head=row_head)
+
+
+def _cells(heading: str, found: Row) -> Cells:
+    contents = [it if isinstance(it, Markup) else escape(str(it)) for it in found]
+    return Cells(heading, contents, is_number=any(isinstance(it, (int, Number)) for it in found[:1]))
+
+
+def table_of(
     caption: str,
-    head: Sequence[str],
-    rows: Iterable[Row],
+    columns: Sequence[Cells],
     *,
     row_head: int | None = 0,
     sorted_by: tuple[int, str] | None = None,
     best: int | None = None,
 ) -> Markup:
     """A table, which the reader can sort if it is `sorted_by` a column, `ascending` or `descending`."""
-    kept = [
-        [it if isinstance(it, Cell) else Cell(str(it), it, True) if isinstance(it, int) else Cell(it) for it in row]
-        for row in rows
-    ]
-    numbers = {index for index, cell in enumerate(kept[0]) if cell.is_number} if kept else set()
     order = dict([sorted_by]) if sorted_by else {}
-    heads = [
-        tag("th", text, scope="col", class_="n" if index in numbers else None, aria_sort=order.get(index))
-        for index, text in enumerate(head)
-    ]
-    lines = []
-    for number, row in enumerate(kept):
-        cells = [
-            Markup(f"<th scope=row>{cell.content}") if index == row_head else cell.render(is_sortable=bool(order))
-            for index, cell in enumerate(row)
-        ]
-        lines.append(Markup(f"<tr{' class=best' if number == best else ''}>{join(cells)}"))
+    heads, cells = [], []
+    for index, column in enumerate(columns):
+        class_ = "n" if column.is_number and column.contents else None
+        heads.append(tag("th", column.heading, scope="col", class_=class_, aria_sort=order.get(index)))
+        if index == row_head:
+            cells.append([f"<th scope=row>{it}" for it in column.contents])
+        elif not column.is_number:
+            cells.append([f"<td class={'t' if it else 'none'}>{it}" for it in column.contents])
+        elif not order:
+            cells.append([f"<td>{it}" for it in column.contents])
+        else:
+            sorted_ = ["" if it is None else f"{it:.7g}" for it in column.values]
+            cells.append([f'<td data-v="{key}">{it}' for key, it in zip(sorted_, column.contents, strict=True)])
+    rows = ["<tr>" + "".join(row) for row in zip(*cells, strict=True)]
+    if best is not None:
+        rows[best] = rows[best].replace("<tr>", "<tr class=best>", 1)
     return tag(
         "table",
         tag("caption", caption, class_="unseen"),
         tag("thead", tag("tr", *heads)),
-        tag("tbody", join(lines, "\n")),
-        class_=("overview sortable " * bool(order) + _card_class(head)).strip() or None,
+        tag("tbody", Markup("\n".join(rows))),
+        class_=("overview sortable " * bool(order) + _card_class([it.heading for it in columns])).strip() or None,
     )
 
 
@@ -214,12 +241,13 @@ class Scale:
     is_log: bool = False
 
     def __call__(self, value: float) -> float:
-        value = min(max(value, self.low), self.high)
-        if self.is_log:
-            share = math.log(value / self.low) / math.log(self.high / self.low)
-        else:
-            share = (value - self.low) / (self.high - self.low)
-        return self.begin + share * (self.end - self.begin)
+        value = self.low if value < self.low else min(value, self.high)
+        length = math.log(value / self.low) if self.is_log else value - self.low
+        return self.begin + length / self._length * (self.end - self.begin)
+
+    @cached_property
+    def _length(self) -> float:
+        return math.log(self.high / self.low) if self.is_log else self.high - self.low
 
     def shifted(self, by: float) -> Scale:
         return replace(self, begin=self.begin + by, end=self.end + by)
@@ -342,10 +370,12 @@ def vertical_axis(scale: Scale, x: float, right: float, label: str, *, count: in
 
 
 def row_labels(rows: Sequence[tuple[int, str, float]], right: float) -> Markup:
-    numbers = (text(0, y + 4, str(number)) for number, _, y in rows)
-    names = (text(0, y + 4, label) for _, label, y in rows if label)
-    keys = tag("g", *numbers, class_="keys", transform="translate(22)")
-    return join([keys, tag("g", *names, class_="names", transform=f"translate({number_text(right - 10)})")])
+    heights = [number_text(y + 4) for *_, y in rows]
+    numbers = [f'<text y="{y}">{number}</text>' for (number, _, _), y in zip(rows, heights, strict=True)]
+    names = [f'<text y="{y}">{escape(name)}</text>' for (_, name, _), y in zip(rows, heights, strict=True) if name]
+    keys = tag("g", Markup("".join(numbers)), class_="keys", transform="translate(22)")
+    place = f"translate({number_text(right - 10)})"
+    return join([keys, tag("g", Markup("".join(names)), class_="names", transform=place)])
 
 
 def label_room(labels: Iterable[str]) -> float:

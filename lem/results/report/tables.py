@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from pathlib import PurePath
 
 from lem.base.dataclass import dataclass
@@ -20,7 +21,22 @@ from lem.results.comparison import ratio_notes_of
 from lem.results.metrics import METRIC_BY_NAME, Metric, mean_of
 from lem.results.report import plot
 from lem.results.report.content import Entry, Report, verdict_of
-from lem.results.report.plot import Cell, Markup, Row, details, join, paragraphs, scroller, table, tag
+from lem.results.report.plot import (
+    Cells,
+    Markup,
+    Row,
+    counts,
+    details,
+    escape,
+    join,
+    paragraphs,
+    quantities,
+    scroller,
+    table,
+    table_of,
+    tag,
+    texts,
+)
 from lem.results.run import ENERGY, carbon_basis
 from lem.results.uncertainty import why_unknown
 from lem.results.views import ComparisonTables, decimals_of, effect_cells
@@ -142,40 +158,52 @@ def _agreements(report: Report) -> Iterator[Markup]:
 
 
 def _overview(report: Report, *, best: int | None) -> Markup:
-    decimals = {metric: plot.decimals_of(entry.centre(metric) for entry in report.entries) for metric in report.metrics}
-    latencies = [
-        (label, name)
-        for label, name in (("TTFT p50", "ttft_p50_s"), ("End-to-end p50", "e2e_p50_s"))
-        if any(entry.configuration.estimate(name).values for entry in report.entries)
+    entries, comparison = report.entries, report.comparison
+    first, *others = _axes(entries)
+    numbers = [f'<i class="dot g{entry.group}"></i>{entry.number}' for entry in entries]
+    columns = [
+        Cells("No.", numbers, is_number=True, values=[entry.number for entry in entries]),
+        Cells(first.heading.replace("\n", ""), [*map(_badged, first.cells, entries)]),
+        *(texts(column.heading.replace("\n", ""), column.cells) for column in others),
     ]
-    entries = report.entries
-    known = _axes(entries)
-    head = ["No.", *(column.heading.replace("\n", "") for column in known)]
     for metric in report.metrics:
-        note = report.estimate_note if metric is ENERGY else ""
-        head.append(f"{metric.heading}{note}")
-        if metric is report.headline and report.comparison is not None:
-            head.append(f"Ratio to {report.comparison.pairs[0].baseline.number}")
-    head += [*(label for label, _ in latencies), "Cycles"]
-    compared = report.comparison.rows(report.headline) if report.comparison is not None else []
-    ratios = {pair.other.number: row for pair, row in reversed(compared)}
-    rows: list[Row] = []
-    for index, entry in enumerate(entries):
-        first, *others = (column.cells[index] for column in known)
-        number = join([tag("i", class_=f"dot g{entry.group}"), str(entry.number)])
-        row: list[Cell | str | int] = [Cell(number, entry.number, is_number=True), Cell(_badged(first, entry)), *others]
-        for metric, digits in decimals.items():
-            is_estimated = entry.is_estimate and metric is ENERGY
-            row.append(plot.interval_cell(entry.configuration.estimate(metric), digits, is_estimate=is_estimated))
-            if metric is report.headline and report.comparison is not None:
-                row.append(_ratio(entry, report.comparison, ratios.get(entry.number)))
-        for _, name in latencies:
-            estimate = entry.configuration.estimate(name)
-            row.append(plot.number_cell(estimate.value, estimate.null_reason, format_latency))
-        rows.append([*row, entry.configuration.n_cycles])
+        columns.append(_estimates(metric, f"{metric.heading}{report.estimate_note * (metric is ENERGY)}", entries))
+        if metric is report.headline and comparison is not None:
+            columns.append(_ratios(comparison, metric, entries))
+    for heading, name in (("TTFT p50", "ttft_p50_s"), ("End-to-end p50", "e2e_p50_s")):
+        found = [entry.configuration.estimate(name) for entry in entries]
+        if any(estimate.values for estimate in found):
+            centres = [estimate.value for estimate in found]
+            contents = [
+                plot.absent(estimate.null_reason) if value is None else escape(format_latency(value))
+                for estimate, value in zip(found, centres, strict=True)
+            ]
+            columns.append(Cells(heading, contents, is_number=True, values=centres))
+    cycles = [entry.configuration.n_cycles for entry in entries]
+    columns.append(Cells("Cycles", [*map(str, cycles)], is_number=True, values=cycles))
     caption = f"Every configuration of {report.run.campaign_name}, sortable by each column"
-    places = [place for place, entry in enumerate(report.entries) if entry.number == best]
-    return table(caption, head, rows, sorted_by=(0, "ascending"), best=places[0] if places else None)
+    place = next((place for place, entry in enumerate(entries) if entry.number == best), None)
+    return table_of(caption, columns, sorted_by=(0, "ascending"), best=place)
+
+
+def _estimates(metric: Metric, heading: str, entries: Sequence[Entry]) -> Cells:
+    centres = [entry.centre(metric) for entry in entries]
+    decimals = plot.decimals_of(centres)
+    contents = [
+        plot.interval_of(
+            entry.configuration.estimate(metric), decimals, is_estimate=entry.is_estimate and metric is ENERGY
+        )
+        for entry in entries
+    ]
+    return Cells(heading, contents, is_number=True, values=centres)
+
+
+def _ratios(comparison: Comparison, metric: Metric, entries: Sequence[Entry]) -> Cells:
+    rows = {pair.other.number: row for pair, row in reversed(comparison.rows(metric))}
+    baseline = comparison.pairs[0].baseline.number
+    found = [("baseline", 1.0) if entry.number == baseline else _ratio(rows.get(entry.number)) for entry in entries]
+    contents, values = [it for it, _ in found], [it for _, it in found]
+    return Cells(f"Ratio to {baseline}", contents, is_number=True, values=values)
 
 
 def _axes(entries: Sequence[Entry]) -> Sequence[Column]:
@@ -185,15 +213,13 @@ def _axes(entries: Sequence[Entry]) -> Sequence[Column]:
     return [names if column.heading == names.heading else column for column in found or [names]]
 
 
-def _ratio(entry: Entry, comparison: Comparison, row: ComparisonRow | None) -> Cell:
-    if entry.number == comparison.pairs[0].baseline.number:
-        return Cell("baseline", 1.0, is_number=True)
+def _ratio(row: ComparisonRow | None) -> tuple[Markup, float | None]:
     if row is None or row.effect is None:
         why = row.reason.text if row is not None and row.reason else None
-        return Cell(tag("span", "none", class_="absent", title=why), is_number=True)
+        return tag("span", "none", class_="absent", title=why), None
     ratio, interval, _, p_value, _ = effect_cells(row, decimals_of(row))
     title = None if row.p_adjusted is None else f"p {p_value}, adjusted by Holm"
-    return Cell(join([ratio, Markup(" "), tag("small", interval, title=title)]), row.effect.ratio, is_number=True)
+    return join([ratio, Markup(" "), tag("small", interval, title=title)]), row.effect.ratio
 
 
 def _badged(shown: str, entry: Entry) -> Markup:
@@ -271,21 +297,28 @@ _FIGURES: tuple[Metric | _OfGpus, ...] = (
 
 
 def _more_figures(report: Report) -> Markup:
-    used = [record for entry in report.entries for record in entry.used]
-    figures = [figure for figure in _FIGURES if any(figure.read(record)[0] is not None for record in used)]
-    if not figures:
+    entries = report.entries
+    basis = f" ({carbon_basis(entry.configuration for entry in entries)})"
+    columns = [counts("No.", (entry.number for entry in entries)), texts("Configuration", (it.label for it in entries))]
+    used = [record for entry in entries for record in entry.used]
+    for figure in _FIGURES:
+        if isinstance(figure, Metric) and not _is_recorded(figure, used):
+            continue
+        found = [[*map(figure.read, entry.used)] for entry in entries]
+        if any(value is not None for each in found for value, _ in each):
+            notes = basis * (figure.section == "carbon") + report.estimate_note * (figure.group == "energy")
+            columns.append(quantities(figure.heading + notes, map(_mean_or_why, found)))
+    if len(columns) == 2:
         return Markup()
-    rows: list[Row] = []
-    for entry in report.entries:
-        row: list[Cell | str | int] = [entry.number, entry.label]
-        for figure in figures:
-            found = [*map(figure.read, entry.used)]
-            values = [value for value, _ in found if value is not None]
-            reason = next((why for _, why in found if why is not None), None)
-            row.append(plot.number_cell(mean_of(values) if values else None, reason))
-        rows.append(row)
-    basis = f" ({carbon_basis(entry.configuration for entry in report.entries)})"
-    notes = ((basis * (item.section == "carbon"), report.estimate_note * (item.group == "energy")) for item in figures)
-    heads = [item.heading + "".join(found) for item, found in zip(figures, notes, strict=True)]
     label = "More figures of every configuration"
-    return details(label, scroller(label, table(label, ["No.", "Configuration", *heads], rows, row_head=1)))
+    return details(label, scroller(label, table_of(label, columns, row_head=1)))
+
+
+def _is_recorded(metric: Metric, records: Iterable[Record]) -> bool:
+    """Whether a record has what the metric is made of; quicker than reading it."""
+    return any(value is not None for value in map(attrgetter(f"{metric.section}.{metric.field}"), records))
+
+
+def _mean_or_why(found: Sequence[tuple[float | None, Reason | None]]) -> tuple[float | None, Reason | None]:
+    values = [value for value, _ in found if value is not None]
+    return mean_of(values) if values else None, next((why for _, why in found if why is not None), None)

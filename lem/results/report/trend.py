@@ -20,7 +20,7 @@ from lem.results.history import (
     versions_text,
 )
 from lem.results.report import page_body, plot, render_page
-from lem.results.report.plot import Cell, Markup, Plot, Row, Scale, join, marks, spot, table, tag
+from lem.results.report.plot import Cells, Markup, Plot, Row, Scale, escape, join, marks, spot, table, tag, texts
 from lem.results.trends import FALSE_ALARMS
 from lem.results.views import ESTIMATED
 
@@ -70,21 +70,18 @@ def _changes(history: History) -> Iterator[Markup]:
     found = history.changes
     sentence = f"{plural(len(found), 'change point')} found." if found else "No change point was found."
     yield tag("p", sentence, class_="verdict")
-    rows: list[Row] = [
-        [
-            change.run_id,
-            series.name,
-            series.metric.label,
-            Cell(change_text(change.ratio), change.ratio, is_number=True),
-            Cell(chance_text(change.p_value), change.p_value, is_number=True),
-            versions_text(change.versions) or NOTHING_ELSE,
+    if found:
+        ratios, chances = [it.ratio for _, it in found], [it.p_value for _, it in found]
+        columns = [
+            texts("Since run", (change.run_id for _, change in found)),
+            texts("Configuration", (series.name for series, _ in found)),
+            texts("Metric", (series.metric.label for series, _ in found)),
+            Cells("Change", [*map(escape, map(change_text, ratios))], is_number=True, values=ratios),
+            Cells("p", [*map(escape, map(chance_text, chances))], is_number=True, values=chances),
+            texts("Changed with it", (versions_text(change.versions) or NOTHING_ELSE for _, change in found)),
         ]
-        for series, change in found
-    ]
-    if rows:
-        head = ["Since run", "Configuration", "Metric", "Change", "p", "Changed with it"]
         caption = "Change points in the order of runs"
-        yield plot.scroller(caption, table(caption, head, rows, sorted_by=(0, "ascending")))
+        yield plot.scroller(caption, plot.table_of(caption, columns, sorted_by=(0, "ascending")))
     yield from (tag("p", text) for text in notes(history))
 
 
@@ -152,8 +149,8 @@ def _data(heading: str, series: Series, places: dict[str, int], share: Callable[
             places[item.run_id],
             item.run_id,
             plot.number_cell(item.value),
-            Cell(plain(math.exp(item.log), ".4g") if series.is_relative else "–", is_number=True),
-            Cell(f"{share(item.log):+.2f} %", is_number=True),
+            plot.number(plain(math.exp(item.log), ".4g") if series.is_relative else "–"),
+            plot.number(f"{share(item.log):+.2f} %"),
         ]
         for item in series.points
     ]
