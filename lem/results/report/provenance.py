@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from operator import attrgetter
 
 from lem.base.measurement import EnergySource, Section, is_estimate
 from lem.base.units import format_bytes, format_duration, format_latency, format_power, plural, some_of
@@ -22,10 +22,11 @@ def environment_section(report: Report) -> Markup:
     if not report.records:
         return tag("p", "There is no complete result, so nothing is known about the environment.", class_="absent")
     shared, differing = [], []
+    groups = _alike(report.records)
     for label, read in _FACTS.items():
         found: dict[str, list[Record]] = {}
-        for record in report.records:
-            found.setdefault(read(record), []).append(record)
+        for group in groups:
+            found.setdefault(read(group[0]), []).extend(group)
         if len(found) == 1:
             shared += [[label, value] for value in found if value]
         else:
@@ -34,7 +35,7 @@ def environment_section(report: Report) -> Markup:
                 rest = [record for _, members in others for record in members]
                 ranked[_VALUES_SHOWN:] = [(f"{len(others)} other values", rest)]
             differing += [[label, value or "not given", _results_of(them, report)] for value, them in ranked]
-    shared += [[_capital(label), _machine_range(name, report.records)] for _, name, label in MACHINE_STATE]
+    shared += [[_capital(label), _machine_range(name, groups)] for _, name, label in MACHINE_STATE]
     same = table("What all results share", ["Property", "Value"], shared)
     parts = [tag("h3", "Same for every result"), scroller("Shared environment", same)]
     if differing:
@@ -44,7 +45,23 @@ def environment_section(report: Report) -> Markup:
             tag("p", "Results are comparable only if these are the differences you intended."),
             scroller("Differing environment", content),
         ]
-    return join([*parts, _options_changed(report.records)])
+    return join([*parts, _options_changed(groups)])
+
+
+_OF_IDENTITY = attrgetter("host", "run_id", "lem_version", "model")
+_OF_GPU = attrgetter("name", *(name for _, name, _ in GPU_SETTINGS))
+_OF_MACHINE = attrgetter(*(name for section, name, _ in MACHINE_SETTINGS if section == "machine"))
+
+
+def _alike(records: Iterable[Record]) -> list[list[Record]]:
+    """Records of which all facts are the same: most of thousands are."""
+    found: dict[Hashable, list[Record]] = {}
+    for record in records:
+        machine = record.machine
+        gpus = tuple([(id(gpu.null_reasons), *_OF_GPU(gpu)) for gpu in record.gpus])
+        key = (_OF_IDENTITY(record.identity), id(record.environment), _prompts(record), gpus)
+        found.setdefault((*key, id(machine.null_reasons), _OF_MACHINE(machine)), []).append(record)
+    return list(found.values())
 
 
 def _capital(label: str) -> str:
@@ -56,14 +73,9 @@ def _listed(values: Iterable[str]) -> str:
 
 
 def _fact(name: str, section: str = "environment") -> Callable[[Record], str]:
-    known: dict[tuple[Any, ...], str] = {}  # most of thousands of results say the same
-
     def read(record: Record) -> str:
         owners = record.gpus if section == "gpus" else (getattr(record, section),)
-        key = tuple([(getattr(owner, name), owner.null_reasons.get(name)) for owner in owners])
-        if key not in known:
-            known[key] = _listed(_known_or_why(owner, name) for owner in owners)
-        return known[key]
+        return _listed(_known_or_why(owner, name) for owner in owners)
 
     return read
 
@@ -77,10 +89,10 @@ def _known_or_why(owner: Section, name: str) -> str:
     return _listed(found.value) if isinstance(found.value, tuple) else setting_text(name, found.value)
 
 
-def _machine_range(name: str, records: Sequence[Record]) -> str:
-    values = [getattr(record.machine, name) for record in records]
+def _machine_range(name: str, groups: Iterable[Sequence[Record]]) -> str:
+    values = [getattr(record.machine, name) for group in groups for record in group]
     if all(value is None for value in values):
-        return _listed(_known_or_why(record.machine, name) for record in records)
+        return _listed(_known_or_why(group[0].machine, name) for group in groups)
     return _range(values, partial(setting_text, name))
 
 
@@ -124,13 +136,13 @@ def _results_of(members: Sequence[Record], report: Report) -> str:
     return f"{plural(len(members), 'result')} of {noun} {some_of(numbers, 8)}"
 
 
-def _options_changed(records: Sequence[Record]) -> Markup:
+def _options_changed(groups: Iterable[Sequence[Record]]) -> Markup:
     found: dict[tuple[str, ...], int] = {}
-    for record in records:
-        for option, pair in record.environment.engine_differs.items():
+    for group in groups:
+        for option, pair in group[0].environment.engine_differs.items():
             both = pair if isinstance(pair, list) and len(pair) == 2 else (pair, "")
             key = (option, *(json.dumps(value, ensure_ascii=False) for value in both))
-            found[key] = found.get(key, 0) + 1
+            found[key] = found.get(key, 0) + len(group)
     if not found:
         return Markup()
     name = "Options changed by the engine"
@@ -168,8 +180,10 @@ def methods_section(report: Report) -> Markup:
 
 
 def _energy_methods(used: Sequence[Record]) -> Iterator[Row]:
-    for source in dict.fromkeys(record.energy.primary_j.source for record in used):
-        own = [record for record in used if record.energy.primary_j.source == source]
+    by_source: dict[str | None, list[Record]] = {}
+    for record in used:
+        by_source.setdefault(record.energy.primary_j.source, []).append(record)
+    for source, own in by_source.items():
         if source is None:
             reasons = _listed(str(record.energy.primary_j.null_reason) for record in own)
             yield ["Energy", plot.NOT_MEASURED, f"{reasons} ({plural(len(own), 'result')})"]
@@ -191,7 +205,7 @@ def _energy_methods(used: Sequence[Record]) -> Iterator[Row]:
 
 
 def _energy_remarks(records: Sequence[Record]) -> Iterator[str]:
-    scope = _listed(record.energy.primary_j.scope or "unknown" for record in records)
+    scope = _listed(record.energy.energy_scope or "unknown" for record in records)
     yield f"{plural(len(records), 'result')}, scope {scope}"
     periods = [record.energy.counter_update_period_s for record in records]
     ratios = [record.energy.energy_crosscheck_ratio for record in records]
