@@ -112,6 +112,11 @@ def headline_settings(record: Record) -> dict[str, str]:
     return _texts(_HEADLINES, record)
 
 
+def shared_headlines(records: Sequence[Record]) -> dict[str, str]:
+    found = {label: {str(read(record) or "") for record in records} for label, read in _HEADLINES.items()}
+    return {label: text for label, texts in found.items() if len(texts) == 1 and (text := next(iter(texts)))}
+
+
 def settings_of(record: Record) -> dict[str, str]:
     options = {name: item for name, item in record.requested.items() if name not in _LEFT_OUT}
     return {**headline_settings(record), **_texts(_MORE, record), **dict(_flatten(options))}

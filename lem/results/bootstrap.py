@@ -168,7 +168,7 @@ def geometric_mean(samples: Sequence[float]) -> float | None:
     """That of `log_t_interval`, which takes ten times as long; None where a sample is zero or negative."""
     if min(samples) <= 0:
         return None
-    return float(samples[0]) if min(samples) == max(samples) else ratio_of(statistics.fmean(map(math.log, samples)))
+    return float(samples[0]) if min(samples) == max(samples) else ratio_of(statistics.fmean([*map(math.log, samples)]))
 
 
 def bootstrap_coverage_label(n_samples: int, confidence: float = CONFIDENCE) -> str | None:

@@ -306,4 +306,4 @@ def cycle_values(metric: Metric, cycles: Cycles) -> dict[Cycle, float]:
 
 
 def mean_of(values: Sequence[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values))) if min(values) > 0 else statistics.fmean(values)
+    return math.exp(statistics.fmean([*map(math.log, values)])) if min(values) > 0 else statistics.fmean(values)

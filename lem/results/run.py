@@ -363,7 +363,7 @@ class Run:
     @cached_property
     def shared(self) -> Mapping[str, str]:
         """The settings of the heading that all configurations have in common, by label."""
-        return axes.shared_settings(map(axes.headline_settings, _in_order(self.records)))
+        return axes.shared_headlines(self.records)
 
     @property
     def single_cycle(self) -> str | None:

@@ -372,15 +372,17 @@ _Percentiles = Mapping[str, float]
 
 def latency_section(report: Report) -> Markup:
     parts, absences = [], []
+    # Thousands of results share few of them.
+    null_reasons = {id(whys): whys for whys in (record.latency.null_reasons for record in report.records)}.values()
     for short, name in READABLE_LATENCIES.items():
         kind = f"{short}_s"
         found = {entry.number: _percentiles(entry, kind) for entry in report.entries}
         if any(found.values()):
             parts.append(_latency(kind, name, report.entries, found))
-            continue
-        reasons = (record.latency.null_reasons.get(kind) for record in report.records)
-        reason = "; ".join(dict.fromkeys(reason.text for reason in reasons if reason)) or "no valid result"
-        absences += [tag("p", f"{name}: not measured: {reason}")] if short in LATENCIES else []
+        elif short in LATENCIES:
+            reasons = (whys.get(kind) for whys in null_reasons)
+            reason = "; ".join(dict.fromkeys(reason.text for reason in reasons if reason)) or "no valid result"
+            absences.append(tag("p", f"{name}: not measured: {reason}"))
     if not parts:
         parts.append(plot.no_plot("latency", "Latency percentiles", "No latency was measured."))
     left_out = tag("div", *absences, class_="absent") if absences else Markup()

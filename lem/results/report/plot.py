@@ -35,8 +35,12 @@ def escape(text: str) -> Markup:
     return Markup(html.escape(_BEFORE_UNIT.sub("\u00a0", printable(text))))
 
 
+def _markup(text: str) -> Markup:
+    return text if isinstance(text, Markup) else escape(text)
+
+
 def join(parts: Iterable[str], separator: str = "") -> Markup:
-    return Markup(separator.join(part if isinstance(part, Markup) else escape(part) for part in parts))
+    return Markup(separator.join(map(_markup, parts)))
 
 
 def number_text(value: float) -> str:
@@ -53,7 +57,7 @@ def tag(name: str, /, *children: str, **attributes: str | float | None) -> Marku
     head = " ".join(parts)
     if name in _VOID and not children:
         return Markup(f"<{head}>" if name in ("meta", "br") else f"<{head}/>")
-    return Markup(f"<{head}>{join(children)}</{name}>")
+    return Markup("".join([f"<{head}>", *map(_markup, children), f"</{name}>"]))
 
 
 def paragraphs(texts: Iterable[str]) -> list[Markup]:
@@ -214,10 +218,11 @@ def _card_class(head: Sequence[str]) -> str:
     return f"cards k{zlib.crc32(repr(head).encode())}" if len(head) > _NARROW_COLUMNS else ""
 
 
-def card_labels(page: str) -> str:
+def card_labels(parts: Iterable[str]) -> str:
     rules = {
         f".{name} tbody tr>:nth-child({column})::before{{content:{_css_text(html.unescape(text))}}}": None
-        for name, heads in _HEADS.findall(page)
+        for part in parts
+        for name, heads in _HEADS.findall(part)
         for column, text in enumerate(_HEAD.findall(heads), 1)
     }
     return "@media screen and (max-width:40rem){" + "".join(rules) + "}"

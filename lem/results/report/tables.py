@@ -316,7 +316,8 @@ def _more_figures(report: Report) -> Markup:
 
 def _is_recorded(metric: Metric, records: Iterable[Record]) -> bool:
     """Whether a record has what the metric is made of; quicker than reading it."""
-    return any(value is not None for value in map(attrgetter(f"{metric.section}.{metric.field}"), records))
+    found = [*map(attrgetter(f"{metric.section}.{metric.field}"), records)]
+    return found.count(None) < len(found)
 
 
 def _mean_or_why(found: Sequence[tuple[float | None, Reason | None]]) -> tuple[float | None, Reason | None]:

@@ -265,6 +265,6 @@ def test_the_cells_of_cards_are_named_by_headings_that_cannot_leave_the_style() 
     names = re.findall(r'<table class="[^"]*\b(k[0-9]+)">', page)
     assert len(names) > 3
     assert all(f".{name} tbody tr>:nth-child(1)::before{{content:" in style for name in names)
-    hostile = card_labels('<table class="cards k1"><thead><tr><th>&lt;/style&gt;"}</th><th>ü</th></tr></thead>')
+    hostile = card_labels(['<table class="cards k1"><thead><tr><th>&lt;/style&gt;"}</th><th>ü</th></tr></thead>'])
     assert "<" not in hostile.partition("{")[2]
     assert hostile.count('"') % 2 == 0
