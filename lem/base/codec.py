@@ -67,12 +67,12 @@ def decode(kind: type[T], value: Any, where: str) -> T:
 
 
 def decode_hint(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return (_decode_section if _keeps_reasons(hint) else _decode_object)(hint, value, where)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
         (other,) = (item for item in inner if item is not types.NoneType)
         return None if value is None else decode_hint(other, value, where)
-    if dataclasses.is_dataclass(hint):
-        return (_decode_section if _keeps_reasons(hint) else _decode_object)(hint, value, where)
     if hint is Any:
         return encode(value, where)
     if origin in (tuple, list):
@@ -87,16 +87,19 @@ def decode_hint(hint: Any, value: Any, where: str) -> Any:
 
 
 def _decode_fields(kind: Any, document: Mapping[str, Any], where: str) -> dict[str, Any]:
-    hints, plain = hints_of(kind), _plain_types(kind)
-    values = {}
-    for name, hint in hints.items():
-        value = document[name]
-        found = type(value)  # as `_is_good`, whose calls take as long as all the rest of a manifest
-        if found in plain[name] and (found is not float or math.isfinite(value)):
-            values[name] = value
-        else:
-            values[name] = decode_hint(hint, value, _at(where, name))
+    hints = hints_of(kind)
+    values = {name: document[name] for name in hints}
+    for name, is_number in _not_plain(kind, tuple(map(type, values.values()))):
+        if not is_number or not math.isfinite(values[name]):
+            values[name] = decode_hint(hints[name], values[name], _at(where, name))
     return values
+
+
+@functools.lru_cache(4096)  # thousands of objects of a kind have values of the same types
+def _not_plain(kind: Any, found: Sequence[type]) -> Sequence[tuple[str, bool]]:
+    """The fields whose values must be decoded, and those that need only be finite, as which they are marked."""
+    pairs = zip(_plain_types(kind).items(), found, strict=True)
+    return [(name, item in kinds) for (name, kinds), item in pairs if item not in kinds or item is float]
 
 
 def complete(kind: Any, document: Any, why: Reason) -> Any:
@@ -342,7 +345,8 @@ def _keeps_reasons(kind: Any) -> bool:
 def _decode_object(kind: Any, value: Any, where: str) -> Any:
     if isinstance(value, kind):  # a reason, decoded before the rest of its section
         return value
-    _check_names(where or kind.__name__.lower(), _object(value, where), hints_of(kind))
+    if _object(value, where).keys() != hints_of(kind).keys():
+        _check_names(where or kind.__name__.lower(), value, hints_of(kind))
     fields = _decode_fields(kind, value, where)
     try:
         return kind(**fields)

@@ -8,10 +8,17 @@ it was measured: it stays, and a result that no longer has it is not used.
 Results of a run differ in numbers and little else. So the line of a result has its numbers; what it shares with others
 is in lines of their own: a template for each section of a record, and a shape, which names the templates of a record. A
 line of a result does not count without its shape and templates.
+
+A line is an object of JSON: a check, which is the beginning of the SHA-256 of what follows it, and a list. That of a
+result has the path, the stamp and digest of the file, the names of its shape and of the template of `requested`, the
+numbers, and the few texts that differ between results. The numbers are those of all sections in their order, integers
+and floats of 8 bytes each, as base64: a section is unpacked when it is asked for. The list of a template has its name,
+the packed section with 0 or "" in place of each value that a result has, and the places of these values, texts last.
 """
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import dataclasses
 import functools
@@ -19,8 +26,8 @@ import hashlib
 import itertools
 import json
 import math
-import operator
 import os
+import struct
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +40,7 @@ from lem.record import Record, RecordError, parse_record
 
 INDEX_FILE = "index.jsonl"
 
-_VERSION = 2  # 1 had whole records in its lines
+_VERSION = 3  # 1 had whole records in its lines, 2 numbers as JSON
 _RESULT, _OF_VERSION_1 = "result", "recorded"
 _CHECK = b'{"check":"'
 _CHECK_DIGITS = 16
@@ -71,15 +78,19 @@ class _Line(NamedTuple):
     is_recorded: bool
     shape: str
     requested: str  # the template of the section that is another one in each configuration
-    values: Sequence[Any]  # what its templates leave out, in the order of the sections
+    numbers: bytes  # what its templates leave out, in the order of the sections
+    texts: str  # the same, each followed by `_END`
 
     @property
     def stamp(self) -> _Stamp:
         return self[1:4]
 
 
-_TYPES = (str, int, int, int, str, bool, str, str, list)
+_FACTS = (str, int, int, int, str, bool)  # of a result, in a line of any version from 2
+_TYPES = (*_FACTS, str, str, str, str)
 _REQUESTED = "requested"
+_FORMATS = {int: "q", float: "d"}  # of `struct`
+_INTEGERS = range(-(2**63), 2**63)
 # Those that are the same in many results, with all their numbers, and then one object.
 _SHARED = frozenset({"environment", "extra_metadata", "served"})
 # Texts that differ between results or configurations.
@@ -87,23 +98,33 @@ _OWN_TEXTS: Mapping[str, Sequence[str]] = {
     "identity": ("experiment_id", "config_name", "config_hash", "backend", "model", "start_utc"),
     "validity": ("engine_load_id",),
 }
+_END = "|"  # few texts have it, and these are in the template
 
 
 class _Shape:
     """What makes the sections of records from the values of their lines."""
 
-    def __init__(self, sections: Mapping[str, tuple[_Maker, tuple[type, ...]]]) -> None:
-        ends = list(itertools.accumulate((len(kinds) for _, kinds in sections.values()), initial=0))
-        self.parts = {
-            name: (make, slice(*edges))
-            for (name, (make, _)), edges in zip(sections.items(), itertools.pairwise(ends), strict=True)
-        }
-        self._kinds = tuple(itertools.chain.from_iterable(kinds for _, kinds in sections.values()))
-        floats = [at for at, kind in enumerate(self._kinds) if kind is float]
-        self._floats = operator.itemgetter(*floats, *floats[:1]) if floats else lambda _: ()  # a tuple, also of one
+    def __init__(self, sections: Mapping[str, tuple[_Maker, Sequence[type]]], requests: Mapping[str, Any]) -> None:
+        self._requests = requests
+        self._parts: dict[str, tuple[_Maker, Callable[[bytes, int], tuple[Any, ...]], int, slice | None]] = {}
+        formats, n_texts = "<", 0
+        for name, (make, kinds) in sections.items():
+            own = "".join(_FORMATS[kind] for kind in kinds if kind is not str)
+            texts = slice(n_texts, n_texts := n_texts + kinds.count(str)) if str in kinds else None
+            self._parts[name] = make, struct.Struct(f"<{own}").unpack_from, struct.calcsize(formats), texts
+            formats += own
+        self._numbers, self._n_texts = struct.Struct(formats), n_texts
 
-    def fits(self, values: Sequence[Any]) -> bool:
-        return tuple(map(type, values)) == self._kinds and math.isfinite(sum(self._floats(values)))
+    def fits(self, line: _Line) -> bool:
+        is_whole = len(line.numbers) == self._numbers.size and line.texts.count(_END) == self._n_texts
+        return is_whole and math.isfinite(sum(self._numbers.unpack(line.numbers)))
+
+    def section(self, line: _Line, name: str) -> Any:
+        if name == _REQUESTED:
+            return self._requests[line.requested]
+        make, unpack_from, place, texts = self._parts[name]
+        values = unpack_from(line.numbers, place)
+        return make(values if texts is None else (*values, *line.texts.split(_END)[texts]))
 
 
 class _Shapes:
@@ -111,29 +132,20 @@ class _Shapes:
         self.templates: dict[str, Any] = {}  # as JSON values: what a section has, and the places of its values
         self.shapes: dict[str, Sequence[str]] = {}  # the templates of all sections but `requested`
         self._known: dict[str, _Shape | None] = {}
-        self._makers: dict[tuple[str, str], tuple[_Maker, tuple[type, ...]] | None] = {}
+        self._makers: dict[tuple[str, str], tuple[_Maker, Sequence[type]] | None] = {}
         self._requests: dict[str, Any] = {}
 
     def record(self, line: _Line) -> Record | None:
         """The record of a line, each section made when it is asked for; None where the line does not count."""
         if line.shape not in self._known:
             self._known[line.shape] = self._shape(self.shapes.get(line.shape, ()))
-        shape, values = self._known[line.shape], line.values
-        if shape is None or not shape.fits(values):
+        shape = self._known[line.shape]
+        if shape is None or not shape.fits(line):
             return None
         if line.requested not in self._requests:
             self._requests[line.requested] = _requested(self.templates.get(line.requested))
-        parts, requested = shape.parts, self._requests[line.requested]
-        if requested is None:
-            return None
-
-        def load(name: str) -> Any:
-            if name == _REQUESTED:
-                return requested
-            make, place = parts[name]
-            return make(values[place])
-
-        return Record.lazily(load)
+        is_whole = self._requests[line.requested] is not None
+        return Record.lazily(functools.partial(shape.section, line)) if is_whole else None
 
     def _shape(self, names: Sequence[str]) -> _Shape | None:
         if len(names) != len(_sections()) or not all(name in self.templates for name in names):
@@ -144,23 +156,26 @@ class _Shapes:
                 self._makers[section, name] = _maker_of(section, self.templates[name])
             found[section] = self._makers[section, name]
         checked = {section: made for section, made in found.items() if made is not None}
-        return _Shape(checked) if len(checked) == len(found) else None
+        return _Shape(checked, self._requests) if len(checked) == len(found) else None
 
-    def add(self, record: Record) -> tuple[str, str, list[Any]]:
-        """The shape, the template of `requested`, and the values of a record."""
-        names, values = [], list[Any]()
+    def add(self, record: Record) -> tuple[Any, ...]:
+        """The shape, the template of `requested`, the numbers and the texts of a record."""
+        names, numbers, texts = [], b"", ""
         for section in _sections():
-            places: list[list[Any]] = []
-            packed = pack(getattr(record, section))
+            packed, found = pack(getattr(record, section)), list[tuple[list[Any], Any]]()
             if section not in _SHARED:
-                packed = _without_values(packed, [], places, values, _own_places(section))
-            names.append(self._named([packed, places]))
+                packed = _without_values(packed, [], found, _own_places(section))
+            found.sort(key=lambda item: type(item[1]) is str)
+            own = [value for _, value in found if type(value) is not str]
+            numbers += struct.pack("<" + "".join(_FORMATS[type(value)] for value in own), *own)
+            texts += "".join(value + _END for _, value in found[len(own) :])
+            names.append(self._named([packed, [place for place, _ in found]]))
         requested = self._named([pack(record.requested), []])
         shape = _name_of([_layout(), *names])
         if shape not in self.shapes or self._known.get(shape) is None:
             self.shapes[shape] = names
             self._known.pop(shape, None)
-        return shape, requested, values
+        return shape, requested, numbers, texts
 
     def _named(self, template: Any) -> str:
         name = _name_of(template)
@@ -195,18 +210,16 @@ def _own_places(section: str) -> frozenset[int]:
     return frozenset(at for at, name in enumerate(names) if own and name in own)
 
 
-def _without_values(
-    value: Any, place: list[Any], places: list[list[Any]], values: list[Any], own_texts: frozenset[int]
-) -> Any:
+def _without_values(value: Any, place: list[Any], found: list[tuple[list[Any], Any]], own_texts: frozenset[int]) -> Any:
     kind = type(value)
-    if kind is float or kind is int or (kind is str and len(place) == 1 and place[0] in own_texts):
-        places.append(place)
-        values.append(value)
+    is_own_text = kind is str and len(place) == 1 and place[0] in own_texts and _END not in value
+    if kind is float or (kind is int and value in _INTEGERS) or is_own_text:
+        found.append((place, value))
         return kind()
     if kind is list:
-        return [_without_values(item, [*place, at], places, values, own_texts) for at, item in enumerate(value)]
+        return [_without_values(item, [*place, at], found, own_texts) for at, item in enumerate(value)]
     if kind is dict and value and all(type(item) is float for item in value.values()):  # an uncertainty by its causes
-        return {key: _without_values(item, [*place, key], places, values, own_texts) for key, item in value.items()}
+        return {key: _without_values(item, [*place, key], found, own_texts) for key, item in value.items()}
     return value
 
 
@@ -214,18 +227,19 @@ def _without_values(
 
 
 def _requested(template: Any) -> Mapping[str, Any] | None:
-    with contextlib.suppress(ValueError):
-        found = unpack(hints_of(Record)[_REQUESTED], next(iter(template or ()), None))
+    found = next(iter(template or ()), None)
+    with contextlib.suppress(RecursionError, ValueError):
+        json.dumps(found, allow_nan=False)  # a number may be too large to be finite
         return found if isinstance(found, dict) else None
     return None
 
 
-def _maker_of(section: str, template: Any) -> tuple[_Maker, tuple[type, ...]] | None:
+def _maker_of(section: str, template: Any) -> tuple[_Maker, Sequence[type]] | None:
     packed, places = template if isinstance(template, list) and len(template) == 2 else (None, None)
     if not isinstance(places, list) or not all(isinstance(place, list) for place in places):
         return None
-    kinds = tuple(type(_value_at(packed, place)) for place in places)
-    if not {*kinds} <= {int, float, str}:
+    kinds = [type(_value_at(packed, place)) for place in places]
+    if not {*kinds} <= {int, float, str} or kinds != sorted(kinds, key=lambda kind: kind is str):
         return None
     with contextlib.suppress(ValueError):
         example = unpack(hints_of(Record)[section], packed)
@@ -285,13 +299,12 @@ class Index:
         self.lines: dict[str, _Line] = {}
         self.shapes = _Shapes()
         self._recorded: dict[str, str] = {}
-        self._before: dict[str, Sequence[Any]] = {}  # the last values, by shape
         self._n_lines = 0  # of results
         self._new: list[_Line] = []
         with contextlib.suppress(OSError), durable.open_regular(self._path, durable.MOST_B) as stream:
             while lines := list(itertools.islice(stream, _AT_ONCE)):
-                for entry in _parsed(lines):
-                    self._enter(entry)
+                for kind, values in _parsed(lines):
+                    self._enter(kind, values)
         self._written = {*self.shapes.templates, *self.shapes.shapes}
 
     def read(self, name: str, *, is_checked: bool = False) -> Found:
@@ -312,7 +325,8 @@ class Index:
             line = _Line(name, *stamp, digest, is_recorded, *self.shapes.add(parse_record(data)))
             self._note(line)
         elif stamp != line.stamp:
-            line = _Line(name, *stamp, digest, is_recorded, line.shape, line.requested, line.values)
+            size_b, mtime_ns, inode = stamp
+            line = line._replace(size_b=size_b, mtime_ns=mtime_ns, inode=inode, is_recorded=is_recorded)
             self._note(line)
         # Not the record that was parsed: what templates have is shared by all results of the same.
         return Found(self.shapes.record(line) or parse_record(data), digest, is_recorded)
@@ -327,15 +341,17 @@ class Index:
         self._take(line)
         self._new.append(line)
 
-    def _enter(self, entry: Mapping[str, Any]) -> None:
-        ((kind, values),) = entry.items()
+    def _enter(self, kind: str, values: Any) -> None:
+        if not isinstance(values, list) or not values or not isinstance(values[0], str):  # by another program
+            return
         if kind == _RESULT:
             self._n_lines += 1
-            if tuple(map(type, values)) == _TYPES:
-                line = _Line._make(values)
-                before = self._before.get(line.shape, line.values)
-                self._before[line.shape] = values = _shared_with(before, line.values)
-                self._take(line._replace(values=values))
+            kinds = tuple(map(type, values))
+            if kinds == _TYPES:
+                values[8] = _numbers(values[8])
+                self._take(_Line(*values))
+            elif kinds[: len(_FACTS)] == _FACTS and values[5]:
+                self._recorded[values[0]] = values[4]
         elif kind == "template" and len(values) == 3:
             self.shapes.templates[values[0]] = values[1:]
         elif kind == "shape" and values[1:2] == [_layout()] and all(isinstance(name, str) for name in values):
@@ -349,12 +365,11 @@ class Index:
         self.lines[line.path] = line
 
 
-def _shared_with(before: Sequence[Any], values: Sequence[Any]) -> Sequence[Any]:
-    """The values, those that are equal being the same objects: most are, from result to result."""
-    if len(before) != len(values):
-        return values
-    pairs = zip(before, values, strict=True)
-    return tuple([old if old == new and old and type(old) is type(new) else new for old, new in pairs])  # 0.0 is -0.0
+def _numbers(text: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text)
+    except ValueError:  # by another program, since lines have checksums
+        return b""
 
 
 def record_result(folder: Path, path: Path, record: Record, digest: str, written: set[str] | None = None) -> None:
@@ -380,7 +395,7 @@ class CopiedLines:
         # Not the record in `found`, whose configuration may have got the name of its host.
         if line is not None and line.sha256 == found.sha256 and index.shapes.record(line) is not None:
             self._shapes.take(index.shapes, line)
-            parts: tuple[str, str, Sequence[Any]] = line.shape, line.requested, line.values
+            parts: tuple[Any, ...] = line[6:]
         else:
             parts = self._shapes.add(parse_record(durable.read_bytes(copy)))
         folder, name = target[0], target[1].relative_to(target[0]).as_posix()
@@ -395,7 +410,7 @@ class CopiedLines:
 def _append(path: Path, lines: Sequence[_Line], shapes: _Shapes, written: set[str]) -> None:
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     named = set(written)
-    data = b"".join([*shapes.definitions(lines, named), *(_encoded(_RESULT, line) for line in lines)])
+    data = b"".join([*shapes.definitions(lines, named), *map(_encoded_result, lines)])
     sys.audit("lem.write", str(path))
     with open(os.open(path, flags, 0o666), "r+b", buffering=0) as stream:
         size = stream.seek(0, os.SEEK_END)
@@ -413,6 +428,11 @@ def _text(value: Any) -> bytes:
     return durable.utf8(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
 
 
+def _encoded_result(line: _Line) -> bytes:
+    numbers = binascii.b2a_base64(line.numbers, newline=False).decode()
+    return _encoded(_RESULT, [*line[:8], numbers, line.texts])
+
+
 def _encoded(kind: str, values: Sequence[Any]) -> bytes:
     rest = b'"%s":%s}\n' % (kind.encode(), _text(values))
     return _CHECK + _check_of(rest) + b'",' + rest
@@ -426,8 +446,8 @@ def _name_of(template: Any) -> str:
     return hashlib.sha256(_text(template)).hexdigest()[:_NAME_DIGITS]
 
 
-def _parsed(lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
-    """The intact lines, each an object with one list; those of version 1 with what is no cache."""
+def _parsed(lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
+    """What intact lines have, by kind; of those of version 1 what is no cache."""
     rests = []
     for line in lines:
         rest = line[_REST:]
@@ -437,11 +457,7 @@ def _parsed(lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
         found = _json(b"[{" + b",{".join(filter(None, rests)) + b"]") if any(rests) else []
     except (RecursionError, ValueError):  # by another program, since lines have checksums
         found = list(filter(None, map(_alone, rests)))
-    for entry in found:
-        if isinstance(entry, dict) and len(entry) == 1:
-            (values,) = entry.values()
-            if isinstance(values, list) and values and isinstance(values[0], str):
-                yield entry
+    return itertools.chain.from_iterable(entry.items() for entry in found if isinstance(entry, dict))
 
 
 def _of_version_1(rest: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -252,24 +254,63 @@ def test_without_an_index_that_can_be_written_everything_is_read_and_nothing_sai
         assert (tmp_path / "elsewhere").read_bytes() == b""
 
 
-def test_lines_of_another_lem_are_not_used_but_their_digests_are(written: Written) -> None:
+def _of_version_1(values: list[Any]) -> dict[str, Any]:
+    facts = dict(zip(("path", "size_b", "mtime_ns", "inode", "sha256", "is_recorded"), values, strict=False))
+    return {**facts, "layout": "0" * 12, "record": {"identity": "[1]"}}
+
+
+def _of_version_2(values: list[Any]) -> dict[str, Any]:
+    return {"result": [*values[:8], ["exp", 1, 2.5]]}
+
+
+def _of_a_later_version(values: list[Any]) -> dict[str, Any]:
+    return {"result": [*values, "more"]}
+
+
+@pytest.mark.parametrize("line_of", [_of_version_1, _of_version_2, _of_a_later_version])
+def test_lines_of_another_lem_are_not_used_but_their_digests_are(
+    written: Written, line_of: Callable[[list[Any]], dict[str, Any]]
+) -> None:
     record_all(written)
-    of_version_1 = [
-        {
-            **dict(zip(("path", "size_b", "mtime_ns", "inode", "sha256", "is_recorded"), values, strict=False)),
-            "layout": "0" * 12,
-            "record": {"identity": "[1]"},
-        }
-        for kind, values in entries_of(written)
-        if kind == "result"
-    ]
-    index_of(written).write_bytes(lines_with_checks(of_version_1))
+    lines = [line_of(values) for kind, values in entries_of(written) if kind == "result"]
+    index_of(written).write_bytes(lines_with_checks(lines))
     first = scan(written)
     assert len(first.results) == 5
     assert all(item.is_recorded for item in first.results)
-    assert n_results(written) == 5  # in the form of this lem
+    assert len(entries_of(written)) > 10  # with five in the form of this lem
+    for path in results_of(written):
+        change(path, is_hidden=True)
+    assert scan(written) == first
     change(results_of(written)[0], '"host": "lab1"', '"host": "lab2"')
     assert kinds(scan(written)) == ["altered"]
+
+
+@pytest.mark.parametrize("number", [2**63 - 1, 2**63, 10**40])
+def test_an_integer_of_any_size_is_kept(written: Written, number: int) -> None:
+    for path in results_of(written):
+        (before,) = re.findall(r'"order_index": [0-9]+', path.read_text(encoding="utf-8"))
+        change(path, before, f'"order_index": {number}')
+    for _ in range(2):
+        assert {item.record.identity.order_index for item in scan(written).results} == {number}
+
+
+def test_a_text_with_the_mark_that_ends_texts_is_kept(written: Written) -> None:
+    for path in results_of(written):
+        change(path, '"config_name": "', '"config_name": "a|b|')
+    for _ in range(2):
+        assert {item.record.identity.config_name for item in scan(written).results} == {"a|b|one", "a|b|two"}
+
+
+def test_numbers_that_no_record_can_have_are_not_used(written: Written) -> None:
+    record_all(written)
+    first = scan(written)
+    for text in ("", "AAAA", "A", base64.b64encode(struct.pack("<d", math.nan) * 68).decode()):
+        documents = [
+            {kind: [*values[:8], text, *values[9:]] if kind == "result" else values}
+            for kind, values in entries_of(written)
+        ]
+        index_of(written).write_bytes(lines_with_checks(documents))
+        assert scan(written) == first
 
 
 def test_what_results_share_is_in_the_index_once(written: Written) -> None:
