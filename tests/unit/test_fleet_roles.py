@@ -179,3 +179,15 @@ def test_the_state_of_a_unit_is_read_from_its_own_line(tmp_path: Path) -> None:
     for (found, is_over), (state, expected) in zip(play(tmp_path, *plays), OUTCOMES.items(), strict=True):
         assert found.startswith(expected)
         assert str(is_over) == str(state != "active")
+
+
+@needs_ansible
+@pytest.mark.parametrize("playbook", ["run_campaign", "schedule_campaign", "site"])
+def test_a_limit_without_the_controller_is_refused_before_a_host_is_reached(tmp_path: Path, playbook: str) -> None:
+    (tmp_path / "hosts.yml").write_text("all: {hosts: {gpu1: {ansible_host: 192.0.2.1}}}\n")
+    inventory = ["-i", str(ROOT / "inventory"), "-i", str(tmp_path / "hosts.yml")]
+    command = [str(PLAYBOOK), *inventory, "--limit", "gpu1", str(ROOT / "playbooks" / f"{playbook}.yml")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert "add localhost, such as --limit gpu1,localhost" in ended.stdout
+    assert re.search(r"gpu1 +: ok=0 +changed=0 +unreachable=0 +failed=1", ended.stdout)
