@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import partial
@@ -18,21 +19,17 @@ from lem.base.errors import UserError
 from lem.base.log import WIDTH, paint
 from lem.base.reasons import Reason
 from lem.base.units import ABSENT, format_duration, hash_label, parse_duration, percent, plural, some_of
-from lem.cli.campaign_run import CampaignCommand, Job
 from lem.cli.config import add_flags, given_flags
 from lem.cli.options import add_json, add_repeated, checked, typed_again
-from lem.cli.parts import FleetPart, own_part, store_plan
 from lem.cli.prometheus import prometheus_path
 from lem.config.campaign_config import CampaignConfig
 from lem.config.load import Loaded, load_campaign, load_campaign_of_files
 from lem.config.option import declared
 from lem.config.sections import GpuConfig
-from lem.orchestration.campaign import check_supported
-from lem.orchestration.executor import EXECUTORS, choose_executor
+from lem.orchestration.executor import EXECUTORS, ExecutorChoice, choose_executor
 from lem.orchestration.host_meters import HostMeters
-from lem.orchestration.plan import ExpectedDurations, Experiment, Plan, plan_campaign
-from lem.orchestration.preflight import foresee, gap_advice, lines_of
-from lem.orchestration.resume import check_rule, make_rule
+from lem.orchestration.plan import ExpectedDurations, Experiment, FleetPart, Plan, plan_campaign
+from lem.orchestration.preflight import check_supported, foresee, gap_advice, lines_of
 from lem.record import Record
 from lem.results.aggregation import RUN_NOISE, Sensitivity, earlier_sensitivity, earlier_times
 from lem.results.metrics import SHORT_NAMES, Metric
@@ -64,6 +61,15 @@ _COMPOSE = {
 
 _REASONS_SHOWN = 10
 _ORDER_SHOWN = 30
+
+
+@dataclass(frozen=True)
+class Job:
+    campaign: CampaignConfig
+    plan: Plan
+    choice: ExecutorChoice
+    rule: StoppingRule | None = None  # adds cycles
+    part: FleetPart = field(default_factory=FleetPart)
 
 
 def add_campaign_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,16 +136,21 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
     rule = _rule(args, loaded.config)
     plan = plan_campaign(loaded).with_cycles(0 if rule is None else rule.least_cycles)
     campaign = plan.campaign
+    gc.freeze()  # what a plan holds stays, and looking through it again and again takes as long as making it
     if not args.quiet:
         err.write(render_findings(plan, is_colour=log.is_colour_wanted(err)))
         err.flush()
     if not plan.experiments:
         raise UserError("no valid experiment is left", "`lem campaign --dry-run` lists each reason; nothing was run")
     if args.write_plan is not None:
+        from lem.cli.parts import store_plan  # it and others below are imported where they are needed, for dry runs
+
         store_plan(args, campaign, plan, _expected_durations(plan, _earlier_results(plan)).measured_by_config, out)
         return None
     part = FleetPart()
     if any(it is not None for it in (args.shard, args.plan, args.hosts, args.parts)) or args.replicate:
+        from lem.cli.parts import own_part
+
         plan, part = own_part(args, plan)
     if args.validate_only:
         if args.json:
@@ -149,6 +160,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
     job = Job(campaign, plan, choice, rule, part)
     check_supported(plan, job.choice.name, rule)
     if not args.dry_run:
+        from lem.cli.campaign_run import CampaignCommand
+
         if not args.quiet:
             facts = PlannedPower.of(plan, _earlier_results(plan)).facts()
             err.writelines(f"{line}\n" for line in _lines(facts, terminal_width(err)))
@@ -190,6 +203,8 @@ def _rule(args: argparse.Namespace, campaign: CampaignConfig) -> StoppingRule | 
         return None
     if args.shard is not None or args.plan is not None:
         raise UserError("--until needs all results of the campaign and cannot be combined with --shard or --plan")
+    from lem.orchestration.resume import check_rule, make_rule
+
     rule = make_rule(args.until, args.max_cycles)
     check_rule(campaign, rule)
     return rule

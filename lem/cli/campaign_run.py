@@ -13,27 +13,23 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lem.base import log
 from lem.base.clock import utc_now
-from lem.base.dataclass import dataclass
 from lem.base.doc import screen_of
 from lem.base.durable import reason_of
 from lem.base.errors import ExitCode, Interrupted, LemError, UserError, exit_code_of
 from lem.base.units import hash_label
 from lem.cli import progress
 from lem.cli.options import folder_options, without_secret
-from lem.cli.parts import FleetPart
 from lem.cli.prometheus import PrometheusFile
 from lem.cli.selection import recount
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.campaign import CampaignRunner
-from lem.orchestration.executor import ExecutorChoice
 from lem.orchestration.manifest import COMPLETED, SKIPPED
-from lem.orchestration.plan import Plan
 from lem.orchestration.resume import CHOOSE_HINT, RunOptions, forget_lost_results, run_of
 from lem.orchestration.schedule import CampaignOutcome, Scheduler, Stopped, StopRequest
 from lem.orchestration.status import Event, Observer
@@ -41,20 +37,13 @@ from lem.orchestration.systemd import Notification, ServiceManager
 from lem.results.aggregation import run_document
 from lem.results.configurations import Reading
 from lem.results.run import Run, read_run
-from lem.results.stopping import StoppingRule
 from lem.results.store import Repository
 from lem.results.table import render_run
 
+if TYPE_CHECKING:
+    from lem.cli.campaign import Job
+
 _WEBHOOK_PATIENCE_S = 3.0
-
-
-@dataclass(frozen=True)
-class Job:
-    campaign: CampaignConfig
-    plan: Plan
-    choice: ExecutorChoice
-    rule: StoppingRule | None = None  # adds cycles
-    part: FleetPart = field(default_factory=FleetPart)
 
 
 class CampaignCommand:

@@ -18,9 +18,10 @@ from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, 
 from lem.config.experiment import ExperimentConfig
 from lem.config.load import ListedExperiment, Loaded, encode_config, load_experiment
 from lem.meters.nvml import find_gpus
-from lem.orchestration.campaign import CampaignRunner, check_supported
+from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.dispatch import LocalExecutor
 from lem.orchestration.plan import Plan, build_plan
+from lem.orchestration.preflight import check_supported
 from lem.orchestration.schedule import CampaignOutcome, StopRequest
 from lem.record import encode_record
 from lem.results.detail import render_record

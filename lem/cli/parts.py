@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TextIO
 
 from lem.base.clock import utc_now
-from lem.base.dataclass import dataclass
 from lem.base.doc import write_json
 from lem.base.errors import UserError
 from lem.base.units import format_duration, plural
@@ -18,17 +17,10 @@ from lem.cli import options
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration import fleet
 from lem.orchestration.manifest import SKIPPED, ManifestManager
-from lem.orchestration.plan import Plan
+from lem.orchestration.plan import FleetPart, Plan
 from lem.orchestration.resume import new_run_id
 from lem.results import merge
 from lem.results.store import Repository
-
-
-@dataclass(frozen=True)
-class FleetPart:
-    run_id: str | None = None  # of the run that all hosts share; None without a stored plan
-    host: str | None = None  # its name in that run
-    folder: str = ""  # its folder within those of the campaign and the run, which hosts may share
 
 
 def store_plan(

@@ -21,7 +21,7 @@ from lem.orchestration import gpu_control, preflight, resume
 from lem.orchestration.dispatch import WorkerUnavailable
 from lem.orchestration.locks import Holder, campaign_lock, gpu_locks, hold_locks
 from lem.orchestration.manifest import TOP_UP_NOTE, CampaignManifest, CampaignManifestEntry, ManifestManager
-from lem.orchestration.plan import Experiment, Plan, build_plan, needs_container, write_configs
+from lem.orchestration.plan import Experiment, Plan, build_plan, write_configs
 from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.session import Context, Session
 from lem.orchestration.status import ActivityWriter
@@ -30,7 +30,7 @@ from lem.results.configurations import write_listing
 from lem.results.stopping import StoppingRule, next_stage, read_stopping_rule, write_stopping_rule
 from lem.worker.recording import read_host
 
-__all__ = ["CampaignExperiment", "CampaignRunner", "check_supported"]
+__all__ = ["CampaignExperiment", "CampaignRunner"]
 
 _logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class CampaignRunner(Context):
             Interrupted: a stop was requested.
         """
         plan = self._planned()
-        check_supported(plan, self.executor.name)
+        preflight.check_supported(plan, self.executor.name)
         self.repository.check_writable()
         find_secrets(os.environ)  # raises for one that cannot be used
         with contextlib.ExitStack() as stack:
@@ -142,7 +142,7 @@ class CampaignRunner(Context):
             Interrupted: a stop was requested before it began, or a second time.
         """
         plan, until = self._planned(), self.options.until
-        check_supported(plan, self.executor.name, until)
+        preflight.check_supported(plan, self.executor.name, until)
         if until is not None:
             resume.check_rule(self.campaign, until)
             plan = plan.with_cycles(until.least_cycles)
@@ -362,25 +362,3 @@ class CampaignRunner(Context):
             )
             for item in order
         ]
-
-
-def check_supported(plan: Plan, executor_name: str, rule: StoppingRule | None = None) -> None:
-    """Refuse, with a UserError, what these experiments cannot have: containers, or loads of their own."""
-    campaign = plan.campaign
-    if campaign.cold_start.restart_container and executor_name != "docker":
-        message = "cold_start.restart_container requires containers, but these experiments run in this Python"
-        raise UserError(message, "use cold_start.force_cold_start, which starts a new worker for each experiment")
-    needed = next(filter(None, map(needs_container, plan.experiments)), None)
-    if executor_name != "docker" and needed:
-        option = needed.partition(":")[0]
-        hint = f"use `lem campaign` with --executor docker, or omit {option} to run on this machine"
-        raise UserError(f"{needed} requires containers", hint)
-    wanted = {
-        "cold_start": plan.is_cold,
-        "execution.reuse: none": plan.execution.reuse == "none",
-        "--until": rule is not None,
-    }
-    for option in (name for name, is_set in wanted.items() if is_set):
-        if any(item.config.has_running_engine for item in plan.experiments):
-            message = f"{option} needs a new load in each cycle, but server.url names a server that runs already"
-            raise UserError(message, "let lem start it: server.command or server.service")

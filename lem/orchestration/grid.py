@@ -24,7 +24,7 @@ from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig
 from lem.config.experiment import ENGINE_LENGTHS, ExperimentConfig, MeteredConfig
 from lem.config.kinds import ConfigProblems, Expanded, Items, KnownValues, Option, Problem, dotted
-from lem.config.option import canonical, canonical_text, declared, find_option, joined_texts, put
+from lem.config.option import Memo, canonical, canonical_text, declared, find_option, joined_texts, put
 from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
 from lem.config.sections import SyntheticPrompts
@@ -118,14 +118,18 @@ class Shared:
         self._keys, self._function = tuple(keys), function
         self._known: dict[Any, tuple[dict[str, Any], Any, dict[str, Any]]] = {}
 
-    def __call__(self, config: Mapping[str, Any], value: Any = None) -> dict[str, Any]:
-        """The configuration with its part replaced; `value` is handed on to the function."""
+    def __call__(self, config: dict[str, Any], value: Any = None) -> dict[str, Any]:
+        """The configuration with its part replaced, itself where that is as it was; the function gets `value`, too."""
         key = (id(value), *[id(config[name]) if name in config else None for name in self._keys])
         known = self._known.get(key)
         if known is None:
             part = {name: config[name] for name in self._keys if name in config}
-            known = self._known[key] = (part, value, self._function(part, value))
+            changed = self._function(part, value)
+            is_same = changed.keys() == part.keys() and all(changed[name] is part[name] for name in part)
+            known = self._known[key] = (part, value, part if is_same else changed)
         part, _, changed = known
+        if changed is part:
+            return config
         out = {name: item for name, item in config.items() if name not in part or name in changed}
         out.update(changed)
         return out
@@ -430,7 +434,10 @@ def config_hash(config: MeteredConfig, prompts: Mapping[str, Any], *, is_first: 
 def hash_of(texts: Mapping[str, str], prompts: Mapping[str, Any]) -> str:
     """`config_hash` of the texts of an identity."""
     settings = {key: text for key, text in texts.items() if key not in _PROMPT_KEYS}
-    return _digest(f'{{"config":{joined_texts(settings)},"prompts":{canonical_text(prompts)}}}')
+    return _digest(f'{{"config":{joined_texts(settings)},"prompts":{FINGERPRINT_TEXTS(prompts)}}}')
+
+
+FINGERPRINT_TEXTS = Memo[str](canonical_text)  # of prompts, which thousands of configurations share
 
 
 def experiment_id(configuration_hash: str, cycle_index: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
@@ -287,6 +286,15 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class FleetPart:
+    """What a host runs of a plan that several hosts share."""
+
+    run_id: str | None = None  # of the run that all hosts share; None without a stored plan
+    host: str | None = None  # its name in that run
+    folder: str = ""  # its folder within those of the campaign and the run, which hosts may share
+
+
 def _sum_known(names: Sequence[str], known: Mapping[str, float]) -> float | None:
     if not names:
         return 0.0
@@ -361,13 +369,11 @@ class _Candidate:
 def _collect(
     campaign: CampaignConfig, listed: Sequence[ListedExperiment], preset: Mapping[str, Any], source: Source | None
 ) -> list[_Candidate]:
-    expanded = [] if campaign.grid is None else grid.expand_shared(campaign.grid, preset)
     unnamed = iter(grid.name_configurations([one.mapping for one in listed if one.name is None]))
     forced = source.forced if source is not None else ()
-    remove = grid.Shared(WITH_DEFAULTS, lambda part, _: without_forced(part, forced))
-    fill = grid.Shared(WITH_DEFAULTS, lambda part, _: fill_defaults(campaign, part))
+    fill = grid.Shared(WITH_DEFAULTS, lambda part, _: fill_defaults(campaign, without_forced(part, forced)))
     place = grid.Shared(_WITH_FILES, lambda part, _: _found_files(part, source, is_of_grid=True))
-    of_grid = [fill(remove(item)) for item in expanded]
+    of_grid = [] if campaign.grid is None else [fill(item) for item in grid.expand_shared(campaign.grid, preset)]
     names = [one.name or next(unnamed) for one in listed] + grid.name_configurations(of_grid)
     config_dicts = [*(dict(one.mapping) for one in listed), *of_grid]
     names = grid.distinct_names(names, config_dicts)
@@ -492,7 +498,7 @@ def _without_effect(
     config = item.config
     reasons = [grid.coded(found)] if (found := rules.width_warning(config, item.n_prompts)) else []
     effective = joined_texts(rules.effective(config, texts, item.n_prompts))
-    key = hashlib.sha256(durable.utf8(f"{json.dumps(item.prompts)}{effective}")).digest()
+    key = hashlib.sha256(durable.utf8(f"{grid.FINGERPRINT_TEXTS(item.prompts)}{effective}")).digest()
     other = seen.setdefault(key, item)
     if other is not item:
         names = rules.differing(other.config, config)

@@ -19,8 +19,9 @@ from lem.engines.texts import allows_more, check_lengths, sure_lengths
 from lem.orchestration import doctor
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.gpu_control import find_problems
-from lem.orchestration.plan import Experiment, Plan, service_and_image
+from lem.orchestration.plan import Experiment, Plan, needs_container, service_and_image
 from lem.orchestration.schedule import StopRequest
+from lem.results.stopping import StoppingRule
 from lem.worker import channel
 from lem.worker.datasets import choice_of, find_files
 from lem.worker.supervisor import missing_distributions, probe_environment
@@ -131,6 +132,28 @@ class Findings:
         if not isinstance(last := answers[-1] if answers else None, channel.Result):
             why = last.message if isinstance(last, channel.Failure) else "there was no answer in time"
             _logger.warning("not all models and data sets were looked for before the first cycle: %s", why)
+
+
+def check_supported(plan: Plan, executor_name: str, rule: StoppingRule | None = None) -> None:
+    """Refuse, with a UserError, what these experiments cannot have: containers, or loads of their own."""
+    campaign = plan.campaign
+    if campaign.cold_start.restart_container and executor_name != "docker":
+        message = "cold_start.restart_container requires containers, but these experiments run in this Python"
+        raise UserError(message, "use cold_start.force_cold_start, which starts a new worker for each experiment")
+    needed = next(filter(None, map(needs_container, plan.experiments)), None)
+    if executor_name != "docker" and needed:
+        option = needed.partition(":")[0]
+        hint = f"use `lem campaign` with --executor docker, or omit {option} to run on this machine"
+        raise UserError(f"{needed} requires containers", hint)
+    wanted = {
+        "cold_start": plan.is_cold,
+        "execution.reuse: none": plan.execution.reuse == "none",
+        "--until": rule is not None,
+    }
+    for option in (name for name, is_set in wanted.items() if is_set):
+        if any(item.config.has_running_engine for item in plan.experiments):
+            message = f"{option} needs a new load in each cycle, but server.url names a server that runs already"
+            raise UserError(message, "let lem start it: server.command or server.service")
 
 
 def _check_lengths(config: ExperimentConfig, model: NamedModel) -> None:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import http.client
 import json
 import logging
 import os
 import socket
 import threading
-import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lem.base import durable
 from lem.base.durable import reason_of
 from lem.base.errors import UserError
 from lem.base.log import escaped
 from lem.base.variables import TOKEN_VARIABLE
+
+if TYPE_CHECKING:
+    import http.client
 
 _logger = logging.getLogger(__name__)
 
@@ -125,6 +125,11 @@ def _post(url: str, data: bytes, timeout_s: float) -> int:
 
 
 def _connection_for(url: str, headers: dict[str, str], timeout_s: float) -> tuple[http.client.HTTPConnection, str]:
+    # OpenSSL takes 6 MiB, and few campaigns have a webhook.
+    import http.client
+    import urllib.parse
+    import urllib.request
+
     target = urllib.parse.urlsplit(url)
     path = (target.path or "/") + (f"?{target.query}" if target.query else "")
     is_secure = target.scheme == "https"

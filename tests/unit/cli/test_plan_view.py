@@ -2,8 +2,7 @@ import dataclasses
 
 import pytest
 
-from lem.cli.campaign import PlannedPower, expected_document, render_findings, render_plan
-from lem.cli.campaign_run import Job
+from lem.cli.campaign import Job, PlannedPower, expected_document, render_findings, render_plan
 from lem.orchestration.dispatch import LocalExecutor
 from lem.orchestration.executor import ExecutorChoice
 from lem.orchestration.grid import GridValidationIssue

@@ -21,13 +21,12 @@ from lem.config.kinds import ConfigProblems
 from lem.config.load import complete_campaign
 from lem.engines.named import find_server_problem
 from lem.meters.machine import GpuFacts
-from lem.orchestration.campaign import check_supported
 from lem.orchestration.compose import IMAGES_NAME, ComposeProject
 from lem.orchestration.docker import OVERRIDE_NAME, ContainerError
 from lem.orchestration.doctor import FAILED, OK, SKIPPED, Host, examine
 from lem.orchestration.executor import ExecutorChoice, campaign_project, choose_executor, docker_executor
 from lem.orchestration.plan import Plan, build_plan
-from lem.orchestration.preflight import foresee
+from lem.orchestration.preflight import check_supported, foresee
 from lem.orchestration.resume import make_rule
 from lem.orchestration.served import find_server, service_variable
 from lem.results.stopping import Target
