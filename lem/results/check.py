@@ -15,12 +15,13 @@ from lem.base.measurement import (
     SHORT_WINDOW_S,
     UNSTEADY_BY_CHANCE,
     WINDOW_UPDATES,
+    is_estimate,
 )
 from lem.base.reasons import Reason, alike, read_tables
 from lem.base.units import percent, plain, plural, some_of
 from lem.record import Record
 from lem.results import trends
-from lem.results.comparability import LENGTH_TOLERANCE, environment_changes, obstacles_to
+from lem.results.comparability import LENGTH_TOLERANCE, conditions_of, environment_changes, obstacles_to
 from lem.results.compare import exclusion_reason, find_effect
 from lem.results.metrics import Metric
 from lem.results.run import REPLAYED, SHARED_LOAD, Configuration, Run
@@ -102,12 +103,11 @@ def check_run(run: Run) -> tuple[Finding, ...]:
 
 def _of_results(kind: str, what: Reason, concerns: Callable[[Record], object]) -> _OneCheck:
     def check(run: Run) -> Found:
-        used = {item.name: item.used for item in run.with_results}
-        counts = {name: sum(map(bool, map(concerns, records))) for name, records in used.items()}
-        named = [name for name, count in counts.items() if count]
-        if named:
-            total = sum(len(used[name]) for name in named)
-            yield _finding(kind, Reason.of("some_results", what=what, count=sum(counts.values()), total=total), named)
+        if not any(map(concerns, run.used)):
+            return
+        counts = [(item.name, sum(map(bool, map(concerns, item.used))), len(item.used)) for item in run.with_results]
+        names, found, totals = zip(*(row for row in counts if row[1]), strict=True)
+        yield _finding(kind, Reason.of("some_results", what=what, count=sum(found), total=sum(totals)), names)
 
     return check
 
@@ -131,7 +131,8 @@ def _finding(
 def _interference(run: Run) -> Found:
     seen: dict[str, list[tuple[Reason, Record]]] = {}
     for record in run.records:
-        for why in (*record.validity.invalid_reasons, *record.validity.warnings):
+        validity = record.validity
+        for why in validity.invalid_reasons + validity.warnings:
             if why.code in INTERFERENCE:
                 seen.setdefault(INTERFERENCE[why.code], []).append((why, record))
     for remedy, found in seen.items():
@@ -187,14 +188,14 @@ def _removed(run: Run) -> Found:
 
 def _unsteady(run: Run) -> Found:
     """Windows that were not steady, unless they are as few as chance gives under traffic."""
-    used = [record for item in run.with_results for record in item.used]
-    moved = [record for record in used if record.validity.steady is False]
-    open_loop = [record for record in used if record.window.traffic_mode != "closed_batch"]
-    if all(record in open_loop for record in moved) and trends.is_chance(
-        len(moved), len(open_loop), UNSTEADY_BY_CHANCE
-    ):
+    moved = [_is_open_loop(record) for record in run.used if record.validity.steady is False]
+    if all(moved) and trends.is_chance(len(moved), sum(map(_is_open_loop, run.used)), UNSTEADY_BY_CHANCE):
         return
     yield from _of_results("unsteady", Reason.of("window_moved"), lambda item: item.validity.steady is False)(run)
+
+
+def _is_open_loop(record: Record) -> bool:
+    return record.window.traffic_mode != "closed_batch"
 
 
 def _work(run: Run) -> Found:
@@ -232,6 +233,8 @@ def _obstacles(run: Run) -> Found:
 def _environment(run: Run) -> Found:
     changed: dict[str, list[str]] = {}
     for item in run.with_results:
+        if len(conditions_of(item.used)) < 2:
+            continue
         parts = environment_changes(item.used)
         if parts or len({record.environment.fingerprint for record in item.used}) > 1:
             changed.setdefault("; ".join(parts) or "versions, image or GPUs", []).append(item.name)
@@ -245,9 +248,12 @@ def _warnings(run: Run) -> Found:
         yield _finding("warning", found[0][0], dict.fromkeys(name for _, name in found))
 
 
-def _drift(run: Run) -> Found:
-    for metric in trends.WATCHED:
-        yield from _moves("drift", metric, trends.drift_of(run, metric))
+def _over_time(run: Run) -> Found:
+    courses = {metric: trends.Course(run, metric) for metric in trends.WATCHED}
+    for metric, course in courses.items():
+        yield from _moves("drift", metric, course.drift)
+    yield from _order(run, courses[run.primary_metric])
+    yield from _autocorrelation(courses[run.primary_metric])
 
 
 def _moves(kind: str, metric: Metric, drift: trends.Drift | None) -> Found:
@@ -256,23 +262,21 @@ def _moves(kind: str, metric: Metric, drift: trends.Drift | None) -> Found:
         yield _finding(kind, Reason.of(kind, **about, rate=percent(trends.FALSE_ALARMS)))
 
 
-def _order(run: Run) -> Found:
+def _order(run: Run, course: trends.Course) -> Found:
     if later := trends.ran_later(run):
         yield _finding("grouped", trends.BLOCKS, [item.name for item in later])
         return
     if trends.is_same_order(run):
         yield _finding("same_order", trends.SAME_ORDER)
         return
-    metric = run.primary_metric
-    yield from _moves("order_effect", metric, trends.position_effect(run, metric))
+    yield from _moves("order_effect", course.metric, course.position_effect)
 
 
-def _autocorrelation(run: Run) -> Found:
-    metric = run.primary_metric
-    found = trends.autocorrelation_of_cycles(run, metric)
+def _autocorrelation(course: trends.Course) -> Found:
+    found = course.autocorrelation
     if found is not None:
         data = {"lag_1": found.lag_1, "n": found.n, "sought": AUTOCORRELATION_SOUGHT, "power": percent(found.power)}
-        reason = Reason.of("autocorrelation", metric=metric.label, rate=percent(trends.FALSE_ALARMS), **data)
+        reason = Reason.of("autocorrelation", metric=course.metric.label, rate=percent(trends.FALSE_ALARMS), **data)
         yield _finding("autocorrelation", reason, is_weak=found.p_value < trends.FALSE_ALARMS)
 
 
@@ -339,9 +343,10 @@ def _is_slowed(record: Record) -> bool:
 def _capped_share(configuration: Configuration) -> float:
     """The largest share of a window at the power limit; 0 where it is negligible."""
     shares = (
-        min(1.0, max((gpu.throttle_power_s or 0.0 for gpu in record.gpus), default=0.0) / record.window.window_s)
+        min(1.0, gpu.throttle_power_s / record.window.window_s)
         for record in configuration.used
-        if record.window.window_s
+        for gpu in record.gpus
+        if gpu.throttle_power_s and record.window.window_s
     )
     most = max(shares, default=0.0)
     return most if most > _CAPPED_FROM else 0.0
@@ -355,12 +360,12 @@ def _thin_share(configuration: Configuration) -> float:
 
 
 def _is_integrated(record: Record) -> bool:
-    return measurement.is_integrated_power(record.energy.primary_j.source)
+    return measurement.is_integrated_power(record.energy.source)
 
 
 def _is_short(record: Record) -> bool:
-    period_s = record.energy.counter_update_period_s
-    return record.window.window_s < max(SHORT_WINDOW_S, WINDOW_UPDATES * period_s if period_s else 0.0)
+    window_s, period_s = record.window.window_s, record.energy.counter_update_period_s
+    return window_s < SHORT_WINDOW_S or (period_s is not None and window_s < WINDOW_UPDATES * period_s)
 
 
 def _meters_differ(record: Record) -> bool:
@@ -374,7 +379,7 @@ def _rest_changed(record: Record) -> bool:
 
 def _rest_spread(configuration: Configuration) -> float:
     """How far the loaded idle power of the cycles is apart; 0 within the tolerance."""
-    rest_w = [item.idle.idle_loaded_power_w for item in configuration.used if item.idle.idle_loaded_power_w]
+    rest_w = [power_w for item in configuration.used if (power_w := item.idle.idle_loaded_power_w)]
     is_apart = bool(rest_w) and max(rest_w) > (1 + REST_TOLERANCE) * min(rest_w)
     return max(rest_w) / min(rest_w) - 1 if is_apart else 0.0
 
@@ -409,7 +414,7 @@ _CHECKS: tuple[_OneCheck, ...] = (
         "baseline_drift", Reason.of("rest_power_changed", tolerance=percent(NET_SHIFT_TOLERANCE)), _rest_changed
     ),
     _of_configurations("baselines_apart", _rest_spread, lambda by: Reason.of("baselines_apart", spread=percent(by))),
-    _of_results("estimate", Reason.of("estimate_only"), lambda item: item.energy.primary_j.is_estimate),
+    _of_results("estimate", Reason.of("estimate_only"), lambda item: is_estimate(item.energy.source)),
     _of_results("integrated_power", Reason.of("power_integrated"), _is_integrated),
     _of_configurations("shared_loads", lambda it: it.is_load_shared, lambda _: _SHARED),
     _of_configurations("replayed", lambda it: it.is_replayed, lambda _: REPLAYED),
@@ -417,9 +422,7 @@ _CHECKS: tuple[_OneCheck, ...] = (
     _obstacles,
     _environment,
     _warnings,
-    _drift,
-    _order,
-    _autocorrelation,
+    _over_time,
     _of_configurations(
         "few_cycles",
         lambda item: item.n_cycles if item.n_cycles < _LEAST_CYCLES else 0,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -40,14 +43,19 @@ Sides = tuple[Sequence[Record], Sequence[Record]]
 Obstacles = tuple[Obstacle, ...]
 
 
+Side = Sequence[Record]
+_Differing = tuple[Any, Any] | None  # the two values where they differ
+
+
 @dataclass(frozen=True)
 class Circumstance:
     code: str  # of the reason where it differs
-    find: Callable[[Sequence[Record], Sequence[Record]], tuple[Any, Any] | None]  # the two values where they differ
+    against: Callable[[Side], Callable[[Side], _Differing]]  # what compares other records with these, which it reads
     label: str = ""  # of a part of the environment
     read: Callable[[Record], str | None] | None = None  # its value in a record
     is_blocking: bool = True  # a difference allows no verdict
     is_of_host: bool = False  # it acts on all that a host measures, so that it divides out if an anchor has it too
+    is_of_work: bool = False  # it is not among the conditions of a record
     axes: tuple[str, ...] = ()  # the options that set it: where they differ, it is what is compared
     groups: tuple[str, ...] = _ALL_GROUPS
 
@@ -64,33 +72,39 @@ def obstacles_to(before: Sequence[Record], anchors: Sides | None = None) -> Call
     # Work, meters, cards and machines that differ allow no verdict. A setting of the machine or the version of a
     # program is named beside the verdict. Where each side is compared with an anchor of its own run in which the same
     # differs (the sensor of a card, a driver, a power limit), that divides out: it is reported and blocks nothing.
-    known = {item.code: _texts(before, item.read) for item in CIRCUMSTANCES if item.read is not None}
-    conditions = set(map(_conditions, before))
+    finds = [(item, item.against(before)) for item in CIRCUMSTANCES]
+    known: dict[frozenset[tuple[Any, ...]], dict[str, _Differing]] = {}
 
     def find(after: Sequence[Record]) -> Obstacles:
         if not before or not after:
             return ()
         found = []
-        is_same = set(map(_conditions, after)) == conditions
-        for item in _OF_WORK if is_same else CIRCUMSTANCES:
-            if item.read is None:
-                values = item.find(before, after)
-            else:
-                values = _differing(known[item.code], _texts(after, item.read))
+        conditions = conditions_of(after)
+        if conditions not in known:
+            known[conditions] = {item.code: find(after) for item, find in finds if not item.is_of_work}
+        for item, find in finds:
+            values = find(after) if item.is_of_work else known[conditions][item.code]
             if values is not None and not any(_is_axis(option, before, after) for option in item.axes):
                 reason = Reason.of(item.code, before=values[0], after=values[1])
-                is_shared = anchors is not None and item.is_of_host and item.find(*anchors) == values
+                is_shared = anchors is not None and item.is_of_host and item.against(anchors[0])(anchors[1]) == values
                 found.append(Obstacle(reason, item.is_blocking and not is_shared, is_shared, item.groups))
         return tuple(found)
 
     return find
 
 
-def _conditions(record: Record) -> tuple[Any, ...]:
-    """All that `CIRCUMSTANCES` read but for the work; where it is equal, nothing else differs."""
-    gpus = ((it.name, it.power_limit_w, it.clocks_set, it.sm_clock_app_hz) for it in record.gpus)
-    traffic, source = record.window.traffic_mode, record.energy.energy_source
-    return (id(record.environment), id(record.machine), traffic, source, *gpus)
+_GPU_CONDITIONS = operator.attrgetter("name", "power_limit_w", "clocks_set", "sm_clock_app_hz")
+
+
+def conditions_of(records: Iterable[Record]) -> frozenset[tuple[Any, ...]]:
+    """All that `CIRCUMSTANCES` read of these records but for the work."""
+    return frozenset(
+        (
+            *(id(record.environment), id(record.machine), record.window.traffic_mode, record.energy.energy_source),
+            *map(_GPU_CONDITIONS, record.gpus),
+        )
+        for record in records
+    )
 
 
 def blocking_reason(obstacles: Iterable[Obstacle], group: str) -> Reason | None:
@@ -141,11 +155,15 @@ def _requested(record: Record, option: str) -> Any:
 
 
 def _one(code: str, label: str, read: Callable[[Record], str | None], **rest: Any) -> Circumstance:
-    def find(*sides: Sequence[Record]) -> tuple[str, str] | None:
-        left, right = (_texts(side, read) for side in sides)
-        return _differing(left, right)
+    def against(before: Side) -> Callable[[Side], _Differing]:
+        left = _texts(before, read)
+        return lambda after: _differing(left, _texts(after, read))
 
-    return Circumstance(code, find, label, read, **rest)
+    return Circumstance(code, against, label, read, **rest)
+
+
+def _both(code: str, find: Callable[[Side, Side], _Differing], **rest: Any) -> Circumstance:
+    return Circumstance(code, lambda before: functools.partial(find, before), **rest)
 
 
 def _texts(side: Iterable[Record], read: Callable[[Record], str | None]) -> set[str]:
@@ -158,7 +176,7 @@ def _differing(left: set[str], right: set[str]) -> tuple[str, str] | None:
     return ", ".join(sorted(left)), ", ".join(sorted(right))
 
 
-def _cards(*sides: Sequence[Record]) -> tuple[str, str] | None:
+def _cards(*sides: Side) -> _Differing:
     """Different cards. If one side has all cards of the other and more, that is a setting, not an obstacle."""
     left, right = ({uuid for item in side for uuid in item.environment.gpu_uuids} for side in sides)
     if not left or not right or left <= right or right <= left:
@@ -170,12 +188,20 @@ def _card_ids(records: Iterable[Record]) -> str:
     return ", ".join(sorted({uuid[:_ID_SHOWN] for item in records for uuid in item.environment.gpu_uuids}))
 
 
-def _lengths(*sides: Sequence[Record]) -> tuple[float, float] | None:
-    lengths = [[length for it in side if (length := _answer_tok(it)) is not None] for side in sides]
-    if not all(lengths):
-        return None
-    before, after = map(statistics.fmean, lengths)
-    return None if abs(before - after) <= LENGTH_TOLERANCE * max(before, after) else (before, after)
+def _lengths_against(before: Side) -> Callable[[Side], _Differing]:
+    left = _mean_answer_tok(before)
+
+    def find(after: Side) -> _Differing:
+        right = _mean_answer_tok(after)
+        is_close = left is None or right is None or abs(left - right) <= LENGTH_TOLERANCE * max(left, right)
+        return None if is_close else (left, right)
+
+    return find
+
+
+def _mean_answer_tok(records: Side) -> float | None:
+    lengths = [length for record in records if (length := _answer_tok(record)) is not None]
+    return statistics.fmean(lengths) if lengths else None
 
 
 def _answer_tok(record: Record) -> float | None:
@@ -183,7 +209,7 @@ def _answer_tok(record: Record) -> float | None:
     return work.output_tok / work.requests_ok if work.requests_ok and work.output_tok is not None else None
 
 
-def _libraries(*sides: Sequence[Record]) -> tuple[str, str] | None:
+def _libraries(*sides: Side) -> _Differing:
     """The programs beside the engine that both sides have, in other versions."""
     found: list[dict[str, set[str]]] = [{}, {}]
     for versions, side in zip(found, sides, strict=True):
@@ -196,7 +222,7 @@ def _libraries(*sides: Sequence[Record]) -> tuple[str, str] | None:
     return (before, after) if names else None
 
 
-def _clock_limits(*sides: Sequence[Record]) -> tuple[str, str] | None:
+def _clock_limits(*sides: Side) -> _Differing:
     """Clocks that a setting limited on one side alone, or application clocks that differ."""
     gpus = [[gpu for record in side for gpu in record.gpus] for side in sides]
     limited = [{gpu.clocks_set for gpu in side} - {None} for side in gpus]
@@ -236,15 +262,19 @@ def _cpu_settings(record: Record) -> str:
     return ", ".join([*parts, *(f"{name} {'on' if is_on else 'off'}" for name, is_on in switches if is_on is not None)])
 
 
-def _other_prompts(*sides: Sequence[Record]) -> tuple[str, str] | None:
+def _prompts_against(before: Side) -> Callable[[Side], _Differing]:
     """The prompts of a cycle that both sides have, if they differ: every cycle draws its own."""
-    texts = {_prompts(item) for side in sides for item in side}
-    if len(texts) == 1 and "" not in texts:
-        return None
-    left, right = ({index: members for (_, _, index), members in by_cycle(side).items()} for side in sides)
-    of_cycle = _one("other_prompts", "", _prompts)
-    found = (of_cycle.find(left[index], right[index]) for index in left if index in right)
-    return next(filter(None, found), None)
+    known = set(map(_prompts, before))
+
+    def find(after: Side) -> _Differing:
+        texts = known.union(map(_prompts, after))
+        if len(texts) == 1 and "" not in texts:
+            return None
+        left, right = ({index: members for (_, _, index), members in by_cycle(it).items()} for it in (before, after))
+        both = ([_texts(side[index], _prompts) for side in (left, right)] for index in left if index in right)
+        return next(filter(None, itertools.starmap(_differing, both)), None)
+
+    return find
 
 
 def _prompts(record: Record) -> str:
@@ -263,8 +293,8 @@ def share_workload(*sides: Sequence[Record]) -> bool:
     # Prompts may be drawn for each cycle: of two configurations only common cycles have the same.
     common = set.intersection(*({record.identity.cycle_index for record in side} for side in sides))
     one, other = ([it for it in side if it.identity.cycle_index in common] or side for side in sides)
-    finds = [item.find for item in CIRCUMSTANCES if item.code in _WORKLOAD]
-    return _load(one[0]) == _load(other[0]) and all(find(one, other) is None for find in finds)
+    finds = (item.against(one) for item in CIRCUMSTANCES if item.code in _WORKLOAD)
+    return _load(one[0]) == _load(other[0]) and all(find(other) is None for find in finds)
 
 
 def _load(record: Record) -> dict[str, Any]:
@@ -287,19 +317,18 @@ _OF_SOFTWARE: Mapping[str, Any] = {"is_blocking": False, "axes": ("backend", "im
 # In the order in which they are shown.
 CIRCUMSTANCES: tuple[Circumstance, ...] = (
     _one("other_gpus", "GPU", lambda item: ", ".join(sorted({gpu.name for gpu in item.gpus}))),
-    Circumstance("other_cards", _cards, is_of_host=True),
+    _both("other_cards", _cards, is_of_host=True),
     _one("other_driver", "driver", lambda item: item.environment.versions.get("driver"), is_of_host=True),
     _one("other_power_limit", "power limit", _power_limit, **_OF_MACHINE, axes=("gpu.power_limit_w",)),
-    Circumstance("other_clocks", _clock_limits, **_OF_MACHINE, axes=("gpu.lock_clock_mhz",)),
+    _both("other_clocks", _clock_limits, **_OF_MACHINE, axes=("gpu.lock_clock_mhz",)),
     _one("other_cpu", "CPU", lambda item: "" if item.environment.gpu_uuids else _cpu(item), is_of_host=True),
     _one("other_host_cpu", "CPU", lambda item: _cpu(item) if item.environment.gpu_uuids else "", **_OF_MACHINE),
     _one("other_cpu_settings", "CPU settings", _cpu_settings, **_OF_MACHINE),
     _one("other_kernel", "kernel", lambda item: item.environment.kernel, **_OF_MACHINE),
     _one("other_engine", "engine", _engine, **_OF_SOFTWARE),
-    Circumstance("other_libraries", _libraries, **_OF_SOFTWARE),
-    Circumstance("other_prompts", _other_prompts),
-    Circumstance("other_output_lengths", _lengths),
+    _both("other_libraries", _libraries, **_OF_SOFTWARE),
+    Circumstance("other_prompts", _prompts_against, is_of_work=True),
+    Circumstance("other_output_lengths", _lengths_against, is_of_work=True),
     _one("other_traffic", "", lambda item: item.window.traffic_mode.replace("_", " ")),
     _one("other_meter", "", lambda item: item.energy.energy_source, groups=("energy",)),
 )
-_OF_WORK = tuple(item for item in CIRCUMSTANCES if item.code in ("other_prompts", "other_output_lengths"))

@@ -264,10 +264,15 @@ def metrics_to_show(
     usual = tuple(metric for metric in METRICS if metric.is_headline)
 
     def measured(known: Iterable[Metric]) -> tuple[Metric, ...]:
-        return tuple(it for it in known if sum(bool(item.estimate(it).values) for item in configurations) > 1)
+        return tuple(it for it in known if _is_in_two(it, configurations))
 
     chosen = asked or measured(usual) or usual[:1]
     return chosen, measured(it for it in METRICS if is_whole and it.is_comparable and it not in chosen)
+
+
+def _is_in_two(metric: Metric, configurations: Iterable[Configuration]) -> bool:
+    measured = (item for item in configurations if item.values(metric))
+    return len([*itertools.islice(measured, 2)]) == 2
 
 
 def pair_within(
@@ -280,8 +285,8 @@ def pair_within(
         estimates = [item.estimate(metric) for item in sides]
         below, above = (item.all_attempts.geometric_mean if item.all_attempts else item.value for item in estimates)
         ratio = above / below if below and above and any(item.all_attempts for item in estimates) else None
-        found, causes = find_effect(metric, *sides), ratio_causes(metric, baseline.used, other.used)
-        row = _row(metric, sides, found, blocking_reason(obstacles, metric.group) or unpaired, causes=causes)
+        found, blocking = find_effect(metric, *sides), blocking_reason(obstacles, metric.group) or unpaired
+        row = _row(metric, sides, found, blocking, causes=_ratio_causes(metric, *sides))
         rows.append(row if ratio is None else replace(row, all_attempts_ratio=ratio))
     return Pair(baseline, other, obstacles, tuple(rows))
 
@@ -296,6 +301,11 @@ def _row(
     return Row(metric, means, effect, reason=why, combined=combined)
 
 
+def _ratio_causes(metric: Metric, below: Configuration, above: Configuration) -> Measured[Causes]:
+    is_on_same_cards = len(below.cards | above.cards) == 1
+    return ratio_causes(below.common_causes(metric), above.common_causes(metric), is_on_same_cards=is_on_same_cards)
+
+
 def _pair_across(sides: _Sides, anchors: _Sides | None, metrics: Sequence[Metric], tolerance: float) -> Pair:
     before, after = sides
     others = anchors if anchors != sides else None
@@ -308,7 +318,7 @@ def _pair_across(sides: _Sides, anchors: _Sides | None, metrics: Sequence[Metric
             is_apart = any(ran_apart(*pair) for pair in pairs)
             blocking = blocking_reason(obstacles, metric.group) or exclusion_reason(before, after, *others)
             blocking = blocking or (BLOCKS if is_apart else None)
-            causes = over_anchor(*(ratio_causes(metric, anchor.used, item.used) for item, anchor in pairs))
+            causes = over_anchor(*(_ratio_causes(metric, anchor, item) for item, anchor in pairs))
             row = _row(metric, sides, _over_anchor(metric, sides, others, tolerance), blocking, causes=causes)
         else:
             effect = None if raw is None else stats.Effect(raw, None, None, (before.n_cycles, after.n_cycles))

@@ -32,7 +32,7 @@ _LOAD = Per("load", "engine load", lambda _: 1)
 _WARMUP_PROMPT = Per("prompt", "warm-up prompt", lambda record: record.window.warmup_prompts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is one object, and thousands of rows have it
 class Metric:
     name: str  # here and in JSON
     group: str  # `energy` and what follows from it, `throughput`, `tokens` or `latency`
@@ -261,11 +261,13 @@ def used_cycles(attempts: Cycles) -> Cycles:
     found: dict[Cycle, tuple[Record, ...]] = {}
     for cycle, members in attempts.items():
         valid = [record for record in members if record.validity.valid]
-        last: dict[str, int] = {}
-        for identity in (record.identity for record in valid):
-            last[identity.experiment_id] = max(identity.attempt, last.get(identity.experiment_id, 0))
+        if len(valid) > 1:
+            last: dict[str, int] = {}
+            for identity in (record.identity for record in valid):
+                last[identity.experiment_id] = max(identity.attempt, last.get(identity.experiment_id, 0))
+            valid = [it for it in valid if it.identity.attempt == last[it.identity.experiment_id]]
         if valid:
-            found[cycle] = tuple(it for it in valid if it.identity.attempt == last[it.identity.experiment_id])
+            found[cycle] = tuple(valid)
     return found
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from lem.results.rows import cell_text, make_table
 from lem.results.stats import CONFIDENCE
 from lem.results.stopping import StoppingRule, read_stopping_rule
 from lem.results.store import Digests, Problem, Repository, StoredResult, count_failed
-from lem.results.uncertainty import Combined, uncertainty_of
+from lem.results.uncertainty import Causes, Combined, common_causes, uncertainty_of
 
 ENERGY, THROUGHPUT = METRIC_BY_NAME["energy_per_output_tok_j"], METRIC_BY_NAME["output_tok_per_s"]
 
@@ -38,7 +39,11 @@ _SINGLE_CYCLE = "Single cycle: use --cycles 3+ for confidence intervals"
 _SINGLE_RUN = "Single run: use lem measure -r 3 or more for confidence intervals"
 
 # By the part of the identity that results under one name should have in common.
-_MIXTURES = {"config_hash": "mixed_configurations", "machine": "mixed_hosts", "run_id": "mixed_runs"}
+_MIXTURES = {
+    operator.attrgetter("config_hash"): "mixed_configurations",
+    operator.attrgetter("machine"): "mixed_hosts",
+    operator.attrgetter("run_id"): "mixed_runs",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Estimate:
     all_attempts: AllAttempts | None = None  # where it differs from the estimate over valid attempts
     null_reason: str | None = None  # why no cycle measured the metric
     warning: str | None = None  # what is missing or unreliable
-    combined: Measured[Combined] | None = None  # of an energy: the spread of cycles and the meter, as one uncertainty
+    records: Sequence[Record] = field(default=(), repr=False, compare=False)  # that it rests on
 
     @cached_property
     def bootstrap(self) -> BootstrapResult | None:
@@ -88,6 +93,11 @@ class Estimate:
     def value(self) -> float | None:
         """The geometric mean over the cycles, in `unit`; None with `null_reason`, or where a value is not positive."""
         return geometric_mean(self.values) if self.values else None
+
+    @cached_property
+    def combined(self) -> Measured[Combined]:
+        """Of an energy: the spread of the cycles and the meter, as one uncertainty."""
+        return uncertainty_of(self.metric, self.records, self.values, self.confidence, self.no_interval)
 
     @property
     def low(self) -> float | None:
@@ -182,15 +192,16 @@ class Configuration:
     @cached_property
     def warnings(self) -> Mapping[Reason, int]:
         found = Counter(reason for record in self.records for reason in record.validity.warnings)
+        identities = [record.identity for record in self.records]
         for part, code in _MIXTURES.items():
-            count = len({getattr(record.identity, part) for record in self.records})
+            count = len(set(map(part, identities)))
             if count > 1:
                 found[Reason.of(code, count=count)] = len(self.records)
         return found
 
     @cached_property
     def energy_sources(self) -> tuple[str, ...]:
-        return tuple(sorted({record.energy.primary_j.source or "" for record in self.records} - {""}))
+        return tuple(sorted({record.energy.source or "" for record in self.records} - {""}))
 
     @cached_property
     def is_load_shared(self) -> bool:  # then there is no interval
@@ -267,16 +278,30 @@ class Configuration:
             n_attempts = sum(metric.read(record)[0] is not None for record in self.records)
             geometric = math.exp(statistics.fmean(map(math.log, attempts))) if min(attempts) > 0 else None
             all_attempts = AllAttempts(statistics.fmean(attempts), geometric, len(attempts), n_attempts)
-        why = self.no_interval
-        combined = uncertainty_of(metric, self.used, values, self.confidence, why)
         if not values:
             null_reason = self._why_missing(metric) or "no valid result"
-            return Estimate(metric, all_attempts=all_attempts, null_reason=null_reason, combined=combined)
+            return Estimate(metric, all_attempts=all_attempts, null_reason=null_reason)
         warning = None
         if len(values) < self.n_cycles:
             warning = f"measured in {len(values)} of {self.n_cycles} cycles: {self._why_missing(metric)}"
-        no_interval = why if len(values) > 1 else None
-        return Estimate(metric, values, self.confidence, self.share, no_interval, all_attempts, None, warning, combined)
+        no_interval = self.no_interval if len(values) > 1 else None
+        given = (self.confidence, self.share, no_interval, all_attempts, None, warning, self.used)
+        return Estimate(metric, values, *given)
+
+    def common_causes(self, metric: Metric) -> Measured[Causes]:
+        """What the windows of all cycles share of the uncertainty of an energy."""
+        if metric.name not in self._causes:
+            self._causes[metric.name] = common_causes(metric, self.used)
+        return self._causes[metric.name]
+
+    @cached_property
+    def _causes(self) -> dict[str, Measured[Causes]]:
+        return {}
+
+    @cached_property
+    def cards(self) -> frozenset[tuple[str, ...]]:
+        """The cards of its windows: more than one tuple where they are not the same in all."""
+        return frozenset(record.environment.gpu_uuids for record in self.used)
 
     def _why_missing(self, metric: Metric) -> str:
         reasons = (metric.read(record)[1] for record in self.used)
@@ -333,30 +358,39 @@ class Run:
         groups: dict[tuple[str, str], list[Record]] = {}
         for record in metrics.distinct(_in_order(self.records)):
             groups.setdefault(group_of(record.identity), []).append(record)
-        found = []
-        for (digest, _), members in groups.items():
-            name = max(reversed(members), key=lambda record: record.identity.start_utc).identity.config_name
-            is_removed = self.listing is not None and digest not in self.listing
-            found.append(
-                Configuration(name, tuple(members), self.failed.get(name, 0), share=self.share, is_removed=is_removed)
+        found = [(digest, _last_name(members), tuple(members)) for (digest, _), members in groups.items()]
+        known = {name for _, name, _ in found}
+        found += [("", name, ()) for name in self.failed if name not in known]
+        numbers = numbers_of(self.numbered, self.listing, [(digest, name) for digest, name, _ in found])
+        share, listing = self.share, self.listing
+        items = (
+            Configuration(
+                *(name, members, self.failed.get(name, 0)),
+                is_removed=listing is not None and bool(members) and digest not in listing,
+                share=share,
+                number=number,
+                paths=self.paths,
             )
-        known = {item.name for item in found}
-        found += [Configuration(name, (), n) for name, n in self.failed.items() if name not in known]
-        numbers = numbers_of(self.numbered, self.listing, [(item.config_hash, item.name) for item in found])
-        numbered = (replace(item, number=number, paths=self.paths) for item, number in zip(found, numbers, strict=True))
-        return tuple(sorted(numbered, key=lambda item: (item.is_removed, item.number)))
+            for (digest, name, members), number in zip(found, numbers, strict=True)
+        )
+        return tuple(sorted(items, key=lambda item: (item.is_removed, item.number)))
 
     @property
     def share(self) -> float:
         """The part of the usual error that is left for its intervals and verdicts, after tests of fewer cycles."""
         return self.stopping.share if self.stopping else 1.0
 
-    @property
+    @cached_property
     def with_results(self) -> tuple[Configuration, ...]:
         """The configurations with a whole result, valid or not, that were not removed from the campaign."""
         return tuple(item for item in self.configurations if item.records and not item.is_removed)
 
-    @property
+    @cached_property
+    def used(self) -> tuple[Record, ...]:
+        """The records that the estimates of these rest on."""
+        return tuple(record for item in self.with_results for record in item.used)
+
+    @cached_property
     def removed(self) -> tuple[Configuration, ...]:
         return tuple(item for item in self.configurations if item.is_removed)
 
@@ -444,5 +478,10 @@ def read_run(
     )
 
 
+def _last_name(records: Sequence[Record]) -> str:
+    return max(reversed(records), key=operator.attrgetter("identity.start_utc")).identity.config_name
+
+
 def _in_order(records: Iterable[Record]) -> list[Record]:
-    return sorted(records, key=lambda it: (it.identity.order_index, it.identity.cycle_index, it.identity.attempt))
+    order = operator.attrgetter("identity.order_index", "identity.cycle_index", "identity.attempt")
+    return sorted(records, key=order)

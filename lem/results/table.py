@@ -106,13 +106,13 @@ class _RunTable:
             bootstrap, whole = estimate.bootstrap, estimate.all_attempts
             low, high = (bootstrap.ci_lower, bootstrap.ci_upper) if bootstrap else (None, None)
             intervals = (_interval(estimate.low, estimate.high, decimals), _interval(low, high, decimals))
-            combined = estimate.combined.value if estimate.combined else None
+            combined = estimate.combined.value
             counted = (str(estimate.n), _number(estimate.value, decimals))
             rows.append((*counted, *intervals, ABSENT if combined is None else combined.text))
             if whole is not None:
                 every.append(f"{item.number} {_number(whole.geometric_mean, decimals)} (n = {whole.n_cycles})")
         headings = ["n", "geom.\nmean", f"{_CONFIDENCE}\nt interval", "bootstrap\ninterval"]
-        if any(estimate.combined and estimate.combined.value for estimate in estimates):
+        if any(estimate.combined.value for estimate in estimates):
             headings.append("combined")
         cells = zip(*rows, strict=True)
         self._table([Column(text, tuple(column)) for text, column in zip(headings, cells, strict=False)], heading)
@@ -194,7 +194,7 @@ class _RunTable:
                 f"{_CONFIDENCE}, true coverage {coverage}."
             )
         energies = [item.estimate(ENERGY).combined for item in self._configurations]
-        if any(found and found.value for found in energies):
+        if any(found.value for found in energies):
             yield COMBINED_NOTE
         if why := why_unknown(energies):
             yield f"Combined uncertainty of the energy not known: {'; '.join(why)}."

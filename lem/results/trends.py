@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import cached_property
 
 from lem.base.dataclass import dataclass
 from lem.base.reasons import Reason
 from lem.base.units import percent, plain
 from lem.record import Record
-from lem.results.metrics import Cycles, Metric, by_cycle
+from lem.results.metrics import Cycle, Cycles, Metric
 from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run
 from lem.results.stats import AUTOCORRELATION_SOUGHT, Autocorrelation, autocorrelation_of
 from lem.results.student import student_t_quantile
@@ -25,8 +27,6 @@ WATCHED = (ENERGY, THROUGHPUT)  # for drift
 
 _LARGEST_LOG = 700.0
 _LARGEST_SHOWN = 10.0
-
-_Cycle = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,15 @@ def trend_of(
 
 def without_means(values: Sequence[float], *groupings: Sequence[Hashable]) -> list[float]:
     left = list(values)
-    for _ in range(100 if len(groupings) > 1 else 1):
+    for _ in range(100):
         before = left
         for labels in groupings:
             members: dict[Hashable, list[float]] = {}
             for value, label in zip(left, labels, strict=True):
                 members.setdefault(label, []).append(value)
-            means = {label: statistics.fmean(items) for label, items in members.items()}
+            means = {label: math.fsum(items) / len(items) for label, items in members.items()}
             left = [value - means[label] for value, label in zip(left, labels, strict=True)]
-        if max((abs(one - two) for one, two in zip(before, left, strict=True)), default=0.0) < 1e-12:
+        if len(groupings) < 2 or max(map(abs, map(operator.sub, before, left)), default=0.0) < 1e-12:
             break
     return left
 
@@ -129,27 +129,75 @@ def is_same_order(run: Run) -> bool:
 
 
 def _in_order(run: Run) -> Cycles:
-    used = (record for item in run.with_results for record in item.used)
-    return by_cycle(sorted(used, key=lambda item: item.identity.order_index))
+    cycles: dict[Cycle, list[Record]] = {}
+    for item in run.with_results:
+        for cycle, members in item.cycles.items():
+            cycles.setdefault(cycle, []).extend(members)
+    order = operator.attrgetter("identity.order_index")
+    return {cycle: sorted(members, key=order) for cycle, members in cycles.items()}
 
 
-def drift_of(run: Run, metric: Metric) -> Drift | None:
-    """How a metric moves from the first experiment to the last: the slope over cycle means; None with too few."""
-    # The experiments of a cycle share its conditions, so cycles and not experiments are the independent observations.
-    # The confidence is divided among the metrics watched, so that all of them together have the stated false alarms.
-    cycles = _cycle_means(run, metric)
-    orders = [record.identity.order_index for _, record, _ in _values(run, metric)]
-    length = max(orders, default=0) - min(orders, default=0)
-    places, means = zip(*cycles.values(), strict=True) if cycles else ((), ())
-    confidence = 1 - FALSE_ALARMS / len(WATCHED)
-    return trend_of(places, means, [key[:2] for key in cycles], length=length, confidence=confidence)
+@dataclass(frozen=True)
+class Course:
+    """How a metric moves over the experiments of a run."""
 
+    run: Run
+    metric: Metric
 
-def autocorrelation_of_cycles(run: Run, metric: Metric) -> Autocorrelation | None:
-    series: dict[tuple[str, str], list[float]] = {}
-    for key, (_, mean) in _cycle_means(run, metric).items():
-        series.setdefault(key[:2], []).append(mean)
-    return autocorrelation_of(max(series.values(), key=len)) if series else None
+    @cached_property
+    def _values(self) -> list[tuple[str, Cycle, Record, float]]:
+        """By name of the configuration, cycle and experiment."""
+        return [
+            (item.name, cycle, record, value)
+            for item in self.run.with_results
+            for cycle, members in item.cycles.items()
+            for record in members
+            if (value := self.metric.read(record)[0]) is not None and value > 0
+        ]
+
+    @cached_property
+    def _cycle_means(self) -> Mapping[Cycle, tuple[float, float]]:
+        """Of the places, and of the logs less the mean of their configuration."""
+        logs = without_means([math.log(value) for *_, value in self._values], [name for name, *_ in self._values])
+        cycles: dict[Cycle, list[tuple[int, float]]] = {}
+        for (_, cycle, record, _), log in zip(self._values, logs, strict=True):
+            cycles.setdefault(cycle, []).append((record.identity.order_index, log))
+        return {
+            cycle: (statistics.fmean(place for place, _ in found), statistics.fmean(log for _, log in found))
+            for cycle, found in sorted(cycles.items())
+        }
+
+    @property
+    def drift(self) -> Drift | None:
+        """From the first experiment to the last: the slope over cycle means; None with too few."""
+        # The experiments of a cycle share its conditions, so cycles and not experiments are the independent
+        # observations. The confidence is divided among the metrics watched, so that all of them together have the
+        # stated false alarms.
+        cycles = self._cycle_means
+        orders = [record.identity.order_index for _, _, record, _ in self._values]
+        length = max(orders, default=0) - min(orders, default=0)
+        places, means = zip(*cycles.values(), strict=True) if cycles else ((), ())
+        confidence = 1 - FALSE_ALARMS / len(WATCHED)
+        return trend_of(places, means, [key[:2] for key in cycles], length=length, confidence=confidence)
+
+    @property
+    def autocorrelation(self) -> Autocorrelation | None:
+        """From cycle to cycle; None with too few."""
+        series: dict[tuple[str, str], list[float]] = {}
+        for key, (_, mean) in self._cycle_means.items():
+            series.setdefault(key[:2], []).append(mean)
+        return autocorrelation_of(max(series.values(), key=len)) if series else None
+
+    @property
+    def position_effect(self) -> Drift | None:
+        """From the first place within a cycle to the last; None where every cycle has the same order."""
+        rows, order = self._values, _in_order(self.run)
+        place_of = {item.identity.key: place for members in order.values() for place, item in enumerate(members)}
+        places = [place_of[record.identity.key] for _, _, record, _ in rows]
+        logs, length = [math.log(value) for *_, value in rows], max(places, default=0)
+        names, numbers = [name for name, *_ in rows], [cycle[2] for _, cycle, _, _ in rows]
+        effect = trend_of(places, logs, names, numbers, length=length)
+        return effect if effect is not None and effect.ci_lower is not None else None
 
 
 def autocorrelation_notes(found: Sequence[tuple[str, Autocorrelation]]) -> Iterable[str]:
@@ -163,36 +211,3 @@ def autocorrelation_notes(found: Sequence[tuple[str, Autocorrelation]]) -> Itera
             f"autocorrelation of the ratios from cycle to cycle: {lags}{clear}; a test at {percent(FALSE_ALARMS)} "
             f"finds {AUTOCORRELATION_SOUGHT:g} in {percent(most.power)} of campaigns of {most.n} cycles."
         )
-
-
-def _cycle_means(run: Run, metric: Metric) -> dict[_Cycle, tuple[float, float]]:
-    rows = _values(run, metric)
-    logs = without_means([math.log(value) for *_, value in rows], [name for name, *_ in rows])
-    cycles: dict[_Cycle, list[tuple[int, float]]] = {}
-    for (_, record, _), log in zip(rows, logs, strict=True):
-        identity = record.identity
-        key = (identity.run_id, identity.machine, identity.cycle_index)
-        cycles.setdefault(key, []).append((identity.order_index, log))
-    return {
-        key: (statistics.fmean(place for place, _ in found), statistics.fmean(log for _, log in found))
-        for key, found in sorted(cycles.items())
-    }
-
-
-def position_effect(run: Run, metric: Metric) -> Drift | None:
-    """How a metric moves from the first place within a cycle to the last; None where every cycle has the same order."""
-    rows = _values(run, metric)
-    place_of = {item.identity.key: place for members in _in_order(run).values() for place, item in enumerate(members)}
-    places = [place_of[record.identity.key] for _, record, _ in rows]
-    names, numbers = [name for name, *_ in rows], [record.identity.cycle_index for _, record, _ in rows]
-    effect = trend_of(places, [math.log(value) for *_, value in rows], names, numbers, length=max(places, default=0))
-    return effect if effect is not None and effect.ci_lower is not None else None
-
-
-def _values(run: Run, metric: Metric) -> list[tuple[str, Record, float]]:
-    return [
-        (item.name, record, value)
-        for item in run.with_results
-        for record in item.used
-        if (value := metric.read(record)[0]) is not None and value > 0
-    ]

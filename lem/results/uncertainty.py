@@ -24,6 +24,7 @@ from lem.results.student import student_t_quantile
 CYCLES = "cycles"  # the cause beside those of `Energy.uncertainty_budget_j`
 # The lag of one counter is the same in all windows, so only the difference of what it costs matters to a ratio.
 _LAG = "lag"
+_NO_METER = Measured[Any](None, Reason.of("no_meter_uncertainty"))
 # Where there is no interval over the cycles either, which says why.
 _EVIDENT = frozenset({"no_meter_uncertainty", "one_cycle", "no_interval", "no_ratio", "nothing_to_compare"})
 _MOST_DF = 1e6  # beyond it, Student's t is the normal distribution
@@ -78,7 +79,7 @@ def uncertainty_of(
     metric: Metric, records: Sequence[Record], values: Sequence[float], confidence: float, no_interval: Reason | None
 ) -> Measured[Combined]:
     if metric.group != "energy":
-        return known(None, "no_meter_uncertainty")
+        return _NO_METER
     if len(values) == 1:
         return known(None, "one_cycle")
     if not values or min(values) <= 0:
@@ -93,6 +94,8 @@ def uncertainty_of(
 
 def common_causes(metric: Metric, records: Sequence[Record]) -> Measured[Causes]:
     """What every window of these records shares, on average; absent as soon as it is unknown for one of them."""
+    if metric.group != "energy":
+        return _NO_METER
     found = []
     for record in records:
         if metric.read(record)[0] is None:
@@ -116,21 +119,16 @@ def _budget_of(metric: Metric, energy: Energy) -> tuple[float | None, Measured[M
     return energy.primary_j.value, energy.measured("uncertainty_budget_j")
 
 
-def ratio_causes(metric: Metric, below: Sequence[Record], above: Sequence[Record]) -> Measured[Causes]:
+def ratio_causes(below: Measured[Causes], above: Measured[Causes], *, is_on_same_cards: bool) -> Measured[Causes]:
     """What is common to all cycles of a ratio of two configurations."""
     # The error of the sensors divides out if both were measured on the same cards.
-    if metric.group != "energy":
-        return known(None, "no_meter_uncertainty")
-    sides = [common_causes(metric, records) for records in (below, above)]
-    first, second = (side.value for side in sides)
-    if first is None or second is None:
-        return sides[0] if first is None else sides[1]
-    is_same = len({record.environment.gpu_uuids for record in (*below, *above)}) == 1
-    found = _added(first, second)
-    if is_same:
+    if below.value is None or above.value is None:
+        return below if below.value is None else above
+    found = _added(below.value, above.value)
+    if is_on_same_cards:
         found.pop(SENSOR, None)
         if _LAG in found:
-            found[_LAG] = abs(first.get(_LAG, 0.0) - second.get(_LAG, 0.0))
+            found[_LAG] = abs(below.value.get(_LAG, 0.0) - above.value.get(_LAG, 0.0))
     return Measured(found)
 
 

@@ -55,7 +55,7 @@ from lem.results.run import Configuration, Run, make_run
 from lem.results.stats import Gate, Verdict, anchored_effect, paired_effect, parse_gate
 from lem.results.stopping import StoppingRule, next_stage, parse_target
 from lem.results.student import POWER
-from lem.results.trends import FALSE_ALARMS, WATCHED, autocorrelation_of_cycles, drift_of, is_chance, position_effect
+from lem.results.trends import FALSE_ALARMS, WATCHED, Course, is_chance
 from tests.bench.interference import make_model, run_campaign
 from tests.bench.simulation import TRUE_ENERGY_J, Simulated
 from tests.records import make_record, under_load
@@ -379,21 +379,21 @@ def trends(n: int) -> Iterator[Figure]:
         )
     for cycles in (10, 20):
         runs = simulated(n, Simulated(cycles=cycles))
-        found = [it for run in runs if (it := autocorrelation_of_cycles(run, ENERGY))]
+        found = [it for run in runs if (it := Course(run, ENERGY).autocorrelation)]
         yield errs(f"autocorrelation found where there is none, {cycles} cycles", (it.p_value < 0.05 for it in found))
         runs = simulated(n, Simulated(cycles=cycles, memory=0.3, run_sd=0.0))
-        found = [it for run in runs if (it := autocorrelation_of_cycles(run, ENERGY))]
+        found = [it for run in runs if (it := Course(run, ENERGY).autocorrelation)]
         yield labelled(
             f"autocorrelation of 0.3 is found, {cycles} cycles", (it.p_value < 0.05 for it in found), found[0].power
         )
 
 
 def has_drift(run: Run) -> bool:
-    return any((found := drift_of(run, metric)) is not None and found.is_found for metric in WATCHED)
+    return any((found := Course(run, metric).drift) is not None and found.is_found for metric in WATCHED)
 
 
 def has_place(run: Run) -> bool:
-    found = position_effect(run, ENERGY)
+    found = Course(run, ENERGY).position_effect
     return found is not None and found.is_found
 
 

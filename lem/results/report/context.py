@@ -36,7 +36,7 @@ from lem.results.report.plot import (
     texts,
 )
 from lem.results.run import ENERGY
-from lem.results.trends import DRIFT_FLAGGED, FALSE_ALARMS, change_of, drift_of, without_means
+from lem.results.trends import DRIFT_FLAGGED, FALSE_ALARMS, Course, change_of, without_means
 
 # --- the headline metric over two axes of the grid
 
@@ -205,7 +205,7 @@ def _order(metric: Metric, report: Report) -> Markup:
     ]
     values = sorted(found, key=lambda item: item[0])
     places, numbers = [place for place, *_ in values], [entry.number for _, entry, *_ in values]
-    drift = drift_of(report.run, metric)
+    drift = Course(report.run, metric).drift
     if drift is None:
         reason = "There are no two cycles with a value, so nothing can be compared over time."
         return plot.no_plot(identifier, heading, reason)

@@ -145,7 +145,7 @@ def interval_of(estimate: Estimate, decimals: int | None, *, is_estimate: bool) 
     if t_log.ci_lower is None and bootstrap.ci_lower is None:
         why = None if t_log.n_samples == 1 else t_log.warning or bootstrap.warning
         intervals = tag("div", tag("span", "no interval", class_="absent", title=why))
-    elif estimate.combined is not None and (combined := estimate.combined.value) is not None:
+    elif (combined := estimate.combined.value) is not None:
         causes = ", ".join(f"{cause.replace('_', ' ')} {percent(share)}" for cause, share in combined.budget.items())
         title = f"{causes} (k = 1), times k = {combined.factor:.2f}"
         label = tag("span", "combined", class_="kind", title=title)

@@ -251,7 +251,7 @@ def _explanations(report: Report) -> Iterator[str]:
     yield from coverage_notes(record.window for entry in report.entries for record in entry.used)
     yield from ratio_notes_of(report.comparison) if report.comparison is not None else ()
     estimates = [entry.configuration.estimate(metric) for entry in report.entries for metric in report.metrics]
-    if any(estimate.combined and estimate.combined.value for estimate in estimates):
+    if any(estimate.combined.value for estimate in estimates):
         yield (
             "“Combined” is the 95 % uncertainty of the geometric mean from the spread of cycles and all errors of the "
             "meter that cycles share (GUM); its causes are shown when you point at the word."

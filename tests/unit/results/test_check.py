@@ -9,7 +9,7 @@ from lem.config.experiment import PROGRAM
 from lem.results.check import INTERFERENCE, check_run
 from lem.results.run import make_run
 from lem.results.store import Problem
-from lem.results.trends import position_effect
+from lem.results.trends import Course
 from tests.records import make_record, sentences
 from tests.synthetic_campaign import Campaign, Configuration
 
@@ -270,7 +270,7 @@ FOUR = tuple(dataclasses.replace(VLLM, name=f"c{size}", batch_size=size) for siz
 def test_what_the_place_within_a_cycle_costs_is_found_in_a_shuffled_campaign():
     campaign = dataclasses.replace(FINE, configurations=FOUR, cycles=8)
     run = make_run(_warmer_places(campaign, 0.01))
-    effect = position_effect(run, run.primary_metric)
+    effect = Course(run, run.primary_metric).position_effect
     assert effect is not None
     assert effect.ci_lower is not None
     assert effect.ci_upper is not None
@@ -278,7 +278,7 @@ def test_what_the_place_within_a_cycle_costs_is_found_in_a_shuffled_campaign():
     assert _found(check_run(run))["order_effect"].is_weak
     # In the same order places cannot be separated from configurations.
     same = make_run(dataclasses.replace(FINE, structure="interleaved").records())
-    assert position_effect(same, same.primary_metric) is None
+    assert Course(same, same.primary_metric).position_effect is None
 
 
 def test_without_energy_the_throughput_is_looked_at():
