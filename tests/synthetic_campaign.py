@@ -32,9 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from lem.base.clock import utc_text
-from lem.base.durable import BALANCED
 from lem.base.measurement import WINDOW
-from lem.config.campaign_config import generate_campaign_id, slug_of
+from lem.config.campaign_config import BALANCED, generate_campaign_id, slug_of
 from lem.config.experiment import ExperimentConfig
 from lem.meters.attempt import AttemptLog
 from lem.meters.energy import measure

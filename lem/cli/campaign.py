@@ -14,7 +14,6 @@ from typing import Any, TextIO
 from lem.base import log
 from lem.base.dataclass import dataclass
 from lem.base.doc import Column, columns, terminal_width, wrapped, write_json
-from lem.base.durable import GROUPED
 from lem.base.errors import UserError
 from lem.base.log import WIDTH, paint
 from lem.base.reasons import Reason
@@ -22,7 +21,7 @@ from lem.base.units import ABSENT, format_duration, hash_label, parse_duration, 
 from lem.cli.config import add_flags, given_flags
 from lem.cli.options import add_json, add_repeated, checked, typed_again
 from lem.cli.prometheus import prometheus_path
-from lem.config.campaign_config import CampaignConfig
+from lem.config.campaign_config import GROUPED, CampaignConfig
 from lem.config.load import Loaded, load_campaign, load_campaign_of_files
 from lem.config.option import declared
 from lem.config.sections import GpuConfig

@@ -13,9 +13,9 @@ from typing import Any, TextIO
 from lem.base.clock import describe_future, utc_now
 from lem.base.dataclass import dataclass
 from lem.base.doc import NAME_WIDTH, Column, Doc, NameShortener, Table, printable, terminal_width, write_json
-from lem.base.durable import slug_of
 from lem.base.errors import UserError, did_you_mean
 from lem.base.log import WIDTH, is_colour_wanted
+from lem.base.names import slug_of
 from lem.base.units import format_duration, hash_label
 from lem.cli.options import add_json, add_state_dir
 from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, SKIPPED, TOP_UP_NOTE, CampaignManifestEntry

@@ -11,8 +11,8 @@ from typing import Any
 
 from lem.base import units
 from lem.base.dataclass import dataclass
-from lem.base.durable import BALANCED, MANIFEST_FILENAME, STRUCTURES, generate_campaign_id, slug_of
 from lem.base.errors import nearest
+from lem.base.names import MANIFEST_FILENAME, generate_campaign_id, slug_of
 from lem.config.backends import BACKENDS
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import REQUIRED, Items, Problem, check_url, dotted
@@ -36,6 +36,9 @@ __all__ = [
     "slug_of",
     "with_campaign_defaults",
 ]
+
+# The orders of experiments that `execution.structure` can ask for.
+BALANCED, INTERLEAVED, SHUFFLED, GROUPED = STRUCTURES = ("balanced", "interleaved", "shuffled", "grouped")
 
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY_GROUPS = {"weekdays": _WEEKDAYS[:5], "weekends": _WEEKDAYS[5:]}

@@ -17,11 +17,10 @@ from typing import Any, TypeVar
 from lem.base import durable
 from lem.base.clock import run_time, utc_stamp
 from lem.base.dataclass import dataclass
-from lem.base.durable import BALANCED, SHUFFLED
 from lem.base.errors import in_brackets
 from lem.base.reasons import Reason
 from lem.config.backends import BACKENDS
-from lem.config.campaign_config import CampaignConfig, CampaignGridConfig
+from lem.config.campaign_config import BALANCED, SHUFFLED, CampaignConfig, CampaignGridConfig
 from lem.config.experiment import ENGINE_LENGTHS, ExperimentConfig, MeteredConfig
 from lem.config.kinds import ConfigProblems, Expanded, Items, KnownValues, Option, Problem, dotted
 from lem.config.option import Memo, canonical, canonical_text, declared, find_option, joined_texts, put

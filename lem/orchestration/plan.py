@@ -12,13 +12,16 @@ from typing import Any, Literal
 
 from lem.base import durable
 from lem.base.dataclass import dataclass
-from lem.base.durable import BALANCED, GROUPED, INTERLEAVED, SHUFFLED
 from lem.base.errors import ConfigurationError, UserError
 from lem.base.reasons import Reason
 from lem.base.variables import TOKEN_VARIABLE
 from lem.config import rules
 from lem.config.backends import ServerConfig
 from lem.config.campaign_config import (
+    BALANCED,
+    GROUPED,
+    INTERLEAVED,
+    SHUFFLED,
     WITH_DEFAULTS,
     CampaignConfig,
     CampaignExecutionConfig,

@@ -14,10 +14,10 @@ from typing import Any
 
 from lem.base.clock import utc_text
 from lem.base.dataclass import dataclass
-from lem.base.durable import GROUPED, read_sealed, sha256_of
+from lem.base.durable import read_sealed, sha256_of
 from lem.base.errors import UserError
 from lem.base.units import percent, plural, some_of
-from lem.config.campaign_config import CampaignConfig
+from lem.config.campaign_config import GROUPED, CampaignConfig
 from lem.config.experiment import ExperimentConfig
 from lem.meters.recompute import recount
 from lem.orchestration.grid import config_hash, make_run_id, prompts_fingerprint

@@ -18,8 +18,8 @@ from lem.base import durable
 from lem.base.clock import parse_time, utc_text
 from lem.base.codec import decode
 from lem.base.dataclass import dataclass
-from lem.base.durable import MANIFEST_FILENAME, slug_of
 from lem.base.errors import LemError, UserError
+from lem.base.names import MANIFEST_FILENAME, slug_of
 from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, is_locked, read_holder
 from lem.orchestration.manifest import (
     COMPLETED,

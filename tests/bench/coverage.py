@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lem.base.durable import STRUCTURES
 from lem.base.measurement import UNSTEADY_BY_CHANCE
+from lem.config.campaign_config import STRUCTURES
 from lem.config.sections import SloConfig
 from lem.engines.traffic import arrival_offsets_s
 from lem.meters.requestlog import Request, RequestLog
