@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 
 from lem.base import measurement
 from lem.base.dataclass import dataclass
@@ -190,26 +191,31 @@ _ORDER_HEIGHT, _ORDER_TOP, _ORDER_BOTTOM = 300.0, 34.0, 252.0
 
 
 def order_section(report: Report) -> Markup:
-    return tag("div", *(_order(metric, report) for metric in report.metrics), class_="pair")
-
-
-def _order(metric: Metric, report: Report) -> Markup:
-    name, identifier = metric.label, f"order-{metric.name}"
-    heading = f"{name} in the order of execution"
     orders = {record.identity.key: number for number, record in enumerate(report.records, 1)}
-    found = [
-        (orders[record.identity.key], entry, record, value)
+    results = [
+        (orders[record.identity.key], record.identity.cycle_index + 1, entry, record)
         for entry in report.entries
         for record in entry.used
+    ]
+    results.sort(key=itemgetter(0))
+    return tag("div", *(_order(metric, results, report) for metric in report.metrics), class_="pair")
+
+
+def _order(metric: Metric, results: Iterable[tuple[int, int, Entry, Record]], report: Report) -> Markup:
+    name, identifier = metric.label, f"order-{metric.name}"
+    heading = f"{name} in the order of execution"
+    found = [
+        (place, cycle, entry, value)
+        for place, cycle, entry, record in results
         if (value := metric.read(record)[0]) is not None and value > 0
     ]
-    values = sorted(found, key=lambda item: item[0])
-    places, numbers = [place for place, *_ in values], [entry.number for _, entry, *_ in values]
     drift = Course(report.run, metric).drift
     if drift is None:
         reason = "There are no two cycles with a value, so nothing can be compared over time."
         return plot.no_plot(identifier, heading, reason)
-    shares = [100 * change_of(log) for log in without_means([math.log(value) for *_, value in values], numbers)]
+    places, cycles, entries, values = zip(*found, strict=True)
+    numbers = [entry.number for entry in entries]
+    shares = [100 * change_of(log) for log in without_means([*map(math.log, values)], numbers)]
     flagged = 100 * DRIFT_FLAGGED
     reach = max(flagged, *map(abs, shares)) * 1.1
     x_scale = Scale(0, places[-1] + 1, plot.LEFT, plot.RIGHT)
@@ -217,14 +223,14 @@ def _order(metric: Metric, report: Report) -> Markup:
     top, bottom, half = y_scale(flagged / 2), y_scale(-flagged / 2), 100 * drift.change / 2
     fitted = [(x_scale(places[0]), y_scale(-half)), (x_scale(places[-1]), y_scale(half))]
     dots: dict[int, list[str]] = {}
-    for (place, entry, *_), share in zip(values, shares, strict=True):
+    for place, entry, share in zip(places, entries, shares, strict=True):
         dots.setdefault(entry.group, []).append(spot(x_scale(place), y_scale(share), plot.DOT))
     columns = [
         counts("Position", places),
         counts("No.", numbers),
-        texts("Configuration", (entry.label for _, entry, _, _ in values)),
-        counts("Cycle", (record.identity.cycle_index + 1 for _, _, record, _ in values)),
-        quantities(name, ((value, None) for *_, value in values)),
+        texts("Configuration", (entry.label for entry in entries)),
+        counts("Cycle", cycles),
+        quantities(name, ((value, None) for value in values)),
         Cells("Difference", [f"{share:+.2f}\u00a0%" for share in shares], is_number=True),
     ]
     chance = "" if drift.is_significant or drift.ci_lower is None else "; this may be chance"

@@ -308,10 +308,6 @@ def _reach(metric: Metric, entries: Sequence[Entry]) -> float:
 
 def _cycles_marks(metric: Metric, rows: _Rows, values: Scale, shares: Scale, below: float) -> Iterator[Markup]:
     """Bars, ticks, dots and crosses, one path for each group: a thousand rows must take few bytes."""
-
-    def share_of(centre: float) -> Callable[[float], float]:
-        return lambda value: shares(100 * (value / centre - 1))
-
     bars: dict[int, list[str]] = {group: [] for group in _groups(entry for entry, _ in rows)}
     dots: dict[int, list[str]] = {group: [] for group in bars}
     ticks: list[str] = []
@@ -320,18 +316,18 @@ def _cycles_marks(metric: Metric, rows: _Rows, values: Scale, shares: Scale, bel
     for entry, y in rows:
         counted, left_out = (entry.measured(metric, is_used=is_used) for is_used in (True, False))
         centre, span = entry.centre(metric), entry.span(metric)
-        places: list[tuple[Callable[[float], float], float]] = [(values, y)]
+        dots[entry.group] += plot.spots(map(values, counted), y, plot.DOT)
+        crosses += plot.spots(map(values, left_out), y, plot.CROSS)
         if centre is None:
             remark = "no geometric mean" if counted else "not measured" if entry.used else "no valid result"
             remarks.append(text(shares.begin + 8, y + below + 4, remark, "absent"))
-        else:
-            places.append((share_of(centre), y + below))
-        for place, height in places:
-            dots[entry.group] += [spot(place(value), height, plot.DOT) for value in counted]
-            crosses += [spot(place(value), height, plot.CROSS) for value in left_out]
-            if centre is not None:
-                ticks.append(spot(place(centre), height - 8, plot.TICK))
-                bars[entry.group] += [_bar(place(span[0]), height, place(span[1]))] if span else []
+            continue
+        dots[entry.group] += plot.spots([shares(100 * (value / centre - 1)) for value in counted], y + below, plot.DOT)
+        crosses += plot.spots([shares(100 * (value / centre - 1)) for value in left_out], y + below, plot.CROSS)
+        ticks += [spot(values(centre), y - 8, plot.TICK), spot(shares(0), y + below - 8, plot.TICK)]
+        if span:
+            low, high = ([values(end), shares(100 * (end / centre - 1))] for end in span)
+            bars[entry.group] += [_bar(low[0], y, high[0]), _bar(low[1], y + below, high[1])]
     for group, own in bars.items():
         yield marks(own, f"bar g{group}")
         yield marks(dots[group], f"dots g{group}")

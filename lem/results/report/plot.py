@@ -324,12 +324,17 @@ def spot(x: float, y: float, drawn: str = "") -> str:
     return f"M{number_text(x)} {number_text(y)}{drawn}"
 
 
+def spots(places: Iterable[float], y: float, drawn: str) -> list[str]:
+    rest = f" {number_text(y)}{drawn}"
+    return [f"M{number_text(x)}{rest}" for x in places]
+
+
 def line_to(*places: Place) -> str:
     return "M" + "L".join(f"{number_text(x)} {number_text(y)}" for x, y in places)
 
 
 def marks(parts: Iterable[str], class_: str) -> Markup:
-    return tag("path", d="".join(parts), class_=class_)
+    return tag("path", d=Markup("".join(parts)), class_=class_)
 
 
 def text(x: float, y: float, content: str, class_: str | None = None, anchor: str | None = None) -> Markup:
@@ -353,6 +358,7 @@ def shade(share: float) -> tuple[str, str]:
     return "#" + "".join(f"{value:02x}" for value in rgb), "on-light" if is_light else "on-dark"
 
 
+@lru_cache
 def horizontal_axis(scale: Scale, y: float, top: float, label: str, *, count: int = 6) -> Markup:
     grid, labels = [], []
     free_from = -math.inf

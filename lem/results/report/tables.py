@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from pathlib import PurePath
 
@@ -300,24 +300,25 @@ def _more_figures(report: Report) -> Markup:
     entries = report.entries
     basis = f" ({carbon_basis(entry.configuration for entry in entries)})"
     columns = [counts("No.", (entry.number for entry in entries)), texts("Configuration", (it.label for it in entries))]
-    used = [record for entry in entries for record in entry.used]
-    for figure in _FIGURES:
-        if isinstance(figure, Metric) and not _is_recorded(figure, used):
-            continue
-        found = [[*map(figure.read, entry.used)] for entry in entries]
-        if any(value is not None for each in found for value, _ in each):
+    figures = [*_recorded([record for entry in entries for record in entry.used])]
+    rows = [[_mean_or_why([*map(figure.read, entry.used)]) for figure in figures] for entry in entries]
+    for figure, column in zip(figures, zip(*rows, strict=True), strict=True):
+        if any(value is not None for value, _ in column):
             notes = basis * (figure.section == "carbon") + report.estimate_note * (figure.group == "energy")
-            columns.append(quantities(figure.heading + notes, map(_mean_or_why, found)))
+            columns.append(quantities(figure.heading + notes, column))
     if len(columns) == 2:
         return Markup()
     label = "More figures of every configuration"
     return details(label, scroller(label, table_of(label, columns, row_head=1)))
 
 
-def _is_recorded(metric: Metric, records: Iterable[Record]) -> bool:
-    """Whether a record has what the metric is made of; quicker than reading it."""
-    found = [*map(attrgetter(f"{metric.section}.{metric.field}"), records)]
-    return found.count(None) < len(found)
+def _recorded(records: Sequence[Record]) -> Sequence[Metric | _OfGpus]:
+    """The figures of which some record has what they are made of, which is found quicker than they are read."""
+    metrics = [figure for figure in _FIGURES if isinstance(figure, Metric)]
+    read = attrgetter(*(f"{metric.section}.{metric.field}" for metric in metrics))
+    found = zip(metrics, zip(*map(read, records), strict=True), strict=False)  # nothing without a record
+    recorded = {metric.name for metric, column in found if column.count(None) < len(column)}
+    return [figure for figure in _FIGURES if isinstance(figure, _OfGpus) or figure.name in recorded] if records else ()
 
 
 def _mean_or_why(found: Sequence[tuple[float | None, Reason | None]]) -> tuple[float | None, Reason | None]:
