@@ -138,8 +138,12 @@ class Entry:
         return self.configuration.estimate(metric).value
 
     def span(self, metric: str | Metric) -> tuple[float, float] | None:
-        estimate = self.configuration.estimate(metric)
-        return None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
+        found = self.configuration.estimate(metric).t_log
+        return (
+            None
+            if found is None or found.ci_lower is None or found.ci_upper is None
+            else (found.ci_lower, found.ci_upper)
+        )
 
 
 def workloads_of(entries: Iterable[Entry]) -> list[list[Entry]]:

@@ -13,7 +13,7 @@ from lem.base.reasons import Reason
 from lem.base.units import format_latency, format_quantity, plural, some_of
 from lem.record import Record
 from lem.results.comparability import workload_of
-from lem.results.metrics import LATENCIES, READABLE_LATENCIES, Metric, mean_of
+from lem.results.metrics import LATENCIES, METRIC_BY_NAME, READABLE_LATENCIES, Metric, mean_of
 from lem.results.report import plot
 from lem.results.report.content import Entry, Report, frontier
 from lem.results.report.plot import (
@@ -46,7 +46,7 @@ _SIDES = ((1.0, 0.0), (-1.0, 0.0), (0.7, -0.8), (-0.7, -0.8), (0.7, 0.8), (-0.7,
 
 @dataclass(frozen=True)
 class _Axis:
-    metric: str | Metric
+    metric: Metric
     label: str
     is_less_better: bool = True
     note: str = ""
@@ -66,9 +66,10 @@ def pareto_section(report: Report) -> Markup:
     entries = report.entries
     energy = _Axis(ENERGY, "Energy per output token, J", note=report.estimate_note)
     throughput = _Axis(THROUGHPUT, "Output throughput, tok/s", is_less_better=False)
-    latency = _Axis("e2e_p50_s", "End-to-end latency, median, s")
-    if all(entry.centre("ttft_p50_s") is not None for entry in entries if entry.used):
-        latency = _Axis("ttft_p50_s", "Time to first token, median, s")
+    latency = _Axis(METRIC_BY_NAME["e2e_p50_s"], "End-to-end latency, median, s")
+    ttft = METRIC_BY_NAME["ttft_p50_s"]
+    if all(entry.centre(ttft) is not None for entry in entries if entry.used):
+        latency = _Axis(ttft, "Time to first token, median, s")
     parts = [_pareto("pareto-latency", "Throughput against latency", latency, throughput, report)]
     if report.has_energy:
         parts = [
@@ -372,7 +373,8 @@ def latency_section(report: Report) -> Markup:
     null_reasons = {id(whys): whys for whys in (record.latency.null_reasons for record in report.records)}.values()
     for short, name in READABLE_LATENCIES.items():
         kind = f"{short}_s"
-        found = {entry.number: _percentiles(entry, kind) for entry in report.entries}
+        is_recorded = not all(kind in whys for whys in null_reasons)
+        found = {entry.number: _percentiles(entry, kind) if is_recorded else {} for entry in report.entries}
         if any(found.values()):
             parts.append(_latency(kind, name, report.entries, found))
         elif short in LATENCIES:

@@ -246,13 +246,14 @@ class Scale:
     is_log: bool = False
 
     def __call__(self, value: float) -> float:
-        value = self.low if value < self.low else min(value, self.high)
-        length = math.log(value / self.low) if self.is_log else value - self.low
-        return self.begin + length / self._length * (self.end - self.begin)
+        low, high, length, extent = self._lengths
+        value = low if value < low else high if value > high else value
+        return self.begin + (math.log(value / low) if self.is_log else value - low) / length * extent
 
     @cached_property
-    def _length(self) -> float:
-        return math.log(self.high / self.low) if self.is_log else self.high - self.low
+    def _lengths(self) -> tuple[float, float, float, float]:
+        length = math.log(self.high / self.low) if self.is_log else self.high - self.low
+        return self.low, self.high, length, self.end - self.begin
 
     def shifted(self, by: float) -> Scale:
         return replace(self, begin=self.begin + by, end=self.end + by)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
+from typing import Any
 
 from lem.base.measurement import EnergySource, Section, is_estimate
 from lem.base.units import format_bytes, format_duration, format_latency, format_power, plural, some_of
@@ -99,9 +100,9 @@ def _machine_range(name: str, groups: Iterable[Sequence[Record]]) -> str:
 def _prompts(record: Record) -> str:
     source = record.work.prompt_source
     # Where every cycle draws its own, the seed of the draws names them.
-    drawn = next((key for key in ("seed", "shuffle_seed") if "draw" in source and source.get(key) is not None), None)
-    parts = ((key, source.get(key)) for key in ("kind", "name", "count", drawn or "sha256"))
-    return ", ".join(f"{key} {value}" for key, value in parts if value is not None)
+    seeds = [key for key in ("seed", "shuffle_seed") if source.get(key) is not None] if "draw" in source else []
+    keys = ("kind", "name", "count", *(seeds or ["sha256"])[:1])
+    return ", ".join([f"{key} {source[key]}" for key in keys if source.get(key) is not None])
 
 
 _FACTS: Mapping[str, Callable[[Record], str]] = {
@@ -205,36 +206,43 @@ def _energy_methods(used: Sequence[Record]) -> Iterator[Row]:
 
 
 def _energy_remarks(records: Sequence[Record]) -> Iterator[str]:
-    scope = _listed(record.energy.energy_scope or "unknown" for record in records)
-    yield f"{plural(len(records), 'result')}, scope {scope}"
-    periods = [record.energy.counter_update_period_s for record in records]
-    ratios = [record.energy.energy_crosscheck_ratio for record in records]
-    holes = [hole for record in records if (hole := record.energy.sample_gap_max_s) is not None]
-    if any(period is not None for period in periods):
-        yield f"counter updated every {_range(periods, format_latency)}"
+    scopes, periods_s, ratios, holes_s = _columns(
+        *(records, "energy.energy_scope", "energy.counter_update_period_s"),
+        *("energy.energy_crosscheck_ratio", "energy.sample_gap_max_s"),
+    )
+    yield f"{plural(len(records), 'result')}, scope {_listed(scope or 'unknown' for scope in dict.fromkeys(scopes))}"
+    if any(period_s is not None for period_s in periods_s):
+        yield f"counter updated every {_range(periods_s, format_latency)}"
     if any(ratio is not None for ratio in ratios):
         yield f"integrated power divided by the counter: {_range(ratios, '{:.3f}'.format)}"
-    if holes:
-        yield f"longest pause between samples {format_latency(max(holes))}"
+    if known := [hole_s for hole_s in holes_s if hole_s is not None]:
+        yield f"longest pause between samples {format_latency(max(known))}"
 
 
 def _other_methods(used: Sequence[Record]) -> Iterator[Row]:
-    sources = filter(None, (record.work.token_source for record in used))
-    tokens = _listed(_TOKEN_SOURCES.get(source, source) for source in sources)
+    sources, modes, repeats, lengths_s, warmups_s, loads_s, converged, are_reused = _columns(
+        *(used, "work.token_source", "window.traffic_mode", "window.window_repeats", "window.window_s"),
+        *("window.warmup_s", "window.load_s", "validity.warmup_converged", "validity.engine_reused"),
+    )
+    tokens = _listed(_TOKEN_SOURCES.get(source, source) for source in dict.fromkeys(filter(None, sources)))
     yield ["Throughput", "output tokens of the window divided by its length", tokens]
     tpot = "TPOT = (end-to-end latency minus TTFT) / (output tokens minus 1)"
     yield ["Latency", f"timestamped when the engine returns tokens; {tpot}", ""]
-    windows = [record.window for record in used]
-    modes = _listed(window.traffic_mode.replace("_", " ") for window in windows)
-    repeats = _range((float(window.window_repeats) for window in windows), "{:.0f}".format)
-    lengths = _range((window.window_s for window in windows), format_duration)
-    yield ["Window", f"{modes}, {lengths}", f"prompt set run {repeats} {'time' if repeats == '1' else 'times'}"]
-    unsettled = sum(record.validity.warmup_converged is False for record in used)
+    traffic = _listed(mode.replace("_", " ") for mode in dict.fromkeys(modes))
+    times = _range(repeats, "{:.0f}".format)
+    how = f"{traffic}, {_range(lengths_s, format_duration)}"
+    yield ["Window", how, f"prompt set run {times} {'time' if times == '1' else 'times'}"]
+    unsettled = converged.count(False)
     remark = f"did not converge in {plural(unsettled, 'result')}" if unsettled else ""
-    yield ["Warm-up", _range((window.warmup_s for window in windows), format_duration), remark]
-    reused = sum(record.validity.engine_reused for record in used)
+    yield ["Warm-up", _range(warmups_s, format_duration), remark]
+    reused = sum(are_reused)
     remark = f"{plural(reused, 'result')} with an engine that was already loaded" if reused else ""
-    yield ["Engine load", _range((window.load_s for window in windows), format_duration), remark]
+    yield ["Engine load", _range(loads_s, format_duration), remark]
+
+
+def _columns(records: Iterable[Record], *names: str) -> Sequence[tuple[Any, ...]]:
+    """The values of these fields, `section.field`, in one pass over the records."""
+    return [*zip(*map(attrgetter(*names), records), strict=True)] or [()] * len(names)
 
 
 def _range(values: Iterable[float | None], form: Callable[[float], str]) -> str:
