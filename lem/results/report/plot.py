@@ -247,7 +247,7 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         low, high, length, extent = self._lengths
-        value = low if value < low else high if value > high else value
+        value = low if value < low else min(value, high)
         return self.begin + (math.log(value / low) if self.is_log else value - low) / length * extent
 
     @cached_property
