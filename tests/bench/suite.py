@@ -57,7 +57,8 @@ def prepared(side: str, tree: Path) -> Iterator[dict[str, str]]:
     try:
         yield environ
     finally:
-        subprocess.run([python, "-m", "tests.lab", "down"], cwd=tree, env=environ, check=True)
+        # By this tree: the first build leaves a network namespace mounted.
+        subprocess.run([python, "-m", "tests.lab", "down"], cwd=ROOT, env=environ, check=True)
 
 
 def run_suite(side: str) -> Suite:
