@@ -74,6 +74,7 @@ def run_suite(side: str) -> Suite:
                 command, cwd=tree, env=environ, stdout=output, stderr=subprocess.STDOUT, check=False
             ).returncode
         wall_s = time.monotonic() - begin_s
+        print(f"{side}: {wall_s:.0f} s, exit {code}", flush=True)
     summaries = re.findall(r"\d+ (?:passed|failed).* in [\d.]+s.*", log.read_text(errors="replace"))
     return Suite(wall_s, code, summaries[-1].strip("= ") if summaries else "no summary")
 
