@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Final
 
 from lem.base import durable
 from lem.base.codec import DecodeError, complete, decode, encode, shown
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, fields
 from lem.base.measurement import SLOWDOWN_MASK, Distribution, Measured, Section, known, parts_of_source
 from lem.base.reasons import Reason
 from lem.base.units import JOULES_PER_WATT_HOUR

@@ -9,7 +9,6 @@ beside it (`<field>_null_reason`), and reasons have their codes and data (`<name
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import re
@@ -19,6 +18,7 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
+from lem.base.dataclass import MISSING, Field, fields, has_field, is_dataclass
 from lem.base.log import shorten
 from lem.base.reasons import NULL_TEXTS, V1_TEXTS, Reason, formats_of, parsed
 
@@ -50,7 +50,7 @@ def encode(value: Any, where: str) -> Any:
         return value
     if isinstance(value, float):
         return _finite(value, where)
-    if dataclasses.is_dataclass(value):
+    if is_dataclass(value):
         if _keeps_reasons(type(value)):
             return _encode_section(value, where)
         return {item.name: encode(getattr(value, item.name), _at(where, item.name)) for item in _fields(value)}
@@ -67,7 +67,7 @@ def decode(kind: type[T], value: Any, where: str) -> T:
 
 
 def decode_hint(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if is_dataclass(hint):
         return (_decode_section if _keeps_reasons(hint) else _decode_object)(hint, value, where)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
@@ -110,8 +110,8 @@ def complete(kind: Any, document: Any, why: Reason) -> Any:
     for item in _fields(kind):
         name, hint = item.name, hints[item.name]
         inner = typing.get_args(hint)[0] if typing.get_origin(hint) in (tuple, *_UNIONS) else hint
-        is_new = name not in out and not (item.default is item.default_factory is dataclasses.MISSING)
-        if dataclasses.is_dataclass(inner) and inner is not Reason:
+        is_new = name not in out and not (item.default is item.default_factory is MISSING)
+        if is_dataclass(inner) and inner is not Reason:
             if inner is not hint and isinstance(out.get(name), list):
                 out[name] = [complete(inner, entry, why) for entry in out[name]]
             elif inner is not hint and isinstance(out.get(name), dict):
@@ -120,7 +120,7 @@ def complete(kind: Any, document: Any, why: Reason) -> Any:
                 out[name] = complete(inner, out.get(name, {}), why)
         if is_new and name not in out:
             is_absent = _keeps_reasons(kind) and item.default is None
-            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            default = item.default if item.default_factory is MISSING else item.default_factory()
             out[name] = encode(default, name)
             out |= {name + _REASON: why.text, name + _REASON + CODED: _codes(why, name)} if is_absent else {}
     return out
@@ -153,9 +153,9 @@ def decode_row(kind: type[T], values: Sequence[Any]) -> T:
 def pack(value: Any) -> Any:
     if isinstance(value, Reason):
         return _codes(value, "")
-    if dataclasses.is_dataclass(value):
+    if is_dataclass(value):
         packed = [pack(getattr(value, item.name)) for item in _fields(value)]
-        return [*packed, pack(getattr(value, _REASONS))] if _REASONS in value.__dataclass_fields__ else packed
+        return [*packed, pack(getattr(value, _REASONS))] if has_field(value, _REASONS) else packed
     if isinstance(value, Mapping):
         return {name: pack(item) for name, item in value.items()}
     return [pack(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -168,7 +168,7 @@ def unpack(hint: Any, value: Any) -> Any:
             with contextlib.suppress(ValueError):
                 return _unpack_reason(code, tuple(data), *data.values())
         raise DecodeError(f"expected a reason, got {shown(value)}")
-    if dataclasses.is_dataclass(hint):
+    if is_dataclass(hint):
         return _unpack_object(hint, value)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
@@ -180,7 +180,7 @@ def unpack(hint: Any, value: Any) -> Any:
 
 
 def _unpack_object(kind: Any, value: Any) -> Any:
-    hints, plain, has_reasons = hints_of(kind), _plain_types(kind), _REASONS in kind.__dataclass_fields__
+    hints, plain, has_reasons = hints_of(kind), _plain_types(kind), has_field(kind, _REASONS)
     if not isinstance(value, list) or len(value) != len(hints) + has_reasons:
         raise DecodeError(f"{kind.__name__}: expected {len(hints)} values, got {shown(value)}")
     pairs = zip(hints, value, strict=False)
@@ -238,7 +238,7 @@ def _decode_section(kind: Any, value: Any, where: str) -> Any:
     if coded:
         raise DecodeError(f"{where}: unexpected {shown(next(iter(coded)) + CODED)}: the field holds no reasons")
     fields = _decode_fields(kind, plain, where)
-    return kind(**fields, null_reasons=reasons) if _REASONS in kind.__dataclass_fields__ else kind(**fields)
+    return kind(**fields, null_reasons=reasons) if has_field(kind, _REASONS) else kind(**fields)
 
 
 @functools.cache
@@ -339,7 +339,7 @@ def _at(where: str, name: Any) -> str:
 
 
 def _keeps_reasons(kind: Any) -> bool:
-    return _REASONS in kind.__dataclass_fields__ or hasattr(kind, _REASONS)
+    return has_field(kind, _REASONS) or hasattr(kind, _REASONS)
 
 
 def _decode_object(kind: Any, value: Any, where: str) -> Any:
@@ -354,8 +354,8 @@ def _decode_object(kind: Any, value: Any, where: str) -> Any:
         raise DecodeError(f"{where}: {error}") from error
 
 
-def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
-    return [item for item in dataclasses.fields(kind) if item.name != _REASONS]
+def _fields(kind: Any) -> list[Field[Any]]:
+    return [item for item in fields(kind) if item.name != _REASONS]
 
 
 @functools.cache

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import field, fields, replace
 from typing import Any, Final, Generic, TypeVar
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, fields, replace
 from lem.base.reasons import Reason
 
 

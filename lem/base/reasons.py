@@ -12,10 +12,9 @@ import functools
 import re
 import string
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import field
 from typing import Any, TypeVar
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field
 from lem.base.durable import packaged_text
 from lem.base.units import plain
 

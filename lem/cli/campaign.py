@@ -6,13 +6,12 @@ import argparse
 import bisect
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base import log
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.doc import Column, columns, terminal_width, wrapped, write_json
 from lem.base.errors import UserError
 from lem.base.log import WIDTH, paint

@@ -13,12 +13,12 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lem.base import log
 from lem.base.clock import utc_now
+from lem.base.dataclass import replace
 from lem.base.doc import screen_of
 from lem.base.durable import reason_of
 from lem.base.errors import ExitCode, Interrupted, LemError, UserError, exit_code_of

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from lem.base.dataclass import asdict
 from lem.base.doc import Column, columns, printable, terminal_width, text_width, wrapped, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.units import parse_percentage, plain, plural, some_of
@@ -91,7 +91,10 @@ def _matrix_table(matrix: merge.Matrix, width: int) -> list[str]:
     lines = columns("configuration", list(matrix.rows), hosts, width)
     if max(map(text_width, lines)) <= width:
         return lines
-    totals = [merge.Cell(*map(sum, zip(*map(dataclasses.astuple, cells), strict=True))) for cells in by_host]
+    totals = [
+        merge.Cell(sum(it.planned for it in cells), sum(it.present for it in cells), sum(it.valid for it in cells))
+        for cells in by_host
+    ]
     planned = [sum(cell.planned > 0 for cell in cells) for cells in by_host]
     others = [
         Column("configurations", tuple(map(str, planned))),
@@ -109,14 +112,14 @@ def _document(gathered: merge.Gathered, matrix: merge.Matrix, anchor: merge.Anch
         "hosts": list(matrix.hosts),
         "configurations": {
             name: {
-                host: dataclasses.asdict(cell)
+                host: asdict(cell)
                 for host, cell in zip(matrix.hosts, cells, strict=True)
                 if cell.planned or cell.present
             }
             for name, cells in matrix.rows.items()
         },
         "lacking": [{"host": host, "exp_id": exp_id} for host, exp_id in matrix.missing],
-        "anchor": dataclasses.asdict(anchor),
+        "anchor": asdict(anchor),
         "problems": selection.problem_documents(gathered.problems),
         "foreign_runs": list(gathered.foreign_runs),
     }
@@ -191,7 +194,7 @@ def _receive(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         raise UserError(f"--sums: expected lines of SHA256  HOST/{merge.ARCHIVE}", "as sha256sum prints them")
     received = merge.receive(args.folder, dict(zip((str(name.parent) for name in names), words[::2], strict=True)))
     if args.json:
-        write_json(out, dataclasses.asdict(received))
+        write_json(out, asdict(received))
     else:
         out.write(f"{plural(len(names), 'host')}, {len(received.new)} with new results\n")
         err.writelines(printable(f"refused: {host}: {why}") + "\n" for host, why in received.refused.items())

@@ -11,12 +11,12 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base import log, process
 from lem.base.clock import Clock, utc_now, utc_text
+from lem.base.dataclass import asdict, replace
 from lem.base.doc import Column, columns, terminal_width, wrapped, write_json
 from lem.base.errors import EngineError, ExitCode, LockedError, UserError
 from lem.base.launch import own_command

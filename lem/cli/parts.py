@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
 from lem.base.clock import utc_now
+from lem.base.dataclass import asdict, replace
 from lem.base.doc import write_json
 from lem.base.errors import UserError
 from lem.base.units import format_duration, plural
@@ -48,10 +48,10 @@ def store_plan(
     words = options.typed_again(args, *_PLAN_OPTIONS)
     words = words[words.index("campaign") + 1 :]
     arguments = () if any(options.HIDDEN in word for word in words) else tuple(words)
-    made = dataclasses.replace(made, arguments=arguments, results_dir=campaign.io.results_dir)
+    made = replace(made, arguments=arguments, results_dir=campaign.io.results_dir)
     merge.write_plan(args.write_plan, made)
     if args.json:
-        write_json(out, dataclasses.asdict(made))
+        write_json(out, asdict(made))
     else:
         out.write("\n".join(_described(made)) + "\n")
         if args.parts is None:
@@ -104,7 +104,7 @@ def own_part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart]:
     else:
         host = stored.part(index).name
         own = FleetPart(stored.run_id, host, host)
-    return part, own if not _began_without_folder(part, own) else dataclasses.replace(own, folder="")
+    return part, own if not _began_without_folder(part, own) else replace(own, folder="")
 
 
 def _began_without_folder(plan: Plan, part: FleetPart) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from lem.base.dataclass import replace
 from lem.base.doc import write_json
 from lem.base.errors import UserError
 from lem.base.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
@@ -77,7 +77,7 @@ def make_report(run: Run, baseline: Configuration | None = None) -> str:
             unread.append("/".join(path.parts[-4:]) + ": " + str(error).removeprefix(f"{path}: "))
         else:
             traces.append((record, trace_of(log, marks)))
-    return render_report(dataclasses.replace(report, traces=tuple(traces), unread=tuple(unread), n_logs=len(with_log)))
+    return render_report(replace(report, traces=tuple(traces), unread=tuple(unread), n_logs=len(with_log)))
 
 
 _BUCKETS, _LEAST_BUCKETS = 260, 60  # of time, of all lines and of each

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import logging
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from lem.base.clock import describe_future, utc_now
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.doc import printable
 from lem.base.errors import UserError, did_you_mean
 from lem.base.measurement import Section
@@ -118,7 +117,7 @@ class SelectedRun:
             failed.update(rest.failed)
             left.update(rest.left)
         remedy = next((rest.remedy for rest in rests if rest.remedy), "")
-        return dataclasses.replace(run, failed=failed, left=left, remedy=remedy)
+        return replace(run, failed=failed, left=left, remedy=remedy)
 
     def _statuses(self, state_dir: Path) -> list[CampaignStatus]:
         found = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, tzinfo
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base.clock import describe_future, utc_now
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import asdict, dataclass
 from lem.base.doc import NAME_WIDTH, Column, Doc, NameShortener, Table, printable, terminal_width, write_json
 from lem.base.errors import UserError, did_you_mean
 from lem.base.log import WIDTH, is_colour_wanted
@@ -186,8 +185,8 @@ def status_document(status: CampaignStatus) -> dict[str, Any]:
         "left": status.n_left,
         "skipped": status.count(SKIPPED),
         "left_s": status.left_s,
-        "holder": None if holder is None else dataclasses.asdict(holder),
-        "activity": None if activity is None else dataclasses.asdict(activity),
+        "holder": None if holder is None else asdict(holder),
+        "activity": None if activity is None else asdict(activity),
         "go_on": (status.resume_command or None) if remainder_of(status).is_resumable else None,
         "experiments": [] if manifest is None else [_entry_document(entry) for entry in manifest.experiments],
         "notes": [] if manifest is None else manifest.notes,

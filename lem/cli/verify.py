@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import enum
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base import durable
 from lem.base.answers import OUTPUT_IDS_FILE
 from lem.base.clock import run_time
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import asdict, dataclass, replace
 from lem.base.doc import Column, Doc, Table, terminal_width, write_json
 from lem.base.errors import ExitCode, MeterRefused, UserError
 from lem.base.units import format_quantity, plural, some_of
@@ -180,7 +178,7 @@ def _by_path(path: Path) -> Iterator[Scan]:
         scan = repository.check(run.name, experiment.name)
     else:
         scan = repository.scan(None if folder == run.parent else run.name, is_checked=True)
-    yield dataclasses.replace(
+    yield replace(
         scan,
         results=tuple(item for item in scan.results if item.path.is_relative_to(folder)),
         problems=tuple(item for item in scan.problems if item.path.is_relative_to(folder)),
@@ -242,7 +240,7 @@ def recompute_result(result: StoredResult) -> Outcome:
         text = f"no such file: {', '.join(missing)}{why}"
         if not found.compared:
             return Outcome(result, "impossible", text)
-        found = dataclasses.replace(found, notes=(*found.notes, text))
+        found = replace(found, notes=(*found.notes, text))
     if not found.compared:
         return Outcome(result, "unmeasured", "no energy was measured, and requests were not kept")
     status = "differs" if not found.agrees else "incomplete" if missing else "agrees"

@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.errors import ConfigurationError, did_you_mean
 from lem.base.variables import GPU_VARIABLE
 from lem.config.dialects import DIALECTS, SALT, Dialect

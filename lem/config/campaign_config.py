@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.base import units
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.errors import nearest
 from lem.base.names import MANIFEST_FILENAME, generate_campaign_id, slug_of
 from lem.config.backends import BACKENDS
@@ -88,7 +87,7 @@ class CampaignGridConfig(Section):
         backends = given.get("backends", BACKENDS)
         for index, model in enumerate(given.get("models") or ()):
             for problem in check_partial(ExperimentConfig, {"model": model}):
-                yield dataclasses.replace(problem, path=("models", index, *problem.path[1:]))
+                yield replace(problem, path=("models", index, *problem.path[1:]))
         for axis, values in given.get("shared", {}).items():
             yield from _check_shared_axis(backends, axis, values)
         for backend, overrides in given.get("backend_overrides", {}).items():
@@ -144,7 +143,7 @@ def _check_axis(backends: Sequence[str], axis: str, given: Any, path: Location) 
             below = problem.path[len(parts) :]
             inner = functools.reduce(lambda node, part: node[part] if isinstance(node, dict) else node, below, value)
             remedy = f"; write it as an axis {dotted((path[-1], *below))}" if below and isinstance(inner, tuple) else ""
-            yield dataclasses.replace(problem, path=(*at, *below), message=f"{problem.message}{remedy}")
+            yield replace(problem, path=(*at, *below), message=f"{problem.message}{remedy}")
 
 
 def _unknown_axis(backends: Sequence[str], parts: Sequence[str], path: Location, problem: Problem) -> Problem:
@@ -157,7 +156,7 @@ def _unknown_axis(backends: Sequence[str], parts: Sequence[str], path: Location,
         return Problem(path, "unknown key" if one else f"unknown key; set {either(names)}", one, is_about_key=True)
     above = parts[len(parts) - len(str(path[-1]).split(".")) : key]  # of the name as it is written
     near = problem.suggestion and ".".join((*above, problem.suggestion))
-    return dataclasses.replace(problem, path=path, suggestion=near)
+    return replace(problem, path=path, suggestion=near)
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ class CampaignExplicitExperiment(Section, alternative=ExperimentConfig):
             yield from check_partial(ExperimentConfig, given["inline"])
         for key, value in given.get("overrides", {}).items():
             for problem in check_partial(ExperimentConfig, nest(key, value)):
-                yield dataclasses.replace(problem, path=("overrides", *problem.path))
+                yield replace(problem, path=("overrides", *problem.path))
 
     def check(self) -> Iterator[Problem]:
         if (self.config is None) == (self.inline is None):

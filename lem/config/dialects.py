@@ -7,10 +7,9 @@ TensorRT-LLM (`trtllm-serve`), text-generation-inference 3 and Ollama.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
 from typing import Any
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field
 
 SALT = "{salt}"
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
 from pathlib import Path as FilePath
 from typing import Any, Generic, TypeVar
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.doc import json_text
 from lem.base.durable import in_home
 from lem.base.errors import ConfigurationError, nearest
@@ -72,7 +70,7 @@ class Source:
             for path, _ in leaves(mapping)
             if path in given or path in self.origins
         }
-        return dataclasses.replace(self, layers=(*self.layers, layer), mapping=mapping, origins=origins)
+        return replace(self, layers=(*self.layers, layer), mapping=mapping, origins=origins)
 
     @property
     def unexpanded(self) -> dict[str, Any]:
@@ -121,12 +119,12 @@ class Source:
 
     def locate(self, problems: Iterable[Problem]) -> Located:
         placed = [(self.place(item.path, is_about_key=item.is_about_key), item) for item in problems]
-        prefixed = [(place, dataclasses.replace(item, path=(*self.prefix, *item.path))) for place, item in placed]
+        prefixed = [(place, replace(item, path=(*self.prefix, *item.path))) for place, item in placed]
         return _without_secrets(prefixed)
 
 
 def _without_secrets(located: Located) -> Located:
-    return [(place, dataclasses.replace(item, path=redacted(CampaignConfig, item.path))) for place, item in located]
+    return [(place, replace(item, path=redacted(CampaignConfig, item.path))) for place, item in located]
 
 
 @dataclass(frozen=True)
@@ -238,7 +236,7 @@ class _Loader:
             documents.append(document)
             found += _without_secrets(document.located)
             following = _base_of(documents, found)
-        source = dataclasses.replace(self.start(section), main=documents[0])
+        source = replace(self.start(section), main=documents[0])
         for document in reversed(documents):
             values = {key: value for key, value in document.tree.items() if key != EXTENDS}
             source = source.over(Layer("file", document.name, values, document))
@@ -300,7 +298,7 @@ class _Loader:
             backend = source.mapping.get("backend", BACKENDS[0])
             if keys[0] in _EXPERIMENT_ONLY and (keys[0] not in BACKENDS or keys[0] == backend):
                 source = source.over(Layer("command line", label, nest(keys, value)))
-        return dataclasses.replace(one, mapping=source.mapping, source=source)
+        return replace(one, mapping=source.mapping, source=source)
 
     def campaign(self, source: Source, found: Located | None = None) -> Loaded[CampaignConfig]:
         source = self.with_sets(source)
@@ -309,7 +307,7 @@ class _Loader:
         listed = []
         for one in map(self._with_own_sets, self._listed(source, problems)):
             mapping = one.mapping if config is None else with_campaign_defaults(config, one.mapping, source.forced)
-            listed.append(dataclasses.replace(one, mapping=mapping))
+            listed.append(replace(one, mapping=mapping))
             # An experiment without a model is not an error of the file: the plan filters it, with that reason.
             checked = mapping if "model" in mapping else {**mapping, "model": _NO_MODEL}
             try:
@@ -327,7 +325,7 @@ class _Loader:
             if isinstance(entry, Mapping) and entry.get("config") is not None:
                 yield from self._of_file(campaign, (*path, "config"), entry["config"], entry.get("overrides"), problems)
             elif isinstance(entry, Mapping):
-                start = dataclasses.replace(self.start(ExperimentConfig), main=campaign.main, prefix=path)
+                start = replace(self.start(ExperimentConfig), main=campaign.main, prefix=path)
                 source = _over(start, campaign, entry.get("inline", entry), path)
                 yield ListedExperiment(source.mapping, source, None)
 
@@ -354,7 +352,7 @@ class _Loader:
 def _over(source: Source, campaign: Source, values: Any, path: Path) -> Source:
     layer = campaign.layer_of(path[:1])
     mapping = values if isinstance(values, Mapping) else {}
-    return source if layer is None else source.over(dataclasses.replace(layer, mapping=mapping, prefix=path))
+    return source if layer is None else source.over(replace(layer, mapping=mapping, prefix=path))
 
 
 def _items(value: Any) -> Sequence[Any]:
@@ -403,10 +401,10 @@ def _explained(problem: Problem) -> Problem:
     if len(problem.path) == 1 and key in _CAMPAIGN_ONLY:
         named = [key]
     if named and not any(find_option(ExperimentConfig, name) for name in (term.options if term else ())):
-        return dataclasses.replace(problem, message=f"unknown key; a campaign sets {named[0]}, an experiment does not")
+        return replace(problem, message=f"unknown key; a campaign sets {named[0]}, an experiment does not")
     if not key or term or len(problem.path) > 1 or key in declared(ExperimentConfig):
         return problem
-    return dataclasses.replace(problem, suggestion=nearest(key, sorted(_CAMPAIGN_ONLY)))
+    return replace(problem, suggestion=nearest(key, sorted(_CAMPAIGN_ONLY)))
 
 
 def _without_problems(config: S | None, found: Located, problems: Located) -> S:

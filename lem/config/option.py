@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import re
@@ -11,7 +10,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, fields, replace
 from lem.base.errors import nearest
 from lem.config import kinds
 from lem.config.terms import meant
@@ -31,7 +30,7 @@ def option(
     limits = zip(kinds.LIMITS, (min, rest.pop("above", None), max, rest.pop("below", None)), strict=True)
     bounds = {word: limit for word, limit in limits if limit is not None}
     declaration = kinds.Option(default, description, bounds, **rest)
-    return dataclasses.field(default=kinds.UNSET, metadata={_METADATA: declaration})
+    return field(default=kinds.UNSET, metadata={_METADATA: declaration})
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,7 @@ def of_class(function: Callable[[type[Any]], T]) -> Callable[[type[Any]], T]:
 
 def declarations(section: type[Any]) -> dict[str, kinds.Option]:
     """The options of a section as they were declared, for what needs neither their kinds nor their sections."""
-    return {field.name: field.metadata[_METADATA] for field in dataclasses.fields(section)}
+    return {field.name: field.metadata[_METADATA] for field in fields(section)}
 
 
 @of_class
@@ -252,7 +251,7 @@ def declared(section: type[Any]) -> Mapping[str, kinds.Option]:
         others = tuple(member for member in members if member is not types.NoneType)
         kind = _kind_of(typing.Union[others] if is_nullable else hints[name], item)  # noqa: UP007
         of_field: dict[str, Any] = {"name": name, "kind": kind, "is_nullable": is_nullable, "reload": reload}
-        options[name] = dataclasses.replace(item, **of_field)
+        options[name] = replace(item, **of_field)
     return options
 
 
@@ -386,7 +385,7 @@ _FIRST_TEXTS = Memo[str](lambda section: joined_texts(section.identity_texts(is_
 
 def _note(problems: Iterable[kinds.Problem], path: kinds.Path, sink: kinds.Sink) -> None:
     for problem in problems:
-        sink.problems.append(dataclasses.replace(problem, path=(*path, *problem.path)))
+        sink.problems.append(replace(problem, path=(*path, *problem.path)))
 
 
 def _note_unknown(section: type[Section], key: Any, path: kinds.Path, sink: kinds.Sink) -> None:
@@ -469,7 +468,7 @@ def walk(
         key = f"{prefix}.{name}" if prefix else name
         honouring = item.backends or backends
         if not item.kind.sections:
-            yield key, dataclasses.replace(item, backends=honouring), section
+            yield key, replace(item, backends=honouring), section
         for nested in item.kind.sections:
             yield from walk(nested, f"{key}[]" if isinstance(item.kind, kinds.ListKind) else key, honouring)
 

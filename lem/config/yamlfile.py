@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
 from lem.base import durable
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field
 from lem.base.errors import ConfigurationError
 from lem.base.units import MIB
 from lem.config.campaign_config import CampaignConfig

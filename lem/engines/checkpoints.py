@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -24,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from lem.base import durable
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.durable import sha256_of
 from lem.base.errors import EngineError
 from lem.base.variables import DOWNLOAD_ONCE, is_cache_read_only
@@ -251,7 +250,7 @@ def _fetch(source: Source, token: str | None, option: str, ignored: Sequence[str
         ignored = _OTHER_WEIGHTS if any(file.endswith(".safetensors") for file in files) else ("original/*",)
     with explained(f"{option}: {source.name}"):
         folder = snapshot_download(source.name, revision=source.commit, token=token, ignore_patterns=list(ignored))
-    return dataclasses.replace(source, folder=Path(folder))
+    return replace(source, folder=Path(folder))
 
 
 @dataclass(frozen=True)
@@ -289,7 +288,7 @@ def _uncounted(source: Source, error: Exception) -> Identity:
 
 
 def identify(source: Source, adapter: Source | None = None) -> Identity:
-    return dataclasses.replace(count_parameters(source), weights_sha256=hash_weights(source, adapter))
+    return replace(count_parameters(source), weights_sha256=hash_weights(source, adapter))
 
 
 # --- failures

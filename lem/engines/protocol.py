@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
 from typing import Any, Protocol, runtime_checkable
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
 from lem.engines.traffic import TrafficPlan

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import field, replace
 from functools import cached_property
 from itertools import pairwise
 from statistics import median
 from typing import Final, TypeVar
 
 from lem.base import measurement as names
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.measurement import EnergySource, Measured, is_counter, is_cpu_source, is_estimate, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from lem.base.clock import Clock
 from lem.base.codec import encode
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import asdict, dataclass, replace
 from lem.base.measurement import EnergyScope, EnergySource, Measured, Section, known
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import measured, need
@@ -104,7 +102,7 @@ class Capabilities:
     sensors: tuple[GpuHeader, ...] = ()  # of the module, the CPUs or the machine
 
     def to_dict(self) -> dict[str, Any]:
-        gpus = [{**dataclasses.asdict(gpu.meter), "energy_source": gpu.source, **encode(gpu, "")} for gpu in self.gpus]
+        gpus = [{**asdict(gpu.meter), "energy_source": gpu.source, **encode(gpu, "")} for gpu in self.gpus]
         for gpu in gpus:
             del gpu["meter"]
         sensors = [
@@ -112,7 +110,7 @@ class Capabilities:
             | {"error": it.power_error}
             for it in self.sensors
         ]
-        cpu = dataclasses.asdict(self.cpu)
+        cpu = asdict(self.cpu)
         return {"gpus": gpus, "gpu_error": self.gpu_error, "cpu": cpu, "sensors": sensors}
 
 

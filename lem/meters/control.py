@@ -14,13 +14,12 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base import durable
 from lem.base.codec import decode
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import asdict, dataclass, replace
 from lem.base.errors import ExitCode, LemError
 from lem.base.measurement import LIMIT_TOLERANCE_W
 from lem.config.sections import GpuConfig

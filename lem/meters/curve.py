@@ -6,12 +6,11 @@ import math
 import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.samples import CounterChange, CpuLoad, CpuUse, GpuSample, GpuSecond

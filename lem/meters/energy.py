@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import fields
 from statistics import fmean
 from typing import Any
 
 from lem.base import measurement as names
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, fields
 from lem.base.measurement import Measured, is_counter, is_cpu_source, is_estimate, is_gpu_source, known, parts_of_source
 from lem.base.reasons import Reason
 from lem.meters import window

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, fields
 from lem.base.measurement import INTERFERENCE_FROM, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S

@@ -8,11 +8,10 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.curve import Curve, Hole, Span, exact

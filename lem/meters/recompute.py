@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lem.base import measurement as names
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, fields, replace
 from lem.base.measurement import EnergySource, Measured, Section, known
 from lem.config.experiment import ExperimentConfig, MeteredConfig, ProgramConfig
 from lem.config.sections import SloConfig
@@ -71,7 +70,7 @@ def recompute(record: Record, config: MeteredConfig, raw: RawData) -> Recomputed
     if raw.requests is not None and isinstance(config, ExperimentConfig):
         done = describe_work(raw.requests, config)
         pairs += _work_pairs(record, done)
-        work = dataclasses.replace(work, null_reasons={}, **{name: _value(item) for name, item in done.work.items()})
+        work = replace(work, null_reasons={}, **{name: _value(item) for name, item in done.work.items()})
     if raw.log is not None:
         energy_pairs, notes = _energy_pairs(record, config, raw.log, raw, work)
         pairs += energy_pairs
@@ -111,12 +110,12 @@ def _value(item: Any) -> Any:
 
 
 def _work_pairs(record: Record, found: WorkFindings) -> Iterator[Difference]:
-    for name, fields in (("window", found.window), ("work", found.work)):
+    for name, values in (("window", found.window), ("work", found.work)):
         recorded: Section = getattr(record, name)
-        for field, item in fields.items():
+        for field, item in values.items():
             yield Difference(f"{name}.{field}", getattr(recorded, field), _value(item))
     yield from _of_section("throughput", record.throughput, found.throughput)
-    for item in dataclasses.fields(found.latency):
+    for item in fields(found.latency):
         sides = [getattr(latency, item.name) for latency in (record.latency, found.latency)]
         if item.name == "null_reasons" or None in sides:
             yield from () if item.name == "null_reasons" else (Difference(f"latency.{item.name}", *sides),)
@@ -125,7 +124,7 @@ def _work_pairs(record: Record, found: WorkFindings) -> Iterator[Difference]:
 
 
 def _of_section(name: str, recorded: Any, recomputed: Any) -> Iterator[Difference]:
-    for item in dataclasses.fields(recorded):
+    for item in fields(recorded):
         why = recorded.null_reasons.get(item.name)
         if item.name not in _NOT_COMPUTED and (why is None or why.code != "not_recorded"):
             yield Difference(f"{name}.{item.name}", getattr(recorded, item.name), getattr(recomputed, item.name))
@@ -171,7 +170,7 @@ def has_energy(record: Record) -> bool:
     return any(
         getattr(section, item.name) is not None
         for section in sections
-        for item in dataclasses.fields(section)
+        for item in fields(section)
         if item.name not in ("uuid", "name", "null_reasons")
     )
 

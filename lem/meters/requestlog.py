@@ -9,7 +9,6 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from lem.base import durable
 from lem.base.clock import seconds_between
 from lem.base.codec import MOST, decode
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.measurement import STEADY_TOLERANCE, UNSTEADY_SIGMAS, Measured, known
 from lem.base.units import GIB, MIB
 

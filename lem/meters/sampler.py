@@ -11,12 +11,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from lem.base.clock import Clock
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.errors import ExitCode, LemError
 from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.meters import samples

@@ -8,20 +8,18 @@ one with the marks, so that every figure of the record can be recomputed from it
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gzip
 import json
 import os
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
 from lem.base import durable
 from lem.base.codec import MOST, complete, decode, decode_row, shown
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import asdict, dataclass, field, fields
 from lem.base.measurement import EnergyScope
 from lem.base.reasons import Reason
 from lem.base.units import GIB, KIB, MIB, NS_PER_S
@@ -260,7 +258,7 @@ _MOST_B = GIB
 # Of a few GPUs, 16 KiB are more than three seconds.
 _TAIL_B, _TAIL_S = 16 * KIB, 3
 
-_VALUES = {kind: attrgetter(*(item.name for item in dataclasses.fields(kind))) for kind in _LETTERS}
+_VALUES = {kind: attrgetter(*(item.name for item in fields(kind))) for kind in _LETTERS}
 
 
 @dataclass(frozen=True)
@@ -285,12 +283,12 @@ class SampleLog:
     limits: tuple[LimitSeen, ...] = ()
 
     def rows(self) -> Iterator[Row]:
-        groups: list[Sequence[Row]] = [getattr(self, item.name) for item in dataclasses.fields(self)[1:]]
+        groups: list[Sequence[Row]] = [getattr(self, item.name) for item in fields(self)[1:]]
         return iter(sorted((row for group in groups for row in group), key=lambda row: row.at_ns))
 
 
 def encode_header(header: SampleHeader) -> str:
-    return _dump({"schema_version": SAMPLES_SCHEMA, **dataclasses.asdict(header)})
+    return _dump({"schema_version": SAMPLES_SCHEMA, **asdict(header)})
 
 
 def encode_row(row: Row) -> str:
@@ -343,7 +341,7 @@ def read_tail(path: Path) -> list[Row]:
 
 
 def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
-    first = _dump({"marks": [dataclasses.astuple(mark) for mark in marks]})
+    first = _dump({"marks": [[mark.name, mark.opened_ns, mark.closed_ns] for mark in marks]})
     lines = [first, encode_header(log.header), *(encode_row(row) for row in log.rows())]
     durable.write_bytes(path, gzip.compress("".join(f"{line}\n" for line in lines).encode(), compresslevel=6, mtime=0))
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from lem.base.dataclass import replace
 from lem.base.measurement import EnergyScope
 from lem.meters.hwmon import (
     AVERAGE_LAG_S,

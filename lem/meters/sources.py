@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field
 from types import MappingProxyType
 from typing import Final
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field
 from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergyScope, EnergySource, is_counter, is_cpu_source, is_estimate
 from lem.base.reasons import Reason

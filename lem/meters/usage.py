@@ -7,14 +7,13 @@ when it is named and when a phase begins; between those, only these processes ar
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from lem.base.clock import Clock
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.process import PROC, TICK_S, below, list_processes, numbered, read_small, read_stat
 from lem.base.units import NS_PER_S
 from lem.meters.rapl import POWERCAP
@@ -262,7 +261,7 @@ class UsageMeter:
         self._lem.add({pid: stat.cpu_s for pid, stat in found if stat is not None})
         engine.throttled_s += sum(limits.throttled_s() for limits in engine.limits)
         threads_s = self._thread_times_s(engine)
-        return dataclasses.replace(
+        return replace(
             row,
             own_s=_rounded(self._lem.total_s + engine.cpu_s()),
             throttled_s=_rounded(engine.throttled_s),

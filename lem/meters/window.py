@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import fields
 from functools import reduce
 from itertools import pairwise
 from operator import or_
 from typing import Any
 
 from lem.base import measurement as names
+from lem.base.dataclass import fields
 from lem.base.measurement import EnergyScope, EnergySource, Measured, is_counter, is_estimate, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S

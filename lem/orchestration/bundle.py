@@ -19,13 +19,12 @@ import shutil
 import stat
 import tarfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lem.base import __version__, durable
 from lem.base.codec import decode
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import asdict, dataclass
 from lem.base.durable import reason_of, remedy_for, sha256_of
 from lem.base.errors import UserError
 from lem.base.process import Finished, run

@@ -6,12 +6,11 @@ import contextlib
 import logging
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
 from lem.base.clock import describe_future, utc_text
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.errors import InfrastructureError, Interrupted, LockedError, UserError
 from lem.config.load import complete_campaign
 from lem.meters.control import note_path

@@ -13,11 +13,10 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import KW_ONLY, field
 from typing import Any, Protocol
 
 from lem.base import __version__, process
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import KW_ONLY, dataclass, field
 from lem.base.durable import reason_of
 from lem.base.errors import DISK_FULL, EngineError, InfrastructureError, Interrupted, UserError
 from lem.base.launch import own_command

@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,7 +14,7 @@ from urllib.parse import urlsplit
 
 from lem.base import process
 from lem.base.codec import decode, decode_hint
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.errors import UserError
 from lem.base.process import Finished
 from lem.orchestration.packing import PYZ_NAME

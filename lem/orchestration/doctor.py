@@ -8,12 +8,11 @@ import functools
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from lem.base.clock import Clock
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field
 from lem.base.errors import UserError
 from lem.base.measurement import INTERFERENCE_FROM, is_counter
 from lem.base.units import GIB, some_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lem.base.clock import utc_now, utc_text
+from lem.base.dataclass import replace
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, LockedError, UserError
 from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
@@ -93,12 +93,12 @@ class ContainerWorker(dispatch.Worker):
         if uuids and has_gpu:
             named = ("0",) if config.get("gpus") is None else config["gpus"]
             config["gpus"] = [uuids.get(str(name), str(name)) for name in named]
-        return dataclasses.replace(request, config=config, image=executor.compose.images.get(self.slot))
+        return replace(request, config=config, image=executor.compose.images.get(self.slot))
 
     def _settle(self, request: RunRequest, outcome: Outcome) -> Outcome:
         """The outcome with what happened to the container; a result is invalid if it lost its GPU meanwhile."""
         if outcome.error is not None and outcome.error.kind == "died":
-            outcome = dataclasses.replace(outcome, error=self._explain_death(outcome.error, outcome.phase))
+            outcome = replace(outcome, error=self._explain_death(outcome.error, outcome.phase))
         has_gpu = self._executor.has_gpu(self._service)
         reading = self._executor.try_to_read_gpus(self._service) if has_gpu else None
         if reading is None or (lost := gpu_loss(reading)) is None:
@@ -107,7 +107,7 @@ class ContainerWorker(dispatch.Worker):
         self.stop()
         if outcome.error is not None:
             error = EngineError(f"{outcome.error.message}; {lost}", outcome.error.hint, kind=outcome.error.kind)
-            return dataclasses.replace(outcome, error=error)
+            return replace(outcome, error=error)
         _mark_invalid(Path(request.result_dir) / RESULT_FILE, lost)
         return outcome
 
@@ -311,8 +311,8 @@ def _mark_invalid(path: Path, reason: Reason) -> None:
     try:
         record = read_record(path)
         reasons = (*record.validity.invalid_reasons, reason)
-        validity = dataclasses.replace(record.validity, valid=False, invalid_reasons=reasons)
-        write_record(path, dataclasses.replace(record, validity=validity))
+        validity = replace(record.validity, valid=False, invalid_reasons=reasons)
+        write_record(path, replace(record, validity=validity))
     except (RecordError, OSError) as error:
         _logger.warning("%s cannot be marked as invalid (%s): %s", path, reason, error)
 
@@ -436,7 +436,7 @@ def docker_executor(
             hint = "use a service for each, or server.command, whose {gpus} is filled in"
             raise UserError(f"server.service: {name}: its container cannot have other GPUs in each experiment", hint)
     gpus_of = {name: _gpus_named([item.gpus for item in items], visible) for name, items in configs.items()}
-    project = dataclasses.replace(
+    project = replace(
         project,
         mounts_of={name: local_mounts(items) for name, items in configs.items()},
         gpus_of={name: uuids for name, uuids in gpus_of.items() if uuids is not None},

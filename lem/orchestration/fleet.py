@@ -7,12 +7,12 @@ anchor, by which a merge checks whether the hosts are alike.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from lem.base.dataclass import replace
 from lem.base.durable import packaged_text
 from lem.base.errors import UserError
 from lem.base.units import plural
@@ -121,7 +121,7 @@ def replan(
     digests = list(hash_of.values())
     _deal({digest: cost[digest] * digests.count(digest) for digest in sorted(lost)}, list(chosen.values()), loads)
     kept = {host.name: parts[host.name] for host in stored.hosts if host.name not in hosts}
-    return dataclasses.replace(
+    return replace(
         stored,
         hosts=tuple(
             HostPart(name, tuple(exp_id for exp_id in hash_of if hash_of[exp_id] in part))
@@ -140,7 +140,7 @@ def part_of_plan(plan: Plan, index: int, count: int, stored: FleetPlan | None = 
         if count != len(stored.hosts):
             raise UserError(f"the stored plan is for {len(stored.hosts)} hosts, not for {count}")
         chosen = set(stored.part(index).exp_ids)
-    return dataclasses.replace(plan, experiments=tuple(item for item in plan.experiments if item.exp_id in chosen))
+    return replace(plan, experiments=tuple(item for item in plan.experiments if item.exp_id in chosen))
 
 
 def matching(plan: Plan, stored: FleetPlan) -> Plan:

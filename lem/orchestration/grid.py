@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 
 from lem.base import durable
 from lem.base.clock import run_time, utc_stamp
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, fields
 from lem.base.errors import in_brackets
 from lem.base.reasons import Reason
 from lem.config.backends import BACKENDS
@@ -399,7 +398,7 @@ def _source_fingerprint(config: ExperimentConfig, resolved: ResolvedPrompts | No
         return {"dataset": config.dataset.identity(), **_joined_columns(config)}
     if config.prompts is None or isinstance(config.prompts, SyntheticPrompts):
         parameters = BUNDLED if config.prompts is None else config.prompts
-        names = [item.name for item in dataclasses.fields(BUNDLED) if item.name != "type"]
+        names = [item.name for item in fields(BUNDLED) if item.name != "type"]
         return {"synthetic": {name: getattr(parameters, name) for name in names}, "generator": generator_version()}
     resolved = resolved or resolve_on_host(config)
     if resolved is not None:

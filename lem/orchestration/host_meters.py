@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -15,11 +14,10 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
 from pathlib import Path
 from typing import NamedTuple
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import asdict, dataclass, field, replace
 from lem.base.durable import reason_of
 from lem.base.errors import UserError
 from lem.base.launch import own_command
@@ -196,7 +194,7 @@ class Attendance:
             used = (row for row in rows if isinstance(row, CpuUse) and row.run_s is not None)
             self._usage.extend(row for row in used if row.at_ns > last_ns)
             now = {"power_w": _power_now_w(rows, len(self.request.sampled_gpus)), **interference_now(self._usage)}
-            return dataclasses.replace(event, data={**event.data, **now})
+            return replace(event, data={**event.data, **now})
         return event
 
 
@@ -253,15 +251,15 @@ class HostMeters:
         gpus = tuple(gpu.uuid for gpu in named_gpus(config.gpus, visible))
         ttl_s = config.baseline.cache_ttl_sec
         known = self.book.known(gpus, request.engine_key, _clock_of(request), ttl_s=ttl_s, now_s=self.monotonic())
-        baselines = {source: dataclasses.asdict(item) for source, item in known.items()}
-        request = dataclasses.replace(request, baselines=baselines, server_pids=server_pids)
+        baselines = {source: asdict(item) for source, item in known.items()}
+        request = replace(request, baselines=baselines, server_pids=server_pids)
         path = Path(request.result_dir) / PART_FILENAME
         is_wanted = config.measurement.energy != "none" or config.timeseries.enabled
         is_here = is_wanted and why_not is None
         wanted, tdp_w = config.measurement.energy, config.measurement.cpu_tdp_w
         has_sensors = wanted == HWMON or (wanted == "auto" and self.has_sensors)
         if is_here and (gpus or self.rapl_error is None or is_estimate(wanted) or has_sensors):
-            request = dataclasses.replace(request, samples_path=str(path), sampled_gpus=gpus)
+            request = replace(request, samples_path=str(path), sampled_gpus=gpus)
             interval = interval_ms(request.config, "prepare")
             with self._sampling(path, gpus, interval, tdp_w, wanted) as sampler:
                 yield Attendance(request, sampler)
@@ -272,9 +270,7 @@ class HostMeters:
         errors |= {"server": why_not} if why_not is not None else {}
         has_usage = is_wanted and not is_due and self.usage_error is None
         samples_path = str(path) if is_due or has_usage else None
-        request = dataclasses.replace(
-            request, samples_path=samples_path, is_worker_sampling=is_due, meter_errors=errors
-        )
+        request = replace(request, samples_path=samples_path, is_worker_sampling=is_due, meter_errors=errors)
         try:
             with self._sampling(path, (), 0) if has_usage else contextlib.nullcontext() as sampler:
                 yield Attendance(request, sampler)

@@ -24,12 +24,11 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from lem.base import durable
 from lem.base.codec import decode
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.durable import make_folder
 from lem.base.errors import LockedError, UserError
 from lem.base.variables import LOCK_FOLDER_VARIABLE

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 from lem.base import durable
 from lem.base.clock import utc_now, utc_stamp, utc_text
 from lem.base.codec import decode
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, fields
 from lem.base.errors import LemError, LockedError, UserError
 from lem.orchestration import journal
 from lem.orchestration.journal import SCHEMA_VERSION, DamagedJournal, Journal
@@ -97,7 +95,7 @@ class CampaignManifestEntry:
         return line
 
 
-_ENTRY_NAMES = tuple(item.name for item in dataclasses.fields(CampaignManifestEntry))
+_ENTRY_NAMES = tuple(item.name for item in fields(CampaignManifestEntry))
 # As most values of thousands of entries are.
 _PLAIN_TYPES, _PLAIN_NAMES = frozenset({str, int, type(None)}), frozenset(_ENTRY_NAMES) - {"status", "attempts"}
 
@@ -198,7 +196,7 @@ class CampaignManifest:
         return entry
 
 
-_HEAD_NAMES = tuple(item.name for item in dataclasses.fields(CampaignManifest) if item.name != "experiments")
+_HEAD_NAMES = tuple(item.name for item in fields(CampaignManifest) if item.name != "experiments")
 
 
 def encode_manifest(manifest: CampaignManifest) -> bytes:

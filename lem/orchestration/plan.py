@@ -6,12 +6,11 @@ import gc
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lem.base import durable
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.errors import ConfigurationError, UserError
 from lem.base.reasons import Reason
 from lem.base.variables import TOKEN_VARIABLE

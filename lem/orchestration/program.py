@@ -13,7 +13,6 @@ import sys
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import field, fields
 from datetime import datetime
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 
 from lem.base import __version__, process
 from lem.base.clock import Clock, seconds_between, utc_text
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, fields
 from lem.base.errors import Interrupted, UserError
 from lem.base.launch import own_command
 from lem.base.measurement import MAX_FAILED_RATIO, Measured, Section, known

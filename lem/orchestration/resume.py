@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import random
 from collections import Counter
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.base.clock import utc_text
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.durable import read_sealed, sha256_of
 from lem.base.errors import UserError
 from lem.base.units import percent, plural, some_of
@@ -212,8 +211,8 @@ def _reconcile_entry(entry: CampaignManifestEntry, results: Sequence[Attempt]) -
     for result in missed:
         old = before.get(result.number, Attempt(result.number, host=entry.host))
         ended_at, host = result.completed_at or old.completed_at, result.host or old.host
-        adopted = dataclasses.replace(result, completed_at=ended_at, host=host)
-        entry.put_attempt(dataclasses.replace(adopted, started_at=old.started_at, log_path=old.log_path))
+        adopted = replace(result, completed_at=ended_at, host=host)
+        entry.put_attempt(replace(adopted, started_at=old.started_at, log_path=old.log_path))
     if missed and _settle(entry):
         return "adopted"
     if was_completed:
@@ -225,7 +224,7 @@ def _add_digests(entry: CampaignManifestEntry, results: Iterable[Attempt]) -> No
     found = {result.number: result.result_sha256 for result in results}
     for attempt in entry.attempts:
         if attempt.result_path is not None and attempt.result_sha256 is None:
-            entry.put_attempt(dataclasses.replace(attempt, result_sha256=found.get(attempt.number)))
+            entry.put_attempt(replace(attempt, result_sha256=found.get(attempt.number)))
 
 
 def forget_lost_results(manifest: CampaignManifest) -> tuple[str, ...]:
@@ -248,14 +247,14 @@ def interrupt_entry(entry: CampaignManifestEntry) -> None:
     entry.error = INTERRUPTED
     for attempt in entry.attempts:
         if attempt.result_path is None and attempt.error is None:
-            entry.put_attempt(dataclasses.replace(attempt, error=INTERRUPTED))
+            entry.put_attempt(replace(attempt, error=INTERRUPTED))
 
 
 def _forget_result(entry: CampaignManifestEntry) -> None:
     message = f"result missing, or not as it was measured: {entry.result_path}"
     for attempt in entry.attempts:
         if attempt.result_path is not None and attempt.result_path == entry.result_path:
-            entry.put_attempt(dataclasses.replace(attempt, result_path=None, valid=None, error=message))
+            entry.put_attempt(replace(attempt, result_path=None, valid=None, error=message))
     entry.status, entry.error, entry.result_path, entry.completed_at = PENDING, message, None, None
 
 
@@ -348,7 +347,7 @@ def start_cycles_over(manifest: CampaignManifest) -> list[str]:
     for entry in again:
         for attempt in entry.attempts:
             if attempt.result_path is not None:
-                entry.put_attempt(dataclasses.replace(attempt, result_path=None, valid=None, error=OTHER_NODE))
+                entry.put_attempt(replace(attempt, result_path=None, valid=None, error=OTHER_NODE))
         entry.status, entry.error, entry.result_path, entry.completed_at = PENDING, OTHER_NODE, None, None
     return [entry.exp_id for entry in again]
 
@@ -400,7 +399,7 @@ def run_of(manifest: CampaignManifest, repository: Repository) -> Run:
 def needs_cycle(run: Run, rule: StoppingRule, cycles: int) -> tuple[bool, str]:
     if run.records:  # no cycle adds to what an earlier node measured
         node = max((it.identity for it in run.records), key=lambda it: (it.cycle_index, it.attempt)).machine
-        run = dataclasses.replace(run, records=tuple(it for it in run.records if it.identity.machine == node))
+        run = replace(run, records=tuple(it for it in run.records if it.identity.machine == node))
     found, goal = measure_precision(run, rule), rule.target.goal if rule.target else ""
     details = f"({found.metric}, t intervals at {percent(rule.alpha)})"
     without = [f"{name} ({reason})" for name, reason in found.without.items()]

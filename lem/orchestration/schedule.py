@@ -10,11 +10,10 @@ import select
 import signal
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import field, replace
 from datetime import datetime, time, timedelta, timezone
 from types import FrameType
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, LemError
 from lem.base.units import format_duration, plural, some_of
 from lem.config.campaign_config import CampaignConfig, CampaignDaemonConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from lem.base import durable, process
+from lem.base.dataclass import replace
 from lem.base.errors import UserError
 from lem.base.launch import own_command
 from lem.base.variables import SERVICE_VARIABLE
@@ -54,7 +54,7 @@ class HostWorker(dispatch.Worker):
         self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: StopRequest | None = None
     ) -> dispatch.Outcome:
         self._make_way(self._place, stop)
-        outcome = super().run(dataclasses.replace(request, image=self._image), on_event, timeouts, stop)
+        outcome = super().run(replace(request, image=self._image), on_event, timeouts, stop)
         if self.engine is None:
             self._end_server()
         return outcome

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lem.base.clock import StepWatch, utc_now, utc_text
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.durable import write_text
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
 from lem.base.measurement import WINDOW
@@ -179,9 +177,7 @@ class Session:
             with self._saving():
                 self.manager.settle(self.manifest)
         except InfrastructureError as error:
-            return (
-                outcome if outcome.error else dataclasses.replace(outcome, stopped=Stopped.INFRASTRUCTURE, error=error)
-            )
+            return outcome if outcome.error else replace(outcome, stopped=Stopped.INFRASTRUCTURE, error=error)
         return outcome
 
     def _count(self) -> None:
@@ -199,10 +195,10 @@ class Session:
             self._has_new_note = True
             self.report("note", text=text)
         total, eta_s = self.manifest.total_experiments, self._countdown.after(event, self.context.monotonic())
-        self.observe(dataclasses.replace(event, done=self._done, total=total, eta_s=eta_s))
+        self.observe(replace(event, done=self._done, total=total, eta_s=eta_s))
 
     def _run(self, order: Sequence[Experiment], deadline_s: float | None, first_gap: GapKind | None) -> Stopped | None:
-        part = dataclasses.replace(self.plan, experiments=tuple(order))
+        part = replace(self.plan, experiments=tuple(order))
         gaps, loads = [first_gap, *part.gap_kinds()[1:]], part.loads()
         self._countdown.begin(order, [self.plan.gap_cap_s(kind) for kind in gaps], loads)
         for index, experiment in enumerate(order):
@@ -341,13 +337,13 @@ class Session:
         record = result.record if result is not None else None
         context.meters.note(record, request)
         log_path = str(folder.log_path) if os.path.exists(folder.log_path) else None  # noqa: PTH110 - never raises
-        attempt = dataclasses.replace(begun, log_path=log_path, completed_at=utc_text(context.now()))
+        attempt = replace(begun, log_path=log_path, completed_at=utc_text(context.now()))
         if result is not None:
-            attempt = dataclasses.replace(attempt, result_path=str(result.path), result_sha256=result.sha256)
-            attempt = dataclasses.replace(attempt, valid=result.record.validity.valid)
+            attempt = replace(attempt, result_path=str(result.path), result_sha256=result.sha256)
+            attempt = replace(attempt, valid=result.record.validity.valid)
             context.repository.record_result(str(self.manifest.run_id), result)
         elif error is not None:
-            attempt = dataclasses.replace(attempt, error=error.message)
+            attempt = replace(attempt, error=error.message)
         entry.put_attempt(attempt)
         return Measurement(attempt, record, error, outcome.log_tail)
 

@@ -9,7 +9,6 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lem.base import durable
 from lem.base.clock import parse_time, utc_text
 from lem.base.codec import decode
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.errors import LemError, UserError
 from lem.base.names import MANIFEST_FILENAME, slug_of
 from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, is_locked, read_holder

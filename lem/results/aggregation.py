@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lem.base.clock import parse_time
 from lem.base.codec import shown
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import asdict, dataclass, replace
 from lem.base.units import hash_label, percent
 from lem.record import Record, RecordError, ResultKey, decode_record
 from lem.results.axes import find_axes
@@ -97,7 +96,7 @@ def run_document(run: Run) -> dict[str, Any]:
         ],
         "series": [series_document(item) for item in find_series(run.with_results)],
         "gpu_settings": [sweep_document(item) for item in find_sweeps(run.with_results)],
-        "stopping": None if run.stopping is None else dataclasses.asdict(run.stopping),
+        "stopping": None if run.stopping is None else asdict(run.stopping),
         "note": run.single_cycle,
     }
 
@@ -113,7 +112,7 @@ def _estimate_document(estimate: Estimate) -> dict[str, Any]:
         and {
             "method": "percentile bootstrap of the arithmetic mean",
             "true_coverage": coverage if bootstrap.ci_lower is not None else None,
-            **dataclasses.asdict(bootstrap),
+            **asdict(bootstrap),
         },
         "t_log": t_log
         and {
@@ -122,7 +121,7 @@ def _estimate_document(estimate: Estimate) -> dict[str, Any]:
             "warning": t_log.warning,
         },
         "combined": combined_document(estimate.combined),
-        "all_attempts": dataclasses.asdict(estimate.all_attempts) if estimate.all_attempts else None,
+        "all_attempts": asdict(estimate.all_attempts) if estimate.all_attempts else None,
         "null_reason": estimate.null_reason,
         "warning": estimate.warning,
     }
@@ -192,7 +191,7 @@ def measure_precision(run: Run, rule: StoppingRule) -> Precision:
     """How far each configuration is from the target of the rule, in the one metric that the target is about."""
     # Ratios and verdicts are those of `lem compare`, with the first configuration as the baseline. With fewer cycles
     # than the rule requires nothing is narrow. A single configuration has no ratio: its own interval counts.
-    target, run = rule.target or Target(math.inf), dataclasses.replace(run, stopping=rule)
+    target, run = rule.target or Target(math.inf), replace(run, stopping=rule)
     metric = parse_metric(target.metric) if target.metric else run.primary_metric
     found = Precision(metric.name, {}, {}, {})
     if target.kind == "each" or len(run.configurations) < 2:

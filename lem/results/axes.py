@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import PurePath
 from typing import Any, Protocol, TypeVar
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.doc import GAP, NAME_MIN, NAME_WIDTH, Column, NameShortener, Table, printable, text_width
 from lem.base.errors import UserError, did_you_mean
 from lem.base.units import ABSENT, hash_label, some_of

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import dataclasses
 import functools
 import itertools
 import math
@@ -21,7 +20,7 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import asdict, dataclass
 from lem.base.reasons import Reason
 from lem.record import Window
 from lem.results.stats import CONFIDENCE, check_confidence, paired_effect, ratio_of, stdev
@@ -132,7 +131,7 @@ def compute_metric_ci(
     samples = [value for value in given if value is not None]
     named = {"metric": metric_name, "n_missing": len(given) - len(samples)}
     if samples:
-        return {**named, **dataclasses.asdict(bootstrap_ci(samples, confidence=confidence))}
+        return {**named, **asdict(bootstrap_ci(samples, confidence=confidence))}
     check_confidence(confidence)
     empty = dict.fromkeys(("mean", "std", "ci_lower", "ci_upper"))
     return {**named, **empty, "n_samples": 0, "confidence": confidence, "warning": "no samples: nothing was measured"}

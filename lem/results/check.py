@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from lem.base import measurement
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.measurement import (
     CROSSCHECK_TOLERANCE,
     NET_SHIFT_TOLERANCE,

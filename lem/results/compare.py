@@ -10,10 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field, replace
 from functools import cached_property
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.errors import ExitCode, UserError
 from lem.base.measurement import Measured
 from lem.base.reasons import Reason, alike

@@ -8,19 +8,17 @@ folder, and results are read with it.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from lem.base import durable
 from lem.base.codec import complete, decode
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import asdict, dataclass, field, replace
 from lem.base.durable import make_folder
 from lem.base.measurement import Section
 from lem.base.reasons import Reason
@@ -82,7 +80,7 @@ def write_listing(
     found = _List(tuple(listed), tuple(dict.fromkeys(every)), tuple(dict.fromkeys(gone)))
     if known != found:
         make_folder(run_folder)
-        document = {"schema_version": _SCHEMA_VERSION, **dataclasses.asdict(found)}
+        document = {"schema_version": _SCHEMA_VERSION, **asdict(found)}
         durable.write_json(run_folder / CONFIGURATIONS_FILE, durable.seal(document))
 
 
@@ -210,7 +208,7 @@ def as_read(path: Path, record: Record, listing: Listing | None, reading: Readin
     given: dict[str, Any] = {**(listed.rates if listed else {}), **reading.rates}
     if all(getattr(record.carbon, name) == value for name, value in given.items()):
         return record
-    rates = dataclasses.replace(record.carbon, **given)
+    rates = replace(record.carbon, **given)
     return record.with_sections(carbon=carbon_of(record.energy.primary_j, rates))
 
 

@@ -10,10 +10,9 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.doc import NAMES_SHOWN
 from lem.base.errors import UserError
 from lem.base.reasons import Reason

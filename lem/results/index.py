@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import binascii
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -36,6 +35,7 @@ from typing import Any, NamedTuple
 
 from lem.base import durable
 from lem.base.codec import hints_of, pack, unpack
+from lem.base.dataclass import is_dataclass
 from lem.record import Record, RecordError, parse_record
 
 INDEX_FILE = "index.jsonl"
@@ -262,7 +262,7 @@ def _maker(example: Any, places: Sequence[tuple[Sequence[Any], int]]) -> _Maker:
     if not places:
         return lambda _: example
     kind = type(example)
-    names = tuple(hints_of(kind)) if dataclasses.is_dataclass(kind) else None
+    names = tuple(hints_of(kind)) if is_dataclass(kind) else None
     fixed = vars(example) if names is not None else example
     inner: dict[Any, list[tuple[Sequence[Any], int]]] = {}
     for (first, *rest), number in places:
@@ -490,5 +490,5 @@ def _layout() -> str:
     for kind in kinds:
         for name, hint in hints_of(kind).items():
             names.append(f"{kind.__name__}.{name}: {hint}")
-            kinds += [item for item in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(item)]
+            kinds += [item for item in (hint, *typing.get_args(hint)) if is_dataclass(item)]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:_NAME_DIGITS]

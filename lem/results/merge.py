@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import os
@@ -12,12 +11,11 @@ import statistics
 import tarfile
 import zlib
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import field
 from pathlib import Path, PurePosixPath
 
 from lem.base import durable
 from lem.base.codec import decode
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import asdict, dataclass, field, replace
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import UserError
 from lem.base.units import ABSENT, plain, plural, some_of
@@ -77,7 +75,7 @@ def write_plan(path: Path, plan: FleetPlan) -> None:
     if path.exists():
         raise UserError(f"{path} exists, and a plan is never overwritten", "name another file, or remove this one")
     try:
-        durable.write_json(path, {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(plan)})
+        durable.write_json(path, {"schema_version": SCHEMA_VERSION, **asdict(plan)})
     except OSError as error:
         raise UserError(f"plan {path}: {reason_of(error)}", remedy_for(error, "--write-plan")) from error
 
@@ -121,9 +119,7 @@ class Gathered:
     foreign_runs: tuple[str, ...] = ()  # runs that do not belong to the plan; they are left out
 
     def without(self, hosts: Container[str]) -> Gathered:
-        return dataclasses.replace(
-            self, results=tuple(item for item in self.results if item.record.identity.host not in hosts)
-        )
+        return replace(self, results=tuple(item for item in self.results if item.record.identity.host not in hosts))
 
 
 def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetPlan | None = None) -> Gathered:
@@ -140,7 +136,7 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
         if known.sha256 != item.sha256:
             conflicts.append(f"{known.path} and {item.path}")
         elif item.is_recorded and not known.is_recorded:
-            found[identity.key] = dataclasses.replace(known, is_recorded=True)
+            found[identity.key] = replace(known, is_recorded=True)
     if conflicts:
         n_pairs = plural(len(conflicts), "pair")
         text = f"{n_pairs} of results with the same key but different content: {'; '.join(conflicts[:_SHOWN])}"

@@ -14,12 +14,11 @@ import functools
 import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lem.base.codec import hints_of
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.errors import UserError, did_you_mean
 from lem.base.measurement import Distribution, parts_of_source
 from lem.base.reasons import Reason

@@ -7,12 +7,11 @@ import operator
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.measurement import ENERGY_COUNTED, Measured, is_estimate, is_nvml_source
 from lem.base.reasons import Reason
 from lem.config.experiment import PROGRAM

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import itertools
 import math
@@ -10,7 +9,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
 from lem.base.units import parse_percentage
@@ -191,7 +190,7 @@ def anchored_effect(now: Effect, before: Effect) -> Effect:
     variances = (now.std_error**2, before.std_error**2)
     spread = variances[0] ** 2 / now.df + variances[1] ** 2 / before.df
     df = sum(variances) ** 2 / spread if spread else now.df + before.df
-    return dataclasses.replace(difference, std_error=math.sqrt(sum(variances)), df=df)
+    return replace(difference, std_error=math.sqrt(sum(variances)), df=df)
 
 
 def cycles_to_settle(effect: Effect, bound: float, confidence: float = CONFIDENCE) -> int | None:
@@ -223,7 +222,7 @@ class Gate:
 
     def claim(self, effect: Effect) -> tuple[float, Verdict] | None:
         if self.metric.is_higher_better:  # count so that more is worse
-            effect = dataclasses.replace(effect, log_ratio=-effect.log_ratio)
+            effect = replace(effect, log_ratio=-effect.log_ratio)
         worse, not_better = effect.p_above(self.bound), effect.p_above(-self.bound)
         better, not_worse = effect.p_below(-self.bound), effect.p_below(self.bound)
         if worse is None or better is None or not_better is None or not_worse is None:

@@ -9,7 +9,6 @@ so that each holds whenever the run stops, and for whatever reason.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -20,7 +19,7 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.codec import complete, decode
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import asdict, dataclass, fields, replace
 from lem.base.durable import make_folder
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
@@ -128,8 +127,8 @@ def next_stage(earlier: StoppingRule | None, rule: StoppingRule | None, before: 
         return StoppingRule(None, LEAST_CYCLES, MOST_CYCLES, added=added) if 0 < before < after else earlier
     tested = earlier if earlier is not None and earlier.target is not None else None
     if tested and max(tested.looks, default=0) <= rule.most_cycles <= tested.most_cycles:
-        return dataclasses.replace(rule, looks=tested.looks, added=tested.added)
-    return dataclasses.replace(rule, added=added)
+        return replace(rule, looks=tested.looks, added=tested.added)
+    return replace(rule, added=added)
 
 
 # --- alpha spending
@@ -189,7 +188,7 @@ def _continued(
 def write_stopping_rule(run_folder: Path, rule: StoppingRule) -> None:
     with stopping_campaign(run_folder / STOPPING_FILE) as path:
         make_folder(run_folder)
-        durable.write_json(path, durable.seal({"schema_version": _SCHEMA_VERSION, **dataclasses.asdict(rule)}))
+        durable.write_json(path, durable.seal({"schema_version": _SCHEMA_VERSION, **asdict(rule)}))
 
 
 def read_stopping_rule(run_folder: Path) -> StoppingRule | None:
@@ -198,7 +197,7 @@ def read_stopping_rule(run_folder: Path) -> StoppingRule | None:
 
 
 def _decoded(found: Mapping[str, Any]) -> StoppingRule:
-    names = [item.name for item in dataclasses.fields(StoppingRule)]
+    names = [item.name for item in fields(StoppingRule)]
     document: dict[str, Any] = {name: found[name] for name in names if name in found}
     rule = decode(StoppingRule, complete(StoppingRule, document, Reason.of("not_recorded")), "rule")
     for tests in (rule.looks, rule.added):
@@ -212,4 +211,4 @@ def _decoded(found: Mapping[str, Any]) -> StoppingRule:
     if "looks" in found:
         return rule
     # In version 1 tests were not counted: at most one after each cycle.
-    return dataclasses.replace(rule, looks=tuple(range(rule.least_cycles, rule.most_cycles + 1)))
+    return replace(rule, looks=tuple(range(rule.least_cycles, rule.most_cycles + 1)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import itertools
 import logging
@@ -17,7 +16,7 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.clock import run_time
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
 from lem.base.units import MIB
@@ -230,10 +229,10 @@ class Repository:
                 continue
             label = labels[identity.run_id][identity.config_hash, identity.machine]
             if label != identity.config_name:
-                record = record.with_sections(identity=dataclasses.replace(identity, config_name=label))
+                record = record.with_sections(identity=replace(identity, config_name=label))
             if reading is not None:
                 record = as_read(item.path, record, listings[identity.run_id], reading)
-            found.append(item if record is item.record else dataclasses.replace(item, record=record))
+            found.append(item if record is item.record else replace(item, record=record))
         return tuple(found)
 
 
@@ -256,8 +255,8 @@ def _with_nodes(results: Sequence[StoredResult]) -> list[StoredResult]:
         identity = item.record.identity
         node = identity.node or first.get((identity.run_id, identity.host), "")
         if node != identity.node:
-            record = item.record.with_sections(identity=dataclasses.replace(identity, node=node))
-            item = dataclasses.replace(item, record=record)
+            record = item.record.with_sections(identity=replace(identity, node=node))
+            item = replace(item, record=record)
         found.append(item)
     return found
 

@@ -10,11 +10,10 @@ import os
 import re
 import urllib.parse
 from collections.abc import Iterable, Mapping
-from dataclasses import field
 from typing import Any, ClassVar, TypeVar
 
 from lem.base import codec
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field
 from lem.base.units import KIB, MIB
 
 PROTOCOL_VERSION = 3

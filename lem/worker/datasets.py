@@ -9,13 +9,12 @@ import random
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from lem.base import durable, variables
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
 from lem.config.sections import DATASET_ALIASES, DatasetConfig, HuggingFacePrompts

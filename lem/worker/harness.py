@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -17,6 +16,7 @@ from typing import Any
 
 from lem.base import answers, durable, measurement
 from lem.base.clock import Clock, seconds_between
+from lem.base.dataclass import replace
 from lem.base.errors import ConfigurationError, EngineError
 from lem.base.measurement import Measured, known
 from lem.base.reasons import Reason
@@ -113,13 +113,13 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     if isinstance(loaded, Driven):
         # Only the configuration says on which GPUs a server runs.
         gpus = tuple(gpu.uuid for gpu in metering.read().header.gpus)
-        report = dataclasses.replace(residence.report, gpu_uuids=gpus, device="cuda" if gpus else "cpu")
+        report = replace(residence.report, gpu_uuids=gpus, device="cuda" if gpus else "cpu")
         residence = residence._replace(report=report)
     metering.choose(residence.report.gpu_uuids)
 
     reporter.phase("idle")
     template, source = _template(loaded, config, folder, prompts)
-    prompts = dataclasses.replace(prompts, source={**prompts.source, **source})
+    prompts = replace(prompts, source={**prompts.source, **source})
     requests, warnings = encode_prompts(prompts.prompts, loaded, config, template)
     check_lengths(requests, residence.report.longest_tok)
     metering.rest_loaded()
@@ -260,8 +260,7 @@ def _measure(
     if config.measurement.phases:
         # A prefill ends with the first output token.
         prefills = [
-            dataclasses.replace(item, max_output_tokens=1, min_output_tokens=min(1, item.min_output_tokens))
-            for item in requests
+            replace(item, max_output_tokens=1, min_output_tokens=min(1, item.min_output_tokens)) for item in requests
         ]
         metering.measure_prefill(lambda: run(prefills, "{} prefills"))
     return measured

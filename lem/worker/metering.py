@@ -6,17 +6,15 @@ A sampler in another process writes the log. Here it is only read, before and af
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
 from pathlib import Path
 from typing import Protocol
 
 from lem.base import durable, measurement
 from lem.base.clock import Clock, seconds_between
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.errors import EngineError, MeterRefused
 from lem.base.measurement import (
     WINDOW_UPDATES,
@@ -130,12 +128,12 @@ class Metering:
         with self._reading():
             log = self._reader.read()
         if (why := self.elsewhere) is not None:
-            header = dataclasses.replace(log.header, gpus=(), zones=(), gpu_error=why, rapl_error=why, cpu_tdp_w=None)
+            header = replace(log.header, gpus=(), zones=(), gpu_error=why, rapl_error=why, cpu_tdp_w=None)
             return SampleLog(header, loads=log.loads, usage=log.usage, clocks=log.clocks)
         if log.header.gpus or self.gpu_error is None:
             return log
         # A sampler without GPUs does not know why there are none.
-        return dataclasses.replace(log, header=dataclasses.replace(log.header, gpu_error=self.gpu_error))
+        return replace(log, header=replace(log.header, gpu_error=self.gpu_error))
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -196,7 +194,7 @@ class Metering:
     def rest_before(self) -> None:
         """As `rest_bare` for a program, outside of which nothing is loaded: both powers at rest are the same."""
         self.rest_bare()
-        self.marks += [dataclasses.replace(mark, name=measurement.IDLE_LOADED) for mark in self.marks]
+        self.marks += [replace(mark, name=measurement.IDLE_LOADED) for mark in self.marks]
 
     def rest_after(self) -> None:
         if self.has_rest:
@@ -362,7 +360,7 @@ class Metering:
         except MeterRefused as error:
             why = Reason.of("sampler_reports", error=error.message)
             reasons = {**self.sources.reasons, "gpu": why, "primary": why}
-            self.sources = dataclasses.replace(self.sources, gpu_method=None, primary=None, scope=None, reasons=reasons)
+            self.sources = replace(self.sources, gpu_method=None, primary=None, scope=None, reasons=reasons)
 
     def _external_readings(self, path: Path) -> ExternalReadings:
         """The readings of the user's own meter, waited for until they cover the window."""

@@ -12,12 +12,11 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lem.base import durable
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.errors import ConfigurationError
 from lem.base.reasons import Reason
 from lem.base.units import MIB

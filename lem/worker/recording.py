@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 from lem import record
 from lem.base import __version__
 from lem.base.clock import utc_text
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, fields
 from lem.base.errors import EngineError
 from lem.base.measurement import MAX_FAILED_RATIO, Measured, known
 from lem.base.reasons import Reason
@@ -109,7 +108,7 @@ def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
 def _identity(found: Findings) -> Identity:
     start_utc = utc_text(found.start_utc, "milliseconds")
     values = {"node": "", **found.request.identity, "start_utc": start_utc, "lem_version": __version__}
-    known = {item.name for item in dataclasses.fields(Identity)}
+    known = {item.name for item in fields(Identity)}
     if strange := sorted(known ^ values.keys()):
         raise EngineError(f"run: identity: missing or unknown: {', '.join(strange)}", kind="channel")
     return Identity(**values)

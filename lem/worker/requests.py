@@ -18,9 +18,9 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from lem.base.clock import Clock, seconds_between
+from lem.base.dataclass import replace
 from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig

@@ -6,10 +6,9 @@ import contextlib
 import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field, replace
 from typing import Any
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field, replace
 
 # Of a conversation: `role` (system, user, assistant or tool) and `content`, which is text, or None beside `tool_calls`;
 # `name` and `tool_call_id` where they are given. The arguments of a call are an object, as chat templates expect.

@@ -9,7 +9,6 @@ same fresh process and the device is free of the old one, context included.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.base import __version__
+from lem.base.dataclass import replace
 from lem.base.errors import DISK_FULL, UserError
 from lem.base.launch import own_command
 from lem.base.process import describe_exit, hint_on_exit, would_repeat
@@ -345,7 +345,7 @@ class Supervisor:
         _drain(self._read_output, engine)  # the log is whole before the host gets the answer
         self._end_sampler()
         if isinstance(message, channel.Failure):
-            message = dataclasses.replace(message, log_tail=self._log.tail() if self._log else "")
+            message = replace(message, log_tail=self._log.tail() if self._log else "")
         self._request = None
         if isinstance(message, channel.Failure) and message.engine_lost:
             engine.end(EndStep.TERM, time.monotonic())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import field
 from typing import NamedTuple
 
 from lem.base.clock import Clock, seconds_between
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field
 from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.engines.protocol import Completion, Driven, Engine, TokenRequest

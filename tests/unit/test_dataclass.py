@@ -6,17 +6,19 @@ import copy
 import dataclasses
 import inspect
 import pickle
-from collections.abc import Callable
-from dataclasses import KW_ONLY, field
+from dataclasses import KW_ONLY
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
 
+from lem.base import dataclass as ours
 from lem.base.dataclass import dataclass
 
 
-def described(decorate: Callable[..., Any]) -> dict[str, Any]:
+def described(module: ModuleType) -> dict[str, Any]:
     """Classes with everything that lem's dataclasses use."""
+    decorate, field = module.dataclass, module.field
 
     @decorate(frozen=True)
     class Base:
@@ -74,7 +76,7 @@ def described(decorate: Callable[..., Any]) -> dict[str, Any]:
     return {kind.__name__: kind for kind in (Base, Derived, Changing, Own, Empty, Plain, Slim)}
 
 
-OURS, STANDARD = described(dataclass), described(dataclasses.dataclass)
+OURS, STANDARD = described(ours), described(dataclasses)
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -7,12 +7,11 @@ import os
 import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
 from typing import Any
 
 from lem.base import process
 from lem.base.codec import encode, pack, unpack
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field
 from lem.base.errors import EngineError
 from lem.base.launch import own_command
 from lem.base.reasons import Reason

@@ -8,13 +8,12 @@ import os
 import time
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import field
 from typing import Any
 
 from lem.base import process
 from lem.base.clock import seconds_between
 from lem.base.codec import pack
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_MS, NS_PER_S, NS_PER_US
 from lem.engines.server.client import Call, ClientCheck, Target, count_tokens

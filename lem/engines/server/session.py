@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 from lem.base import process
 from lem.base.clock import seconds_between
+from lem.base.dataclass import asdict
 from lem.base.errors import EngineError, OptionRefused, did_you_mean
 from lem.base.reasons import Reason
 from lem.base.variables import GPU_VARIABLE, SERVICE_VARIABLE
@@ -360,7 +360,7 @@ class Session(common.ServedSession, TextSession):
             "reported": reported,
             "metrics_read": read,
             "metrics": {name: change for name, change in changes.items() if change and _KEPT.fullmatch(name)},
-            "client": [dataclasses.asdict(result.check) for result in self._results],
+            "client": [asdict(result.check) for result in self._results],
             "outcomes": dict(Counter("ok" if reply.error is None else reply.error.code for reply in replies)),
         }
         source = next((name for kind, name in names.items() if kind in sources), None)

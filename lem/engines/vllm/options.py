@@ -9,11 +9,10 @@ import dataclasses
 import enum
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import field
 from types import MappingProxyType
 from typing import Any
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field
 from lem.base.errors import OptionRefused
 from lem.base.reasons import Reason
 from lem.config.backends import VllmConfig

@@ -18,10 +18,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import field
 from typing import Any
 
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, field
 from lem.base.errors import REPEATING, EngineError, OptionRefused
 from lem.base.process import describe_exit, hint_on_exit, would_repeat
 from lem.base.units import KIB, NS_PER_S

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import multiprocessing
@@ -31,6 +30,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from lem.base.dataclass import replace
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.variables import GPU_VARIABLE, TOKEN_VARIABLE
 from lem.config.backends import VllmConfig
@@ -104,7 +104,7 @@ class Session(common.ServedSession, TextSession):
             self._tokenizer = self._engine.get_tokenizer()
             self._known_ids = int(self._engine.vllm_config.model_config.get_vocab_size())
             self._set_up(config)
-            self._identity = dataclasses.replace(counted, weights_sha256=hash_weights(source, self._adapter))
+            self._identity = replace(counted, weights_sha256=hash_weights(source, self._adapter))
         except BaseException:
             self.close()
             raise

@@ -7,11 +7,10 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 
 from lem.base import units
-from lem.base.dataclass import dataclass
+from lem.base.dataclass import dataclass, replace
 from lem.base.doc import printable, text_width
 from lem.base.reasons import Reason
 from lem.base.units import SIGNIFICANT_DIGITS, percent, plain, with_decimals
