@@ -18,7 +18,7 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lem.base.dataclass import MISSING, Field, fields, has_field, is_dataclass
+from lem.base.dataclass import MISSING, Field, fields, has_field, is_dataclass, types_of
 from lem.base.log import shorten
 from lem.base.reasons import NULL_TEXTS, V1_TEXTS, Reason, formats_of, parsed
 
@@ -325,8 +325,7 @@ def _check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, An
 
 @functools.cache
 def hints_of(kind: Any) -> Mapping[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {item.name: hints[item.name] for item in _fields(kind)}
+    return {name: hint for name, hint in types_of(kind).items() if name != _REASONS}
 
 
 def shown(value: Any) -> str:

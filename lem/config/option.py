@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
-from lem.base.dataclass import dataclass, field, fields, replace
+from lem.base.dataclass import dataclass, field, fields, replace, types_of
 from lem.base.errors import nearest
 from lem.config import kinds
 from lem.config.terms import meant
@@ -242,7 +242,7 @@ def declarations(section: type[Any]) -> dict[str, kinds.Option]:
 
 @of_class
 def declared(section: type[Any]) -> Mapping[str, kinds.Option]:
-    hints = typing.get_type_hints(section)
+    hints = types_of(section)
     options: dict[str, kinds.Option] = {}
     for name, item in declarations(section).items():
         reload = section.reloads if item.reload is kinds.UNSET else item.reload

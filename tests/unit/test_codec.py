@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from lem.base.codec import DecodeError, decode, decode_row, encode, pack, unpack
+from lem.base.dataclass import dataclass, field
 from lem.base.reasons import Reason
 
 

@@ -74,10 +74,10 @@ def test_a_danger_is_seen(source: str) -> None:
     assert list(dangers_in(source))
 
 
-# `__init__` from the names of fields, as in the standard library; and lem's own modules, compiled by lem.pyz for this
-# user, which nobody else can write (tests/unit/test_importer.py).
+# `__init__` from the names of fields, and the types of these, as in the standard library; and lem's own modules,
+# compiled by lem.pyz for this user, which nobody else can write (tests/unit/test_importer.py).
 MADE_OF_NAMES_AND_CHECKED_CODE = {
-    "lem/base/dataclass.py": ["exec"],
+    "lem/base/dataclass.py": ["eval", "exec"],
     "lem/base/importer.py": ["marshal.loads", "marshal.loads"],
 }
 

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 """The declaration engine: what is declared once decides what is read, refused and written back."""
 
 from __future__ import annotations
@@ -8,11 +7,11 @@ import dataclasses
 import json
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
 
+from lem.base.dataclass import dataclass
 from lem.base.errors import ConfigurationError, ExitCode, exit_code_of
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import REQUIRED, ConfigProblems, Expanded, Problem, as_written, dotted, simple
