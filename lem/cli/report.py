@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -14,7 +13,7 @@ from lem.base.doc import write_json
 from lem.base.errors import UserError
 from lem.base.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
 from lem.base.reasons import Reason
-from lem.base.units import NS_PER_S
+from lem.base.units import NS_PER_S, fmean
 from lem.cli import options, selection
 from lem.meters import samples
 from lem.meters.curve import HOLE_PERIODS
@@ -208,7 +207,7 @@ def _phase(
         name=name,
         begin_s=begin,
         end_s=end,
-        power_mean_w=sum(map(statistics.fmean, inside)) if is_known else None,
+        power_mean_w=sum(map(fmean, inside)) if is_known else None,
         power_max_w=sum(map(max, inside)) if is_known else None,
         temp_min_c=min(degrees, default=None),
         temp_max_c=max(degrees, default=None),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from itertools import pairwise
@@ -235,6 +234,8 @@ class EarlierTimes(NamedTuple):
 def earlier_times(records: Iterable[Record]) -> EarlierTimes:
     # A record knows its load, warm-up and window. The time around them (baselines, guards, prompts) follows from the
     # start of the next experiment; where there is none, the median of the others is taken.
+    import statistics  # imported here to keep the start-up fast
+
     known = list(records)
     around = _around(known)
     usual_s = statistics.median(around.values()) if around else 0.0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from lem.base.dataclass import dataclass
 from lem.base.durable import reason_of
 from lem.base.measurement import Measured, known
 from lem.base.reasons import Reason
+from lem.base.units import fmean
 from lem.record import Record
 from lem.results.bootstrap import bootstrap_ci
 from lem.results.run import Configuration
@@ -140,17 +140,17 @@ def _agreement(pairs: Iterable[tuple[_Answers, _Answers]]) -> Measured[Agreement
     if not found:
         return known(None, "no_same_request")
     # Sorted, since sets have no order, on which a bootstrap depends.
-    means = [[statistics.fmean(column) for column in zip(*found[request], strict=True)] for request in sorted(found)]
+    means = [[fmean(column) for column in zip(*found[request], strict=True)] for request in sorted(found)]
     (equal, prefixes, lengths), n = zip(*means, strict=True), len(found)
     return Measured(
         Agreement(
             requests=n,
             answers=sum(map(len, found.values())),
-            equal_ratio=statistics.fmean(equal),
+            equal_ratio=fmean(equal),
             equal_interval=binomial_interval(sum(equal), n),
-            prefix_tok=statistics.fmean(prefixes),
+            prefix_tok=fmean(prefixes),
             prefix_interval=_mean_interval(prefixes),
-            output_tok=statistics.fmean(lengths),
+            output_tok=fmean(lengths),
         )
     )
 
@@ -163,8 +163,10 @@ def _compared(left: Sequence[int], right: Sequence[int]) -> tuple[bool, int, int
 def _mean_interval(values: Sequence[float]) -> Measured[_Bounds]:
     if min(values) == max(values):
         return known(None, "no_spread" if len(values) > 1 else "one_request")
-    n, mean = len(values), statistics.fmean(values)
+    n, mean = len(values), fmean(values)
     if n > _MANY:
+        import statistics  # imported here to keep the start-up fast
+
         margin = student_t_quantile((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(values, mean) / math.sqrt(n)
         return Measured((mean - margin, mean + margin))
     found = bootstrap_ci(values)

@@ -14,14 +14,13 @@ import functools
 import itertools
 import math
 import operator
-import random
-import statistics
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lem.base.dataclass import asdict, dataclass
 from lem.base.reasons import Reason
+from lem.base.units import fmean
 from lem.record import Window
 from lem.results.stats import CONFIDENCE, check_confidence, paired_effect, ratio_of, stdev
 
@@ -112,7 +111,7 @@ def bootstrap_ci(
         return math.ldexp(sums[order[bisect.bisect_right(ends, place)]] / n, exponent)
 
     low, high = (_quantile(ordered, n_iterations, (1 + sign * confidence) / 2) for sign in (-1, 1))
-    mean, std = (math.ldexp(of(scaled), exponent) for of in (statistics.fmean, stdev))
+    mean, std = (math.ldexp(of(scaled), exponent) for of in (fmean, stdev))
     return BootstrapResult(mean, std, low, high, n, confidence, warning)
 
 
@@ -167,7 +166,7 @@ def geometric_mean(samples: Sequence[float]) -> float | None:
     """That of `log_t_interval`, which takes ten times as long; None where a sample is zero or negative."""
     if min(samples) <= 0:
         return None
-    return float(samples[0]) if min(samples) == max(samples) else ratio_of(statistics.fmean([*map(math.log, samples)]))
+    return float(samples[0]) if min(samples) == max(samples) else ratio_of(fmean(map(math.log, samples)))
 
 
 def bootstrap_coverage_label(n_samples: int, confidence: float = CONFIDENCE) -> str | None:
@@ -188,6 +187,8 @@ def bootstrap_coverage_label(n_samples: int, confidence: float = CONFIDENCE) -> 
 @functools.lru_cache(maxsize=8)
 def resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[tuple[int, ...], int], ...]:
     """Which values each resample takes, sorted, and how many take the same; the same for every metric."""
+    import random  # imported here to keep the start-up fast
+
     generator = random.Random(seed)
     rows = (tuple(sorted(generator.choices(range(n), k=n))) for _ in range(n_iterations))
     return tuple(collections.Counter(rows).items())

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lem.base.dataclass import dataclass
 from lem.base.reasons import Reason
-from lem.base.units import plain
+from lem.base.units import fmean, plain
 from lem.record import Record
 from lem.results.metrics import by_cycle
 
@@ -201,7 +200,7 @@ def _lengths_against(before: Side) -> Callable[[Side], _Differing]:
 
 def _mean_answer_tok(records: Side) -> float | None:
     lengths = [length for record in records if (length := _answer_tok(record)) is not None]
-    return statistics.fmean(lengths) if lengths else None
+    return fmean(lengths) if lengths else None
 
 
 def _answer_tok(record: Record) -> float | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -16,7 +15,7 @@ from lem.base.dataclass import dataclass, replace
 from lem.base.doc import NAMES_SHOWN
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
-from lem.base.units import fixed, hash_label, plain, plural, some_of
+from lem.base.units import fixed, fmean, hash_label, plain, plural, some_of
 from lem.results.comparability import facts_of
 from lem.results.compare import find_effect, software_of
 from lem.results.configurations import bare_name, group_of
@@ -69,7 +68,7 @@ def find_cuts(logs: Sequence[float], alpha: float, begin: int = 0) -> list[Cut]:
 
 def _largest(logs: Sequence[float], spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], float]:
     """The span whose values differ most from the others, and its t statistic."""
-    n, mean = len(logs), statistics.fmean(logs)
+    n, mean = len(logs), fmean(logs)
     sums = [0.0, *itertools.accumulate(value - mean for value in logs)]
     total = math.fsum((value - mean) ** 2 for value in logs)
     best, most = spans[0], -1.0
@@ -146,7 +145,7 @@ def _divided(points: tuple[Point, ...], places: Sequence[int]) -> list[tuple[Poi
 
 
 def _levels(stretches: Sequence[tuple[Point, ...]]) -> list[float]:
-    return [statistics.fmean(item.log for item in points) for points in stretches if points]
+    return [fmean(item.log for item in points) for points in stretches if points]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Final
@@ -11,7 +10,7 @@ from typing import Any, Final
 from lem.base.dataclass import dataclass
 from lem.base.doc import Column, Table
 from lem.base.reasons import Reason
-from lem.base.units import ABSENT, format_quantity, percent, plural
+from lem.base.units import ABSENT, fmean, format_quantity, percent, plural
 from lem.config.option import declared
 from lem.config.sections import SloConfig, TrafficConfig
 from lem.record import Record
@@ -45,7 +44,8 @@ class Knee:
     @property
     def median(self) -> Bracket:
         """Of an even number of cycles the lower one, which was measured."""
-        low, high = (statistics.median_low(ends) for ends in zip(*self.brackets, strict=True))
+        middle = (len(self.brackets) - 1) // 2
+        low, high = (sorted(ends)[middle] for ends in zip(*self.brackets, strict=True))
         return low, high
 
     @property
@@ -144,7 +144,7 @@ def _keeps(item: Configuration, cycle: Cycle, least: float) -> bool | None:
     if any(reason.code == "load_too_high" for record in used for reason in record.validity.warnings):
         return False
     shares = [share for record in used if (share := GOOD_SHARE.read(record)[0]) is not None]
-    return _is_enough(statistics.fmean(shares), least) if len(shares) == len(used) else None
+    return _is_enough(fmean(shares), least) if len(shares) == len(used) else None
 
 
 def _is_enough(share: float, least: float) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from lem.base.dataclass import dataclass
 from lem.base.errors import UserError, did_you_mean
 from lem.base.measurement import Section
 from lem.base.reasons import Reason
-from lem.base.units import JOULES_PER_WATT_HOUR, format_latency, format_quantity
+from lem.base.units import JOULES_PER_WATT_HOUR, fmean, format_latency, format_quantity
 from lem.record import Record, ResultKey
 
 
@@ -303,9 +302,9 @@ def cycle_values(metric: Metric, cycles: Cycles) -> dict[Cycle, float]:
     for cycle, members in cycles.items():
         values = [value for record in members if (value := metric.read(record)[0]) is not None]
         if values:
-            found[cycle] = values[0] if len(values) == 1 else statistics.fmean(values)
+            found[cycle] = values[0] if len(values) == 1 else fmean(values)
     return found
 
 
 def mean_of(values: Sequence[float]) -> float:
-    return math.exp(statistics.fmean([*map(math.log, values)])) if min(values) > 0 else statistics.fmean(values)
+    return math.exp(fmean(map(math.log, values))) if min(values) > 0 else fmean(values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import Any
 from lem.base.dataclass import dataclass, field, replace
 from lem.base.measurement import ENERGY_COUNTED, Measured, is_estimate, is_nvml_source
 from lem.base.reasons import Reason
+from lem.base.units import fmean
 from lem.config.experiment import PROGRAM
 from lem.record import Record, ResultKey
 from lem.results import axes, metrics
@@ -275,8 +275,8 @@ class Configuration:
         attempts, all_attempts = tuple(self.values(metric, of_attempts=True).values()), None
         if attempts and attempts != values:
             n_attempts = sum(metric.read(record)[0] is not None for record in self.records)
-            geometric = math.exp(statistics.fmean(map(math.log, attempts))) if min(attempts) > 0 else None
-            all_attempts = AllAttempts(statistics.fmean(attempts), geometric, len(attempts), n_attempts)
+            geometric = math.exp(fmean(map(math.log, attempts))) if min(attempts) > 0 else None
+            all_attempts = AllAttempts(fmean(attempts), geometric, len(attempts), n_attempts)
         if not values:
             null_reason = self._why_missing(metric) or "no valid result"
             return Estimate(metric, all_attempts=all_attempts, null_reason=null_reason)

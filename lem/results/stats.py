@@ -5,14 +5,13 @@ from __future__ import annotations
 import enum
 import itertools
 import math
-import statistics
 import sys
 from collections.abc import Sequence
 
 from lem.base.dataclass import dataclass, replace
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
-from lem.base.units import parse_percentage
+from lem.base.units import fmean, parse_percentage
 from lem.results.metrics import Metric, parse_comparable
 from lem.results.student import cycles_needed, student_t_cdf, student_t_quantile
 
@@ -75,7 +74,7 @@ class Autocorrelation:
 def autocorrelation_of(values: Sequence[float]) -> Autocorrelation | None:
     if len(values) < AUTOCORRELATION_FROM:
         return None
-    mean = statistics.fmean(values)
+    mean = fmean(values)
     left = [value - mean for value in values]
     squares = math.fsum(value**2 for value in left)
     if squares <= 0:
@@ -158,7 +157,7 @@ def paired_effect(numerators: Sequence[float], denominators: Sequence[float]) ->
     logs = [log_ratio(above, below) for above, below in zip(numerators, denominators, strict=True)]
     n = len(logs)
     std_error = stdev(logs) / math.sqrt(n) if n > 1 else None
-    return Effect(statistics.fmean(logs), std_error, n - 1 if n > 1 else None, (n,), autocorrelation_of(logs))
+    return Effect(fmean(logs), std_error, n - 1 if n > 1 else None, (n,), autocorrelation_of(logs))
 
 
 def stdev(values: Sequence[float]) -> float:

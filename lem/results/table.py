@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from statistics import fmean
 
 from lem.base.doc import NAMES_SHOWN, Column, Doc, printable
 from lem.base.log import WIDTH
 from lem.base.reasons import alike
-from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
+from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, fmean, plural, some_of, with_decimals
 from lem.results.axes import Key
 from lem.results.bootstrap import bootstrap_coverage_label, coverage_notes
 from lem.results.detail import SCORE, is_of_energy_score

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
-import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from lem.base.dataclass import dataclass
 from lem.base.reasons import Reason
-from lem.base.units import percent, plain
+from lem.base.units import fmean, percent, plain
 from lem.record import Record
 from lem.results.metrics import Cycle, Cycles, Metric
 from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run
@@ -163,7 +162,7 @@ class Course:
         for (_, cycle, record, _), log in zip(self._values, logs, strict=True):
             cycles.setdefault(cycle, []).append((record.identity.order_index, log))
         return {
-            cycle: (statistics.fmean(place for place, _ in found), statistics.fmean(log for _, log in found))
+            cycle: (fmean(place for place, _ in found), fmean(log for _, log in found))
             for cycle, found in sorted(cycles.items())
         }
 

@@ -7,7 +7,6 @@ An error that differs from window to window is in the spread of the cycles alrea
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from lem.base.dataclass import dataclass
 from lem.base.doc import Column, Table
 from lem.base.measurement import EDGES, SENSOR, Measured, known, parts_of_source
 from lem.base.reasons import Reason
-from lem.base.units import ABSENT, percent, plain
+from lem.base.units import ABSENT, fmean, percent, plain
 from lem.record import Energy, Record
 from lem.results.metrics import Metric
 from lem.results.stats import CONFIDENCE, Effect, paired_effect
@@ -107,7 +106,7 @@ def common_causes(metric: Metric, records: Sequence[Record]) -> Measured[Causes]
             return known(None, "no_ratio")
         found.append({cause: part_j / energy_j for cause, part_j in budget.value.items() if cause != EDGES})
     names = dict.fromkeys(cause for causes in found for cause in causes)
-    return Measured({name: statistics.fmean(causes.get(name, 0.0) for causes in found) for name in names})
+    return Measured({name: fmean(causes.get(name, 0.0) for causes in found) for name in names})
 
 
 def _budget_of(metric: Metric, energy: Energy) -> tuple[float | None, Measured[Mapping[str, float]]]:

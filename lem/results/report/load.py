@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import fmean
 
-from lem.base.units import format_quantity, plural
+from lem.base.units import fmean, format_quantity, plural
 from lem.results.load import GOOD_SHARE, LOADS, Knee, Series, find_series, knee_notes, knee_tables, span_text
 from lem.results.metrics import Metric
 from lem.results.report import plot
