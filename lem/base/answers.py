@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import json
 import zlib
@@ -37,6 +36,8 @@ def request_digest(*parts: Any) -> str:
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> str:
     """Write the answers, whole or not at all; the SHA-256 of the file. Raises as `durable.write_bytes`."""
+    import gzip  # imported here to keep the start-up fast
+
     rows = [{"schema_version": _SCHEMA_VERSION}, *(item._asdict() for item in answers)]
     text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
     data = gzip.compress(text.encode(), compresslevel=6, mtime=0)
@@ -46,6 +47,8 @@ def write_answers(path: Path, answers: Iterable[Answer]) -> str:
 
 def read_answers(path: Path, sha256: str) -> tuple[Answer, ...]:
     """The answers; OSError, or AnswersError if they are not those that were measured."""
+    import gzip
+
     if (found := durable.sha256_of(path)) != sha256:
         raise AnswersError(f"{path}: its SHA-256 is {found}, but it was {sha256} when it was measured")
     try:

@@ -91,14 +91,14 @@ def parse_time(text: str) -> datetime | None:
         return None
 
 
-_RUN_ID = re.compile(r"([0-9]{4})([0-9]{2})([0-9]{2})T([0-9]{2})([0-9]{2})([0-9]{2})Z-[0-9a-f]{4}")
+_RUN_ID = r"([0-9]{4})([0-9]{2})([0-9]{2})T([0-9]{2})([0-9]{2})([0-9]{2})Z-[0-9a-f]{4}"
 # Clocks of several hosts agree to a second or so.
 _CLOCK_TOLERANCE = timedelta(minutes=5)
 
 
 def run_time(run_id: str) -> datetime | None:
     """When the run with this ID began; None for another name."""
-    match = _RUN_ID.fullmatch(run_id)
+    match = re.fullmatch(_RUN_ID, run_id)
     if match is None:
         return None
     year, month, day, hour, minute, second = map(int, match.groups())

@@ -7,14 +7,13 @@ import itertools
 import json
 import os
 import re
-import shutil
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO, TypedDict
 
 from lem.base.dataclass import dataclass
-from lem.base.log import WIDTH, bounded_width, is_colour_wanted, paint
+from lem.base.log import WIDTH, bounded_width, is_colour_wanted, paint, terminal_columns
 
 # The columns that a name gets in a table, and how many names a sentence lists.
 NAME_WIDTH = 36
@@ -216,7 +215,7 @@ def write_json(out: TextIO, document: Any) -> None:
 
 def terminal_width(out: TextIO) -> int:
     is_known = out.isatty() or "COLUMNS" in os.environ
-    return bounded_width(shutil.get_terminal_size((WIDTH, 24)).columns) if is_known else WIDTH
+    return bounded_width(terminal_columns()) if is_known else WIDTH
 
 
 class Screen(TypedDict):

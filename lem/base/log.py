@@ -35,7 +35,7 @@ _MARK = chr(0xF0000 + int.from_bytes(os.urandom(2), "big") % 0xFFFE)
 _STYLES = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}
 _CLEAR_LINE = f"{_MARK}2K"
 # Unicode's control and format characters (Cc, Cf), separators of lines and paragraphs, and lone surrogates.
-_CONTROLS = re.compile(
+_CONTROLS = (
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b-\u200f"
     r"\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001-\U000e007f]"
@@ -62,6 +62,16 @@ def paint(text: str, style: str, *, is_colour: bool) -> str:
     return f"{_MARK}{_STYLES[style]}m{text}{_MARK}0m" if is_colour and text else text
 
 
+def terminal_columns() -> int:
+    """As `shutil.get_terminal_size`, whose import takes a millisecond."""
+    with contextlib.suppress(ValueError):
+        if (columns := int(os.environ.get("COLUMNS", ""))) > 0:
+            return columns
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # no stream, a closed one, no terminal
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or WIDTH  # type: ignore[union-attr]
+    return WIDTH
+
+
 def bounded_width(width: int) -> int:
     return min(max(width, NARROWEST), WIDEST)
 
@@ -71,8 +81,8 @@ def shorten(text: str, width: int) -> str:
 
 
 def escaped(text: str) -> str:
-    is_plain = text.isascii() and text.replace("\n", "").isprintable()
-    return text if is_plain else _CONTROLS.sub(lambda it: _escape(it[0]), text)
+    is_plain = text.replace("\n", "").isprintable()
+    return text if is_plain else re.sub(_CONTROLS, lambda it: _escape(it[0]), text)
 
 
 def _escape(text: str) -> str:
@@ -126,9 +136,7 @@ class Console:
 
     def live(self, text: str) -> None:
         if self.is_live:
-            import shutil
-
-            self._live = shorten(text, shutil.get_terminal_size().columns - 1)
+            self._live = shorten(text, terminal_columns() - 1)
             self._write(f"{_CLEAR_LINE}{self._live}")
 
     def close(self) -> None:

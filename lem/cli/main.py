@@ -166,12 +166,14 @@ def _without_collections() -> Iterator[None]:
 
 def own_call() -> list[str]:
     """The words that started lem, for commands that are to be copied; `lem` where it is on PATH."""
-    import shutil
     from pathlib import Path
 
     started = Path(sys.argv[0])
     is_own = started.suffix == ".pyz" or started.parts[-2:] == ("lem", "__main__.py")
-    is_own = is_own or (started.name == "lem" and shutil.which("lem") != str(started))
+    if not is_own and started.name == "lem":
+        import shutil
+
+        is_own = shutil.which("lem") != str(started)
     return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1] if is_own else ["lem"]
 
 
@@ -206,12 +208,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, **{"width": log.terminal_columns() - 2, **settings})  # as argparse finds it
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports errors as the rest of lem does; argparse would print the whole usage first."""
 
     def __init__(self, **settings: Any) -> None:
         # An abbreviation would stop working, or mean something else, once another option begins with it.
-        super().__init__(**{**settings, "allow_abbrev": False})
+        super().__init__(**{"formatter_class": _Formatter, **settings, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}", f"see `{self.prog} --help`")

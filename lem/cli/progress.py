@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -90,7 +89,7 @@ class TerminalProgress:
         if event.kind == "campaign_finished":
             self._console.close()
         elif event.kind not in ("note", "campaign_started"):
-            width = shutil.get_terminal_size().columns - 1
+            width = log.terminal_columns() - 1
             self._console.live(self._state.describe(event, self._now(), width))
 
 

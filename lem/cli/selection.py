@@ -19,7 +19,6 @@ from lem.base.measurement import Section
 from lem.base.units import some_of
 from lem.cli.options import STATE_DIR, checked
 from lem.config.option import declarations
-from lem.config.scalars import resolve_plain
 from lem.config.sections import MeasurementConfig, SloConfig
 from lem.orchestration.journal import find_fact
 from lem.orchestration.status import (
@@ -74,6 +73,8 @@ def _rate(name: str, text: str) -> float:
 
 def _from_texts(kind: type[S], texts: Mapping[str, str]) -> S:
     """A section with these options, of which null is no value."""
+    from lem.config.scalars import resolve_plain  # imported here to keep the start-up fast
+
     found = kind.from_dict({name: resolve_plain(text) for name, text in texts.items()})
     for name, text in texts.items():
         if getattr(found, name) is None:

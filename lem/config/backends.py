@@ -253,7 +253,7 @@ def _check_server_url(text: str) -> str | None:
 
 _check_variable = Matching(r"[A-Za-z_][A-Za-z0-9_]*", "the name of an environment variable")
 _check_path = Matching(r"/[!-~]*", "a path that begins with /")
-_OPTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_OPTION_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _REFUSED_FLAGS: Mapping[str, str] = {
     "port": "write it into the command: --port {port}",
     "host": "write it into the command",
@@ -350,7 +350,7 @@ class ServerConfig(Section, reloads=True, exclusive=("command", "url")):
         seen: set[str] = set()
         for name in self.options:
             flag = flag_name(name)
-            if not _OPTION_NAME.fullmatch(name):
+            if not re.fullmatch(_OPTION_NAME, name):
                 yield Problem(("options", name), "expected a name without leading dashes", is_about_key=True)
             elif flag in _REFUSED_FLAGS or flag in seen:
                 remedy = _REFUSED_FLAGS.get(flag, f"duplicate option: --{flag}")

@@ -85,7 +85,7 @@ _SERVER_DECIDES: Mapping[str, Any] = {
     "model.adapter": None,
     "model.trust_remote_code": False,
 }
-_DRAFTING = re.compile(r"(spec|draft|model-draft|lookup)\b.*", re.ASCII)
+_DRAFTING = r"(?a)(spec|draft|model-draft|lookup)\b.*"
 
 
 def _honoured_defaults(dialect: Dialect, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,7 +269,7 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
     def is_speculative(self) -> bool:
         """Whether the engine drafts tokens and verifies them."""
         if isinstance(self.section, ServerConfig):
-            return any(_DRAFTING.match(flag_name(name)) for name in self.section.options)
+            return any(re.match(_DRAFTING, flag_name(name)) for name in self.section.options)
         return any(attrgetter(name)(self.section) is not None for name in _DRAFTERS[self.backend])
 
     @property

@@ -93,11 +93,11 @@ class StoppingRule:
         )
 
 
-_WIDTH = re.compile(r"(?P<kind>ci|each)=(?P<width>[^:]+)(?::(?P<metric>[a-z0-9_]+))?")
+_WIDTH = r"(?P<kind>ci|each)=(?P<width>[^:]+)(?::(?P<metric>[a-z0-9_]+))?"
 
 
 def parse_target(text: str) -> Target:
-    match = _WIDTH.fullmatch(text.strip())
+    match = re.fullmatch(_WIDTH, text.strip())
     name, sign, percentage = text.strip().partition("=")
     if match is None and (not sign or name in ("ci", "each")):
         raise ValueError(f"expected a target such as ci=2%, each=2%:output_tok_per_s or energy=3%, got {text!r}")
