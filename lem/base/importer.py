@@ -15,15 +15,16 @@ import sys
 import zipimport
 from importlib.util import MAGIC_NUMBER, source_hash
 
-from lem.base.variables import CACHE_VARIABLE
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import CodeType
+    from typing import Final
 
+CACHE_VARIABLE: Final = "LEM_CACHE_DIR"
 FOLDER = "bytecode"
 _HASH_SIZE = 8
+_MOST_INDEX_B = 1 << 20  # ten times that of all modules
 _DIRECTORY_SIZE = 1 << 16  # at the end of the zip: names, sizes, times and CRC-32 of some 600 members
 _KEPT = 3  # files: one for each lem.pyz, path to it and version of Python
 
@@ -32,11 +33,12 @@ class CodeCache:
     """The code of lem.pyz's modules, by name, in one file; without a folder, or with one that is unusable, nothing.
 
     The file: the hash and the length of an index, the index (where each module's code is, and its hash), the codes. Of
-    a large file, a command checks and loads only what it imports.
+    a large file, a command reads only what it imports.
     """
 
     def __init__(self, archive: str, folder: str) -> None:
-        self._folder, self._name, self._data = folder, "", b""
+        self._folder, self._name = folder, ""
+        self._file, self._begin = -1, 0
         self._places: dict[str, tuple[int, int, bytes]] = {}
         self._added: dict[str, bytes] = {}
         self._archive = archive
@@ -45,8 +47,8 @@ class CodeCache:
         with contextlib.suppress(OSError):
             self._name = _name_of(archive)
             if _is_private(folder):
-                self._data = _read(os.path.join(folder, self._name))
-                self._places = _index_of(self._data)
+                self._file = _opened(os.path.join(folder, self._name))
+                self._begin, self._places = _index_of(self._file)
 
     def get(self, module: str) -> CodeType | None:
         code = self._code(module)
@@ -61,7 +63,7 @@ class CodeCache:
         kept = {module: code for module in self._places if (code := self._code(module)) is not None}
         codes, places, at = {**kept, **self._added}, {}, 0
         for module, code in codes.items():
-            places[module] = (at, at + len(code), source_hash(code))
+            places[module] = (at, len(code), source_hash(code))
             at += len(code)
         index = marshal.dumps(places)
         temporary = os.path.join(self._folder, f".{self._name}.{os.getpid()}")
@@ -86,10 +88,13 @@ class CodeCache:
                 os.unlink(item)
 
     def _code(self, module: str) -> bytes | None:
-        begin, end, expected = self._places.get(module, (0, 0, b""))
-        codes = 2 * _HASH_SIZE + int.from_bytes(self._data[_HASH_SIZE : 2 * _HASH_SIZE], "little")
-        code = self._data[codes + begin : codes + end]
-        return code if source_hash(code) == expected else None
+        if module not in self._places:
+            return None
+        at, size, expected = self._places[module]
+        with contextlib.suppress(OSError):
+            code = os.pread(self._file, size, self._begin + at)
+            return code if source_hash(code) == expected else None
+        return None
 
 
 def _name_of(archive: str) -> str:
@@ -120,17 +125,22 @@ def _may_be_made(folder: str) -> bool:
     return os.lstat(folder).st_uid in (0, os.geteuid())
 
 
-def _read(path: str) -> bytes:
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as stream:
-        found = os.fstat(stream.fileno())
-        is_private = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
-        return stream.read() if is_private else b""
+def _opened(path: str) -> int:
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    found = os.fstat(file)
+    if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+        return file
+    os.close(file)
+    raise PermissionError(path)
 
 
-def _index_of(data: bytes) -> dict[str, tuple[int, int, bytes]]:
-    size = int.from_bytes(data[_HASH_SIZE : 2 * _HASH_SIZE], "little")
-    index = data[2 * _HASH_SIZE : 2 * _HASH_SIZE + size]
-    return marshal.loads(index) if index and source_hash(index) == data[:_HASH_SIZE] else {}  # nosec B302
+def _index_of(file: int) -> tuple[int, dict[str, tuple[int, int, bytes]]]:
+    """Where the codes begin, and the index."""
+    head = os.pread(file, 2 * _HASH_SIZE, 0)
+    size = int.from_bytes(head[_HASH_SIZE:], "little")
+    index = os.pread(file, min(size, _MOST_INDEX_B), len(head))
+    is_whole = index and source_hash(index) == head[:_HASH_SIZE]
+    return len(head) + size, marshal.loads(index) if is_whole else {}  # nosec B302
 
 
 class Importer(zipimport.zipimporter):

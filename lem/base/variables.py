@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from lem.base.importer import CACHE_VARIABLE
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
 
 DATASETS_VARIABLE: Final = "LEM_DATASETS_DIR"
 LOCK_FOLDER_VARIABLE: Final = "LEM_LOCK_DIR"
-CACHE_VARIABLE: Final = "LEM_CACHE_DIR"
 # Set by the host for a worker in a container, where killing `docker compose exec` leaves what it started.
 MARK_VARIABLE: Final = "LEM_WORKER_MARK"
 # Set by the host for a worker whose server is a container: the command that runs it, and its address, in JSON.

@@ -18,7 +18,8 @@ import lem.base
 from lem.base import durable
 from lem.base.durable import reason_of
 from lem.base.errors import UserError
-from lem.base.variables import CACHE_VARIABLE, cache_folder
+from lem.base.importer import CACHE_VARIABLE
+from lem.base.variables import cache_folder
 
 PYZ_NAME = "lem.pyz"
 _OTHER_CACHE = f"set {CACHE_VARIABLE} to another folder"

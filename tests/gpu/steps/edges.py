@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
+from lem.base.importer import CACHE_VARIABLE
 from lem.base.launch import own_command
 from lem.base.units import NS_PER_S
-from lem.base.variables import CACHE_VARIABLE
 from lem.meters.curve import Curve, Span, counter_curve
 from lem.meters.sampler import COUNTER_POLL_MS
 from tests.gpu.bench import Bench, Step
