@@ -78,18 +78,24 @@ def decode_hint(hint: Any, value: Any, where: str) -> Any:
     if origin in (tuple, list):
         if not isinstance(value, list):
             raise DecodeError(f"{where}: expected a list, got {shown(value)}")
-        items = (decode_hint(inner[0], item, f"{where}[{at}]") for at, item in enumerate(value))
-        return origin(items)
+        return origin([decode_hint(inner[0], item, f"{where}[{at}]") for at, item in enumerate(value)])
     if origin is not None:
         pairs = _object(value, where).items()
         return {key: decode_hint(inner[1], item, _at(where, key)) for key, item in pairs}
     return _scalar(hint, value, where)
 
 
-def _decode_fields(kind: Any, document: Mapping[str, Any], where: str) -> dict[str, Any]:
+def decode_fields(kind: Any, document: Any, where: str) -> dict[str, Any]:
+    """The values of a dataclass that keeps no reasons, checked as by `decode`, but not by the class itself."""
     hints = hints_of(kind)
-    values = {name: document[name] for name in hints}
-    for name, is_number in _not_plain(kind, tuple(map(type, values.values()))):
+    if _object(document, where).keys() != hints.keys():
+        _check_names(where or kind.__name__.lower(), document, hints)
+    return _decode_values(kind, document, where)
+
+
+def _decode_values(kind: Any, document: Mapping[str, Any], where: str) -> dict[str, Any]:
+    hints, values = hints_of(kind), dict(document)
+    for name, is_number in _not_plain(kind, tuple(map(type, map(document.__getitem__, hints)))):
         if not is_number or not math.isfinite(values[name]):
             values[name] = decode_hint(hints[name], values[name], _at(where, name))
     return values
@@ -237,7 +243,7 @@ def _decode_section(kind: Any, value: Any, where: str) -> Any:
             plain[name] = _decode_reasons(sentences, coded.pop(name, None), _at(where, name))
     if coded:
         raise DecodeError(f"{where}: unexpected {shown(next(iter(coded)) + CODED)}: the field holds no reasons")
-    fields = _decode_fields(kind, plain, where)
+    fields = _decode_values(kind, plain, where)
     return kind(**fields, null_reasons=reasons) if has_field(kind, _REASONS) else kind(**fields)
 
 
@@ -344,9 +350,7 @@ def _keeps_reasons(kind: Any) -> bool:
 def _decode_object(kind: Any, value: Any, where: str) -> Any:
     if isinstance(value, kind):  # a reason, decoded before the rest of its section
         return value
-    if _object(value, where).keys() != hints_of(kind).keys():
-        _check_names(where or kind.__name__.lower(), value, hints_of(kind))
-    fields = _decode_fields(kind, value, where)
+    fields = decode_fields(kind, value, where)
     try:
         return kind(**fields)
     except ValueError as error:  # a rule of the dataclass itself

@@ -14,7 +14,7 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.clock import utc_now, utc_stamp, utc_text
-from lem.base.codec import decode
+from lem.base.codec import DecodeError, decode, decode_fields
 from lem.base.dataclass import dataclass, field, fields
 from lem.base.errors import LemError, LockedError, UserError
 from lem.orchestration import journal
@@ -104,12 +104,16 @@ def _checked(name: str, value: Any) -> Any:
     if name not in _ENTRY_NAMES:
         raise AttributeError(f"a manifest entry has no field {name!r}")
     if name == "status" and value not in STATUSES:
-        raise ValueError(f"invalid status {value!r}: expected one of {', '.join(STATUSES)}")
+        raise ValueError(_invalid_status(value))
     if name == "attempts":
         return tuple(value)
     if isinstance(value, datetime):
         return utc_text(value)
     return str(value) if isinstance(value, Path) else value
+
+
+def _invalid_status(value: Any) -> str:
+    return f"invalid status {value!r}: expected one of {', '.join(STATUSES)}"
 
 
 @dataclass
@@ -223,10 +227,24 @@ def decode_manifest(data: bytes) -> CampaignManifest:
         _add_digests(values)
     elif values.pop("sha256", None) is None or not journal.is_intact(data):
         raise ValueError("its content does not match its checksum: it was damaged, or edited")
-    manifest = decode(CampaignManifest, values, "manifest")
+    entries: Any = values.get("experiments")
+    head = {**values, "experiments": []} if isinstance(entries, list) else values
+    manifest = decode(CampaignManifest, head, "manifest")
+    manifest.experiments = [_decode_entry(entry, f"manifest.experiments[{at}]") for at, entry in enumerate(entries)]
     if len({entry.exp_id for entry in manifest.experiments}) != len(manifest.experiments):
         raise ValueError("an experiment is listed twice")
     return manifest
+
+
+def _decode_entry(document: Any, where: str) -> CampaignManifestEntry:
+    # Not by its constructor, which takes longer for each value than to decode it.
+    entry = object.__new__(CampaignManifestEntry)
+    values = vars(entry)
+    for name, value in decode_fields(CampaignManifestEntry, document, where).items():
+        values[name] = value
+    if entry.status not in STATUSES:
+        raise DecodeError(f"{where}: {_invalid_status(entry.status)}")
+    return entry
 
 
 def _add_digests(values: Mapping[str, Any]) -> None:
@@ -385,11 +403,11 @@ class ManifestManager:
         changes = self._journal.read(snapshot)
         if tries > 1 and journal.find_snapshot(self.manifest_path) != snapshot:
             return self._read(tries - 1)  # its process has written another, and the journal may be that one's
-        places = {entry.exp_id: place for place, entry in enumerate(manifest.experiments)}
+        places = {entry.exp_id: place for place, entry in enumerate(manifest.experiments)} if changes else {}
         for change in changes:
             if not isinstance(change, dict) or change.keys() != {"at", "entry"}:
                 raise DamagedJournal("it holds something else than changes")
-            entry = decode(CampaignManifestEntry, change["entry"], "journal")
+            entry = _decode_entry(change["entry"], "journal")
             if entry.exp_id not in places:
                 raise DamagedJournal(f"it changes {entry.exp_id}, which is not in the manifest")
             manifest.experiments[places[entry.exp_id]] = entry
