@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 
 def make_report(run: Run, baseline: Configuration | None = None) -> str:
     report = compose(run, baseline)
-    logs = {key: path.parent / samples.FINISHED_FILENAME for key, path in run.paths.items()}
+    logs = {key: Path(path).parent / samples.FINISHED_FILENAME for key, path in run.paths.items()}
     with_log = [item for item in run.records if item.identity.key in logs and logs[item.identity.key].is_file()]
     traces, unread = [], []
     for record in select_traced(report.entries, with_log):

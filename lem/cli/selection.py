@@ -135,7 +135,10 @@ class SelectedRun:
 
 
 def _digests(statuses: Iterable[CampaignStatus]) -> store.Digests:
-    return {key: digest for status in statuses for key, digest in digests_of(status.manifest).items()}
+    found: dict[store.DigestKey, str] = {}
+    for status in statuses:
+        found |= digests_of(status.manifest)
+    return found
 
 
 def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:

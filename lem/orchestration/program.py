@@ -208,7 +208,7 @@ class Measurer:
         with stopping_campaign(folder.result_path):
             write_record(folder.result_path, self._compose(found))
             record, digest = read_with_digest(folder.result_path)
-        result = StoredResult(folder.result_path, record, digest)
+        result = StoredResult(str(folder.result_path), record, digest)
         self.repository.record_result(run_id, result)
         return result, found.code
 

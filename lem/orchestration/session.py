@@ -442,4 +442,4 @@ def _result_of(outcome: Outcome, folder: AttemptFolder, exp_id: str) -> tuple[St
         return None, EngineError(f"{path}: the result belongs to another experiment", kind="channel")
     if reported is not None:
         _logger.warning("%s was measured, but then: %s", exp_id, reported.message)
-    return StoredResult(path, record, digest), None
+    return StoredResult(str(path), record, digest), None

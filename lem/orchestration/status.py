@@ -271,11 +271,12 @@ def remainder_of(status: CampaignStatus, whole: Container[str] | None = None) ->
 
 
 def digests_of(manifest: CampaignManifest | None) -> Digests:
+    run_id = str(manifest.run_id) if manifest is not None else ""
     return {
-        (str(manifest.run_id), entry.exp_id, attempt.number, attempt.host): attempt.result_sha256
-        for entry in (manifest.experiments if manifest else ())
+        (run_id, entry.exp_id, attempt.number, attempt.host): attempt.result_sha256
+        for entry in (manifest.experiments if manifest is not None else ())
         for attempt in entry.attempts
-        if manifest is not None and attempt.result_sha256 is not None
+        if attempt.result_sha256 is not None
     }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lem.base.answers import OUTPUT_IDS_FILE, Answer, AnswersError, read_answers
@@ -117,7 +118,7 @@ def _read(item: Configuration) -> _Answers | Reason:
         why = missing[0].work.why_none("output_ids_sha256") if missing else Reason.of("no_results")
         return Reason.of("answers_missing", name=item.name, why=why)
     for record in item.used:
-        path = item.paths[record.identity.key].with_name(OUTPUT_IDS_FILE)
+        path = Path(item.paths[record.identity.key]).with_name(OUTPUT_IDS_FILE)
         try:
             answers = read_answers(path, str(record.work.output_ids_sha256))
         except (OSError, AnswersError) as error:

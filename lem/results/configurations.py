@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,7 +43,7 @@ class ListedConfiguration:
 
 
 @dataclass(frozen=True)
-class _List:
+class CampaignList:
     configurations: tuple[ListedConfiguration, ...]
     numbered: tuple[str, ...]  # hashes of all that it ever had, in the order of their numbers
     superseded: tuple[str, ...]  # `<experiment>/attempt-<n>` of cycles that started over, whatever came of that
@@ -74,10 +75,10 @@ def write_listing(
 
     Raises OSError.
     """
-    known = _read(run_folder)
+    known = read_list(run_folder)
     every = (*(known.numbered if known else ()), *numbered, *(item.config_hash for item in listed))
     gone = (*(known.superseded if known else ()), *left_out)
-    found = _List(tuple(listed), tuple(dict.fromkeys(every)), tuple(dict.fromkeys(gone)))
+    found = CampaignList(tuple(listed), tuple(dict.fromkeys(every)), tuple(dict.fromkeys(gone)))
     if known != found:
         make_folder(run_folder)
         document = {"schema_version": _SCHEMA_VERSION, **asdict(found)}
@@ -85,25 +86,22 @@ def write_listing(
 
 
 def read_listing(run_folder: Path) -> Listing | None:
-    found = _read(run_folder)
+    return listing_of(read_list(run_folder))
+
+
+def listing_of(found: CampaignList | None) -> Listing | None:
     return None if found is None else {item.config_hash: item for item in found.configurations}
 
 
 def read_numbered(run_folder: Path) -> tuple[str, ...]:
-    found = _read(run_folder)
+    found = read_list(run_folder)
     return () if found is None else found.numbered
 
 
-def read_superseded(run_folder: Path) -> frozenset[Path]:
-    """The folders of attempts that count no more."""
-    found = _read(run_folder)
-    return frozenset(run_folder / name for name in found.superseded) if found is not None else frozenset()
-
-
-def _read(run_folder: Path) -> _List | None:
-    def decoded(found: Mapping[str, Any]) -> _List:
+def read_list(run_folder: Path) -> CampaignList | None:
+    def decoded(found: Mapping[str, Any]) -> CampaignList:
         document = {name: found.get(name, []) for name in ("configurations", "numbered", "superseded")}
-        return decode(_List, complete(_List, document, Reason.of("not_recorded")), "list")
+        return decode(CampaignList, complete(CampaignList, document, Reason.of("not_recorded")), "list")
 
     without = "names are those that the results were measured under"
     if os.path.exists(run_folder / CONFIGURATIONS_FILE):  # noqa: PTH110 - false where permission is denied
@@ -118,7 +116,8 @@ def _read(run_folder: Path) -> _List | None:
     if not lists:
         return None
     listed = {item.config_hash: item for found in lists for item in found.configurations}
-    return _List(tuple(listed.values()), tuple(dict.fromkeys(digest for it in lists for digest in it.numbered)), ())
+    numbered = dict.fromkeys(digest for found in lists for digest in found.numbered)
+    return CampaignList(tuple(listed.values()), tuple(numbered), ())
 
 
 def numbers_of(numbered: Sequence[str], listing: Listing | None, known: Sequence[tuple[str, str]]) -> list[int]:
@@ -150,15 +149,16 @@ def superseded(results: Iterable[tuple[str, Identity]]) -> frozenset[ResultKey]:
 def labels_of(identities: Sequence[Identity], listing: Listing | None) -> dict[tuple[str, str], str]:
     """The label of each configuration of a run, by hash and machine; no two have the same."""
     last: dict[str, Identity] = {}
-    nodes: dict[str, set[str]] = {}
-    hosts: dict[str, dict[str, str]] = {}
-    for identity in identities:
-        nodes.setdefault(identity.host, set()).add(identity.machine)
     for identity in identities:
         if identity.start_utc >= last.setdefault(identity.config_hash, identity).start_utc:
             last[identity.config_hash] = identity
-        place = identity.host if len(nodes[identity.host]) == 1 else identity.machine
-        hosts.setdefault(identity.config_hash, {})[identity.machine] = place
+    nodes: dict[str, set[str]] = {}
+    hosts: dict[str, dict[str, str]] = {}
+    places = set(map(operator.attrgetter("config_hash", "host", "machine"), identities))
+    for _, host, machine in places:
+        nodes.setdefault(host, set()).add(machine)
+    for digest, host, machine in places:
+        hosts.setdefault(digest, {})[machine] = host if len(nodes[host]) == 1 else machine
     names = {digest: identity.config_name for digest, identity in last.items()}
     if listing is not None:
         names = {
@@ -199,12 +199,12 @@ def _slo(options: tuple[tuple[str, Any], ...]) -> SloConfig | None:
         return None
 
 
-def as_read(path: Path, record: Record, listing: Listing | None, reading: Reading) -> Record:
+def as_read(file: str, record: Record, listing: Listing | None, reading: Reading) -> Record:
     """The record in a file with the emissions, cost and goodput that it is read by."""
     listed = listing.get(record.identity.config_hash) if listing else None
     slo = SloConfig.from_dict(listed.slo) if reading.slo is None and listed and listed.slo is not None else reading.slo
     if reading.recount is not None and slo is not None and slo != slo_of(record):
-        record = _by_slo(path, record, slo, reading.recount)
+        record = _by_slo(Path(file), record, slo, reading.recount)
     given: dict[str, Any] = {**(listed.rates if listed else {}), **reading.rates}
     if all(getattr(record.carbon, name) == value for name, value in given.items()):
         return record

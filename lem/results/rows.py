@@ -212,7 +212,7 @@ def make_table(results: Iterable[StoredResult], *, base: Path | None = None, is_
     prefix = "" if base is None else f"{base.as_posix()}/"
     while chosen:  # each result can go when its row is made
         item = chosen.pop()
-        path, is_used = item.path.as_posix().removeprefix(prefix), item.record.identity.key in used
+        path, is_used = item.file.removeprefix(prefix), item.record.identity.key in used
         rows.add(converter.parts(path, item.record, is_used=is_used))
     return Table(_ordered_columns(rows.columns), rows)
 
@@ -248,7 +248,7 @@ def with_columns(table: Table, names: Sequence[str]) -> Table:
 def _place(item: StoredResult) -> tuple[Any, ...]:
     found = item.record.identity
     run = (found.campaign_name, found.run_id, found.host)
-    return (*run, found.order_index, found.cycle_index, found.experiment_id, found.attempt, item.path.as_posix())
+    return (*run, found.order_index, found.cycle_index, found.experiment_id, found.attempt, item.file)
 
 
 def _one_an_experiment(results: Sequence[StoredResult], used: set[ResultKey]) -> list[StoredResult]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections import Counter
@@ -18,7 +19,7 @@ from lem.config.experiment import PROGRAM
 from lem.record import Record, ResultKey
 from lem.results import axes, metrics
 from lem.results.bootstrap import BootstrapResult, LogTInterval, bootstrap_ci, geometric_mean, log_t_interval
-from lem.results.configurations import Listing, Reading, group_of, numbers_of, read_listing, read_numbered
+from lem.results.configurations import Listing, Reading, group_of, listing_of, numbers_of, read_list
 from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric
 from lem.results.rows import cell_text, make_table
 from lem.results.stats import CONFIDENCE
@@ -133,7 +134,7 @@ class Configuration:
     is_removed: bool = False  # the campaign has it no more: it is shown, and compared only by name
     share: float = 1.0  # of the error that this allows, what is left for the last test of a run with added cycles
     number: int = 1  # in every table of its run
-    paths: Mapping[ResultKey, Path] = field(default_factory=dict)  # of the results of its run
+    paths: Mapping[ResultKey, str] = field(default_factory=dict)  # of the results of its run
 
     @property
     def config_hash(self) -> str:
@@ -341,7 +342,7 @@ class Run:
     folder: Path | None = None  # where it is: <results_dir>/<campaign>/<run>
     listing: Listing | None = None  # the configurations that the campaign has now; None where unknown
     numbered: tuple[str, ...] = ()  # hashes in the order of the numbers; () where they follow the execution
-    paths: Mapping[ResultKey, Path] = field(default_factory=dict)  # of each result
+    paths: Mapping[ResultKey, str] = field(default_factory=dict)  # of each result
 
     @property
     def run_id(self) -> str:
@@ -432,7 +433,7 @@ class Run:
 
     @property
     def results(self) -> tuple[StoredResult, ...]:
-        return tuple(StoredResult(self.paths.get(item.identity.key, Path()), item) for item in self.records)
+        return tuple(StoredResult(self.paths.get(item.identity.key, "."), item) for item in self.records)
 
 
 def make_run(
@@ -460,9 +461,10 @@ def read_run(
     reading: Reading | None = None,
 ) -> Run:
     """The results of a run, as `Repository.scan` has them; UserError for a name that cannot name a folder."""
-    repository = Repository(results_dir, campaign)
-    scan = repository.scan(run_id, is_checked=is_checked, digests=digests, reading=reading or Reading())
-    listing = read_listing(repository.run_folder(run_id))
+    repository, lists = Repository(results_dir, campaign), functools.cache(read_list)
+    scan = repository.scan(run_id, is_checked=is_checked, digests=digests, reading=reading or Reading(), lists=lists)
+    found = lists(repository.run_folder(run_id))
+    listing = listing_of(found)
     return make_run(
         [item.record for item in scan.results],
         count_failed(scan, listing),
@@ -472,8 +474,8 @@ def read_run(
         stopping=read_stopping_rule(repository.run_folder(run_id)),
         folder=repository.run_folder(run_id),
         listing=listing,
-        numbered=read_numbered(repository.run_folder(run_id)),
-        paths={item.record.identity.key: item.path for item in scan.results},
+        numbered=found.numbered if found else (),
+        paths={item.record.identity.key: item.file for item in scan.results},
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import itertools
 import logging
+import operator
 import os
 import re
 import sys
@@ -25,12 +25,13 @@ from lem.results.configurations import (
     EXPERIMENT_NAME,
     HOST_MARK,
     ID_HASH_LENGTH,
+    CampaignList,
     Listing,
     Reading,
     as_read,
     labels_of,
-    read_listing,
-    read_superseded,
+    listing_of,
+    read_list,
     superseded,
 )
 from lem.results.index import AlteredError, Found, Index, describe_altered, record_result
@@ -90,10 +91,14 @@ _PROBE_B = MIB  # room for the files of a few attempts
 
 @dataclass(frozen=True)
 class StoredResult:
-    path: Path
+    file: str
     record: Record
     sha256: str = ""  # of the bytes that the record was read from
     is_recorded: bool = False  # whether the campaign recorded that digest when the result was measured
+
+    @property
+    def path(self) -> Path:  # of thousands of results few are asked for theirs
+        return Path(self.file)
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,7 @@ class Repository:
         is_checked: bool = False,
         digests: Digests | None = None,
         reading: Reading | None = None,
+        lists: Callable[[Path], CampaignList | None] | None = None,
     ) -> Scan:
         """Everything in the campaign's folder, or in one run of it; damage is a value and never raised."""
         # Each result is taken from the index of its run while its file has the same size, time and inode. With
@@ -206,45 +212,54 @@ class Repository:
             found = list(_nested(self.folder, lambda it: _run_items(self.folder / it, it, is_checked=is_checked)))
         else:
             found = list(_run_items(self.run_folder(run_id), run_id, is_checked=is_checked))
-        found = [_compared(item, digests or {}) if isinstance(item, StoredResult) else item for item in found]
-        results = self._labelled([item for item in found if isinstance(item, StoredResult)], reading)
+        if digests:
+            found = [_compared(item, digests) if isinstance(item, StoredResult) else item for item in found]
+        results = self._labelled(
+            [item for item in found if isinstance(item, StoredResult)], reading, lists or functools.cache(read_list)
+        )
         return Scan(results, tuple(item for item in found if isinstance(item, Problem)))
 
-    def _labelled(self, results: Sequence[StoredResult], reading: Reading | None) -> tuple[StoredResult, ...]:
+    def _labelled(
+        self,
+        results: Sequence[StoredResult],
+        reading: Reading | None,
+        lists: Callable[[Path], CampaignList | None],
+    ) -> tuple[StoredResult, ...]:
         results = _with_nodes(results)
         runs: dict[str, list[Identity]] = {}
         for item in results:
             runs.setdefault(item.record.identity.run_id, []).append(item.record.identity)
-        listings = {run_id: read_listing(self.run_folder(run_id)) for run_id in runs}
-        folders = {_above(item.path, 3) for item in results}
-        again = frozenset(itertools.chain.from_iterable(read_superseded(Path(folder)) for folder in folders))
-        results = [item for item in results if item.path.parent not in again] if again else results
-        left_out = superseded((_above(item.path, 2), item.record.identity) for item in results)
-        counted = {run_id: [item for item in every if item.key not in left_out] for run_id, every in runs.items()}
-        labels = {run_id: labels_of(identities, listings[run_id]) for run_id, identities in counted.items()}
+        listings = {run_id: listing_of(lists(self.run_folder(run_id))) for run_id in runs}
+        folders = {_above(item.file, 3) for item in results}
+        again = {f"{folder}/{name}" for folder in folders for name in getattr(lists(Path(folder)), "superseded", ())}
+        results = [item for item in results if _above(item.file, 1) not in again] if again else results
+        nodes = set(map(operator.attrgetter("record.identity.host", "record.identity.node"), results))
+        left_out = superseded((_above(item.file, 2), item.record.identity) for item in results if len(nodes) > 1)
+        if left_out:
+            results = [item for item in results if item.record.identity.key not in left_out]
+            runs = {run_id: [item for item in every if item.key not in left_out] for run_id, every in runs.items()}
+        labels = {run_id: labels_of(identities, listings[run_id]) for run_id, identities in runs.items()}
         found = []
         for item in results:
             identity, record = item.record.identity, item.record
-            if identity.key in left_out:
-                continue
             label = labels[identity.run_id][identity.config_hash, identity.machine]
             if label != identity.config_name:
                 record = record.with_sections(identity=replace(identity, config_name=label))
             if reading is not None:
-                record = as_read(item.path, record, listings[identity.run_id], reading)
+                record = as_read(item.file, record, listings[identity.run_id], reading)
             found.append(item if record is item.record else replace(item, record=record))
         return tuple(found)
 
 
-def _above(path: Path, levels: int) -> str:
+def _above(file: str, levels: int) -> str:
     """The folder so many levels above, without making one object for each."""
-    return str(path).rsplit(os.sep, levels)[0]
+    return file.rsplit(os.sep, levels)[0]
 
 
 def _with_nodes(results: Sequence[StoredResult]) -> list[StoredResult]:
     """Results of an older build, which names no node, are taken to be of the first that a later one names."""
     first: dict[tuple[str, str], str] = {}
-    nodes = {item.record.identity.node for item in results}
+    nodes = set(map(operator.attrgetter("record.identity.node"), results))
     if "" not in nodes or len(nodes) == 1:
         return list(results)
     for identity in sorted((item.record.identity for item in results), key=lambda item: item.start_utc):
@@ -261,15 +276,15 @@ def _with_nodes(results: Sequence[StoredResult]) -> list[StoredResult]:
     return found
 
 
-def digest_key(identity: Identity) -> DigestKey:
-    return identity.run_id, identity.experiment_id, identity.attempt, identity.host
+digest_key: Callable[[Identity], DigestKey] = operator.attrgetter("run_id", "experiment_id", "attempt", "host")
 
 
 def _compared(result: StoredResult, digests: Digests) -> StoredResult | Problem:
-    recorded = digests.get(digest_key(result.record.identity))
-    if recorded in (None, result.sha256):
+    identity = result.record.identity
+    recorded = digests.get(digest_key(identity))
+    if recorded is None or recorded == result.sha256:
         return result
-    identity, text = result.record.identity, describe_altered(result.sha256, str(recorded))
+    text = describe_altered(result.sha256, recorded)
     return Problem(result.path, "altered", text, identity.run_id, identity.experiment_id)
 
 
@@ -278,6 +293,8 @@ def experiment_folder_name(exp_id: str, host: str) -> str:
 
 
 def count_failed(scan: Scan, listing: Listing | None = None) -> dict[str, int]:
+    if not scan.problems:
+        return {}
     identities = [item.record.identity for item in scan.results]
     whole = {(identity.run_id, identity.experiment_id) for identity in identities}
     names = {configuration_of(identity.experiment_id): identity.config_name for identity in identities}
@@ -307,9 +324,13 @@ def config_of_problem(problem: Problem) -> tuple[str | None, Mapping[str, Any] |
     return name if isinstance(name, str) else None, requested if isinstance(requested, dict) else None
 
 
-def _nested(folder: Path, read: Callable[[str], Iterator[StoredResult | Problem]]) -> Iterator[StoredResult | Problem]:
+def _nested(
+    folder: Path,
+    read: Callable[[str], Iterator[StoredResult | Problem]],
+    listed: Callable[[Path], tuple[str, ...]] | None = None,
+) -> Iterator[StoredResult | Problem]:
     try:
-        names = _folder_names(folder)
+        names = (listed or _folder_names)(folder)
     except OSError as error:
         yield Problem(folder, "unreadable", reason_of(error))
         return
@@ -318,10 +339,11 @@ def _nested(folder: Path, read: Callable[[str], Iterator[StoredResult | Problem]
 
 
 def _run_items(folder: Path, run_id: str, *, is_checked: bool) -> Iterator[StoredResult | Problem]:
-    for part in part_folders(folder):
+    listed = functools.cache(_folder_names)
+    for part in part_folders(folder, listed):
         index = Index(part)
         read = functools.partial(index.read, is_checked=is_checked)
-        yield from _nested(part, functools.partial(_experiment_items, part=part, run_id=run_id, read=read))
+        yield from _nested(part, functools.partial(_experiment_items, part=part, run_id=run_id, read=read), listed)
         index.write()
 
 
@@ -334,9 +356,9 @@ def is_part(folder: Path) -> bool:
         return False
 
 
-def part_folders(run_folder: Path) -> list[Path]:
+def part_folders(run_folder: Path, listed: Callable[[Path], tuple[str, ...]] | None = None) -> list[Path]:
     try:
-        others = [name for name in _folder_names(run_folder) if EXPERIMENT_NAME.fullmatch(name) is None]
+        others = [name for name in (listed or _folder_names)(run_folder) if EXPERIMENT_NAME.fullmatch(name) is None]
         return [run_folder, *(path for name in others if is_part(path := run_folder / name))]
     except OSError:
         return [run_folder]
@@ -355,32 +377,32 @@ def _experiment_items(name: str, part: Path, run_id: str, read: _Reader) -> Iter
         yield _problem(name, run_id, Path(folder), "unreadable", reason_of(error))
         return
     for number in numbers:
-        yield _read_attempt(part, name, run_id, number, read)
+        yield _read_attempt(folder, name, run_id, number, read)
 
 
-def _read_attempt(part: Path, name: str, run_id: str, number: int, read: _Reader) -> StoredResult | Problem:
-    place = f"{name}/attempt-{number}/{RESULT_FILE}"
-    path = part / place
+def _read_attempt(folder: str, name: str, run_id: str, number: int, read: _Reader) -> StoredResult | Problem:
+    place = f"attempt-{number}/{RESULT_FILE}"
+    file = f"{folder}/{place}"
     try:
-        found = read(place)
+        found = read(f"{name}/{place}")
     except FileNotFoundError:
-        return _describe_missing(name, run_id, path.parent)
+        return _describe_missing(name, run_id, Path(file).parent)
     except OSError as error:
-        return _problem(name, run_id, path, "unreadable", reason_of(error))
+        return _problem(name, run_id, Path(file), "unreadable", reason_of(error))
     except AlteredError as error:
-        return _problem(name, run_id, path, "altered", str(error))
+        return _problem(name, run_id, Path(file), "altered", str(error))
     except RecordError as error:
-        return _problem(name, run_id, path, "corrupt", str(error))
+        return _problem(name, run_id, Path(file), "corrupt", str(error))
     identity, exp_id = found.record.identity, name.partition(HOST_MARK)[0]
     if (run_id, exp_id, number) == (identity.run_id, identity.experiment_id, identity.attempt):
-        return StoredResult(path, *found)
+        return StoredResult(file, *found)
     facts: tuple[tuple[str, object, object], ...] = (
         ("run", run_id, identity.run_id),
         ("experiment", exp_id, identity.experiment_id),
         ("attempt", number, identity.attempt),
     )
     strange = [f"expected {what} {it}, got {str(named)!r:.80}" for what, it, named in facts if named != it]
-    return _problem(name, run_id, path, "foreign", ", ".join(strange))
+    return _problem(name, run_id, Path(file), "foreign", ", ".join(strange))
 
 
 def _describe_missing(name: str, run_id: str, attempt: Path) -> Problem:

@@ -131,7 +131,7 @@ class Place:
         (folder.path / "outputs.jsonl").write_text('{"index":0,"text":"three"}\n', encoding="utf-8")
         write_finished(folder.path / FINISHED_FILENAME, _ATTEMPT.log, _ATTEMPT.marks)
         write_record(folder.result_path, record)
-        return StoredResult(folder.result_path, *read_with_digest(folder.result_path))
+        return StoredResult(str(folder.result_path), *read_with_digest(folder.result_path))
 
 
 def _entry(cycle: int) -> CampaignManifestEntry:

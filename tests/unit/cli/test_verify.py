@@ -34,7 +34,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for cycle in range(2):
         path = store(Path("results"), measured_record(cycle)) / "result.json"
         record, digest = read_with_digest(path)
-        Repository(Path("results"), "demo").record_result(RUN, StoredResult(path, record, digest))
+        Repository(Path("results"), "demo").record_result(RUN, StoredResult(str(path), record, digest))
         identity, attempt = record.identity, Attempt(1, str(path), True, host="lab1", result_sha256=digest)
         entry = CampaignManifestEntry(identity.experiment_id, "small", "", identity.config_hash, "pytorch", None, cycle)
         entry.status, entry.result_path, entry.attempts = COMPLETED, str(path), (attempt,)
@@ -164,7 +164,7 @@ def test_a_result_without_its_output_ids_is_compared_with_its_samples_and_does_n
     record = dataclasses.replace(record, work=record.work.having(output_ids_sha256=Measured("0" * 64)))
     path = store(Path("results"), record) / "result.json"
     found, digest = read_with_digest(path)
-    Repository(Path("results"), "demo").record_result(RUN, StoredResult(path, found, digest))
+    Repository(Path("results"), "demo").record_result(RUN, StoredResult(str(path), found, digest))
     code, out, _ = verify("demo")
     assert (code, "1 result: no such file: output_ids.jsonl.gz" in out) == (4, True)
     statuses = {item["figures"]["status"]: item["figures"]["compared"] for item in document("demo")["results"]}
@@ -177,7 +177,7 @@ def test_a_figure_that_does_not_follow_from_the_samples_differs_although_its_dig
     record = dataclasses.replace(record, energy=dataclasses.replace(record.energy, counter_update_period_s=1.5))
     path = store(Path("results"), record) / "result.json"
     found, digest = read_with_digest(path)
-    Repository(Path("results"), "demo").record_result(RUN, StoredResult(path, found, digest))
+    Repository(Path("results"), "demo").record_result(RUN, StoredResult(str(path), found, digest))
     code, out, _ = verify("demo")
     assert code == 1
     assert "energy.counter_update_period_s: recorded 1.5, recomputed 0.1" in " ".join(out.split())

@@ -55,7 +55,7 @@ def run_of(
             )
             record = dataclasses.replace(found, work=found.work.having(output_ids_sha256=digest))
             records.append(record)
-            paths[record.identity.key] = path
+            paths[record.identity.key] = str(path)
     return make_run(records, folder=folder, paths=paths)
 
 
@@ -144,7 +144,7 @@ def test_why_answers_are_not_compared(tmp_path: Path, given: dict[str, Any], cod
 
 def test_a_changed_or_lost_file_is_named_and_not_compared(tmp_path: Path) -> None:
     run = run_of(tmp_path, one=SAME, two=OTHER)
-    path = next(iter(run.paths.values())).with_name(OUTPUT_IDS_FILE)
+    path = Path(next(iter(run.paths.values()))).with_name(OUTPUT_IDS_FILE)
     write_answers(path, [])
     for words in ("its SHA-256 is", "no such file"):
         found = agreement_of(*run.configurations)

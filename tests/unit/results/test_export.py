@@ -24,9 +24,7 @@ def _text(table: Table, form: str) -> str:
 
 def _exported(*records):
     return [
-        StoredResult(
-            Path("demo") / item.identity.run_id / item.identity.experiment_id / f"attempt-{item.identity.attempt}", item
-        )
+        StoredResult(f"demo/{item.identity.run_id}/{item.identity.experiment_id}/attempt-{item.identity.attempt}", item)
         for item in records
     ]
 

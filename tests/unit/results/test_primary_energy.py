@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,7 +113,7 @@ def test_record_and_result_have_the_energy_that_counts_with_its_source_and_scope
 
 def summary_of(record: Record) -> dict[str, Any]:
     """The row of a Markdown table that no columns were named for."""
-    results = [StoredResult(Path("a"), record)]
+    results = [StoredResult("a", record)]
     table = with_columns(make_table(results), summary_columns(results))
     cells = {name: value for name, (value, _) in next(iter(table.rows())).items()}
     shown = _text(table, "markdown")
