@@ -162,7 +162,7 @@ class Campaign:
                 entries.append(self._write_undone(experiment, place, is_running=len(entries) == len(done)))
         manifest_path = state_dir / slug / "campaign_manifest.json"
         manifest_path.parent.mkdir(parents=True, exist_ok=True)
-        manifest_path.write_bytes(encode_manifest(self._manifest(entries)))
+        manifest_path.write_bytes(b"".join(encode_manifest(self._manifest(entries))))
         return Written(results_dir, state_dir, manifest_path, slug, self.run_id)
 
     def _done(self) -> tuple[Experiment, ...]:

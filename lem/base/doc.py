@@ -205,8 +205,11 @@ def _shared_start(names: Sequence[Sequence[str]], most: int) -> list[str]:
     return [tokens[0] for tokens in itertools.islice(shared, most)]
 
 
+INDENTED = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False)
+
+
 def json_text(document: Any) -> str:
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return INDENTED.encode(document) + "\n"
 
 
 def write_json(out: TextIO, document: Any) -> None:

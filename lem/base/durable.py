@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from lem.base.doc import json_text
+from lem.base.doc import INDENTED
 from lem.base.errors import DISK_FULL
 from lem.base.units import GIB, MIB
 
@@ -99,8 +100,12 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, utf8(text))
 
 
+_PIECES = 10_000  # of JSON, each a bracket, a comma, a name or a value
+
+
 def write_json(path: Path, document: Any) -> None:
-    write_text(path, json_text(document))
+    pieces = itertools.chain(INDENTED.iterencode(document), ["\n"])
+    write_parts(path, iter(lambda: utf8("".join(itertools.islice(pieces, _PIECES))), b""))
 
 
 def open_regular(path: Path, most_b: float = math.inf) -> BinaryIO:

@@ -130,9 +130,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
         remedy = "after the campaign, use `lem compare CAMPAIGN --gate METRIC=PERCENT%`"
         raise UserError("--gate requires --dry-run", remedy)
     gates = parse_gates(args.gate)
-    loaded = _load(args)
-    rule = _rule(args, loaded.config)
-    plan = plan_campaign(loaded).with_cycles(0 if rule is None else rule.least_cycles)
+    plan, rule = _plan(args)
     campaign = plan.campaign
     gc.freeze()  # what a plan holds stays, and looking through it again and again takes as long as making it
     if not args.quiet:
@@ -180,6 +178,12 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
             err.write(f"problem: {message}\n" + "".join(f"  {line}\n" for line in hint))
     args.next = [] if problems else typed_again(args, "--dry-run", "--gate")
     return None
+
+
+def _plan(args: argparse.Namespace) -> tuple[Plan, StoppingRule | None]:
+    loaded = _load(args)
+    rule = _rule(args, loaded.config)
+    return plan_campaign(loaded).with_cycles(0 if rule is None else rule.least_cycles), rule
 
 
 def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:

@@ -436,7 +436,7 @@ def _engine_key(
 def _reload_options(section: Section) -> dict[str, Any]:
     """The options of a section, nested ones included, whose change needs a reload."""
     options, others = _reloading(type(section))
-    out = {name: plain(getattr(section, name)) for name in options}
+    out = {name: plain(vars(section).get(name, item.default)) for name, item in options.items()}
     for name in others:
         if isinstance(value := getattr(section, name), Section):
             out[name] = _reload_options(value)

@@ -120,7 +120,7 @@ class Section:
 
     def is_given(self, name: str) -> bool:
         """Whether an option was written, also with the value of its default."""
-        return name in self.__dict__["_given"]
+        return name in self.__dict__.get("_given", self.__dict__)
 
     def changed(self) -> dict[str, Any]:
         return dict(_CHANGED(self))
@@ -130,7 +130,8 @@ class Section:
 
         With `is_first`, those that the first build counted among them.
         """
-        found = {name: (getattr(self, name), option) for name, option in declared(type(self)).items()}
+        given, defaults = self.__dict__, _defaults(type(self))[0]
+        found = {name: (given.get(name, defaults[name]), option) for name, option in declared(type(self)).items()}
         return {
             name: plain(
                 option.default if option.is_dropped and not is_first else value,
@@ -295,11 +296,29 @@ def _complete(instance: Section, given: Mapping[str, Any], path: kinds.Path, sin
         return
     values = instance.__dict__  # around the freeze
     values.clear()  # what is not given has its default in the class: thousands of sections would repeat it
-    values.update((name, {}) for name in _with_own_mapping(type(instance)))
     values.update(given)
-    values["_given"] = _shared_names(frozenset(given))
-    values.update(instance.derive(given))
+    _add(instance, instance.derive(given))
     _note(instance.check(), path, sink)
+
+
+def _add(section: Section, more: Mapping[str, Any]) -> None:
+    """Give a section values that were not written."""
+    if more:
+        section.__dict__.setdefault("_given", _shared_names(frozenset(section.__dict__)))
+        section.__dict__.update(more)
+
+
+class _OwnMapping:
+    """An empty mapping as a default: each section has its own from its first use, since a caller may fill it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, section: Section | None, _: type[Section]) -> Any:
+        if section is None:
+            return {}
+        _add(section, {self._name: {}})
+        return section.__dict__[self._name]
 
 
 @functools.lru_cache(4096)
@@ -316,14 +335,8 @@ def _defaults(section: type[Section]) -> tuple[Mapping[str, Any], tuple[str, ...
     found = {name: item.default for name, item in declared(section).items()}
     frozen = {name: kinds.Items(value) if isinstance(value, tuple) else value for name, value in found.items()}
     for name, value in frozen.items():
-        setattr(section, name, value)
+        setattr(section, name, _OwnMapping(name) if value == {} else value)
     return frozen, tuple(name for name, value in found.items() if value is kinds.REQUIRED)
-
-
-@of_class
-def _with_own_mapping(section: type[Section]) -> tuple[str, ...]:
-    """The options whose default is a mapping: a caller may put something into that of a section."""
-    return tuple(name for name, default in _defaults(section)[0].items() if default == {})
 
 
 @functools.cache
@@ -359,7 +372,7 @@ canonical_text = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_
 class Memo(Generic[T]):
     """Remembers what a function makes of an object, by which object it is: sections are slow to compare."""
 
-    def __init__(self, function: Callable[..., T], most: int = 1024) -> None:
+    def __init__(self, function: Callable[..., T], most: int = 256) -> None:
         self._function, self._most = function, most
         self._known: dict[Any, tuple[Any, T]] = {}  # with the object, whose number stays its own for as long
 

@@ -128,7 +128,7 @@ class Document:
     keys: Mapping[Path, Mark] = field(default_factory=dict)  # where the key of a path begins
     values: Mapping[Path, Mark] = field(default_factory=dict)  # where the value of a path begins
     problems: tuple[tuple[Mark, Problem], ...] = ()  # whatever the options are: duplicate keys, unset variables
-    spans: tuple[Span, ...] = ()  # of all keys and values
+    spans: tuple[Span, ...] = ()  # of all keys and values, those of a list in that of the list
 
     @functools.cached_property
     def _hidden(self) -> Mapping[int, int]:
@@ -285,7 +285,7 @@ class _Builder:
         self.problems: list[tuple[Mark, Problem]] = []
         self.spans: list[Span] = []
 
-    def build(self, node: Any, path: Path) -> Any:
+    def build(self, node: Any, path: Path, within: Any = None) -> Any:
         self.values[path] = _mark(node)
         self._count += 1
         if self._count > MAX_VALUES:
@@ -295,7 +295,7 @@ class _Builder:
         if id(node) in self._open:
             self._note(path, "an alias (*name) that contains itself")
             return None
-        if not isinstance(node, nodes.MappingNode):  # whose keys and values are noted
+        if not isinstance(node, nodes.MappingNode) and not _is_item(node, within):  # whose keys and values are noted
             self.spans.append(Span.of(path, node))
         self._open.add(id(node))
         value = self._build(node, path)
@@ -306,7 +306,7 @@ class _Builder:
         if isinstance(node, nodes.MappingNode) and node.tag == _MAPPING:
             return self._build_mapping(node, path)
         if isinstance(node, nodes.SequenceNode) and node.tag == _LIST:
-            return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+            return [self.build(item, (*path, index), node) for index, item in enumerate(node.value)]
         if isinstance(node, nodes.ScalarNode) and node.tag in (_PLAIN, _TEXT):
             return self._build_scalar(node, path)
         self.spans.append(Span.of(path, node))
@@ -356,6 +356,13 @@ class _Builder:
 
     def _note(self, path: Path, message: str, mark: Mark | None = None) -> None:
         self.problems.append((mark or self.values[path], Problem(path, message)))
+
+
+def _is_item(node: Any, within: Any) -> bool:
+    """Whether a text is written in that list; an alias (*name) may be to one elsewhere."""
+    if within is None or not isinstance(node, nodes.ScalarNode):
+        return False
+    return bool(within.start_mark.index <= node.start_mark.index and node.end_mark.index <= within.end_mark.index)
 
 
 def _mark(node: Any) -> Mark:

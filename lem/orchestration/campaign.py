@@ -34,7 +34,7 @@ __all__ = ["CampaignExperiment", "CampaignRunner"]
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CampaignExperiment(Experiment):
     """An experiment of the plan and, once there is one, its entry in the manifest."""
 
@@ -43,7 +43,7 @@ class CampaignExperiment(Experiment):
     @classmethod
     def of(cls, item: Experiment, entry: CampaignManifestEntry | None = None) -> CampaignExperiment:
         """An experiment with its entry."""
-        return cls(**{**vars(item), "manifest_entry": entry})
+        return cls(**{name: getattr(item, name) for name in Experiment.__slots__}, manifest_entry=entry)
 
 
 @dataclass
@@ -193,10 +193,10 @@ class CampaignRunner(Context):
         # One that cannot be used is an error before anything is written.
         secrets = find_secrets(os.environ, plan.secret_names)
         with contextlib.ExitStack() as stack, self._workers():
-            remaining = self.apply_resume_filter(manifest, plan.experiments)
+            remaining = _still_to_run(manifest, plan.experiments)
             self._check_environment(manifest, remaining)
             if len(manifest.get_remaining()) > len(remaining):  # cycles that start over may need other backends, too
-                remaining = self.apply_resume_filter(manifest, plan.experiments)
+                remaining = _still_to_run(manifest, plan.experiments)
                 self._check_environment(manifest, remaining)
             with manager.saving(UserError, "free some space or make the folder writable"):
                 write_configs(plan.configurations)
@@ -265,7 +265,7 @@ class CampaignRunner(Context):
                 note = {"at": utc_text(self.now()), "kind": TOP_UP_NOTE, "cycles": cycles + 1, "reason": reason}
                 manifest.notes.append(note)
                 last_cycle = [item for item in plan.experiments if item.cycle_index == cycles]
-                added = self.apply_resume_filter(manifest, last_cycle)
+                added = _still_to_run(manifest, last_cycle)
                 if not has_run:
                     self._check_environment(manifest, added)
                 session.save()
@@ -361,3 +361,8 @@ class CampaignRunner(Context):
             )
             for item in order
         ]
+
+
+def _still_to_run(manifest: CampaignManifest, order: Sequence[Experiment]) -> list[Experiment]:
+    names = {entry.exp_id for entry in manifest.get_remaining()}
+    return [item for item in order if item.exp_id in names]

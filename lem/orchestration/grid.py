@@ -200,17 +200,19 @@ def _short_model(model: Any) -> Any:
 def validate_campaign_grid(config_dicts: Sequence[dict[str, Any]]) -> GridExpansionResult:
     """Which configurations are experiments; the others with the reason why not."""
     named = list(zip(name_configurations(config_dicts), config_dicts, strict=True))
-    configs, filtered, warnings = validate_named(named)
+    configs, filtered, found = validate_named(named)
+    warnings = Items(GridValidationIssue.of(name, why, severity="warning") for name, why in found)
     valid = [item for item, config in zip(config_dicts, configs, strict=True) if config is not None]
     return GridExpansionResult(Items(valid), filtered, warnings, len(config_dicts))
 
 
 def validate_named(
-    named: Sequence[tuple[str, Mapping[str, Any]]], gpus: Sequence[Gpu] | None = None
-) -> tuple[Sequence[ExperimentConfig | None], tuple[GridValidationIssue, ...], tuple[GridValidationIssue, ...]]:
+    named: Iterable[tuple[str, Mapping[str, Any]]], gpus: Sequence[Gpu] | None = None
+) -> tuple[Sequence[ExperimentConfig | None], tuple[GridValidationIssue, ...], Sequence[tuple[str, Reason]]]:
+    """Of each its configuration, None where it is none; why those are left out; and warnings about others, by name."""
     configs: list[ExperimentConfig | None] = []
     filtered: list[GridValidationIssue] = []
-    warnings: list[GridValidationIssue] = []
+    warnings: list[tuple[str, Reason]] = []
     known: KnownValues = {}
     for name, config_dict in named:
         try:
@@ -223,9 +225,8 @@ def validate_named(
             configs.append(None)
             continue
         configs.append(config)
-        found = warnings_about(config, gpus)
-        warnings += [GridValidationIssue.of(name, coded(problem), severity="warning") for problem in found]
-    return configs, Items(filtered), Items(warnings)
+        warnings += [(name, coded(problem)) for problem in warnings_about(config, gpus)]
+    return configs, Items(filtered), warnings
 
 
 def coded(found: Problem) -> Reason:

@@ -26,8 +26,9 @@ _END = b'",\n'
 _CHECK_LENGTH = 16
 
 
-def sealed(rest: bytes) -> bytes:
-    return b"".join([_START, _sha256(rest).encode(), _END, rest])
+def sealed(*rest: bytes) -> list[bytes]:
+    """The parts of a snapshot, the last of which are given."""
+    return [_START, _sha256(*rest).encode(), _END, *rest]
 
 
 def is_intact(data: bytes) -> bool:
@@ -120,10 +121,13 @@ class Journal:
         return documents[1:]
 
 
-def _sha256(data: bytes | memoryview) -> str:
+def _sha256(*parts: bytes | memoryview) -> str:
     import hashlib  # OpenSSL, which not every process of lem needs
 
-    return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _first_line(snapshot: str | None) -> bytes:

@@ -203,13 +203,20 @@ class CampaignManifest:
 _HEAD_NAMES = tuple(item.name for item in fields(CampaignManifest) if item.name != "experiments")
 
 
-def encode_manifest(manifest: CampaignManifest) -> bytes:
+_AT_ONCE = 1000
+
+
+def encode_manifest(manifest: CampaignManifest) -> list[bytes]:
+    """The parts of the snapshot, of which a long one is not in memory as a whole, too."""
     head = {name: getattr(manifest, name) for name in _HEAD_NAMES}
     lines = b"".join([b"  " + _encode(name) + b": " + _encode(value) + b",\n" for name, value in head.items()])
     is_short = len(manifest.experiments) < JOURNALED_FROM  # and so encoded at every change
-    entries = b",\n".join([b"    " + entry.encode(is_kept=is_short) for entry in manifest.experiments])
-    # In one join: of 10,000 entries every copy costs milliseconds.
-    return journal.sealed(b"".join([lines, b'  "experiments": [\n', entries, b"\n  ]\n}\n"]))
+    parts = [lines + b'  "experiments": [\n']
+    for begin in range(0, len(manifest.experiments), _AT_ONCE):
+        entries = manifest.experiments[begin : begin + _AT_ONCE]
+        parts += [b",\n"] if begin else []
+        parts.append(b",\n".join([b"    " + entry.encode(is_kept=is_short) for entry in entries]))
+    return journal.sealed(*parts, b"\n  ]\n}\n")
 
 
 def decode_manifest(data: bytes) -> CampaignManifest:
@@ -307,13 +314,13 @@ class ManifestManager:
         manifest.updated_at = utc_text(self._now())
         durable.make_folder(self.manifest_path.parent)
         self._check_own()
-        data = encode_manifest(manifest)
-        snapshot = journal.snapshot_of(data)
+        parts = encode_manifest(manifest)
+        snapshot = journal.snapshot_of(b"".join(parts[:2]))
         if self._own is not None:  # a write that fails may have replaced the file or not
             self._own |= {snapshot}
         self._journal.stop()
-        durable.write_bytes(self.manifest_path, data)
-        self._own, self._snapshot_b = frozenset({snapshot}), len(data)
+        durable.write_parts(self.manifest_path, parts)
+        self._own, self._snapshot_b = frozenset({snapshot}), sum(map(len, parts))
         self._journal.begin(snapshot)
 
     def save_entry(self, manifest: CampaignManifest, entry: CampaignManifestEntry) -> None:

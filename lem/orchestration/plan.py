@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +58,7 @@ def service_and_image(place: str) -> tuple[str, str | None]:
     return service, image or None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Experiment:
     exp_id: str  # unique in the plan
     config_name: str
@@ -71,6 +72,12 @@ class Experiment:
     is_generated: bool = False  # from a grid or written in the campaign, so without a file of its own
     prompts: Mapping[str, Any] = field(default_factory=dict)  # their `prompts_fingerprint`
     n_prompts: int | None = None  # where it is known before the run; of a data set at most
+
+    def at(self, cycle_index: int, order_index: int) -> Experiment:
+        if (cycle_index, order_index) == (self.cycle_index, self.order_index):
+            return self
+        exp_id = experiment_id(self.config_hash, cycle_index)
+        return replace(self, exp_id=exp_id, cycle_index=cycle_index, order_index=order_index)
 
     @property
     def backend(self) -> str:
@@ -153,7 +160,7 @@ class Plan:
     given: tuple[Experiment, ...]  # one for each configuration, in the order given
     total_generated: int  # configurations before validation; cycles do not count
     filtered: tuple[GridValidationIssue, ...]  # an error for each configuration left out
-    warnings: tuple[GridValidationIssue, ...]  # about those that are in; several may be about one
+    warnings: Counter[str]  # about those that are in, in words: coded, thousands take more memory than the rest
     given_before: tuple[Experiment, ...] = ()  # `given` as an older build had it, with 32 prompts where none are named
 
     @property
@@ -220,7 +227,7 @@ class Plan:
 
     @property
     def summary(self) -> str:
-        counts = f"{len(self.filtered)} filtered, {len(self.warnings)} warnings"
+        counts = f"{len(self.filtered)} filtered, {self.warnings.total()} warnings"
         return f"Generated {self.total_generated} experiments ({counts})"
 
     @property
@@ -229,7 +236,7 @@ class Plan:
 
     @property
     def warnings_by_reason(self) -> list[tuple[str, int]]:
-        return grid.count_reasons(self.warnings)
+        return self.warnings.most_common()
 
     def with_cycles(self, cycles: int) -> Plan:
         """The plan with at least that many cycles; more are added at its end, or in each group of a grouped plan."""
@@ -318,9 +325,7 @@ def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
         if is_collecting:
             gc.enable()
     unused = [
-        GridValidationIssue.of(
-            item.config_name, Reason.of("campaign_decides", option=name, instead=instead), severity="warning"
-        )
+        Reason.of("campaign_decides", option=name, instead=instead).text
         for item in plan.configurations
         for name, is_set, instead in (
             ("num_cycles", item.config.num_cycles != 1, "execution.cycles"),
@@ -328,7 +333,7 @@ def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
         )
         if is_set
     ]
-    return replace(plan, warnings=(*plan.warnings, *unused))
+    return replace(plan, warnings=plan.warnings + Counter(unused))
 
 
 def build_plan(
@@ -340,10 +345,13 @@ def build_plan(
     gpus: Sequence[Gpu] | None = None,  # of the host that will run it, for warnings; None when unknown
 ) -> Plan:
     candidates = _collect(campaign, listed, preset or {}, source)
-    configs, filtered, warnings = grid.validate_named([(item.name, item.config_dict) for item in candidates], gpus)
+    configs, filtered, found = grid.validate_named(((item.name, item.config_dict) for item in candidates), gpus)
     valid = [(item, config) for item, config in zip(candidates, configs, strict=True) if config is not None]
     sized = _with_enough_prompts(valid)
     given, repeated, idle = _identify(sized)
+    warnings = Counter(why.text for _, why in found)
+    for counts in (repeated, idle):
+        warnings.update(counts)
     experiments = order_experiments(given, campaign.execution)
     first = {item.config_hash: item for item in experiments if not item.cycle_index}
     given = tuple(first[item.config_hash] for item in given)  # thousands need not be there twice
@@ -353,12 +361,12 @@ def build_plan(
         given=given,
         total_generated=len(candidates),
         filtered=filtered,
-        warnings=(*warnings, *repeated, *idle),
+        warnings=warnings,
         given_before=given if sized is valid else _identify(valid)[0],
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Candidate:
     name: str
     config_dict: dict[str, Any]
@@ -375,19 +383,28 @@ def _collect(
     forced = source.forced if source is not None else ()
     fill = grid.Shared(WITH_DEFAULTS, lambda part, _: fill_defaults(campaign, without_forced(part, forced)))
     place = grid.Shared(_WITH_FILES, lambda part, _: _found_files(part, source, is_of_grid=True))
-    of_grid = [] if campaign.grid is None else [fill(item) for item in grid.expand_shared(campaign.grid, preset)]
+    of_grid = [] if campaign.grid is None else grid.expand_shared(campaign.grid, preset)
+    _replace(of_grid, 0, fill)
     names = [one.name or next(unnamed) for one in listed] + grid.name_configurations(of_grid)
+    n_listed, n_of_grid = len(listed), len(of_grid)
     config_dicts = [*(dict(one.mapping) for one in listed), *of_grid]
+    del of_grid
     names = grid.distinct_names(names, config_dicts)
     folder = str(Path(campaign.io.configs_dir) / campaign.slug)
     stems = grid.distinct_names([grid.file_stem(name) for name in names], config_dicts)
-    origins = [*((one.path, one.source, False) for one in listed), *[(None, source, True)] * len(of_grid)]
-    of_files = [_found_files(one.mapping, one.source, is_of_grid=False) for one in listed]
-    config_dicts = [*of_files, *map(place, of_grid)]
+    origins = [*((one.path, one.source, False) for one in listed), *[(None, source, True)] * n_of_grid]
+    config_dicts[:n_listed] = [_found_files(one.mapping, one.source, is_of_grid=False) for one in listed]
+    _replace(config_dicts, n_listed, place)
     return [
         _Candidate(name, config_dict, str(file or f"{folder}/{stem}.yaml"), file is None, origin, is_of_grid)
         for name, config_dict, stem, (file, origin, is_of_grid) in zip(names, config_dicts, stems, origins, strict=True)
     ]
+
+
+def _replace(items: list[dict[str, Any]], begin: int, function: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace each item from `begin` on, one by one, so that thousands are not there twice."""
+    for index in range(begin, len(items)):
+        items[index] = function(items[index])
 
 
 _WITH_FILES = ("prompts", "chat_template")
@@ -430,13 +447,12 @@ def _with_enough_prompts(valid: _Valid) -> _Valid:
     return found
 
 
-def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidationIssue], list[GridValidationIssue]]:
+def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], Counter[str], Counter[str]]:
     """The configurations, and warnings about those that are repeated, and about those that cannot differ."""
     prompts: dict[Any, tuple[dict[str, Any], int | None]] = {}
     unusable: dict[Any, FileProblems] = {}
     found: dict[str, Experiment] = {}
-    repeated: list[GridValidationIssue] = []
-    idle: list[GridValidationIssue] = []
+    repeated, idle = Counter[str](), Counter[str]()
     seen: dict[bytes, Experiment] = {}
     for item, config in valid:
         key = (config.dataset, config.prompts, config.chat_template)
@@ -450,8 +466,7 @@ def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidatio
         texts, (fingerprint, n_prompts) = config.identity_texts(), prompts[key]
         digest = grid.hash_of(texts, fingerprint)
         if digest in found:
-            same = Reason.of("repeated_experiment", name=found[digest].config_name)
-            repeated.append(GridValidationIssue.of(item.name, same, severity="warning"))
+            repeated[Reason.of("repeated_experiment", name=found[digest].config_name).text] += 1
             continue
         found[digest] = experiment = Experiment(
             exp_id=experiment_id(digest, 0),
@@ -462,12 +477,12 @@ def _identify(valid: _Valid) -> tuple[tuple[Experiment, ...], list[GridValidatio
             config_hash=digest,
             engine_key=config.engine_key(),
             cycle_index=0,
-            order_index=0,
+            order_index=len(found),
             is_generated=item.is_generated,
             prompts=fingerprint,
             n_prompts=n_prompts,
         )
-        idle += _without_effect(experiment, texts, seen)
+        idle.update(why.text for why in _without_effect(experiment, texts, seen))
     if unusable:
         located = [place for error in unusable.values() for place in error.located]
         hints = {error.hint for error in unusable.values()}
@@ -490,9 +505,7 @@ def _find_prompts(item: _Candidate, config: ExperimentConfig) -> tuple[dict[str,
     return fingerprint, len(resolved.prompts) if resolved else source.sample_size
 
 
-def _without_effect(
-    item: Experiment, texts: dict[str, str], seen: dict[bytes, Experiment]
-) -> Iterator[GridValidationIssue]:
+def _without_effect(item: Experiment, texts: dict[str, str], seen: dict[bytes, Experiment]) -> list[Reason]:
     """A warning for a width that is not reached, and for a configuration that does what one seen before does.
 
     `texts` are those of its identity.
@@ -505,8 +518,7 @@ def _without_effect(
     if other is not item:
         names = rules.differing(other.config, config)
         reasons.append(Reason.of("cannot_differ", options=" and ".join(names)))
-    for reason in reasons:
-        yield GridValidationIssue.of(item.config_name, reason, severity="warning")
+    return reasons
 
 
 def order_experiments(given: Sequence[Experiment], execution: CampaignExecutionConfig) -> tuple[Experiment, ...]:
@@ -517,10 +529,7 @@ def order_experiments(given: Sequence[Experiment], execution: CampaignExecutionC
     else:
         orders = ((cycle, cycle_order(keys, execution.structure, execution.seed, cycle, images)) for cycle in cycles)
         ordered = [(given[place], cycle) for cycle, order in orders for place in order]
-    return tuple(
-        replace(item, exp_id=experiment_id(item.config_hash, cycle), cycle_index=cycle, order_index=index)
-        for index, (item, cycle) in enumerate(ordered)
-    )
+    return tuple(item.at(cycle, index) for index, (item, cycle) in enumerate(ordered))
 
 
 def write_configs(configurations: Iterable[Experiment]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.codec import complete, decode
-from lem.base.dataclass import asdict, dataclass, field, replace
+from lem.base.dataclass import dataclass, field, replace
 from lem.base.durable import make_folder
 from lem.base.measurement import Section
 from lem.base.reasons import Reason
@@ -81,7 +81,8 @@ def write_listing(
     found = CampaignList(tuple(listed), tuple(dict.fromkeys(every)), tuple(dict.fromkeys(gone)))
     if known != found:
         make_folder(run_folder)
-        document = {"schema_version": _SCHEMA_VERSION, **asdict(found)}
+        document = {"schema_version": _SCHEMA_VERSION, **vars(found)}
+        document["configurations"] = [*map(vars, found.configurations)]
         durable.write_json(run_folder / CONFIGURATIONS_FILE, durable.seal(document))
 
 

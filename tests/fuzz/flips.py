@@ -174,7 +174,7 @@ def _resumed(place: Place) -> Iterator[tuple[str, Any]]:
     if manifest is None:
         yield "manifest", REFUSED
         return
-    yield "manifest", encode_manifest(manifest)
+    yield "manifest", b"".join(encode_manifest(manifest))
     for path in forget_lost_results(manifest):
         yield f"resume {path}", REFUSED
 

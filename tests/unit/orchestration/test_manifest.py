@@ -129,13 +129,13 @@ def test_a_missing_manifest_is_none_without_a_warning(
 
 
 def whole() -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(encode_manifest(manifest_of("pending", "completed")))
+    document: dict[str, Any] = json.loads(b"".join(encode_manifest(manifest_of("pending", "completed"))))
     return document
 
 
 BROKEN = {
     "empty": b"",
-    "truncated": encode_manifest(manifest_of("pending", "pending"))[:-20],
+    "truncated": b"".join(encode_manifest(manifest_of("pending", "pending")))[:-20],
     "not an object": b"[]",
     "newer schema": json.dumps({**whole(), "schema_version": 2}).encode(),
     "older schema": json.dumps({**whole(), "schema_version": 0}).encode(),
@@ -144,9 +144,9 @@ BROKEN = {
     "mistyped field": json.dumps({**whole(), "total_experiments": "2"}).encode(),
     "true for a number": json.dumps({**whole(), "total_experiments": True}).encode(),
     "entry is no object": json.dumps({**whole(), "experiments": [1]}).encode(),
-    "entry without status": encode_manifest(manifest_of("pending")).replace(b'"status": "pending", ', b""),
-    "unknown status": encode_manifest(manifest_of("pending")).replace(b'"pending"', b'"done"'),
-    "broken attempt": encode_manifest(manifest_of("pending")).replace(b'"attempts": []', b'"attempts": [{}]'),
+    "entry without status": b"".join(encode_manifest(manifest_of("pending"))).replace(b'"status": "pending", ', b""),
+    "unknown status": b"".join(encode_manifest(manifest_of("pending"))).replace(b'"pending"', b'"done"'),
+    "broken attempt": b"".join(encode_manifest(manifest_of("pending"))).replace(b'"attempts": []', b'"attempts": [{}]'),
     "same experiment twice": json.dumps({**whole(), "experiments": whole()["experiments"][:1] * 2}).encode(),
     "thousands of brackets": b'{"schema_version": 1, "experiments": ' + b"[" * 100_000,
 }
