@@ -326,6 +326,8 @@ def test_a_mapping_that_was_not_given_is_of_its_own_experiment() -> None:
     first, second = experiment(), experiment()
     first.extra_metadata["k"] = 1  # type: ignore[index]
     assert (second.extra_metadata, experiment().extra_metadata, second.changed()) == ({}, {}, experiment().changed())
+    assert not first.is_given("extra_metadata")
+    assert experiment(extra_metadata={}).is_given("extra_metadata")
 
 
 def test_an_experiment_goes_to_another_process_with_its_defaults() -> None:

@@ -14,7 +14,7 @@ from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import ConfigProblems, dotted
 from lem.config.load import complete_campaign, kind_of, load_campaign, load_campaign_of_files, load_experiment
 from lem.config.sections import SyntheticPrompts
-from lem.config.yamlfile import FileProblems
+from lem.config.yamlfile import FileProblems, Mark, read_document
 
 
 @pytest.fixture
@@ -240,6 +240,18 @@ def test_a_line_beside_a_secret_is_shown_as_far_as_the_secret(folder: Path) -> N
         "    5 | a: 1",
     ]
     assert refusal(load_campaign, "d.yaml").message.splitlines()[1] == "    5 | a: [}"
+
+
+def test_secrets_in_a_list_are_hidden_and_so_are_those_it_only_names(folder: Path) -> None:
+    write(folder, c="a: &x hunter2\nnotification: {webhook_url: [*x,\n  hunter3, # one\n  hunter4]}\nb: [*x, 5]\n")
+    document = read_document(folder / "c.yaml", {})
+    assert [document.at(Mark(line, 1)).line for line in range(1, 6)] == [
+        "a: (hidden)",
+        "notification: {webhook_url: (hidden)",
+        "",
+        "",
+        "b: [*x, 5]",
+    ]
 
 
 WITH_HOOK = "campaign_name: x\ngrid: {{backends: [pytorch]}}\nnotification: {{webhook_url: {}}}\n"
