@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -59,7 +59,6 @@ _START_TIMEOUT_S = 30.0
 # How long the program may take to end after the signal that lem got, and its guardian to kill what is left of it.
 _PATIENCE_S, _KILL_S = 5.0, 12.0
 _TICK_S = 1.0
-_ROUNDS = 100  # in which a program is stopped that starts processes meanwhile
 _LATE_S = 1.0  # a wait that takes so much longer was a stop of this process
 _WALK_SHARE = 200  # walks over /proc take at most this part of a CPU
 
@@ -103,18 +102,22 @@ class Program:
     def _suspend(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a handler gets both
         """Ctrl-Z: stop with the program, which has no terminal, and go on with it."""
         begin_s = time.monotonic()
+        signal.signal(signum, signal.SIG_IGN)  # another one changes nothing
+        self._signal_all(signal.SIGSTOP)
         signal.signal(signum, signal.SIG_DFL)
-        stopped: set[int] = set()
-        for _ in range(_ROUNDS):
-            found = set(process.descendants(self.pid)) - stopped  # not the guardian, which must outlive lem
-            if not found:
-                break
-            _signal(found, signal.SIGSTOP)
-            stopped |= found
         os.kill(os.getpid(), signum)
-        _signal(stopped, signal.SIGCONT)
-        signal.signal(signum, self._suspend)
         self.stopped_s += time.monotonic() - begin_s
+        signal.signal(signum, self._suspend)  # before the program goes on, so that the next one stops it too
+        self._signal_all(signal.SIGCONT)
+
+    def _signal_all(self, signum: signal.Signals) -> None:
+        """Send it to the program, but not to the guardian, which must outlive lem."""
+        if self._child.returncode is None:
+            os.killpg(self.pid, signum)  # to all at once, since a program may start processes all the time
+            os.kill(self.pid, signal.SIGCONT)
+            for pid in process.descendants(self.pid):  # some may have a group of their own
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signum)
 
     def has_ended(self, timeout_s: float, stop: StopRequest) -> bool:
         """Wait for its end; Interrupted, after it was ended, when a stop is requested."""
@@ -322,12 +325,6 @@ class Measurer:
             interference=energy.interference,
             machine=energy.machine,
         )
-
-
-def _signal(pids: Collection[int], signum: signal.Signals) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signum)
 
 
 def _is_same_stop(reason: Reason, stopped_s: float) -> bool:
