@@ -248,7 +248,7 @@ def _warnings(run: Run) -> Found:
 
 
 def _over_time(run: Run) -> Found:
-    courses = {metric: trends.Course(run, metric) for metric in trends.WATCHED}
+    courses = {metric: trends.course_of(run, metric) for metric in trends.WATCHED}
     for metric, course in courses.items():
         yield from _moves("drift", metric, course.drift)
     yield from _order(run, courses[run.primary_metric])

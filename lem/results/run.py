@@ -395,6 +395,11 @@ class Run:
         return tuple(item for item in self.configurations if item.is_removed)
 
     @cached_property
+    def courses(self) -> dict[str, Any]:
+        """Those of `lem.results.trends`, by the name of their metric."""
+        return {}
+
+    @cached_property
     def shared(self) -> Mapping[str, str]:
         """The settings of the heading that all configurations have in common, by label."""
         return axes.shared_headlines(self.records)

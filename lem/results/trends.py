@@ -166,7 +166,7 @@ class Course:
             for cycle, found in sorted(cycles.items())
         }
 
-    @property
+    @cached_property
     def drift(self) -> Drift | None:
         """From the first experiment to the last: the slope over cycle means; None with too few."""
         # The experiments of a cycle share its conditions, so cycles and not experiments are the independent
@@ -197,6 +197,11 @@ class Course:
         names, numbers = [name for name, *_ in rows], [cycle[2] for _, cycle, _, _ in rows]
         effect = trend_of(places, logs, names, numbers, length=length)
         return effect if effect is not None and effect.ci_lower is not None else None
+
+
+def course_of(run: Run, metric: Metric) -> Course:
+    course: Course = run.courses.setdefault(metric.name, Course(run, metric))
+    return course
 
 
 def autocorrelation_notes(found: Sequence[tuple[str, Autocorrelation]]) -> Iterable[str]:

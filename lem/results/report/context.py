@@ -36,7 +36,7 @@ from lem.results.report.plot import (
     texts,
 )
 from lem.results.run import ENERGY
-from lem.results.trends import DRIFT_FLAGGED, FALSE_ALARMS, Course, change_of, without_means
+from lem.results.trends import DRIFT_FLAGGED, FALSE_ALARMS, change_of, course_of, without_means
 
 # --- the headline metric over two axes of the grid
 
@@ -208,7 +208,7 @@ def _order(metric: Metric, results: Iterable[tuple[int, int, Entry, Record]], re
         for place, cycle, entry, record in results
         if (value := metric.read(record)[0]) is not None and value > 0
     ]
-    drift = Course(report.run, metric).drift
+    drift = course_of(report.run, metric).drift
     if drift is None:
         reason = "There are no two cycles with a value, so nothing can be compared over time."
         return plot.no_plot(identifier, heading, reason)
