@@ -221,9 +221,9 @@ def _order(metric: Metric, results: Iterable[tuple[int, int, Entry, Record]], re
     y_scale = Scale(-reach, reach, _ORDER_BOTTOM, _ORDER_TOP)
     top, bottom, half = y_scale(flagged / 2), y_scale(-flagged / 2), 100 * drift.change / 2
     fitted = [(x_scale(places[0]), y_scale(-half)), (x_scale(places[-1]), y_scale(half))]
-    dots: dict[int, list[str]] = {}
-    for place, entry, share in zip(places, entries, shares, strict=True):
-        dots.setdefault(entry.group, []).append(spot(x_scale(place), y_scale(share), plot.DOT))
+    dots: dict[int, list[str]] = {entry.group: [] for entry in entries}
+    for entry, x, y in zip(entries, map(x_scale, places), map(y_scale, shares), strict=True):
+        dots[entry.group].append(spot(x, y, plot.DOT))
     columns = [
         counts("Position", places),
         counts("No.", numbers),

@@ -70,12 +70,13 @@ def pareto_section(report: Report) -> Markup:
     ttft = METRIC_BY_NAME["ttft_p50_s"]
     if all(entry.centre(ttft) is not None for entry in entries if entry.used):
         latency = _Axis(ttft, "Time to first token, median, s")
-    parts = [_pareto("pareto-latency", "Throughput against latency", latency, throughput, report)]
     if report.has_energy:
         parts = [
             _pareto("pareto-throughput", "Energy against throughput", throughput, energy, report),
             _pareto("pareto-latency", "Energy against latency", latency, energy, report),
         ]
+    else:
+        parts = [_pareto("pareto-latency", "Throughput against latency", latency, throughput, report)]
     is_explained = report.groups and report.grouped_by != "configuration"
     note = tag("p", f"Colour and shape: {report.grouped_by}.") if is_explained else Markup()
     key = plot.legend((marks([spot(7, 7, plot.shape(n))], f"m g{n}"), name) for n, name in enumerate(report.groups))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from pathlib import PurePath
+from typing import Any
 
 from lem.base.dataclass import dataclass
 from lem.base.doc import Column
@@ -265,13 +266,13 @@ def _explanations(report: Report) -> Iterator[str]:
 @dataclass(frozen=True)
 class _OfGpus:
     heading: str
-    of_one: Callable[[Gpu], float | None]
+    of_one: Callable[[Gpu], Any]
     fold: Callable[[list[float]], float]
     group = section = "gpus"
 
     def read(self, record: Record) -> tuple[float | None, Reason | None]:
-        values = [value for gpu in record.gpus if (value := self.of_one(gpu)) is not None]
-        return self.fold(values) if values and len(values) == len(record.gpus) else None, None
+        values = [*map(self.of_one, record.gpus)]
+        return self.fold(values) if values and None not in values else None, None
 
 
 _FIGURES: tuple[Metric | _OfGpus, ...] = (
@@ -290,8 +291,8 @@ _FIGURES: tuple[Metric | _OfGpus, ...] = (
     Metric("draft_accepted_ratio", "throughput", "ratio", "throughput", "draft_accepted_ratio", "Drafts accepted"),
     Metric("in_flight_mean", "throughput", "mean", "window", "in_flight_mean", "Requests in flight"),
     Metric("fill_drain_ratio", "throughput", "ratio", "window", "fill_drain_ratio", "Filling or draining"),
-    _OfGpus("GPU power, mean, W", lambda gpu: gpu.power_mean_w, math.fsum),
-    _OfGpus("GPU temperature, maximum, °C", lambda gpu: gpu.temp_max_c, max),
+    _OfGpus("GPU power, mean, W", attrgetter("power_mean_w"), math.fsum),
+    _OfGpus("GPU temperature, maximum, °C", attrgetter("temp_max_c"), max),
     Metric("load_s", "throughput", "s", "window", "load_s", "Engine load"),
 )
 
@@ -323,4 +324,4 @@ def _recorded(records: Sequence[Record]) -> Sequence[Metric | _OfGpus]:
 
 def _mean_or_why(found: Sequence[tuple[float | None, Reason | None]]) -> tuple[float | None, Reason | None]:
     values = [value for value, _ in found if value is not None]
-    return mean_of(values) if values else None, next((why for _, why in found if why is not None), None)
+    return (mean_of(values), None) if values else (None, next((why for _, why in found if why is not None), None))
