@@ -67,7 +67,7 @@ def decode(kind: type[T], value: Any, where: str) -> T:
 
 
 def decode_hint(hint: Any, value: Any, where: str) -> Any:
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return (_decode_section if _keeps_reasons(hint) else _decode_object)(hint, value, where)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:

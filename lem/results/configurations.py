@@ -200,14 +200,22 @@ def _slo(options: tuple[tuple[str, Any], ...]) -> SloConfig | None:
         return None
 
 
-def as_read(file: str, record: Record, listing: Listing | None, reading: Reading) -> Record:
+@functools.lru_cache(64)
+def _listed_slo(options: tuple[tuple[str, Any], ...]) -> SloConfig:
+    return SloConfig.from_dict(dict(options))
+
+
+def as_read(file: str, record: Record, listed: ListedConfiguration | None, reading: Reading) -> Record:
     """The record in a file with the emissions, cost and goodput that it is read by."""
-    listed = listing.get(record.identity.config_hash) if listing else None
-    slo = SloConfig.from_dict(listed.slo) if reading.slo is None and listed and listed.slo is not None else reading.slo
+    slo: SloConfig | None = reading.slo
+    given: Mapping[str, Any] = reading.rates
+    if listed is not None:
+        given = {**listed.rates, **given}
+        if slo is None and listed.slo is not None:
+            slo = _listed_slo(tuple(listed.slo.items()))
     if reading.recount is not None and slo is not None and slo != slo_of(record):
         record = _by_slo(Path(file), record, slo, reading.recount)
-    given: dict[str, Any] = {**(listed.rates if listed else {}), **reading.rates}
-    if all(getattr(record.carbon, name) == value for name, value in given.items()):
+    if not given or all(getattr(record.carbon, name) == value for name, value in given.items()):
         return record
     rates = replace(record.carbon, **given)
     return record.with_sections(carbon=carbon_of(record.energy.primary_j, rates))

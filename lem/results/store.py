@@ -246,7 +246,8 @@ class Repository:
             if label != identity.config_name:
                 record = record.with_sections(identity=replace(identity, config_name=label))
             if reading is not None:
-                record = as_read(item.file, record, listings[identity.run_id], reading)
+                listed = (listings[identity.run_id] or {}).get(identity.config_hash)
+                record = as_read(item.file, record, listed, reading)
             found.append(item if record is item.record else replace(item, record=record))
         return tuple(found)
 
