@@ -237,7 +237,9 @@ def decode_manifest(data: bytes) -> CampaignManifest:
     entries: Any = values.get("experiments")
     head = {**values, "experiments": []} if isinstance(entries, list) else values
     manifest = decode(CampaignManifest, head, "manifest")
-    manifest.experiments = [_decode_entry(entry, f"manifest.experiments[{at}]") for at, entry in enumerate(entries)]
+    for at, entry in enumerate(entries):  # in its place, so that thousands are not in memory twice
+        entries[at] = _decode_entry(entry, f"manifest.experiments[{at}]")
+    manifest.experiments = entries
     if len({entry.exp_id for entry in manifest.experiments}) != len(manifest.experiments):
         raise ValueError("an experiment is listed twice")
     return manifest

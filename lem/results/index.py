@@ -95,7 +95,7 @@ _INTEGERS = range(-(2**63), 2**63)
 _SHARED = frozenset({"environment", "extra_metadata", "served"})
 # Texts that differ between results or configurations.
 _OWN_TEXTS: Mapping[str, Sequence[str]] = {
-    "identity": ("experiment_id", "config_name", "config_hash", "backend", "model", "start_utc"),
+    "identity": ("experiment_id", "config_name", "config_hash", "start_utc"),
     "validity": ("engine_load_id",),
 }
 _END = "|"  # few texts have it, and these are in the template
@@ -348,7 +348,7 @@ class Index:
             self._n_lines += 1
             kinds = tuple(map(type, values))
             if kinds == _TYPES:
-                values[8] = _numbers(values[8])
+                values[6:9] = sys.intern(values[6]), sys.intern(values[7]), _numbers(values[8])
                 self._take(_Line(*values))
             elif kinds[: len(_FACTS)] == _FACTS and values[5]:
                 self._recorded[values[0]] = values[4]
