@@ -84,6 +84,12 @@ def _keeping(places: Sequence[int]) -> _Keep:
     return operator.itemgetter(*places)
 
 
+def _shared_with(before: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """The values, those that are equal being the same objects: many are, from row to row."""
+    pairs = zip(before, values, strict=True)
+    return [old if old == new and old and type(old) is type(new) else new for old, new in pairs]  # 0.0 is -0.0
+
+
 class _Rows:
     def __init__(self) -> None:
         self.columns: dict[str, _Column] = {}
@@ -93,6 +99,7 @@ class _Rows:
         self._shared_parts: list[tuple[int, _Part]] = []  # with their shapes
         self._forms: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}  # shapes of a row, and its shared parts
         self._rows: list[tuple[Any, ...]] = []  # its form, then the values that it does not share, without None
+        self._last: dict[int, list[Any]] = {}  # the last values, by form
         self._seen: set[Any] = set()
 
     def __len__(self) -> int:
@@ -110,8 +117,9 @@ class _Rows:
                 self._shared[id(part)] = len(self._shared)
                 self._shared_parts.append((self._shape_of(part)[0], part))
             shared.append(self._shared[id(part)])
-        form = (tuple(shapes), tuple(shared))
-        self._rows.append((self._forms.setdefault(form, len(self._forms)), *row))
+        form = self._forms.setdefault((tuple(shapes), tuple(shared)), len(self._forms))
+        self._last[form] = row = _shared_with(self._last.get(form, row), row)
+        self._rows.append((form, *row))
 
     def _shape_of(self, part: _Part) -> tuple[int, _Keep]:
         types = tuple(map(type, part.values))
