@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from lem.base import measurement
 from lem.base.dataclass import dataclass, replace
@@ -20,7 +21,7 @@ from lem.base.reasons import Reason, alike, read_tables
 from lem.base.units import percent, plain, plural, some_of
 from lem.record import Record
 from lem.results import trends
-from lem.results.comparability import LENGTH_TOLERANCE, conditions_of, environment_changes, obstacles_to
+from lem.results.comparability import LENGTH_TOLERANCE, environment_changes, obstacles_to
 from lem.results.compare import exclusion_reason, find_effect
 from lem.results.metrics import Metric
 from lem.results.run import REPLAYED, SHARED_LOAD, Configuration, Run
@@ -90,34 +91,51 @@ class Finding:
 
 
 Found = Iterable[Finding]
-_OneCheck = Callable[[Run], Found]
+_Seen = Sequence[tuple[Configuration, Any]]
+
+
+@dataclass(frozen=True)
+class _OfEach:
+    """A check of each configuration by itself."""
+
+    see: Callable[[Configuration], Any]  # what is wrong with it; nothing and 0 where all is well
+    find: Callable[[_Seen], Found]  # what follows from it
 
 
 def check_run(run: Run) -> tuple[Finding, ...]:
-    findings = [found for check in _CHECKS for found in check(run)]
+    # All checks see one configuration before the next: the results of thousands do not fit into a processor's cache.
+    of_each = [check for check in _CHECKS if isinstance(check, _OfEach)]
+    seen: dict[int, list[tuple[Configuration, Any]]] = {id(check): [] for check in of_each}
+    for item in run.with_results:
+        for check in of_each:
+            if what := check.see(item):
+                seen[id(check)].append((item, what))
+    found = (check.find(seen[id(check)]) if isinstance(check, _OfEach) else check(run) for check in _CHECKS)
+    findings = list(itertools.chain.from_iterable(found))
     if run.with_results and all(item.is_program for item in run.with_results):
         findings = [replace(it, remedy=_OF_PROGRAMS.get(it.kind, it.remedy)) for it in findings]
     return tuple(sorted(findings, key=lambda item: not item.is_weak))
 
 
-def _of_results(kind: str, what: Reason, concerns: Callable[[Record], object]) -> _OneCheck:
-    def check(run: Run) -> Found:
-        if not any(map(concerns, run.used)):
-            return
-        counts = [(item.name, sum(map(bool, map(concerns, item.used))), len(item.used)) for item in run.with_results]
-        names, found, totals = zip(*(row for row in counts if row[1]), strict=True)
-        yield _finding(kind, Reason.of("some_results", what=what, count=sum(found), total=sum(totals)), names)
+def _of_results(kind: str, what: Reason, concerns: Callable[[Record], object]) -> _OfEach:
+    def see(item: Configuration) -> list[Record]:
+        return [record for record in item.used if concerns(record)]
 
-    return check
+    def find(seen: _Seen) -> Found:
+        if seen:
+            count, total = sum(len(records) for _, records in seen), sum(len(item.used) for item, _ in seen)
+            reason = Reason.of("some_results", what=what, count=count, total=total)
+            yield _finding(kind, reason, [item.name for item, _ in seen])
+
+    return _OfEach(see, find)
 
 
-def _of_configurations(kind: str, size: Callable[[Configuration], float], what: Callable[[float], Reason]) -> _OneCheck:
-    def check(run: Run) -> Found:
-        amounts = {item.name: found for item in run.with_results if (found := size(item))}
-        if amounts:
-            yield _finding(kind, what(max(amounts.values())), amounts)
+def _of_configurations(kind: str, size: Callable[[Configuration], float], what: Callable[[float], Reason]) -> _OfEach:
+    def find(seen: _Seen) -> Found:
+        if seen:
+            yield _finding(kind, what(max(amount for _, amount in seen)), [item.name for item, _ in seen])
 
-    return check
+    return _OfEach(size, find)
 
 
 def _finding(
@@ -190,7 +208,10 @@ def _unsteady(run: Run) -> Found:
     moved = [_is_open_loop(record) for record in run.used if record.validity.steady is False]
     if all(moved) and trends.is_chance(len(moved), sum(map(_is_open_loop, run.used)), UNSTEADY_BY_CHANCE):
         return
-    yield from _of_results("unsteady", Reason.of("window_moved"), lambda item: item.validity.steady is False)(run)
+    yield from _MOVED.find([(item, records) for item in run.with_results if (records := _MOVED.see(item))])
+
+
+_MOVED = _of_results("unsteady", Reason.of("window_moved"), lambda item: item.validity.steady is False)
 
 
 def _is_open_loop(record: Record) -> bool:
@@ -222,28 +243,35 @@ def _obstacles(run: Run) -> Found:
     seen: dict[Reason, list[str]] = {}
     find = obstacles_to(first.used)
     for other in others:
-        for obstacle in find(other.used):
+        for obstacle in find(other.used, other.conditions):
             if obstacle.reason.code != "other_output_lengths":
                 seen.setdefault(obstacle.reason, []).append(other.name)
     for reason, names in seen.items():
         yield _finding("not_comparable", Reason.of("not_comparable", name=first.name, why=reason), names)
 
 
-def _environment(run: Run) -> Found:
+def _changes(item: Configuration) -> str:
+    if len(item.conditions) < 2:
+        return ""
+    parts = environment_changes(item.used)
+    is_changed = parts or len({record.environment.fingerprint for record in item.used}) > 1
+    return ("; ".join(parts) or "versions, image or GPUs") if is_changed else ""
+
+
+def _environment(seen: _Seen) -> Found:
     changed: dict[str, list[str]] = {}
-    for item in run.with_results:
-        if len(conditions_of(item.used)) < 2:
-            continue
-        parts = environment_changes(item.used)
-        if parts or len({record.environment.fingerprint for record in item.used}) > 1:
-            changed.setdefault("; ".join(parts) or "versions, image or GPUs", []).append(item.name)
+    for item, what in seen:
+        changed.setdefault(what, []).append(item.name)
     for what, names in changed.items():
         yield _finding("environment_changed", Reason.of("environment_changed", what=what), names)
 
 
-def _warnings(run: Run) -> Found:
-    own = ((reason, item.name) for item in run.with_results for reason in item.warnings)
-    for found in alike((reason, name) for reason, name in own if reason.code not in _COVERED | INTERFERENCE.keys()):
+def _own_warnings(item: Configuration) -> list[Reason]:
+    return [reason for reason in item.warnings if reason.code not in _COVERED and reason.code not in INTERFERENCE]
+
+
+def _warnings(seen: _Seen) -> Found:
+    for found in alike((reason, item.name) for item, reasons in seen for reason in reasons):
         yield _finding("warning", found[0][0], dict.fromkeys(name for _, name in found))
 
 
@@ -393,7 +421,7 @@ def _names(records: Iterable[Record]) -> tuple[str, ...]:
 
 
 # In the order in which findings of the same weight are shown.
-_CHECKS: tuple[_OneCheck, ...] = (
+_CHECKS: tuple[Callable[[Run], Found] | _OfEach, ...] = (
     _interference,
     _missing,
     _exclusions,
@@ -419,8 +447,8 @@ _CHECKS: tuple[_OneCheck, ...] = (
     _of_configurations("replayed", lambda it: it.is_replayed, lambda _: REPLAYED),
     _work,
     _obstacles,
-    _environment,
-    _warnings,
+    _OfEach(_changes, _environment),
+    _OfEach(_own_warnings, _warnings),
     _over_time,
     _of_configurations(
         "few_cycles",

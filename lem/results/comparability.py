@@ -39,7 +39,7 @@ class Obstacle:
 
 
 Sides = tuple[Sequence[Record], Sequence[Record]]
-Obstacles = tuple[Obstacle, ...]
+Conditions = frozenset[tuple[Any, ...]]
 
 
 Side = Sequence[Record]
@@ -63,22 +63,23 @@ def find_obstacles(
     before: Sequence[Record], after: Sequence[Record], anchors: Sides | None = None
 ) -> tuple[Obstacle, ...]:
     """What differs between the used records of two configurations besides what is compared."""
-    return obstacles_to(before, anchors)(after)
+    return obstacles_to(before, anchors)(after, conditions_of(after))
 
 
-def obstacles_to(before: Sequence[Record], anchors: Sides | None = None) -> Callable[[Sequence[Record]], Obstacles]:
-    """`find_obstacles` for many of which each is compared with the same records, which are read once."""
+def obstacles_to(
+    before: Sequence[Record], anchors: Sides | None = None
+) -> Callable[[Sequence[Record], Conditions], tuple[Obstacle, ...]]:
+    """`find_obstacles` for many, each with its conditions, that are compared with the same records."""
     # Work, meters, cards and machines that differ allow no verdict. A setting of the machine or the version of a
     # program is named beside the verdict. Where each side is compared with an anchor of its own run in which the same
     # differs (the sensor of a card, a driver, a power limit), that divides out: it is reported and blocks nothing.
     finds = [(item, item.against(before)) for item in CIRCUMSTANCES]
-    known: dict[frozenset[tuple[Any, ...]], dict[str, _Differing]] = {}
+    known: dict[Conditions, dict[str, _Differing]] = {}
 
-    def find(after: Sequence[Record]) -> Obstacles:
+    def find(after: Sequence[Record], conditions: Conditions) -> tuple[Obstacle, ...]:
         if not before or not after:
             return ()
         found = []
-        conditions = conditions_of(after)
         if conditions not in known:
             known[conditions] = {item.code: find(after) for item, find in finds if not item.is_of_work}
         for item, find in finds:
@@ -95,7 +96,7 @@ def obstacles_to(before: Sequence[Record], anchors: Sides | None = None) -> Call
 _GPU_CONDITIONS = operator.attrgetter("name", "power_limit_w", "clocks_set", "sm_clock_app_hz")
 
 
-def conditions_of(records: Iterable[Record]) -> frozenset[tuple[Any, ...]]:
+def conditions_of(records: Iterable[Record]) -> Conditions:
     """All that `CIRCUMSTANCES` read of these records but for the work."""
     return frozenset(
         (

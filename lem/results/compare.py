@@ -157,7 +157,9 @@ def compare_configurations(
     """Each of `others` against `baseline`, within cycles; `is_whole` adds all comparable metrics, without verdicts."""
     chosen, further = metrics_to_show(metrics, gates, [baseline, *others], is_whole=is_whole)
     find = obstacles_to(baseline.used)
-    pairs = tuple(pair_within(baseline, other, (*chosen, *further), find(other.used)) for other in others)
+    pairs = tuple(
+        pair_within(baseline, other, (*chosen, *further), find(other.used, other.conditions)) for other in others
+    )
     return finished(Comparison((run,), pairs, chosen, tuple(gates), missing=tuple(without_result(run))))
 
 
@@ -262,16 +264,20 @@ def metrics_to_show(
     asked = tuple(dict.fromkeys((*(gate.metric for gate in gates), *metrics)))
     usual = tuple(metric for metric in METRICS if metric.is_headline)
 
-    def measured(known: Iterable[Metric]) -> tuple[Metric, ...]:
-        return tuple(it for it in known if _is_in_two(it, configurations))
-
-    chosen = asked or measured(usual) or usual[:1]
-    return chosen, measured(it for it in METRICS if is_whole and it.is_comparable and it not in chosen)
+    chosen = asked or _in_two(usual, configurations) or usual[:1]
+    further = [it for it in METRICS if is_whole and it.is_comparable and it not in chosen]
+    return chosen, _in_two(further, configurations)
 
 
-def _is_in_two(metric: Metric, configurations: Iterable[Configuration]) -> bool:
-    measured = (item for item in configurations if item.values(metric))
-    return len([*itertools.islice(measured, 2)]) == 2
+def _in_two(metrics: Iterable[Metric], configurations: Iterable[Configuration]) -> tuple[Metric, ...]:
+    """Those of the metrics that two configurations or more measured."""
+    counts = dict.fromkeys(metrics, 0)
+    for item in configurations:
+        if not (rare := [metric for metric, count in counts.items() if count < 2]):
+            break
+        for metric in rare:
+            counts[metric] += bool(item.values(metric))
+    return tuple(metric for metric, count in counts.items() if count > 1)
 
 
 def pair_within(

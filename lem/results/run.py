@@ -19,6 +19,7 @@ from lem.config.experiment import PROGRAM
 from lem.record import Record, ResultKey
 from lem.results import axes, metrics
 from lem.results.bootstrap import BootstrapResult, LogTInterval, bootstrap_ci, geometric_mean, log_t_interval
+from lem.results.comparability import Conditions, conditions_of
 from lem.results.configurations import Listing, Reading, group_of, listing_of, numbers_of, read_list
 from lem.results.metrics import METRIC_BY_NAME, Cycles, Metric
 from lem.results.rows import cell_text, make_table
@@ -297,6 +298,10 @@ class Configuration:
     @cached_property
     def _causes(self) -> dict[str, Measured[Causes]]:
         return {}
+
+    @cached_property
+    def conditions(self) -> Conditions:
+        return conditions_of(self.used)
 
     @cached_property
     def cards(self) -> frozenset[tuple[str, ...]]:

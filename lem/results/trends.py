@@ -10,8 +10,7 @@ from functools import cached_property
 from lem.base.dataclass import dataclass
 from lem.base.reasons import Reason
 from lem.base.units import fmean, percent, plain
-from lem.record import Record
-from lem.results.metrics import Cycle, Cycles, Metric
+from lem.results.metrics import Cycle, Metric
 from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run
 from lem.results.stats import AUTOCORRELATION_SOUGHT, Autocorrelation, autocorrelation_of
 from lem.results.student import student_t_quantile
@@ -121,19 +120,19 @@ def ran_later(run: Run) -> list[Configuration]:
 
 
 def is_same_order(run: Run) -> bool:
-    orders = [tuple(record.identity.config_hash for record in members) for members in _in_order(run).values()]
+    orders = [tuple(digest for _, digest in found) for found in _in_order(run).values()]
     most = max(map(len, orders), default=0)
     whole = [order for order in orders if len(order) == most]
     return most > 1 and len(whole) > 1 and len(set(whole)) == 1
 
 
-def _in_order(run: Run) -> Cycles:
-    cycles: dict[Cycle, list[Record]] = {}
+def _in_order(run: Run) -> dict[Cycle, list[tuple[int, str]]]:
+    """The hashes of the configurations that each cycle measured, with their numbers in the order."""
+    cycles: dict[Cycle, list[tuple[int, str]]] = {}
     for item in run.with_results:
         for cycle, members in item.cycles.items():
-            cycles.setdefault(cycle, []).extend(members)
-    order = operator.attrgetter("identity.order_index")
-    return {cycle: sorted(members, key=order) for cycle, members in cycles.items()}
+            cycles.setdefault(cycle, []).extend((it.identity.order_index, item.config_hash) for it in members)
+    return {cycle: sorted(found) for cycle, found in cycles.items()}
 
 
 @dataclass(frozen=True)
@@ -144,10 +143,10 @@ class Course:
     metric: Metric
 
     @cached_property
-    def _values(self) -> list[tuple[str, Cycle, Record, float]]:
-        """By name of the configuration, cycle and experiment."""
+    def _values(self) -> list[tuple[str, Cycle, int, float]]:
+        """With the name of the configuration, the cycle, and the number of the experiment in the order."""
         return [
-            (item.name, cycle, record, value)
+            (item.name, cycle, record.identity.order_index, value)
             for item in self.run.with_results
             for cycle, members in item.cycles.items()
             for record in members
@@ -159,8 +158,8 @@ class Course:
         """Of the places, and of the logs less the mean of their configuration."""
         logs = without_means([math.log(value) for *_, value in self._values], [name for name, *_ in self._values])
         cycles: dict[Cycle, list[tuple[int, float]]] = {}
-        for (_, cycle, record, _), log in zip(self._values, logs, strict=True):
-            cycles.setdefault(cycle, []).append((record.identity.order_index, log))
+        for (_, cycle, order, _), log in zip(self._values, logs, strict=True):
+            cycles.setdefault(cycle, []).append((order, log))
         return {
             cycle: (fmean(place for place, _ in found), fmean(log for _, log in found))
             for cycle, found in sorted(cycles.items())
@@ -173,7 +172,7 @@ class Course:
         # observations. The confidence is divided among the metrics watched, so that all of them together have the
         # stated false alarms.
         cycles = self._cycle_means
-        orders = [record.identity.order_index for _, _, record, _ in self._values]
+        orders = [order for _, _, order, _ in self._values]
         length = max(orders, default=0) - min(orders, default=0)
         places, means = zip(*cycles.values(), strict=True) if cycles else ((), ())
         confidence = 1 - FALSE_ALARMS / len(WATCHED)
@@ -190,9 +189,9 @@ class Course:
     @property
     def position_effect(self) -> Drift | None:
         """From the first place within a cycle to the last; None where every cycle has the same order."""
-        rows, order = self._values, _in_order(self.run)
-        place_of = {item.identity.key: place for members in order.values() for place, item in enumerate(members)}
-        places = [place_of[record.identity.key] for _, _, record, _ in rows]
+        rows, cycles = self._values, _in_order(self.run)
+        place_of = {(cycle, order): place for cycle, found in cycles.items() for place, (order, _) in enumerate(found)}
+        places = [place_of[cycle, order] for _, cycle, order, _ in rows]
         logs, length = [math.log(value) for *_, value in rows], max(places, default=0)
         names, numbers = [name for name, *_ in rows], [cycle[2] for _, cycle, _, _ in rows]
         effect = trend_of(places, logs, names, numbers, length=length)
