@@ -73,7 +73,7 @@ def agreement_of(baseline: Configuration, other: Configuration) -> Measured[Agre
     """None if neither side was to keep its answers."""
     # Of pooled configurations, each member is compared with its counterpart.
     pairs = list(zip(_members(baseline), _members(other), strict=True))
-    if not any(_is_asked(item) for pair in pairs for item in pair):
+    if not any(item.are_answers_asked for pair in pairs for item in pair):
         return None
     found = []
     for pair in pairs:
@@ -101,14 +101,6 @@ def repeatability_of(item: Configuration) -> Measured[Agreement] | None:
 
 def _members(item: Configuration) -> Sequence[Configuration]:
     return getattr(item, "members", ()) or (item,)
-
-
-def _is_asked(item: Configuration) -> bool:
-    return any(
-        record.work.output_ids_sha256 is not None
-        or record.work.why_none("output_ids_sha256").code == "ids_not_returned"
-        for record in item.used
-    )
 
 
 def _read(item: Configuration) -> _Answers | Reason:

@@ -290,12 +290,12 @@ class Key:
             beside.remove(choice[0])
             above += choice
         above.sort(key=self.axes.index)
-        order = [index for group in _groups(above) for index in group] if above else range(len(self._numbers))
-        shown = tuple(
-            replace(column, cells=tuple(column.cells[index] for index in order))
-            for column in (*names, *(axis.column for axis in beside), *columns)
-        )
-        sections = tuple(", ".join(axis.of(index) for axis in above) for index in order) if above else ()
+        shown = (*names, *(axis.column for axis in beside), *columns)
+        if not above:
+            return Table(self._heading, self._numbers, shown)
+        order = [index for group in _groups(above) for index in group]
+        shown = tuple(replace(column, cells=tuple(column.cells[index] for index in order)) for column in shown)
+        sections = tuple(", ".join(axis.of(index) for axis in above) for index in order)
         return Table(self._heading, tuple(self._numbers[index] for index in order), shown, sections=sections)
 
 

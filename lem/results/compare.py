@@ -104,13 +104,13 @@ class Comparison:
     def n_compared(self) -> int:  # how many p values Holm adjusted together
         return sum(row.p_adjusted is not None for pair in self.pairs for row in pair.rows)
 
-    @property
+    @cached_property
     def alpha(self) -> float:
         """What all intervals, p values and verdicts together may err: what earlier tests of the runs have left."""
         sides = (item for pair in self.pairs for item in (pair.baseline, pair.other))
         return SIGNIFICANCE * min((item.share for item in sides), default=1)
 
-    @property
+    @cached_property
     def n_intervals(self) -> int:  # of all that is shown, those without a verdict too
         effects = (row.effect for pair in self.pairs for row in pair.rows if row.metric in self.metrics)
         return sum(effect is not None and effect.std_error is not None for effect in effects)
@@ -413,11 +413,11 @@ def finished(comparison: Comparison) -> Comparison:
     judged = iter(stats.judge(questions, confidence=1 - comparison.alpha))
     confidence = comparison.interval_confidence  # it counts the intervals of all pairs
     done = (
-        replace(
-            row,
-            p_adjusted=adjusted.get(index),
-            interval=row.effect.interval(confidence) if row.effect else None,
-            judgement=next(judged) if row.metric.name in gates else None,
+        Row(
+            *(row.metric, row.means, row.effect, row.effect.interval(confidence) if row.effect else None),
+            *(row.raw_ratio, row.all_attempts_ratio, row.reason, adjusted.get(index)),
+            next(judged) if row.metric.name in gates else None,
+            row.combined,
         )
         for index, row in enumerate(rows)
     )

@@ -371,7 +371,9 @@ class _Content:
         return f"; confounded by {', '.join(found)}" if found else ""
 
     def _of_many(self, metric: Metric, rows: Sequence[tuple[Pair, Row]]) -> str:
-        sides = {side: [(pair, row) for pair, row in rows if _side(row) == side] for side in _SIDES}
+        sides: dict[str, list[tuple[Pair, Row]]] = {side: [] for side in _SIDES}
+        for pair, row in rows:
+            sides[_side(row)].append((pair, row))
         against = "the earlier run" if self._anchor else self._labels(self._pairs[0])[0]
         n_open = len(sides["without a verdict"])
         judged = len(rows) - n_open

@@ -271,9 +271,13 @@ def used_cycles(attempts: Cycles) -> Cycles:
 
 
 def distinct(records: Iterable[Record]) -> tuple[Record, ...]:
+    given = tuple(records)
+    keys = [record.identity.key for record in given]
+    if len(set(keys)) == len(keys):
+        return given
     kept: dict[ResultKey, list[Record]] = {}
-    for record in records:
-        same = kept.setdefault(record.identity.key, [])
+    for key, record in zip(keys, given, strict=True):
+        same = kept.setdefault(key, [])
         if record not in same:
             same.append(record)
     return tuple(record for same in kept.values() for record in same)
@@ -289,11 +293,13 @@ def by_cycle(records: Iterable[Record]) -> Cycles:
 
 def share_a_load(cycles: Cycles) -> bool:
     """Whether two cycles were measured with one engine load."""
-    loads = [
-        {(record.identity.host, record.validity.engine_load_id) for record in members if record.validity.engine_load_id}
-        for members in cycles.values()
-    ]
-    return sum(map(len, loads)) > len(set().union(*loads))
+    before: set[tuple[str, str]] = set()
+    for members in cycles.values():
+        loads = {(record.identity.host, load) for record in members if (load := record.validity.engine_load_id)}
+        if not before.isdisjoint(loads):
+            return True
+        before |= loads
+    return False
 
 
 def cycle_values(metric: Metric, cycles: Cycles) -> dict[Cycle, float]:

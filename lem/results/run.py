@@ -300,6 +300,13 @@ class Configuration:
         return {}
 
     @cached_property
+    def are_answers_asked(self) -> bool:  # by `measurement.agreement`
+        return any(
+            work.output_ids_sha256 is not None or work.why_none("output_ids_sha256").code == "ids_not_returned"
+            for work in (record.work for record in self.used)
+        )
+
+    @cached_property
     def conditions(self) -> Conditions:
         return conditions_of(self.used)
 

@@ -130,8 +130,9 @@ def _in_order(run: Run) -> dict[Cycle, list[tuple[int, str]]]:
     """The hashes of the configurations that each cycle measured, with their numbers in the order."""
     cycles: dict[Cycle, list[tuple[int, str]]] = {}
     for item in run.with_results:
+        digest = item.config_hash
         for cycle, members in item.cycles.items():
-            cycles.setdefault(cycle, []).extend((it.identity.order_index, item.config_hash) for it in members)
+            cycles.setdefault(cycle, []).extend([(it.identity.order_index, digest) for it in members])
     return {cycle: sorted(found) for cycle, found in cycles.items()}
 
 

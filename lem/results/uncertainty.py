@@ -23,6 +23,7 @@ from lem.results.student import student_t_quantile
 CYCLES = "cycles"  # the cause beside those of `Energy.uncertainty_budget_j`
 # The lag of one counter is the same in all windows, so only the difference of what it costs matters to a ratio.
 _LAG = "lag"
+_NET = "gpu_energy_net_j"  # the field of a metric that has a budget of its own
 _NO_METER = Measured[Any](None, Reason.of("no_meter_uncertainty"))
 # Where there is no interval over the cycles either, which says why.
 _EVIDENT = frozenset({"no_meter_uncertainty", "one_cycle", "no_interval", "no_ratio", "nothing_to_compare"})
@@ -99,9 +100,10 @@ def common_causes(metric: Metric, records: Sequence[Record]) -> Measured[Causes]
     for record in records:
         if metric.read(record)[0] is None:
             continue
-        energy_j, budget = _budget_of(metric, record.energy)
+        budget = _budget_of(metric, record.energy)
         if budget.value is None:
             return Measured(None, budget.null_reason)
+        energy_j = record.energy.gpu_energy_net_j if metric.field == _NET else record.energy.primary_j.value
         if energy_j is None or energy_j <= 0:
             return known(None, "no_ratio")
         found.append({cause: part_j / energy_j for cause, part_j in budget.value.items() if cause != EDGES})
@@ -109,13 +111,13 @@ def common_causes(metric: Metric, records: Sequence[Record]) -> Measured[Causes]
     return Measured({name: fmean(causes.get(name, 0.0) for causes in found) for name in names})
 
 
-def _budget_of(metric: Metric, energy: Energy) -> tuple[float | None, Measured[Mapping[str, float]]]:
-    if metric.field == "gpu_energy_net_j":
-        return energy.gpu_energy_net_j, energy.measured("net_uncertainty_budget_j")
+def _budget_of(metric: Metric, energy: Energy) -> Measured[Mapping[str, float]]:
+    if metric.field == _NET:
+        return energy.measured("net_uncertainty_budget_j")
     parts = ("total_j", *parts_of_source(energy.energy_source or ""))
     if metric.section == "energy" and metric.field not in parts:
-        return None, known(None, "accuracy_unknown")
-    return energy.primary_j.value, energy.measured("uncertainty_budget_j")
+        return known(None, "accuracy_unknown")
+    return energy.measured("uncertainty_budget_j")
 
 
 def ratio_causes(below: Measured[Causes], above: Measured[Causes], *, is_on_same_cards: bool) -> Measured[Causes]:

@@ -32,7 +32,7 @@ class ComparisonTables:
         self._comparison, self._pairs, self._metrics = comparison, comparison.pairs, comparison.metrics
         self._labels, self._items, self._anchor = labels, items, comparison.anchor
 
-    @property
+    @cached_property
     def n_cycles(self) -> int | None:
         counts = {item.estimate(metric).n for item in self._items for metric in self._metrics} - {0}
         return counts.pop() if len(counts) == 1 else None
