@@ -200,7 +200,28 @@ def read_if_whole(path: Path, decode: Callable[[dict[str, Any]], _Found], withou
 def _digest_of(document: Mapping[str, Any]) -> str:
     import hashlib  # OpenSSL, which not every process of lem needs
 
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for text in _sorted_parts(document):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+_SORTED = json.JSONEncoder(sort_keys=True).encode
+_ITEMS = 1000
+
+
+def _sorted_parts(document: Mapping[str, Any]) -> Iterator[str]:
+    """The parts of `json.dumps(document, sort_keys=True)`: as a whole, that of a long list takes megabytes."""
+    yield "{"
+    for place, (name, value) in enumerate(sorted(document.items())):
+        yield f"{', ' if place else ''}{_SORTED(name)}: "
+        if isinstance(value, (list, tuple)) and len(value) > _ITEMS:
+            for begin in range(0, len(value), _ITEMS):
+                yield f"{', ' if begin else '['}{_SORTED(value[begin : begin + _ITEMS])[1:-1]}"
+            yield "]"
+        else:
+            yield _SORTED(value)
+    yield "}"
 
 
 def parse_json(data: bytes) -> Any:

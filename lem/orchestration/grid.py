@@ -99,7 +99,7 @@ def expand_shared(grid: CampaignGridConfig, base_config: Mapping[str, Any] | Non
         base: dict[str, Any] = _plain(canonical(ExperimentConfig, {**own, "backend": backend}))
         layer = [base]
         for key, values in _axes_of(grid, backend, base):
-            lay = Shared(_part_of(key), _layer_of(key))
+            lay = Shared(_part_of(key), _layer_of(key), is_kept=len(layer) > 1)  # else each value comes once
             layer = [lay(config, value) for config in layer for value in values]
         configs.extend(layer)
     finish = Shared(("model",), lambda part, _: {key: _short_model(model) for key, model in part.items()})
@@ -112,8 +112,14 @@ class Shared:
     The function gets a mapping of these keys alone, which it must not change, and returns what replaces them.
     """
 
-    def __init__(self, keys: Sequence[str], function: Callable[[Mapping[str, Any], Any], dict[str, Any]]) -> None:
-        self._keys, self._function = tuple(keys), function
+    def __init__(
+        self,
+        keys: Sequence[str],
+        function: Callable[[Mapping[str, Any], Any], dict[str, Any]],
+        *,
+        is_kept: bool = True,
+    ) -> None:
+        self._keys, self._function, self._is_kept = tuple(keys), function, is_kept
         self._known: dict[Any, tuple[dict[str, Any], Any, dict[str, Any]]] = {}
 
     def __call__(self, config: dict[str, Any], value: Any = None) -> dict[str, Any]:
@@ -124,7 +130,9 @@ class Shared:
             part = {name: config[name] for name in self._keys if name in config}
             changed = self._function(part, value)
             is_same = changed.keys() == part.keys() and all(changed[name] is part[name] for name in part)
-            known = self._known[key] = (part, value, part if is_same else changed)
+            known = (part, value, part if is_same else changed)
+            if self._is_kept:
+                self._known[key] = known
         part, _, changed = known
         if changed is part:
             return config

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,20 @@ _END = b'",\n'
 _CHECK_LENGTH = 16
 
 
-def sealed(*rest: bytes) -> list[bytes]:
-    """The parts of a snapshot, the last of which are given."""
-    return [_START, _sha256(*rest).encode(), _END, *rest]
+def sealed(rest: Callable[[], Iterable[bytes]]) -> Iterator[bytes]:
+    """A snapshot in parts, of which all but the first are made twice: one of 10,000 experiments takes megabytes."""
+    yield b"".join([_START, _sha256(rest()).encode(), _END])
+    yield from rest()
 
 
 def is_intact(data: bytes) -> bool:
     rest = memoryview(data)[len(_START) + _DIGITS + len(_END) :]  # no copy: it may be long
-    return data.startswith(b"".join([_START, _sha256(rest).encode(), _END]))
+    return data.startswith(b"".join([_START, _sha256([rest]).encode(), _END]))
 
 
 def snapshot_of(data: bytes) -> str:
     """What tells a snapshot from every other: its checksum, or that of the whole file where it has none."""
-    return data[len(_START) :][:_DIGITS].decode("ascii", "replace") if data.startswith(_START) else _sha256(data)
+    return data[len(_START) :][:_DIGITS].decode("ascii", "replace") if data.startswith(_START) else _sha256([data])
 
 
 def find_snapshot(path: Path) -> str | None:
@@ -121,7 +123,7 @@ class Journal:
         return documents[1:]
 
 
-def _sha256(*parts: bytes | memoryview) -> str:
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
     import hashlib  # OpenSSL, which not every process of lem needs
 
     digest = hashlib.sha256()
@@ -135,7 +137,7 @@ def _first_line(snapshot: str | None) -> bytes:
 
 
 def _check_of(before: bytes, text: bytes) -> bytes:
-    return _sha256(before + text)[:_CHECK_LENGTH].encode()
+    return _sha256([before, text])[:_CHECK_LENGTH].encode()
 
 
 def _is_whole(line: bytes, before: bytes) -> bool:

@@ -206,17 +206,21 @@ _HEAD_NAMES = tuple(item.name for item in fields(CampaignManifest) if item.name 
 _AT_ONCE = 1000
 
 
-def encode_manifest(manifest: CampaignManifest) -> list[bytes]:
-    """The parts of the snapshot, of which a long one is not in memory as a whole, too."""
+def encode_manifest(manifest: CampaignManifest) -> Iterator[bytes]:
+    """The snapshot in parts, as `journal.sealed` gives them."""
+    return journal.sealed(lambda: _parts_of(manifest))
+
+
+def _parts_of(manifest: CampaignManifest) -> Iterator[bytes]:
     head = {name: getattr(manifest, name) for name in _HEAD_NAMES}
     lines = b"".join([b"  " + _encode(name) + b": " + _encode(value) + b",\n" for name, value in head.items()])
     is_short = len(manifest.experiments) < JOURNALED_FROM  # and so encoded at every change
-    parts = [lines + b'  "experiments": [\n']
+    yield lines + b'  "experiments": [\n'
     for begin in range(0, len(manifest.experiments), _AT_ONCE):
         entries = manifest.experiments[begin : begin + _AT_ONCE]
-        parts += [b",\n"] if begin else []
-        parts.append(b",\n".join([b"    " + entry.encode(is_kept=is_short) for entry in entries]))
-    return journal.sealed(*parts, b"\n  ]\n}\n")
+        yield b",\n" if begin else b""
+        yield b",\n".join([b"    " + entry.encode(is_kept=is_short) for entry in entries])
+    yield b"\n  ]\n}\n"
 
 
 def decode_manifest(data: bytes) -> CampaignManifest:
@@ -317,12 +321,13 @@ class ManifestManager:
         durable.make_folder(self.manifest_path.parent)
         self._check_own()
         parts = encode_manifest(manifest)
-        snapshot = journal.snapshot_of(b"".join(parts[:2]))
+        start = next(parts)
+        snapshot = journal.snapshot_of(start)
         if self._own is not None:  # a write that fails may have replaced the file or not
             self._own |= {snapshot}
         self._journal.stop()
-        durable.write_parts(self.manifest_path, parts)
-        self._own, self._snapshot_b = frozenset({snapshot}), sum(map(len, parts))
+        durable.write_parts(self.manifest_path, itertools.chain([start], parts))
+        self._own, self._snapshot_b = frozenset({snapshot}), self.manifest_path.stat().st_size
         self._journal.begin(snapshot)
 
     def save_entry(self, manifest: CampaignManifest, entry: CampaignManifestEntry) -> None:

@@ -32,7 +32,7 @@ from lem.config.campaign_config import (
 from lem.config.experiment import NO_TEMPLATE, OWN_TEMPLATE, ExperimentConfig
 from lem.config.kinds import KnownValues, Problem, as_written
 from lem.config.load import ListedExperiment, Loaded, Source, encode_config
-from lem.config.option import canonical, joined_texts
+from lem.config.option import Memo, canonical, joined_texts
 from lem.config.rules import Gpu
 from lem.config.sections import FilePrompts
 from lem.config.yamlfile import FileProblems
@@ -215,12 +215,14 @@ class Plan:
 
     @property
     def listing(self) -> tuple[ListedConfiguration, ...]:
+        rates = Memo(lambda section: {name: it for name in RATES if (it := getattr(section, name)) is not None})
+        slo = Memo(lambda section: section.slo.changed())
         return tuple(
             ListedConfiguration(
                 item.config_hash,
                 item.config_name,
-                {name: rate for name in RATES if (rate := getattr(item.config.measurement, name)) is not None},
-                item.config.traffic_simulation.slo.changed(),
+                rates(item.config.measurement),
+                slo(item.config.traffic_simulation),
             )
             for item in self.given
         )

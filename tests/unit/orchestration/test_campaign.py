@@ -252,7 +252,7 @@ def _as_by_older_build(place):
     ManifestManager(_manifest_path(place)).save(manifest)
     without = _manifest_path(place).read_bytes().replace(b'  "structure": null,\n', b"")
     body = without.split(b"\n", 3)[3]
-    _manifest_path(place).write_bytes(b"".join(sealed(body)))
+    _manifest_path(place).write_bytes(b"".join(sealed(lambda: [body])))
 
 
 def test_a_campaign_that_an_older_build_began_keeps_its_order_its_prompts_and_its_hashes(place):
