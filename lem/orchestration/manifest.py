@@ -49,8 +49,14 @@ class Attempt:
     result_sha256: str | None = None  # of the result as it was measured; None without one, or in the first build's
 
 
-@dataclass
-class CampaignManifestEntry:
+class _Encoded:
+    __slots__ = ("_line",)  # the entry as it was last encoded
+
+    _line: bytes | None
+
+
+@dataclass(slots=True)  # thousands are in memory
+class CampaignManifestEntry(_Encoded):
     """One experiment: one configuration in one cycle. Times are UTC labels; a datetime is turned into one.
 
     Every value in it is immutable, so assigning a field is the one way to change it.
@@ -75,8 +81,8 @@ class CampaignManifestEntry:
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_plain = type(value) in _PLAIN_TYPES and name in _PLAIN_NAMES
-        self.__dict__[name] = value if is_plain else _checked(name, value)
-        self.__dict__.pop("_line", None)
+        object.__setattr__(self, name, value if is_plain else _checked(name, value))
+        object.__setattr__(self, "_line", None)
 
     def put_attempt(self, attempt: Attempt) -> None:
         """Add an attempt, or put it in the place of the one with its number."""
@@ -85,13 +91,13 @@ class CampaignManifestEntry:
 
     def encode(self, *, is_kept: bool = False) -> bytes:
         """The entry as one line of JSON; with `is_kept`, encoded again only after a change."""
-        line: bytes | None = self.__dict__.get("_line")
+        line = self._line
         if line is None:
-            values = {name: self.__dict__[name] for name in _ENTRY_NAMES}
+            values: dict[str, Any] = {name: getattr(self, name) for name in _ENTRY_NAMES}
             values["attempts"] = [vars(attempt) for attempt in self.attempts]
             line = _encode(values)
             if is_kept:
-                self.__dict__["_line"] = line
+                object.__setattr__(self, "_line", line)
         return line
 
 
@@ -252,9 +258,8 @@ def decode_manifest(data: bytes) -> CampaignManifest:
 def _decode_entry(document: Any, where: str) -> CampaignManifestEntry:
     # Not by its constructor, which takes longer for each value than to decode it.
     entry = object.__new__(CampaignManifestEntry)
-    values = vars(entry)
-    for name, value in decode_fields(CampaignManifestEntry, document, where).items():
-        values[name] = value
+    for name, value in {**decode_fields(CampaignManifestEntry, document, where), "_line": None}.items():
+        object.__setattr__(entry, name, value)
     if entry.status not in STATUSES:
         raise DecodeError(f"{where}: {_invalid_status(entry.status)}")
     return entry

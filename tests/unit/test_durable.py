@@ -245,3 +245,10 @@ def test_a_file_larger_than_any_of_lem_is_refused_without_filling_the_memory(tmp
         file.truncate(2**40)
     with pytest.raises(OSError, match="too large"):
         durable.read_json(tmp_path / "sparse")
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 1001, 2500])
+def test_a_checksum_is_that_of_the_sorted_json_however_long_a_list_is(count: int) -> None:
+    document = {"b": [{"z": number, "a": "ü"} for number in range(count)], "a": tuple(range(count)), "c": None}
+    expected = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    assert durable.seal(document) == {**document, "sha256": expected}
