@@ -43,18 +43,17 @@ def _as_csv(table: Table) -> Iterator[str]:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(map(_not_a_formula, table.columns))
-    others = [at for at, name in enumerate(table.columns) if not table.packed.is_number(name)]
-    for values, _ in table.packed.lists(table.columns):
-        for at in others:
-            value = values[at]
-            if value is not None:  # which is written as no text
-                values[at] = _not_a_formula(value if type(value) is str else cell_text(value))
+    for values, _ in table.packed.lists(table.columns, _csv_text):
         writer.writerow(values)
         if out.tell() >= _CHUNK:
             yield out.getvalue()
             out.seek(0)
             out.truncate()
     yield out.getvalue()
+
+
+def _csv_text(value: Any) -> str:
+    return _not_a_formula(value if type(value) is str else cell_text(value))
 
 
 @functools.lru_cache(4096)

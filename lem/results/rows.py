@@ -76,6 +76,14 @@ class _Shape(NamedTuple):
     whys: _Whys
     kept: Sequence[int]  # the places of values that are not None
     keep: _Keep
+    unseen: list[int]  # the places of lists, and of texts that were empty so far: others tell more about the column
+
+
+class _Form(NamedTuple):
+    pick: _Keep  # the values of the columns, from those of the row and the others
+    whys: Sequence[str]
+    others: tuple[Any, ...]  # the values of shared parts, and None
+    texts: Sequence[int]  # the columns of values of the row that become texts
 
 
 def _keeping(places: Sequence[int]) -> _Keep:
@@ -99,8 +107,6 @@ class _Rows:
         self._shared_parts: list[tuple[int, _Part]] = []  # with their shapes
         self._forms: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}  # shapes of a row, and its shared parts
         self._rows: list[tuple[Any, ...]] = []  # its form, then the values that it does not share, without None
-        self._last: dict[int, list[Any]] = {}  # the last values, by form
-        self._seen: set[Any] = set()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -124,44 +130,53 @@ class _Rows:
     def _shape_of(self, part: _Part) -> tuple[int, _Keep]:
         types = tuple(map(type, part.values))
         key = id(part.names), id(part.whys), types
-        if (shape := self._shape_numbers.get(key)) is None:
-            shape = self._shape_numbers[key] = len(self._shapes)
+        number = self._shape_numbers.get(key)
+        if number is None:
+            number = self._shape_numbers[key] = len(self._shapes)
             kept = [at for at, kind in enumerate(types) if kind is not type(None)]
-            self._shapes.append(_Shape(part.names, part.whys, kept, _keeping(kept)))
-        look = shape, tuple(map(bool, part.values))
-        is_new = look not in self._seen
-        if is_new or list in types:
-            self._seen.add(look)
-            for name, value, kind in zip(part.names, part.values, types, strict=True):
-                if is_new or (kind is list and value):
-                    self.columns.setdefault(name, _Column()).add(value)
-        return shape, self._shapes[shape].keep
+            unseen = [at for at, value in enumerate(part.values) if types[at] is list or value == ""]
+            self._shapes.append(_Shape(part.names, part.whys, kept, _keeping(kept), unseen))
+            for name, value in zip(part.names, part.values, strict=True):
+                self.columns.setdefault(name, _Column()).add(value)
+        shape = self._shapes[number]
+        for at in [at for at in shape.unseen if part.values[at]]:
+            self.columns[part.names[at]].add(part.values[at])
+            if types[at] is str:
+                shape.unseen.remove(at)
+        return number, shape.keep
 
-    def lists(self, columns: _Names) -> Iterator[tuple[list[Any], Sequence[str]]]:
-        """Of each row its values in these columns, and why they are None."""
-        as_text = [at for at, name in enumerate(columns) if self.is_mixed(name)]
+    def lists(
+        self, columns: _Names, as_text: Callable[[Any], str] | None = None
+    ) -> Iterator[tuple[list[Any], Sequence[str]]]:
+        """Of each row its values in these columns, and why they are None; with `as_text`, only numbers are no texts."""
+        texts = [at for at, it in enumerate(columns) if self.is_mixed(it) or (as_text and not self.is_number(it))]
+        text_of = as_text or cell_text
         places_of = functools.lru_cache(256)(lambda shapes: self._places(shapes, columns))
-        forms = self._full_forms
+        forms = [self._form(*form, places_of, texts, text_of) for form in self._forms]
         for row in self._rows:
-            shapes, shared = forms[row[0]]
-            places, whys = places_of(shapes)
-            values = (*row, *shared, None)
-            chosen = [values[place] for place in places]
-            for at in as_text:
-                chosen[at] = None if chosen[at] is None else cell_text(chosen[at])
-            yield chosen, whys
+            form = forms[row[0]]
+            chosen = [*form.pick(row + form.others)]
+            for at in form.texts:
+                chosen[at] = text_of(chosen[at])
+            yield chosen, form.whys
 
-    @functools.cached_property
-    def _full_forms(self) -> Sequence[tuple[tuple[int, ...], Sequence[Any]]]:
-        """With the shapes of shared parts, too, and their values."""
-        found = []
-        for shapes, numbers in self._forms:
-            parts = [self._shared_parts[number] for number in numbers]
-            values = [value for shape, part in parts for value in self._shapes[shape].keep(part.values)]
-            found.append(((*shapes, *(shape for shape, _ in parts)), values))
-        return found
+    def _form(
+        self,
+        shapes: tuple[int, ...],
+        numbers: tuple[int, ...],
+        places_of: Callable[[tuple[int, ...]], tuple[Sequence[int], Sequence[str], _Keep]],
+        texts: Sequence[int],
+        text_of: Callable[[Any], str],
+    ) -> _Form:
+        parts = [self._shared_parts[number] for number in numbers]
+        others = [value for shape, part in parts for value in self._shapes[shape].keep(part.values)]
+        n_own = 1 + sum(len(self._shapes[shape].kept) for shape in shapes)
+        places, whys, pick = places_of((*shapes, *(shape for shape, _ in parts)))
+        for place in [place for at in texts if (place := places[at]) >= n_own]:
+            others[place - n_own] = text_of(others[place - n_own])
+        return _Form(pick, whys, (*others, None), [at for at in texts if 0 < places[at] < n_own])
 
-    def _places(self, shapes: tuple[int, ...], columns: _Names) -> tuple[Sequence[int], Sequence[str]]:
+    def _places(self, shapes: tuple[int, ...], columns: _Names) -> tuple[Sequence[int], Sequence[str], _Keep]:
         places: dict[str, tuple[int, str]] = {}
         first = 1
         for shape in map(self._shapes.__getitem__, shapes):
@@ -169,7 +184,8 @@ class _Rows:
             first += len(at)
             places |= {name: (at.get(it, -1), shape.whys[it]) for it, name in enumerate(shape.names)}
         found = [places.get(name, (-1, _NOT_GIVEN)) for name in columns]
-        return [place for place, _ in found], [why for _, why in found]
+        chosen = [place for place, _ in found]
+        return chosen, [why for _, why in found], _keeping(chosen)
 
     def has_value(self, name: str) -> bool:
         column = self.columns.get(name, _Column())
@@ -182,8 +198,8 @@ class _Rows:
     @functools.cached_property
     def _names_of_rows(self) -> Sequence[Set[str]]:
         names = [shape.names for shape in self._shapes]
-        shapes = {shapes for shapes, _ in self._full_forms}
-        return [{name for shape in each for name in names[shape]} for each in shapes]
+        forms = {(*own, *(self._shared_parts[number][0] for number in numbers)) for own, numbers in self._forms}
+        return [{name for shape in each for name in names[shape]} for each in forms]
 
     def is_number(self, name: str) -> bool:
         return name in self.columns and self.columns[name].kinds == {"number"}
