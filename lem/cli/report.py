@@ -17,7 +17,6 @@ from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S, fmean
 from lem.cli import options, selection
 from lem.meters import samples
-from lem.meters.curve import HOLE_PERIODS
 from lem.meters.rapl import PACKAGE, distinct_zones, rapl_step_j
 from lem.results.report import render_report
 from lem.results.report.content import Phase, Series, Slowdown, Trace, compose, select_traced, union
@@ -128,7 +127,7 @@ def trace_of(log: samples.SampleLog, marks: Sequence[samples.Mark]) -> Trace:
 
 def _series(lines: Mapping[str, _Points], interval_s: float) -> tuple[Series, ...]:
     buckets = max(_BUCKETS // max(len(lines), 1), _LEAST_BUCKETS)
-    hole_s = HOLE_PERIODS * interval_s
+    hole_s = samples.HOLE_PERIODS * interval_s
     return tuple(Series(label, thin(points, buckets, hole_s)) for label, points in lines.items() if points)
 
 
@@ -182,7 +181,7 @@ def _package_powers(log: samples.SampleLog, seconds: Callable[[int], float]) -> 
 def _slowdowns(
     gpus: Iterable[Sequence[samples.GpuSample]], seconds: Callable[[int], float], interval_s: float
 ) -> tuple[Slowdown, ...]:
-    hole_s = HOLE_PERIODS * interval_s
+    hole_s = samples.HOLE_PERIODS * interval_s
     found: list[Slowdown] = []
     for mask, reason in (*SLOWDOWN_BITS.items(), (POWER_CAP_BIT, _AT_POWER_LIMIT)):
         spans: list[tuple[float, float]] = []

@@ -13,10 +13,7 @@ from typing import Any
 from lem.base.dataclass import dataclass, replace
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.meters.samples import CounterChange, CpuLoad, CpuUse, GpuSample, GpuSecond
-
-# A hole longer than three sampling periods voids an integration.
-HOLE_PERIODS = 3
+from lem.meters.samples import HOLE_PERIODS, CounterChange, CpuLoad, CpuUse, GpuSample, GpuSecond
 
 # Energy interpolated over more than this share of a span is no measurement of it any more.
 _MOST_OF_SPAN = 0.05

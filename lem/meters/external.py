@@ -21,8 +21,8 @@ from lem.base.dataclass import dataclass
 from lem.base.errors import MeterRefused
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span, trapezoids
-from lem.meters.samples import SampleLog
+from lem.meters.curve import Curve, NotMeasured, Span, trapezoids
+from lem.meters.samples import HOLE_PERIODS, SampleLog
 
 _FORM = "expected two columns: UTC time (2026-07-14T10:00:00Z, or seconds since 1970) and power"
 _UNIT_HINT = "name it in the first line (time,power_w) or set measurement.external_unit to W, kW or mW"

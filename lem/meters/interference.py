@@ -12,8 +12,8 @@ from lem.base.measurement import INTERFERENCE_FROM, known
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import AttemptLog, measured
-from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span
-from lem.meters.samples import SLOW_PERIOD_S, CpuUse, SampleLog
+from lem.meters.curve import NotMeasured, Span
+from lem.meters.samples import HOLE_PERIODS, SLOW_PERIOD_S, CpuUse, SampleLog
 from lem.record import Interference
 
 # Less of the window, in threads or in CPUs, can hardly have changed it; a ratio of two such times says nothing.

@@ -32,6 +32,8 @@ FINISHED_FILENAME = "samples.jsonl.gz"
 
 # How often the sampler reads powercap zones, the load of the CPU, and the processes on GPUs.
 SLOW_PERIOD_S = 1
+# A hole longer than three sampling periods voids an integration.
+HOLE_PERIODS = 3
 
 
 class SampleLogError(ValueError):

@@ -15,8 +15,8 @@ from lem.base.measurement import EnergyScope, EnergySource, Measured, is_counter
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.attempt import AttemptLog, measured
-from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span
-from lem.meters.samples import SLOW_PERIOD_S, GpuHeader, GpuSample, GpuSecond
+from lem.meters.curve import Curve, NotMeasured, Span
+from lem.meters.samples import HOLE_PERIODS, SLOW_PERIOD_S, GpuHeader, GpuSample, GpuSecond
 from lem.meters.sources import SENSOR_LAG_S, sensor_lag_s
 from lem.record import Energy, Gpu, Idle
 

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lem.base import process, units
+from lem.base import units
 from lem.base.doc import Column, Doc, columns
 from lem.base.log import WIDTH
 from lem.base.measurement import ENERGY_COUNTED, Distribution
@@ -39,6 +39,8 @@ def render_record(record: Record, *, is_colour: bool = False, width: int = WIDTH
 
 
 def _facts_of_program(record: Record) -> Iterable[tuple[str, str]]:
+    from lem.base import process  # imported here to keep the start-up fast
+
     work, environment = record.work, record.environment
     yield "command", shlex.join(map(str, record.requested.get("command", ())))
     yield "ended", process.describe_exit(environment.engine_effective.get("exit_code", 0))
