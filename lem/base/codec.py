@@ -36,8 +36,9 @@ _UNIONS = (types.UnionType, typing.Union)
 _DATA = (str, int, float)  # of a reason
 _NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
-# Types of rows that were found good for a kind: there are few of them, and hundreds of thousands of rows in a log.
-_GOOD_ROWS: dict[type, set[tuple[type, ...]]] = {}
+# A kind of rows with types that were found good for it, and the places of numbers: there are few of them, and hundreds
+# of thousands of rows in a log.
+_GOOD_ROWS: dict[tuple[type, ...], Sequence[int]] = {}
 
 
 class DecodeError(ValueError):
@@ -137,22 +138,24 @@ def _is_good(value: Any, kinds: Collection[type]) -> bool:
 
 
 def decode_row(kind: type[T], values: Sequence[Any]) -> T:
-    found, good = tuple(map(type, values)), _GOOD_ROWS.setdefault(kind, set())
-    name = kind.__name__
-    if found not in good:
+    found = (kind, *map(type, values))
+    numbers = _GOOD_ROWS.get(found)
+    if numbers is None:
         declared: Any = kind
-        hints, plain = hints_of(declared), _plain_types(declared)
-        if len(found) != len(hints):
-            raise DecodeError(f"{name}: expected {len(hints)} values, got {len(found)}")
+        hints, plain, name = hints_of(declared), _plain_types(declared), kind.__name__
+        if len(values) != len(hints):
+            raise DecodeError(f"{name}: expected {len(hints)} values, got {len(values)}")
         allowed = (kinds | {int} if float in kinds else kinds for kinds in plain.values())
-        if all(item in kinds for item, kinds in zip(found, allowed, strict=True)):
-            good.add(found)
-        else:
+        is_good = all(type(item) in kinds for item, kinds in zip(values, allowed, strict=True))
+        if not is_good:
             pairs = zip(hints, values, strict=True)
             values = [decode_hint(hints[field], item, f"{name}.{field}") for field, item in pairs]
-    for value in values:
-        if (type(value) is int or type(value) is float) and not -MOST < value < MOST:
-            raise DecodeError(f"{name}: {shown(value)} is out of range")
+        numbers = [at for at, value in enumerate(values) if type(value) is int or type(value) is float]
+        if is_good:
+            _GOOD_ROWS[found] = numbers
+    for at in numbers:
+        if not -MOST < values[at] < MOST:
+            raise DecodeError(f"{kind.__name__}: {shown(values[at])} is out of range")
     return kind(*values)
 
 

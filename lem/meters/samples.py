@@ -388,9 +388,9 @@ class _Rows:
                     gpus, zones = len(header.devices), len(header.zones)
                     self._places = {"c": gpus, "s": gpus, "p": gpus, "g": gpus, "w": gpus, "r": zones}
                 else:
-                    row, (letter, place, *_) = _decode_row(value), value
-                    if letter in self._places and not 0 <= place < self._places[letter]:
-                        raise ValueError(f"a row of device {place}, which is not in the header")
+                    row, letter = _decode_row(value), value[0]
+                    if letter in self._places and not 0 <= value[1] < self._places[letter]:
+                        raise ValueError(f"a row of device {value[1]}, which is not in the header")
                     self._found[letter].append(row)
                 self._next += 1
         except durable.UnpackedTooFar:  # of the lines themselves
