@@ -11,8 +11,10 @@ The columns depend on all results, so each is converted once, and its row kept w
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import operator
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,15 +76,17 @@ _Keep = Callable[[Sequence[Any]], Sequence[Any]]
 class _Shape(NamedTuple):
     names: _Names
     whys: _Whys
-    kept: Sequence[int]  # the places of values that are not None
-    keep: _Keep
+    floats: Sequence[int]  # their places
+    others: Sequence[int]  # those of other values that are not None
+    keep_floats: _Keep
+    keep_others: _Keep
     unseen: list[int]  # the places of lists, and of texts that were empty so far: others tell more about the column
 
 
 class _Form(NamedTuple):
-    pick: _Keep  # the values of the columns, from those of the row and the others
+    pick: _Keep  # the values of the columns, from those of the row and the shared ones
     whys: Sequence[str]
-    others: tuple[Any, ...]  # the values of shared parts, and None
+    shared: tuple[Any, ...]  # the values of shared parts, and None
     texts: Sequence[int]  # the columns of values of the row that become texts
 
 
@@ -106,36 +110,42 @@ class _Rows:
         self._shared: dict[int, int] = {}  # by identity
         self._shared_parts: list[tuple[int, _Part]] = []  # with their shapes
         self._forms: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}  # shapes of a row, and its shared parts
-        self._rows: list[tuple[Any, ...]] = []  # its form, then the values that it does not share, without None
+        # Its form, its floats, which are packed to a quarter of their size, and its other values; without None.
+        self._rows: list[tuple[Any, ...]] = []
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def add(self, parts: Iterable[_Part]) -> None:
-        shapes, shared, row = list[int](), list[int](), list[Any]()
+        shapes, shared = list[int](), list[int]()
+        floats, others = list[float](), list[Any]()
         for part in parts:
             if not part.is_shared:
-                shape, keep = self._shape_of(part)
-                shapes.append(shape)
-                row += keep(part.values)
+                number = self._shape_of(part)
+                shape = self._shapes[number]
+                shapes.append(number)
+                floats += shape.keep_floats(part.values)
+                others += shape.keep_others(part.values)
                 continue
             if id(part) not in self._shared:
                 self._shared[id(part)] = len(self._shared)
-                self._shared_parts.append((self._shape_of(part)[0], part))
+                self._shared_parts.append((self._shape_of(part), part))
             shared.append(self._shared[id(part)])
-        form = self._forms.setdefault((tuple(shapes), tuple(shared)), len(self._forms))
-        self._last[form] = row = _shared_with(self._last.get(form, row), row)
-        self._rows.append((form, *row))
+        form = (tuple(shapes), tuple(shared))
+        packed = struct.pack(f"{len(floats)}d", *floats)
+        self._rows.append((self._forms.setdefault(form, len(self._forms)), packed, *others))
 
-    def _shape_of(self, part: _Part) -> tuple[int, _Keep]:
+    def _shape_of(self, part: _Part) -> int:
         types = tuple(map(type, part.values))
         key = id(part.names), id(part.whys), types
         number = self._shape_numbers.get(key)
         if number is None:
             number = self._shape_numbers[key] = len(self._shapes)
-            kept = [at for at, kind in enumerate(types) if kind is not type(None)]
+            floats = [at for at, kind in enumerate(types) if kind is float]
+            others = [at for at, kind in enumerate(types) if kind not in (float, type(None))]
             unseen = [at for at, value in enumerate(part.values) if types[at] is list or value == ""]
-            self._shapes.append(_Shape(part.names, part.whys, kept, _keeping(kept), unseen))
+            keep = _keeping(floats), _keeping(others)
+            self._shapes.append(_Shape(part.names, part.whys, floats, others, *keep, unseen))
             for name, value in zip(part.names, part.values, strict=True):
                 self.columns.setdefault(name, _Column()).add(value)
         shape = self._shapes[number]
@@ -143,7 +153,7 @@ class _Rows:
             self.columns[part.names[at]].add(part.values[at])
             if types[at] is str:
                 shape.unseen.remove(at)
-        return number, shape.keep
+        return number
 
     def lists(
         self, columns: _Names, as_text: Callable[[Any], str] | None = None
@@ -151,11 +161,12 @@ class _Rows:
         """Of each row its values in these columns, and why they are None; with `as_text`, only numbers are no texts."""
         texts = [at for at, it in enumerate(columns) if self.is_mixed(it) or (as_text and not self.is_number(it))]
         text_of = as_text or cell_text
-        places_of = functools.lru_cache(256)(lambda shapes: self._places(shapes, columns))
+        places_of = functools.lru_cache(256)(lambda own, shared: self._places(own, shared, columns))
         forms = [self._form(*form, places_of, texts, text_of) for form in self._forms]
         for row in self._rows:
             form = forms[row[0]]
-            chosen = [*form.pick(row + form.others)]
+            floats = struct.unpack(f"{len(row[1]) // 8}d", row[1])
+            chosen = [*form.pick(row + floats + form.shared)]
             for at in form.texts:
                 chosen[at] = text_of(chosen[at])
             yield chosen, form.whys
@@ -164,25 +175,31 @@ class _Rows:
         self,
         shapes: tuple[int, ...],
         numbers: tuple[int, ...],
-        places_of: Callable[[tuple[int, ...]], tuple[Sequence[int], Sequence[str], _Keep]],
+        places_of: Callable[..., tuple[Sequence[int], Sequence[str], _Keep]],
         texts: Sequence[int],
         text_of: Callable[[Any], str],
     ) -> _Form:
         parts = [self._shared_parts[number] for number in numbers]
-        others = [value for shape, part in parts for value in self._shapes[shape].keep(part.values)]
-        n_own = 1 + sum(len(self._shapes[shape].kept) for shape in shapes)
-        places, whys, pick = places_of((*shapes, *(shape for shape, _ in parts)))
+        shared = [value for _, part in parts for value in part.values if value is not None]
+        n_own = 2 + sum(len(self._shapes[shape].floats) + len(self._shapes[shape].others) for shape in shapes)
+        places, whys, pick = places_of(shapes, tuple(shape for shape, _ in parts))
         for place in [place for at in texts if (place := places[at]) >= n_own]:
-            others[place - n_own] = text_of(others[place - n_own])
-        return _Form(pick, whys, (*others, None), [at for at in texts if 0 < places[at] < n_own])
+            shared[place - n_own] = text_of(shared[place - n_own])
+        return _Form(pick, whys, (*shared, None), [at for at in texts if 0 < places[at] < n_own])
 
-    def _places(self, shapes: tuple[int, ...], columns: _Names) -> tuple[Sequence[int], Sequence[str], _Keep]:
-        places: dict[str, tuple[int, str]] = {}
-        first = 1
-        for shape in map(self._shapes.__getitem__, shapes):
-            at = dict(zip(shape.kept, range(first, first + len(shape.kept)), strict=True))
-            first += len(at)
-            places |= {name: (at.get(it, -1), shape.whys[it]) for it, name in enumerate(shape.names)}
+    def _places(
+        self, own: tuple[int, ...], shared: tuple[int, ...], columns: _Names
+    ) -> tuple[Sequence[int], Sequence[str], _Keep]:
+        mine, others = ([self._shapes[shape] for shape in shapes] for shapes in (own, shared))
+        kept = [(shape, shape.others) for shape in mine] + [(shape, shape.floats) for shape in mine]
+        kept += [(shape, sorted([*shape.floats, *shape.others])) for shape in others]
+        names = [shape.names[at] for shape, places in kept for at in places]
+        place_of = dict(zip(names, itertools.count(2)))
+        places = {
+            name: (place_of.get(name, -1), why)
+            for shape in mine + others
+            for name, why in zip(shape.names, shape.whys, strict=True)
+        }
         found = [places.get(name, (-1, _NOT_GIVEN)) for name in columns]
         chosen = [place for place, _ in found]
         return chosen, [why for _, why in found], _keeping(chosen)
