@@ -96,12 +96,6 @@ def _keeping(places: Sequence[int]) -> _Keep:
     return operator.itemgetter(*places)
 
 
-def _shared_with(before: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    """The values, those that are equal being the same objects: many are, from row to row."""
-    pairs = zip(before, values, strict=True)
-    return [old if old == new and old and type(old) is type(new) else new for old, new in pairs]  # 0.0 is -0.0
-
-
 class _Rows:
     def __init__(self) -> None:
         self.columns: dict[str, _Column] = {}

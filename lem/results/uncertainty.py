@@ -23,6 +23,7 @@ from lem.results.student import student_t_quantile
 CYCLES = "cycles"  # the cause beside those of `Energy.uncertainty_budget_j`
 # The lag of one counter is the same in all windows, so only the difference of what it costs matters to a ratio.
 _LAG = "lag"
+_NET = "gpu_energy_net_j"  # the field of a metric that has a budget of its own
 _NO_METER: Measured[Any] = Measured(None, Reason.of("no_meter_uncertainty"))
 # Where there is no interval over the cycles either, which says why.
 _EVIDENT = frozenset({"no_meter_uncertainty", "one_cycle", "no_interval", "no_ratio", "nothing_to_compare"})

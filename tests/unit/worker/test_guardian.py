@@ -139,7 +139,7 @@ def test_the_guardian_imports_only_what_it_needs():
     command = (sys.executable, "-c", GUARDIAN, "worker", "--engine", "--control-fd", "0", "--message-fd", "1")
     found = process.run(command, timeout_s=60, cwd=ROOT)
 
-    base = "dataclass errors launch log process units variables"
+    base = "dataclass errors importer launch log process units variables"
     modules = {"base": base, "cli": "main worker", "worker": "guardian"}
     expected = [f"lem.{package}.{name}" for package, names in modules.items() for name in names.split()]
     assert found.stdout.split() == sorted(["lem", *(f"lem.{package}" for package in modules), *expected])
