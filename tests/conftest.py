@@ -28,12 +28,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         raise pytest.UsageError("CI=true, and this is missing:\n  " + "\n  ".join(lines))
 
 
+# Tests that share one Docker Engine; `make test` runs them in two processes beside all others. In the second, each
+# campaign has a name of its own; those of the first have one name, and so the same containers.
+_ONE_AT_A_TIME = {"docker", "lab", "fleet"}
+_SECOND_LAB = (
+    "tests/fleet/", "tests/integration/test_container_health.py", "tests/integration/test_containers_energy.py",
+    "tests/integration/test_gpu_reservation.py", "tests/integration/test_weather.py",
+)  # fmt: skip
+
 # What hosts with systemd, and a second Docker Engine, leave of themselves in this machine's control groups and bridges
 # keeps the lab's engine from telling of memory that ran out: they come when nobody asks it any more.
 _LAST = ("tests/fleet/", "tests/integration/test_gpu_reservation.py")
-
-# Tests that share one Docker Engine, which `make test` runs in one process beside all others.
-_ONE_AT_A_TIME = {"docker", "lab", "fleet"}
 
 # Files that take minutes. They begin first, after the lab: one that begins last keeps everybody waiting for it.
 _LONG = (
@@ -44,16 +49,16 @@ _LONG = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give processes whole files, and the lab to one of them; put long ones first, what changes the machine last."""
+    """Give processes whole files, and the lab to two of them; put long ones first, what changes the machine last."""
     orders: dict[pytest.Item, tuple[int, bool]] = {}
     for item in items:
         needs = {name for marker in item.iter_markers("needs") for name in marker.args}
         path = item.nodeid.partition("::")[0]
-        is_lab = bool(needs & _ONE_AT_A_TIME)
-        item.add_marker(pytest.mark.xdist_group("lab" if is_lab else path))
+        lab = "" if not needs & _ONE_AT_A_TIME else "lab-2" if path.startswith(_SECOND_LAB) else "lab-1"
+        item.add_marker(pytest.mark.xdist_group(lab or path))
         name = path.rpartition("/")[2]
-        rank = 1 + _LONG.index(name) if name in _LONG else len(_LONG) + 1 + path.startswith("tests/unit/")
-        orders[item] = (0 if is_lab else rank, path.startswith(_LAST))
+        rank = _LONG.index(name) if name in _LONG else len(_LONG) + path.startswith("tests/unit/")
+        orders[item] = (-int(lab[-1]) if lab else rank, path.startswith(_LAST))
     items.sort(key=orders.__getitem__)
 
 
@@ -69,7 +74,7 @@ NICE = pytest.StashKey[bool]()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if hasattr(item.config, "workerinput") and not item.nodeid.endswith("@lab") and NICE not in item.config.stash:
+    if hasattr(item.config, "workerinput") and "@lab-" not in item.nodeid and NICE not in item.config.stash:
         # The lab is what the whole run waits for in the end, so others leave the processors to it.
         os.nice(5)
         item.config.stash[NICE] = True

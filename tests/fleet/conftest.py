@@ -20,12 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Fleet:
-    """A controller, two hosts on a network and one without, and what was on them when they were bare."""
+    """A controller, two hosts, and what was on them when they were bare."""
 
     controller: Controller
     gpu1: Host
     gpu2: Host
-    island: Host
     bare_files: dict[str, dict[str, str]]
 
 
@@ -43,12 +42,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     hosts: list[Host] = []
     docker("network", "create", NETWORK)
     try:
-        for name in ("gpu1", "gpu2", "island"):  # one by one, so that those that are there are removed
-            hosts += [start_host(name, key, has_network=name != "island")]
+        for name in ("gpu1", "gpu2"):  # one by one, so that those that are there are removed
+            hosts += [start_host(name, key)]
         controller = Controller(folder, key, pyz)
-        controller.know(*hosts[:2])
-        gpu1, gpu2, island = hosts
-        yield Fleet(controller, gpu1, gpu2, island, {host.name: host.files() for host in hosts})
+        controller.know(*hosts)
+        yield Fleet(controller, *hosts, {host.name: host.files() for host in hosts})
     finally:
         for host in hosts:
             host.remove()

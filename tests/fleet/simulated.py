@@ -111,7 +111,7 @@ class Simulated:
         return [Exchange(*json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
     def play(self, playbook: str | Path, *words: str, **variables: Any) -> Played:
-        """A playbook of the build's tree, or another one, ended, whatever came of it."""
+        """A playbook of the build's tree, or another one, ended, whatever came of it; None omits a variable."""
         tree = self.build.tree
         given = {
             "lem_pyz": str(self.build.zip),
@@ -122,6 +122,7 @@ class Simulated:
             "lem_campaign_poll_seconds": 1,
             **variables,
         }
+        given = {name: value for name, value in given.items() if value is not None}
         path = playbook if isinstance(playbook, Path) else tree / f"playbooks/{playbook}.yml"
         command = [str(self.ansible), "-i", str(self.folder / "inventory"), "-e", json.dumps(given), *words, str(path)]
         environ = {key: value for key, value in os.environ.items() if not key.startswith(("ANSIBLE_", "LEM"))}

@@ -22,7 +22,7 @@ from tests.doubles.nvml.library import build_library
 from tests.doubles.nvml.sensors import Counter
 from tests.doubles.nvml.traces import Trace
 from tests.fleet.controller import ANY, HOLD, environment, held, install_collection, trivial, unit
-from tests.fleet.hosts import DOUBLES, LEFT, MODEL, Host, docker, inventory, wait_for
+from tests.fleet.hosts import DOUBLES, LEFT, MODEL, Host, docker, inventory, start_host, wait_for
 
 pytestmark = [pytest.mark.needs("fleet", "gcc"), pytest.mark.timeout(1200)]
 
@@ -144,28 +144,6 @@ def test_a_host_that_is_not_fit_is_refused_before_anything_changes(fleet, variab
     before.pop("/opt/old-python")
     after = fleet.gpu1.files()
     assert {path for path in before.keys() ^ after.keys() if path.startswith(("/opt", "/etc"))} == set()
-
-
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({}, "set the campaign with -e lem_campaign_file=…"),
-        ({"lem_campaign_file": "@broken", "lem_fleet_mode": "shard"}, "unknown key"),
-        ({"lem_campaign_file": "@good", "lem_fleet_mode": "both"}, "shard or replicate"),
-        ({"lem_campaign_file": "@good", "lem_fleet_anchor_tolerance": "0.05"}, "expected a percentage"),
-    ],
-)
-def test_errors_of_a_campaign_are_found_before_any_host_is_touched(fleet, variables, said):
-    files = {
-        "@broken": fleet.controller.write_campaign("broken", more={"exekution": {}}),
-        "@good": fleet.controller.write_campaign("good"),
-    }
-    ended = fleet.controller.play(
-        "run_campaign", **{name: files.get(value, value) for name, value in variables.items()}
-    )
-    assert ended.code != 0
-    assert said in ended.text
-    assert "gpu1" not in ended.text
 
 
 # Campaigns
@@ -416,6 +394,13 @@ def test_roles_of_the_collection_run_a_campaign_from_another_repository(fleet, t
 
 
 @pytest.fixture(scope="module")
+def island(fleet):
+    host = start_host("island", fleet.controller.key, has_network=False)
+    yield host
+    host.remove()
+
+
+@pytest.fixture(scope="module")
 def bundle(fleet, tmp_path_factory):
     """A signed bundle with an image and a model, the lock of the image, and what to trust."""
     folder = tmp_path_factory.mktemp("bundle")
@@ -447,9 +432,9 @@ def bundle(fleet, tmp_path_factory):
 
 
 @pytest.mark.long
-def test_a_changed_byte_or_an_image_with_another_id_is_refused(fleet, bundle):
+def test_a_changed_byte_or_an_image_with_another_id_is_refused(fleet, island, bundle):
     folder, variables = bundle
-    fleet.controller.know(fleet.island)
+    fleet.controller.know(island)
     spoiled = folder / "spoiled"
     shutil.copytree(variables["lem_bundle_dir"], spoiled)
     (spoiled / "models" / "model" / "weights").write_text("weightz")
@@ -464,13 +449,13 @@ def test_a_changed_byte_or_an_image_with_another_id_is_refused(fleet, bundle):
         assert ended.code != 0
         assert said in ended.text
         assert ("island" in ended.text) is ("lem_bundle_dir" not in changed)
-        assert not fleet.island.answers("test", "-e", "/opt/lem")
+        assert not island.answers("test", "-e", "/opt/lem")
 
 
 @pytest.mark.long
-def test_a_host_without_network_installs_from_a_bundle_and_runs_a_campaign(fleet, bundle):
+def test_a_host_without_network_installs_from_a_bundle_and_runs_a_campaign(fleet, island, bundle):
     _, variables = bundle
-    controller, host = fleet.controller, fleet.island
+    controller, host = fleet.controller, island
     controller.know(host)
     assert "lo" in host.run("ls", "/sys/class/net").split()
     controller.must("site", **variables)

@@ -96,6 +96,25 @@ def test_a_campaign_goes_on_without_a_host_that_does_not_answer(fleet):
     assert "results are missing" in ended.text
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"lem_campaign_file": None}, "set the campaign with -e lem_campaign_file=…"),
+        ({"lem_campaign_file": "{broken}"}, "unknown key"),
+        ({"lem_fleet_mode": "both"}, "shard or replicate"),
+        ({"lem_fleet_anchor_tolerance": "0.05"}, "expected a percentage"),
+    ],
+)
+def test_errors_of_a_campaign_are_found_before_any_host_is_touched(newest, variables, said):
+    broken = newest.folder / "broken.yaml"
+    broken.write_text(newest.campaign.read_text().replace("execution", "exekution"))
+    given = {name: value and value.replace("{broken}", str(broken)) for name, value in variables.items()}
+    ended = newest.play("run_campaign", **given).ended
+    assert ended.code != 0
+    assert said in ended.text
+    assert not any(newest.exchanges(host) for host in HOSTS)
+
+
 def test_an_unfit_host_stops_all_of_them_before_anything_changes(fleet):
     fleet.describe("gpu1", problems=["it is too small"])
     fleet.describe("gpu2", dead_after=0)
