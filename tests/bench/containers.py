@@ -40,7 +40,7 @@ def dispatch() -> Iterator[Figure]:
     """
     text = container_campaign("bench", outputs=tuple(range(4, 4 + DISPATCHED)))  # one engine load, next to no work
     with tempfile.TemporaryDirectory() as folder, ContainerRig(Path(folder), text).cleaned() as rig:
-        ended = rig.run("--fresh", "--yes")
+        ended = rig.run("--fresh", "--yes", is_warm=False)
         if ended.code != 0:
             raise RuntimeError(f"the campaign fails with {ended.code}:\n{ended.err[-2000:]}")
         gaps_s = gaps_between([rig.folder / path for path in rig.results()])

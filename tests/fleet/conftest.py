@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fleet.controller import Controller
+from tests.fleet.controller import Controller, Ended
 from tests.fleet.hosts import NETWORK, Host, docker, start_host
 from tests.needs import missing
 
@@ -46,7 +46,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             hosts += [start_host(name, key)]
         controller = Controller(folder, key, pyz)
         controller.know(*hosts)
-        yield Fleet(controller, *hosts, {host.name: host.files() for host in hosts})
+        gpu1, gpu2 = hosts
+        yield Fleet(controller, gpu1, gpu2, {host.name: host.files() for host in hosts})
     finally:
         for host in hosts:
             host.remove()
@@ -54,7 +55,12 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="session")
-def provisioned(fleet: Fleet) -> Fleet:
-    """Hosts on which everything is installed, also if the tests that install it were left out."""
-    fleet.controller.must("site")
+def site(fleet: Fleet) -> Ended:
+    """How the playbook that installs everything on both hosts has ended."""
+    return fleet.controller.must("site")
+
+
+@pytest.fixture(scope="session")
+def provisioned(fleet: Fleet, site: Ended) -> Fleet:
+    """Hosts on which everything is installed, also if the test of that was left out."""
     return fleet

@@ -36,6 +36,8 @@ def free_port() -> int:
 class ServedRig(ContainerRig):
     """A campaign, and a compose file with a service that is a server (`llm`) and one that waits (`tools`)."""
 
+    is_warm = False  # its processes are known by their command lines
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         doubles = {"type": "bind", "source": str(DOUBLE.parent), "target": "/doubles", "read_only": True}
