@@ -29,14 +29,21 @@ FOUR, EIGHT = "pytorch-max_output_tokens=4", "pytorch-max_output_tokens=8"
 RUN_TIMEOUT_S = 120
 
 
-def campaign_text(*, outputs: Sequence[int] = (4, 8), more: str = "", **execution: Any) -> str:
+def campaign_text(
+    *,
+    name: str = "demo",
+    backends: Sequence[str] = ("pytorch",),
+    outputs: Sequence[int] = (4, 8),
+    more: str = "",
+    **execution: Any,
+) -> str:
     """A campaign of as little as there can be; `more` is YAML at the top, `execution` its section."""
     chosen = {"cycles": 2, "config_gap_seconds": 0, "cycle_gap_seconds": 0, **execution}
     return (
-        "campaign_name: demo\n"
+        f"campaign_name: {name}\n"
         "model: none\n"
         "grid:\n"
-        "  backends: [pytorch]\n"
+        f"  backends: [{', '.join(backends)}]\n"
         "  shared:\n"
         f"    max_output_tokens: {list(outputs)}\n"
         "    warmup.enabled: [false]\n"

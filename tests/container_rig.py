@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lem.base.variables import CACHE_VARIABLE
-from tests.campaign_rig import CampaignRig
+from tests.campaign_rig import CampaignRig, campaign_text
 from tests.lab.places import BASE_IMAGE
 from tests.processes import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCKER_TIMEOUT_S = 120
+DOCKER_TIMEOUT_S = 600
 VARIABLE = "LEMTEST_CONTAINER_RIG"
 # lem.pyz, and what is compiled of it, for the containers of all tests: each would compile lem anew.
 CACHE = ROOT / "build" / "lab-cache"
@@ -26,30 +25,9 @@ CACHE = ROOT / "build" / "lab-cache"
 DISTRIBUTIONS = ("torch", "transformers", "vllm")
 
 
-def container_campaign(
-    name: str = "demo",
-    *,
-    backends: Sequence[str] = ("pytorch",),
-    outputs: Sequence[int] = (4, 8),
-    more: str = "",
-    **execution: Any,
-) -> str:
-    """A campaign of as little as there can be; `more` is YAML at the top, `execution` its section."""
-    chosen = {"cycles": 1, "config_gap_seconds": 0, "cycle_gap_seconds": 0, **execution}
-    return (
-        f"campaign_name: {name}\n"
-        "model: none\n"
-        "grid:\n"
-        f"  backends: {list(backends)}\n"
-        "  shared:\n"
-        f"    max_output_tokens: {list(outputs)}\n"
-        "    warmup.enabled: [false]\n"
-        "    measurement.min_window_sec: [0.01]\n"
-        "    measurement.max_wait_pct: [null]\n"  # other tests may run beside it
-        "    measurement.max_foreign_pct: [null]\n"
-        "    prompts: [{type: synthetic, input_tokens: 3, sample_size: 2}]\n"
-        f"execution: {json.dumps(chosen)}\n"
-    ) + more
+def container_campaign(name: str = "demo", **given: Any) -> str:
+    """As `campaign_text`, in one cycle, for containers that see the GPUs there are."""
+    return campaign_text(name=name, **{"cycles": 1, **given}).replace("    gpus: [[]]\n", "")
 
 
 def compose_text(folder: Path, name: str, *, image: str = BASE_IMAGE, limit: str = "") -> str:
@@ -139,14 +117,10 @@ class ContainerRig(CampaignRig):
                         docker("network", "rm", network)
 
 
-def docker(*words: str, environ: Mapping[str, str] | None = None) -> str:
-    finished = subprocess.run(
-        ["docker", *words],
-        env=dict(environ or os.environ),
-        capture_output=True,
-        text=True,
-        timeout=DOCKER_TIMEOUT_S,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+def docker(
+    *words: str, stdin: bytes = b"", environ: Mapping[str, str] | None = None, timeout_s: float = DOCKER_TIMEOUT_S
+) -> str:
+    command = ["docker", *words]
+    ended = subprocess.run(command, input=stdin, env=environ, capture_output=True, timeout=timeout_s, check=False)
+    assert ended.returncode == 0, f"{' '.join(command)}: {ended.stderr.decode(errors='replace')}"
+    return ended.stdout.decode(errors="replace")

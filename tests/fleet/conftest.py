@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.container_rig import docker
 from tests.fleet.controller import Controller, Ended
-from tests.fleet.hosts import NETWORK, Host, docker, start_host
+from tests.fleet.hosts import NETWORK, Host, start_host
 from tests.needs import missing
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import processes
+from tests.container_rig import docker
 from tests.lab.places import BASE_IMAGE, PACKAGES_TARGET, Places
 
 HERE = Path(__file__).resolve().parent
@@ -37,12 +38,6 @@ LEFT = re.compile(
 )
 
 CAPABILITIES = ("SYS_ADMIN", "NET_ADMIN", "SYS_NICE", "SYS_PTRACE", "MKNOD")
-
-
-def docker(*words: str, stdin: bytes = b"", timeout_s: float = 600) -> str:
-    ended = subprocess.run(["docker", *words], input=stdin, capture_output=True, timeout=timeout_s, check=False)
-    assert ended.returncode == 0, f"docker {' '.join(words)}: {ended.stderr.decode(errors='replace')}"
-    return ended.stdout.decode(errors="replace")
 
 
 def wait_for(what: str, look: Callable[[], bool]) -> None:

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from lem.record import decode_record
+from tests.container_rig import docker
 from tests.doubles.nvml.gpus import GpuTrace, Load
 from tests.doubles.nvml.library import build_library
 from tests.doubles.nvml.sensors import Counter
 from tests.doubles.nvml.traces import Trace
 from tests.fleet.controller import ANY, HOLD, environment, held, install_collection, trivial, unit
-from tests.fleet.hosts import DOUBLES, LEFT, MODEL, Host, docker, inventory, start_host, wait_for
+from tests.fleet.hosts import DOUBLES, LEFT, MODEL, Host, inventory, start_host, wait_for
 
 pytestmark = [pytest.mark.needs("fleet", "gcc"), pytest.mark.timeout(1200)]
 

@@ -15,7 +15,8 @@ import pytest
 
 from tests.container_rig import ContainerRig, container_campaign
 from tests.doubles.nvml.library import NvmlDouble, build_library
-from tests.lab.places import BASE_IMAGE
+from tests.lab.image import RECIPE
+from tests.lab.places import BASE_IMAGE, Places
 from tests.processes import wait_for
 
 pytestmark = [pytest.mark.needs("lab", "gcc"), pytest.mark.timeout(300)]
@@ -40,7 +41,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
     try:
         wait_for(lambda: answers(address, process) or None)
-        load_base_image(address)
+        image = ["import", str(Places.of().tarball(RECIPE)), BASE_IMAGE]
+        subprocess.run(["docker", "--host", address, *image], capture_output=True, check=True)
         yield address
     finally:
         process.send_signal(signal.SIGTERM)
@@ -52,11 +54,6 @@ def answers(address: str, process: subprocess.Popen[bytes]) -> bool:
     assert process.poll() is None, "the engine has ended"
     found = subprocess.run(["docker", "--host", address, "info"], capture_output=True, check=False)
     return found.returncode == 0
-
-
-def load_base_image(address: str) -> None:
-    with subprocess.Popen(["docker", "save", BASE_IMAGE], stdout=subprocess.PIPE) as saved:
-        subprocess.run(["docker", "--host", address, "load"], stdin=saved.stdout, capture_output=True, check=True)
 
 
 @pytest.mark.parametrize(("named", "reserved"), [("1", SECOND), (FIRST, FIRST)])

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import secrets
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from lem.base.variables import CACHE_VARIABLE
 from lem.orchestration.container import ContainerManager
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
 from tests.campaign_rig import CampaignRig, campaign_text
-from tests.container_rig import CACHE
+from tests.container_rig import CACHE, docker
 from tests.doubles.nvml.library import NvmlDouble, build_library
 from tests.lab.places import COMPOSE_FILES, Places
 from tests.processes import Marker, wait_until_ended
@@ -27,7 +26,6 @@ from tests.processes import Marker, wait_until_ended
 ROOT = Path(__file__).resolve().parents[2]
 DOUBLES = ROOT / "tests" / "doubles"
 SERVICE = "pytorch"
-CALL_TIMEOUT_S = 60
 
 # What a container runs when nobody sends anything into it.
 IDLE = ("sleep", "docker-init", "tini")
@@ -59,8 +57,7 @@ class WeatherRig(CampaignRig):
     def text(self, outputs: Sequence[int], *, top: str = "", **execution: Any) -> str:
         """The campaign: a configuration for each number of output tokens, one cycle unless told otherwise."""
         more = f"io: {{compose_file: '{self.compose_files}'}}\n{top}"
-        text = campaign_text(outputs=outputs, more=more, **{"cycles": 1, **execution})
-        return text.replace("campaign_name: demo", f"campaign_name: {self.name}")
+        return campaign_text(name=self.name, outputs=outputs, more=more, **{"cycles": 1, **execution})
 
     @property
     def override(self) -> Path:
@@ -82,6 +79,7 @@ class WeatherRig(CampaignRig):
             ),
             "LEMTEST_MARKER": self.inside.value,
             CACHE_VARIABLE: str(CACHE),
+            "PYTHONDONTWRITEBYTECODE": "",
         }
         mounts = [(DOUBLES, True), (self.shared, False), (CACHE, False)]
         # What is put into one container, outside of /tmp, stays over a restart and goes with the container.
@@ -146,11 +144,7 @@ class WeatherRig(CampaignRig):
         return (self.folder / ".state" / self.name / "campaign_manifest.json").exists()
 
     def docker(self, *words: str) -> str:
-        finished = subprocess.run(
-            ["docker", *words], capture_output=True, text=True, timeout=CALL_TIMEOUT_S, check=False
-        )
-        assert finished.returncode == 0, f"docker {' '.join(words)}: {finished.stderr}"
-        return finished.stdout.strip()
+        return docker(*words).strip()
 
     def containers(self) -> list[str]:
         return self.docker("ps", "-aq", "--filter", f"label=com.docker.compose.project={self.project}").split()
