@@ -8,7 +8,7 @@ AUDIT_ENV := build/audit-env
 DEMO_ENV := build/demo-env
 DEMO_PYTHON ?= $(DEMO_ENV)/bin/python
 PYTEST_ARGS ?=
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 4
 CAMPAIGN_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -31,7 +31,7 @@ help:
 	@echo 'PYTHON=python3.12         the Python that creates the environments (3.10 or newer)'
 	@echo 'DEMO_PYTHON=…/bin/python  use your own environment with PyTorch and transformers for the demo'
 	@echo 'PYTEST_ARGS="-k manifest" passed to pytest by make test and make test-long'
-	@echo 'TEST_PROCESSES=3          how many processes run the tests (0: one, whose output you see at once)'
+	@echo 'TEST_PROCESSES=4          how many processes run the tests (0: one, whose output you see at once)'
 
 # Always rebuilt, so that deleted files disappear from the zip, too. This takes less than a second.
 lem.pyz: FORCE
@@ -66,7 +66,7 @@ test-env:
 	@$(PYTHON) lem.pyz-build/environment.py $(TEST_ENV) tests/requirements.txt
 	@$(PYTHON) lem.pyz-build/environment.py $(OLD_ANSIBLE_ENV) tests/requirements-ansible-2.18.txt
 
-# One process runs what uses Docker, and mostly waits for it; the others run the rest (tests/conftest.py).
+# Two processes run what uses Docker, and mostly wait for it; the others run the rest (tests/conftest.py).
 test: test-env
 	$(TEST_PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from tests.container_rig import docker
 from tests.fleet.controller import Controller, Ended
-from tests.fleet.hosts import NETWORK, Host, start_host
+from tests.fleet.hosts import NETWORK, Host, host_image, start_host
 from tests.needs import missing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,18 +41,19 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     pyz = folder / "lem.pyz"
     builder = [sys.executable, str(ROOT / "lem.pyz-build" / "build.py"), "--output", str(pyz)]
     subprocess.run(builder, check=True, stdout=subprocess.DEVNULL, env=os.environ)
-    hosts: list[Host] = []
     docker("network", "create", NETWORK)
+    host_image()
+    with ThreadPoolExecutor() as pool:
+        starting = [pool.submit(start_host, name, key) for name in ("gpu1", "gpu2")]
     try:
-        for name in ("gpu1", "gpu2"):  # one by one, so that those that are there are removed
-            hosts += [start_host(name, key)]
+        gpu1, gpu2 = (it.result() for it in starting)
         controller = Controller(folder, key, pyz)
-        controller.know(*hosts)
-        gpu1, gpu2 = hosts
-        yield Fleet(controller, gpu1, gpu2, {host.name: host.files() for host in hosts})
+        controller.know(gpu1, gpu2)
+        yield Fleet(controller, gpu1, gpu2, {host.name: host.files() for host in (gpu1, gpu2)})
     finally:
-        for host in hosts:
-            host.remove()
+        for it in starting:
+            if it.exception() is None:
+                it.result().remove()
         docker("network", "rm", NETWORK)
 
 
