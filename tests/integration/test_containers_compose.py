@@ -146,7 +146,8 @@ def test_a_campaign_uses_compose_files_as_docker_compose_would(rig, setup):
     docker("volume", "create", f"{rig.folder.name}_hub")
     try:
         environ = rig.environ(HANG, DOCKER_CONFIG=str(config), **setup.environ)
-        running = Running(rig.command("--yes", "--json", *setup.options), rig.folder / setup.folder, environ)
+        command = rig.command("--yes", "--json", *setup.options)
+        running = Running(command, rig.folder / setup.folder, environ, is_warm=True)
         running.wait_for_event("phase", phase="window")
         (container,) = rig.containers().values()
         (found,) = json.loads(docker("inspect", container))
