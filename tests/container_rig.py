@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lem.base.variables import CACHE_VARIABLE
+from lem.base.importer import CACHE_VARIABLE
 from tests.campaign_rig import CampaignRig, campaign_text
 from tests.lab.places import BASE_IMAGE
 from tests.processes import wait_for

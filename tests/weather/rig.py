@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lem.base.variables import CACHE_VARIABLE
+from lem.base.importer import CACHE_VARIABLE
 from lem.orchestration.container import ContainerManager
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
 from tests.campaign_rig import CampaignRig, campaign_text
