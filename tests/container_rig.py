@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lem.base.importer import CACHE_VARIABLE
 from tests.campaign_rig import CampaignRig, campaign_text
 from tests.lab.places import BASE_IMAGE
 from tests.processes import wait_for
@@ -18,8 +17,6 @@ from tests.processes import wait_for
 ROOT = Path(__file__).resolve().parents[1]
 DOCKER_TIMEOUT_S = 600
 VARIABLE = "LEMTEST_CONTAINER_RIG"
-# lem.pyz, and what is compiled of it, for the containers of all tests: each would compile lem anew.
-CACHE = ROOT / "build" / "lab-cache"
 
 # What a worker looks for before it says that a backend can run.
 DISTRIBUTIONS = ("torch", "transformers", "vllm")
@@ -32,21 +29,19 @@ def container_campaign(name: str = "demo", **given: Any) -> str:
 
 def compose_text(folder: Path, name: str, *, image: str = BASE_IMAGE, limit: str = "") -> str:
     """A compose file whose services have the base image, the trivial engine, and names for what it stands in for."""
-    CACHE.mkdir(parents=True, exist_ok=True)
     service = {
         "image": image,
         "entrypoint": ["sleep", "infinity"],
         "init": True,
         "environment": {
             "PYTHONPATH": "/doubles:/distributions",
-            CACHE_VARIABLE: str(CACHE),
+            "PYTHONDONTWRITEBYTECODE": "1",
             "LEMTEST_ENGINE_SCRIPT": "${LEMTEST_ENGINE_SCRIPT:-}",
             VARIABLE: name,
         },
         "volumes": [
             {"type": "bind", "source": str(ROOT / "tests" / "doubles"), "target": "/doubles", "read_only": True},
             {"type": "bind", "source": str(folder / "distributions"), "target": "/distributions", "read_only": True},
-            {"type": "bind", "source": str(CACHE), "target": str(CACHE)},
         ],
         # As in docker/docker-compose.yml: without it, what swaps is not killed but slow.
         **({"mem_limit": limit, "memswap_limit": limit} if limit else {}),
@@ -68,7 +63,7 @@ class ContainerRig(CampaignRig):
 
     def environ(self, rules: Sequence[Mapping[str, Any]] = (), **more: str) -> dict[str, str]:
         """As for any campaign; no other compose file is meant, and no pyz is left in the user's cache."""
-        found = super().environ(rules, **{CACHE_VARIABLE: str(CACHE)})
+        found = super().environ(rules, LEM_CACHE_DIR=str(self.folder / "cache"))
         return {**{key: value for key, value in found.items() if not key.startswith("COMPOSE_")}, **more}
 
     def command(self, *options: str, file: str = "c.yaml") -> list[str]:

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lem.base.importer import CACHE_VARIABLE
 from lem.orchestration.container import ContainerManager
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
 from tests.campaign_rig import CampaignRig, campaign_text
-from tests.container_rig import CACHE, docker
+from tests.container_rig import docker
 from tests.doubles.nvml.library import NvmlDouble, build_library
 from tests.lab.places import COMPOSE_FILES, Places
 from tests.processes import Marker, wait_until_ended
@@ -49,7 +48,6 @@ class WeatherRig(CampaignRig):
         self.options: dict[str, Any] = {}
         self.has_gpu = False
         self.shared.mkdir(parents=True)
-        CACHE.mkdir(parents=True, exist_ok=True)
         super().__init__(folder, self.text(outputs, **more))
         self.nvml = NvmlDouble(self.shared / "nvml", more=(LOCAL_NVML,))
         self.be()
@@ -78,10 +76,8 @@ class WeatherRig(CampaignRig):
                 "$", "$$"
             ),
             "LEMTEST_MARKER": self.inside.value,
-            CACHE_VARIABLE: str(CACHE),
-            "PYTHONDONTWRITEBYTECODE": "",
         }
-        mounts = [(DOUBLES, True), (self.shared, False), (CACHE, False)]
+        mounts = [(DOUBLES, True), (self.shared, False)]
         # What is put into one container, outside of /tmp, stays over a restart and goes with the container.
         service: dict[str, Any] = {"environment": environment, "read_only": False, **self.options}
         if self.has_gpu:
@@ -112,7 +108,7 @@ class WeatherRig(CampaignRig):
         own = {
             "PYTHONPATH": str(ROOT),
             "LEM_LOCK_DIR": str(self.folder / "locks"),
-            CACHE_VARIABLE: str(CACHE),
+            "LEM_CACHE_DIR": str(ROOT / "build" / "weather-cache"),
             "LEM_SHM_SIZE": "64m",
             "HF_HUB_OFFLINE": "1",
         }
