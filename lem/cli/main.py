@@ -160,6 +160,8 @@ def _without_collections() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()
+        gc.unfreeze()  # all of it is old now, and not looked through at once
         if is_enabled:
             gc.enable()
 

@@ -324,6 +324,8 @@ def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
     try:
         plan = build_plan(loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source, gpus=gpus)
     finally:
+        gc.freeze()
+        gc.unfreeze()  # all of it is old now, and not looked through at once
         if is_collecting:
             gc.enable()
     unused = [
