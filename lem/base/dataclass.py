@@ -108,7 +108,7 @@ else:
                 if slots:
                     methods |= {"__getstate__": _pickled, "__setstate__": _unpickled}
             methods["__match_args__"] = tuple(it.name for it in fields.values() if it.init and not it.kw_only)
-            methods["__dataclass_fields__"] = _StandardFields()
+            methods |= {name: _Standard(name) for name in ("__dataclass_fields__", "__dataclass_params__")}
             for name, method in methods.items():
                 if name not in cls.__dict__:
                     setattr(cls, name, method)
@@ -144,8 +144,11 @@ else:
         made.__qualname__ = cls.__qualname__
         return made
 
-    class _StandardFields:
+    class _Standard:
         """What the functions of the standard library know a dataclass by."""
+
+        def __init__(self, name):
+            self._name = name
 
         def __get__(self, instance, owner):
             import dataclasses
@@ -154,7 +157,7 @@ else:
             for item in fields(owner):
                 given = {name: value for name in _GIVEN if (value := getattr(item, name)) is not MISSING}
                 made.append((item.name, item.type, dataclasses.field(**given)))
-            return dataclasses.make_dataclass(owner.__name__, made).__dataclass_fields__
+            return getattr(dataclasses.make_dataclass(owner.__name__, made, repr=False, eq=False), self._name)
 
     @recursive_repr()
     def _repr(self):

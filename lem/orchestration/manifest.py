@@ -84,6 +84,10 @@ class CampaignManifestEntry(_Encoded):
         object.__setattr__(self, name, value if is_plain else _checked(name, value))
         object.__setattr__(self, "_line", None)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By themselves, `copy` and `pickle` would assign `_line`.
+        return type(self), tuple(getattr(self, name) for name in _ENTRY_NAMES)
+
     def put_attempt(self, attempt: Attempt) -> None:
         """Add an attempt, or put it in the place of the one with its number."""
         others = [item for item in self.attempts if item.number != attempt.number]

@@ -184,15 +184,15 @@ class _Rows:
     def _places(
         self, own: tuple[int, ...], shared: tuple[int, ...], columns: _Names
     ) -> tuple[Sequence[int], Sequence[str], _Keep]:
-        mine, others = ([self._shapes[shape] for shape in shapes] for shapes in (own, shared))
-        kept = [(shape, shape.others) for shape in mine] + [(shape, shape.floats) for shape in mine]
-        kept += [(shape, sorted([*shape.floats, *shape.others])) for shape in others]
-        names = [shape.names[at] for shape, places in kept for at in places]
-        place_of = dict(zip(names, itertools.count(2)))
-        places = {
-            name: (place_of.get(name, -1), why)
-            for shape in mine + others
-            for name, why in zip(shape.names, shape.whys, strict=True)
+        every = [self._shapes[shape] for shape in own + shared]
+        mine, others = list(enumerate(every))[: len(own)], list(enumerate(every))[len(own) :]
+        kept = [(number, shape.others) for number, shape in mine] + [(number, shape.floats) for number, shape in mine]
+        kept += [(number, sorted([*shape.floats, *shape.others])) for number, shape in others]
+        place_of = dict(zip(((number, at) for number, places in kept for at in places), itertools.count(2)))
+        places = {  # of a name that is in two parts, the later one has the value and the reason
+            name: (place_of.get((number, at), -1), shape.whys[at])
+            for number, shape in enumerate(every)
+            for at, name in enumerate(shape.names)
         }
         found = [places.get(name, (-1, _NOT_GIVEN)) for name in columns]
         chosen = [place for place, _ in found]

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import pprint
 from dataclasses import KW_ONLY
 from types import ModuleType
 from typing import Any, ClassVar
@@ -125,6 +126,11 @@ def outcome(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def test_instances_are_made_and_shown_alike(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for _ in range(MANY):
         assert outcome(OURS[name], args, kwargs) == outcome(STANDARD[name], args, kwargs)
+
+
+def test_pprint_shows_a_long_instance() -> None:
+    made = OURS["Derived"]("x" * 50, 1, (2, 3), "y" * 50)
+    assert pprint.pformat(made) == repr(made)
 
 
 def test_a_frozen_instance_does_not_change() -> None:

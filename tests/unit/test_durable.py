@@ -60,6 +60,12 @@ def test_json_round_trips(tmp_path: Path) -> None:
     assert list(durable.read_json(tmp_path / "a.json").items()) == list(document.items())
 
 
+def test_long_json_is_written_in_parts_as_in_one(tmp_path: Path) -> None:
+    document = [{"number": number, "texts": ["a", "b"]} for number in range(5000)]
+    durable.write_json(tmp_path / "a.json", document)
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == json.dumps(document, indent=2) + "\n"
+
+
 def test_a_file_name_that_is_no_utf8_survives_in_json(tmp_path: Path) -> None:
     document = {"path": os.fsdecode(b"results-\xff/\xc3\xbc")}
     durable.write_json(tmp_path / "a.json", document)

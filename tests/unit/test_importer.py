@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,6 +189,17 @@ def test_what_cannot_be_written_whole_leaves_nothing(lem: Lem, tmp_path: Path) -
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert kept(tmp_path) == []
+
+
+def test_an_unpacked_lem_pyz_runs_without_the_importer(lem: Lem, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "lem.pyz") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    environ = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-B", str(tmp_path / "unpacked"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=TIMEOUT_S, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == lem("--version", PYTHONDONTWRITEBYTECODE="1").stdout
+    assert not kept(tmp_path)
 
 
 def test_a_pipe_in_its_place_is_not_waited_for(lem: Lem, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_a_change_costs_as_many_bytes_in_a_plan_of_any_length(tmp_path: Path) ->
         manager.save(manifest)
         change(manager, manifest, 1)
         sizes.append(journal_of(manager).stat().st_size)
+        assert ManifestManager(manager.manifest_path).load_strict() == manifest
     assert sizes[0] == sizes[1]
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -73,6 +75,15 @@ def test_an_entry_takes_times_and_paths_as_they_are_at_hand() -> None:
     found = entry(started_at=datetime(2026, 7, 14, 12, tzinfo=timezone(timedelta(hours=2))), result_path=Path("a/b"))
     assert found.started_at == "2026-07-14T10:00:00.000000Z"
     assert found.result_path == "a/b"
+
+
+def test_a_manifest_is_copied_and_pickled() -> None:
+    manifest = manifest_of("pending", "completed")
+    b"".join(encode_manifest(manifest))  # of few entries, each keeps its line
+    for made in (copy.deepcopy(manifest), pickle.loads(pickle.dumps(manifest))):  # noqa: S301
+        assert made == manifest
+        made.update_entry("exp-0", status="running")
+        assert made != manifest
 
 
 def test_attempts_are_kept_by_number() -> None:

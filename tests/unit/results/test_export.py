@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from lem.base.errors import UserError
+from lem.base.measurement import known
+from lem.base.reasons import Reason
 from lem.record import encode_record
 from lem.results.aggregation import run_document
 from lem.results.export import FORMATS, render
@@ -15,7 +17,7 @@ from lem.results.rows import Table, make_table, summary_columns, with_columns, w
 from lem.results.run import make_run
 from lem.results.store import StoredResult
 from tests.goldens import assert_golden
-from tests.records import make_gpu, make_record
+from tests.records import make_gpu, make_record, under_load
 
 
 def _text(table: Table, form: str) -> str:
@@ -47,6 +49,14 @@ def _fixed():
 
 def test_fixed_results_as_json():
     assert_golden("export/all_attempts.json", _text(make_table(_exported(*_fixed()), is_every_attempt=True), "json"))
+
+
+def test_a_value_of_two_parts_is_absent_with_the_reason_of_the_later_one():
+    record = under_load(make_record(), 1.0, 3)
+    assert record.throughput.good_requests_ratio == 3 / record.work.tried
+    old = dataclasses.replace(record, work=record.work.having(requests_good=known(None, "not_recorded")))
+    (row,) = make_table(_exported(old)).rows()
+    assert row["good_requests_ratio"] == (None, Reason.of("not_recorded").text)
 
 
 def test_markdown_has_a_few_columns_numbers_at_the_right():
