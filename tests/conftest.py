@@ -29,7 +29,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 # Tests that share one Docker Engine; `make test` runs them in two processes beside all others. In the second, each
-# campaign has a name of its own; those of the first have one name, and so the same containers.
+# campaign has a name or a Docker Engine of its own; those of the first have one name, and so the same containers.
 _ONE_AT_A_TIME = {"docker", "lab", "fleet"}
 _SECOND_LAB = (
     "tests/fleet/", "tests/integration/test_container_health.py", "tests/integration/test_containers_energy.py",

@@ -157,7 +157,9 @@ else:
             for item in fields(owner):
                 given = {name: value for name in _GIVEN if (value := getattr(item, name)) is not MISSING}
                 made.append((item.name, item.type, dataclasses.field(**given)))
-            return getattr(dataclasses.make_dataclass(owner.__name__, made, repr=False, eq=False), self._name)
+            found = getattr(dataclasses.make_dataclass(owner.__name__, made, repr=False, eq=False), self._name)
+            setattr(owner, self._name, found)  # made once: it takes half a millisecond
+            return found
 
     @recursive_repr()
     def _repr(self):

@@ -160,8 +160,9 @@ def _without_collections() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
-        gc.unfreeze()  # all of it is old now, and not looked through at once
+        if not gc.get_freeze_count():  # else this would undo a caller's own
+            gc.freeze()
+            gc.unfreeze()  # all of it is old now, and not looked through at once
         if is_enabled:
             gc.enable()
 

@@ -16,6 +16,7 @@ from lem.base import log, process
 from lem.base.clock import utc_now, utc_text
 from lem.base.doc import screen_of, write_json
 from lem.base.errors import ExitCode, Interrupted, MeterRefused, UserError
+from lem.base.measurement import is_estimate
 from lem.cli.config import add_flags, given_flags
 from lem.cli.options import add_json, add_repeated, checked, folder_options
 from lem.config.campaign_config import generate_campaign_id, slug_of
@@ -144,6 +145,8 @@ def _prepare(args: argparse.Namespace, command: list[str], stop: StopRequest, re
     for key, value in flags.items():
         requested = merge(ProgramConfig, requested, nest(key, value))
     config = ProgramConfig.from_dict(requested)
+    if config.whole_machine and is_estimate(config.measurement.energy):  # stored results of it are still read
+        raise UserError("measurement.energy: tdp_estimate is the share of one program; not with whole_machine")
     is_idle = flags.get("baseline.enabled")
     if (is_idle or "baseline.duration_sec" in flags) and not (config.baseline.enabled and config.measurement.has_rest):
         off = f"--energy {config.measurement.energy}" if config.baseline.enabled else "--no-idle"

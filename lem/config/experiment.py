@@ -243,8 +243,8 @@ class ExperimentConfig(Section, aliases={"model_name": "model"}, exclusive=("dat
             yield Problem.of("measurement.agreement", "agreement_sampled")
         if measurement.energy == "none" and measurement.phases:
             yield Problem.of("measurement.phases", "needs_energy")
-        if measurement.energy == "none" and self.baseline.required:
-            yield Problem.of("baseline.required", "needs_energy")
+        if self.baseline.required and not measurement.has_rest:
+            yield Problem.of("baseline.required", "needs_energy" if measurement.energy == "none" else "needs_rest")
         if self.baseline.required and not self.baseline.enabled:
             yield Problem.of("baseline.required", "needs_baseline")
         if measurement.cpu_tdp_w is not None and not is_estimate(measurement.energy):
@@ -402,8 +402,6 @@ class ProgramConfig(Section):
             yield Problem.of("measurement.cpu_tdp_w", "tdp_unused", energy=wanted.energy)
         if self.whole_machine and wanted.max_foreign_pct != MeasurementConfig().max_foreign_pct:
             yield Problem(("measurement", "max_foreign_pct"), "has no effect with whole_machine")
-        if self.whole_machine and is_estimate(wanted.energy):
-            yield Problem(("measurement", "energy"), "tdp_estimate is the share of one program; not with whole_machine")
 
 
 MeteredConfig = ExperimentConfig | ProgramConfig

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import functools
 import json
 import math
 import operator
@@ -94,7 +93,6 @@ class Sink:
             raise ConfigProblems(self.problems)
 
 
-@functools.lru_cache(4096)  # so that thousands of warnings share the name of their option
 def dotted(path: Path) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 

@@ -324,8 +324,9 @@ def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
     try:
         plan = build_plan(loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source, gpus=gpus)
     finally:
-        gc.freeze()
-        gc.unfreeze()  # all of it is old now, and not looked through at once
+        if not gc.get_freeze_count():  # else this would undo a caller's own
+            gc.freeze()
+            gc.unfreeze()  # all of it is old now, and not looked through at once
         if is_collecting:
             gc.enable()
     unused = [
@@ -385,10 +386,13 @@ def _collect(
 ) -> list[_Candidate]:
     unnamed = iter(grid.name_configurations([one.mapping for one in listed if one.name is None]))
     forced = source.forced if source is not None else ()
-    fill = grid.Shared(WITH_DEFAULTS, lambda part, _: fill_defaults(campaign, without_forced(part, forced)))
+    # In two steps, so that what is removed and filled in again comes last, as in results of earlier builds.
+    remove = grid.Shared(WITH_DEFAULTS, lambda part, _: without_forced(part, forced))
+    fill = grid.Shared(WITH_DEFAULTS, lambda part, _: fill_defaults(campaign, part))
     place = grid.Shared(_WITH_FILES, lambda part, _: _found_files(part, source, is_of_grid=True))
     of_grid = [] if campaign.grid is None else grid.expand_shared(campaign.grid, preset)
-    _replace(of_grid, 0, fill)
+    for step in (remove, fill) if forced else (fill,):
+        _replace(of_grid, 0, step)
     names = [one.name or next(unnamed) for one in listed] + grid.name_configurations(of_grid)
     n_listed, n_of_grid = len(listed), len(of_grid)
     config_dicts = [*(dict(one.mapping) for one in listed), *of_grid]

@@ -113,10 +113,11 @@ class Program:
     def _signal_all(self, signum: signal.Signals) -> None:
         """Send it to the program, but not to the guardian, which must outlive lem."""
         if self._child.returncode is None:
-            os.killpg(self.pid, signum)  # to all at once, since a program may start processes all the time
-            os.kill(self.pid, signal.SIGCONT)
-            for pid in process.descendants(self.pid):  # some may have a group of their own
-                with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # it has just been reaped
+                os.killpg(self.pid, signum)  # to all at once, since a program may start processes all the time
+                os.kill(self.pid, signal.SIGCONT)
+            for pid in process.descendants(self.pid):  # some may have a group of their own, or another user
+                with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signum)
 
     def has_ended(self, timeout_s: float, stop: StopRequest) -> bool:

@@ -196,9 +196,9 @@ def resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[tuple[int, ..
 
 @functools.lru_cache(maxsize=8)
 def _takers(n: int, n_iterations: int, seed: int) -> tuple[Sequence[Callable[[Sequence[float]], Any]], Sequence[int]]:
-    """What takes the first values of all distinct resamples, the second values, and so on; how often each occurs."""
+    """What takes the first values of all distinct resamples, the second, and so on; how often each resample occurs."""
     rows, counts = zip(*resamples(n, n_iterations, seed), strict=True)
-    # With a value more, so that it takes a tuple also of one resample.
+    # One index more than needed, since itemgetter gives no tuple for a single one.
     return [operator.itemgetter(*column, 0) for column in zip(*rows, strict=True)], counts
 
 

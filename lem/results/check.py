@@ -105,12 +105,12 @@ class _OfEach:
 def check_run(run: Run) -> tuple[Finding, ...]:
     # All checks see one configuration before the next: the results of thousands do not fit into a processor's cache.
     of_each = [check for check in _CHECKS if isinstance(check, _OfEach)]
-    seen: dict[int, list[tuple[Configuration, Any]]] = {id(check): [] for check in of_each}
+    seen: dict[_OfEach, list[tuple[Configuration, Any]]] = {check: [] for check in of_each}
     for item in run.with_results:
         for check in of_each:
             if what := check.see(item):
-                seen[id(check)].append((item, what))
-    found = (check.find(seen[id(check)]) if isinstance(check, _OfEach) else check(run) for check in _CHECKS)
+                seen[check].append((item, what))
+    found = (check.find(seen[check]) if isinstance(check, _OfEach) else check(run) for check in _CHECKS)
     findings = list(itertools.chain.from_iterable(found))
     if run.with_results and all(item.is_program for item in run.with_results):
         findings = [replace(it, remedy=_OF_PROGRAMS.get(it.kind, it.remedy)) for it in findings]
@@ -142,7 +142,8 @@ def _finding(
     kind: str, reason: Reason, whom: Iterable[str] = (), *, is_weak: bool | None = None, remedy: str | None = None
 ) -> Finding:
     weak = kind in _WEAK if is_weak is None else is_weak
-    return Finding(kind, weak, reason, {**_WEAK, **_NOTES}[kind] if remedy is None else remedy, tuple(whom))
+    remedy = {**_WEAK, **_NOTES}[kind] if remedy is None else remedy
+    return Finding(kind, weak, reason, remedy, tuple(dict.fromkeys(whom)))
 
 
 def _interference(run: Run) -> Found:

@@ -120,19 +120,20 @@ def ran_later(run: Run) -> list[Configuration]:
 
 
 def is_same_order(run: Run) -> bool:
-    orders = [tuple(digest for _, digest in found) for found in _in_order(run).values()]
+    orders = [tuple(digest for *_, digest in found) for found in _in_order(run).values()]
     most = max(map(len, orders), default=0)
     whole = [order for order in orders if len(order) == most]
     return most > 1 and len(whole) > 1 and len(set(whole)) == 1
 
 
-def _in_order(run: Run) -> dict[Cycle, list[tuple[int, str]]]:
-    """The hashes of the configurations that each cycle measured, with their numbers in the order."""
-    cycles: dict[Cycle, list[tuple[int, str]]] = {}
-    for item in run.with_results:
-        digest = item.config_hash
+def _in_order(run: Run) -> dict[Cycle, list[tuple[int, int, str, str]]]:
+    """What each cycle measured: the number of the experiment, and the number, name and hash of its configuration."""
+    # A resume with an edited plan can leave two experiments of a cycle with the same number.
+    cycles: dict[Cycle, list[tuple[int, int, str, str]]] = {}
+    for number, item in enumerate(run.with_results):
+        name, digest = item.name, item.config_hash
         for cycle, members in item.cycles.items():
-            cycles.setdefault(cycle, []).extend([(it.identity.order_index, digest) for it in members])
+            cycles.setdefault(cycle, []).extend([(it.identity.order_index, number, name, digest) for it in members])
     return {cycle: sorted(found) for cycle, found in cycles.items()}
 
 
@@ -191,8 +192,12 @@ class Course:
     def position_effect(self) -> Drift | None:
         """From the first place within a cycle to the last; None where every cycle has the same order."""
         rows, cycles = self._values, _in_order(self.run)
-        place_of = {(cycle, order): place for cycle, found in cycles.items() for place, (order, _) in enumerate(found)}
-        places = [place_of[cycle, order] for _, cycle, order, _ in rows]
+        place_of = {
+            (name, cycle, order): place
+            for cycle, found in cycles.items()
+            for place, (order, _, name, _) in enumerate(found)
+        }
+        places = [place_of[name, cycle, order] for name, cycle, order, _ in rows]
         logs, length = [math.log(value) for *_, value in rows], max(places, default=0)
         names, numbers = [name for name, *_ in rows], [cycle[2] for _, cycle, _, _ in rows]
         effect = trend_of(places, logs, names, numbers, length=length)

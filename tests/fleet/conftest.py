@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +42,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     builder = [sys.executable, str(ROOT / "lem.pyz-build" / "build.py"), "--output", str(pyz)]
     subprocess.run(builder, check=True, stdout=subprocess.DEVNULL, env=os.environ)
     docker("network", "create", NETWORK)
-    host_image()
-    with ThreadPoolExecutor() as pool:
-        starting = [pool.submit(start_host, name, key) for name in ("gpu1", "gpu2")]
+    starting: list[Future[Host]] = []
     try:
+        host_image()
+        with ThreadPoolExecutor() as pool:
+            starting += [pool.submit(start_host, name, key) for name in ("gpu1", "gpu2")]
         gpu1, gpu2 = (it.result() for it in starting)
         controller = Controller(folder, key, pyz)
         controller.know(gpu1, gpu2)

@@ -386,14 +386,21 @@ def test_a_program_on_the_cpu_is_metered_by_rapl(rig: Rig) -> None:
     begins_ns = time.monotonic_ns()
     zone = Zone("intel-rapl:0", "package-0", ((0, 20.0),), begins_ns=begins_ns)
     mount = ("unshare", "--mount", "sh", "-c", f'mount --bind {rig.folder}/class /sys/class && exec "$@"', "sh")
-    with advancing(Powercap(rig.folder / "class" / "powercap", (zone,))) as updated_ns:
+
+    def measured(name: str) -> tuple[Path, Record]:
         program = [sys.executable, "-c", "import time; time.sleep(3)"]
-        ended = rig.measure("--baseline", "3", "--", *program, before=mount)
-    assert ended.code == 0, ended.err
-    ((path, record),) = rig.results()
+        ended = rig.measure("--name", name, "--baseline", "3", "--", *program, before=mount)
+        assert ended.code == 0, ended.err
+        return next(item for item in rig.results() if item[1].identity.campaign_name == name)
+
+    with advancing(Powercap(rig.folder / "class" / "powercap", (zone,))) as updated_ns:
+        path, record = measured("first")
+        for name in ("second", "third", "fourth"):
+            if None in (record.energy.energy_source, record.idle.idle_bare_power_w):  # the machine was too busy
+                path, record = measured(name)
     assert record.energy.energy_source == "rapl"
     late_s = max(later - earlier for earlier, later in itertools.pairwise(updated_ns)) / 1e9
     error = 0.05 + 2 * late_s / record.window.window_s
     assert record.energy.cpu_package_energy_j == pytest.approx(20 * record.window.window_s, rel=error)
-    assert record.idle.idle_bare_power_w == pytest.approx(20, rel=error)
+    assert record.idle.idle_bare_power_w == pytest.approx(20, rel=error), record.idle.null_reasons
     assert run_lem("verify", path).code == 0

@@ -139,11 +139,9 @@ class Entry:
 
     def span(self, metric: str | Metric) -> tuple[float, float] | None:
         found = self.configuration.estimate(metric).t_log
-        return (
-            None
-            if found is None or found.ci_lower is None or found.ci_upper is None
-            else (found.ci_lower, found.ci_upper)
-        )
+        if found is None or found.ci_lower is None or found.ci_upper is None:
+            return None
+        return found.ci_lower, found.ci_upper
 
 
 def workloads_of(entries: Iterable[Entry]) -> list[list[Entry]]:

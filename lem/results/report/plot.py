@@ -168,6 +168,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Row], *, row_head: i
 
 
 def _cells(heading: str, found: Row) -> Cells:
+    """A column of these, of numbers if its first one is."""
     contents = [it if isinstance(it, Markup) else escape(str(it)) for it in found]
     return Cells(heading, contents, is_number=any(isinstance(it, (int, Number)) for it in found[:1]))
 

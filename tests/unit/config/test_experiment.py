@@ -12,7 +12,7 @@ import pytest
 
 from lem.base.errors import ConfigurationError
 from lem.config.backends import BACKENDS, PRESETS, PyTorchConfig, TensorRTConfig, VllmConfig, find_preset
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import ExperimentConfig, ProgramConfig
 from lem.config.kinds import ConfigProblems, dotted
 from lem.config.option import nest
 from lem.config.sections import (
@@ -284,6 +284,7 @@ def test_lengths_that_engines_are_built_for_are_derived():
         ),
         ({"measurement": {"phases": True, "energy": "none"}}, "measurement.phases needs_energy"),
         ({"baseline": {"required": True}, "measurement": {"energy": "none"}}, "baseline.required needs_energy"),
+        ({"baseline": {"required": True}, "measurement": {"energy": "tdp_estimate"}}, "baseline.required needs_rest"),
         ({"baseline": {"required": True, "enabled": False}}, "baseline.required needs_baseline"),
         ({"measurement": {"cpu_tdp_w": 65}}, "measurement.cpu_tdp_w tdp_unused"),
     ],
@@ -328,6 +329,11 @@ def test_a_mapping_that_was_not_given_is_of_its_own_experiment() -> None:
     assert (second.extra_metadata, experiment().extra_metadata, second.changed()) == ({}, {}, experiment().changed())
     assert not first.is_given("extra_metadata")
     assert experiment(extra_metadata={}).is_given("extra_metadata")
+
+
+def test_a_stored_measurement_that_is_refused_now_is_still_read() -> None:
+    stored = {"command": ["true"], "whole_machine": True, "measurement": {"energy": "tdp_estimate"}}
+    assert ProgramConfig.from_dict(stored).whole_machine
 
 
 def test_an_experiment_goes_to_another_process_with_its_defaults() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from lem.orchestration.plan import (
     Plan,
     build_plan,
     order_experiments,
+    plan_campaign,
     write_configs,
 )
 
@@ -82,6 +84,23 @@ def test_an_invalid_combination_is_filtered_and_grouped_by_reason() -> None:
     assert found.summary == "Generated 8 experiments (2 filtered, 0 warnings)"
     assert found.filtered_by_reason == [("tensorrt needs float16 or bfloat16", 2)]
     assert len(found.experiments) == 6
+
+
+def test_an_option_set_for_all_comes_after_those_of_the_grid(tmp_path: Path) -> None:
+    text = "campaign_name: x\ngrid: {backends: [pytorch], models: [a, b], shared: {max_output_tokens: [3, 4]}}\n"
+    (tmp_path / "c.yaml").write_text(text)
+    loaded = load_campaign(tmp_path / "c.yaml", [("model", "zz")])
+    made = build_plan(loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source)
+    assert {(*item.config_dict,) for item in made.experiments} == {("backend", "max_output_tokens", "model", "warmup")}
+
+
+def test_planning_leaves_what_its_caller_has_frozen() -> None:
+    gc.freeze()
+    try:
+        plan_campaign(load(grid=grid(3)))
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
 
 
 def test_nothing_valid_is_an_empty_plan() -> None:

@@ -281,6 +281,24 @@ def test_what_the_place_within_a_cycle_costs_is_found_in_a_shuffled_campaign():
     assert Course(same, same.primary_metric).position_effect is None
 
 
+def test_two_experiments_of_a_cycle_with_one_number_have_places_of_their_own():
+    records = _warmer_places(dataclasses.replace(FINE, configurations=FOUR, cycles=8), 0.01)
+
+    def numbered(number_of):
+        return make_run([_section("identity", order_index=number_of(it.identity))(it) for it in records])
+
+    def tied(identity):
+        return identity.order_index - (identity.order_index % len(FOUR) == 1)
+
+    run = numbered(tied)
+    given = [item.config_hash for item in run.with_results]
+    apart = numbered(lambda identity: len(FOUR) * tied(identity) + given.index(identity.config_hash))
+    effect, expected = (Course(it, it.primary_metric).position_effect for it in (run, apart))
+    assert effect is not None
+    assert expected is not None
+    assert effect.change == pytest.approx(expected.change, rel=1e-9)
+
+
 def test_without_energy_the_throughput_is_looked_at():
     records = [make_record(cycle=cycle, output_tok_per_s=100.0 + cycle) for cycle in range(5)]
     assert make_run(records).primary_metric.name == "output_tok_per_s"
