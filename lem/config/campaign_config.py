@@ -350,6 +350,16 @@ class CampaignConfig(Section, aliases={"model_name": "model", "sample_size": "nu
     io: CampaignIOConfig = option(CampaignIOConfig(), "Files and folders.")
     notification: CampaignNotificationConfig = option(CampaignNotificationConfig(), "Messages at the end.")
 
+    def without_effect(self) -> Iterator[Problem]:
+        """Options that are set and change nothing."""
+        execution, health = self.execution, self.health_check
+        if execution.structure != SHUFFLED and "seed" in execution.changed():
+            yield Problem.of("execution.seed", "unused_with", setting=f"structure: {execution.structure}")
+        if not health.restart_on_failure and "max_restarts" in health.changed():
+            yield Problem.of("health_check.max_restarts", "unused_with", setting="restart_on_failure: false")
+        if self.notification.webhook_url is None and self.notification.on != CampaignNotificationConfig().on:
+            yield Problem.of("notification.on", "unused_with", setting="webhook_url: null")
+
     @classmethod
     def elsewhere(cls, names: Sequence[str]) -> str | None:
         found = CampaignGridConfig.elsewhere(names)

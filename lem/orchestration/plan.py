@@ -338,6 +338,7 @@ def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
         )
         if is_set
     ]
+    unused += [grid.coded(problem).text for problem in loaded.config.without_effect()]
     return replace(plan, warnings=plan.warnings + Counter(unused))
 
 

@@ -94,6 +94,24 @@ def test_an_option_set_for_all_comes_after_those_of_the_grid(tmp_path: Path) -> 
     assert {(*item.config_dict,) for item in made.experiments} == {("backend", "max_output_tokens", "model", "warmup")}
 
 
+@pytest.mark.parametrize(
+    ("options", "warnings"),
+    [
+        ({"execution": {"seed": 5}}, ["execution.seed: has no effect with structure: balanced"]),
+        ({"execution": {"seed": 5, "structure": "shuffled"}}, []),
+        (
+            {"health_check": {"restart_on_failure": False, "max_restarts": 9}},
+            ["health_check.max_restarts: has no effect with restart_on_failure: false"],
+        ),
+        ({"health_check": {"max_restarts": 9}}, []),
+        ({"notification": {"on": "failure"}}, ["notification.on: has no effect with webhook_url: null"]),
+        ({"notification": {"on": "failure", "webhook_url": "https://example.org"}}, []),
+    ],
+)
+def test_an_option_of_the_campaign_without_effect_is_warned_about(options: dict[str, Any], warnings: list[str]) -> None:
+    assert [*plan_campaign(load(grid=grid(3), **options)).warnings] == warnings
+
+
 def test_planning_leaves_what_its_caller_has_frozen() -> None:
     gc.freeze()
     try:
