@@ -124,11 +124,10 @@ def choose_sources(
 
 
 def _refuse_what_needs_a_meter(config: MeteredConfig, primary: EnergySource | None, why_none: Reason | None) -> None:
-    if primary in (None, EnergySource.EXTERNAL) or is_estimate(primary):
-        estimate = "measurement.energy: tdp_estimate" if is_estimate(primary) else None
-        why = why_none or estimate or "there is only measurement.external_csv"
+    if primary in (None, EnergySource.EXTERNAL):
+        why = why_none or "there is only measurement.external_csv"
         for option, is_set, figure in (
-            ("measurement.phases", config.measurement.phases and not estimate, "the energy of a phase"),
+            ("measurement.phases", config.measurement.phases, "the energy of a phase"),
             ("baseline.required", config.baseline.required, "power at rest"),
         ):
             if is_set:
