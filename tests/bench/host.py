@@ -123,7 +123,7 @@ def start_campaign(
     text = campaign_text(planned).replace(_NEW_OPTION, "" if build.is_first else _NEW_OPTION)
     (folder / "bench.yaml").write_text(text, encoding="utf-8")
     (folder / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("LEM")}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("LEM", "PYTHON"))}
     doubles = {"PYTHONPATH": str(build.tree / "tests" / "doubles")}
     places = {"LEM_LOCK_DIR": str(folder), "LEM_CACHE_DIR": str(folder.parent)}
     words = ["campaign", "bench.yaml", "--executor", "local", "--fresh", "--yes", "--json"]
