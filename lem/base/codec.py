@@ -104,7 +104,7 @@ def _decode_values(kind: Any, document: Mapping[str, Any], where: str) -> dict[s
 
 @functools.lru_cache(4096)  # thousands of objects of a kind have values of the same types
 def _not_plain(kind: Any, found: Sequence[type]) -> Sequence[tuple[str, bool]]:
-    """The fields whose values must be decoded, and those that need only be finite, as which they are marked."""
+    """The fields whose values are not simply taken: True for numbers that must be finite, False for all to decode."""
     pairs = zip(_plain_types(kind).items(), found, strict=True)
     return [(name, item in kinds) for (name, kinds), item in pairs if item not in kinds or item is float]
 

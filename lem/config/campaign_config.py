@@ -357,7 +357,7 @@ class CampaignConfig(Section, aliases={"model_name": "model", "sample_size": "nu
             yield Problem.of("execution.seed", "unused_with", setting=f"structure: {execution.structure}")
         if not health.restart_on_failure and "max_restarts" in health.changed():
             yield Problem.of("health_check.max_restarts", "unused_with", setting="restart_on_failure: false")
-        if self.notification.webhook_url is None and self.notification.on != CampaignNotificationConfig().on:
+        if self.notification.webhook_url is None and "on" in self.notification.changed():
             yield Problem.of("notification.on", "unused_with", setting="webhook_url: null")
 
     @classmethod

@@ -388,7 +388,7 @@ class Memo(Generic[T]):
 
 def _changed(section: Section) -> dict[str, Any]:
     options = declared(type(section))
-    return {name: value for name, value in section.to_dict().items() if value != options[name].default}
+    return {name: it for name, it in section.to_dict().items() if getattr(section, name) != options[name].default}
 
 
 _CHANGED = Memo[dict[str, Any]](_changed)

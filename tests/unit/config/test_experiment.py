@@ -12,6 +12,7 @@ import pytest
 
 from lem.base.errors import ConfigurationError
 from lem.config.backends import BACKENDS, PRESETS, PyTorchConfig, TensorRTConfig, VllmConfig, find_preset
+from lem.config.campaign_config import CampaignNotificationConfig
 from lem.config.experiment import ExperimentConfig, ProgramConfig
 from lem.config.kinds import ConfigProblems, dotted
 from lem.config.option import nest
@@ -329,6 +330,14 @@ def test_a_mapping_that_was_not_given_is_of_its_own_experiment() -> None:
     assert (second.extra_metadata, experiment().extra_metadata, second.changed()) == ({}, {}, experiment().changed())
     assert not first.is_given("extra_metadata")
     assert experiment(extra_metadata={}).is_given("extra_metadata")
+
+
+def test_what_has_changed_leaves_out_lists_and_sections_that_are_as_by_default() -> None:
+    assert CampaignNotificationConfig().changed() == {}
+    assert CampaignNotificationConfig(on=("failure",)).changed() == {"on": ["failure"]}
+    assert experiment(max_output_tokens=7).changed().keys() == experiment().changed().keys() | {"max_output_tokens"}
+    assert "warmup" not in experiment(warmup={"min_prompts": 5}).changed()
+    assert "warmup" in experiment(warmup={"min_prompts": 7}).changed()
 
 
 def test_a_stored_measurement_that_is_refused_now_is_still_read() -> None:
